@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# From a clean clone to a report on a machine without a GPU: install, make clips and a tiny model,
+# warm it up, train it with GRPO. Arguments are overrides: launch/quickstart.sh grpo.steps=5
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+cd "$root"
+source launch/env.sh
+config=configs/quickstart.yaml
+run=runs/quickstart
+data=$run/data
+model_hf=$run/model-hf             # a Hugging Face checkpoint
+model_megatron=$run/model-megatron # the same, as the trainer reads it
+ranks=2
+
+stage() { # stage NAME COMMAND...: run it and say how long it took
+    local name="$1" began=$SECONDS
+    shift
+    echo "quickstart: $name"
+    "$@" || {
+        echo "quickstart: stopped at '$name' after $((SECONDS - began)) s" >&2
+        exit 2
+    }
+    echo "quickstart: $name took $((SECONDS - began)) s"
+}
+
+make_once() { # make_once PATH COMMAND...: skipped when an earlier call completed PATH
+    local made="$1"
+    shift
+    [[ -f "$made.complete" ]] && return
+    rm -rf "$made"
+    "$@"
+    touch "$made.complete"
+}
+
+mkdir -p "$run"
+stage "install" launch/install.sh
+source .venv/bin/activate
+stage "synthetic clips" make_once "$data" python tools/make_synthetic.py --out "$data"
+stage "tiny model" make_once "$model_hf" python tools/make_tiny_model.py --out "$model_hf"
+stage "checkpoint conversion" make_once "$model_megatron" \
+    python tools/convert_checkpoint.py hf-to-megatron "$model_hf" "$model_megatron"
+stage "training" torchrun --standalone --nproc-per-node "$ranks" \
+    -m megatron_vrl.train --config "$config" "$@"
+echo "quickstart: all in $SECONDS s; open $root/$run/report.html"

@@ -1,0 +1,291 @@
+"""The whole configuration, typed. Defaults < YAML < command line (`section.key=value`).
+
+Two levels: a section, then its keys. Unknown keys and wrong types are refused with the nearest
+name; rules that join several keys stand in `RunConfig.check_layout`. A part of the program
+receives its own section, never the whole.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megatron_vrl.errors import ConfigError
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Run(Section):
+    out_dir: str
+    """Everything this run writes lies here."""
+    seed: int = 1
+    """Seeds data order, sampling and initialisation."""
+
+
+class Model(Section):
+    checkpoint: str
+    """Directory of a Hugging Face checkpoint, or of one made by tools/convert_checkpoint.py."""
+    architecture: str = ""
+    """JSON of the architecture when the checkpoint is not at hand (--dry-run), see configs/models."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Compute type; main weights, gradients and optimizer state are float32."""
+    freeze_vision: bool = False
+    """Do not train the vision tower."""
+    freeze_merger: bool = False
+    """Do not train the patch merger."""
+    freeze_language: bool = False
+    """Do not train the language model."""
+    recompute: Literal["none", "full"] = "none"
+    """Recompute each language layer's activations in the backward pass."""
+
+
+class Parallel(Section):
+    tensor: Positive = 1
+    """Ranks that share each layer's matrices."""
+    pipeline: Positive = 1
+    """Ranks that share the stack of layers."""
+    sequence: bool = False
+    """Split the norms along the sequence too (needs tensor > 1)."""
+    distributed_optimizer: bool = True
+    """Split optimizer state over the data-parallel ranks."""
+
+
+class Video(Section):
+    decoder: Literal["dali", "pyav"] = "dali"
+    """Which decoder reads the files; `pyav` is the second one, bit-equal on the CPU."""
+    device: Literal["cpu", "gpu"] = "cpu"
+    """Where DALI decodes: `gpu` is NVDEC."""
+    fps: Annotated[float, Field(gt=0)] = 2.0
+    """Frames sampled per second of video (Qwen's rule)."""
+    min_frames: Positive = 4
+    max_frames: Positive = 768
+    min_pixels: Positive = 128 * 28 * 28
+    """Fewest pixels of one frame after resizing."""
+    max_pixels: Positive = 768 * 28 * 28
+    """Most pixels of one frame after resizing."""
+    total_pixels: Positive = 90316800
+    """Most pixels of one video: frames x height x width, before two frames become one step."""
+    store_mib: Positive = 256
+    """Memory of the store of decoded frames, per rank, MiB."""
+    store_dir: str = ""
+    """Directory of the store on disk, shared by ranks and runs; empty: memory only."""
+    store_disk_mib: Positive = 8192
+    """Limit of that directory, MiB."""
+    workers: Positive = 2
+    """Videos decoded at a time."""
+
+
+class Source(Section):
+    """One annotation file and the videos it speaks of."""
+
+    json_path: str
+    """Annotation file, .json or .jsonl."""
+    data_folder: str
+    """Folder of its videos."""
+    format: Literal["charades_sta", "next_gqa", "multiple_choice", "temporal_r1"]
+    """Published form of the file, see megatron_vrl/data/readers.py."""
+    sampling_strategy: str = "all"
+    """all | first:N | end:N | random:N, where N may be a percentage."""
+
+
+class Data(Section):
+    sft: list[Source] = []
+    """Sources of the warm-up; disjoint from `train` when the two are compared."""
+    train: list[Source] = []
+    """Sources of GRPO."""
+    evaluation: dict[str, list[Source]] = {}
+    """Split name -> sources. The split `dev` decides when the warm-up ends and is not reported."""
+    system_prompt: Literal["none", "think", "answer"] = "think"
+    """none: the template's default; think: reasoning, then JSON; answer: JSON alone."""
+    max_prompt_tokens: Positive = 4096
+    """A longer prompt is refused, never cut: cutting would remove video tokens."""
+
+
+class Rollout(Section):
+    engine: Literal["colocated"] = "colocated"
+    """colocated: one vLLM engine in every trainer process."""
+    group_size: Positive = 8
+    """Answers sampled for one prompt."""
+    prompts_per_step: Positive = 16
+    """Prompts of one step, over all ranks."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Share = 1.0
+    max_response_tokens: Positive = 2048
+    max_sequences: Positive = 64
+    """Sequences one engine decodes at a time."""
+    kv_cache_mib: Positive = 1024
+    """Memory of one engine's KV cache, MiB (CPU; on a GPU see gpu_memory_share)."""
+    gpu_memory_share: Share = 0.5
+    """Share of a GPU's memory that a colocated engine may take."""
+    check_weights_every: Positive = 50
+    """Compare a checksum of the engine's weights with the trainer's at the first and every k-th step."""
+
+
+class Rewards(Section):
+    mode: Literal["strict", "seed"] = "strict"
+    """strict: format and accuracy read one answer block; seed: the released scores, bit for bit."""
+    temporal_grounding: dict[str, float] = {"format": 0.5, "temporal_iou": 0.5}
+    """Weight of each reward part, per task."""
+    multiple_choice: dict[str, float] = {"format": 0.5, "accuracy": 0.5}
+    grounded_qa: dict[str, float] = {"format": 0.5, "temporal_iou": 0.25, "accuracy": 0.25}
+
+
+class Algorithm(Section):
+    name: Literal["grpo"] = "grpo"
+    clip: Annotated[float, Field(gt=0)] = 0.2
+    """The ratio is clipped to [1 - clip, 1 + clip]."""
+    kl: Annotated[float, Field(ge=0)] = 0.01
+    """Coefficient of the KL term; 0 loads no reference model."""
+    entropy: Annotated[float, Field(ge=0)] = 1e-3
+    """Coefficient of the entropy bonus."""
+    normalisation: Literal["global_tokens", "seed"] = "global_tokens"
+    """global_tokens: token sum over the step's token count; seed: mean inside each micro-batch."""
+    drop_uniform_groups: bool = True
+    """Leave out groups whose rewards are all equal: they have no gradient (without KL and entropy)."""
+
+
+class Optimizer(Section):
+    lr: Annotated[float, Field(gt=0)]
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    decay: Literal["constant", "cosine"] = "constant"
+    """cosine: down to a tenth over the phase's steps."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.01
+    clip_grad: Annotated[float, Field(gt=0)] = 1.0
+
+
+class Sft(Section):
+    steps: Annotated[int, Field(ge=0)] = 0
+    """Most steps of the warm-up; 0 leaves it out."""
+    batch_size: Positive = 32
+    optimizer: Optimizer = Optimizer(lr=1e-5)
+    stop_metric: str = ""
+    """Metric of the split `dev` that ends the warm-up, for example `temporal_grounding/miou`."""
+    stop_at: float = 0.0
+    """The warm-up ends at the first evaluation at or above this value."""
+    evaluate_every: Positive = 50
+    restarts: Annotated[int, Field(ge=0)] = 0
+    """If `stop_at` is not reached within `steps`, start over this often with the next seed."""
+
+
+class Grpo(Section):
+    steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of reinforcement learning; 0 leaves it out."""
+    updates_per_step: Literal[1] = 1
+    """Optimizer updates on each batch of rollouts."""
+    optimizer: Optimizer = Optimizer(lr=1e-6)
+    evaluate_every: Annotated[int, Field(ge=0)] = 0
+    """Evaluate the split `dev` every k steps; 0: only at the end."""
+
+
+class Batch(Section):
+    tokens: Positive = 16384
+    """Most tokens of one packed micro-batch on one rank; a longer group gets one of its own."""
+    layout: Literal["shared", "plain"] = "shared"
+    """shared: a group's prompt is computed once; plain: once for each answer (the reference)."""
+
+
+class Evaluation(Section):
+    max_response_tokens: Positive = 2048
+
+
+class Checkpoint(Section):
+    every_steps: Positive = 50
+    """Steps between checkpoints, besides one at the end of each phase."""
+    keep: Positive = 2
+    """How many of the newest are kept."""
+
+
+class Observe(Section):
+    wandb: Literal["offline", "online", "off"] = "offline"
+    project: str = "megatron_vrl"
+    cards_per_step: Annotated[int, Field(ge=0)] = 1
+    """Groups of each step kept whole for the report's cards."""
+
+
+class RunConfig(Section):
+    run: Run
+    model: Model
+    parallel: Parallel = Parallel()
+    video: Video = Video()
+    data: Data = Data()
+    rollout: Rollout = Rollout()
+    rewards: Rewards = Rewards()
+    algorithm: Algorithm = Algorithm()
+    sft: Sft = Sft()
+    grpo: Grpo = Grpo()
+    batch: Batch = Batch()
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+    observe: Observe = Observe()
+
+
+def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:  # type: ignore[assignment]
+    """Read a YAML file, apply `section.key=value` overrides, validate.
+
+    Raises ConfigError naming the key, the value and the nearest known name.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"Cannot read the config {path}: {error.strerror}. Give --config FILE.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds {type(tree).__name__}, not sections. See configs/quickstart.yaml.")
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_sentence(error, path)) from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    *sections, last = key.split(".")
+    if not equals or not sections or not all(key.split(".")):
+        raise ConfigError(f"Override {override!r} is not of the form section.key=value.")
+    node = tree
+    for depth, name in enumerate(sections):
+        node = node.setdefault(name, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"Override {override!r}: {'.'.join(sections[: depth + 1])} is not a section.")
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"Override {override!r}: the value is not YAML. Quote it.") from None
+
+
+def _sentence(error: ValidationError, path: str | Path) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(first["loc"][-1]), _names(first["loc"][:-1]), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(_names(first['loc'][:-1]))}."
+        return f"{path}: unknown key {where!r}; {hint}"
+    if first["type"] == "missing":
+        return f"{path}: {where!r} is missing; set it in the file or as {where}=VALUE."
+    return f"{path}: {where}={first['input']!r} is refused: {first['msg']}."
+
+
+def _names(loc: tuple[int | str, ...]) -> list[str]:
+    """Names of the section that `loc` leads to; list indices and dict keys are passed over."""
+    section: type[BaseModel] = RunConfig
+    for part in loc:
+        if part in section.model_fields:
+            section = _section_of(section.model_fields[str(part)].annotation) or section
+    return sorted(section.model_fields)
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for arg in get_args(annotation) if (found := _section_of(arg))), None)

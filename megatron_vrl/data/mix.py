@@ -1,0 +1,98 @@
+"""Which samples, in which order: sources -> one list -> an endless, resumable stream.
+
+Everything is a function of the configuration and the seed, so any rank or restarted run sees the
+same samples in the same order, and an integer says how far a stream has come.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_vrl.config import Source
+from megatron_vrl.data.readers import HeaderDuration, read
+from megatron_vrl.errors import ConfigError, DataError
+from megatron_vrl.types import VideoSample
+
+_STRATEGY = re.compile(r"(first|end|random):([0-9]+(?:\.[0-9]+)?)(%?)")
+
+
+def load(
+    sources: Sequence[Source], seed: int, header_duration_s: HeaderDuration | None = None
+) -> list[VideoSample]:
+    """Samples of all sources in their order, each id once: a second "a" becomes "a#2"."""
+    samples: list[VideoSample] = []
+    seen: set[str] = set()
+    for number, source in enumerate(sources):
+        of_source = read(source, header_duration_s)
+        for index in chosen(source.sampling_strategy, len(of_source), [seed, number]):
+            sample = of_source[index]
+            unique, copy = sample.id, 1
+            while unique in seen:
+                copy += 1
+                unique = f"{sample.id}#{copy}"
+            seen.add(unique)
+            samples.append(sample if copy == 1 else replace(sample, id=unique))
+    return samples
+
+
+def chosen(strategy: str, num_samples: int, seed: Sequence[int]) -> list[int]:
+    """Indices that `sampling_strategy` keeps, ascending. A percentage is rounded up."""
+    if strategy == "all":
+        return list(range(num_samples))
+    match = _STRATEGY.fullmatch(strategy)
+    if match is None or (not match[3] and "." in match[2]):
+        raise ConfigError(
+            f"sampling_strategy {strategy!r} is not known; "
+            f"give all, first:N, end:N or random:N, N a count or a percentage such as 10%."
+        )
+    wanted = math.ceil(Fraction(match[2]) * num_samples / 100) if match[3] else int(match[2])
+    num_kept = min(wanted, num_samples)
+    if num_kept == 0:
+        raise DataError(f"sampling_strategy {strategy!r} keeps none of {num_samples} samples.")
+    if match[1] == "first":
+        return list(range(num_kept))
+    if match[1] == "end":
+        return list(range(num_samples - num_kept, num_samples))
+    drawn = np.random.default_rng(seed).choice(num_samples, num_kept, replace=False)
+    return sorted(drawn.tolist())
+
+
+def order(num_samples: int, epoch: int, seed: int) -> NDArray[np.int64]:
+    """Order of one epoch: a permutation of `num_samples` indices."""
+    return np.random.default_rng([seed, epoch]).permutation(num_samples)
+
+
+class SampleStream:
+    """Shuffled epochs without end; a batch may reach over the end of one.
+
+    `state` counts the samples handed out since the start. Each rank takes the same batch and
+    works on its own share of it.
+    """
+
+    def __init__(self, samples: Sequence[VideoSample], seed: int) -> None:
+        if not samples:
+            raise DataError("There are no samples to train on; check the sources of `data`.")
+        self._samples = samples
+        self._seed = seed
+        self._order = order(len(samples), 0, seed)
+        self._epoch = 0
+        self.state = 0
+
+    def restore(self, state: int) -> None:
+        self.state = state
+
+    def take(self, num_samples: int) -> list[VideoSample]:
+        """The next `num_samples` samples."""
+        return [self._next() for _ in range(num_samples)]
+
+    def _next(self) -> VideoSample:
+        epoch, index = divmod(self.state, len(self._samples))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, order(len(self._samples), epoch, self._seed)
+        self.state += 1
+        return self._samples[self._order[index]]

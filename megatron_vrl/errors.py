@@ -1,0 +1,31 @@
+"""Errors a user can cause. Each message says what is wrong, the value seen, and what to do.
+
+`python -m megatron_vrl.train` and the tools print the message alone, without a traceback, and
+exit with `EXIT_CODE`. Anything else that is raised is our bug and keeps its traceback.
+"""
+
+EXIT_CODE = 2
+
+
+class UserError(Exception):
+    """Base of every error whose cause lies in the user's input or machine."""
+
+
+class ConfigError(UserError):
+    """A config value, a command-line override, or a layout that does not divide."""
+
+
+class DataError(UserError):
+    """An annotation file or record; names the file and the record."""
+
+
+class VideoError(UserError):
+    """A video that is missing or cannot be read; names the file."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged or of another shape; names file and tensor."""
+
+
+class RolloutError(UserError):
+    """The rollout engine refused to start or answered something impossible."""

@@ -1,0 +1,144 @@
+"""The layers we put into Megatron's specs: an RMSNorm and a core attention for packed rows.
+
+Shape letters: T packed rows, H query heads, K key-value heads, D channels of a head, B entries of
+a bucket, Q their queries, S their keys.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from torch import Tensor
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm that may run on a slice of the sequence.
+
+    Megatron's own wrapper refuses sequence parallelism; marking the weight is all it takes, since
+    `finalize_model_grads` then sums its gradient over the tensor-parallel ranks.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object
+    ) -> None:
+        super().__init__(hidden_size, eps=eps)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[union-attr]
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Entries of nearly equal length that go through one attention call."""
+
+    queries: Tensor  # [B, Q] rows of T; padding points at row 0 and its output is never read
+    keys: Tensor  # [B, S] rows of T
+    mask: Tensor | None  # [B, 1, Q, S] bool, True where a query may look
+    causal: bool  # with mask None: queries and keys are the same rows, in order
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """Which row looks at which: made once per micro-batch, used by every layer."""
+
+    buckets: tuple[Bucket, ...]
+    place: Tensor  # [T] position of each row in the concatenated outputs of the buckets
+
+
+@dataclass
+class PlannedSeqParams(PackedSeqParams):
+    """Megatron's carrier of packing, from the model's input to `core_attention`."""
+
+    plan: AttentionPlan | None = None
+    plan_of_layer: dict[int, AttentionPlan] | None = None  # 1-based layer; overrides `plan`
+
+
+def packed(num_rows: int, device: torch.device, **plans: object) -> PlannedSeqParams:
+    """One packed sequence of T rows, so that rotary angles are taken row by row."""
+    ends = torch.tensor([0, num_rows], dtype=torch.int32, device=device)
+    return PlannedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=ends,
+        cu_seqlens_kv=ends,
+        max_seqlen_q=num_rows,
+        max_seqlen_kv=num_rows,
+        **plans,  # type: ignore[arg-type]
+    )
+
+
+class PlannedAttention(MegatronModule):
+    """`core_attention`: follows an AttentionPlan by torch's scaled_dot_product_attention."""
+
+    def __init__(self, config: TransformerConfig, layer_number: int, **_: object) -> None:
+        super().__init__(config=config)
+        self.layer_number = layer_number
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        packed_seq_params: PlannedSeqParams,
+        **_: object,
+    ) -> Tensor:
+        """query [T, H, D], key and value [T, K, D] -> [T, 1, H * D]."""
+        plan = packed_seq_params.plan
+        if packed_seq_params.plan_of_layer is not None:
+            plan = packed_seq_params.plan_of_layer[self.layer_number]
+        assert plan is not None
+        outputs = [_attend(query, key, value, bucket) for bucket in plan.buckets]
+        flat = torch.cat(outputs) if len(outputs) > 1 else outputs[0]  # [sum B*Q, H * D]
+        return flat.index_select(0, plan.place).unsqueeze(1)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, bucket: Bucket) -> Tensor:
+    q = _rows(query, bucket.queries)
+    k, v = _rows(key, bucket.keys), _rows(value, bucket.keys)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=bucket.mask, is_causal=bucket.causal, enable_gqa=q.shape[1] != k.shape[1]
+    )  # [B, H, Q, D]
+    return out.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def _rows(tensor: Tensor, index: Tensor) -> Tensor:
+    """[T, H, D] at [B, Q] -> [B, H, Q, D]."""
+    rows = tensor.index_select(0, index.flatten())
+    return rows.view(*index.shape, *tensor.shape[1:]).transpose(1, 2)
+
+
+def layer_spec() -> ModuleSpec:
+    """A pre-norm transformer layer of plain Megatron modules with the two above in it."""
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},  # unused: the plan decides
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=PlannedAttention,
+                    linear_proj=RowParallelLinear,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(
+                    linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
+                ),
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )

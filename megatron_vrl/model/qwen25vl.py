@@ -1,0 +1,190 @@
+"""Qwen2.5-VL on megatron.core, for training: micro-batch in, log-probs of its answers out.
+
+The language model is Megatron's GPTModel with M-RoPE; the vision tower and the token embedding
+live on the first pipeline stage, the log-prob head on the last. Logits exist only where a loss is
+(`head.py`). Generation is vLLM's work and is not here.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.enums import ModelType
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_vrl.batching.pack import MicroBatch
+from megatron_vrl.config import Model, Parallel
+from megatron_vrl.model.architecture import Architecture
+from megatron_vrl.model.head import token_logprobs
+from megatron_vrl.model.layers import RMSNorm, layer_spec, packed
+from megatron_vrl.model.plans import language_plan
+from megatron_vrl.model.vision import VisionTower
+from megatron_vrl.parallel.mesh import Mesh
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def language_config(arch: Architecture, cfg: Model, parallel: Parallel) -> TransformerConfig:
+    dtype = DTYPES[cfg.dtype]
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform"}
+    return TransformerConfig(
+        num_layers=arch.layers,
+        hidden_size=arch.hidden,
+        ffn_hidden_size=arch.mlp,
+        num_attention_heads=arch.heads,
+        num_query_groups=arch.kv_heads,
+        mrope_section=list(arch.mrope_section),
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=True,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        sequence_parallel=parallel.sequence,
+        pipeline_dtype=dtype,
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # demanded by variable_seq_lengths, even without MoE
+        batch_p2p_comm=False,  # on gloo the batched form is silently wrong between two ranks
+        calculate_per_token_loss=True,  # gradients are summed; our token weights hold the divisor
+        params_dtype=dtype,
+        bf16=cfg.dtype == "bfloat16",
+        **(recompute | {"recompute_num_layers": 1} if cfg.recompute == "full" else {}),  # type: ignore[arg-type]
+    )
+
+
+class LanguageModel(GPTModel):
+    """GPTModel that ends in hidden states: the head needs them only where a loss is."""
+
+    def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
+        return hidden_states
+
+
+class Qwen25VL(MegatronModule):
+    """The part of the model that one pipeline stage holds."""
+
+    def __init__(self, arch: Architecture, cfg: Model, parallel: Parallel, mesh: Mesh) -> None:
+        config = language_config(arch, cfg, parallel)
+        super().__init__(config=config)
+        self.arch = arch
+        self.mesh = mesh
+        self.model_type = ModelType.encoder_or_decoder  # asked for by the pipeline schedules
+        self.pre_process = mesh.is_first_stage
+        self.post_process = mesh.is_last_stage
+        self.share_embeddings_and_output_weights = arch.tied_head
+        self.vision = (
+            VisionTower(arch, mesh, config.params_dtype) if self.pre_process else None
+        )
+        layers = arch.layers // parallel.pipeline
+        self.language = LanguageModel(
+            config=config,
+            transformer_layer_spec=TransformerBlockSubmodules(  # type: ignore[arg-type]
+                layer_specs=[layer_spec()] * layers, layer_norm=RMSNorm
+            ),
+            vocab_size=arch.vocab,
+            max_sequence_length=arch.max_positions,
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            share_embeddings_and_output_weights=arch.tied_head,
+            position_embedding_type="mrope",
+            rotary_base=arch.rope_base,  # type: ignore[arg-type]
+            scatter_embedding_sequence_parallel=False,  # vision tokens are put in first
+        )
+        self._freeze(cfg)
+
+    def forward(self, batch: MicroBatch, patches: Tensor | None, temperature: float) -> Tensor:
+        """On the last stage [2, N]: log-prob and entropy of every target; else hidden states.
+
+        `patches` [P, patch values] of all videos of the batch; only the first stage reads them.
+        """
+        device = self.mesh.device
+        embeddings = self._embed(batch, patches) if self.pre_process else None
+        hidden = self.language(
+            input_ids=None,
+            position_ids=torch.from_numpy(batch.positions).to(device)[:, None],  # [3, 1, T]
+            attention_mask=None,
+            decoder_input=embeddings,
+            packed_seq_params=packed(
+                len(batch.token_ids), device, plan=language_plan(batch, device)
+            ),
+        )  # [T (/ tensor), 1, C]
+        return self._head(hidden, batch, temperature) if self.post_process else hidden
+
+    def _embed(self, batch: MicroBatch, patches: Tensor | None) -> Tensor:
+        token_ids = torch.from_numpy(batch.token_ids).to(self.mesh.device)
+        embeddings = self.language.embedding(input_ids=token_ids[None], position_ids=None)
+        if patches is not None:
+            assert self.vision is not None
+            tokens = self.vision(patches, [video.grid_thw for video in batch.videos])
+            places = torch.isin(
+                token_ids, token_ids.new_tensor([self.arch.video_token, self.arch.image_token])
+            ).nonzero()[:, 0]
+            embeddings = embeddings.index_copy(0, places, tokens[:, None].to(embeddings.dtype))
+        if self.config.sequence_parallel:
+            embeddings = scatter_to_sequence_parallel_region(embeddings)
+        return embeddings  # [T (/ tensor), 1, C]
+
+    def _head(self, hidden: Tensor, batch: MicroBatch, temperature: float) -> Tensor:
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden)
+        source = torch.from_numpy(batch.source).to(hidden.device)
+        target = torch.from_numpy(batch.target).to(hidden.device)
+        logprob, entropy = token_logprobs(
+            hidden[:, 0].index_select(0, source),
+            self.head_weight(),
+            target,
+            group=self.mesh.tensor.group,
+            temperature=temperature,
+        )
+        return torch.stack([logprob, entropy])
+
+    def head_weight(self) -> Tensor:
+        if self.share_embeddings_and_output_weights:
+            return self.language.shared_embedding_or_output_weight()
+        return self.language.output_layer.weight  # type: ignore[no-any-return]
+
+    def shared_embedding_or_output_weight(self) -> Tensor:
+        """Asked for by Megatron's gradient finalisation when the head is tied."""
+        return self.language.shared_embedding_or_output_weight()
+
+    def set_input_tensor(self, input_tensor: list[Tensor] | Tensor) -> None:
+        """Called by Megatron's pipeline schedule with the previous stage's hidden states."""
+        self.language.set_input_tensor(input_tensor)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
+    ) -> dict[str, Any]:
+        """For Megatron's distributed checkpoints: the tower is a copy on every tensor rank."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        for name, entry in state.items():
+            if name.startswith(f"{prefix}vision."):
+                entry.replica_id = (0, self.mesh.tensor.rank, self.mesh.data.rank)
+        return state  # type: ignore[no-any-return]
+
+    def _freeze(self, cfg: Model) -> None:
+        if cfg.freeze_language:
+            self.language.requires_grad_(False)
+        if self.vision is not None:
+            for name, param in self.vision.named_parameters():
+                frozen = cfg.freeze_merger if name.startswith("merger.") else cfg.freeze_vision
+                param.requires_grad_(not frozen)

@@ -1,0 +1,81 @@
+"""Files of a run directory that survive a crash, a resume and a full disk.
+
+Rows are JSON lines appended one write at a time; a torn last line (killed while writing) is never
+read. Whole files appear by rename. Nothing here knows what the rows mean, except `phase`, `during`
+and `step`, by which a resumed run takes back what it will write again.
+"""
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_vrl.errors import UserError
+
+
+@contextmanager
+def full_disk_named(path: Path) -> Iterator[None]:
+    """Turn "no space left" into a UserError; whatever was written before stays as it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"The disk is full: {path} cannot grow. Make room and start the same command again; "
+            "it goes on from the last checkpoint."
+        ) from None
+
+
+def write_file(path: Path, content: str) -> None:
+    """Replace `path` in one step: a reader sees the old content or the new, never a half."""
+    temporary = path.with_name(path.name + ".tmp")
+    with full_disk_named(path):
+        temporary.write_text(content)
+        os.replace(temporary, path)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a file, oldest first; none when it does not exist."""
+    return [json.loads(line) for line in _whole_lines(path)]
+
+
+class RowFile:
+    """Appends JSON rows. Unbuffered: a row has left the process when `append` returns."""
+
+    def __init__(self, path: Path, resume: tuple[str, int] | None) -> None:
+        """Keep the rows before step `resume[1]` of phase `resume[0]`; without it start empty."""
+        kept = list(_rows_before(path, *resume)) if resume else []
+        if path.is_file():
+            write_file(path, "".join(line + "\n" for line in kept))
+        self._path = path
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by `close`)
+
+    def append(self, row: dict[str, Any]) -> None:
+        left = memoryview((json.dumps(row, allow_nan=False) + "\n").encode())
+        with full_disk_named(self._path):
+            while left:
+                left = left[self._file.write(left) :]
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _rows_before(path: Path, phase: str, step: int) -> Iterator[str]:
+    """Lines up to the first of `phase` at or after `step`. Rows lie in the order of time, so all
+    that follow it, evaluations and later phases too, were made from weights that are gone."""
+    for line in _whole_lines(path):
+        row = json.loads(line)
+        if row.get("during", row["phase"]) == phase and row["step"] >= step:
+            return
+        yield line
+
+
+def _whole_lines(path: Path) -> list[str]:
+    if not path.is_file():
+        return []
+    *whole, _torn = path.read_text().split("\n")
+    return whole

@@ -1,0 +1,78 @@
+"""What one step measured, and how each number is called on a page.
+
+A metric's name says the thing; its unit and its title stand here once. Names that are not listed
+are shown as they are, so a new task may bring its own.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+Phase = Literal["sft", "grpo", "eval"]
+
+
+class Meaning(NamedTuple):
+    title: str
+    unit: str  # "%" shows a share in [0, 1] as a percentage
+
+
+MEANINGS = {
+    "temporal_grounding/miou": Meaning("mIoU", "%"),
+    "temporal_grounding/r1@0.3": Meaning("R@0.3", "%"),
+    "temporal_grounding/r1@0.5": Meaning("R@0.5", "%"),
+    "temporal_grounding/r1@0.7": Meaning("R@0.7", "%"),
+    "multiple_choice/accuracy": Meaning("MC accuracy", "%"),
+    "grounded_qa/accuracy": Meaning("QA accuracy", "%"),
+    "grounded_qa/miou": Meaning("QA mIoU", "%"),
+    "format_rate": Meaning("format", "%"),
+    "reward": Meaning("reward", ""),
+    "response_tokens": Meaning("response length", "tokens"),
+    "truncated_share": Meaning("truncated answers", "%"),
+    "loss": Meaning("loss", "nats per token"),
+    "kl": Meaning("KL to the reference", "nats per token"),
+    "entropy": Meaning("entropy", "nats per token"),
+    "logprob_gap": Meaning("engine to trainer log-prob gap", "nats per token"),
+    "grad_norm": Meaning("gradient norm", ""),
+    "lr": Meaning("learning rate", ""),
+    "tokens_per_second": Meaning("trained tokens per second", "1/s"),
+}
+
+
+def meaning(name: str) -> Meaning:
+    return MEANINGS.get(name, Meaning(name, ""))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepMetrics:
+    """One row of metrics.jsonl.
+
+    `values` may be nested one level, {"parts": {"format": 0.5}} becomes "parts/format". `seconds`
+    are of this step, by phase of `Clock`. An evaluation names its split, and in `during` the phase
+    whose weights it read, at which `step`.
+    """
+
+    phase: Phase
+    step: int  # from 1; 0 is the state before the first step
+    values: dict[str, Any]
+    seconds: dict[str, float] = field(default_factory=dict)
+    split: str = ""
+    during: str = ""
+
+    def row(self) -> dict[str, Any]:
+        """Flat and ready for JSON. A number that is not finite becomes null: seen, not plotted."""
+        row: dict[str, Any] = {"phase": self.phase, "step": self.step}
+        if self.phase == "eval":
+            row |= {"split": self.split, "during": self.during}
+        row["seconds"] = {name: round(value, 4) for name, value in self.seconds.items()}
+        return row | flatten(self.values)
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, float | None]:
+    """Nested numbers -> {"a/b": float or None when not finite}; numpy scalars are welcome."""
+    flat: dict[str, float | None] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}/")
+        else:
+            flat[prefix + name] = float(value) if math.isfinite(value) else None
+    return flat

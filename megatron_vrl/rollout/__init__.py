@@ -1,0 +1,1 @@
+"""Sampling answers with vLLM, and handing it the trainer's weights."""

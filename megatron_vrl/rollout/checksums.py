@@ -1,0 +1,92 @@
+"""Checksums that say whether the engine computes with the trainer's weights, bit for bit.
+
+Both sides are brought to the same form: tensors under their published names, in the engine's
+dtype, one SHA-256 each. The trainer's side is a pass over the exported tensors. The engine's side
+reads the live model. vLLM fuses q, k, v and gate, up: they are split again. On a CPU it also packs
+linear weights into an opaque kernel object and drops the plain ones: those are read back through
+the very kernel that generates, by multiplying with the identity, which is exact (one product per
+output is not zero). Only the sign of a zero is lost on that way, so both sides count -0 as 0.
+Left out: tensor-parallel and quantised engines, whose shards have no published names.
+"""
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+
+from megatron_vrl.rollout.buckets import NamedTensors
+
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+PUBLISHED_PREFIX = {  # how vLLM and transformers name in memory -> how checkpoints are published
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+    "model.language_model.": "model.",
+    "model.visual.": "visual.",
+}
+IDENTITY_ROWS = 512
+
+
+def tensor_checksums(named_tensors: NamedTensors, dtype: torch.dtype) -> dict[str, str]:
+    """SHA-256 of each tensor after a cast to `dtype`, by published name. Order does not matter."""
+    return {_published(name): _digest(tensor.detach(), dtype) for name, tensor in named_tensors}
+
+
+@torch.no_grad()
+def live_checksums(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, str]:
+    """The same of a live vLLM model (tensor-parallel size 1)."""
+    return tensor_checksums(_live_tensors(model, dtype), dtype)
+
+
+def _live_tensors(
+    model: torch.nn.Module, dtype: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor]]:
+    modules = dict(model.named_modules())
+    for name, parameter in model.named_parameters():
+        prefix, _, kind = name.rpartition(".")
+        tensor = _live_weight(modules[prefix], dtype) if kind == "weight" else parameter
+        parent, _, leaf = prefix.rpartition(".")
+        if leaf not in FUSED:
+            yield name, tensor
+            continue
+        parts = tensor.split(modules[prefix].output_sizes)
+        for part_name, part in zip(FUSED[leaf], parts, strict=True):
+            yield f"{parent}.{part_name}.{kind}", part
+
+
+def _live_weight(module: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    if isinstance(module, LinearBase):
+        return _unpacked(module, module.input_size, dtype)
+    if isinstance(module, VocabParallelEmbedding):
+        plain = module.weight
+        packed = _unpacked(module, module.embedding_dim, dtype)
+        # A tied embedding lives twice: plain for the lookup, packed for the logits. A stale packed
+        # copy must show, so it is the one reported when the two differ.
+        weight = plain if torch.equal(plain, packed) else packed
+        return weight[: module.org_vocab_size]  # rows beyond are padding
+    return module.weight
+
+
+def _unpacked(module: torch.nn.Module, in_features: int, dtype: torch.dtype) -> torch.Tensor:
+    """The weight [out, in] that the module's kernel multiplies with."""
+    if "cpu_linear" not in vars(module):
+        return module.weight
+    columns = [
+        module.cpu_linear(rows.contiguous(), module.weight, None)
+        for rows in torch.eye(in_features, dtype=dtype).split(IDENTITY_ROWS)
+    ]
+    return torch.cat(columns).T
+
+
+def _published(name: str) -> str:
+    for prefix, published in PUBLISHED_PREFIX.items():
+        if name.startswith(prefix):
+            return published + name.removeprefix(prefix)
+    return name
+
+
+def _digest(tensor: torch.Tensor, dtype: torch.dtype) -> str:
+    plain = (tensor.to(device="cpu", dtype=dtype) + 0.0).contiguous()
+    return hashlib.sha256(plain.view(-1).view(torch.uint8).numpy()).hexdigest()

@@ -1,0 +1,75 @@
+"""vLLM weight-transfer backend "shared_memory": HF-named weights arrive in flat buckets.
+
+The worker half of a weight update: vLLM creates one of these in every worker process and drives
+it with start_weight_update, update_weights (once per bucket), finish_weight_update. In between,
+vLLM's layer-wise reload collects a layer's pieces, packs them as the kernels want and copies the
+result over the live weights. The trainer half is `ColocatedEngine.push_weights`.
+"""
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
+
+from megatron_vrl.errors import RolloutError
+from megatron_vrl.rollout.buckets import Bucket, read_bucket
+
+BACKEND = "shared_memory"
+
+
+@functools.cache
+def register() -> None:
+    """Make the backend known to this process (entry point `vllm.general_plugins`)."""
+    WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryWeightTransferEngine)
+
+
+@dataclass
+class SharedMemoryInitInfo(WeightTransferInitInfo):
+    """Nothing to agree on beforehand: every bucket describes itself."""
+
+
+@dataclass
+class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):
+    bucket: dict[str, Any] = field(default_factory=dict)  # fields of `Bucket`
+
+
+class SharedMemoryWeightTransferEngine(
+    WeightTransferEngine[SharedMemoryInitInfo, SharedMemoryUpdateInfo]
+):
+    init_info_cls = SharedMemoryInitInfo
+    update_info_cls = SharedMemoryUpdateInfo
+
+    def init_transfer_engine(self, init_info: SharedMemoryInitInfo) -> None:
+        pass
+
+    def start_weight_update(self) -> None:
+        self._missing = {name for name, _ in self.model.named_parameters()}
+        initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        # Not the base class's: that ends in torch.accelerator.synchronize(), absent on a CPU.
+        self.receive_weights(self.parse_update_info(update_info))
+
+    def receive_weights(self, update_info: SharedMemoryUpdateInfo) -> None:
+        self._missing -= self.model.load_weights(read_bucket(Bucket(**update_info.bucket)))
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        if self._missing:
+            raise RolloutError(
+                f"The weight update left out {len(self._missing)} tensors of the engine, the first "
+                f"is {min(self._missing)}. Export every tensor of the checkpoint."
+            )
+
+    def shutdown(self) -> None:
+        pass

@@ -1,0 +1,128 @@
+"""Reading `<think>...</think><answer>{JSON}</answer>`, strictly.
+
+One block answers: the last `<answer>...</answer>` after the last `</think>`. A block inside the
+thinking is never read, nor is one that is not closed, as in a response cut at its length limit.
+Inside the block stands one JSON object without repeated keys. Seconds are plain decimals, as a
+string or a number; units, mm:ss, exponents, NaN and infinity are refused. They are clipped to the
+video and must then be in order. An option is read from its letter ("B", "b", "(B)", "B."), from
+its text, or from both when they agree.
+
+Reading is wider than the format: `template` gives the one form that counts as formatted. White
+space around the response and inside the JSON is free; a second answer block, tags inside the
+thinking or text outside the two blocks are not.
+
+Each `read_` function returns (value, failure), where failure is "" or one sentence.
+"""
+
+import json
+import math
+import re
+from typing import Any
+
+from megatron_vrl.types import Interval
+
+SECONDS = r"[0-9]+(?:\.[0-9]+)?"
+LETTER = "[A-Z]"
+
+_NO_TAGS = r"[^<]*(?:<(?!/?(?:think|answer)>)[^<]*)*"
+_NUMBER = re.compile("-?" + SECONDS)
+_LETTERED = re.compile(r"(?:\(([A-Za-z])\)|([A-Za-z])[.:)]?)(?:\s+(.+))?", re.DOTALL)
+
+
+def template(**fields: str) -> re.Pattern[str]:
+    """Pattern of a whole stripped response whose JSON has these string fields, in this order."""
+    body = r"\s*,\s*".join(rf'"{key}"\s*:\s*"{value}"' for key, value in fields.items())
+    return re.compile(rf"<think>{_NO_TAGS}</think>\s*<answer>\s*\{{\s*{body}\s*\}}\s*</answer>")
+
+
+def read_block(response: str) -> tuple[str, str]:
+    """Text of the answer block, stripped."""
+    tail = response.rpartition("</think>")[2]
+    if "<think>" in tail:
+        return "", "the thinking is never closed"
+    _, opened, block = tail.rpartition("<answer>")
+    if not opened:
+        return "", "no <answer> after the thinking"
+    body, closed, _ = block.partition("</answer>")
+    return (body.strip(), "") if closed else ("", "the answer is never closed")
+
+
+def read_json(body: str) -> tuple[Any, str]:
+    """One JSON value; integers come as floats, so that no literal is too long to hold."""
+    try:
+        value = json.loads(
+            body, parse_int=float, parse_constant=_refuse, object_pairs_hook=_unique_keys
+        )
+    except (ValueError, RecursionError):  # a long row of "[" is too deep for the json module
+        return None, "the answer is not JSON"
+    return value, ""
+
+
+def read_fields(response: str) -> tuple[dict[str, Any], str]:
+    """The JSON object in the answer block; {} when there is none."""
+    body, failure = read_block(response)
+    if failure:
+        return {}, failure
+    value, failure = read_json(body)
+    if not failure and not isinstance(value, dict):
+        failure = "the answer is not a JSON object"
+    return ({}, failure) if failure else (value, "")
+
+
+def read_interval(fields: dict[str, Any], duration_s: float) -> tuple[Interval | None, str]:
+    """`start_time` and `end_time`, clipped to [0, duration_s]."""
+    clipped_s = []
+    for key in ("start_time", "end_time"):
+        time_s = _seconds(fields.get(key))
+        if time_s is None:
+            return None, f"{key} {fields.get(key)!r:.40} is not a number of seconds"
+        clipped_s.append(min(max(time_s, 0.0), duration_s))
+    start_s, end_s = clipped_s
+    if not start_s < end_s:
+        return None, f"no time of the video lies between {start_s:g} s and {end_s:g} s"
+    return (start_s, end_s), ""
+
+
+def read_option(text: Any, options: tuple[str, ...]) -> tuple[str, str]:
+    """Letter of the one option that `text` names; a single letter is always read as a letter."""
+    if not isinstance(text, str):
+        return "", f"option {text!r:.40} is not a letter"
+    text = text.strip()
+    named = {letter for letter, option in lettered(options) if _same(option, text)}
+    match = _LETTERED.fullmatch(text)
+    if match:
+        letter, rest = (match[1] or match[2]).upper(), match[3]
+        option = dict(lettered(options)).get(letter)
+        if rest is None:
+            named = {letter} if option is not None else set()
+        elif option is not None and _same(option, rest):
+            named.add(letter)
+    if len(named) != 1:
+        return "", f"option {text!r:.40} does not name one of {len(options)} options"
+    return named.pop(), ""
+
+
+def lettered(options: tuple[str, ...]) -> list[tuple[str, str]]:
+    """[("A", first option), ("B", second option), ...]"""
+    return [(chr(ord("A") + index), option) for index, option in enumerate(options)]
+
+
+def _seconds(value: Any) -> float | None:
+    if isinstance(value, str) and _NUMBER.fullmatch(value):
+        value = float(value)
+    return value if isinstance(value, float) and math.isfinite(value) else None
+
+
+def _same(left: str, right: str) -> bool:
+    return left.strip().rstrip(".").casefold() == right.strip().rstrip(".").casefold()
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(constant)  # NaN, Infinity and -Infinity are no JSON
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError("repeated key")
+    return fields

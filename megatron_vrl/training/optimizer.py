@@ -1,0 +1,42 @@
+"""Megatron's optimizer for one phase, and its learning rate as a function of the step."""
+
+import math
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+
+from megatron_vrl.config import Optimizer
+
+
+def make_optimizer(
+    chunks: list[DistributedDataParallel], cfg: Optimizer, *, bf16: bool, distributed: bool
+) -> MegatronOptimizer:
+    """A fresh AdamW with float32 main weights; every rank calls it.
+
+    Weight decay spares biases and norms, as everywhere on Megatron.
+    """
+    return get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=cfg.lr,
+            min_lr=0.0,  # read by Megatron only; `learning_rate` below decides
+            weight_decay=cfg.weight_decay,
+            adam_beta1=cfg.betas[0],
+            adam_beta2=cfg.betas[1],
+            clip_grad=cfg.clip_grad,
+            bf16=bf16,
+            params_dtype=chunks[0].module.config.params_dtype,
+            use_distributed_optimizer=distributed,
+        ),
+        chunks,
+    )
+
+
+def learning_rate(cfg: Optimizer, step: int, num_steps: int) -> float:
+    """Rate of the update that follows `step` finished ones: linear warm-up, then the decay."""
+    if step < cfg.warmup_steps:
+        return cfg.lr * (step + 1) / cfg.warmup_steps
+    if cfg.decay == "constant":
+        return cfg.lr
+    done = (step - cfg.warmup_steps) / max(1, num_steps - cfg.warmup_steps)
+    return cfg.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))

@@ -1,0 +1,213 @@
+"""The model being trained: forward, backward and update over all of its ranks.
+
+Every rank of the mesh calls every method, with the micro-batches of its data-parallel rank; the
+number of micro-batches must be the same on all. The loss is a sum of token losses times token
+weights, so gradients are summed, never averaged, and no split of the batch can change them.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_vrl.batching.pack import MicroBatch
+from megatron_vrl.config import Model, Optimizer, Parallel
+from megatron_vrl.model.architecture import Architecture
+from megatron_vrl.model.qwen25vl import Qwen25VL
+from megatron_vrl.parallel.mesh import Mesh
+from megatron_vrl.training.optimizer import learning_rate, make_optimizer
+from megatron_vrl.video.rules import patchify
+
+# (logprob [N], entropy [N], batch, reference logprob [N] or None) -> loss [N], metrics {name: [N]}
+TokenLoss = Callable[
+    [Tensor, Tensor, MicroBatch, Tensor | None], tuple[Tensor, dict[str, Tensor]]
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """What one optimizer update did; the same on every rank."""
+
+    loss: float
+    grad_norm: float
+    applied: bool  # False: a gradient was not finite and the update was left out
+    lr: float
+    metrics: dict[str, float]  # token means; names that end in "_max" are maxima
+
+
+class Policy:
+    """Qwen2.5-VL wrapped for data parallelism, with the optimizer of the current phase."""
+
+    def __init__(self, arch: Architecture, model: Model, parallel: Parallel, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.arch = arch
+        self._model_cfg, self._parallel_cfg = model, parallel
+        self.model = Qwen25VL(arch, model, parallel, mesh).to(mesh.device)
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=False,
+            use_distributed_optimizer=parallel.distributed_optimizer,
+        )
+        self._ddp = DistributedDataParallel(self.model.config, ddp, self.model)
+        self.model.config.finalize_model_grads_func = self._finalize_gradients
+        self.optimizer: MegatronOptimizer | None = None
+        self._reference: Qwen25VL | None = None
+
+    def start_phase(self, cfg: Optimizer, num_steps: int) -> None:
+        """Begin with a fresh optimizer on the weights as they are."""
+        self._optimizer_cfg, self._num_steps = cfg, num_steps
+        self.optimizer = make_optimizer(
+            [self._ddp],
+            cfg,
+            bf16=self._model_cfg.dtype == "bfloat16",
+            distributed=self._parallel_cfg.distributed_optimizer,
+        )
+
+    def keep_reference(self) -> None:
+        """Keep a frozen copy of the weights as they are, for the KL term."""
+        self._reference = Qwen25VL(self.arch, self._model_cfg, self._parallel_cfg, self.mesh)
+        self._reference.to(self.mesh.device).requires_grad_(False)
+        self._reference.load_state_dict(self.model.state_dict())
+
+    def reference_logprobs(
+        self, batches: Sequence[MicroBatch], temperature: float
+    ) -> list[Tensor | None]:
+        """Log-prob [N] of every batch under the reference; None off the last stage or without one."""
+        if self._reference is None:
+            return [None] * len(batches)
+        outputs = self._run(
+            self._reference,
+            batches,
+            temperature,
+            lambda output, non_loss_data: output[0].clone(),
+            forward_only=True,
+        )
+        return outputs or [None] * len(batches)
+
+    def update(
+        self, batches: Sequence[MicroBatch], token_loss: TokenLoss, temperature: float, step: int
+    ) -> Update:
+        """One optimizer update from this rank's micro-batches; `step` updates were made before."""
+        assert self.optimizer is not None, "start_phase first"
+        references = self.reference_logprobs(batches, temperature)
+        self._ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        losses = iter([partial(_weighted, token_loss, b, r) for b, r in zip(batches, references)])  # noqa: B905
+        records = self._run(self._ddp, batches, temperature, lambda output: next(losses)(output))
+        metrics = self._reduce(records)
+        lr = learning_rate(self._optimizer_cfg, step, self._num_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        applied = self._gradients_are_finite()
+        grad_norm = float("nan")
+        if applied:
+            _, grad_norm, _ = self.optimizer.step()
+        return Update(
+            loss=metrics.pop("loss"), grad_norm=float(grad_norm), applied=applied, lr=lr,
+            metrics=metrics,
+        )
+
+    def _run(
+        self, model: Any, batches: Sequence[MicroBatch], temperature: float,
+        on_output: Callable[..., Any], forward_only: bool = False,
+    ) -> list[Any]:
+        def forward_step(data: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
+            batch = next(data)
+            return chunk(batch, self._patches(batch), temperature), on_output
+
+        records: list[Any] = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(batches),
+            model=[model],
+            num_microbatches=len(batches),
+            seq_length=1,  # shapes travel with the tensors: variable_seq_lengths
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+        return records
+
+    def _patches(self, batch: MicroBatch) -> Tensor | None:
+        if not self.mesh.is_first_stage or not batch.videos:
+            return None
+        patches = np.concatenate([patchify(video.frames) for video in batch.videos])
+        return torch.from_numpy(patches).to(self.mesh.device, self.model.config.params_dtype)
+
+    def _finalize_gradients(
+        self, model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any
+    ) -> None:
+        """Sum over data ranks, tied heads and sequence-parallel norms; then the vision tower's
+        parts, since each tensor-parallel rank saw its own temporal steps only."""
+        finalize_model_grads(model, None, **kwargs)
+        tensor = self.mesh.tensor
+        if tensor.size == 1 or self.model.vision is None:
+            return
+        grads = [p.main_grad for p in self.model.vision.parameters() if p.requires_grad]  # type: ignore[attr-defined]
+        if grads:
+            flat = torch.cat([grad.reshape(-1) for grad in grads])
+            dist.all_reduce(flat, group=tensor.group)
+            for grad, summed in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+                grad.copy_(summed.view_as(grad))
+
+    def _gradients_are_finite(self) -> bool:
+        finite = [torch.isfinite(buffer.grad_data).all() for buffer in self._ddp.buffers]
+        flag = torch.stack(finite).all().float() if finite else torch.ones((), device=self.mesh.device)
+        dist.all_reduce(flag, dist.ReduceOp.MIN)
+        return bool(flag.item())
+
+    def _reduce(self, records: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Token sums -> means over the whole step, on every rank."""
+        names = sorted(records[0]) if records else []
+        box: list[Any] = [names]
+        last = dist.get_global_rank(self.mesh.pipeline.group, self.mesh.pipeline.size - 1)
+        if self.mesh.pipeline.size > 1:
+            dist.broadcast_object_list(box, last, group=self.mesh.pipeline.group)
+        names = box[0]
+        totals = torch.zeros(len(names), dtype=torch.float64, device=self.mesh.device)
+        is_max = torch.tensor([name.endswith("_max") for name in names], device=self.mesh.device)
+        for record in records:
+            row = torch.stack([record[name].double() for name in names])
+            totals = torch.where(is_max, torch.maximum(totals, row), totals + row)
+        peaks = totals.clone()
+        dist.all_reduce(totals, group=self.mesh.data.group)
+        dist.all_reduce(peaks, dist.ReduceOp.MAX, group=self.mesh.data.group)
+        totals = torch.where(is_max, peaks, totals)
+        if self.mesh.pipeline.size > 1:
+            dist.broadcast(totals, last, group=self.mesh.pipeline.group)
+        values = dict(zip(names, totals.tolist(), strict=True))
+        tokens = max(1.0, values.pop("tokens"))
+        whole = {"loss"}
+        return {
+            name: value if name in whole or name.endswith("_max") else value / tokens
+            for name, value in values.items()
+        }
+
+
+def _weighted(
+    token_loss: TokenLoss, batch: MicroBatch, reference: Tensor | None, output: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Megatron's loss function of one micro-batch: scalar, token count, sums to report."""
+    logprob, entropy = output
+    losses, metrics = token_loss(logprob, entropy, batch, reference)
+    weight = torch.from_numpy(batch.weight).to(losses.device)
+    loss = (losses * weight).sum()
+    counted = weight > 0  # filler micro-batches weigh nothing
+    record = {
+        name: (value.detach() * counted).amax() if name.endswith("_max")
+        else (value.detach() * counted).sum()
+        for name, value in metrics.items()
+    }
+    record |= {"loss": loss.detach().clone(), "tokens": counted.sum()}
+    return loss, counted.sum().int(), record

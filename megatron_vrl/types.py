@@ -1,0 +1,87 @@
+"""What flows: VideoSample -> EncodedVideo -> Prompt -> Rollout -> ScoredGroup.
+
+A stage that learns something makes the next type; it never fills a hole in an old one.
+Shape letters: F frames, P prompt tokens, R response tokens, N rollouts of one group.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Interval = tuple[float, float]  # (start, end) in seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VideoSample:
+    """One annotated question about one video, as a reader returns it.
+
+    Example: VideoSample(id="clip_0001/0", task="temporal_grounding", video="/data/clip_0001.mp4",
+    duration_s=16.0, query="the red square is visible", rationale="the red square is visible",
+    intervals_s=((3.0, 7.0),), options=(), option="")
+    """
+
+    id: str  # unique within its split; "VIDEO/INDEX" for sets keyed by video
+    task: str  # a row of `megatron_vrl.tasks.TASKS`
+    video: str  # path of the file
+    duration_s: float  # as annotated, seconds
+    query: str  # the sentence to ground, or the question
+    rationale: str  # what an ideal answer thinks; imitated by the SFT warm-up, "" if unknown
+    intervals_s: tuple[Interval, ...]  # true intervals, seconds; () when the task has none
+    options: tuple[str, ...]  # option texts in order; () when the task has none
+    option: str  # letter of the right option, "A".."Z"; "" when the task has none
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedVideo:
+    """The one record made at decoding. Nothing downstream recomputes its time axis.
+
+    `frames` are already resized, so their grid is the model's: height = grid_thw[1] * 14.
+    An odd number of sampled frames is completed by repeating the last one, so
+    F = 2 * grid_thw[0].
+    """
+
+    path: str
+    digest: str  # hex digest of the file's bytes
+    codec: str  # as the container names it, for example "h264"
+    duration_s: float  # of the container's video stream, seconds
+    frame_indices: NDArray[np.int64]  # [F] in decoding order of presentation
+    timestamps_s: NDArray[np.float64]  # [F] from the container's pts, seconds
+    sampled_fps: float  # frames sampled per second of video
+    seconds_per_grid: float  # seconds between two temporal steps of the grid (2 frames each)
+    grid_thw: tuple[int, int, int]  # temporal steps, height and width in patches of 14 px
+    frames: NDArray[np.uint8]  # [F, height, width, 3] RGB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """A sample rendered through the chat template, encoded once for engine and trainer."""
+
+    sample: VideoSample
+    video: EncodedVideo
+    token_ids: NDArray[np.int64]  # [P] with one <|video_pad|> per merged vision cell
+    engine_token_ids: tuple[int, ...]  # the same with one single <|video_pad|>, as vLLM wants it
+    positions: NDArray[np.int64]  # [3, P] M-RoPE positions: time, height, width
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One sampled answer."""
+
+    token_ids: NDArray[np.int64]  # [R] ends with the stop token when finish == "stop"
+    logprobs: NDArray[np.float32]  # [R] under the engine, at the sampling temperature
+    text: str  # without special tokens
+    finish: Literal["stop", "length"]
+    weight_version: int  # of the weights it was sampled with
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredGroup:
+    """N answers to one prompt with their rewards and advantages."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]  # N
+    parts: dict[str, NDArray[np.float64]]  # reward part -> [N], each in [0, 1]
+    rewards: NDArray[np.float64]  # [N] weighted sum of the parts
+    advantages: NDArray[np.float64]  # [N]

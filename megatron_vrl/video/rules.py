@@ -1,0 +1,139 @@
+"""Qwen2.5-VL's video rules: which frames, at what size, how many tokens, in which patch order.
+
+Pure arithmetic, so the token count of a video is known before a frame of it is decoded. The rules
+are those of qwen-vl-utils 0.0.14 (`smart_nframes`, `smart_resize`, the budget in `fetch_video`)
+and of transformers' `Qwen2VLVideoProcessor` (normalisation and patch order), restated because
+both packages need a working torchvision. Two corners Qwen leaves open are closed here: a video
+too short for two frames is sampled once and the frame repeated, and a very thin video keeps at
+least one merged cell on each side.
+
+Left out: Qwen's `nframes`, `video_start` and `video_end`; a sample is always its whole file.
+Letters: F frames, T temporal steps (2 frames), H, W pixels, h, w patches.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_vrl.config import Video
+from megatron_vrl.errors import VideoError
+
+PATCH = 14  # pixels
+MERGE = 2  # patches on each side of one language token
+TEMPORAL = 2  # frames of one temporal step
+CELL = PATCH * MERGE  # pixels on each side of one language token
+CHANNELS = 3
+MAX_ASPECT = 200
+
+# OpenAI CLIP, with the rescaling by 1/255 folded in as transformers does, so in float32.
+_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32) * np.float32(255)
+_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32) * np.float32(255)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingPlan:
+    """What will be decoded of one video, and how large it will be for the model."""
+
+    indices: NDArray[np.int64]  # [F] rising; F is even, an odd count repeats the last frame
+    sampled_fps: float  # frames sampled per second of video
+    seconds_per_grid: float  # seconds between two temporal steps
+    height: int  # pixels after resizing, a multiple of 28
+    width: int
+    grid_thw: tuple[int, int, int]  # temporal steps, height and width in patches
+
+    @property
+    def num_tokens(self) -> int:
+        """Language tokens of the video: one for each merged cell."""
+        return math.prod(self.grid_thw) // MERGE**2
+
+
+def plan_frames(
+    num_frames: int, native_fps: float, height: int, width: int, cfg: Video
+) -> SamplingPlan:
+    """The plan for a video of `num_frames` frames of height x width pixels."""
+    count = frame_count(num_frames, native_fps, cfg)
+    indices = spread(num_frames, count)
+    if count % TEMPORAL:
+        indices = np.append(indices, indices[-1])
+    sampled_fps = count / num_frames * native_fps
+    resized = smart_resize(height, width, cfg.min_pixels, frame_budget(count, cfg))
+    return SamplingPlan(
+        indices=indices,
+        sampled_fps=sampled_fps,
+        seconds_per_grid=TEMPORAL / sampled_fps,
+        height=resized[0],
+        width=resized[1],
+        grid_thw=(len(indices) // TEMPORAL, resized[0] // PATCH, resized[1] // PATCH),
+    )
+
+
+def frame_count(num_frames: int, native_fps: float, cfg: Video) -> int:
+    """How many frames are sampled: even, or 1 when two do not fit."""
+    fewest = math.ceil(cfg.min_frames / TEMPORAL) * TEMPORAL
+    most = math.floor(min(cfg.max_frames, num_frames) / TEMPORAL) * TEMPORAL
+    wanted = min(max(num_frames / native_fps * cfg.fps, fewest), most)
+    return max(math.floor(wanted / TEMPORAL) * TEMPORAL, 1)
+
+
+def spread(num_frames: int, count: int) -> NDArray[np.int64]:
+    """[count] indices from the first frame to the last, `torch.linspace(...).round()` bit by bit.
+
+    In float32, from both ends towards the middle and with one rounding for each half (the fused
+    multiply-add of torch's kernel), because values that end in .5 then fall as they do there.
+    """
+    if count == 1:
+        return np.zeros(1, np.int64)
+    last = np.float32(num_frames - 1)
+    step = last / np.float32(count - 1)
+    order = np.arange(count, dtype=np.float32)
+    rising = step * order
+    falling = (np.float64(last) - np.float64(step) * order[::-1]).astype(np.float32)
+    return np.rint(np.where(order < count // 2, rising, falling)).astype(np.int64)
+
+
+def frame_budget(count: int, cfg: Video) -> int:
+    """Most pixels of one frame when `count` frames share the video's budget."""
+    share = cfg.total_pixels / count * TEMPORAL
+    return int(max(min(cfg.max_pixels, share), int(cfg.min_pixels * 1.05)))
+
+
+def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """(height, width) in multiples of 28 near the same shape, with min <= pixels <= max."""
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise VideoError(
+            f"frames of {width}x{height} are longer than {MAX_ASPECT}:1; crop the video."
+        )
+    rows = max(CELL, round(height / CELL) * CELL)
+    columns = max(CELL, round(width / CELL) * CELL)
+    if rows * columns > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        rows = max(CELL, math.floor(height / shrink / CELL) * CELL)
+        columns = max(CELL, math.floor(width / shrink / CELL) * CELL)
+    elif rows * columns < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        rows = math.ceil(height * grow / CELL) * CELL
+        columns = math.ceil(width * grow / CELL) * CELL
+    return rows, columns
+
+
+def patchify(frames: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """[F, H, W, 3] RGB bytes -> [T*h*w, 1176] normalised patches, as the vision tower reads them.
+
+    Rows run over time, then merged cells, then the four patches inside a cell; columns over
+    channel, frame of the step, row, column. H and W are multiples of 28, F is even.
+    """
+    count, height, width, _ = frames.shape
+    cells = frames.reshape(
+        count // TEMPORAL, TEMPORAL,
+        height // CELL, MERGE, PATCH,
+        width // CELL, MERGE, PATCH,
+        CHANNELS,
+    )  # [T, 2, h/2, 2, 14, w/2, 2, 14, C]  # fmt: skip
+    # Bytes are moved before they become floats: a quarter of the memory traffic.
+    patches = cells.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # [T, h/2, w/2, 2, 2, C, 2, 14, 14]
+    columns = np.ascontiguousarray(patches).reshape(-1, CHANNELS, TEMPORAL * PATCH * PATCH)
+    values = np.subtract(columns, _MEAN[:, None], dtype=np.float32)  # [T*h*w, C, 392]
+    np.divide(values, _STD[:, None], out=values)
+    return values.reshape(len(values), -1)  # [T*h*w, 1176]

@@ -1,0 +1,136 @@
+"""The Megatron model against transformers: log-probs and every gradient, same weights, positions."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_vrl.batching.pack import Answer, Group, pack
+from megatron_vrl.config import Model, Parallel
+from megatron_vrl.model.architecture import read_architecture
+from megatron_vrl.model.qwen25vl import Qwen25VL
+from megatron_vrl.model.weight_map import stage_rows
+from megatron_vrl.model.weights import load_published, published_tensors
+from megatron_vrl.parallel.mesh import Mesh, close_mesh, init_mesh
+from megatron_vrl.video.rules import patchify
+from tests.tiny import prompt, published_model, save
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    yield init_mesh(Parallel(), seed=1)
+    close_mesh()
+
+
+def _model(mesh: Mesh, directory: Path) -> Qwen25VL:
+    cfg = Model(checkpoint=str(directory), dtype="float32")
+    model = Qwen25VL(read_architecture(directory), cfg, Parallel(), mesh)
+    load_published(model, directory)
+    return model
+
+
+def _groups(grids, answers_per_group):
+    rng = np.random.default_rng(7)
+    return [
+        Group(
+            prompt=prompt(grid, seconds, seed),
+            answers=tuple(
+                Answer(
+                    token_ids=rng.integers(0, 90, length),
+                    advantage=1.0,
+                    engine_logprobs=np.zeros(length, dtype=np.float32),
+                )
+                for length in answers_per_group
+            ),
+        )
+        for seed, (grid, seconds) in enumerate(grids)
+    ]
+
+
+def _published_logprobs(model, group, answer):
+    """Log-probs [R] of one answer by transformers, prompt and answer as one plain sequence."""
+    ids = np.concatenate([group.prompt.token_ids, answer.token_ids])
+    first = int(group.prompt.positions.max()) + 1
+    tail = np.broadcast_to(
+        np.arange(first, first + len(answer.token_ids)), (3, len(answer.token_ids))
+    )
+    positions = np.concatenate([group.prompt.positions, tail], axis=1)
+    logits = model(
+        input_ids=torch.from_numpy(ids)[None],
+        position_ids=torch.from_numpy(positions)[:, None],
+        pixel_values_videos=torch.from_numpy(patchify(group.prompt.video.frames)),
+        video_grid_thw=torch.tensor([group.prompt.video.grid_thw]),
+        mm_token_type_ids=torch.from_numpy((ids == 90) * 2)[None],
+    ).logits[0]
+    length = len(answer.token_ids)
+    logprobs = torch.log_softmax(logits[-length - 1 : -1], dim=-1)
+    return logprobs.gather(1, torch.from_numpy(answer.token_ids)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("grids", "answers"),
+    [
+        ([((4, 2, 2), 2.0)], [5]),
+        ([((2, 6, 10), 0.5)], [3, 1, 7]),  # windows of 2 x 2 tokens, with remainders
+        ([((3, 4, 4), 1.0), ((1, 8, 2), 1.5)], [4, 2]),
+    ],
+)
+def test_logprobs_and_gradients_equal_transformers(mesh, tmp_path, tied, grids, answers):
+    oracle = published_model(tied=tied)
+    model = _model(mesh, save(oracle, tmp_path))
+    groups = _groups(grids, answers)
+    batch = pack(groups)
+    patches = torch.from_numpy(np.concatenate([patchify(v.frames) for v in batch.videos]))
+    logprob, _ = model(batch, patches, 1.0)
+    expected = torch.cat([_published_logprobs(oracle, g, a) for g in groups for a in g.answers])
+    torch.testing.assert_close(logprob, expected, rtol=1e-5, atol=1e-5)
+
+    weights = torch.linspace(-1, 1, len(expected))
+    (logprob * weights).sum().backward()
+    (expected * weights).sum().backward()
+    published = {
+        n.replace("model.visual", "visual").replace("model.language_model", "model"): p.grad
+        for n, p in oracle.named_parameters()
+    }
+    params = dict(model.named_parameters())
+    for row in stage_rows(model.arch, 0, 1):
+        want = row.layout.join([published[name] for name in row.published])
+        got = params[row.megatron].grad
+        error = (got - want).norm() / want.norm()
+        assert error < 1e-5, f"{row.megatron}: relative error {error:.1e}"
+
+
+def test_entropy_is_that_of_the_whole_distribution(mesh, tmp_path):
+    oracle = published_model()
+    model = _model(mesh, save(oracle, tmp_path))
+    (group,) = _groups([((2, 2, 2), 1.0)], [1])
+    batch = pack([group])
+    _, entropy = model(batch, torch.from_numpy(patchify(group.prompt.video.frames)), 0.7)
+    probabilities = []
+    for token in range(90):  # every word but the special ones, one answer each
+        answer = Answer(
+            token_ids=np.array([token]), advantage=0.0, engine_logprobs=np.zeros(1, np.float32)
+        )
+        single = pack([Group(prompt=group.prompt, answers=(answer,))])
+        patches = torch.from_numpy(patchify(group.prompt.video.frames))
+        probabilities.append(model(single, patches, 0.7)[0].detach())
+    logprobs = torch.cat(probabilities)
+    partial = -(logprobs.exp() * logprobs).sum()
+    rest = 1 - logprobs.exp().sum()
+    assert partial <= entropy[0] + 1e-5
+    assert entropy[0] <= partial + rest * (np.log(6) - torch.log(rest)) + 1e-5
+
+
+def test_round_trip_is_bit_equal(mesh, tmp_path):
+    oracle = published_model()
+    model = _model(mesh, save(oracle, tmp_path))
+    exported = dict(published_tensors(model))
+    published = {
+        n.replace("model.visual", "visual").replace("model.language_model", "model"): p
+        for n, p in oracle.named_parameters()
+    }
+    assert exported.keys() == published.keys()
+    for name, tensor in exported.items():
+        assert torch.equal(tensor, published[name]), name

@@ -1,0 +1,190 @@
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megatron_vrl.config import Observe
+from megatron_vrl.errors import UserError
+from megatron_vrl.observe.cards import CELL_PX, CELLS, Answer, Card, strip
+from megatron_vrl.observe.metrics import StepMetrics
+from megatron_vrl.observe.report import CARDS, build_report
+from megatron_vrl.observe.sinks import open_sinks
+from megatron_vrl.observe.summary import write_summary
+
+FRAMES = np.zeros((8, 12, 16, 3), np.uint8)
+TIMES_S = np.arange(8, dtype=np.float64) * 2
+HOSTILE = "<script>alert(1)</script> & more"
+
+
+def answer(start_s: float, text: str = "an answer") -> Answer:
+    return Answer(
+        text=text,
+        intervals_s=((start_s, start_s + 4.0),),
+        option="",
+        parts={"format": 1.0, "temporal_iou": 0.25},
+        reward=0.625,
+        advantage=-1.5,
+        logprob_gap=1e-6,
+        tokens=17,
+    )
+
+
+def card(step: int, text: str = "an answer") -> Card:
+    return Card(
+        phase="grpo",
+        step=step,
+        sample_id="clip_1/0",
+        task="temporal_grounding",
+        question=f"question of step {step}",
+        options=(),
+        option="",
+        intervals_s=((4.0, 8.0),),
+        duration_s=16.0,
+        answers=(answer(2.0, text), answer(14.0)),
+    )
+
+
+def made_run(out_dir: Path, cards: int = 2) -> Path:
+    cfg = Observe(wandb="off")
+    sinks = open_sinks(out_dir, cfg, {"run": {"seed": 3}}, "run", rank=0)
+    for step in range(1, 31):
+        values = {"reward": step / 30, "format_rate": 1.0, "response_tokens": 40 + step}
+        seconds = {"rollout": 3.0, "sync": 1.0}
+        sinks.write(StepMetrics(phase="grpo", step=step, values=values, seconds=seconds))
+    for step in range(1, cards + 1):
+        sinks.card(card(step, HOSTILE), FRAMES, TIMES_S)
+    sinks.close()
+    return out_dir
+
+
+def summarise(out_dir: Path) -> None:
+    write_summary(
+        out_dir,
+        results={
+            "base": {"test": {"temporal_grounding/miou": 0.123, "reward": 0.25}},
+            "grpo": {"test": {"temporal_grounding/miou": 0.456, "reward": 0.75, "new/metric": 2}},
+        },
+        trivial={"test": {"whole video": {"temporal_grounding/miou": 0.311}}},
+        seconds={"grpo": 120.0},
+        seed=3,
+        peak_rss_bytes=2**30,
+    )
+
+
+class Outline(HTMLParser):
+    """Tags that stay open, and every address the page asks for."""
+
+    VOID = frozenset({"meta", "img", "path", "use", "line"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.addresses += [v or "" for k, v in attributes if k in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def test_page_is_well_formed_and_asks_for_nothing_outside(tmp_path: Path) -> None:
+    made_run(tmp_path)
+    summarise(tmp_path)
+    outline = Outline()
+    outline.feed(build_report(tmp_path).read_text())
+    assert outline.open == []
+    assert outline.addresses
+    assert all(address.startswith(("data:", "#")) for address in outline.addresses)
+
+
+def test_table_holds_every_stage_beside_the_trivial_answer(tmp_path: Path) -> None:
+    made_run(tmp_path)
+    summarise(tmp_path)
+    page = build_report(tmp_path).read_text()
+    body = page[page.index("<tbody>") : page.index("</tbody>")]
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in body.split("<tr")[1:]]
+    assert rows == [
+        ["whole video", "31.1", "", ""],
+        ["before training", "12.3", "0.250", ""],
+        ["after GRPO", "45.6", "0.750", "2.000"],
+    ]
+    for shown in ("mIoU, %", "new/metric", "30 GRPO steps", "seed 3", "2.0 minutes", "1024 MiB"):
+        assert shown in page
+
+
+def test_intervals_are_drawn_on_the_time_axis(tmp_path: Path) -> None:
+    page = build_report(made_run(tmp_path, cards=1)).read_text()
+    bars = re.findall(r"left:([\d.]+)%;width:([\d.]+)%", page)
+    # 4-8 s of 16 s; 2-6 s; 14-18 s, cut at the video's end
+    assert bars == [("25.00", "25.00"), ("12.50", "25.00"), ("87.50", "12.50")]
+    assert "advantage -1.50" in page and "temporal iou 0.25" in page
+
+
+def test_best_middle_and_worst_answers_stand_first(tmp_path: Path) -> None:
+    made_run(tmp_path, cards=0)
+    rewards = [0.3, 0.9, 0.1, 0.7, 0.5]
+    answers = tuple(replace(answer(2.0, f"earned {r}"), reward=r) for r in rewards)
+    sinks = open_sinks(tmp_path, Observe(wandb="off"), {}, "run", rank=0, resume=("grpo", 31))
+    sinks.card(replace(card(1), answers=answers), FRAMES, TIMES_S)
+    sinks.close()
+    shown = re.findall(r"earned ([\d.]+)", build_report(tmp_path).read_text())
+    assert shown == ["0.9", "0.5", "0.1", "0.7", "0.3"]
+
+
+def test_text_of_a_model_cannot_become_markup(tmp_path: Path) -> None:
+    page = build_report(made_run(tmp_path)).read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; more" in page
+
+
+def test_a_run_that_stopped_early_still_has_a_page(tmp_path: Path) -> None:
+    page = build_report(made_run(tmp_path)).read_text()
+    assert "still running or stopped early" in page
+    assert "<table" not in page and "<svg" in page
+    assert "rollout 90.0 s" in page and "sync 30.0 s" in page
+
+
+def test_many_cards_are_thinned_from_first_to_last(tmp_path: Path) -> None:
+    page = build_report(made_run(tmp_path, cards=40)).read_text()
+    shown = [int(step) for step in re.findall(r"question of step (\d+)<", page)]
+    assert len(shown) == CARDS and shown[0] == 1 and shown[-1] == 40
+    assert shown == sorted(set(shown))
+
+
+def test_a_directory_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no metrics\.jsonl"):
+        build_report(tmp_path)
+
+
+def test_strip_cells_show_the_frame_of_their_time() -> None:
+    grey = np.broadcast_to(np.arange(16, dtype=np.uint8)[:, None, None, None] * 10, (16, 12, 16, 3))
+    uneven_s = np.sort(np.random.default_rng(0).uniform(0, 32, 16))
+    image = strip(grey, uneven_s, 32.0)
+    assert image.size == (CELL_PX * CELLS, CELL_PX * 12 // 16)
+    for cell in range(CELLS):
+        middle_s = (cell + 0.5) * 32 / CELLS
+        expected = min(range(16), key=lambda i: abs(uneven_s[i] - middle_s))
+        assert image.getpixel((cell * CELL_PX + CELL_PX // 2, 5)) == (expected * 10,) * 3
+
+
+def test_card_rows_point_to_their_strip(tmp_path: Path) -> None:
+    made_run(tmp_path, cards=1)
+    row = json.loads((tmp_path / "cards.jsonl").read_text())
+    assert Image.open(tmp_path / row["strip"]).size[0] == CELL_PX * CELLS
+    assert row["answers"][0]["text"] == HOSTILE
+
+
+def test_summary_names_the_versions_it_ran_with(tmp_path: Path) -> None:
+    summarise(tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["versions"]["numpy"] == np.__version__
+    assert not list(tmp_path.glob("*.tmp"))

@@ -1,0 +1,109 @@
+"""One tiny checkpoint and one engine for all tests of the rollout folder."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from megatron_vrl import config
+from megatron_vrl.types import EncodedVideo, Prompt, VideoSample
+
+sys.path.append(str(Path(__file__).parents[2] / "tools"))
+
+MAX_MODEL_LEN = 256
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    import make_tiny_model
+
+    directory = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    make_tiny_model.main(["--out", str(directory)])
+    return directory
+
+
+@pytest.fixture(scope="session")
+def weights(checkpoint):
+    """Published name -> tensor."""
+    return load_file(checkpoint / "model.safetensors")
+
+
+@pytest.fixture(scope="session")
+def shared_engine(checkpoint):
+    from megatron_vrl.rollout.engine import ColocatedEngine
+
+    cfg = config.Rollout(max_sequences=64, kv_cache_mib=64)
+    return ColocatedEngine(
+        str(checkpoint), cfg, dtype="float32", seed=1, max_model_len=MAX_MODEL_LEN
+    )
+
+
+@pytest.fixture
+def engine(shared_engine, weights):
+    """The engine with the checkpoint's weights, whatever the test before left in it."""
+    shared_engine.push_weights(weights.items(), version=1)
+    return shared_engine
+
+
+@pytest.fixture(scope="session")
+def tokenizer(checkpoint):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def make_prompt(checkpoint):
+    return prompt_maker(checkpoint)
+
+
+def prompt_maker(checkpoint):
+    """make_prompt(seed, grid_thw, seconds_per_grid) -> Prompt of noise frames; no positions."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+
+    def make(seed, grid_thw=(4, 6, 8), seconds_per_grid=0.7):
+        steps, height, width = grid_thw
+        shape = (2 * steps, height * 14, width * 14, 3)
+        frames = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+        head = tokenizer.encode("<|im_start|>user\n<|vision_start|>")
+        tail = tokenizer.encode(f"<|vision_end|>clip {seed}<|im_end|>\n<|im_start|>assistant\n")
+        pad = tokenizer.convert_tokens_to_ids("<|video_pad|>")
+        token_ids = np.array(head + [pad] * (steps * height * width // 4) + tail)
+        return Prompt(
+            sample=_sample(f"clip_{seed}"),
+            video=EncodedVideo(
+                path="",
+                digest=str(seed),
+                codec="h264",
+                duration_s=steps * seconds_per_grid,
+                frame_indices=np.arange(2 * steps),
+                timestamps_s=np.arange(2 * steps) * seconds_per_grid / 2,
+                sampled_fps=2 / seconds_per_grid,
+                seconds_per_grid=seconds_per_grid,
+                grid_thw=grid_thw,
+                frames=frames,
+            ),
+            token_ids=token_ids,
+            engine_token_ids=(*head, pad, *tail),
+            positions=np.zeros((3, len(token_ids)), dtype=np.int64),
+        )
+
+    return make
+
+
+def _sample(name):
+    return VideoSample(
+        id=name,
+        task="temporal_grounding",
+        video="",
+        duration_s=1.0,
+        query="",
+        rationale="",
+        intervals_s=(),
+        options=(),
+        option="",
+    )

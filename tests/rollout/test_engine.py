@@ -1,0 +1,244 @@
+"""The engine against transformers' own model, with real vLLM."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_vrl import config
+from megatron_vrl.errors import RolloutError
+from megatron_vrl.rollout.checksums import tensor_checksums
+from megatron_vrl.rollout.engine import ColocatedEngine, SamplingSpec
+
+pytestmark = pytest.mark.slow
+
+
+def spec(n=4, temperature=1.0, top_p=1.0, max_tokens=16, seed=0):
+    return SamplingSpec(n=n, temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed)
+
+
+class Published:
+    """transformers' model as an oracle of log-probs, with the original Qwen2.5-VL positions."""
+
+    def __init__(self, checkpoint):
+        from transformers import AutoVideoProcessor, Qwen2_5_VLForConditionalGeneration
+
+        self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint).eval()
+        self.processor = AutoVideoProcessor.from_pretrained(checkpoint)
+
+    def load(self, weights):
+        from transformers import Qwen2_5_VLForConditionalGeneration as Model
+
+        memory_names = {
+            name: name.replace("visual.", "model.visual.", 1)
+            if name.startswith("visual.")
+            else name.replace("model.", "model.language_model.", 1)
+            for name in weights
+        }
+        assert isinstance(self.model, Model)
+        self.model.load_state_dict({memory_names[name]: t for name, t in weights.items()})
+
+    @torch.no_grad()
+    def logits(self, prompt, answer):
+        """Logits [R, vocabulary] at which each token of the answer was chosen."""
+        frames = torch.from_numpy(prompt.video.frames).permute(0, 3, 1, 2)
+        pixels = self.processor(frames, do_resize=False, return_tensors="pt")
+        assert pixels["video_grid_thw"].tolist() == [list(prompt.video.grid_thw)]
+        ids = torch.from_numpy(np.concatenate([prompt.token_ids, answer]))
+        logits = self.model(
+            input_ids=ids[None],
+            position_ids=_positions(prompt, len(answer))[:, None],
+            **pixels,
+        ).logits[0]
+        return logits[len(prompt.token_ids) - 1 : -1]
+
+
+def _positions(prompt, num_answer_tokens):
+    """[3, P + R]: text after a video goes on from the largest position of the video plus 1."""
+    steps, height, width = prompt.video.grid_thw
+    video_token = np.bincount(prompt.token_ids).argmax()
+    start = int(np.flatnonzero(prompt.token_ids == video_token)[0])
+    grid = np.indices((steps, height // 2, width // 2)).reshape(3, -1)
+    tokens_per_second = 2
+    grid[0] = (grid[0] * prompt.video.seconds_per_grid * tokens_per_second).astype(int)
+    grid += start
+    num_after = len(prompt.token_ids) + num_answer_tokens - start - grid.shape[1]
+    after = grid.max() + 1 + np.arange(num_after)
+    return torch.from_numpy(
+        np.concatenate([np.tile(np.arange(start), (3, 1)), grid, np.tile(after, (3, 1))], axis=1)
+    )
+
+
+@pytest.fixture(scope="module")
+def published(checkpoint):
+    return Published(checkpoint)
+
+
+def largest_gap(published, engine, prompts, groups, temperature=1.0):
+    gaps = []
+    for prompt, group in zip(prompts, groups, strict=True):
+        for rollout in group:
+            logits = published.logits(prompt, rollout.token_ids)
+            logits[:, list(engine.banned_token_ids)] = -torch.inf
+            logprobs = (logits / temperature).log_softmax(-1)
+            chosen = logprobs.gather(1, torch.from_numpy(rollout.token_ids)[:, None])[:, 0]
+            gaps.append((chosen - torch.from_numpy(rollout.logprobs)).abs().max().item())
+    return max(gaps)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_are_those_of_transformers(
+    engine, published, weights, make_prompt, temperature
+):
+    published.load(weights)
+    prompts = [make_prompt(0), make_prompt(1, (2, 4, 4), 1.0), make_prompt(2, (7, 4, 10), 0.23)]
+    groups = engine.generate(prompts, spec(temperature=temperature))
+    assert [len(group) for group in groups] == [4, 4, 4]
+    assert largest_gap(published, engine, prompts, groups, temperature) < 1e-4
+
+
+def test_new_weights_count_at_once_for_a_video_seen_before(
+    engine, published, weights, make_prompt
+):
+    prompts = [make_prompt(0), make_prompt(1)]
+    old = engine.generate(prompts, spec())
+    vision_changed = {
+        name: tensor * 1.3 if name.startswith("visual.") else tensor
+        for name, tensor in weights.items()
+    }
+    engine.push_weights(vision_changed.items(), version=2)
+    new = engine.generate(prompts, spec())
+    published.load(vision_changed)
+    assert largest_gap(published, engine, prompts, new) < 1e-4
+    published.load(weights)
+    assert largest_gap(published, engine, prompts, new) > 1e-2  # so the line above can fail
+    engine.push_weights(weights.items(), version=3)
+    again = engine.generate(prompts, spec())
+    assert [r.token_ids.tolist() for g in again for r in g] == [
+        r.token_ids.tolist() for g in old for r in g
+    ]
+    versions = [{r.weight_version for g in groups for r in g} for groups in (old, new, again)]
+    assert versions == [{1}, {2}, {3}]
+
+
+def test_banned_tokens_never_occur(engine, published, weights, make_prompt):
+    prompts = [make_prompt(0), make_prompt(1)]
+    banned = list(engine.banned_token_ids)
+    favoured = dict(weights)
+    favoured["lm_head.weight"] = weights["lm_head.weight"].clone()
+    favoured["lm_head.weight"][banned] *= 100
+    engine.push_weights(favoured.items(), version=2)
+    groups = engine.generate(prompts, spec(n=8))
+    published.load(favoured)
+    first = published.logits(prompts[0], groups[0][0].token_ids)
+    assert np.isin(first.argmax(-1).numpy(), banned).mean() > 0.5  # they would have occurred
+    tokens = np.concatenate([r.token_ids for g in groups for r in g])
+    assert not np.isin(tokens, banned).any()
+
+
+def test_an_answer_ends_with_its_stop_token_or_at_the_limit(
+    engine, weights, make_prompt, tokenizer
+):
+    stops = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    eager = dict(weights)
+    eager["lm_head.weight"] = weights["lm_head.weight"].clone()
+    eager["lm_head.weight"][stops] *= 4  # both ways of finishing get frequent
+    engine.push_weights(eager.items(), version=2)
+    groups = engine.generate([make_prompt(seed) for seed in range(4)], spec(n=16))
+    rollouts = [rollout for group in groups for rollout in group]
+    assert {rollout.finish for rollout in rollouts} == {"stop", "length"}
+    for rollout in rollouts:
+        is_stop = np.isin(rollout.token_ids, stops)
+        assert not is_stop[:-1].any()
+        assert is_stop[-1] == (rollout.finish == "stop")
+        assert rollout.finish == "stop" or len(rollout.token_ids) == 16
+        assert len(rollout.logprobs) == len(rollout.token_ids)
+        assert "<|" not in rollout.text
+
+
+def test_checksums_read_the_live_weights(engine, weights):
+    assert engine.weights_checksums() == tensor_checksums(weights.items(), torch.float32)
+    for name in (
+        "model.layers.1.self_attn.k_proj.weight",
+        "model.layers.0.mlp.up_proj.weight",
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+        "visual.blocks.1.attn.qkv.weight",
+        "visual.patch_embed.proj.weight",
+    ):
+        changed = dict(weights)
+        changed[name] = weights[name].clone()
+        changed[name].view(-1)[3] += 1e-3
+        engine.push_weights(changed.items(), version=2)
+        live = engine.weights_checksums()
+        expected = tensor_checksums(weights.items(), torch.float32)
+        assert {key for key in live if live[key] != expected[key]} == {name}
+
+
+def test_one_vision_pass_per_prompt(engine, make_prompt):
+    prompts = [make_prompt(0), make_prompt(1, (2, 4, 4))]
+    rows = []
+    hooks = engine._llm.apply_model(
+        lambda model: model.visual.register_forward_pre_hook(
+            lambda _, inputs: rows.append(len(inputs[0]))
+        )
+    )
+    engine.generate(prompts, spec(n=8))
+    hooks[0].remove()
+    assert sum(rows) == sum(int(np.prod(prompt.video.grid_thw)) for prompt in prompts)
+
+
+def test_a_seed_repeats_and_the_trainer_keeps_its_state(engine, weights, make_prompt):
+    def state():
+        return (
+            torch.get_rng_state().tolist(),
+            random.getstate(),
+            np.random.get_state()[1].tolist(),
+            torch.get_num_threads(),
+            torch.get_default_dtype(),
+            torch.set_num_threads.__name__,
+        )
+
+    def tokens(seed):
+        groups = engine.generate([make_prompt(0)], spec(seed=seed))
+        return [rollout.token_ids.tolist() for rollout in groups[0]]
+
+    before = state()
+    first = tokens(3)
+    engine.push_weights(weights.items(), version=2)
+    assert tokens(3) == first
+    assert tokens(4) != first
+    assert len({tuple(answer) for answer in first}) == len(first)
+    assert state() == before
+
+
+def test_greedy_takes_the_likeliest(engine, published, weights, make_prompt):
+    published.load(weights)
+    prompt = make_prompt(0)
+    [[rollout]] = engine.generate([prompt], spec(n=1, temperature=0.0))
+    logits = published.logits(prompt, rollout.token_ids)
+    logits[:, list(engine.banned_token_ids)] = -torch.inf
+    assert logits.argmax(-1).tolist() == rollout.token_ids.tolist()
+
+
+def test_refusals_are_one_sentence(engine, weights, make_prompt, checkpoint):
+    with pytest.raises(RolloutError, match=r"clip_0: \d+ prompt tokens .* fit the engine's 256"):
+        engine.generate([make_prompt(0)], spec(max_tokens=250))
+    prompt = make_prompt(0)
+    prompt.token_ids[-1] += 1
+    with pytest.raises(RolloutError, match="clip_0: vLLM read"):
+        engine.generate([prompt], spec())
+    with pytest.raises(RolloutError, match="greedy"):
+        spec(n=2, temperature=0.0)
+    incomplete = {name: t for name, t in weights.items() if name != "model.norm.weight"}
+    with pytest.raises(RolloutError, match="left out 1 tensors"):
+        engine.push_weights(incomplete.items(), version=2)
+    with pytest.raises(RolloutError, match="KV cache"):
+        ColocatedEngine(
+            str(checkpoint),
+            config.Rollout(kv_cache_mib=1),
+            dtype="float32",
+            seed=1,
+            max_model_len=4096,
+        )

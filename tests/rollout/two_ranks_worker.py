@@ -1,0 +1,50 @@
+"""Started by torchrun: engines beside Megatron's groups, ranks out of step on purpose."""
+
+import sys
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from safetensors.torch import load_file
+
+from megatron_vrl import config
+from megatron_vrl.rollout.engine import ColocatedEngine, SamplingSpec
+
+sys.path.append(str(Path(__file__).parent))
+from conftest import MAX_MODEL_LEN, prompt_maker
+
+
+def groups_work() -> bool:
+    ones = torch.ones(2)
+    torch.distributed.all_reduce(ones[:1])
+    torch.distributed.all_reduce(ones[1:], group=parallel_state.get_tensor_model_parallel_group())
+    return ones.tolist() == [2.0, 2.0]
+
+
+def main(checkpoint: Path) -> None:
+    torch.distributed.init_process_group("gloo")
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
+    rank = torch.distributed.get_rank()
+    cfg = config.Rollout(max_sequences=16, kv_cache_mib=64)
+    engine = ColocatedEngine(
+        str(checkpoint), cfg, dtype="float32", seed=1, max_model_len=MAX_MODEL_LEN
+    )
+    make_prompt = prompt_maker(checkpoint)
+    weights = load_file(checkpoint / "model.safetensors")
+    spec = SamplingSpec(n=2, temperature=1.0, top_p=1.0, max_tokens=8, seed=5)
+    for version in range(1 + 2 * rank):
+        engine.push_weights(weights.items(), version)
+        engine.generate([make_prompt(seed) for seed in range(1 + rank)], spec)
+    assert groups_work()
+    [group] = engine.generate([make_prompt(9)], spec)
+    answers: list = [None, None]
+    torch.distributed.all_gather_object(answers, [r.token_ids.tolist() for r in group])
+    assert answers[0] == answers[1]  # same weights, prompt and seed, whatever came before
+    del engine
+    assert groups_work()
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+    print(f"rank {rank} finished\n", end="")
+
+
+main(Path(sys.argv[1]))

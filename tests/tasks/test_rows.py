@@ -1,0 +1,82 @@
+"""One contract for every row of every dict where a new thing plugs in."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_vrl.algorithms import ALGORITHMS
+from megatron_vrl.config import Algorithm, Data, Rewards, Source
+from megatron_vrl.data.readers import READERS
+from megatron_vrl.rewards import PARTS, SEED_PARTS, score, weights_of
+from megatron_vrl.rewards.metrics import summarise
+from megatron_vrl.tasks import SYSTEM_PROMPTS, TASKS, Parsed
+from megatron_vrl.types import VideoSample
+
+SAMPLE = VideoSample(
+    id="v/0",
+    task="",
+    video="v.mp4",
+    duration_s=30.0,
+    query="the red square is visible",
+    rationale="the red square",
+    intervals_s=((6.0, 15.0), (20.0, 21.5)),
+    options=("red", "blue"),
+    option="A",
+)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_accepts_its_own_target(name):
+    task, sample = TASKS[name], replace(SAMPLE, task=name)
+    assert task.name == name
+    assert set(task.parts) <= set(PARTS)
+    assert sample.query in task.question(sample)
+    for rationale in ("because", ""):
+        response = task.target(replace(sample, rationale=rationale))
+        assert task.parse(response, sample).formatted
+        for mode in ("strict", "seed"):
+            parts, total = score(sample, response, mode, weights_of(Rewards())[name])
+            assert parts == dict.fromkeys(task.parts, 1.0)
+            assert total == 1.0
+    assert summarise([sample], [task.target(sample)], Rewards())[f"{name}/reward"] == 1.0
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_reward_part_gives_nothing_for_an_unreadable_answer(name):
+    assert PARTS[name](SAMPLE, Parsed(failure="nothing was read")) == 0.0
+
+
+@pytest.mark.parametrize("name", SEED_PARTS)
+def test_the_released_parts_are_those_of_the_task(name):
+    assert set(SEED_PARTS[name]) == set(TASKS[name].parts)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_algorithm_prefers_the_better_answer(name):
+    algorithm = ALGORITHMS[name]
+    advantages = algorithm.advantages(np.array([0.0, 1.0]), "v/0")
+    assert advantages[0] < 0 < advantages[1] and algorithm.teaches(advantages)
+    assert not algorithm.teaches(algorithm.advantages(np.full(3, 0.1), "v/0"))
+    logprobs = torch.tensor([-1.0, -1.0], requires_grad=True)
+    loss, metrics = algorithm.token_loss(
+        logprobs,
+        logprobs.detach(),
+        torch.tensor(advantages, dtype=torch.float32),
+        logprobs.detach(),
+        torch.zeros(2),
+        Algorithm(name=name),
+    )
+    assert loss.shape == (2,)
+    assert all(value.shape == (2,) and not value.requires_grad for value in metrics.values())
+    loss.sum().backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad[0] > 0 > logprobs.grad[1]  # descent lowers the worse, lifts the better
+
+
+def test_the_rows_are_those_the_config_knows():
+    assert set(weights_of(Rewards())) == set(TASKS)
+    assert set(READERS) == set(Source.model_fields["format"].annotation.__args__)
+    assert set(ALGORITHMS) == set(Algorithm.model_fields["name"].annotation.__args__)
+    assert set(SYSTEM_PROMPTS) == set(Data.model_fields["system_prompt"].annotation.__args__)

@@ -1,0 +1,122 @@
+"""Tiny random Qwen2.5-VL checkpoints and prompts for tests, built by transformers' own classes."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_vrl.batching.positions import VisionBlock, mrope_positions
+from megatron_vrl.rollout.torchvision_shim import declare_missing_ops
+from megatron_vrl.types import EncodedVideo, Prompt, VideoSample
+
+declare_missing_ops()
+
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration  # noqa: E402
+
+VIDEO_TOKEN, IMAGE_TOKEN, VISION_START, VISION_END = 90, 91, 92, 93
+
+
+def published_model(
+    *, tied: bool = False, kv_heads: int = 2, seed: int = 0
+) -> Qwen2_5_VLForConditionalGeneration:
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": kv_heads,
+            "vocab_size": 96,
+            "max_position_embeddings": 4096,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [2, 3, 3],
+            },
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": tied,
+            "bos_token_id": None,
+            "eos_token_id": 94,
+        },
+        vision_config={
+            "depth": 3,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "window_size": 56,
+            "out_hidden_size": 64,
+            "fullatt_block_indexes": [1],
+            "tokens_per_second": 2,
+        },
+        video_token_id=VIDEO_TOKEN,
+        image_token_id=IMAGE_TOKEN,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+        tie_word_embeddings=tied,
+    )
+    torch.manual_seed(seed)
+    model = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa")
+    with torch.no_grad():
+        for param in model.parameters():  # larger than the default, so that errors show
+            param.normal_(std=0.15).add_(1.0 if param.dim() == 1 and len(param) in (32, 64) else 0)
+    return model.float().eval()
+
+
+def save(model: Qwen2_5_VLForConditionalGeneration, directory: Path) -> Path:
+    model.save_pretrained(directory)
+    return directory
+
+
+def video(grid_thw: tuple[int, int, int], seconds_per_grid: float, seed: int) -> EncodedVideo:
+    t, h, w = grid_thw
+    rng = np.random.default_rng(seed)
+    frames = rng.integers(0, 256, (2 * t, h * 14, w * 14, 3), dtype=np.uint8)
+    return EncodedVideo(
+        path=f"video-{seed}.mp4",
+        digest=f"{seed:032x}",
+        codec="h264",
+        duration_s=t * seconds_per_grid,
+        frame_indices=np.arange(2 * t),
+        timestamps_s=np.arange(2 * t) * seconds_per_grid / 2,
+        sampled_fps=2 / seconds_per_grid,
+        seconds_per_grid=seconds_per_grid,
+        grid_thw=grid_thw,
+        frames=frames,
+    )
+
+
+def prompt(grid_thw: tuple[int, int, int], seconds_per_grid: float, seed: int) -> Prompt:
+    clip = video(grid_thw, seconds_per_grid, seed)
+    rng = np.random.default_rng(seed + 1000)
+    cells = grid_thw[0] * grid_thw[1] * grid_thw[2] // 4
+    before, after = rng.integers(0, 90, 3), rng.integers(0, 90, 2 + seed % 4)
+    ids = np.concatenate(
+        [before, [VISION_START], np.full(cells, VIDEO_TOKEN), [VISION_END], after]
+    )
+    sample = VideoSample(
+        id=f"sample-{seed}",
+        task="temporal_grounding",
+        video=clip.path,
+        duration_s=clip.duration_s,
+        query="",
+        rationale="",
+        intervals_s=(),
+        options=(),
+        option="",
+    )
+    return Prompt(
+        sample=sample,
+        video=clip,
+        token_ids=ids,
+        engine_token_ids=(*before, VISION_START, VIDEO_TOKEN, VISION_END, *after),
+        positions=mrope_positions(
+            ids,
+            [VIDEO_TOKEN],
+            [VisionBlock(grid_thw, seconds_per_grid)],
+            merge=2,
+            tokens_per_second=2,
+        ),
+    )

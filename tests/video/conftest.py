@@ -1,0 +1,82 @@
+"""Clips made on the spot, and real ones where the machine has them."""
+
+import os
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+REAL_CLIPS = Path(os.environ.get("MVRL_REAL_CLIPS", REPOSITORY.parent / "shared" / "videos"))
+
+MakeClip = Callable[..., str]
+
+
+@pytest.fixture(scope="session")
+def real_clips() -> list[str]:
+    clips = sorted(str(path) for path in REAL_CLIPS.glob("*.m[pk][4v]"))
+    if not clips:
+        pytest.skip(f"no real clips in {REAL_CLIPS}; set MVRL_REAL_CLIPS")
+    return clips
+
+
+@pytest.fixture
+def make_clip(tmp_path: Path) -> MakeClip:
+    def make(name: str, **options) -> str:
+        path = str(tmp_path / name)
+        write_clip(path, **options)
+        return path
+
+    return make
+
+
+def write_clip(
+    path: str,
+    num_frames: int = 64,
+    fps: int = 16,
+    size: tuple[int, int] = (112, 112),
+    codec: str = "libx264",
+    gop: int = 30,
+    pixels: str = "yuv420p",
+    times_ms: list[int] | None = None,
+    codec_options: dict[str, str] | None = None,
+    faststart: bool = False,
+) -> None:
+    """A smooth coloured picture that moves; every frame differs from every other."""
+    height, width = size
+    rng = np.random.default_rng(num_frames)
+    coarse = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+    smooth = av.VideoFrame.from_ndarray(coarse, format="rgb24").reformat(width, height, "rgb24")
+    picture = smooth.to_ndarray()
+    muxer_options = {"movflags": "faststart"} if faststart else {}
+    with av.open(path, "w", options=muxer_options) as container:
+        stream = container.add_stream(codec, rate=fps)
+        stream.width, stream.height, stream.pix_fmt = width, height, pixels
+        stream.gop_size, stream.options = gop, codec_options or {}
+        if times_ms is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for index in range(num_frames):
+            shifted = np.roll(picture, 3 * index, axis=1)
+            frame = av.VideoFrame.from_ndarray(shifted, format="rgb24")
+            if times_ms is not None:
+                frame.pts, frame.time_base = times_ms[index], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+@pytest.fixture
+def sound_only(tmp_path: Path) -> str:
+    """One second of a file with sound and no pictures."""
+    path = str(tmp_path / "sound.mp4")
+    with av.open(path, "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        for start in range(0, 16000, 1000):
+            samples = np.zeros((1, 1000), np.float32)
+            frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 16000, start
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path

@@ -1,0 +1,215 @@
+"""Files in, EncodedVideo out: both decoders give the same bytes, bad files harm no other."""
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from megatron_vrl.config import Video
+from megatron_vrl.errors import ConfigError, VideoError
+from megatron_vrl.types import EncodedVideo
+from megatron_vrl.video import VideoReader
+from megatron_vrl.video.pyav import decode_frames, probe
+from megatron_vrl.video.resize import resize
+from megatron_vrl.video.rules import plan_frames
+
+SMALL = {"min_pixels": 28 * 28, "fps": 4.0}
+CLIPS = {
+    "constant.mp4": {},
+    "one_frame.mp4": {"num_frames": 1},
+    "three_frames.mp4": {"num_frames": 3},
+    "odd_size.mp4": {"size": (122, 154)},
+    "odd_pixels.mp4": {"size": (111, 133), "pixels": "yuv444p"},
+    "short_gop.mp4": {"num_frames": 120, "gop": 5},
+    "keyframes_only.mp4": {"num_frames": 30, "gop": 1},
+    "long_gop.mp4": {"num_frames": 120, "gop": 250},
+    "open_gop.mp4": {
+        "num_frames": 120,
+        "codec_options": {"x264-params": "open-gop=1:keyint=20:min-keyint=20:bframes=3"},
+    },
+    "variable.mp4": {"num_frames": 40, "times_ms": [i * 40 + i * i * 3 for i in range(40)]},
+    "variable.mkv": {"num_frames": 40, "times_ms": [i * 40 + i * i * 3 for i in range(40)]},
+    "matroska.mkv": {"num_frames": 120, "gop": 12},
+    "hevc.mp4": {"codec": "libx265", "codec_options": {"x265-params": "log-level=none"}},
+    "vp9.webm": {"codec": "libvpx-vp9", "num_frames": 30},
+    "ten_bits.mp4": {"pixels": "yuv420p10le"},
+    "full_range.mp4": {"pixels": "yuvj420p"},
+}
+
+
+def readers(**keys) -> tuple[VideoReader, VideoReader]:
+    return VideoReader(Video(decoder="dali", **keys)), VideoReader(Video(decoder="pyav", **keys))
+
+
+def assert_same(one: EncodedVideo | VideoError, other: EncodedVideo | VideoError) -> None:
+    assert isinstance(one, EncodedVideo), one
+    assert isinstance(other, EncodedVideo), other
+    np.testing.assert_array_equal(one.frames, other.frames)
+    np.testing.assert_array_equal(one.timestamps_s, other.timestamps_s)
+    np.testing.assert_array_equal(one.frame_indices, other.frame_indices)
+    assert (one.digest, one.grid_thw, one.codec) == (other.digest, other.grid_thw, other.codec)
+
+
+def test_decoders_are_equal(make_clip):
+    paths = [make_clip(name, **options) for name, options in CLIPS.items()]
+    dali, pyav = readers(**SMALL)
+    for one, other in zip(dali.encode(paths), pyav.encode(paths), strict=True):
+        assert_same(one, other)
+        assert one.frames.shape == (2 * one.grid_thw[0], *(14 * g for g in one.grid_thw[1:]), 3)
+        assert len(one.timestamps_s) == len(one.frames)
+    assert dali.decoder.num_handed_over == 0
+
+
+def test_decoders_are_equal_on_real_clips(real_clips):
+    dali, pyav = readers()
+    for one, other in zip(dali.encode(real_clips), pyav.encode(real_clips), strict=True):
+        assert_same(one, other)
+    codecs = [probe(path).codec for path in real_clips]
+    assert dali.decoder.num_handed_over == codecs.count("av1")
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_seeking_gives_the_frames_of_a_sequential_read(make_clip, name):
+    file = probe(make_clip(name, **CLIPS[name]))
+    plan = plan_frames(
+        file.num_frames, file.native_fps, file.height, file.width, Video(min_pixels=28 * 28)
+    )
+    np.testing.assert_array_equal(decode_frames(file, plan), decode_frames(file, plan, seek=False))
+
+
+def test_frames_are_those_named(make_clip):
+    """Against all frames in FFmpeg's own order, in its default colours."""
+    path = make_clip("clip.mp4", num_frames=50, gop=10)
+    (video,) = VideoReader(Video(decoder="pyav", **SMALL)).encode([path])
+    with av.open(path) as container:
+        shown = list(container.decode(video=0))
+    assert len(shown) == 50
+    np.testing.assert_allclose(video.timestamps_s, [shown[i].time for i in video.frame_indices])
+    candidates = np.stack([frame.to_ndarray(format="rgb24") for frame in shown]).astype(int)
+    for index, pixels in zip(video.frame_indices, video.frames, strict=True):
+        assert np.abs(candidates - pixels).mean(axis=(1, 2, 3)).argmin() == index
+
+
+def test_time_axis_of_a_variable_rate(make_clip):
+    times_ms = CLIPS["variable.mp4"]["times_ms"]
+    (video,) = VideoReader(Video(decoder="pyav", fps=1.0)).encode(
+        [make_clip("clip.mkv", **CLIPS["variable.mkv"])]
+    )
+    want = [times_ms[i] / 1000 for i in video.frame_indices]
+    np.testing.assert_allclose(video.timestamps_s, want, atol=2e-3)
+    assert video.sampled_fps == pytest.approx(len(want) / video.duration_s)
+    assert video.seconds_per_grid == pytest.approx(2 / video.sampled_fps)
+
+
+@pytest.mark.parametrize(("height", "width"), [(56, 84), (300, 420), (112, 140)])
+def test_resize_is_torchs_bicubic_on_bytes(height, width):
+    frames = np.random.default_rng(0).integers(0, 256, (3, 112, 140, 3), dtype=np.uint8)
+    want = torch.nn.functional.interpolate(
+        torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous(),
+        (height, width),
+        mode="bicubic",
+        antialias=True,
+    )
+    np.testing.assert_array_equal(resize(frames, height, width), want.permute(0, 2, 3, 1).numpy())
+
+
+@pytest.mark.parametrize("decoder", ["dali", "pyav"])
+def test_bad_files_harm_no_other(make_clip, sound_only, tmp_path, decoder):
+    good = make_clip("good.mp4")
+    whole = Path(make_clip("whole.mp4", num_frames=300, faststart=True)).read_bytes()
+    matroska = Path(make_clip("whole.mkv", num_frames=300)).read_bytes()
+    no_moov = Path(make_clip("plain.mp4", num_frames=300)).read_bytes()
+    contents = {
+        "empty.mp4": b"",
+        "garbage.mp4": np.random.default_rng(0).bytes(5000),
+        "truncated.mp4": whole[: len(whole) * 2 // 3],
+        "truncated.mkv": matroska[: len(matroska) * 2 // 3],
+        "no_moov.mp4": no_moov[: len(no_moov) * 2 // 3],
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "folder.mp4").mkdir()
+    reasons = {
+        "missing.mp4": "cannot be read (No such file",
+        "folder.mp4": "cannot be read (Is a directory)",
+        "empty.mp4": "is empty",
+        "garbage.mp4": "cannot be opened as a video",
+        "truncated.mp4": "is cut off after",
+        "truncated.mkv": "is cut off after",
+        "no_moov.mp4": "cannot be opened as a video",
+        Path(sound_only).name: "has no video stream",
+    }
+    paths = [str(tmp_path / name) for name in reasons]
+    reader = VideoReader(Video(decoder=decoder, **SMALL))
+    first, *bad, last = reader.encode([good, *paths, good])
+    assert_same(first, last)
+    for path, reason, error in zip(paths, reasons.values(), bad, strict=True):
+        assert isinstance(error, VideoError)
+        assert str(error).startswith(f"{path} {reason}")
+        assert "\n" not in str(error)
+    assert reader.counts == {"decoded": 1, "failed": len(bad), "store": 0}
+
+
+def test_a_file_that_breaks_dalis_run_is_isolated(make_clip, tmp_path):
+    """Its packets scan well, its pictures do not decode: DALI's whole run fails."""
+    good = [make_clip(f"good{i}.mp4", num_frames=20 + i) for i in range(5)]
+    broken = bytearray(Path(make_clip("broken.mp4", num_frames=300, size=(240, 320))).read_bytes())
+    payload = slice(len(broken) // 4, len(broken) * 3 // 4)
+    broken[payload] = np.random.default_rng(0).bytes(len(broken[payload]))
+    (tmp_path / "broken.mp4").write_bytes(broken)
+    paths = [*good[:3], str(tmp_path / "broken.mp4"), *good[3:]]
+    dali, pyav = readers(**SMALL)
+    one, other = dali.encode(paths), pyav.encode(paths)
+    error, again = one.pop(3), other.pop(3)
+    assert isinstance(error, VideoError)
+    assert str(error) == str(again)
+    assert str(error).startswith(paths[3])
+    for mine, theirs in zip(one, other, strict=True):
+        assert_same(mine, theirs)
+    assert dali.decoder.num_handed_over == 1
+    assert isinstance(dali.encode([make_clip("next.mp4")])[0], EncodedVideo)
+
+
+def test_more_videos_than_one_run(make_clip):
+    paths = [make_clip(f"{i}.mp4", num_frames=8 + i) for i in range(40)]
+    dali, pyav = readers(**SMALL)
+    for path, one, other in zip(paths, dali.encode(paths), pyav.encode(paths), strict=True):
+        assert_same(one, other)
+        assert one.path == path
+
+
+def test_mpeg4_and_hidden_frames_go_to_pyav(make_clip):
+    mpeg4 = make_clip("old.avi", codec="mpeg4")
+    vp8 = make_clip(
+        "hidden.webm",
+        codec="libvpx",
+        num_frames=60,
+        codec_options={"auto-alt-ref": "1", "lag-in-frames": "16", "deadline": "good"},
+    )
+    dali, pyav = readers(**SMALL)
+    for one, other in zip(dali.encode([mpeg4, vp8]), pyav.encode([mpeg4, vp8]), strict=True):
+        assert_same(one, other)
+    assert probe(vp8).has_hidden_packets
+    assert dali.decoder.num_handed_over == 2
+    assert probe(mpeg4).num_frames == 64
+    assert probe(vp8).num_frames == 60
+
+
+def test_device_gpu_needs_one():
+    with pytest.raises(ConfigError, match=r"video\.device=gpu needs video\.decoder=dali"):
+        VideoReader(Video(decoder="pyav", device="gpu"))
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="torch sees no GPU"):
+            VideoReader(Video(decoder="dali", device="gpu"))
+
+
+@pytest.mark.gpu
+def test_gpu_decoder_is_near(make_clip):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    path = make_clip("clip.mp4", size=(240, 320))
+    (one,) = VideoReader(Video(decoder="dali", device="gpu", **SMALL)).encode([path])
+    (other,) = VideoReader(Video(decoder="pyav", **SMALL)).encode([path])
+    assert np.abs(one.frames.astype(int) - other.frames).max() <= 4

@@ -1,0 +1,128 @@
+"""The rules against values measured with qwen-vl-utils, a restatement of it, and transformers."""
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from megatron_vrl.config import Video
+from megatron_vrl.errors import VideoError
+from megatron_vrl.video import rules
+
+
+def restated(total: int, fps: float, height: int, width: int, cfg: Video):
+    """fetch_video of qwen-vl-utils 0.0.14, in its own words and with torch's linspace."""
+    min_frames = math.ceil(cfg.min_frames / 2) * 2
+    max_frames = math.floor(min(cfg.max_frames, total) / 2) * 2
+    nframes = total / fps * cfg.fps
+    nframes = min(min(max(nframes, min_frames), max_frames), total)
+    nframes = math.floor(nframes / 2) * 2
+    indices = torch.linspace(0, total - 1, nframes).round().long().tolist()
+    max_pixels = max(
+        min(cfg.max_pixels, cfg.total_pixels / nframes * 2), int(cfg.min_pixels * 1.05)
+    )
+    h_bar, w_bar = max(28, round(height / 28) * 28), max(28, round(width / 28) * 28)
+    if h_bar * w_bar > max_pixels:
+        beta = math.sqrt((height * width) / max_pixels)
+        h_bar = math.floor(height / beta / 28) * 28
+        w_bar = math.floor(width / beta / 28) * 28
+    elif h_bar * w_bar < cfg.min_pixels:
+        beta = math.sqrt(cfg.min_pixels / (height * width))
+        h_bar = math.ceil(height * beta / 28) * 28
+        w_bar = math.ceil(width * beta / 28) * 28
+    return indices, h_bar, w_bar, nframes / total * fps
+
+
+@given(
+    total=st.integers(2, 100_000),
+    fps=st.floats(1, 120),
+    height=st.integers(16, 2200),
+    width=st.integers(16, 4000),
+    wanted_fps=st.sampled_from([0.5, 1.0, 2.0, 4.0]),
+    max_frames=st.integers(2, 768),
+    total_pixels=st.integers(200_000, 90_316_800),
+)
+def test_plan_is_qwens(total, fps, height, width, wanted_fps, max_frames, total_pixels):
+    cfg = Video(fps=wanted_fps, max_frames=max_frames, total_pixels=total_pixels)
+    indices, rows, columns, sampled_fps = restated(total, fps, height, width, cfg)
+    assume(max(height, width) <= 200 * min(height, width) and rows and columns)
+    plan = rules.plan_frames(total, fps, height, width, cfg)
+    assert plan.indices.tolist() == indices
+    assert (plan.height, plan.width) == (rows, columns)
+    assert plan.sampled_fps == sampled_fps
+    assert plan.seconds_per_grid == 2 / sampled_fps
+    assert plan.grid_thw == (len(indices) // 2, rows // 14, columns // 14)
+
+
+def test_measured_values():
+    plan = rules.plan_frames(300, 30.0, 720, 1280, Video())
+    assert len(plan.indices) == 20
+    assert plan.indices[[0, 1, 2, -1]].tolist() == [0, 16, 31, 299]
+    assert plan.seconds_per_grid == 1.0
+    plan = rules.plan_frames(240, 30.0, 720, 1280, Video())
+    assert (plan.height, plan.width, plan.num_tokens) == (560, 1008, 5760)
+
+
+@pytest.mark.parametrize(("num_frames", "sampled"), [(1, [0, 0]), (2, [0, 1]), (3, [0, 2])])
+def test_short_videos(num_frames, sampled):
+    plan = rules.plan_frames(num_frames, 30.0, 112, 112, Video())
+    assert plan.indices.tolist() == sampled
+    assert plan.grid_thw[0] == 1
+
+
+@given(total=st.integers(1, 10_000), max_frames=st.integers(1, 768), side=st.integers(1, 3000))
+def test_plan_fits_its_limits(total, max_frames, side):
+    cfg = Video(max_frames=max_frames, total_pixels=20_000_000)
+    plan = rules.plan_frames(total, 25.0, side, 2 * side, cfg)
+    assert len(plan.indices) % 2 == 0
+    assert (np.diff(plan.indices) >= 0).all()
+    assert plan.indices[0] == 0
+    assert plan.indices[-1] <= total - 1
+    assert plan.height * plan.width <= max(cfg.min_pixels * 1.05, cfg.max_pixels)
+    assert plan.num_tokens * 4 == math.prod(plan.grid_thw)
+
+
+def test_too_thin_is_refused():
+    with pytest.raises(VideoError, match="2010x10 are longer than 200:1"):
+        rules.smart_resize(10, 2010, 100352, 602112)
+
+
+def test_patchify_places_every_pixel():
+    """Against the definition, pixel by pixel."""
+    frames = np.random.default_rng(0).integers(0, 256, (4, 56, 84, 3), dtype=np.uint8)
+    rows = rules.patchify(frames).reshape(2, 2, 3, 2, 2, 3, 2, 14, 14)
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    for f, y, x, c in np.ndindex(frames.shape):
+        row = rows[f // 2, y // 28, x // 28, y // 14 % 2, x // 14 % 2]
+        want = (frames[f, y, x, c] / 255 - mean[c]) / std[c]
+        assert abs(row[c, f % 2, y % 14, x % 14] - want) < 1e-6
+
+
+def test_patchify_is_transformers():
+    lib = torch.library.Library("torchvision", "FRAGMENT")  # a CUDA torchvision beside a CPU torch
+    if torch.version.cuda is None:
+        for op in ("nms", "qnms"):
+            lib.define(op + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    pytest.importorskip("torchvision")
+    from transformers import Qwen2VLVideoProcessor
+
+    frames = np.random.default_rng(1).integers(0, 256, (6, 112, 140, 3), dtype=np.uint8)
+    theirs = Qwen2VLVideoProcessor(do_resize=False, do_sample_frames=False)(
+        videos=[torch.from_numpy(frames).permute(0, 3, 1, 2)], return_tensors="pt"
+    )
+    assert theirs["video_grid_thw"].tolist() == [[3, 8, 10]]
+    np.testing.assert_allclose(
+        rules.patchify(frames), theirs["pixel_values_videos"].numpy(), rtol=0, atol=1e-6
+    )
+
+
+def test_rules_need_no_heavy_library():
+    heavy = "{'torch', 'av', 'nvidia.dali'}"
+    code = f"import sys, megatron_vrl.video.rules; print({heavy} & set(sys.modules))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "set()"

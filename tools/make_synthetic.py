@@ -1,0 +1,375 @@
+"""Make a small labelled video set: coloured shapes that appear, move and vanish, as H.264 files.
+
+Everything a run needs without a download. A clip lasts 16 s at 4 frames/s and 112x112 px; each
+shape is visible in one interval of whole seconds, so that one frame per second, taken by any rule
+that stays inside the second, sees exactly the annotated span. One clip serves one task:
+
+    DIR/videos/{split}_{number}.mp4
+    DIR/annotations/{split}_temporal_grounding.json   form of Charades-STA
+    DIR/annotations/{split}_grounded_qa.json          form of NExT-GQA
+    DIR/annotations/{split}_multiple_choice.json      form of NExT-GQA without "glue"
+
+Splits: `sft` (warm-up), `train` (GRPO), `dev` (ends the warm-up), `heldout`, and `ood`, whose
+colours, shapes, speed and texture go beyond what the others show. No sound, no cuts and no camera
+motion: a model of a million parameters has to learn the set within minutes. The same arguments
+give the same bytes; a second call completes or reuses what it finds.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_vrl.errors import EXIT_CODE, ConfigError, UserError
+
+if TYPE_CHECKING:  # numpy and av are imported where they are used: --help answers at once
+    import numpy as np
+    from numpy.typing import NDArray
+
+DURATION_S = 16
+FPS = 4
+SIDE_PX = 112
+INTERVAL_S = (2, 6)  # shortest and longest visible span
+RADIUS_PX = (16.8, 26.4)
+SPLITS = {"sft": 0.60, "train": 0.25, "dev": 0.05, "heldout": 0.06, "ood": 0.04}  # shares of --num
+TASKS = {"temporal_grounding": 0.6, "multiple_choice": 0.2, "grounded_qa": 0.2}  # default --mix
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 200, 60),
+    "blue": (50, 80, 230),
+    "yellow": (230, 210, 40),
+    "white": (235, 235, 235),  # this and the next only in `ood`
+    "purple": (170, 60, 200),
+}
+KINDS = ("square", "circle", "triangle", "cross")  # the last only in `ood`
+NUM_OPTIONS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Domain:
+    """What the clips of a split look like."""
+
+    colours: tuple[str, ...]
+    kinds: tuple[str, ...]
+    speed_px: float  # fastest motion, per frame
+    noise: float  # standard deviation of the coarse texture, grey levels
+
+
+EASY = Domain(colours=tuple(COLOURS)[:4], kinds=KINDS[:3], speed_px=1.5, noise=12.0)
+HARD = Domain(colours=tuple(COLOURS), kinds=KINDS, speed_px=3.75, noise=18.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    kind: str
+    colour: str
+    interval_s: tuple[int, int]
+    radius_px: float
+    brightness: float
+    start_px: tuple[float, float]  # x, y of the centre in frame 0
+    step_px: tuple[float, float]  # motion per frame
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    name: str
+    task: str
+    noise: float
+    shapes: tuple[Shape, ...]  # questions with options ask for the first
+    options: tuple[str, ...]
+    seed: tuple[int, ...]  # of the background
+
+
+# ---- what is in a clip
+
+
+def plan(sizes: dict[str, int], mix: dict[str, float], seed: int, objects: int) -> list[Clip]:
+    """All clips of the set. The pixels of a clip depend on `seed`, its split and number alone."""
+    clips = []
+    for code, (split, size) in enumerate(sizes.items()):
+        tasks = [task for task, count in apportion(size, mix).items() for _ in range(count)]
+        domain = HARD if split == "ood" else EASY
+        for number, task in enumerate(tasks):
+            name = f"{split}_{number:05d}"
+            clips.append(plan_clip(name, task, domain, objects, (seed, code, number)))
+    return clips
+
+
+def plan_clip(name: str, task: str, domain: Domain, objects: int, seed: tuple[int, ...]) -> Clip:
+    import numpy as np
+
+    rng = np.random.default_rng((*seed, 0))
+    colours = [str(colour) for colour in rng.permutation(domain.colours)]
+    kinds = [str(kind) for kind in rng.permutation(domain.kinds)]
+    shapes = tuple(
+        plan_shape(rng, kind, colour, domain.speed_px)
+        for kind, colour in zip(kinds[:objects], colours[:objects], strict=True)
+    )
+    options = tuple(str(colour) for colour in rng.permutation(colours[:NUM_OPTIONS]))
+    return Clip(
+        name=name, task=task, noise=domain.noise, shapes=shapes, options=options, seed=(*seed, 1)
+    )
+
+
+def plan_shape(rng: "np.random.Generator", kind: str, colour: str, speed_px: float) -> Shape:
+    length = int(rng.integers(INTERVAL_S[0], INTERVAL_S[1] + 1))
+    start = int(rng.integers(0, DURATION_S - length + 1))
+    radius = float(rng.uniform(*RADIUS_PX))
+    x, y = rng.uniform(radius, SIDE_PX - radius, 2).tolist()
+    angle, speed = rng.uniform(0, 2 * math.pi), rng.uniform(0, speed_px)
+    return Shape(
+        kind=kind,
+        colour=colour,
+        interval_s=(start, start + length),
+        radius_px=radius,
+        brightness=float(rng.uniform(0.85, 1.05)),
+        start_px=(x, y),
+        step_px=(speed * math.cos(angle), speed * math.sin(angle)),
+    )
+
+
+def apportion(total: int, shares: dict[str, float]) -> dict[str, int]:
+    """Whole counts in the ratio of `shares` that add up to `total` (largest remainders)."""
+    exact = {name: total * share / sum(shares.values()) for name, share in shares.items()}
+    counts = {name: int(value) for name, value in exact.items()}
+    by_remainder = sorted(exact, key=lambda name: counts[name] - exact[name])
+    for name in by_remainder[: total - sum(counts.values())]:
+        counts[name] += 1
+    return counts
+
+
+# ---- its pixels
+
+
+def write_clip(clip: Clip, folder: Path) -> None:
+    """Encode one clip. The file appears whole or not at all."""
+    import av
+
+    final = folder / f"{clip.name}.mp4"
+    partial_file = final.with_suffix(".part")
+    # One encoder thread: x264's output depends on the number of threads.
+    options = {"preset": "veryfast", "crf": "20", "threads": "1"}
+    with av.open(str(partial_file), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=FPS, options=options)
+        stream.width = stream.height = SIDE_PX
+        stream.pix_fmt = "yuv420p"
+        for image in draw(clip):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    os.replace(partial_file, final)
+
+
+def draw(clip: Clip) -> Iterator["NDArray[np.uint8]"]:
+    """Frames [112, 112, 3] RGB in order."""
+    import numpy as np
+
+    rows, columns = np.mgrid[:SIDE_PX, :SIDE_PX].astype(np.float32)
+    background = draw_background(np.random.default_rng(clip.seed), clip.noise, rows, columns)
+    for index in range(DURATION_S * FPS):
+        image = background.copy()
+        for shape in clip.shapes:
+            if shape.interval_s[0] <= index / FPS < shape.interval_s[1]:
+                colour = np.array(COLOURS[shape.colour]) * shape.brightness
+                image[covered(shape, index, rows, columns)] = colour.clip(0, 255)
+        yield image
+
+
+def draw_background(rng: "np.random.Generator", noise: float, rows: Any, columns: Any) -> Any:
+    """A dim colour with a slope, grey noise on 8 px cells, and colour noise on 4 px cells.
+
+    The cells are large because the frames are meant to be shrunk to 28x28 px.
+    """
+    import numpy as np
+
+    slope = rng.uniform(-0.4, 0.4, (2, 3))  # grey levels per pixel
+    image = rng.uniform(20, 110, 3)
+    image = image + (rows[..., None] - SIDE_PX / 2) * slope[0]
+    image = image + (columns[..., None] - SIDE_PX / 2) * slope[1]
+    coarse, fine = SIDE_PX // 8, SIDE_PX // 4
+    image += rng.normal(0, noise, (coarse, coarse, 1)).repeat(8, 0).repeat(8, 1)
+    image += rng.normal(0, noise / 2, (fine, fine, 3)).repeat(4, 0).repeat(4, 1)
+    return image.clip(0, 255).astype(np.uint8)
+
+
+def covered(shape: Shape, index: int, rows: Any, columns: Any) -> Any:
+    """Mask [112, 112] of the pixels that the shape covers in frame `index`."""
+    radius = shape.radius_px
+    x, y = (
+        bounced(start + index * step, radius)
+        for start, step in zip(shape.start_px, shape.step_px, strict=True)
+    )
+    right, down = columns - x, rows - y
+    reach = abs(right).clip(abs(down))  # distance from the centre in the maximum norm
+    if shape.kind == "square":
+        return reach <= 0.886 * radius  # the circle's area
+    if shape.kind == "circle":
+        return right**2 + down**2 <= radius**2
+    if shape.kind == "triangle":
+        return (down <= radius) & (down >= 2 * abs(right) - radius)
+    return (reach <= radius) & (abs(right).clip(max=abs(down)) <= radius / 3)  # cross
+
+
+def bounced(place: float, radius: float) -> float:
+    """A straight path folded back at the borders, so that the shape stays inside."""
+    span = SIDE_PX - 2 * radius
+    return radius + span - abs((place - radius) % (2 * span) - span)
+
+
+# ---- its annotation
+
+
+def grounding_record(clip: Clip) -> dict[str, Any]:
+    """Charades-STA: one sentence and one interval per shape."""
+    return {
+        "duration": float(DURATION_S),
+        "timestamps": [[float(s) for s in shape.interval_s] for shape in clip.shapes],
+        "sentences": [f"the {shape.colour} {shape.kind} is visible" for shape in clip.shapes],
+    }
+
+
+def question_record(clip: Clip) -> dict[str, Any]:
+    """NExT-GQA; plain multiple choice has no "glue"."""
+    asked = clip.shapes[0]
+    letters = "ABCDEF"[:NUM_OPTIONS]
+    record = {
+        "id": f"{clip.name}_0",
+        "video": f"{clip.name}.mp4",
+        "question": f"which colour is the {asked.kind}?",
+        "options": [f"({x}) {text}" for x, text in zip(letters, clip.options, strict=True)],
+        "duration": DURATION_S,
+        "glue": [[float(s) for s in asked.interval_s]],
+        "type": "colour",
+        "answer": f"({letters[clip.options.index(asked.colour)]})",
+    }
+    if clip.task == "multiple_choice":
+        del record["glue"]
+    return record
+
+
+def annotation_files(clips: list[Clip]) -> dict[str, Any]:
+    """File name -> content."""
+    files: dict[str, Any] = {}
+    for clip in clips:
+        name = f"{clip.name.split('_')[0]}_{clip.task}.json"
+        if clip.task == "temporal_grounding":
+            files.setdefault(name, {})[clip.name] = grounding_record(clip)
+        else:
+            files.setdefault(name, []).append(question_record(clip))
+    return files
+
+
+# ---- the set on disk
+
+
+def make_set(out: Path, clips: list[Clip], spec: dict[str, Any], workers: int) -> int:
+    """Write what is missing; returns how many clips were encoded.
+
+    Raises ConfigError if `out` holds something else.
+    """
+    claim(out, spec)
+    present = {path.name for path in (out / "videos").iterdir()}
+    missing = [clip for clip in clips if f"{clip.name}.mp4" not in present]
+    if missing:
+        encode(missing, out / "videos", workers)
+    for name, content in annotation_files(clips).items():
+        write_json(out / "annotations" / name, content)
+    return len(missing)
+
+
+def claim(out: Path, spec: dict[str, Any]) -> None:
+    """Note in an empty directory what it is going to hold; refuse one that holds another set."""
+    note = out / "synthetic.json"
+    if note.exists():
+        held = json.loads(note.read_text())
+        if held != spec:
+            raise ConfigError(
+                f"{out} holds a set made with other arguments, {held}; "
+                "give another --out or remove it."
+            )
+    elif out.exists() and any(out.iterdir()):
+        raise ConfigError(f"{out} is not empty and holds no synthetic set; give another --out.")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(note, spec)
+    for folder in ("videos", "annotations"):
+        (out / folder).mkdir(exist_ok=True)
+
+
+def encode(clips: list[Clip], folder: Path, workers: int) -> None:
+    from tqdm import tqdm
+
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        done = pool.imap_unordered(partial(write_clip, folder=folder), clips, chunksize=8)
+        for _ in tqdm(done, total=len(clips), unit="clip", desc=str(folder)):
+            pass
+
+
+def write_json(path: Path, content: Any) -> None:
+    partial_file = path.with_suffix(".part")
+    partial_file.write_text(json.dumps(content, indent=1))
+    os.replace(partial_file, path)
+
+
+# ---- the command
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="directory of the set")
+    parser.add_argument("--num", type=int, default=4000, help=f"clips in all, shared out: {SPLITS}")
+    parser.add_argument(
+        "--split", action="append", default=[], metavar="NAME=CLIPS", help="set one split's size"
+    )
+    parser.add_argument(
+        "--mix", action="append", default=[], metavar="TASK=SHARE", help=f"default: {TASKS}"
+    )
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--objects", type=int, choices=(1, 2), default=1, help="shapes per clip")
+    parser.add_argument("--workers", type=int, default=2, help="encoding processes")
+    return parser.parse_args(arguments)
+
+
+def chosen(pairs: list[str], flag: str, known: dict[str, Any], number: type) -> dict[str, Any]:
+    """`NAME=NUMBER` pairs of one flag, checked."""
+    values = {}
+    for pair in pairs:
+        name, _, text = pair.partition("=")
+        try:
+            values[name] = number(text)
+        except ValueError:
+            raise ConfigError(f"{flag} {pair!r} is not of the form NAME=NUMBER.") from None
+        if name not in known or values[name] < 0:
+            raise ConfigError(f"{flag} {pair!r}: give one of {', '.join(known)} and a number >= 0.")
+    return values
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    mix = chosen(args.mix, "--mix", TASKS, float) or TASKS
+    sizes = apportion(args.num, SPLITS) | chosen(args.split, "--split", SPLITS, int)
+    if min(args.num, args.workers) < 1 or args.seed < 0 or sum(mix.values()) <= 0:
+        raise ConfigError(
+            f"--num {args.num}, --workers {args.workers} and --mix {mix} must be "
+            f"positive, --seed {args.seed} not negative."
+        )
+    spec = {"sizes": sizes, "mix": mix, "seed": args.seed, "objects": args.objects}
+    clips = plan(sizes, mix, args.seed, args.objects)
+    encoded = make_set(args.out, clips, spec, args.workers)
+    state = f"{encoded} clips encoded" if encoded else "complete already, reused"
+    print(f"{args.out}: {state}; " + ", ".join(f"{name} {size}" for name, size in sizes.items()))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"make_synthetic: {error}", file=sys.stderr)
+        sys.exit(EXIT_CODE)
