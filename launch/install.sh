@@ -10,8 +10,11 @@ torch="torch==2.13.0+cpu"
 torch_index="https://download.pytorch.org/whl/cpu"
 locks=("$root/launch/locks/cpu.txt")
 case "${1:-}" in
-    "") stamp="$venv/installed-cpu" ;;
-    test) stamp="$venv/installed-test" locks+=("$root/launch/locks/test.txt") ;;
+    "") stamps=("$venv/installed-cpu") ;;
+    test)
+        locks+=("$root/launch/locks/test.txt")
+        stamps=("$venv/installed-test" "$venv/installed-cpu")
+        ;;
     *) echo "Unknown argument '$1'. Say launch/install.sh or launch/install.sh test." >&2 && exit 2 ;;
 esac
 
@@ -67,8 +70,8 @@ run_pip() { # prints pip's words only when it fails, then says what they mean
 
 main() {
     local wanted
-    wanted="$(cat "${locks[@]}" "$root/pyproject.toml" "$root/launch/install.sh" | sha256sum) $root"
-    [[ -f "$stamp" && "$(<"$stamp")" == "$wanted" ]] && return
+    wanted="$(cat "$root"/launch/locks/*.txt "$root"/{pyproject.toml,launch/install.sh} | sha256sum) $root"
+    [[ -f "${stamps[0]}" && "$(<"${stamps[0]}")" == "$wanted" ]] && return
     local began=$SECONDS lock index=() python=""
     [[ -x "$venv/bin/pip" ]] || python="$(find_python)" || exit 2
     check_machine
@@ -83,7 +86,7 @@ main() {
     done
     echo "install: megatron_vrl itself, editable"
     run_pip --no-build-isolation --editable "$root"
-    echo "$wanted" >"$stamp"
+    tee "${stamps[@]}" <<<"$wanted" >/dev/null
     echo "install: done in $((SECONDS - began)) s"
 }
 

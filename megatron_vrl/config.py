@@ -59,7 +59,8 @@ class Parallel(Section):
 
 class Video(Section):
     decoder: Literal["dali", "pyav"] = "dali"
-    """Which decoder reads the files; `pyav` is the second one, bit-equal on the CPU."""
+    """Which decoder reads the files. On a CPU both give the same bytes, and `pyav` is the faster
+    one for long videos: it seeks to keyframes."""
     device: Literal["cpu", "gpu"] = "cpu"
     """Where DALI decodes: `gpu` is NVDEC."""
     fps: Annotated[float, Field(gt=0)] = 2.0
@@ -71,7 +72,7 @@ class Video(Section):
     max_pixels: Positive = 768 * 28 * 28
     """Most pixels of one frame after resizing."""
     total_pixels: Positive = 90316800
-    """Most pixels of one video: frames x height x width, before two frames become one step."""
+    """Most pixels of one video: temporal steps x height x width, two frames being one step."""
     store_mib: Positive = 256
     """Memory of the store of decoded frames, per rank, MiB."""
     store_dir: str = ""
@@ -204,7 +205,7 @@ class Checkpoint(Section):
 
 
 class Observe(Section):
-    wandb: Literal["offline", "online", "off"] = "offline"
+    wandb: Literal["offline", "online", "disabled"] = "offline"
     project: str = "megatron_vrl"
     cards_per_step: Annotated[int, Field(ge=0)] = 1
     """Groups of each step kept whole for the report's cards."""

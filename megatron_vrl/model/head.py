@@ -8,11 +8,22 @@ tensor-parallel ranks; then each rank sees only its part of the logits.
 Shape letters: N rows, C channels, V words of this rank's part.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+BANNED_LOGIT = -1e30  # its exp is 0, and unlike -inf it may be multiplied by 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Distribution:
+    """Which distribution over words is meant: the one that answers are sampled from."""
+
+    temperature: float = 1.0
+    banned: tuple[int, ...] = ()  # token ids that are never sampled: their probability is 0
 
 
 def token_logprobs(
@@ -21,44 +32,46 @@ def token_logprobs(
     target: Tensor,
     *,
     group: dist.ProcessGroup,
-    temperature: float = 1.0,
+    of: Distribution,
     chunk: int = 1024,
 ) -> tuple[Tensor, Tensor]:
     """hidden [N, C], weight [V, C], target [N] (whole vocabulary) -> log-prob [N], entropy [N].
 
-    Both in float32, of softmax(logits / temperature); entropy in nats. The gradient of `hidden`
-    is this rank's part only: the caller sums it over `group`, as Megatron's mappings do.
+    Both in float32; entropy in nats. The gradient of `hidden` is this rank's part only: the
+    caller sums it over `group`, as Megatron's mappings do.
     """
-    return _TokenLogprobs.apply(hidden, weight, target, group, temperature, chunk)  # type: ignore[no-any-return]
+    return _TokenLogprobs.apply(hidden, weight, target, group, of, chunk)  # type: ignore[no-any-return]
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, group: dist.ProcessGroup,
-        temperature: float, chunk: int,
+        of: Distribution, chunk: int,
     ) -> tuple[Tensor, Tensor]:
         first = group.rank() * weight.shape[0]
         local = target - first
         mine = (local >= 0) & (local < weight.shape[0])
         local = torch.where(mine, local, 0)
+        banned = torch.tensor(of.banned, dtype=torch.long, device=hidden.device) - first
+        banned = banned[(banned >= 0) & (banned < weight.shape[0])]
         statistics = torch.empty(3, len(target), device=hidden.device)  # lse, target logit, mean
         for rows in _chunks(len(target), chunk):
-            logits = _logits(hidden[rows], weight, temperature)
+            logits = _logits(hidden[rows], weight, banned, of.temperature)
             statistics[:, rows] = _statistics(logits, local[rows], mine[rows], group)
         lse, chosen, mean = statistics
-        ctx.save_for_backward(hidden, weight, local, mine, lse, mean)
-        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.save_for_backward(hidden, weight, local, mine, banned, lse, mean)
+        ctx.temperature, ctx.chunk = of.temperature, chunk
         return chosen - lse, lse - mean
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_logprob, grad_entropy = grads
-        hidden, weight, local, mine, lse, mean = ctx.saved_tensors
+        hidden, weight, local, mine, banned, lse, mean = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for rows in _chunks(len(local), ctx.chunk):
-            logits = _logits(hidden[rows], weight, ctx.temperature)
+            logits = _logits(hidden[rows], weight, banned, ctx.temperature)
             share = torch.exp(logits - lse[rows, None])  # softmax
             # d logprob = onehot - p;  d entropy = -p * (logit - mean)
             slope = share * (
@@ -76,8 +89,9 @@ def _chunks(rows: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, rows, size)]
 
 
-def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    return (hidden @ weight.t()).float() / temperature
+def _logits(hidden: Tensor, weight: Tensor, banned: Tensor, temperature: float) -> Tensor:
+    logits = (hidden @ weight.t()).float() / temperature
+    return logits.index_fill_(1, banned, BANNED_LOGIT)
 
 
 def _statistics(

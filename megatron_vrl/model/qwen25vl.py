@@ -24,7 +24,7 @@ from torch import Tensor
 from megatron_vrl.batching.pack import MicroBatch
 from megatron_vrl.config import Model, Parallel
 from megatron_vrl.model.architecture import Architecture
-from megatron_vrl.model.head import token_logprobs
+from megatron_vrl.model.head import Distribution, token_logprobs
 from megatron_vrl.model.layers import RMSNorm, layer_spec, packed
 from megatron_vrl.model.plans import language_plan
 from megatron_vrl.model.vision import VisionTower
@@ -110,7 +110,7 @@ class Qwen25VL(MegatronModule):
         )
         self._freeze(cfg)
 
-    def forward(self, batch: MicroBatch, patches: Tensor | None, temperature: float) -> Tensor:
+    def forward(self, batch: MicroBatch, patches: Tensor | None, of: Distribution) -> Tensor:
         """On the last stage [2, N]: log-prob and entropy of every target; else hidden states.
 
         `patches` [P, patch values] of all videos of the batch; only the first stage reads them.
@@ -126,7 +126,7 @@ class Qwen25VL(MegatronModule):
                 len(batch.token_ids), device, plan=language_plan(batch, device)
             ),
         )  # [T (/ tensor), 1, C]
-        return self._head(hidden, batch, temperature) if self.post_process else hidden
+        return self._head(hidden, batch, of) if self.post_process else hidden
 
     def _embed(self, batch: MicroBatch, patches: Tensor | None) -> Tensor:
         token_ids = torch.from_numpy(batch.token_ids).to(self.mesh.device)
@@ -142,7 +142,7 @@ class Qwen25VL(MegatronModule):
             embeddings = scatter_to_sequence_parallel_region(embeddings)
         return embeddings  # [T (/ tensor), 1, C]
 
-    def _head(self, hidden: Tensor, batch: MicroBatch, temperature: float) -> Tensor:
+    def _head(self, hidden: Tensor, batch: MicroBatch, of: Distribution) -> Tensor:
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
         else:
@@ -154,7 +154,7 @@ class Qwen25VL(MegatronModule):
             self.head_weight(),
             target,
             group=self.mesh.tensor.group,
-            temperature=temperature,
+            of=of,
         )
         return torch.stack([logprob, entropy])
 

@@ -72,7 +72,7 @@ def open_sinks(
     out_dir.mkdir(parents=True, exist_ok=True)
     write_file(out_dir / "config.yaml", yaml.safe_dump(resolved_config, sort_keys=False))
     writers: list[Writer] = [Rows(RowFile(out_dir / "metrics.jsonl", resume)), Progress()]
-    if cfg.wandb != "off":
+    if cfg.wandb != "disabled":
         writers.append(Wandb(out_dir, cfg, resolved_config, run_name))
     return Sinks(writers, CardFile(out_dir, resume))
 

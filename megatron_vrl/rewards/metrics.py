@@ -63,14 +63,11 @@ def _task_metrics(scored: Sequence[Scored]) -> Iterator[tuple[str, float]]:
     if "accuracy" in parts:
         right = [accuracy.score(row.sample, row.parsed) for row in scored]
         yield "accuracy", _mean(right)
-        yield "baseline_best_letter_accuracy", best_constant_letter(samples)[1]
     if "temporal_iou" in parts:
         ious = [temporal_iou.score(row.sample, row.parsed) for row in scored]
         yield "miou", _mean(ious)
         for threshold in IOU_THRESHOLDS:
             yield f"r1@{threshold}", _mean([value >= threshold for value in ious])
-        yield "baseline_whole_video_miou", constant_interval_miou(samples, (0.0, 1.0))
-        yield "baseline_best_interval_miou", best_constant_interval(samples)[1]
     if "accuracy" in parts and "temporal_iou" in parts:  # the metrics of NExT-GQA
         iops = [_best_iop(row.sample, row.parsed.interval_s) for row in scored]
         yield "miop", _mean(iops)

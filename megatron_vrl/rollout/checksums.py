@@ -37,9 +37,7 @@ def live_checksums(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, str]
     return tensor_checksums(_live_tensors(model, dtype), dtype)
 
 
-def _live_tensors(
-    model: torch.nn.Module, dtype: torch.dtype
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _live_tensors(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     modules = dict(model.named_modules())
     for name, parameter in model.named_parameters():
         prefix, _, kind = name.rpartition(".")
@@ -48,7 +46,7 @@ def _live_tensors(
         if leaf not in FUSED:
             yield name, tensor
             continue
-        parts = tensor.split(modules[prefix].output_sizes)
+        parts = tensor.split(vars(modules[prefix])["output_sizes"])
         for part_name, part in zip(FUSED[leaf], parts, strict=True):
             yield f"{parent}.{part_name}.{kind}", part
 
@@ -60,24 +58,23 @@ def _live_weight(module: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
     if isinstance(module, LinearBase):
         return _unpacked(module, module.input_size, dtype)
     if isinstance(module, VocabParallelEmbedding):
-        plain = module.weight
+        plain = module.get_parameter("weight")
         packed = _unpacked(module, module.embedding_dim, dtype)
         # A tied embedding lives twice: plain for the lookup, packed for the logits. A stale packed
         # copy must show, so it is the one reported when the two differ.
         weight = plain if torch.equal(plain, packed) else packed
         return weight[: module.org_vocab_size]  # rows beyond are padding
-    return module.weight
+    return module.get_parameter("weight")
 
 
 def _unpacked(module: torch.nn.Module, in_features: int, dtype: torch.dtype) -> torch.Tensor:
     """The weight [out, in] that the module's kernel multiplies with."""
-    if "cpu_linear" not in vars(module):
-        return module.weight
-    columns = [
-        module.cpu_linear(rows.contiguous(), module.weight, None)
-        for rows in torch.eye(in_features, dtype=dtype).split(IDENTITY_ROWS)
-    ]
-    return torch.cat(columns).T
+    weight = module.get_parameter("weight")
+    kernel = vars(module).get("cpu_linear")  # set by vLLM where it packs weights, on CPUs only
+    if kernel is None:
+        return weight
+    identity = torch.eye(in_features, dtype=dtype).split(IDENTITY_ROWS)
+    return torch.cat([kernel(rows, weight, None) for rows in identity]).T
 
 
 def _published(name: str) -> str:
@@ -89,4 +86,4 @@ def _published(name: str) -> str:
 
 def _digest(tensor: torch.Tensor, dtype: torch.dtype) -> str:
     plain = (tensor.to(device="cpu", dtype=dtype) + 0.0).contiguous()
-    return hashlib.sha256(plain.view(-1).view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(plain.view(-1).view(torch.uint8).numpy().data).hexdigest()

@@ -14,6 +14,7 @@ Left out: engines in processes of their own, tensor parallelism, quantised rollo
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,9 @@ class SamplingSpec:
 
     def __post_init__(self) -> None:
         if self.temperature == 0 and self.n > 1:
-            raise RolloutError(f"n={self.n} greedy answers would be equal; set n=1 or temperature>0.")
+            raise RolloutError(
+                f"n={self.n} greedy answers would be equal; set n=1 or temperature>0."
+            )
         if not 0 < self.top_p <= 1:
             raise RolloutError(f"top_p={self.top_p} keeps no token; choose a value in (0, 1].")
 
@@ -49,29 +52,35 @@ class ColocatedEngine:
     def __init__(
         self, hf_dir: str, cfg: config.Rollout, *, dtype: str, seed: int, max_model_len: int
     ) -> None:
-        """Start from the directory's config and tokenizer, with random weights.
-
-        Real weights always arrive by `push_weights`. All ranks call this together.
+        """Start from the directory's config and tokenizer; weights are zeros until the first
+        `push_weights`. All ranks call this together.
         """
+        if not (Path(hf_dir) / "config.json").is_file():
+            raise RolloutError(f"{hf_dir} has no config.json; give a Hugging Face checkpoint.")
         self._vllm = import_vllm()
         self._dtype = torch_dtype(dtype)
         self._max_model_len = max_model_len
         self._on_gpu = self._vllm.platforms.current_platform.is_cuda()
         groups_exist = torch.distributed.is_initialized()
         # Under torchrun the rank comes from the launcher and the trainer's groups are used.
-        executor = "external_launcher" if groups_exist else "uni"
+        several_ranks = groups_exist and torch.distributed.get_world_size() > 1
+        executor = "external_launcher" if several_ranks else "uni"
         arguments = self._arguments(hf_dir, cfg, dtype, seed, max_model_len)
         with trainer_state_kept():
             try:
                 self._llm = self._vllm.LLM(**arguments, distributed_executor_backend=executor)
             except (ValueError, OSError) as error:
-                reason = str(error).strip().splitlines()[0]
-                raise RolloutError(f"vLLM refuses {hf_dir}: {reason}") from error
+                raise RolloutError(
+                    f"vLLM refuses to start with kv_cache_mib={cfg.kv_cache_mib}, gpu_memory_share="
+                    f"{cfg.gpu_memory_share}, max_model_len={max_model_len}: {_reason(error)}"
+                ) from error
         if groups_exist:
             # vLLM's own clean-up would destroy the trainer's default process group with its own.
             self._llm.llm_engine.engine_core._finalizer.detach()
         self._tokenizer = self._llm.get_tokenizer()
-        self._stop_token_ids = self._tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+        self._stop_token_ids = self._tokenizer.convert_tokens_to_ids(
+            ["<|im_end|>", "<|endoftext|>"]
+        )
         self.banned_token_ids = _banned(
             self._tokenizer, self._llm.model_config.get_vocab_size(), self._stop_token_ids
         )
@@ -94,7 +103,7 @@ class ColocatedEngine:
             }
         return on_device | {
             "model": hf_dir,
-            "load_format": "dummy",
+            "load_format": "zeros",
             "dtype": dtype,
             "seed": seed,
             "max_model_len": max_model_len,
@@ -110,9 +119,9 @@ class ColocatedEngine:
         }
 
     def generate(self, prompts: Sequence[Prompt], spec: SamplingSpec) -> list[list[Rollout]]:
-        """`spec.n` answers to each prompt, in order. Repeatable for equal weights, prompts, spec."""
+        """`spec.n` answers to each prompt, in order. Equal weights, prompts and spec repeat them."""
         if self._version is None:
-            raise RolloutError("The engine still has random weights; call push_weights first.")
+            raise RolloutError("The engine has no weights yet; call push_weights first.")
         for prompt in prompts:
             self._check_length(prompt, spec)
         with trainer_state_kept(spec.seed), torch.compiler.set_stance(self._stance):
@@ -141,7 +150,7 @@ class ColocatedEngine:
             self._llm.llm_engine.reset_encoder_cache()
         self._version = version
 
-    def weights_checksums(self) -> dict[str, str]:
+    def weights_checksum(self) -> dict[str, str]:
         """SHA-256 of every live weight by published name, see `checksums.tensor_checksums`."""
         dtype = self._dtype
         return self._llm.apply_model(lambda model: live_checksums(model, dtype))[0]
@@ -183,8 +192,8 @@ class ColocatedEngine:
         logprobs = np.array(answer.logprobs.logprobs, dtype=np.float32)  # [R]
         if len(logprobs) != len(token_ids) or answer.finish_reason not in ("stop", "length"):
             raise RolloutError(
-                f"vLLM returned {len(token_ids)} tokens with {len(logprobs)} log-probs, finished by "
-                f"{answer.finish_reason!r}; check that vllm is the pinned version."
+                f"vLLM returned {len(token_ids)} tokens with {len(logprobs)} log-probs, finished "
+                f"by {answer.finish_reason!r}; check that vllm is the pinned version."
             )
         assert self._version is not None
         return Rollout(
@@ -194,6 +203,13 @@ class ColocatedEngine:
             finish=answer.finish_reason,
             weight_version=self._version,
         )
+
+
+def _reason(error: Exception) -> str:
+    """The line that says what is wrong; pydantic puts a count of errors before it."""
+    lines = str(error).strip().splitlines()
+    line = lines[1] if "validation error" in lines[0] else lines[0]
+    return line.partition(" [type=")[0].strip()
 
 
 def _banned(tokenizer: Any, vocab_size: int, allowed: list[int]) -> tuple[int, ...]:
@@ -213,7 +229,8 @@ def _request(prompt: Prompt) -> dict[str, Any]:
 def _metadata(video: EncodedVideo) -> dict[str, Any]:
     """Metadata under which the processor takes all frames as they are.
 
-    It derives the seconds per grid step as 2 / fps, so fps is stated from that side.
+    It derives the seconds per grid step as 2 / fps, so fps is stated from that side, and keeps it
+    in 32 bits: positions agree with a trainer that uses float(np.float32(seconds_per_grid)).
     """
     num_frames = len(video.frames)
     fps = 2.0 / video.seconds_per_grid

@@ -10,6 +10,7 @@ and, only if nobody made one before, a default process group of this single proc
 import importlib.util
 import os
 import random
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -67,7 +68,8 @@ def trainer_state_kept(seed: int | None = None) -> Iterator[None]:
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
     default_dtype = torch.get_default_dtype()
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # vLLM's own use of old torch names
         try:
             if seed is not None:
                 random.seed(seed)

@@ -4,18 +4,25 @@ The worker half of a weight update: vLLM creates one of these in every worker pr
 it with start_weight_update, update_weights (once per bucket), finish_weight_update. In between,
 vLLM's layer-wise reload collects a layer's pieces, packs them as the kernels want and copies the
 result over the live weights. The trainer half is `ColocatedEngine.push_weights`.
+
+Engines start with zeros (load format "zeros"), since real weights always arrive by an update.
+vLLM's own "dummy" format will not do: it also randomises buffers that no update brings, among
+them the pixel mean and deviation of the vision tower (vLLM 0.32.0).
 """
 
 import functools
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from vllm.config import ModelConfig
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.model_loader import BaseModelLoader, register_model_loader
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
@@ -25,12 +32,23 @@ from megatron_vrl.errors import RolloutError
 from megatron_vrl.rollout.buckets import Bucket, read_bucket
 
 BACKEND = "shared_memory"
+LOAD_FORMAT = "zeros"
 
 
 @functools.cache
 def register() -> None:
-    """Make the backend known to this process (entry point `vllm.general_plugins`)."""
+    """Make both known to this process (entry point `vllm.general_plugins`)."""
     WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryWeightTransferEngine)
+    register_model_loader(LOAD_FORMAT)(ZerosLoader)
+
+
+class ZerosLoader(BaseModelLoader):
+    def download_model(self, model_config: ModelConfig) -> None:
+        pass
+
+    def load_weights(self, model: torch.nn.Module, model_config: ModelConfig) -> None:
+        for parameter in model.parameters():
+            parameter.data.zero_()
 
 
 @dataclass
@@ -61,7 +79,8 @@ class SharedMemoryWeightTransferEngine(
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: SharedMemoryUpdateInfo) -> None:
-        self._missing -= self.model.load_weights(read_bucket(Bucket(**update_info.bucket)))
+        model: Any = self.model
+        self._missing -= model.load_weights(read_bucket(Bucket(**update_info.bucket)))
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)

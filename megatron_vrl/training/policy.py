@@ -25,6 +25,7 @@ from torch import Tensor
 from megatron_vrl.batching.pack import MicroBatch
 from megatron_vrl.config import Model, Optimizer, Parallel
 from megatron_vrl.model.architecture import Architecture
+from megatron_vrl.model.head import Distribution
 from megatron_vrl.model.qwen25vl import Qwen25VL
 from megatron_vrl.parallel.mesh import Mesh
 from megatron_vrl.training.optimizer import learning_rate, make_optimizer
@@ -82,7 +83,7 @@ class Policy:
         self._reference.load_state_dict(self.model.state_dict())
 
     def reference_logprobs(
-        self, batches: Sequence[MicroBatch], temperature: float
+        self, batches: Sequence[MicroBatch], of: Distribution
     ) -> list[Tensor | None]:
         """Log-prob [N] of every batch under the reference; None off the last stage or without one."""
         if self._reference is None:
@@ -90,22 +91,22 @@ class Policy:
         outputs = self._run(
             self._reference,
             batches,
-            temperature,
+            of,
             lambda output, non_loss_data: output[0].clone(),
             forward_only=True,
         )
         return outputs or [None] * len(batches)
 
     def update(
-        self, batches: Sequence[MicroBatch], token_loss: TokenLoss, temperature: float, step: int
+        self, batches: Sequence[MicroBatch], token_loss: TokenLoss, of: Distribution, step: int
     ) -> Update:
         """One optimizer update from this rank's micro-batches; `step` updates were made before."""
         assert self.optimizer is not None, "start_phase first"
-        references = self.reference_logprobs(batches, temperature)
+        references = self.reference_logprobs(batches, of)
         self._ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         losses = iter([partial(_weighted, token_loss, b, r) for b, r in zip(batches, references)])  # noqa: B905
-        records = self._run(self._ddp, batches, temperature, lambda output: next(losses)(output))
+        records = self._run(self._ddp, batches, of, lambda output: next(losses)(output))
         metrics = self._reduce(records)
         lr = learning_rate(self._optimizer_cfg, step, self._num_steps)
         for group in self.optimizer.param_groups:
@@ -120,12 +121,12 @@ class Policy:
         )
 
     def _run(
-        self, model: Any, batches: Sequence[MicroBatch], temperature: float,
+        self, model: Any, batches: Sequence[MicroBatch], of: Distribution,
         on_output: Callable[..., Any], forward_only: bool = False,
     ) -> list[Any]:
         def forward_step(data: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
             batch = next(data)
-            return chunk(batch, self._patches(batch), temperature), on_output
+            return chunk(batch, self._patches(batch), of), on_output
 
         records: list[Any] = get_forward_backward_func()(
             forward_step_func=forward_step,

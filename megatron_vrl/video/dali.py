@@ -81,7 +81,7 @@ class DaliDecoder:
     def _run_or_halve(self, jobs: list[DecodeJob]) -> list[NDArray[np.uint8] | None]:
         try:
             return list(self._run(jobs))
-        except RuntimeError:
+        except (RuntimeError, OSError):  # OSError: a file went away after it was probed
             self._pipeline = self._build()  # the old one stays dead
         if len(jobs) == 1:
             return [None]

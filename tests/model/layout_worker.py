@@ -11,6 +11,7 @@ import torch
 from megatron_vrl.batching.pack import Answer, Group, as_plain, pack
 from megatron_vrl.config import Model, Optimizer, Parallel
 from megatron_vrl.model.architecture import read_architecture
+from megatron_vrl.model.head import Distribution
 from megatron_vrl.model.weights import load_published, published_tensors
 from megatron_vrl.parallel.mesh import init_mesh
 from megatron_vrl.training.policy import Policy
@@ -65,7 +66,7 @@ def main() -> None:
         batches.append(batch)
     result: dict = {"loss": [], "grad_norm": [], "entropy": []}
     for step in range(3):
-        update = policy.update(batches, token_loss, 1.0, step)
+        update = policy.update(batches, token_loss, Distribution(), step)
         result["loss"].append(update.loss)
         result["grad_norm"].append(update.grad_norm)
         result["entropy"].append(update.metrics["entropy"])

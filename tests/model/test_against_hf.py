@@ -9,6 +9,7 @@ import torch
 from megatron_vrl.batching.pack import Answer, Group, pack
 from megatron_vrl.config import Model, Parallel
 from megatron_vrl.model.architecture import read_architecture
+from megatron_vrl.model.head import Distribution
 from megatron_vrl.model.qwen25vl import Qwen25VL
 from megatron_vrl.model.weight_map import stage_rows
 from megatron_vrl.model.weights import load_published, published_tensors
@@ -83,7 +84,7 @@ def test_logprobs_and_gradients_equal_transformers(mesh, tmp_path, tied, grids, 
     groups = _groups(grids, answers)
     batch = pack(groups)
     patches = torch.from_numpy(np.concatenate([patchify(v.frames) for v in batch.videos]))
-    logprob, _ = model(batch, patches, 1.0)
+    logprob, _ = model(batch, patches, Distribution())
     expected = torch.cat([_published_logprobs(oracle, g, a) for g in groups for a in g.answers])
     torch.testing.assert_close(logprob, expected, rtol=1e-5, atol=1e-5)
 
@@ -107,7 +108,7 @@ def test_entropy_is_that_of_the_whole_distribution(mesh, tmp_path):
     model = _model(mesh, save(oracle, tmp_path))
     (group,) = _groups([((2, 2, 2), 1.0)], [1])
     batch = pack([group])
-    _, entropy = model(batch, torch.from_numpy(patchify(group.prompt.video.frames)), 0.7)
+    _, entropy = model(batch, torch.from_numpy(patchify(group.prompt.video.frames)), Distribution(temperature=0.7))
     probabilities = []
     for token in range(90):  # every word but the special ones, one answer each
         answer = Answer(
@@ -115,7 +116,7 @@ def test_entropy_is_that_of_the_whole_distribution(mesh, tmp_path):
         )
         single = pack([Group(prompt=group.prompt, answers=(answer,))])
         patches = torch.from_numpy(patchify(group.prompt.video.frames))
-        probabilities.append(model(single, patches, 0.7)[0].detach())
+        probabilities.append(model(single, patches, Distribution(temperature=0.7))[0].detach())
     logprobs = torch.cat(probabilities)
     partial = -(logprobs.exp() * logprobs).sum()
     rest = 1 - logprobs.exp().sum()

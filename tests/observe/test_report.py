@@ -50,7 +50,7 @@ def card(step: int, text: str = "an answer") -> Card:
 
 
 def made_run(out_dir: Path, cards: int = 2) -> Path:
-    cfg = Observe(wandb="off")
+    cfg = Observe(wandb="disabled")
     sinks = open_sinks(out_dir, cfg, {"run": {"seed": 3}}, "run", rank=0)
     for step in range(1, 31):
         values = {"reward": step / 30, "format_rate": 1.0, "response_tokens": 40 + step}
@@ -133,7 +133,7 @@ def test_best_middle_and_worst_answers_stand_first(tmp_path: Path) -> None:
     made_run(tmp_path, cards=0)
     rewards = [0.3, 0.9, 0.1, 0.7, 0.5]
     answers = tuple(replace(answer(2.0, f"earned {r}"), reward=r) for r in rewards)
-    sinks = open_sinks(tmp_path, Observe(wandb="off"), {}, "run", rank=0, resume=("grpo", 31))
+    sinks = open_sinks(tmp_path, Observe(wandb="disabled"), {}, "run", rank=0, resume=("grpo", 31))
     sinks.card(replace(card(1), answers=answers), FRAMES, TIMES_S)
     sinks.close()
     shown = re.findall(r"earned ([\d.]+)", build_report(tmp_path).read_text())

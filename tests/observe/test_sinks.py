@@ -12,7 +12,7 @@ from megatron_vrl.observe.files import RowFile, read_rows
 from megatron_vrl.observe.metrics import StepMetrics
 from megatron_vrl.observe.sinks import Sinks, open_sinks
 
-QUIET = Observe(wandb="off")
+QUIET = Observe(wandb="disabled")
 
 
 def opened(out_dir: Path, resume=None, cfg: Observe = QUIET, rank: int = 0) -> Sinks:

@@ -1,0 +1,95 @@
+"""Sample + encoded video -> Prompt: the one place where a question becomes tokens.
+
+The chat template of the checkpoint renders it, video first, text second; the same ids feed the
+engine (one pad token, which it expands itself) and the trainer (one per vision cell). A prompt
+that is too long is refused: cutting it would drop vision tokens and break the match with the
+video's grid.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import AutoTokenizer
+
+from megatron_vrl.batching.positions import VisionBlock, mrope_positions
+from megatron_vrl.errors import CheckpointError, ConfigError
+from megatron_vrl.tasks import SYSTEM_PROMPTS, TASKS
+from megatron_vrl.types import EncodedVideo, Prompt, VideoSample
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisionTokens:
+    """What the checkpoint's config says of vision in a prompt."""
+
+    video_token: int
+    merge: int  # patches per side of one token
+    tokens_per_second: float
+
+
+class PromptEncoder:
+    """Tokenizer and template of one checkpoint under one system prompt."""
+
+    def __init__(
+        self, published_dir: str | Path, vision: VisionTokens, system_prompt: str, max_tokens: int
+    ) -> None:
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(published_dir)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"{published_dir} has no tokenizer that loads: {reason}") from None
+        self._vision = vision
+        self._system_prompt = system_prompt
+        self._max_tokens = max_tokens
+        self._stop = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+    def prompt(self, sample: VideoSample, video: EncodedVideo) -> Prompt:
+        """Raises ConfigError if the prompt exceeds data.max_prompt_tokens."""
+        vision = self._vision
+        compact = self._render(sample)
+        block = VisionBlock(video.grid_thw, video.seconds_per_grid)
+        at = compact.index(vision.video_token)
+        cells = [vision.video_token] * block.num_tokens(vision.merge)
+        token_ids = np.array([*compact[:at], *cells, *compact[at + 1 :]], dtype=np.int64)
+        if len(token_ids) > self._max_tokens:
+            raise ConfigError(
+                f"The prompt of sample {sample.id} has {len(token_ids)} tokens, "
+                f"{len(cells)} of them video, over data.max_prompt_tokens={self._max_tokens}: "
+                "raise it, or lower video.total_pixels."
+            )
+        return Prompt(
+            sample=sample,
+            video=video,
+            token_ids=token_ids,
+            engine_token_ids=tuple(compact),
+            positions=mrope_positions(
+                token_ids,
+                [vision.video_token],
+                [block],
+                merge=vision.merge,
+                tokens_per_second=vision.tokens_per_second,
+            ),
+        )
+
+    def target(self, sample: VideoSample) -> NDArray[np.int64]:
+        """Tokens [R] of the ideal answer, stop token included: what the warm-up imitates."""
+        if self._system_prompt == "answer":
+            sample = replace(sample, rationale="")
+        text = TASKS[sample.task].target(sample)
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return np.array([*ids, self._stop], dtype=np.int64)
+
+    def _render(self, sample: VideoSample) -> list[int]:
+        """Token ids with one single video pad."""
+        question = TASKS[sample.task].question(sample)
+        content = [{"type": "video"}, {"type": "text", "text": question}]
+        messages: list[dict[str, object]] = [{"role": "user", "content": content}]
+        system = SYSTEM_PROMPTS[self._system_prompt]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        text = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids

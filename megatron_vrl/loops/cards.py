@@ -1,0 +1,40 @@
+"""Scored groups -> cards of the report: question, frames, and every answer with its rewards."""
+
+from collections.abc import Sequence
+
+from megatron_vrl.observe import cards
+from megatron_vrl.observe.sinks import Sinks
+from megatron_vrl.tasks import TASKS
+from megatron_vrl.types import ScoredGroup
+
+
+def write_cards(sinks: Sinks, groups: Sequence[ScoredGroup], step: int) -> None:
+    for group in groups:
+        sample, video = group.prompt.sample, group.prompt.video
+        card = cards.Card(
+            phase="grpo",
+            step=step,
+            sample_id=sample.id,
+            task=sample.task,
+            question=TASKS[sample.task].question(sample),
+            options=sample.options,
+            option=sample.option,
+            intervals_s=sample.intervals_s,
+            duration_s=sample.duration_s,
+            answers=tuple(_answer(group, i) for i in range(len(group.rollouts))),
+        )
+        sinks.card(card, video.frames, video.timestamps_s)
+
+
+def _answer(group: ScoredGroup, index: int) -> cards.Answer:
+    sample, rollout = group.prompt.sample, group.rollouts[index]
+    parsed = TASKS[sample.task].parse(rollout.text, sample)
+    return cards.Answer(
+        text=rollout.text,
+        intervals_s=(parsed.interval_s,) if parsed.interval_s else (),
+        option=parsed.option,
+        parts={name: float(values[index]) for name, values in group.parts.items()},
+        reward=float(group.rewards[index]),
+        advantage=float(group.advantages[index]),
+        tokens=len(rollout.token_ids),
+    )

@@ -1,0 +1,42 @@
+"""Everything that can be checked without training: layout, architecture, rewards, files."""
+
+from pathlib import Path
+
+from megatron_vrl.config import RunConfig, Source
+from megatron_vrl.model.architecture import Architecture, check_divides, read_architecture
+from megatron_vrl.parallel.mesh import check_layout
+from megatron_vrl.rewards import weights_of
+from megatron_vrl.training.checkpoint import published_files
+
+
+def check(cfg: RunConfig, world: int) -> list[str]:
+    """Raises UserError for what cannot work; returns notes on what is not on this machine."""
+    check_layout(cfg.parallel, world)
+    weights_of(cfg.rewards)
+    arch, notes = _architecture(cfg)
+    check_divides(arch, cfg.parallel)
+    replicas = world // (cfg.parallel.tensor * cfg.parallel.pipeline)
+    sources = [*cfg.data.sft, *cfg.data.train, *sum(cfg.data.evaluation.values(), [])]
+    missing = [note for source in sources for note in _missing(source)]
+    answers = cfg.rollout.prompts_per_step * cfg.rollout.group_size
+    return [
+        f"model: {arch.num_parameters:,} parameters",
+        f"layout: {world} processes = {replicas} replicas of tensor {cfg.parallel.tensor} x "
+        f"pipeline {cfg.parallel.pipeline}",
+        f"a GRPO step: {cfg.rollout.prompts_per_step} prompts, {answers} answers, 1 update",
+        *notes,
+        *dict.fromkeys(missing),
+    ]
+
+
+def _architecture(cfg: RunConfig) -> tuple[Architecture, list[str]]:
+    checkpoint = published_files(cfg.model.checkpoint)
+    if (checkpoint / "config.json").exists() or not cfg.model.architecture:
+        return read_architecture(checkpoint), []
+    note = f"not on this machine: checkpoint {cfg.model.checkpoint}"
+    return read_architecture(cfg.model.architecture), [note]
+
+
+def _missing(source: Source) -> list[str]:
+    paths = {"annotation file": source.json_path, "video folder": source.data_folder}
+    return [f"not on this machine: {n} {p}" for n, p in paths.items() if not Path(p).exists()]

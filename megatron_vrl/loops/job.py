@@ -1,0 +1,131 @@
+"""The main job: base evaluation, warm-up, GRPO, evaluation of each, export, report.
+
+A part that a checkpoint says is finished is not repeated, so the same command line continues a
+run that was stopped and, on a finished one, only says where its report is.
+"""
+
+from pathlib import Path
+
+from megatron_vrl.build import Parts, build
+from megatron_vrl.config import RunConfig
+from megatron_vrl.data.mix import load
+from megatron_vrl.errors import UserError
+from megatron_vrl.evaluation import evaluate, trivial_answers
+from megatron_vrl.loops.grpo import train_grpo
+from megatron_vrl.loops.sft import train_sft
+from megatron_vrl.loops.state import RunState, load_stage_weights, restored, save
+from megatron_vrl.model.weights import save_published
+from megatron_vrl.observe.clock import peak_rss_bytes
+from megatron_vrl.observe.metrics import StepMetrics
+from megatron_vrl.observe.report import build_report
+from megatron_vrl.observe.sinks import Sinks, open_sinks
+from megatron_vrl.observe.summary import write_summary
+from megatron_vrl.parallel.mesh import agreed, gather_objects, world_axis
+from megatron_vrl.types import VideoSample
+
+Splits = dict[str, list[VideoSample]]
+
+
+def run_job(cfg: RunConfig) -> Path:
+    """Do what is left of the run and return its report. Every rank calls it."""
+    out_dir = Path(cfg.run.out_dir)
+    state = restored(cfg.run.out_dir)
+    if state.stage == "done" and (out_dir / "report.html").exists():
+        return out_dir / "report.html"
+    parts = build(cfg)
+    load_stage_weights(parts, state)
+    with agreed(parts.mesh):
+        splits = {
+            name: load(sources, cfg.run.seed) for name, sources in cfg.data.evaluation.items()
+        }
+    next_step = (state.stage, state.step + 1) if state.stage in ("sft", "grpo") else None
+    sinks = open_sinks(
+        out_dir,
+        cfg.observe,
+        cfg.model_dump(mode="json"),
+        out_dir.name,
+        rank=parts.mesh.rank,
+        resume=next_step,  # type: ignore[arg-type]
+    )
+    state.add_seconds(parts.clock.take())
+    try:
+        _stages(parts, state, sinks, splits)
+    except UserError:
+        if state.step > 0:  # every rank raises it together: keep what was learned
+            save(parts, state)
+        raise
+    finally:
+        sinks.close()
+    return _conclude(parts, state, splits)
+
+
+def _stages(parts: Parts, state: RunState, sinks: Sinks, splits: Splits) -> None:
+    cfg = parts.cfg
+    dev = splits.get("dev", [])
+    if state.stage == "base":
+        _evaluate_stage(parts, state, sinks, splits)
+        state.begin("sft")
+    if state.stage == "sft":
+        if cfg.sft.steps:
+            train_sft(parts, state, sinks, dev)
+            _evaluate_stage(parts, state, sinks, splits)
+        state.begin("grpo")
+        save(parts, state)
+    if state.stage == "grpo":
+        if cfg.grpo.steps:
+            train_grpo(parts, state, sinks, dev)
+            save(parts, state)
+            _evaluate_stage(parts, state, sinks, splits)
+        state.begin("done")
+    save_published(parts.policy.model, parts.published_dir, Path(cfg.run.out_dir) / "export")
+    save(parts, state)
+
+
+def _evaluate_stage(parts: Parts, state: RunState, sinks: Sinks, splits: Splits) -> None:
+    """Score the weights that the stage ended with on every reported split."""
+    table = state.results.setdefault(state.stage, {})
+    for name, samples in splits.items():
+        if name == "dev":
+            continue
+        with parts.clock("evaluate"):
+            table[name] = evaluate(parts, samples, state.version)
+        spent = parts.clock.take()
+        state.add_seconds(spent)
+        sinks.write(
+            StepMetrics(
+                phase="eval",
+                step=state.step,
+                values=table[name],
+                seconds=spent,
+                split=name,
+                during=state.stage,
+            )
+        )
+
+
+def _conclude(parts: Parts, state: RunState, splits: Splits) -> Path:
+    """summary.json and report.html; rank 0 writes."""
+    cfg, out_dir = parts.cfg, Path(parts.cfg.run.out_dir)
+    state.add_seconds(parts.clock.take())
+    peaks = gather_objects(world_axis(parts.mesh), peak_rss_bytes())
+    with agreed(parts.mesh):
+        if parts.mesh.rank == 0:
+            write_summary(
+                out_dir,
+                results=state.results,
+                trivial={
+                    name: trivial_answers(samples, cfg.rewards)
+                    for name, samples in splits.items()
+                    if name != "dev"
+                },
+                seconds=state.seconds,
+                seed=cfg.run.seed,
+                peak_rss_bytes=max(peaks),
+                extra={
+                    "warm_up_restarts": state.attempt,
+                    "peak_rss_bytes_all_ranks": sum(peaks),
+                    "ranks": parts.mesh.world,
+                },
+            )
+            build_report(out_dir)
+    return out_dir / "report.html"

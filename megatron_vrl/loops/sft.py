@@ -1,0 +1,112 @@
+"""Supervised warm-up on the trainer, data and model of GRPO: loss on the answers only.
+
+A short cold start: it ends at the first evaluation of the split `dev` at or above a threshold. If
+the threshold is not reached within its steps, it starts over from the first weights with the next
+seed, as often as `sft.restarts` allows.
+"""
+
+import numpy as np
+from torch import Tensor
+
+from megatron_vrl.algorithms.sft import token_loss
+from megatron_vrl.batching.pack import Answer, Group, MicroBatch
+from megatron_vrl.build import Parts
+from megatron_vrl.data.mix import SampleStream, load
+from megatron_vrl.errors import ConfigError, UserError
+from megatron_vrl.evaluation import evaluate
+from megatron_vrl.loops.state import RunState, save, start_phase
+from megatron_vrl.model.head import Distribution
+from megatron_vrl.observe.metrics import StepMetrics
+from megatron_vrl.observe.sinks import Sinks
+from megatron_vrl.training.batches import plan_batches
+from megatron_vrl.training.checkpoint import load_weights
+from megatron_vrl.types import VideoSample
+
+
+def train_sft(parts: Parts, state: RunState, sinks: Sinks, dev: list[VideoSample]) -> None:
+    """Run the warm-up to its end. Every rank calls it. Raises UserError if it never gets there."""
+    cfg = parts.cfg.sft
+    if cfg.stop_metric and not dev:
+        raise ConfigError("sft.stop_metric needs the split data.evaluation.dev: name its sources.")
+    while not _attempt(parts, state, sinks, dev):
+        if state.attempt == cfg.restarts:
+            raise UserError(
+                f"The warm-up did not bring {cfg.stop_metric} to {cfg.stop_at} within {cfg.steps} "
+                f"steps, {state.attempt + 1} times: set another run.seed or more sft.steps."
+            )
+        state.attempt += 1
+        state.begin("sft")
+        load_weights(parts.cfg.model.checkpoint, parts.policy)
+        sinks.say(
+            f"The warm-up's plateau did not break within {cfg.steps} steps; "
+            f"starting over with seed {parts.cfg.run.seed + state.attempt}."
+        )
+
+
+def _attempt(parts: Parts, state: RunState, sinks: Sinks, dev: list[VideoSample]) -> bool:
+    """One pass from `state.step` to the threshold (True) or the last step."""
+    cfg, clock = parts.cfg, parts.clock
+    seed = cfg.run.seed + state.attempt
+    stream = SampleStream(load(cfg.data.sft, cfg.run.seed), seed)
+    stream.restore(state.stream)
+    start_phase(parts, state, cfg.sft.optimizer, cfg.sft.steps)
+    sinks.begin("sft", cfg.sft.steps, state.step)
+    while state.step < cfg.sft.steps:
+        with clock("encode"):
+            groups = parts.gather_replica(
+                [
+                    Group(prompt=prompt, answers=(_target(parts, prompt.sample),))
+                    for prompt in parts.encode(parts.rank_share(stream.take(cfg.sft.batch_size)))
+                ]
+            )
+        with clock("update"):
+            batches = plan_batches(groups, groups[0], cfg.batch, parts.mesh)
+            update = parts.policy.update(batches, _loss, Distribution(), state.step)
+        state.step += 1
+        state.stream = stream.state
+        state.version += 1
+        values = {"loss": update.loss, "grad_norm": update.grad_norm, "lr": update.lr}
+        reached = _evaluate_if_due(parts, state, sinks, dev)
+        spent = clock.take()
+        state.add_seconds(spent)
+        sinks.write(StepMetrics(phase="sft", step=state.step, values=values, seconds=spent))
+        if reached:
+            return True
+        if state.step % cfg.checkpoint.every_steps == 0:
+            save(parts, state)
+    return not cfg.sft.stop_metric
+
+
+def _target(parts: Parts, sample: VideoSample) -> Answer:
+    token_ids = parts.encoder.target(sample)
+    return Answer(
+        token_ids=token_ids,
+        advantage=0.0,
+        engine_logprobs=np.zeros(len(token_ids), dtype=np.float32),
+    )
+
+
+def _loss(
+    logprobs: Tensor, entropy: Tensor, batch: MicroBatch, reference: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    return token_loss(logprobs)
+
+
+def _evaluate_if_due(
+    parts: Parts, state: RunState, sinks: Sinks, dev: list[VideoSample]
+) -> bool:
+    """Whether the stopping threshold has been reached."""
+    cfg = parts.cfg.sft
+    if not cfg.stop_metric or state.step % cfg.evaluate_every:
+        return False
+    with parts.clock("evaluate"):
+        metrics = evaluate(parts, dev, state.version)
+    sinks.write(
+        StepMetrics(phase="eval", step=state.step, values=metrics, split="dev", during="sft")
+    )
+    if cfg.stop_metric not in metrics:
+        raise ConfigError(
+            f"sft.stop_metric={cfg.stop_metric!r} is not measured on dev; "
+            f"choose one of {', '.join(sorted(metrics))}."
+        )
+    return metrics[cfg.stop_metric] >= cfg.stop_at

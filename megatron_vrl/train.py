@@ -1,0 +1,66 @@
+"""Train: `torchrun --nproc-per-node N -m megatron_vrl.train --config FILE [section.key=value ...]`.
+
+Without torchrun it is one process. `--dry-run` checks the config, the layout and the files and
+prints the resolved config. A mistake of the user's is one sentence and exit code 2.
+"""
+
+import argparse
+import errno
+import os
+import sys
+
+import yaml
+
+from megatron_vrl.config import RunConfig, load_config
+from megatron_vrl.errors import EXIT_CODE, UserError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="megatron_vrl.train",
+        description="Tune a video language model: SFT warm-up, then GRPO with dual rewards.",
+        epilog="Every key, its default and its meaning: docs/config.md.",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML, see configs/")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="replace a value of the file"
+    )
+    arguments = parser.parse_args()
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    try:
+        cfg = load_config(arguments.config, arguments.overrides)
+        if arguments.dry_run:
+            _dry_run(cfg, is_first)
+            return 0
+        from megatron_vrl.loops.job import run_job
+
+        report = run_job(cfg)
+    except UserError as error:
+        return _fail(str(error), is_first)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        return _fail(f"No space is left for {error.filename or cfg.run.out_dir}: free some.", True)
+    if is_first:
+        print(f"report: {report}")
+    return 0
+
+
+def _dry_run(cfg: RunConfig, is_first: bool) -> None:
+    from megatron_vrl.loops.dry_run import check
+
+    notes = check(cfg, int(os.environ.get("WORLD_SIZE", "1")))
+    if is_first:
+        print(yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False), end="")
+        print("\n".join(f"# {note}" for note in notes))
+
+
+def _fail(sentence: str, is_first: bool) -> int:
+    if is_first:
+        print(f"error: {sentence}", file=sys.stderr)
+    return EXIT_CODE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
