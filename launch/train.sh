@@ -38,5 +38,5 @@ else
 fi
 
 # A mistake in the config is one sentence here; inside torchrun it would be one per rank.
-python3 -m megatron_vrl.train "$@" --dry-run --ranks $((NNODES * NPROC)) || exit $?
+WORLD_SIZE=$((NNODES * NPROC)) python3 -m megatron_vrl.train "$@" --dry-run >/dev/null || exit $?
 exec torchrun "${rendezvous[@]}" --nproc-per-node "$NPROC" -m megatron_vrl.train "$@"

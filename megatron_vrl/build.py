@@ -18,10 +18,10 @@ from megatron_vrl.model.weights import published_tensors
 from megatron_vrl.observe.clock import Clock
 from megatron_vrl.parallel.mesh import Mesh, agreed, gather_objects, init_mesh
 from megatron_vrl.rollout.checksums import tensor_checksums
-from megatron_vrl.rollout.engine import ColocatedEngine
+from megatron_vrl.rollout.engine import ColocatedEngine, SamplingSpec
 from megatron_vrl.training.checkpoint import load_weights, published_files
 from megatron_vrl.training.policy import Policy
-from megatron_vrl.types import Prompt, VideoSample
+from megatron_vrl.types import Prompt, Rollout, VideoSample
 from megatron_vrl.video import VideoReader
 
 Item = TypeVar("Item")
@@ -67,10 +67,22 @@ class Parts:
                 prompts.append(self.encoder.prompt(sample, video))
         return prompts
 
+    def generate(self, prompts: Sequence[Prompt], spec: SamplingSpec) -> list[list[Rollout]]:
+        """`spec.n` answers to each of this rank's prompts; the engine sleeps afterwards.
+
+        Every rank calls it. Raises on every rank if one engine refuses.
+        """
+        with agreed(self.mesh):
+            self.engine.wake()
+            answers = self.engine.generate(prompts, spec) if prompts else []
+            self.engine.sleep()
+        return answers
+
     def push_weights(self, version: int) -> None:
         """Hand the trainer's weights to the engines, unless they hold this version already."""
         if self.engine_version == version:
             return
+        self.engine.wake()
         self.engine.push_weights(published_tensors(self.policy.model), version)
         self.engine_version = version
         if self.pushes % self.cfg.rollout.check_weights_every == 0:
@@ -82,7 +94,7 @@ class Parts:
         dtype = DTYPES[self.cfg.model.dtype]
         ours = tensor_checksums(published_tensors(self.policy.model), dtype)
         with agreed(self.mesh):
-            theirs = self.engine.weights_checksums()
+            theirs = self.engine.weights_checksum()
             wrong = sorted(name for name in ours if theirs.get(name) != ours[name])
             if wrong:
                 raise RolloutError(
@@ -131,5 +143,3 @@ def build(cfg: RunConfig) -> Parts:
         ),
         published_dir=published_dir,
     )
-
-

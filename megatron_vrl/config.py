@@ -33,7 +33,7 @@ class Model(Section):
     checkpoint: str
     """Directory of a Hugging Face checkpoint, or of one made by tools/convert_checkpoint.py."""
     architecture: str = ""
-    """JSON of the architecture when the checkpoint is not at hand (--dry-run), see configs/models."""
+    """JSON of the architecture where the checkpoint is not at hand (--dry-run): configs/models."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute type; main weights, gradients and optimizer state are float32."""
     freeze_vision: bool = False
@@ -126,7 +126,7 @@ class Rollout(Section):
     gpu_memory_share: Share = 0.5
     """Share of a GPU's memory that a colocated engine may take."""
     check_weights_every: Positive = 50
-    """Compare a checksum of the engine's weights with the trainer's at the first and every k-th step."""
+    """Compare checksums of engine and trainer at the first and every k-th hand-over."""
 
 
 class Rewards(Section):
@@ -149,7 +149,7 @@ class Algorithm(Section):
     normalisation: Literal["global_tokens", "seed"] = "global_tokens"
     """global_tokens: token sum over the step's token count; seed: mean inside each micro-batch."""
     drop_uniform_groups: bool = True
-    """Leave out groups whose rewards are all equal: they have no gradient (without KL and entropy)."""
+    """Leave out groups whose rewards are all equal: they have no policy gradient."""
 
 
 class Optimizer(Section):
@@ -236,11 +236,15 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:  # ty
     try:
         tree = yaml.safe_load(Path(path).read_text())
     except OSError as error:
-        raise ConfigError(f"Cannot read the config {path}: {error.strerror}. Give --config FILE.") from None
+        raise ConfigError(
+            f"Cannot read the config {path}: {error.strerror}. Give --config FILE."
+        ) from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds {type(tree).__name__}, not sections. See configs/quickstart.yaml.")
+        raise ConfigError(
+            f"{path} holds {type(tree).__name__}, not sections. See configs/quickstart.yaml."
+        )
     for override in overrides:
         _apply(tree, override)
     try:
@@ -258,7 +262,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     for depth, name in enumerate(sections):
         node = node.setdefault(name, {})
         if not isinstance(node, dict):
-            raise ConfigError(f"Override {override!r}: {'.'.join(sections[: depth + 1])} is not a section.")
+            raise ConfigError(
+                f"Override {override!r}: {'.'.join(sections[: depth + 1])} is not a section."
+            )
     try:
         node[last] = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -270,7 +276,11 @@ def _sentence(error: ValidationError, path: str | Path) -> str:
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(first["loc"][-1]), _names(first["loc"][:-1]), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(_names(first['loc'][:-1]))}."
+        hint = (
+            f"did you mean {near[0]!r}?"
+            if near
+            else f"known: {', '.join(_names(first['loc'][:-1]))}."
+        )
         return f"{path}: unknown key {where!r}; {hint}"
     if first["type"] == "missing":
         return f"{path}: {where!r} is missing; set it in the file or as {where}=VALUE."

@@ -7,7 +7,7 @@ import numpy as np
 
 from megatron_vrl.build import Parts, interleave
 from megatron_vrl.config import Rewards
-from megatron_vrl.parallel.mesh import agreed, gather_objects, world_axis
+from megatron_vrl.parallel.mesh import gather_objects, world_axis
 from megatron_vrl.rewards.metrics import (
     best_constant_interval,
     best_constant_letter,
@@ -32,8 +32,7 @@ def evaluate(parts: Parts, samples: Sequence[VideoSample], version: int) -> dict
     answers: list[tuple[str, int]] = []
     for start in range(0, most, SAMPLES_AT_A_TIME):
         prompts = parts.encode(own[start : start + SAMPLES_AT_A_TIME])
-        with agreed(mesh):
-            rollouts = parts.engine.generate(prompts, spec) if prompts else []
+        rollouts = parts.generate(prompts, spec)
         answers += [(rollout.text, len(rollout.token_ids)) for (rollout,) in rollouts]
     ordered = interleave(gather_objects(world_axis(mesh), answers))
     metrics = summarise(samples, [text for text, _ in ordered], cfg.rewards)

@@ -5,7 +5,6 @@ prints the resolved config. A mistake of the user's is one sentence and exit cod
 """
 
 import argparse
-import errno
 import os
 import sys
 
@@ -38,10 +37,6 @@ def main() -> int:
         report = run_job(cfg)
     except UserError as error:
         return _fail(str(error), is_first)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        return _fail(f"No space is left for {error.filename or cfg.run.out_dir}: free some.", True)
     if is_first:
         print(f"report: {report}")
     return 0

@@ -93,9 +93,7 @@ def prompt(grid_thw: tuple[int, int, int], seconds_per_grid: float, seed: int) -
     rng = np.random.default_rng(seed + 1000)
     cells = grid_thw[0] * grid_thw[1] * grid_thw[2] // 4
     before, after = rng.integers(0, 90, 3), rng.integers(0, 90, 2 + seed % 4)
-    ids = np.concatenate(
-        [before, [VISION_START], np.full(cells, VIDEO_TOKEN), [VISION_END], after]
-    )
+    ids = np.concatenate([before, [VISION_START], np.full(cells, VIDEO_TOKEN), [VISION_END], after])
     sample = VideoSample(
         id=f"sample-{seed}",
         task="temporal_grounding",

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("direction", choices=["hf-to-megatron", "megatron-to-hf", "verify"])
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
@@ -57,7 +59,9 @@ def _verify(first: Path, second: Path) -> int:
     from megatron_vrl.model.weights import published_tensors
 
     a, b = (dict(published_tensors(_loaded(path).model)) for path in (first, second))
-    different = sorted(n for n in a.keys() | b.keys() if n not in a or n not in b or not torch.equal(a[n], b[n]))
+    different = sorted(
+        n for n in a.keys() | b.keys() if n not in a or n not in b or not torch.equal(a[n], b[n])
+    )
     if different:
         raise CheckpointError(
             f"{len(different)} of {len(a)} tensors of {first} and {second} differ, "

@@ -120,7 +120,9 @@ def pack(groups: Sequence[Group], *, pad_to: int = 1, pad_token: int = 0) -> Mic
 def as_plain(groups: Sequence[Group]) -> list[Group]:
     """The same answers with the prompt repeated for each: the reference layout."""
     return [
-        Group(prompt=group.prompt, answers=(answer,)) for group in groups for answer in group.answers
+        Group(prompt=group.prompt, answers=(answer,))
+        for group in groups
+        for answer in group.answers
     ]
 
 

@@ -8,6 +8,7 @@ video's grid.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +39,9 @@ class PromptEncoder:
             self.tokenizer = AutoTokenizer.from_pretrained(published_dir)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise CheckpointError(f"{published_dir} has no tokenizer that loads: {reason}") from None
+            raise CheckpointError(
+                f"{published_dir} has no tokenizer that loads: {reason}"
+            ) from None
         self._vision = vision
         self._system_prompt = system_prompt
         self._max_tokens = max_tokens
@@ -84,7 +87,7 @@ class PromptEncoder:
         """Token ids with one single video pad."""
         question = TASKS[sample.task].question(sample)
         content = [{"type": "video"}, {"type": "text", "text": question}]
-        messages: list[dict[str, object]] = [{"role": "user", "content": content}]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
         system = SYSTEM_PROMPTS[self._system_prompt]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})

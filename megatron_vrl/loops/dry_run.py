@@ -1,5 +1,6 @@
 """Everything that can be checked without training: layout, architecture, rewards, files."""
 
+from itertools import chain
 from pathlib import Path
 
 from megatron_vrl.config import RunConfig, Source
@@ -16,7 +17,7 @@ def check(cfg: RunConfig, world: int) -> list[str]:
     arch, notes = _architecture(cfg)
     check_divides(arch, cfg.parallel)
     replicas = world // (cfg.parallel.tensor * cfg.parallel.pipeline)
-    sources = [*cfg.data.sft, *cfg.data.train, *sum(cfg.data.evaluation.values(), [])]
+    sources = [*cfg.data.sft, *cfg.data.train, *chain(*cfg.data.evaluation.values())]
     missing = [note for source in sources for note in _missing(source)]
     answers = cfg.rollout.prompts_per_step * cfg.rollout.group_size
     return [

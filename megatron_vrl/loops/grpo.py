@@ -18,7 +18,7 @@ from megatron_vrl.loops.state import RunState, save, start_phase
 from megatron_vrl.model.head import Distribution
 from megatron_vrl.observe.metrics import StepMetrics
 from megatron_vrl.observe.sinks import Sinks
-from megatron_vrl.parallel.mesh import agreed, gather_objects
+from megatron_vrl.parallel.mesh import gather_objects
 from megatron_vrl.rewards import score, weights_of
 from megatron_vrl.rollout.engine import SamplingSpec
 from megatron_vrl.training.batches import plan_batches
@@ -41,8 +41,8 @@ def train_grpo(parts: Parts, state: RunState, sinks: Sinks, dev: list[VideoSampl
             prompts = parts.encode(samples)
         with clock("sync"):
             parts.push_weights(state.version)
-        with clock("rollout"), agreed(parts.mesh):
-            answers = parts.engine.generate(prompts, _sampling(parts, state)) if prompts else []
+        with clock("rollout"):
+            answers = parts.generate(prompts, _sampling(parts, state))
         with clock("score"):
             groups = parts.gather_replica(_scored(parts, prompts, answers))
         with clock("update"):
@@ -108,7 +108,10 @@ def _update(parts: Parts, groups: Sequence[ScoredGroup], step: int) -> Update | 
     useful = [g for g in groups if algorithm.teaches(g.advantages)]
     kept = useful if cfg.algorithm.drop_uniform_groups else groups
     batches = plan_batches(
-        [_group(g) for g in kept], _group(groups[0]), cfg.batch, parts.mesh,
+        [_group(g) for g in kept],
+        _group(groups[0]),
+        cfg.batch,
+        parts.mesh,
         cfg.algorithm.normalisation,
     )
     if not batches:
@@ -145,9 +148,7 @@ def _group(scored: ScoredGroup) -> Group:
     )
 
 
-def _summary(
-    parts: Parts, groups: Sequence[ScoredGroup], update: Update | None
-) -> dict[str, Any]:
+def _summary(parts: Parts, groups: Sequence[ScoredGroup], update: Update | None) -> dict[str, Any]:
     """The step's numbers over all ranks."""
     own: dict[str, list[float]] = {}
     for group in groups:

@@ -45,7 +45,7 @@ def run_job(cfg: RunConfig) -> Path:
         cfg.model_dump(mode="json"),
         out_dir.name,
         rank=parts.mesh.rank,
-        resume=next_step,  # type: ignore[arg-type]
+        resume=next_step,
     )
     state.add_seconds(parts.clock.take())
     try:

@@ -92,9 +92,7 @@ def _loss(
     return token_loss(logprobs)
 
 
-def _evaluate_if_due(
-    parts: Parts, state: RunState, sinks: Sinks, dev: list[VideoSample]
-) -> bool:
+def _evaluate_if_due(parts: Parts, state: RunState, sinks: Sinks, dev: list[VideoSample]) -> bool:
     """Whether the stopping threshold has been reached."""
     cfg = parts.cfg.sft
     if not cfg.stop_metric or state.step % cfg.evaluate_every:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from megatron_vrl.build import Parts
 from megatron_vrl.config import Optimizer
+from megatron_vrl.observe.files import full_disk_named
 from megatron_vrl.training.checkpoint import (
     latest,
     load_checkpoint,
@@ -44,7 +45,8 @@ def save(parts: Parts, state: RunState) -> None:
     with parts.clock("checkpoint"):
         name = f"{state.stage}-{state.attempt}-{state.step:06d}"
         root, keep = checkpoint_root(parts), parts.cfg.checkpoint.keep
-        save_latest(root, name, parts.policy, asdict(state), parts.published_dir, keep)
+        with full_disk_named(root):
+            save_latest(root, name, parts.policy, asdict(state), parts.published_dir, keep)
 
 
 def restored(out_dir: str) -> RunState:
@@ -66,5 +68,3 @@ def load_stage_weights(parts: Parts, state: RunState) -> None:
     found = latest(checkpoint_root(parts))
     if state.stage != "base" and found:
         load_weights(found, parts.policy)
-
-

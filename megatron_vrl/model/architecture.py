@@ -82,7 +82,9 @@ def read_architecture(path: str | Path) -> Architecture:
     except OSError as error:
         raise CheckpointError(f"Cannot read {file}: {error.strerror}. Give a checkpoint.") from None
     except json.JSONDecodeError as error:
-        raise CheckpointError(f"{file} is not JSON ({error}): restore it from the checkpoint.") from None
+        raise CheckpointError(
+            f"{file} is not JSON ({error}): restore it from the checkpoint."
+        ) from None
     if raw.get("model_type") != "qwen2_5_vl":
         raise CheckpointError(
             f"{file} describes model_type={raw.get('model_type')!r}, not 'qwen2_5_vl': "
@@ -91,7 +93,9 @@ def read_architecture(path: str | Path) -> Architecture:
     try:
         return _parse(raw)
     except KeyError as error:
-        raise CheckpointError(f"{file} lacks the key {error}: take the published config.json.") from None
+        raise CheckpointError(
+            f"{file} lacks the key {error}: take the published config.json."
+        ) from None
 
 
 def _parse(raw: dict[str, Any]) -> Architecture:

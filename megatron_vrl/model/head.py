@@ -40,14 +40,19 @@ def token_logprobs(
     Both in float32; entropy in nats. The gradient of `hidden` is this rank's part only: the
     caller sums it over `group`, as Megatron's mappings do.
     """
-    return _TokenLogprobs.apply(hidden, weight, target, group, of, chunk)  # type: ignore[no-any-return]
+    return _TokenLogprobs.apply(hidden, weight, target, group, of, chunk)
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, group: dist.ProcessGroup,
-        of: Distribution, chunk: int,
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        group: dist.ProcessGroup,
+        of: Distribution,
+        chunk: int,
     ) -> tuple[Tensor, Tensor]:
         first = group.rank() * weight.shape[0]
         local = target - first
@@ -94,9 +99,7 @@ def _logits(hidden: Tensor, weight: Tensor, banned: Tensor, temperature: float) 
     return logits.index_fill_(1, banned, BANNED_LOGIT)
 
 
-def _statistics(
-    logits: Tensor, local: Tensor, mine: Tensor, group: dist.ProcessGroup
-) -> Tensor:
+def _statistics(logits: Tensor, local: Tensor, mine: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[3, n]: log-sum-exp, logit of the target, mean logit under the softmax; over all ranks."""
     peak = logits.amax(dim=1)
     if group.size() > 1:

@@ -26,7 +26,11 @@ class _Builder:
         self.outputs = 0
 
     def add(
-        self, queries: Index, valid: NDArray[np.bool_], keys: Index, mask: NDArray[np.bool_] | None,
+        self,
+        queries: Index,
+        valid: NDArray[np.bool_],
+        keys: Index,
+        mask: NDArray[np.bool_] | None,
         causal: bool,
     ) -> None:
         """queries [B, Q] with their validity, keys [B, S], mask [B, Q, S] or None."""

@@ -67,7 +67,7 @@ def language_config(arch: Architecture, cfg: Model, parallel: Parallel) -> Trans
         calculate_per_token_loss=True,  # gradients are summed; our token weights hold the divisor
         params_dtype=dtype,
         bf16=cfg.dtype == "bfloat16",
-        **(recompute | {"recompute_num_layers": 1} if cfg.recompute == "full" else {}),  # type: ignore[arg-type]
+        **(recompute | {"recompute_num_layers": 1} if cfg.recompute == "full" else {}),
     )
 
 
@@ -90,13 +90,11 @@ class Qwen25VL(MegatronModule):
         self.pre_process = mesh.is_first_stage
         self.post_process = mesh.is_last_stage
         self.share_embeddings_and_output_weights = arch.tied_head
-        self.vision = (
-            VisionTower(arch, mesh, config.params_dtype) if self.pre_process else None
-        )
+        self.vision = VisionTower(arch, mesh, config.params_dtype) if self.pre_process else None
         layers = arch.layers // parallel.pipeline
         self.language = LanguageModel(
             config=config,
-            transformer_layer_spec=TransformerBlockSubmodules(  # type: ignore[arg-type]
+            transformer_layer_spec=TransformerBlockSubmodules(
                 layer_specs=[layer_spec()] * layers, layer_norm=RMSNorm
             ),
             vocab_size=arch.vocab,
@@ -105,7 +103,7 @@ class Qwen25VL(MegatronModule):
             post_process=self.post_process,
             share_embeddings_and_output_weights=arch.tied_head,
             position_embedding_type="mrope",
-            rotary_base=arch.rope_base,  # type: ignore[arg-type]
+            rotary_base=arch.rope_base,
             scatter_embedding_sequence_parallel=False,  # vision tokens are put in first
         )
         self._freeze(cfg)
@@ -161,7 +159,7 @@ class Qwen25VL(MegatronModule):
     def head_weight(self) -> Tensor:
         if self.share_embeddings_and_output_weights:
             return self.language.shared_embedding_or_output_weight()
-        return self.language.output_layer.weight  # type: ignore[no-any-return]
+        return self.language.output_layer.weight
 
     def shared_embedding_or_output_weight(self) -> Tensor:
         """Asked for by Megatron's gradient finalisation when the head is tied."""
@@ -179,7 +177,7 @@ class Qwen25VL(MegatronModule):
         for name, entry in state.items():
             if name.startswith(f"{prefix}vision."):
                 entry.replica_id = (0, self.mesh.tensor.rank, self.mesh.data.rank)
-        return state  # type: ignore[no-any-return]
+        return state
 
     def _freeze(self, cfg: Model) -> None:
         if cfg.freeze_language:

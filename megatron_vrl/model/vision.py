@@ -83,11 +83,11 @@ class VisionTower(MegatronModule):
         )
         self.merger = PatchMerger(config, self.arch, arch.hidden, dtype)
         for param in self.parameters():
-            param.tensor_model_parallel = False  # type: ignore[attr-defined]  # a full copy per rank
-            param.sequence_parallel = False  # type: ignore[attr-defined]
+            param.tensor_model_parallel = False  # a full copy per rank
+            param.sequence_parallel = False
 
     def forward(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """patches [all temporal steps' patches, patch values] in order -> [tokens, language hidden].
+        """patches [P, patch values] of all temporal steps in order -> [tokens, language hidden].
 
         Every tensor-parallel rank calls it with the same patches and gets all tokens.
         """
@@ -101,7 +101,7 @@ class VisionTower(MegatronModule):
         if self.mesh.tensor.size == 1:
             return tokens
         counts = [sum(sizes[a:b]) // self.arch.merge**2 for a, b in bounds]
-        return _GatherRows.apply(tokens, counts, self.mesh.tensor.group)  # type: ignore[no-any-return]
+        return _GatherRows.apply(tokens, counts, self.mesh.tensor.group)
 
     def _encode(self, patches: Tensor, steps: list[tuple[int, int]]) -> Tensor:
         if not steps:  # a rank without work still joins the gather
@@ -167,7 +167,7 @@ def rotary_angles(
 
 
 class _GatherRows(torch.autograd.Function):
-    """Concatenate each rank's rows; backward keeps the own rows (all ranks hold equal gradients)."""
+    """Concatenate the ranks' rows; backward keeps the own: all ranks hold equal gradients."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:

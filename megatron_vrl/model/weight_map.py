@@ -49,11 +49,15 @@ def _only(tensors: Sequence[Tensor]) -> Tensor:
     return tensor
 
 
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(tensors))
+
+
 COPY = Layout(_only, lambda whole: [whole], axis=None)
 COLUMN = Layout(_only, lambda whole: [whole], axis=0)
 ROW = Layout(_only, lambda whole: [whole], axis=1)
-GATE_UP = Layout(torch.cat, lambda whole: list(whole.chunk(2)), axis=1, fold=2)
-GATE_UP_COPY = Layout(torch.cat, lambda whole: list(whole.chunk(2)), axis=None)
+GATE_UP = Layout(_stacked, lambda whole: list(whole.chunk(2)), axis=1, fold=2)
+GATE_UP_COPY = Layout(_stacked, lambda whole: list(whole.chunk(2)), axis=None)
 
 
 def _qkv(heads: int, kv_heads: int, *, fused: bool) -> Layout:

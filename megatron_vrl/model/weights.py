@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_vrl.errors import CheckpointError
-from megatron_vrl.model.architecture import Architecture
 from megatron_vrl.model.qwen25vl import Qwen25VL
 from megatron_vrl.model.weight_map import Row, published_name, stage_rows
 from megatron_vrl.parallel.mesh import Mesh, gather_objects
@@ -188,5 +187,3 @@ def _name_shards(directory: Path, shards: list[dict[str, int]]) -> None:
     total = sum(size for names in shards for size in names.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-

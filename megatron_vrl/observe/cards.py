@@ -27,7 +27,6 @@ class Answer:
     parts: dict[str, float]  # reward part -> [0, 1]
     reward: float
     advantage: float
-    logprob_gap: float  # mean |engine - trainer| log-prob of its tokens, nats
     tokens: int
 
 

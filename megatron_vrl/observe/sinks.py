@@ -40,6 +40,11 @@ class Sinks:
         for writer in self._writers:
             writer.write(row)
 
+    def say(self, sentence: str) -> None:
+        """Tell the person who watches, without breaking a progress bar."""
+        if self._writers:
+            tqdm.write(sentence, file=sys.stderr)
+
     def card(
         self, card: Card, frames: NDArray[np.uint8], timestamps_s: NDArray[np.float64]
     ) -> None:
@@ -133,7 +138,7 @@ class Wandb:
                 name=run_name,
                 group=run_name,
                 dir=out_dir,
-                mode=cfg.wandb,  # type: ignore[arg-type]
+                mode=cfg.wandb,
                 config=resolved_config,
                 settings=settings,
             )
@@ -156,4 +161,7 @@ class Wandb:
         self._run.log({f"{row['phase']}/step": row["step"], **logged})
 
     def close(self) -> None:
+        import wandb
+
         self._run.finish()
+        wandb.teardown()  # `finish` may return before its service has written the file

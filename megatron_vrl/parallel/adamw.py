@@ -23,7 +23,9 @@ class AdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         **_: Any,  # FusedAdam's further switches (capturable, adam_w_mode) have no meaning here
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -35,7 +37,7 @@ class AdamW(torch.optim.Optimizer):
 
     def _update(self, group: dict[str, Any], params: list[torch.Tensor]) -> None:
         beta1, beta2 = group["betas"]
-        grads = [param.grad for param in params]
+        grads = [param.grad for param in params if param.grad is not None]
         first = [self._moments(param)["exp_avg"] for param in params]
         second = [self._moments(param)["exp_avg_sq"] for param in params]
         correction1 = 1 - beta1 ** group["step"]

@@ -53,7 +53,7 @@ def check_layout(cfg: Parallel, world: int) -> None:
     if world % per_replica:
         raise ConfigError(
             f"parallel.tensor={cfg.tensor} x parallel.pipeline={cfg.pipeline} needs a multiple of "
-            f"{per_replica} processes, but there are {world}: change --nproc-per-node or the layout."
+            f"{per_replica} processes, not {world}: change --nproc-per-node or the layout."
         )
     if cfg.sequence and cfg.tensor == 1:
         raise ConfigError("parallel.sequence=true needs parallel.tensor > 1: set one of them.")

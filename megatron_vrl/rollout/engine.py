@@ -86,6 +86,7 @@ class ColocatedEngine:
         )
         # vLLM compiles two helpers of its sampler even when told to be eager: 3 - 19 s on a CPU.
         self._stance = "default" if self._on_gpu else "force_eager"
+        self._asleep = False
         self._version: int | None = None
 
     def _arguments(
@@ -119,7 +120,7 @@ class ColocatedEngine:
         }
 
     def generate(self, prompts: Sequence[Prompt], spec: SamplingSpec) -> list[list[Rollout]]:
-        """`spec.n` answers to each prompt, in order. Equal weights, prompts and spec repeat them."""
+        """`spec.n` answers per prompt, in order; equal weights, prompts and spec repeat them."""
         if self._version is None:
             raise RolloutError("The engine has no weights yet; call push_weights first.")
         for prompt in prompts:
@@ -141,6 +142,7 @@ class ColocatedEngine:
         floating type. Clears the prefix cache and the vision encoder cache, both of which hold
         results of the old weights; decoded and normalised pixels stay.
         """
+        self._version = None  # a failed update leaves no usable weights
         with trainer_state_kept():
             self._llm.collective_rpc("start_weight_update")
             for bucket in write_buckets(named_tensors, self._dtype):
@@ -157,13 +159,15 @@ class ColocatedEngine:
 
     def sleep(self) -> None:
         """Free the engine's GPU memory; weights wait in host memory. Does nothing on a CPU."""
-        if self._on_gpu:
+        if self._on_gpu and not self._asleep:
             self._llm.sleep(level=1)
+            self._asleep = True
 
     def wake(self) -> None:
         """Take the memory back before the next push_weights or generate."""
-        if self._on_gpu:
+        if self._asleep:
             self._llm.wake_up()
+            self._asleep = False
 
     def _check_length(self, prompt: Prompt, spec: SamplingSpec) -> None:
         needed = len(prompt.token_ids) + spec.max_tokens

@@ -42,7 +42,12 @@ def save_checkpoint(
 
 
 def save_latest(
-    root: str | Path, name: str, policy: Policy, state: dict[str, Any], template: str | Path, keep: int
+    root: str | Path,
+    name: str,
+    policy: Policy,
+    state: dict[str, Any],
+    template: str | Path,
+    keep: int,
 ) -> None:
     """Write ROOT/name, point ROOT/latest at it, then remove all but the `keep` newest."""
     root = Path(root)
@@ -89,9 +94,11 @@ def load_checkpoint(checkpoint: str | Path, policy: Policy) -> None:
 
 def read_state(checkpoint: str | Path) -> dict[str, Any]:
     try:
-        return json.loads((Path(checkpoint) / STATE).read_text())  # type: ignore[no-any-return]
+        return json.loads((Path(checkpoint) / STATE).read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{checkpoint}/{STATE} cannot be read ({error}): remove it.") from None
+        raise CheckpointError(
+            f"{checkpoint}/{STATE} cannot be read ({error}): remove it."
+        ) from None
 
 
 def _sharded(policy: Policy, is_loading: bool = False) -> dict[str, Any]:
@@ -120,7 +127,9 @@ def _load(checkpoint: Path, sharded: dict[str, Any], policy: Policy) -> None:
 
 def _complete(root: Path) -> list[Path]:
     """Complete checkpoints under ROOT, oldest first."""
-    return sorted((s.parent for s in root.glob(f"*/{STATE}")), key=lambda d: (d / STATE).stat().st_mtime)
+    return sorted(
+        (s.parent for s in root.glob(f"*/{STATE}")), key=lambda d: (d / STATE).stat().st_mtime
+    )
 
 
 def _write(path: Path, text: str) -> None:

@@ -15,7 +15,7 @@ def make_optimizer(
 
     Weight decay spares biases and norms, as everywhere on Megatron.
     """
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
             lr=cfg.lr,
@@ -30,6 +30,10 @@ def make_optimizer(
         ),
         chunks,
     )
+    for part in optimizer.chained_optimizers:
+        if part.optimizer is not None:  # None: all that this rank holds is frozen
+            part.init_state_fn(part.optimizer)  # a checkpoint may come before the first update
+    return optimizer
 
 
 def learning_rate(cfg: Optimizer, step: int, num_steps: int) -> float:

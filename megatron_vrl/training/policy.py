@@ -32,9 +32,7 @@ from megatron_vrl.training.optimizer import learning_rate, make_optimizer
 from megatron_vrl.video.rules import patchify
 
 # (logprob [N], entropy [N], batch, reference logprob [N] or None) -> loss [N], metrics {name: [N]}
-TokenLoss = Callable[
-    [Tensor, Tensor, MicroBatch, Tensor | None], tuple[Tensor, dict[str, Tensor]]
-]
+TokenLoss = Callable[[Tensor, Tensor, MicroBatch, Tensor | None], tuple[Tensor, dict[str, Tensor]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +83,7 @@ class Policy:
     def reference_logprobs(
         self, batches: Sequence[MicroBatch], of: Distribution
     ) -> list[Tensor | None]:
-        """Log-prob [N] of every batch under the reference; None off the last stage or without one."""
+        """Log-prob [N] of every batch under the reference; None off the last stage or without."""
         if self._reference is None:
             return [None] * len(batches)
         outputs = self._run(
@@ -116,15 +114,24 @@ class Policy:
         if applied:
             _, grad_norm, _ = self.optimizer.step()
         return Update(
-            loss=metrics.pop("loss"), grad_norm=float(grad_norm), applied=applied, lr=lr,
+            loss=metrics.pop("loss"),
+            grad_norm=float(grad_norm),
+            applied=applied,
+            lr=lr,
             metrics=metrics,
         )
 
     def _run(
-        self, model: Any, batches: Sequence[MicroBatch], of: Distribution,
-        on_output: Callable[..., Any], forward_only: bool = False,
+        self,
+        model: Any,
+        batches: Sequence[MicroBatch],
+        of: Distribution,
+        on_output: Callable[..., Any],
+        forward_only: bool = False,
     ) -> list[Any]:
-        def forward_step(data: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
+        def forward_step(
+            data: Iterator[MicroBatch], chunk: Any
+        ) -> tuple[Tensor, Callable[..., Any]]:
             batch = next(data)
             return chunk(batch, self._patches(batch), of), on_output
 
@@ -155,7 +162,7 @@ class Policy:
         tensor = self.mesh.tensor
         if tensor.size == 1 or self.model.vision is None:
             return
-        grads = [p.main_grad for p in self.model.vision.parameters() if p.requires_grad]  # type: ignore[attr-defined]
+        grads = [p.main_grad for p in self.model.vision.parameters() if p.requires_grad]
         if grads:
             flat = torch.cat([grad.reshape(-1) for grad in grads])
             dist.all_reduce(flat, group=tensor.group)
@@ -164,7 +171,9 @@ class Policy:
 
     def _gradients_are_finite(self) -> bool:
         finite = [torch.isfinite(buffer.grad_data).all() for buffer in self._ddp.buffers]
-        flag = torch.stack(finite).all().float() if finite else torch.ones((), device=self.mesh.device)
+        flag = (
+            torch.stack(finite).all().float() if finite else torch.ones((), device=self.mesh.device)
+        )
         dist.all_reduce(flag, dist.ReduceOp.MIN)
         return bool(flag.item())
 
@@ -206,7 +215,8 @@ def _weighted(
     loss = (losses * weight).sum()
     counted = weight > 0  # filler micro-batches weigh nothing
     record = {
-        name: (value.detach() * counted).amax() if name.endswith("_max")
+        name: (value.detach() * counted).amax()
+        if name.endswith("_max")
         else (value.detach() * counted).sum()
         for name, value in metrics.items()
     }

@@ -62,7 +62,8 @@ def plan_frames(
     return SamplingPlan(
         indices=indices,
         sampled_fps=sampled_fps,
-        seconds_per_grid=TEMPORAL / sampled_fps,
+        # As float32, which is how vLLM and transformers keep it: a position must not depend on it.
+        seconds_per_grid=float(np.float32(TEMPORAL / sampled_fps)),
         height=resized[0],
         width=resized[1],
         grid_thw=(len(indices) // TEMPORAL, resized[0] // PATCH, resized[1] // PATCH),

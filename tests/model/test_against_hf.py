@@ -1,4 +1,4 @@
-"""The Megatron model against transformers: log-probs and every gradient, same weights, positions."""
+"""The Megatron model against transformers: same weights and positions, every gradient."""
 
 from pathlib import Path
 
@@ -108,7 +108,9 @@ def test_entropy_is_that_of_the_whole_distribution(mesh, tmp_path):
     model = _model(mesh, save(oracle, tmp_path))
     (group,) = _groups([((2, 2, 2), 1.0)], [1])
     batch = pack([group])
-    _, entropy = model(batch, torch.from_numpy(patchify(group.prompt.video.frames)), Distribution(temperature=0.7))
+    _, entropy = model(
+        batch, torch.from_numpy(patchify(group.prompt.video.frames)), Distribution(temperature=0.7)
+    )
     probabilities = []
     for token in range(90):  # every word but the special ones, one answer each
         answer = Answer(

@@ -29,7 +29,6 @@ def answer(start_s: float, text: str = "an answer") -> Answer:
         parts={"format": 1.0, "temporal_iou": 0.25},
         reward=0.625,
         advantage=-1.5,
-        logprob_gap=1e-6,
         tokens=17,
     )
 

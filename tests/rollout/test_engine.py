@@ -230,9 +230,9 @@ def test_refusals_are_one_sentence(engine, weights, make_prompt, checkpoint):
     incomplete = {name: t for name, t in weights.items() if name != "model.norm.weight"}
     with pytest.raises(RolloutError, match="left out 1 tensors"):
         engine.push_weights(incomplete.items(), version=2)
-    with pytest.raises(RolloutError, match="/nowhere has no config.json"):
+    with pytest.raises(RolloutError, match=r"/nowhere has no config\.json"):
         ColocatedEngine("/nowhere", config.Rollout(), dtype="float32", seed=1, max_model_len=64)
-    with pytest.raises(RolloutError, match="kv_cache_mib=1, .* KV cache is needed"):
+    with pytest.raises(RolloutError, match=r"kv_cache_mib=1, .* KV cache is needed"):
         ColocatedEngine(
             str(checkpoint),
             config.Rollout(kv_cache_mib=1),
