@@ -1,4 +1,4 @@
-"""What ships under configs/ and docs/: YAML that loads, architectures that count, a true reference."""
+"""What ships in configs/ and docs/: YAML that loads, architectures that count, true pages."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def test_every_config_loads(path):
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
 def test_architecture_counts_what_transformers_builds(path):
-    """Two counts that share no code: our formula, and the modules of transformers without storage."""
+    """Two counts that share no code: our formula, and transformers' modules without storage."""
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_pretrained(path))
     built = sum(parameter.numel() for parameter in model.parameters())

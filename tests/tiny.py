@@ -1,11 +1,14 @@
 """Tiny random Qwen2.5-VL checkpoints and prompts for tests, built by transformers' own classes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from megatron_vrl.batching.pack import Answer, Group, MicroBatch, as_plain, pack
 from megatron_vrl.batching.positions import VisionBlock, mrope_positions
+from megatron_vrl.parallel.mesh import Mesh
 from megatron_vrl.rollout.torchvision_shim import declare_missing_ops
 from megatron_vrl.types import EncodedVideo, Prompt, VideoSample
 
@@ -118,3 +121,46 @@ def prompt(grid_thw: tuple[int, int, int], seconds_per_grid: float, seed: int) -
             tokens_per_second=2,
         ),
     )
+
+
+def answered(prompts: Sequence[Prompt], seed: int, longest: int = 8) -> list[Group]:
+    """Three random answers of 1 to `longest` tokens to each prompt."""
+    rng = np.random.default_rng(seed)
+    return [
+        Group(
+            prompt=asked,
+            answers=tuple(
+                Answer(
+                    token_ids=rng.integers(0, 90, length),
+                    advantage=float(rng.normal()),
+                    engine_logprobs=rng.normal(size=length).astype(np.float32),
+                )
+                for length in rng.integers(1, longest + 1, 3)
+            ),
+        )
+        for asked in prompts
+    ]
+
+
+GRIDS = [((3, 4, 4), 1.0), ((2, 2, 6), 2.0), ((1, 6, 4), 0.5), ((4, 2, 2), 1.5)]
+GROUPS = answered([prompt(grid, s, seed) for seed, (grid, s) in enumerate(GRIDS)], seed=3)
+
+
+def micro_batches(groups: Sequence[Group], mesh: Mesh, prompts: str = "shared") -> list[MicroBatch]:
+    """This data rank's share in two micro-batches; a token weighs 1 / (tokens of all ranks)."""
+    mine = list(groups[mesh.data.rank :: mesh.data.size])
+    batches = []
+    for half in (mine[: len(mine) // 2], mine[len(mine) // 2 :]):
+        batch = pack(as_plain(half) if prompts == "plain" else half, pad_to=mesh.tensor.size)
+        batch.weight[:] = 1.0 / sum(group.num_targets for group in groups)
+        batches.append(batch)
+    return batches
+
+
+def token_loss(logprob, entropy, batch, reference):
+    """A loss in which every part of the model has a gradient, for `Policy.update`."""
+    advantage = torch.from_numpy(batch.advantage)
+    metrics = {"entropy": entropy, "logprob": logprob}
+    if reference is not None:
+        metrics["reference_gap_max"] = (logprob.detach() - reference).abs()
+    return -logprob * advantage - 0.01 * entropy, metrics

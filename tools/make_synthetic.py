@@ -38,7 +38,7 @@ FPS = 4
 SIDE_PX = 112
 INTERVAL_S = (2, 6)  # shortest and longest visible span
 RADIUS_PX = (28.0, 44.0)  # large: smaller ones doubled the warm-up, see configs/LOG.md
-SPLITS = {"sft": 0.60, "train": 0.25, "dev": 0.05, "heldout": 0.06, "ood": 0.04}  # shares of --num
+SPLITS = {"sft": 0.55, "train": 0.25, "dev": 0.05, "heldout": 0.10, "ood": 0.05}  # shares of --num
 TASKS = {"temporal_grounding": 0.6, "multiple_choice": 0.2, "grounded_qa": 0.2}  # default --mix
 COLOURS = {
     "red": (220, 40, 40),
@@ -112,7 +112,7 @@ def plan_clip(name: str, task: str, domain: Domain, objects: int, seed: tuple[in
         plan_shape(rng, kind, colour, domain.speed_px)
         for kind, colour in zip(kinds[:objects], colours[:objects], strict=True)
     )
-    options = tuple(str(colour) for colour in rng.permutation(colours[:NUM_OPTIONS]))
+    options = tuple(sorted(colours[:NUM_OPTIONS], key=list(COLOURS).index))
     return Clip(
         name=name, task=task, noise=domain.noise, shapes=shapes, options=options, seed=(*seed, 1)
     )

@@ -14,11 +14,11 @@ from megatron_vrl.build import Parts
 from megatron_vrl.data.mix import SampleStream, load
 from megatron_vrl.evaluation import evaluate
 from megatron_vrl.loops.cards import write_cards
-from megatron_vrl.loops.state import RunState, save, start_phase
+from megatron_vrl.loops.state import RunState, keep_reference, save, start_phase
 from megatron_vrl.model.head import Distribution
 from megatron_vrl.observe.metrics import StepMetrics
 from megatron_vrl.observe.sinks import Sinks
-from megatron_vrl.parallel.mesh import gather_objects
+from megatron_vrl.parallel.mesh import agreed, gather_objects
 from megatron_vrl.rewards import score, weights_of
 from megatron_vrl.rollout.engine import SamplingSpec
 from megatron_vrl.training.batches import plan_batches
@@ -32,7 +32,7 @@ def train_grpo(parts: Parts, state: RunState, sinks: Sinks, dev: list[VideoSampl
     stream = SampleStream(load(cfg.data.train, cfg.run.seed), cfg.run.seed)
     stream.restore(state.stream)
     if cfg.algorithm.kl > 0:
-        parts.policy.keep_reference()  # before the phase's own weights are restored
+        keep_reference(parts, state)
     start_phase(parts, state, cfg.grpo.optimizer, cfg.grpo.steps)
     sinks.begin("grpo", cfg.grpo.steps, state.step)
     while state.step < cfg.grpo.steps:
@@ -53,16 +53,17 @@ def train_grpo(parts: Parts, state: RunState, sinks: Sinks, dev: list[VideoSampl
         values = _summary(parts, groups, update)
         spent = clock.take()
         state.add_seconds(spent)
-        sinks.write(StepMetrics(phase="grpo", step=state.step, values=values, seconds=spent))
-        write_cards(sinks, groups[: cfg.observe.cards_per_step], state.step)
+        with agreed(parts.mesh):
+            sinks.write(StepMetrics(phase="grpo", step=state.step, values=values, seconds=spent))
+            write_cards(sinks, groups[: cfg.observe.cards_per_step], state.step)
         if cfg.grpo.evaluate_every and state.step % cfg.grpo.evaluate_every == 0:
             with clock("evaluate"):
                 metrics = evaluate(parts, dev, state.version)
-            sinks.write(
-                StepMetrics(
-                    phase="eval", step=state.step, values=metrics, split="dev", during="grpo"
-                )
+            row = StepMetrics(
+                phase="eval", step=state.step, values=metrics, split="dev", during="grpo"
             )
+            with agreed(parts.mesh):
+                sinks.write(row)
         if state.step % cfg.checkpoint.every_steps == 0:
             save(parts, state)
 

@@ -38,15 +38,15 @@ def run_job(cfg: RunConfig) -> Path:
         splits = {
             name: load(sources, cfg.run.seed) for name, sources in cfg.data.evaluation.items()
         }
-    next_step = (state.stage, state.step + 1) if state.stage in ("sft", "grpo") else None
-    sinks = open_sinks(
-        out_dir,
-        cfg.observe,
-        cfg.model_dump(mode="json"),
-        out_dir.name,
-        rank=parts.mesh.rank,
-        resume=next_step,
-    )
+    with agreed(parts.mesh):
+        sinks = open_sinks(
+            out_dir,
+            cfg.observe,
+            cfg.model_dump(mode="json"),
+            out_dir.name,
+            rank=parts.mesh.rank,
+            resume=state.next_row,
+        )
     state.add_seconds(parts.clock.take())
     try:
         _stages(parts, state, sinks, splits)
@@ -91,16 +91,16 @@ def _evaluate_stage(parts: Parts, state: RunState, sinks: Sinks, splits: Splits)
             table[name] = evaluate(parts, samples, state.version)
         spent = parts.clock.take()
         state.add_seconds(spent)
-        sinks.write(
-            StepMetrics(
-                phase="eval",
-                step=state.step,
-                values=table[name],
-                seconds=spent,
-                split=name,
-                during=state.stage,
-            )
+        row = StepMetrics(
+            phase="eval",
+            step=state.step,
+            values=table[name],
+            seconds=spent,
+            split=name,
+            during=state.stage,
         )
+        with agreed(parts.mesh):
+            sinks.write(row)
 
 
 def _conclude(parts: Parts, state: RunState, splits: Splits) -> Path:

@@ -1,12 +1,13 @@
 """Where a run stands: what a restarted process needs besides weights and optimizer."""
 
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from megatron_vrl.build import Parts
 from megatron_vrl.config import Optimizer
-from megatron_vrl.observe.files import full_disk_named
+from megatron_vrl.observe.metrics import Phase
 from megatron_vrl.training.checkpoint import (
     latest,
     load_checkpoint,
@@ -31,6 +32,13 @@ class RunState:
     def begin(self, stage: Stage) -> None:
         self.stage, self.step, self.stream = stage, 0, 0
 
+    @property
+    def next_row(self) -> tuple[Phase, int] | None:
+        """(phase, step) from which a restarted run writes its metrics again; None: all of them."""
+        if self.stage == "base":
+            return None
+        return ("grpo", sys.maxsize) if self.stage == "done" else (self.stage, self.step + 1)
+
     def add_seconds(self, spent: dict[str, float]) -> None:
         for name, value in spent.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + value
@@ -43,10 +51,15 @@ def checkpoint_root(parts: Parts) -> Path:
 def save(parts: Parts, state: RunState) -> None:
     """Checkpoint the run as it stands. Every rank calls it."""
     with parts.clock("checkpoint"):
-        name = f"{state.stage}-{state.attempt}-{state.step:06d}"
-        root, keep = checkpoint_root(parts), parts.cfg.checkpoint.keep
-        with full_disk_named(root):
-            save_latest(root, name, parts.policy, asdict(state), parts.published_dir, keep)
+        save_latest(
+            checkpoint_root(parts),
+            _name(state.stage, state.attempt, state.step),
+            parts.policy,
+            asdict(state),
+            parts.published_dir,
+            keep=parts.cfg.checkpoint.keep,
+            pinned=_name("grpo", state.attempt, 0) if parts.cfg.algorithm.kl > 0 else "",
+        )
 
 
 def restored(out_dir: str) -> RunState:
@@ -61,6 +74,19 @@ def start_phase(parts: Parts, state: RunState, cfg: Optimizer, num_steps: int) -
     found = latest(checkpoint_root(parts))
     if state.step > 0 and found:
         load_checkpoint(found, parts.policy)
+
+
+def keep_reference(parts: Parts, state: RunState) -> None:
+    """Freeze a copy of the weights that GRPO began with, for the KL term. Every rank calls it
+    before `start_phase`, which brings back the weights of a GRPO that is under way."""
+    if state.step > 0:
+        began = checkpoint_root(parts) / _name("grpo", state.attempt, 0)
+        load_weights(began, parts.policy)
+    parts.policy.keep_reference()
+
+
+def _name(stage: Stage, attempt: int, step: int) -> str:
+    return f"{stage}-{attempt}-{step:06d}"
 
 
 def load_stage_weights(parts: Parts, state: RunState) -> None:

@@ -2,8 +2,9 @@
 
 `ROOT/step-000120/` holds `weights/` (torch_dist, resharded on load), `published/` (config,
 tokenizer and processor files, so that an engine can start from it) and `state.json`, written
-last: a directory without it is not a checkpoint. `ROOT/latest` names the newest; it is replaced
-atomically, and only then are older ones removed, so the only good copy is never at risk.
+last: a directory without it is not a checkpoint. It is written beside its place and takes its
+name when it is whole; `ROOT/latest` names the newest and is replaced atomically, and only then
+are older ones removed, so the only good copy is never at risk.
 """
 
 import json
@@ -12,12 +13,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_vrl.errors import CheckpointError
 from megatron_vrl.model.weights import copy_side_files, load_published
+from megatron_vrl.observe.files import full_disk_named
+from megatron_vrl.parallel.mesh import agreed
 from megatron_vrl.training.policy import Policy
 
 STATE = "state.json"
@@ -28,17 +31,32 @@ _OPTIMIZER = {"distrib_optim_sharding_type": "fully_reshardable"}
 def save_checkpoint(
     directory: str | Path, policy: Policy, state: dict[str, Any], template: str | Path
 ) -> None:
-    """Write one checkpoint; every rank calls it. `state` must be JSON."""
+    """Write one checkpoint; every rank calls it. `state` must be JSON.
+
+    Raises UserError on every rank if the disk is full.
+    """
     directory = Path(directory)
-    if policy.mesh.rank == 0:
-        shutil.rmtree(directory, ignore_errors=True)
-        (directory / "weights").mkdir(parents=True)
-        copy_side_files(template, directory / "published")
-    dist.barrier()
-    dist_checkpointing.save(_sharded(policy), str(directory / "weights"))
-    if policy.mesh.rank == 0:
-        _write(directory / STATE, json.dumps(state, indent=1))
-    dist.barrier()
+    partial = directory.with_name(directory.name + ".partial")
+    with agreed(policy.mesh), full_disk_named(directory):
+        if policy.mesh.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            (partial / "weights").mkdir(parents=True)
+            copy_side_files(template, partial / "published")
+    try:
+        dist_checkpointing.save(_sharded(policy), str(partial / "weights"))
+    except CheckpointException:  # raised on every rank; its writers do not say why
+        free_mib = shutil.disk_usage(partial).free >> 20
+        if policy.mesh.rank == 0:
+            shutil.rmtree(partial)
+        raise CheckpointError(
+            f"The checkpoint {directory} cannot be written; its disk has {free_mib} MiB left. "
+            "Make room and start the same command again."
+        ) from None
+    with agreed(policy.mesh), full_disk_named(directory):
+        if policy.mesh.rank == 0:
+            _write(partial / STATE, json.dumps(state, indent=1))
+            shutil.rmtree(directory, ignore_errors=True)
+            partial.rename(directory)
 
 
 def save_latest(
@@ -48,14 +66,18 @@ def save_latest(
     state: dict[str, Any],
     template: str | Path,
     keep: int,
+    pinned: str = "",
 ) -> None:
-    """Write ROOT/name, point ROOT/latest at it, then remove all but the `keep` newest."""
+    """Write ROOT/name, point ROOT/latest at it, keep `pinned` and the `keep` newest alone."""
     root = Path(root)
     save_checkpoint(root / name, policy, state, template)
-    if policy.mesh.rank == 0:
-        _write(root / "latest", name)
-        for old in _complete(root)[:-keep]:
-            shutil.rmtree(old)
+    with agreed(policy.mesh), full_disk_named(root):
+        if policy.mesh.rank == 0:
+            _write(root / "latest", name)
+            kept = {pinned, *(directory.name for directory in _complete(root)[-keep:])}
+            for old in root.iterdir():
+                if old.is_dir() and old.name not in kept:
+                    shutil.rmtree(old)
 
 
 def latest(root: str | Path) -> Path | None:

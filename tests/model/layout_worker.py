@@ -1,83 +1,100 @@
-"""Run by torchrun: three updates of a tiny model in one layout; writes what every layout must share.
+"""Three updates of a tiny model in one layout after the other, all in the same processes.
 
-Usage: layout_worker.py CHECKPOINT OUT [parallel.key=value ...]
+Run by torchrun as `layout_worker.py DIRECTORY`: trains every layout of `LAYOUTS` that is made for
+so many processes on the checkpoints DIRECTORY/untied and DIRECTORY/tied, and writes what every
+layout must share to DIRECTORY/NAME-untied.pt and so on. Layouts of one process need no torchrun.
 """
 
+import os
 import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 
-from megatron_vrl.batching.pack import Answer, Group, as_plain, pack
 from megatron_vrl.config import Model, Optimizer, Parallel
 from megatron_vrl.model.architecture import read_architecture
 from megatron_vrl.model.head import Distribution
 from megatron_vrl.model.weights import load_published, published_tensors
-from megatron_vrl.parallel.mesh import init_mesh
+from megatron_vrl.parallel.mesh import close_mesh, init_mesh
 from megatron_vrl.training.policy import Policy
-from tests.tiny import prompt
+from tests.tiny import GROUPS, micro_batches, token_loss
 
-GRIDS = [((3, 4, 4), 1.0), ((2, 2, 6), 2.0), ((1, 6, 4), 0.5), ((4, 2, 2), 1.5)]
+PLAIN_DDP = {"distributed_optimizer": False}  # gradients are whole only without it
 
 
-def groups() -> list[Group]:
-    rng = np.random.default_rng(3)
-    return [
-        Group(
-            prompt=prompt(grid, seconds, seed),
-            answers=tuple(
-                Answer(
-                    token_ids=rng.integers(0, 90, length),
-                    advantage=float(rng.normal()),
-                    engine_logprobs=np.zeros(length, dtype=np.float32),
-                )
-                for length in rng.integers(1, 9, 3)
-            ),
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    processes: int
+    parallel: dict[str, Any]
+    model: dict[str, Any] = field(default_factory=dict)
+    prompts: str = "shared"  # or "plain": repeated before every answer
+    heads: tuple[str, ...] = ("untied", "tied")
+
+
+LAYOUTS = {
+    "one": Layout(processes=1, parallel=PLAIN_DDP),
+    "one-plain": Layout(processes=1, parallel=PLAIN_DDP, prompts="plain"),
+    "one-recompute": Layout(processes=1, parallel=PLAIN_DDP, model={"recompute": "full"}),
+    "dp2": Layout(processes=2, parallel=PLAIN_DDP),
+    "dp2-distributed-optimizer": Layout(processes=2, parallel={}),
+    "tp2": Layout(processes=2, parallel=PLAIN_DDP | {"tensor": 2}),
+    "tp2-sp": Layout(processes=2, parallel=PLAIN_DDP | {"tensor": 2, "sequence": True}),
+    "pp2": Layout(processes=2, parallel=PLAIN_DDP | {"pipeline": 2}),
+    "tp2-sp-pp2-distributed-optimizer": Layout(
+        processes=4, parallel={"tensor": 2, "sequence": True, "pipeline": 2}
+    ),
+}
+for frozen in ("vision", "merger", "language"):
+    model = {f"freeze_{frozen}": True}
+    for name, parallel in {"one": {}, "tp2": {"tensor": 2}, "pp2": {"pipeline": 2}}.items():
+        LAYOUTS[f"{name}-frozen-{frozen}"] = Layout(
+            processes=2 if parallel else 1,
+            parallel=PLAIN_DDP | parallel,
+            model=model,
+            heads=("untied",),
         )
-        for seed, (grid, seconds) in enumerate(GRIDS)
-    ]
 
 
-def token_loss(logprob, entropy, batch, reference):
-    advantage = torch.from_numpy(batch.advantage)
-    return -logprob * advantage - 0.01 * entropy, {"entropy": entropy, "logprob": logprob}
-
-
-def main() -> None:
-    checkpoint, out, *overrides = sys.argv[1:]
-    layout = "shared"
-    values = dict(pair.split("=") for pair in overrides)
-    layout = values.pop("layout", "shared")
-    recompute = values.pop("recompute", "none")
-    parallel = Parallel.model_validate(values)
+def train(checkpoint: Path, layout: Layout) -> dict[str, Any]:
+    """Every rank calls it; all return the same."""
+    parallel = Parallel.model_validate(layout.parallel)
     mesh = init_mesh(parallel, seed=1)
-    cfg = Model(checkpoint=checkpoint, dtype="float32", recompute=recompute)
+    cfg = Model(checkpoint=str(checkpoint), dtype="float32", **layout.model)
     policy = Policy(read_architecture(checkpoint), cfg, parallel, mesh)
     load_published(policy.model, checkpoint)
+    policy.keep_reference()
     policy.start_phase(Optimizer(lr=1e-3, clip_grad=1.0), num_steps=3)
-
-    everything = groups()
-    weight = 1.0 / sum(group.num_targets for group in everything)
-    mine = everything[mesh.data.rank :: mesh.data.size]
-    batches = []
-    for half in (mine[: len(mine) // 2], mine[len(mine) // 2 :]):
-        batch = pack(as_plain(half) if layout == "plain" else half, pad_to=parallel.tensor)
-        batch.weight[:] = weight
-        batches.append(batch)
-    result: dict = {"loss": [], "grad_norm": [], "entropy": []}
+    batches = micro_batches(GROUPS, mesh, prompts=layout.prompts)
+    result: dict[str, Any] = {}
     for step in range(3):
         update = policy.update(batches, token_loss, Distribution(), step)
-        result["loss"].append(update.loss)
-        result["grad_norm"].append(update.grad_norm)
-        result["entropy"].append(update.metrics["entropy"])
+        numbers = {"loss": update.loss, "grad_norm": update.grad_norm, **update.metrics}
+        for name, value in numbers.items():
+            result.setdefault(name, []).append(value)
         if step == 0 and not parallel.distributed_optimizer:
             # clipping scaled the gradients in place by the same factor in every layout
-            grads = published_tensors(policy.model, lambda p: p.main_grad)
+            grads = published_tensors(policy.model, _gradient)
             result["grads"] = {name: grad.clone() for name, grad in grads}
     result["weights"] = {name: t.clone() for name, t in published_tensors(policy.model)}
-    if mesh.rank == mesh.world - 1:
-        torch.save(result, out)
+    close_mesh()
+    return result
+
+
+def _gradient(param: torch.Tensor) -> torch.Tensor:
+    """NaN stands for none."""
+    return param.main_grad if param.requires_grad else torch.full_like(param, torch.nan)  # type: ignore[attr-defined]
+
+
+def main(directory: Path) -> None:
+    world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    for name, layout in LAYOUTS.items():
+        for head in layout.heads if layout.processes == world else ():
+            result = train(directory / head, layout)
+            if rank == world - 1:
+                torch.save(result, directory / f"{name}-{head}.pt")
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))

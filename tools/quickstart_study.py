@@ -1,0 +1,144 @@
+"""The quickstart over several seeds, beside an equal time of more SFT: the README's table.
+
+    quickstart_study.py --out runs/study --seeds 1 2 3 [--objects 1] [section.key=value ...]
+
+For each seed: a fresh tiny model, the main job (warm-up, then GRPO), and from the same warm-up
+checkpoint a second arm that spends GRPO's seconds on more SFT. One synthetic set serves all seeds.
+Writes OUT/study.json and OUT/table.md. Finished arms are reused, so the study can be continued.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+COLUMNS = {
+    "temporal_grounding/miou": "mIoU",
+    "temporal_grounding/r1@0.3": "R@0.3",
+    "temporal_grounding/r1@0.5": "R@0.5",
+    "temporal_grounding/r1@0.7": "R@0.7",
+    "grounded_qa/miou": "QA mIoU",
+    "grounded_qa/accuracy": "QA acc.",
+    "multiple_choice/accuracy": "MC acc.",
+    "format_rate": "format",
+    "reward": "reward",
+}
+ARMS = {
+    "base": "before training",
+    "sft": "warm-up (SFT)",
+    "grpo": "warm-up, then GRPO",
+    "more_sft": "warm-up, then SFT for GRPO's seconds",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--objects", type=int, default=1, help="shapes in a clip")
+    parser.add_argument("--num", type=int, default=3200, help="clips of the set")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_args()
+    out = arguments.out
+    tool("make_synthetic.py", "--out", out / "data", "--num", arguments.num, "--objects", arguments.objects)
+    summaries = [run_seed(out, seed, arguments.overrides) for seed in arguments.seeds]
+    (out / "study.json").write_text(json.dumps(summaries, indent=1) + "\n")
+    table = "\n".join(line for split in ("heldout", "ood") for line in rows(summaries, split))
+    (out / "table.md").write_text(table + "\n")
+    print(table)
+
+
+def run_seed(out: Path, seed: int, overrides: list[str]) -> dict[str, Any]:
+    """Both arms of one seed -> {"seed", "results": arm -> split -> metric, "seconds", ...}."""
+    home = out / f"seed-{seed}"
+    model = home / "model-hf"
+    if not model.exists():
+        tool("make_tiny_model.py", "--out", model, "--seed", seed)
+    common = [f"run.seed={seed}", "checkpoint.keep=100", "observe.wandb=disabled", *overrides]
+    main_job = train(out, home / "job", [f"model.checkpoint={model}", *common])
+    warm_up = next((home / "job/checkpoints").glob("grpo-*-000000"))
+    steps = equal_steps(home / "job")
+    more = [f"model.checkpoint={warm_up}", f"sft.steps={steps}", "sft.stop_metric=", "grpo.steps=0"]
+    longer = train(out, home / "more-sft", [*common, *more])
+    return {
+        "seed": seed,
+        "warm_up_steps": last_step(home / "job", "sft"),
+        "warm_up_restarts": main_job["warm_up_restarts"],
+        "more_sft_steps": steps,
+        "results": {**main_job["results"], "more_sft": longer["results"]["sft"]},
+        "trivial": main_job["trivial"],
+        "seconds": main_job["seconds"],
+        "peak_rss_bytes_all_ranks": main_job["peak_rss_bytes_all_ranks"],
+    }
+
+
+def equal_steps(job: Path) -> int:
+    """SFT steps that take as long as the GRPO phase did, evaluation and checkpoints aside."""
+    work = ("encode", "sync", "rollout", "score", "update", "other")
+    seconds: dict[str, list[float]] = {"sft": [], "grpo": []}
+    for row in metric_rows(job):
+        if row["phase"] in seconds:
+            seconds[row["phase"]].append(sum(row["seconds"].get(name, 0.0) for name in work))
+    return round(sum(seconds["grpo"]) / statistics.median(seconds["sft"]))
+
+
+def rows(summaries: list[dict[str, Any]], split: str) -> list[str]:
+    """Markdown: mean and range over the seeds of every metric."""
+    found = [name for name in COLUMNS if name in summaries[0]["results"]["base"][split]]
+    lines = ["", f"| {split} | " + " | ".join(COLUMNS[name] for name in found) + " |"]
+    lines.append("|---" * (len(found) + 1) + "|")
+    for label, metrics in summaries[0]["trivial"][split].items():
+        lines.append(f"| {label} | " + " | ".join(f"{metrics[n]:.3f}" for n in found) + " |")
+    for arm, label in ARMS.items():
+        cells = [cell([s["results"][arm][split][name] for s in summaries]) for name in found]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def cell(values: list[float]) -> str:
+    return f"{statistics.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})"
+
+
+def train(out: Path, run_dir: Path, overrides: list[str]) -> dict[str, Any]:
+    """Run or reuse one job; its summary."""
+    data = [
+        f"data.{part}={json.dumps(moved(sources, out))}" for part, sources in quickstart_data().items()
+    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    command += ["2", "-m", "megatron_vrl.train", "--config", str(ROOT / "configs/quickstart.yaml")]
+    subprocess.run([*command, f"run.out_dir={run_dir}", *data, *overrides], check=True)
+    return json.loads((run_dir / "summary.json").read_text())  # type: ignore[no-any-return]
+
+
+def quickstart_data() -> dict[str, Any]:
+    import yaml
+
+    data = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text())["data"]
+    return {part: data[part] for part in ("sft", "train", "evaluation")}
+
+
+def moved(sources: Any, out: Path) -> Any:
+    """The quickstart's sources with their paths under the study's data."""
+    return json.loads(json.dumps(sources).replace("runs/quickstart/data", str(out / "data")))
+
+
+def metric_rows(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def last_step(run_dir: Path, phase: str) -> int:
+    return max(row["step"] for row in metric_rows(run_dir) if row["phase"] == phase)
+
+
+def tool(name: str, *arguments: object) -> None:
+    subprocess.run([sys.executable, str(ROOT / "tools" / name), *map(str, arguments)], check=True)
+
+
+if __name__ == "__main__":
+    main()
