@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from megatron_vrl.config import RunConfig
+from megatron_vrl.config import RunConfig, Source
+from megatron_vrl.data.mix import load
 from megatron_vrl.data.prompt import PromptEncoder, VisionTokens
 from megatron_vrl.errors import RolloutError, VideoError
 from megatron_vrl.model.architecture import Architecture, check_divides, read_architecture
@@ -23,6 +24,7 @@ from megatron_vrl.training.checkpoint import load_weights, published_files
 from megatron_vrl.training.policy import Policy
 from megatron_vrl.types import Prompt, Rollout, VideoSample
 from megatron_vrl.video import VideoReader
+from megatron_vrl.video.pyav import probe
 
 Item = TypeVar("Item")
 
@@ -52,6 +54,11 @@ class Parts:
     def gather_replica(self, items: list[Item]) -> list[Item]:
         """Inverse of `rank_share`: the replica's items in order, on each of its ranks."""
         return interleave(gather_objects(self.mesh.model, items))
+
+    def samples(self, sources: Sequence[Source]) -> list[VideoSample]:
+        """Read annotation files; every rank calls it and gets the same samples."""
+        with agreed(self.mesh):
+            return load(sources, self.cfg.run.seed, lambda path: probe(path).duration_s)
 
     def encode(self, samples: Sequence[VideoSample]) -> list[Prompt]:
         """Decode and tokenise; every rank calls it, each with its own samples.

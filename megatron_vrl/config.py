@@ -183,7 +183,7 @@ class Grpo(Section):
     """Optimizer updates on each batch of rollouts."""
     optimizer: Optimizer = Optimizer(lr=1e-6)
     evaluate_every: Annotated[int, Field(ge=0)] = 0
-    """Evaluate the split `dev` every k steps; 0: only at the end."""
+    """Evaluate the split `dev` every k steps; 0: never."""
 
 
 class Batch(Section):

@@ -1,12 +1,13 @@
-"""Make a tiny Qwen2.5-VL with random weights: a whole Hugging Face checkpoint, about 4 MB.
+"""Make a tiny Qwen2.5-VL with random weights: a whole Hugging Face checkpoint, about 3 MB.
 
 transformers' own classes write it, so that whatever loads the published checkpoints loads this
 one. The sizes divide by 2 everywhere (tensor and pipeline parallel), heads are grouped, one vision
 block attends within windows and one everywhere. Weights start larger than Qwen's 0.02, at about
-1/sqrt(hidden): with 0.02 a model of this size does not leave its first plateau for thousands of
-steps. Byte-level BPE with Qwen2's rules is trained on the texts of the tasks and of
-tools/make_synthetic.py, so that their words are single tokens; any other text still encodes, in
-more tokens. Left out: knowledge. The model has to be warmed up before it answers anything.
+1/sqrt(hidden): with 0.02 a model of this size was still on its first plateau after 800 steps of
+warm-up. Half the rotary pairs count time, see `make_config`. Byte-level BPE with Qwen2's rules is
+trained on the texts of the tasks and of tools/make_synthetic.py, so that their words are single
+tokens; any other text still encodes, in more tokens. Left out: knowledge. The model has to be
+warmed up before it answers anything.
 """
 
 import argparse

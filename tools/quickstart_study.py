@@ -64,7 +64,7 @@ def run_seed(out: Path, seed: int, overrides: list[str]) -> dict[str, Any]:
     main_job = train(out, home / "job", [f"model.checkpoint={model}", *common])
     warm_up = next((home / "job/checkpoints").glob("grpo-*-000000"))
     steps = equal_steps(home / "job")
-    more = [f"model.checkpoint={warm_up}", f"sft.steps={steps}", "sft.stop_metric=", "grpo.steps=0"]
+    more = [f"model.checkpoint={warm_up}", f"sft.steps={steps}", "sft.stop_metric=''", "grpo.steps=0"]
     longer = train(out, home / "more-sft", [*common, *more])
     return {
         "seed": seed,

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_vrl.algorithms import ALGORITHMS
 from megatron_vrl.batching.pack import Answer, Group, MicroBatch
 from megatron_vrl.build import Parts
-from megatron_vrl.data.mix import SampleStream, load
+from megatron_vrl.data.mix import SampleStream
 from megatron_vrl.evaluation import evaluate
 from megatron_vrl.loops.cards import write_cards
 from megatron_vrl.loops.state import RunState, keep_reference, save, start_phase
@@ -29,7 +29,7 @@ from megatron_vrl.types import Prompt, Rollout, ScoredGroup, VideoSample
 def train_grpo(parts: Parts, state: RunState, sinks: Sinks, dev: list[VideoSample]) -> None:
     """Run GRPO from `state.step` to its end. Every rank calls it."""
     cfg, clock = parts.cfg, parts.clock
-    stream = SampleStream(load(cfg.data.train, cfg.run.seed), cfg.run.seed)
+    stream = SampleStream(parts.samples(cfg.data.train), cfg.run.seed)
     stream.restore(state.stream)
     if cfg.algorithm.kl > 0:
         keep_reference(parts, state)

@@ -6,10 +6,11 @@ run that was stopped and, on a finished one, only says where its report is.
 
 from pathlib import Path
 
+import yaml
+
 from megatron_vrl.build import Parts, build
 from megatron_vrl.config import RunConfig
-from megatron_vrl.data.mix import load
-from megatron_vrl.errors import UserError
+from megatron_vrl.errors import ConfigError, UserError
 from megatron_vrl.evaluation import evaluate, trivial_answers
 from megatron_vrl.loops.grpo import train_grpo
 from megatron_vrl.loops.sft import train_sft
@@ -29,15 +30,13 @@ Splits = dict[str, list[VideoSample]]
 def run_job(cfg: RunConfig) -> Path:
     """Do what is left of the run and return its report. Every rank calls it."""
     out_dir = Path(cfg.run.out_dir)
+    _check_same_run(cfg, out_dir / "config.yaml")
     state = restored(cfg.run.out_dir)
     if state.stage == "done" and (out_dir / "report.html").exists():
         return out_dir / "report.html"
     parts = build(cfg)
     load_stage_weights(parts, state)
-    with agreed(parts.mesh):
-        splits = {
-            name: load(sources, cfg.run.seed) for name, sources in cfg.data.evaluation.items()
-        }
+    splits = {name: parts.samples(sources) for name, sources in cfg.data.evaluation.items()}
     with agreed(parts.mesh):
         sinks = open_sinks(
             out_dir,
@@ -57,6 +56,24 @@ def run_job(cfg: RunConfig) -> Path:
     finally:
         sinks.close()
     return _conclude(parts, state, splits)
+
+
+def _check_same_run(cfg: RunConfig, stored: Path) -> None:
+    """Raises ConfigError if the directory holds a run that learns something else.
+
+    Layout, engine size, checkpoints and logging may change between two calls.
+    """
+    if not stored.exists():
+        return
+    before, now = yaml.safe_load(stored.read_text()), cfg.model_dump(mode="json")
+    for section in ("run", "model", "data", "rewards", "algorithm", "sft", "grpo"):
+        for key, value in now[section].items():
+            if before[section].get(key) != value:
+                raise ConfigError(
+                    f"{stored.parent} holds a run with {section}.{key}="
+                    f"{before[section].get(key)!r}, not {value!r}: choose another run.out_dir, "
+                    "or remove it to start over."
+                )
 
 
 def _stages(parts: Parts, state: RunState, sinks: Sinks, splits: Splits) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_vrl.algorithms.sft import token_loss
 from megatron_vrl.batching.pack import Answer, Group, MicroBatch
 from megatron_vrl.build import Parts
-from megatron_vrl.data.mix import SampleStream, load
+from megatron_vrl.data.mix import SampleStream
 from megatron_vrl.errors import ConfigError, UserError
 from megatron_vrl.evaluation import evaluate
 from megatron_vrl.loops.state import RunState, save, start_phase
@@ -48,7 +48,7 @@ def _attempt(parts: Parts, state: RunState, sinks: Sinks, dev: list[VideoSample]
     """One pass from `state.step` to the threshold (True) or the last step."""
     cfg, clock = parts.cfg, parts.clock
     seed = cfg.run.seed + state.attempt
-    stream = SampleStream(load(cfg.data.sft, cfg.run.seed), seed)
+    stream = SampleStream(parts.samples(cfg.data.sft), seed)
     stream.restore(state.stream)
     start_phase(parts, state, cfg.sft.optimizer, cfg.sft.steps)
     sinks.begin("sft", cfg.sft.steps, state.step)

@@ -147,7 +147,7 @@ def _column_order(name: str) -> tuple[int, str]:
 
 def _heading(name: str) -> str:
     title, unit = meaning(name)
-    return f"{title}, {unit}" if unit else title
+    return f"{title}, {unit}" if unit not in ("", "%") else title
 
 
 def _cell(found: dict[str, float], name: str) -> str:

@@ -116,7 +116,7 @@ def test_table_holds_every_stage_beside_the_trivial_answer(tmp_path: Path) -> No
         ["before training", "12.3", "0.250", ""],
         ["after GRPO", "45.6", "0.750", "2.000"],
     ]
-    for shown in ("mIoU, %", "new/metric", "30 GRPO steps", "seed 3", "2.0 minutes", "1024 MiB"):
+    for shown in ("mIoU", "new/metric", "30 GRPO steps", "seed 3", "2.0 minutes", "1024 MiB"):
         assert shown in page
 
 
