@@ -27,7 +27,7 @@ stage() { # stage NAME COMMAND...: run it and say how long it took
 make_once() { # make_once PATH COMMAND...: skipped when an earlier call completed PATH
     local made="$1"
     shift
-    [[ -f "$made.complete" ]] && return
+    [[ -f "$made.complete" && -d "$made" ]] && return
     rm -rf "$made"
     "$@"
     touch "$made.complete"
@@ -40,6 +40,6 @@ stage "synthetic clips" make_once "$data" python tools/make_synthetic.py --out "
 stage "tiny model" make_once "$model_hf" python tools/make_tiny_model.py --out "$model_hf"
 stage "checkpoint conversion" make_once "$model_megatron" \
     python tools/convert_checkpoint.py hf-to-megatron "$model_hf" "$model_megatron"
-stage "training" torchrun --standalone --nproc-per-node "$ranks" \
+stage "training" python launch/torchrun.py --standalone --nproc-per-node "$ranks" \
     -m megatron_vrl.train --config "$config" "$@"
 echo "quickstart: all in $SECONDS s; open $root/$run/report.html"

@@ -39,4 +39,4 @@ fi
 
 # A mistake in the config is one sentence here; inside torchrun it would be one per rank.
 WORLD_SIZE=$((NNODES * NPROC)) python3 -m megatron_vrl.train "$@" --dry-run >/dev/null || exit $?
-exec torchrun "${rendezvous[@]}" --nproc-per-node "$NPROC" -m megatron_vrl.train "$@"
+exec python3 "$root/launch/torchrun.py" "${rendezvous[@]}" --nproc-per-node "$NPROC" -m megatron_vrl.train "$@"

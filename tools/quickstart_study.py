@@ -46,7 +46,15 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args()
     out = arguments.out
-    tool("make_synthetic.py", "--out", out / "data", "--num", arguments.num, "--objects", arguments.objects)
+    tool(
+        "make_synthetic.py",
+        "--out",
+        out / "data",
+        "--num",
+        arguments.num,
+        "--objects",
+        arguments.objects,
+    )
     summaries = [run_seed(out, seed, arguments.overrides) for seed in arguments.seeds]
     (out / "study.json").write_text(json.dumps(summaries, indent=1) + "\n")
     table = "\n".join(line for split in ("heldout", "ood") for line in rows(summaries, split))
@@ -64,7 +72,12 @@ def run_seed(out: Path, seed: int, overrides: list[str]) -> dict[str, Any]:
     main_job = train(out, home / "job", [f"model.checkpoint={model}", *common])
     warm_up = next((home / "job/checkpoints").glob("grpo-*-000000"))
     steps = equal_steps(home / "job")
-    more = [f"model.checkpoint={warm_up}", f"sft.steps={steps}", "sft.stop_metric=''", "grpo.steps=0"]
+    more = [
+        f"model.checkpoint={warm_up}",
+        f"sft.steps={steps}",
+        "sft.stop_metric=''",
+        "grpo.steps=0",
+    ]
     longer = train(out, home / "more-sft", [*common, *more])
     return {
         "seed": seed,
@@ -108,7 +121,8 @@ def cell(values: list[float]) -> str:
 def train(out: Path, run_dir: Path, overrides: list[str]) -> dict[str, Any]:
     """Run or reuse one job; its summary."""
     data = [
-        f"data.{part}={json.dumps(moved(sources, out))}" for part, sources in quickstart_data().items()
+        f"data.{part}={json.dumps(moved(sources, out))}"
+        for part, sources in quickstart_data().items()
     ]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     command += ["2", "-m", "megatron_vrl.train", "--config", str(ROOT / "configs/quickstart.yaml")]

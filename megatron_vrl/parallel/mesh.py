@@ -93,11 +93,14 @@ def init_mesh(cfg: Parallel, seed: int) -> Mesh:
 
 
 def close_mesh() -> None:
-    """Leave the process group (for tests that build several grids in one process)."""
+    """Give up the grid, so that the process may build another one (for tests).
+
+    Under torchrun the process group stays and serves the next grid: its store works once.
+    """
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
+    if dist.get_world_size() == 1:
         dist.destroy_process_group()
 
 

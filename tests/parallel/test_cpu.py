@@ -1,0 +1,83 @@
+"""The CPU platform replaces what its table says, nothing else, and gives it back."""
+
+import pytest
+import torch
+from megatron.core.tensor_parallel import random as mcore_random
+
+from megatron_vrl.parallel import cpu
+
+
+@pytest.fixture
+def platform():
+    """Installed for this test, and afterwards as it was before."""
+    was_there = bool(cpu._originals)
+    cpu.install()
+    yield
+    cpu.uninstall()
+    if was_there:
+        cpu.install()
+
+
+def current():
+    return [getattr(owner, name) for owner, name, _, _ in cpu.PATCHES]
+
+
+def test_table_is_what_is_replaced_and_put_back(platform):
+    replacements = [replacement for _, _, replacement, _ in cpu.PATCHES]
+    assert all(a is b for a, b in zip(current(), replacements, strict=True))
+    cpu.install()  # harmless
+    cpu.uninstall()
+    assert not any(a is b for a, b in zip(current(), replacements, strict=True))
+    before = current()
+    cpu.install()
+    cpu.uninstall()
+    assert all(a is b for a, b in zip(current(), before, strict=True))
+
+
+def test_every_row_says_who_needs_it():
+    places = [(id(owner), name) for owner, name, _, _ in cpu.PATCHES]
+    assert len(set(places)) == len(places)
+    assert all(reason for *_, reason in cpu.PATCHES)
+
+
+def test_cuda_is_read_as_cpu_and_other_devices_stay(platform):
+    assert torch.zeros(2, device="cuda").device.type == "cpu"
+    assert torch.empty(2, device=torch.device("cuda", 0), pin_memory=True).device.type == "cpu"
+    assert torch.empty_like(torch.ones(2), device="meta").device.type == "meta"
+    assert torch.ones(2).cuda().device.type == "cpu"
+    assert torch.cuda.current_device() == torch.device("cpu")
+
+
+def test_only_megatron_sees_the_cuda_spelling_of_a_type(platform):
+    called_by_megatron = eval(
+        "lambda tensor: tensor.type()", {"__name__": "megatron.core.optimizer"}
+    )
+    assert called_by_megatron(torch.ones(1)) == "torch.cuda.FloatTensor"
+    assert torch.ones(1).type() == "torch.FloatTensor"
+    assert torch.ones(1).type(torch.int64).dtype == torch.int64
+
+
+def test_random_states_are_apart_and_go_on(platform):
+    tracker = cpu.CpuRngTracker()
+    tracker.add("model-parallel-rng", 5)
+    torch.manual_seed(1)
+    outside = torch.rand(4)
+    torch.manual_seed(1)
+    halves = []
+    for _ in range(2):
+        halves.append(torch.rand(2))
+        with tracker.fork():
+            halves.append(torch.rand(2))
+    assert torch.equal(torch.cat(halves[::2]), outside)
+    wanted = torch.rand(4, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(torch.cat(halves[1::2]), wanted)
+    with pytest.raises(ValueError, match="already there"):
+        tracker.add("another", 5)
+
+
+def test_recompute_sees_the_cpu_generator(platform):
+    torch.manual_seed(3)
+    state = mcore_random._get_cuda_rng_state()
+    first = torch.rand(3)
+    mcore_random._set_cuda_rng_state(state)
+    assert torch.equal(torch.rand(3), first)

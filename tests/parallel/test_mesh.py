@@ -1,0 +1,70 @@
+"""The grid of ranks: what divides, and that ranks fail together."""
+
+import pytest
+
+from megatron_vrl.config import Parallel
+from megatron_vrl.errors import ConfigError, VideoError
+from megatron_vrl.parallel import mesh as mesh_module
+from megatron_vrl.parallel.mesh import agreed, check_layout, close_mesh, init_mesh
+
+
+@pytest.fixture
+def mesh():
+    yield init_mesh(Parallel(), seed=1)
+    close_mesh()
+
+
+@pytest.mark.parametrize(("tensor", "pipeline", "world"), [(1, 1, 1), (2, 1, 4), (2, 2, 8)])
+def test_layouts_that_divide(tensor, pipeline, world):
+    check_layout(Parallel(tensor=tensor, pipeline=pipeline), world)
+
+
+@pytest.mark.parametrize(
+    ("layout", "world", "sentence"),
+    [
+        (
+            {"tensor": 2},
+            3,
+            "parallel.tensor=2 x parallel.pipeline=1 needs a multiple of 2 processes, but there "
+            "are 3: change --nproc-per-node or the layout.",
+        ),
+        (
+            {"sequence": True},
+            2,
+            "parallel.sequence=true needs parallel.tensor > 1: set one of them.",
+        ),
+    ],
+)
+def test_layouts_that_do_not(layout, world, sentence):
+    with pytest.raises(ConfigError) as error:
+        check_layout(Parallel(**layout), world)
+    assert str(error.value) == sentence
+
+
+def test_one_process_is_all_axes(mesh):
+    for axis in (mesh.tensor, mesh.pipeline, mesh.data, mesh.model):
+        assert (axis.rank, axis.size) == (0, 1)
+    assert mesh.is_first_stage and mesh.is_last_stage
+
+
+def test_a_grid_may_follow_another(mesh):
+    close_mesh()
+    again = init_mesh(Parallel(), seed=1)
+    assert again.world == 1
+
+
+def test_an_error_of_another_rank_is_raised_here(mesh, monkeypatch):
+    theirs = VideoError("b.mp4 is empty.")
+    monkeypatch.setattr(mesh_module, "gather_objects", lambda axis, mine: [mine, theirs])
+    reached = []
+    with pytest.raises(VideoError, match=r"b\.mp4"), agreed(mesh):
+        reached.append(True)
+    assert reached
+    mine = VideoError("a.mp4 is empty.")
+    with pytest.raises(VideoError, match=r"a\.mp4"), agreed(mesh):
+        raise mine
+
+
+def test_our_own_bugs_are_not_held_back(mesh):
+    with pytest.raises(ZeroDivisionError), agreed(mesh):
+        1 / 0  # noqa: B018

@@ -1,0 +1,196 @@
+"""The main job from the command line, small: in three layouts, killed and continued, its files."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.conftest import ENVIRONMENT, ROOT, run_python, train_command
+
+SMALL = (
+    "sft.stop_metric=''",
+    "sft.steps=80",
+    "sft.batch_size=20",
+    "sft.optimizer.lr=3e-3",
+    "sft.optimizer.warmup_steps=5",
+    "grpo.steps=4",
+    "grpo.evaluate_every=2",
+    "rollout.prompts_per_step=4",
+    "algorithm.kl=0.01",
+    "checkpoint.every_steps=1000",
+)
+LAYOUTS = {
+    "tensor": ["parallel.tensor=2", "sft.steps=0", "grpo.steps=1", "observe.wandb=disabled"],
+    "pipeline": ["parallel.pipeline=2", "sft.steps=0", "grpo.steps=1", "observe.wandb=disabled"],
+}
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def rows_of(run: Path, phase: str) -> list[dict]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["phase"] == phase]
+
+
+def numbers(row: dict) -> dict[str, float]:
+    return {name: value for name, value in row.items() if isinstance(value, int | float)}
+
+
+def summary_of(run: Path) -> dict:
+    return json.loads((run / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def job(quickstart):
+    """job(name, *overrides) -> run directory; one name is run once."""
+    finished: dict[str, Path] = {}
+
+    def run(name: str, *overrides: str) -> Path:
+        if name not in finished:
+            command = train_command(*SMALL, f"run.out_dir=runs/{name}", *overrides, ranks=2)
+            done = subprocess.run(
+                command, cwd=quickstart, env=ENVIRONMENT, capture_output=True, text=True
+            )
+            assert done.returncode == 0, done.stderr[-4000:]
+            assert done.stdout.splitlines()[-1] == f"report: runs/{name}/report.html"
+            finished[name] = quickstart / "runs" / name
+        return finished[name]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(job) -> Path:
+    """Data parallel, the default."""
+    return job("data")
+
+
+def test_metrics_of_every_step_and_evaluation(run):
+    assert [row["step"] for row in rows_of(run, "sft")] == list(range(1, 81))
+    grpo = rows_of(run, "grpo")
+    assert [row["step"] for row in grpo] == [1, 2, 3, 4]
+    for row in grpo:
+        assert row.keys() >= {"reward", "format_rate", "response_tokens", "ref_kl", "parts/format"}
+        assert row["seconds"].keys() >= {"encode", "rollout", "score", "update"}
+    evaluations = [(row["during"], row["step"], row["split"]) for row in rows_of(run, "eval")]
+    assert evaluations == [
+        *[("base", 0, split) for split in ("heldout", "ood")],
+        *[("sft", 80, split) for split in ("heldout", "ood")],
+        *[("grpo", 2, "dev"), ("grpo", 4, "dev")],
+        *[("grpo", 4, split) for split in ("heldout", "ood")],
+    ]
+    assert rows_of(run, "sft")[-1]["loss"] < rows_of(run, "sft")[0]["loss"] / 3
+
+
+def test_summary_names_results_versions_and_seed(run):
+    summary = summary_of(run)
+    assert summary["results"].keys() == {"base", "sft", "grpo"}
+    for results in summary["results"].values():
+        for split in ("heldout", "ood"):
+            assert results[split].keys() >= {
+                "reward",
+                "format_rate",
+                "response_tokens",
+                "temporal_grounding/miou",
+                "temporal_grounding/r1@0.5",
+                "multiple_choice/accuracy",
+            }
+    assert summary["trivial"]["heldout"].keys() == {"whole video", "best constant"}
+    assert (summary["seed"], summary["ranks"], summary["warm_up_restarts"]) == (1, 2, 0)
+    assert summary["versions"].keys() >= {"torch", "megatron-core", "transformers"}
+    assert summary["seconds"].keys() >= {"evaluate", "rollout", "update"}
+    assert 0 < summary["peak_rss_bytes"] < summary["peak_rss_bytes_all_ranks"] < 8 * 2**30
+    assert summary["results"]["sft"]["heldout"]["format_rate"] == 1.0  # 80 steps teach the form
+
+
+def test_export_loads_in_transformers_and_is_the_trained_model(run):
+    from megatron_vrl.rollout.torchvision_shim import declare_missing_ops
+
+    declare_missing_ops()
+    from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+    model, notes = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        run / "export", output_loading_info=True
+    )
+    assert not notes["missing_keys"] and not notes["unexpected_keys"]
+    processor = AutoProcessor.from_pretrained(run / "export")
+    ids = processor.tokenizer("the red square is visible", return_tensors="pt").input_ids
+    assert torch.isfinite(model(input_ids=ids).logits).all()
+    newest = run / "checkpoints" / (run / "checkpoints" / "latest").read_text()
+    done = run_python(ROOT / "tools" / "convert_checkpoint.py", "verify", run / "export", newest)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("tensors are bit-equal\n")
+    start = load_file(run.parent / "quickstart" / "model-hf" / "model.safetensors")
+    trained = load_file(run / "export" / "model.safetensors")
+    assert all(not torch.equal(trained[name], start[name]) for name in trained)
+
+
+def test_report_stands_alone(run):
+    page = (run / "report.html").read_text()
+    sources = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)""", page)
+    assert not [source for source in sources if not source.startswith(("data:", "#"))]
+    assert not re.search(r"@import|url\((?!['\"]?data:)", page)
+    for word in ("mIoU", "advantage", "warm-up"):
+        assert word.lower() in page.lower()
+
+
+def test_config_and_wandb_are_written(run):
+    written = yaml.safe_load((run / "config.yaml").read_text())
+    assert written["sft"]["steps"] == 80 and written["algorithm"]["kl"] == 0.01
+    assert written["video"]["max_frames"] == 768  # a default
+    assert list((run / "wandb").glob("offline-run-*/run-*.wandb"))
+
+
+@pytest.mark.parametrize("layout", ["data", *LAYOUTS])
+def test_engine_and_trainer_agree_in_every_layout(job, layout):
+    for row in rows_of(job(layout, *LAYOUTS.get(layout, [])), "grpo"):
+        assert row["logprob_gap_max"] < 1e-4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_answer_alike_before_training(job, run, layout):
+    other = job(layout, *LAYOUTS[layout])
+    assert summary_of(other)["results"]["base"] == summary_of(run)["results"]["base"]
+
+
+def test_killed_run_continues_as_if_nothing_had_happened(job, run, quickstart):
+    """SIGKILL in the midst of GRPO; the same command then gives the same numbers."""
+    out = quickstart / "runs" / "killed"
+    began = "grpo-0-000000"  # where GRPO starts; kept for the KL term's reference
+    shutil.copytree(run / "checkpoints" / began, out / "checkpoints" / began)
+    overrides = ("checkpoint.every_steps=1", "observe.wandb=disabled")
+    command = train_command(*SMALL, "run.out_dir=runs/killed", *overrides, ranks=2)
+    with subprocess.Popen(
+        command, cwd=quickstart, env=ENVIRONMENT, start_new_session=True, stderr=subprocess.DEVNULL
+    ) as process:
+        while not (out / "checkpoints" / "grpo-0-000002").exists():
+            assert process.poll() is None, "finished or failed before it could be killed"
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert "done" not in (out / "checkpoints" / "latest").read_text()
+    job("killed", *overrides)
+    ours, theirs = rows_of(out, "grpo"), rows_of(run, "grpo")
+    ours += rows_of(out, "eval")
+    theirs += [row for row in rows_of(run, "eval") if row["during"] == "grpo"]
+    assert len(ours) == len(theirs)
+    for mine, whole in zip(ours, theirs, strict=True):
+        assert numbers(mine) == pytest.approx(numbers(whole), rel=1e-6, abs=1e-6)
+    for stage, results in summary_of(run)["results"].items():
+        for split, metrics in results.items():
+            assert summary_of(out)["results"][stage][split] == pytest.approx(metrics)
+
+
+def test_finished_run_only_names_its_report(run, quickstart):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    command = train_command(*SMALL, "run.out_dir=runs/data")
+    done = subprocess.run(command, cwd=quickstart, env=ENVIRONMENT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "report: runs/data/report.html\n")
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
