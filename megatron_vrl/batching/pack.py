@@ -9,8 +9,8 @@ that the shared layout must equal.
 Shape letters: T packed tokens, N loss tokens, G groups, A answers.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,60 +61,50 @@ class MicroBatch:
     advantage: NDArray[np.float32]  # [N]
     engine_logprob: NDArray[np.float32]  # [N]
     sequence: NDArray[np.int64]  # [N] index of the answer in A
-    weight: NDArray[np.float32] = field()  # [N] of this token's loss in the step's loss
+    weight: NDArray[np.float32]  # [N] of this token's loss in the step's loss
 
 
 def pack(groups: Sequence[Group], *, pad_to: int = 1, pad_token: int = 0) -> MicroBatch:
     """Pack whole groups; T is padded to a multiple of `pad_to` (sequence parallel needs it).
 
-    Weights are 1; see `weigh`.
+    Every token weighs 1.
     """
-    tokens: list[NDArray[np.int64]] = []
-    positions: list[NDArray[np.int64]] = []
-    rows: dict[str, list[int]] = {
-        name: [] for name in ("p_start", "p_len", "a_start", "a_len", "a_group")
-    }
-    source: list[NDArray[np.int64]] = []
-    end = 0
-    for g, group in enumerate(groups):
-        prompt_end = end + len(group.prompt.token_ids)
-        rows["p_start"].append(end)
-        rows["p_len"].append(prompt_end - end)
-        tokens.append(group.prompt.token_ids)
-        positions.append(group.prompt.positions)
-        next_position = int(group.prompt.positions.max()) + 1
-        end = prompt_end
-        for answer in group.answers:
-            inputs = answer.token_ids[:-1]
-            source.append(np.concatenate([[prompt_end - 1], np.arange(end, end + len(inputs))]))
-            rows["a_start"].append(end)
-            rows["a_len"].append(len(inputs))
-            rows["a_group"].append(g)
-            tokens.append(inputs)
-            steps = np.arange(next_position, next_position + len(inputs))
-            positions.append(np.broadcast_to(steps, (3, len(inputs))))
-            end += len(inputs)
-    padding = -end % pad_to
-    tokens.append(np.full(padding, pad_token))
-    positions.append(np.zeros((3, padding), dtype=np.int64))
+    pieces = [piece for group in groups for piece in _pieces(group)]  # a prompt, then its answers
+    is_prompt = np.array([k == 0 for group in groups for k in range(1 + len(group.answers))])
+    lengths = np.array([len(token_ids) for token_ids, _ in pieces])
+    starts = np.cumsum(lengths) - lengths
+    answer_group = np.repeat(np.arange(len(groups)), [len(group.answers) for group in groups])
+    predicts_first = (starts + lengths - 1)[is_prompt][answer_group]  # the prompt's last token
+    inputs = zip(predicts_first, starts[~is_prompt], lengths[~is_prompt], strict=True)
     answers = [answer for group in groups for answer in group.answers]
-    lengths = [len(answer.token_ids) for answer in answers]
+    targets = [len(answer.token_ids) for answer in answers]
+    padding = -int(lengths.sum()) % pad_to
     return MicroBatch(
-        token_ids=np.concatenate(tokens).astype(np.int64),
-        positions=np.concatenate(positions, axis=1).astype(np.int64),
-        prompt_start=np.array(rows["p_start"]),
-        prompt_length=np.array(rows["p_len"]),
-        answer_start=np.array(rows["a_start"]),
-        answer_length=np.array(rows["a_len"]),
-        answer_group=np.array(rows["a_group"]),
+        token_ids=np.concatenate([*(ids for ids, _ in pieces), np.full(padding, pad_token)]),
+        positions=np.concatenate([*(p for _, p in pieces), np.zeros((3, padding), np.int64)], 1),
+        prompt_start=starts[is_prompt],
+        prompt_length=lengths[is_prompt],
+        answer_start=starts[~is_prompt],
+        answer_length=lengths[~is_prompt],
+        answer_group=answer_group,
         videos=tuple(group.prompt.video for group in groups),
-        source=np.concatenate(source).astype(np.int64),
+        source=np.concatenate([[first, *range(start, start + n)] for first, start, n in inputs]),
         target=np.concatenate([answer.token_ids for answer in answers]),
-        advantage=np.repeat([a.advantage for a in answers], lengths).astype(np.float32),
+        advantage=np.repeat([a.advantage for a in answers], targets).astype(np.float32),
         engine_logprob=np.concatenate([a.engine_logprobs for a in answers]).astype(np.float32),
-        sequence=np.repeat(np.arange(len(answers)), lengths),
-        weight=np.ones(sum(lengths), dtype=np.float32),
+        sequence=np.repeat(np.arange(len(answers)), targets),
+        weight=np.ones(sum(targets), dtype=np.float32),
     )
+
+
+def _pieces(group: Group) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Token ids and positions [3, length] of the prompt, then of each answer's inputs."""
+    yield group.prompt.token_ids, group.prompt.positions
+    next_position = int(group.prompt.positions.max()) + 1
+    for answer in group.answers:
+        inputs = answer.token_ids[:-1]
+        steps = np.arange(next_position, next_position + len(inputs))
+        yield inputs, np.broadcast_to(steps, (3, len(inputs)))
 
 
 def as_plain(groups: Sequence[Group]) -> list[Group]:

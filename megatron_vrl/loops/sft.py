@@ -110,4 +110,11 @@ def _evaluate_if_due(parts: Parts, state: RunState, sinks: Sinks, dev: list[Vide
             f"sft.stop_metric={cfg.stop_metric!r} is not measured on dev; "
             f"choose one of {', '.join(sorted(metrics))}."
         )
-    return metrics[cfg.stop_metric] >= cfg.stop_at
+    value = metrics[cfg.stop_metric]
+    if value < cfg.stop_at:
+        return False
+    sinks.say(
+        f"The warm-up, a short cold start, ends at step {state.step}: {cfg.stop_metric} on dev is "
+        f"{value:.3f}, and {cfg.stop_at} was asked for."
+    )
+    return True

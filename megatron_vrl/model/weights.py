@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_vrl.errors import CheckpointError
 from megatron_vrl.model.qwen25vl import Qwen25VL
 from megatron_vrl.model.weight_map import Row, published_name, stage_rows
+from megatron_vrl.observe.files import full_disk_named
 from megatron_vrl.parallel.mesh import Mesh, gather_objects
 
 SHARD_BYTES = 4 * 2**30
@@ -66,13 +67,18 @@ def load_published(model: Qwen25VL, directory: str | Path) -> None:
     params = dict(model.named_parameters())
     with torch.no_grad():
         for row in stage_rows(model.arch, mesh.pipeline.rank, mesh.pipeline.size):
-            whole = row.layout.join([source.tensor(name) for name in row.published])
-            shard = row.layout.shard(whole, mesh.tensor.rank, mesh.tensor.size)
+            tensors = [source.tensor(name) for name in row.published]
             param = params.pop(row.megatron)
-            if shard.shape != param.shape:
+            try:
+                whole = row.layout.join(tensors)
+                shard = row.layout.shard(whole, mesh.tensor.rank, mesh.tensor.size)
+            except RuntimeError:  # torch's word for shapes that do not go together
+                shard = None
+            if shard is None or shard.shape != param.shape:
                 raise CheckpointError(
-                    f"{directory}: {', '.join(row.published)} give a shape of {list(shard.shape)}, "
-                    f"the model wants {list(param.shape)}: config.json is of another model."
+                    f"{directory}: {', '.join(row.published)} of shape "
+                    f"{', '.join(str(list(t.shape)) for t in tensors)} do not make the model's "
+                    f"{list(param.shape)}: config.json is of another model."
                 )
             param.copy_(shard)
     assert not params, f"parameters without a row in the table: {sorted(params)}"
@@ -140,7 +146,8 @@ def save_published(model: Qwen25VL, template: str | Path, directory: str | Path)
     writer = model.mesh.rank == 0
     if writer:
         shutil.rmtree(partial, ignore_errors=True)
-        copy_side_files(template, partial)
+        with full_disk_named(partial):
+            copy_side_files(template, partial)
     shard: dict[str, Tensor] = {}
     shards: list[dict[str, int]] = []
     for name, tensor in published_tensors(model):
@@ -170,7 +177,12 @@ def _num_bytes(tensors: dict[str, Tensor]) -> int:
 
 
 def _write_shard(directory: Path, number: int, tensors: dict[str, Tensor]) -> dict[str, int]:
-    save_file(tensors, directory / f"shard-{number}.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(tensors, directory / f"shard-{number}.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{directory} cannot be written ({error}): make room and start the same command again."
+        ) from None
     return {name: tensor.nbytes for name, tensor in tensors.items()}
 
 

@@ -33,6 +33,7 @@ from megatron_vrl.video.rules import patchify
 
 # (logprob [N], entropy [N], batch, reference logprob [N] or None) -> loss [N], metrics {name: [N]}
 TokenLoss = Callable[[Tensor, Tensor, MicroBatch, Tensor | None], tuple[Tensor, dict[str, Tensor]]]
+Job = tuple[MicroBatch, Callable[..., Any]]  # and what the last stage does with its output
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,13 +87,8 @@ class Policy:
         """Log-prob [N] of every batch under the reference; None off the last stage or without."""
         if self._reference is None:
             return [None] * len(batches)
-        outputs = self._run(
-            self._reference,
-            batches,
-            of,
-            lambda output, non_loss_data: output[0].clone(),
-            forward_only=True,
-        )
+        jobs = [(batch, _logprob_of) for batch in batches]
+        outputs = self._run(self._reference, jobs, of, forward_only=True)
         return outputs or [None] * len(batches)
 
     def update(
@@ -103,9 +99,11 @@ class Policy:
         references = self.reference_logprobs(batches, of)
         self._ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        losses = iter([partial(_weighted, token_loss, b, r) for b, r in zip(batches, references)])  # noqa: B905
-        records = self._run(self._ddp, batches, of, lambda output: next(losses)(output))
-        metrics = self._reduce(records)
+        jobs = [
+            (batch, partial(_weighted, token_loss, batch, reference))
+            for batch, reference in zip(batches, references, strict=True)
+        ]
+        metrics = self._reduce(self._run(self._ddp, jobs, of))
         lr = learning_rate(self._optimizer_cfg, step, self._num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -124,22 +122,21 @@ class Policy:
     def _run(
         self,
         model: Any,
-        batches: Sequence[MicroBatch],
+        jobs: Sequence[Job],
         of: Distribution,
-        on_output: Callable[..., Any],
         forward_only: bool = False,
     ) -> list[Any]:
-        def forward_step(
-            data: Iterator[MicroBatch], chunk: Any
-        ) -> tuple[Tensor, Callable[..., Any]]:
-            batch = next(data)
+        """Megatron's schedule over the micro-batches; what the last stage made of each output."""
+
+        def forward_step(data: Iterator[Job], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
+            batch, on_output = next(data)
             return chunk(batch, self._patches(batch), of), on_output
 
         records: list[Any] = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(batches),
+            data_iterator=iter(jobs),
             model=[model],
-            num_microbatches=len(batches),
+            num_microbatches=len(jobs),
             seq_length=1,  # shapes travel with the tensors: variable_seq_lengths
             micro_batch_size=1,
             forward_only=forward_only,
@@ -203,6 +200,10 @@ class Policy:
             name: value if name in whole or name.endswith("_max") else value / tokens
             for name, value in values.items()
         }
+
+
+def _logprob_of(output: Tensor, non_loss_data: bool) -> Tensor:
+    return output[0].clone()
 
 
 def _weighted(

@@ -25,8 +25,8 @@ def test_layouts_that_divide(tensor, pipeline, world):
         (
             {"tensor": 2},
             3,
-            "parallel.tensor=2 x parallel.pipeline=1 needs a multiple of 2 processes, but there "
-            "are 3: change --nproc-per-node or the layout.",
+            "parallel.tensor=2 x parallel.pipeline=1 needs a multiple of 2 processes, not 3: "
+            "change --nproc-per-node or the layout.",
         ),
         (
             {"sequence": True},

@@ -1,0 +1,288 @@
+"""What a user can get wrong: one sentence on stderr, exit code 2, no traceback, nothing lost.
+
+Where a function raises the error, it is asked directly; what only shows in a whole run is started
+as a user starts it.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_vrl.config import Parallel, Rewards, load_config
+from megatron_vrl.errors import CheckpointError, ConfigError
+from megatron_vrl.loops.state import RunState
+from megatron_vrl.model.architecture import check_divides, read_architecture
+from megatron_vrl.model.weights import PublishedCheckpoint
+from megatron_vrl.rewards import weights_of
+from tests.conftest import CONFIG, ENVIRONMENT, ROOT, run_python, train_command
+from tests.tiny import published_model, save
+
+SHORT = ("sft.steps=0", "grpo.steps=3", "grpo.evaluate_every=0", "rollout.prompts_per_step=2")
+FAST = ("observe.wandb=disabled", "rollout.group_size=2", "video.decoder=pyav")
+
+
+def sentence_of(done: subprocess.CompletedProcess) -> str:
+    """The one error line of a program that failed as it should."""
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def run_in(folder: Path, *overrides: str, ranks: int = 1) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        train_command(*SHORT, *FAST, *overrides, ranks=ranks),
+        cwd=folder,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+# ---- config
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("grpo.stpes=3", "unknown key 'grpo.stpes'; did you mean 'steps'?"),
+        ("gpro.steps=3", "unknown key 'gpro'; did you mean 'grpo'?"),
+        ("grpo.steps=three", "grpo.steps='three' is refused: Input should be a valid integer"),
+        ("rollout.group_size=0", "rollout.group_size=0 is refused"),
+        ("grpo", "Override 'grpo' is not of the form section.key=value."),
+        ("grpo.steps=[", "Override 'grpo.steps=[': the value is not YAML."),
+        ("model.checkpoint.x=1", "model.checkpoint is not a section."),
+    ],
+)
+def test_config_mistakes(override, sentence):
+    with pytest.raises(ConfigError) as error:
+        load_config(CONFIG, [override])
+    assert sentence in str(error.value)
+
+
+def test_config_file_that_is_missing_or_not_yaml(tmp_path):
+    with pytest.raises(ConfigError, match=r"Cannot read the config .*nowhere\.yaml: No such file"):
+        load_config(tmp_path / "nowhere.yaml")
+    (tmp_path / "c.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match="is not YAML"):
+        load_config(tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text("- a")
+    with pytest.raises(ConfigError, match="holds list, not sections"):
+        load_config(tmp_path / "c.yaml")
+
+
+def test_a_weight_for_a_part_no_task_has():
+    with pytest.raises(ConfigError, match=r"acuracy.*accuracy"):
+        weights_of(Rewards(multiple_choice={"format": 0.5, "acuracy": 0.5}))
+
+
+def test_program_prints_the_sentence_alone():
+    done = run_python("-m", "megatron_vrl.train", "--config", CONFIG, "grpo.stpes=3", "--dry-run")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {CONFIG}: unknown key 'grpo.stpes'; did you mean 'steps'?\n"
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "megatron_vrl/train.py",
+        "tools/make_synthetic.py",
+        "tools/make_tiny_model.py",
+        "tools/convert_checkpoint.py",
+    ],
+)
+def test_help_loads_nothing_heavy(program):
+    code = f"""
+import runpy, sys
+sys.argv = ["x", "--help"]
+sys.path.insert(0, "tools")
+try:
+    runpy.run_path({program!r}, run_name="__main__")
+finally:
+    print(*sys.modules, file=sys.stderr)
+"""
+    done = run_python("-c", code)
+    assert "usage:" in done.stdout
+    loaded = {name.split(".")[0] for name in done.stderr.split()}
+    assert "megatron_vrl" in loaded
+    assert not loaded & {"torch", "megatron", "transformers", "vllm", "nvidia", "wandb"}
+
+
+# ---- layout
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save(published_model(), tmp_path_factory.mktemp("errors") / "hf")
+
+
+@pytest.mark.parametrize(
+    ("layout", "sentence"),
+    [
+        ({"tensor": 3}, "parallel.tensor=3 does not divide the model's 4 attention heads"),
+        ({"tensor": 4}, "parallel.tensor=4 does not divide the model's 2 KV heads"),
+        ({"pipeline": 3}, "parallel.pipeline=3 does not divide the model's 4 layers"),
+    ],
+)
+def test_sizes_that_do_not_divide(checkpoint, layout, sentence):
+    with pytest.raises(ConfigError) as error:
+        check_divides(read_architecture(checkpoint), Parallel(**layout))
+    assert str(error.value).startswith(sentence)
+    assert "choose one of" in str(error.value)
+
+
+# ---- checkpoint
+
+
+def test_checkpoints_that_are_not_there_or_of_another_model(checkpoint, tmp_path):
+    with pytest.raises(CheckpointError, match=r"Cannot read .*nowhere"):
+        read_architecture(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(CheckpointError, match="model_type='llama', not 'qwen2_5_vl'"):
+        read_architecture(tmp_path)
+    config = json.loads((checkpoint / "config.json").read_text())
+    del config["vision_config"]["window_size"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="lacks the key 'window_size'"):
+        read_architecture(tmp_path)
+
+
+def test_missing_and_damaged_shards(tmp_path):
+    directory = tmp_path / "sharded"
+    published_model().save_pretrained(directory, max_shard_size="200KB")
+    shards = sorted(directory.glob("*.safetensors"))
+    assert len(shards) > 2
+    PublishedCheckpoint(directory)
+    shards[1].rename(tmp_path / "aside")
+    with pytest.raises(CheckpointError, match=f"lacks its shard {shards[1].name}"):
+        PublishedCheckpoint(directory)
+    (directory / "model.safetensors.index.json").unlink()
+    lacking = PublishedCheckpoint(directory)
+    with pytest.raises(CheckpointError, match=r"lacks the tensor visual\.nothing"):
+        lacking.tensor("visual.nothing")
+    shards[1].write_bytes(b"not safetensors")
+    with pytest.raises(CheckpointError, match=f"{shards[1].name} is damaged"):
+        PublishedCheckpoint(directory)
+
+
+# ---- a run that was stopped
+
+
+def test_a_restarted_run_takes_back_the_rows_it_writes_again():
+    assert RunState().next_row is None
+    assert RunState(stage="sft", step=4).next_row == ("sft", 5)
+    assert RunState(stage="grpo").next_row == ("grpo", 1)
+    stage, step = RunState(stage="done").next_row  # type: ignore[misc]
+    assert stage == "grpo" and step > 10**9  # none of them
+
+
+# ---- whole runs
+
+
+@pytest.fixture
+def copy(quickstart, tmp_path):
+    """The quickstart's folder again, with videos and annotations that may be spoiled."""
+    run = tmp_path / "runs" / "quickstart"
+    shutil.copytree(quickstart / "runs" / "quickstart" / "data", run / "data")
+    for name in ("model-hf", "model-megatron"):
+        (run / name).symlink_to(quickstart / "runs" / "quickstart" / name)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_vanished_video_stops_the_run_and_it_goes_on_when_it_is_back(copy):
+    from megatron_vrl.data.mix import SampleStream, load
+
+    cfg = yaml.safe_load(CONFIG.read_text())
+    sources = load_config(CONFIG).data.train
+    sources = [s.model_copy(update={"json_path": str(copy / s.json_path)}) for s in sources]
+    order = SampleStream(load(sources, cfg["run"]["seed"]), cfg["run"]["seed"]).take(6)
+    video = copy / order[5].video  # of the third step
+    assert order[5].video not in {sample.video for sample in order[:4]}
+    run = copy / "runs" / "quickstart"
+
+    aside = copy / "aside.mp4"
+    video.rename(aside)
+    line = sentence_of(run_in(copy))
+    assert line == (
+        f"error: {order[5].video} cannot be read (No such file or directory); check data_folder."
+    )
+    rows = (run / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows if '"phase": "grpo"' in row] == [1, 2]
+    assert (run / "checkpoints" / "latest").read_text() == "grpo-0-000002"
+
+    video.write_bytes(aside.read_bytes()[:2000])
+    line = sentence_of(run_in(copy))
+    assert line.startswith(f"error: {order[5].video} ")
+    assert (run / "checkpoints" / "latest").read_text() == "grpo-0-000002"
+
+    shutil.copy(aside, video)
+    done = run_in(copy)
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole = (run / "metrics.jsonl").read_text().splitlines()
+    assert whole[: len(rows)] == rows
+    assert [json.loads(row)["step"] for row in whole if '"phase": "grpo"' in row] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_full_disk_ends_all_ranks(copy):
+    """Rank 0 alone writes metrics; the other must not be left waiting."""
+    run = copy / "runs" / "quickstart"
+    (run / "metrics.jsonl").symlink_to("/dev/full")
+    line = sentence_of(run_in(copy, ranks=2))
+    assert "The disk is full: runs/quickstart/metrics.jsonl cannot grow" in line
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("model.checkpoint=nowhere", "Cannot read nowhere/config.json"),
+        ("parallel.tensor=2", "needs a multiple of 2 processes"),
+    ],
+)
+def test_dry_run_finds_what_cannot_work(tmp_path, override, sentence):
+    assert sentence in sentence_of(run_in(tmp_path, override, "--dry-run"))
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_annotation_with_wrong_fields_names_file_and_record(copy):
+    path = copy / "runs/quickstart/data/annotations/heldout_temporal_grounding.json"
+    records = json.loads(path.read_text())
+    name = list(records)[1]
+    del records[name]["sentences"]
+    path.write_text(json.dumps(records))
+    line = sentence_of(run_in(copy, ranks=2))
+    assert line.endswith(f"{path.name}: record '{name}': field 'sentences' is missing.")
+
+
+def test_full_disk_while_a_checkpoint_is_written(tmp_path, checkpoint):
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(small)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root may mount a small disk")
+    try:
+        tool = ROOT / "tools" / "convert_checkpoint.py"
+        for direction in ("hf-to-megatron", "megatron-to-hf"):
+            done = run_python(tool, direction, checkpoint, small / direction)
+            assert str(small / direction) in sentence_of(done)
+            assert not (small / direction).exists()
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_launcher_passes_the_sentence_on(tmp_path):
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch" / "train.sh"), "--config", str(tmp_path / "nowhere.yaml")],
+        env=ENVIRONMENT | {"PATH": f"{Path(sys.executable).parent}:{ENVIRONMENT['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
+    assert "Cannot read the config" in sentence_of(done)

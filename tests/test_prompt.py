@@ -1,0 +1,107 @@
+"""Prompts: one rendering for engine and trainer, and a limit that refuses instead of cutting."""
+
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from megatron_vrl.data.prompt import PromptEncoder, VisionTokens
+from megatron_vrl.errors import CheckpointError, ConfigError
+from megatron_vrl.tasks import SYSTEM_PROMPTS, TASKS
+from tests.conftest import ROOT
+from tests.tiny import video
+
+SAMPLE = {
+    "id": "clip/0",
+    "video": "clip.mp4",
+    "duration_s": 8.0,
+    "query": "the red square is visible",
+    "rationale": "the red square is visible",
+    "intervals_s": ((1.0, 3.0),),
+    "options": ("red", "blue"),
+    "option": "A",
+}
+CLIP = video((4, 4, 6), 2.0, seed=0)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    sys.path.append(str(ROOT / "tools"))
+    import make_tiny_model
+
+    directory = tmp_path_factory.mktemp("prompt") / "hf"
+    make_tiny_model.main(["--out", str(directory)])
+    return directory
+
+
+def encoder(published, system_prompt="think", max_tokens=4096):
+    from transformers import AutoTokenizer
+
+    pad = AutoTokenizer.from_pretrained(published).convert_tokens_to_ids("<|video_pad|>")
+    vision = VisionTokens(video_token=pad, merge=2, tokens_per_second=2.0)
+    return PromptEncoder(published, vision, system_prompt, max_tokens), pad
+
+
+def sample(task="temporal_grounding"):
+    from megatron_vrl.types import VideoSample
+
+    return VideoSample(task=task, **SAMPLE)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("system_prompt", SYSTEM_PROMPTS)
+def test_one_pad_for_the_engine_one_per_cell_for_the_trainer(published, task, system_prompt):
+    encode, pad = encoder(published, system_prompt)
+    prompt = encode.prompt(sample(task), CLIP)
+    compact, whole = list(prompt.engine_token_ids), prompt.token_ids.tolist()
+    assert compact.count(pad) == 1
+    assert whole.count(pad) == 4 * 4 * 6 // 4
+    at = compact.index(pad)
+    assert whole[:at] == compact[:at]
+    assert whole[at : at + 24] == [pad] * 24
+    assert whole[at + 24 :] == compact[at + 1 :]
+    assert prompt.positions.shape == (3, len(whole))
+    text = encode.tokenizer.decode(compact)
+    assert TASKS[task].question(sample(task)) in text
+    assert text.endswith("<|im_start|>assistant\n")
+    assert (SYSTEM_PROMPTS[system_prompt] or "You are a helpful assistant.") in text
+    assert text.index("<|video_pad|>") < text.index(TASKS[task].question(sample(task)))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_target_is_an_answer_that_the_task_reads(published, task):
+    encode, _ = encoder(published)
+    *ids, stop = encode.target(sample(task)).tolist()
+    assert encode.tokenizer.decode([stop]) == "<|im_end|>"
+    assert TASKS[task].parse(encode.tokenizer.decode(ids), sample(task)).formatted
+
+
+def test_without_thinking_the_target_has_no_rationale(published):
+    plain = replace(sample(), rationale="")
+    think, _ = encoder(published, "think")
+    answer, _ = encoder(published, "answer")
+    assert answer.target(sample()).tolist() == think.target(plain).tolist()
+    assert len(answer.target(sample())) < len(think.target(sample()))
+
+
+def test_a_long_prompt_is_refused_not_cut(published):
+    fits, _ = encoder(published)
+    length = len(fits.prompt(sample(), CLIP).token_ids)
+    exactly, _ = encoder(published, max_tokens=length)
+    assert np.array_equal(
+        exactly.prompt(sample(), CLIP).token_ids, fits.prompt(sample(), CLIP).token_ids
+    )
+    short, _ = encoder(published, max_tokens=length - 1)
+    with pytest.raises(ConfigError) as error:
+        short.prompt(sample(), CLIP)
+    assert str(error.value) == (
+        f"The prompt of sample clip/0 has {length} tokens, 24 of them video, over "
+        f"data.max_prompt_tokens={length - 1}: raise it, or lower video.total_pixels."
+    )
+
+
+def test_a_checkpoint_without_tokenizer(tmp_path):
+    vision = VisionTokens(video_token=0, merge=2, tokens_per_second=2.0)
+    with pytest.raises(CheckpointError, match="has no tokenizer that loads"):
+        PromptEncoder(tmp_path, vision, "none", 10)
