@@ -35,8 +35,8 @@ def train_command(*overrides: str, ranks: int = 1) -> list[str]:
     """The command line of README over the quickstart's config; torchrun for several ranks."""
     program = ["-m", "megatron_vrl.train", "--config", str(CONFIG), *overrides]
     if ranks > 1:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        program = [*torchrun, *program]
+        torchrun = str(ROOT / "launch" / "torchrun.py")
+        program = [torchrun, "--standalone", "--nproc-per-node", str(ranks), *program]
     return [sys.executable, *program]
 
 

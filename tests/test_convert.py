@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import ROOT, run_python
 from tests.tiny import published_model, save
 
+pytestmark = pytest.mark.slow  # no torchrun, but each call of the tool loads Megatron
 TOOL = ROOT / "tools" / "convert_checkpoint.py"
 
 

@@ -23,7 +23,7 @@ from tests.conftest import CONFIG, ENVIRONMENT, ROOT, run_python, train_command
 from tests.tiny import published_model, save
 
 SHORT = ("sft.steps=0", "grpo.steps=3", "grpo.evaluate_every=0", "rollout.prompts_per_step=2")
-FAST = ("observe.wandb=disabled", "rollout.group_size=2", "video.decoder=pyav")
+FAST = ("rollout.group_size=2", "video.decoder=pyav")
 
 
 def sentence_of(done: subprocess.CompletedProcess) -> str:
@@ -262,6 +262,7 @@ def test_annotation_with_wrong_fields_names_file_and_record(copy):
     assert line.endswith(f"{path.name}: record '{name}': field 'sentences' is missing.")
 
 
+@pytest.mark.slow
 def test_full_disk_while_a_checkpoint_is_written(tmp_path, checkpoint):
     small = tmp_path / "small"
     small.mkdir()

@@ -39,11 +39,11 @@ def main() -> int:
 
 
 def _convert(source: Path, target: Path, direction: str) -> None:
+    if target.exists():
+        raise CheckpointError(f"{target} exists already: remove it or choose another directory.")
     from megatron_vrl.model.weights import save_published
     from megatron_vrl.training.checkpoint import published_files, save_checkpoint
 
-    if target.exists():
-        raise CheckpointError(f"{target} exists already: remove it or choose another directory.")
     policy = _loaded(source)
     template = published_files(source)
     if direction == "hf-to-megatron":

@@ -38,7 +38,7 @@ DURATION_S = 16
 FPS = 4
 SIDE_PX = 112
 INTERVAL_S = (2, 6)  # shortest and longest visible span
-RADIUS_PX = (28.0, 44.0)  # large: with smaller ones the warm-up stays on its plateau, see configs/LOG.md
+RADIUS_PX = (28.0, 44.0)  # large: smaller ones keep a warm-up on its plateau, configs/LOG.md
 SPLITS = {"sft": 0.55, "train": 0.25, "dev": 0.05, "heldout": 0.10, "ood": 0.05}  # shares of --num
 TASKS = {"temporal_grounding": 0.6, "multiple_choice": 0.2, "grounded_qa": 0.2}  # default --mix
 COLOURS = {
@@ -137,12 +137,21 @@ def plan_shape(rng: "np.random.Generator", kind: str, colour: str, speed_px: flo
 
 
 def apportion(total: int, shares: dict[str, float]) -> dict[str, int]:
-    """Whole counts in the ratio of `shares` that add up to `total` (largest remainders)."""
+    """Whole counts in the ratio of `shares` that add up to `total` (largest remainders).
+
+    A share that would get none takes one from the largest, as far as `total` reaches: a small set
+    has all splits and tasks too.
+    """
     exact = {name: total * share / sum(shares.values()) for name, share in shares.items()}
     counts = {name: int(value) for name, value in exact.items()}
     by_remainder = sorted(exact, key=lambda name: counts[name] - exact[name])
     for name in by_remainder[: total - sum(counts.values())]:
         counts[name] += 1
+    for name in [name for name, share in shares.items() if share and not counts[name]]:
+        largest = max(counts, key=lambda name: counts[name])
+        if counts[largest] > 1:
+            counts[largest] -= 1
+            counts[name] += 1
     return counts
 
 

@@ -47,14 +47,17 @@ def run_job(cfg: RunConfig) -> Path:
             resume=state.next_row,
         )
     state.add_seconds(parts.clock.take())
+    failure: UserError | None = None
     try:
         _stages(parts, state, sinks, splits)
-    except UserError:
+    except UserError as error:
+        failure = error
         if state.step > 0:  # every rank raises it together: keep what was learned
             save(parts, state)
-        raise
-    finally:
+    with agreed(parts.mesh):  # torchrun ends all ranks when one has gone, and closing takes time
         sinks.close()
+    if failure is not None:
+        raise failure
     return _conclude(parts, state, splits)
 
 

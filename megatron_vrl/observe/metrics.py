@@ -29,7 +29,7 @@ MEANINGS = {
     "response_tokens": Meaning("response length", "tokens"),
     "truncated_share": Meaning("truncated answers", "%"),
     "loss": Meaning("loss", "nats per token"),
-    "kl": Meaning("KL to the reference", "nats per token"),
+    "ref_kl": Meaning("KL to the reference", "nats per token"),
     "entropy": Meaning("entropy", "nats per token"),
     "logprob_gap": Meaning("engine to trainer log-prob gap", "nats per token"),
     "grad_norm": Meaning("gradient norm", ""),

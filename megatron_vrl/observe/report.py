@@ -24,7 +24,7 @@ CURVES = (  # phase and metric, in the order of the page
     ("grpo", "reward"),
     ("grpo", "format_rate"),
     ("grpo", "response_tokens"),
-    ("grpo", "kl"),
+    ("grpo", "ref_kl"),
     ("grpo", "entropy"),
     ("grpo", "logprob_gap"),
     ("sft", "loss"),

@@ -57,7 +57,7 @@ def test_training_goes_on_in_another_layout_as_if_unbroken(third_steps, layout):
     assert resumed["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-5)
     for name, weight in resumed["weights"].items():
         error = (weight - whole["weights"][name]).norm() / whole["weights"][name].norm()
-        assert error < (0 if layout == "dp2" else 1e-5) + 1e-9, f"{name}: {error:.1e}"
+        assert error <= (0 if layout == "dp2" else 1e-5), f"{name}: {error:.1e}"
 
 
 def test_weights_come_back_bit_equal_and_before_any_update(policy, checkpoint, tmp_path):
