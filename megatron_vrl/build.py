@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from megatron_vrl.config import RunConfig, Source
+from megatron_vrl.config import RunConfig, Source, check_batches
 from megatron_vrl.data.mix import load
 from megatron_vrl.data.prompt import PromptEncoder, VisionTokens
 from megatron_vrl.errors import RolloutError, VideoError
@@ -122,6 +122,7 @@ def build(cfg: RunConfig) -> Parts:
     arch = read_architecture(published_dir)
     check_divides(arch, cfg.parallel)
     mesh = init_mesh(cfg.parallel, cfg.run.seed)
+    check_batches(cfg, mesh.data.size)
     policy = Policy(arch, cfg.model, cfg.parallel, mesh)
     load_weights(cfg.model.checkpoint, policy)
     longest_answer = max(cfg.rollout.max_response_tokens, cfg.evaluation.max_response_tokens)

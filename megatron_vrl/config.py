@@ -1,8 +1,7 @@
 """The whole configuration, typed. Defaults < YAML < command line (`section.key=value`).
 
 Two levels: a section, then its keys. Unknown keys and wrong types are refused with the nearest
-name; rules that join several keys stand in `RunConfig.check_layout`. A part of the program
-receives its own section, never the whole.
+name. A part of the program receives its own section, never the whole.
 """
 
 import difflib
@@ -226,6 +225,18 @@ class RunConfig(Section):
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     observe: Observe = Observe()
+
+
+def check_batches(cfg: RunConfig, replicas: int) -> None:
+    """Raises ConfigError if a step has too few samples to give every model replica one."""
+    sizes = {"sft.batch_size": cfg.sft.batch_size}
+    sizes["rollout.prompts_per_step"] = cfg.rollout.prompts_per_step
+    for key, size in sizes.items():
+        if size < replicas:
+            raise ConfigError(
+                f"{key}={size} is less than the {replicas} model replicas: raise it, or use fewer "
+                "processes."
+            )
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:  # type: ignore[assignment]

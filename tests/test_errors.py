@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_vrl.config import Parallel, Rewards, load_config
+from megatron_vrl.config import Parallel, Rewards, check_batches, load_config
 from megatron_vrl.errors import CheckpointError, ConfigError
 from megatron_vrl.loops.state import RunState
 from megatron_vrl.model.architecture import check_divides, read_architecture
@@ -75,6 +75,13 @@ def test_config_file_that_is_missing_or_not_yaml(tmp_path):
     (tmp_path / "c.yaml").write_text("- a")
     with pytest.raises(ConfigError, match="holds list, not sections"):
         load_config(tmp_path / "c.yaml")
+
+
+def test_a_step_smaller_than_the_replicas():
+    cfg = load_config(ROOT / "configs/quickstart.yaml", ["rollout.prompts_per_step=3"])
+    check_batches(cfg, 3)
+    with pytest.raises(ConfigError, match="prompts_per_step=3 is less than the 4 model replicas"):
+        check_batches(cfg, 4)
 
 
 def test_a_weight_for_a_part_no_task_has():

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -200,3 +201,47 @@ def test_finished_run_only_names_its_report(run, quickstart):
     done = subprocess.run(command, cwd=quickstart, env=ENVIRONMENT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "report: runs/data/report.html\n")
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+STOCK_VLLM = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+if __name__ == "__main__":
+    ids = json.loads(sys.argv[2])
+    llm = LLM(
+        model=sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=2
+    )
+    wanted = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    (output,) = llm.generate([{"prompt_token_ids": ids}], wanted)
+    steps = zip(ids[1:], output.prompt_logprobs[1:], strict=True)
+    print(json.dumps([step[token].logprob for token, step in steps]))
+"""
+
+
+def test_export_loads_in_stock_vllm(run, tmp_path):
+    """A process that imports nothing of ours: log-probs of a text equal transformers'."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    script = tmp_path / "stock.py"
+    script.write_text(STOCK_VLLM)
+    ids = list(range(30, 60))
+    environment = ENVIRONMENT | {
+        "VLLM_PLUGINS": "",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, str(script), str(run / "export"), json.dumps(ids)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(run / "export").eval()
+    with torch.no_grad():
+        logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    expected = logprobs[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    found = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

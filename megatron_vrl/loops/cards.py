@@ -2,28 +2,36 @@
 
 from collections.abc import Sequence
 
+from megatron_vrl.build import Parts
 from megatron_vrl.observe import cards
 from megatron_vrl.observe.sinks import Sinks
+from megatron_vrl.parallel.mesh import agreed
 from megatron_vrl.tasks import TASKS
 from megatron_vrl.types import ScoredGroup
 
 
-def write_cards(sinks: Sinks, groups: Sequence[ScoredGroup], step: int) -> None:
-    for group in groups:
-        sample, video = group.prompt.sample, group.prompt.video
-        card = cards.Card(
-            phase="grpo",
-            step=step,
-            sample_id=sample.id,
-            task=sample.task,
-            question=TASKS[sample.task].question(sample),
-            options=sample.options,
-            option=sample.option,
-            intervals_s=sample.intervals_s,
-            duration_s=sample.duration_s,
-            answers=tuple(_answer(group, i) for i in range(len(group.rollouts))),
-        )
-        sinks.card(card, video.frames, video.timestamps_s)
+def write_cards(parts: Parts, sinks: Sinks, groups: Sequence[ScoredGroup], step: int) -> None:
+    """Keep these groups for the report. Rank 0 writes, every rank calls."""
+    with agreed(parts.mesh):
+        for group in groups:
+            video = group.prompt.video
+            sinks.card(_card(group, step), video.frames, video.timestamps_s)
+
+
+def _card(group: ScoredGroup, step: int) -> cards.Card:
+    sample = group.prompt.sample
+    return cards.Card(
+        phase="grpo",
+        step=step,
+        sample_id=sample.id,
+        task=sample.task,
+        question=TASKS[sample.task].question(sample),
+        options=sample.options,
+        option=sample.option,
+        intervals_s=sample.intervals_s,
+        duration_s=sample.duration_s,
+        answers=tuple(_answer(group, i) for i in range(len(group.rollouts))),
+    )
 
 
 def _answer(group: ScoredGroup, index: int) -> cards.Answer:

@@ -1,9 +1,10 @@
-"""Everything that can be checked without training: layout, architecture, rewards, files."""
+"""Everything that can be checked without training: layout, architecture, rewards, annotations."""
 
 from itertools import chain
 from pathlib import Path
 
-from megatron_vrl.config import RunConfig, Source
+from megatron_vrl.config import RunConfig, Source, check_batches
+from megatron_vrl.data.mix import load
 from megatron_vrl.model.architecture import Architecture, check_divides, read_architecture
 from megatron_vrl.parallel.mesh import check_layout
 from megatron_vrl.rewards import weights_of
@@ -17,8 +18,10 @@ def check(cfg: RunConfig, world: int) -> list[str]:
     arch, notes = _architecture(cfg)
     check_divides(arch, cfg.parallel)
     replicas = world // (cfg.parallel.tensor * cfg.parallel.pipeline)
+    check_batches(cfg, replicas)
     sources = [*cfg.data.sft, *cfg.data.train, *chain(*cfg.data.evaluation.values())]
     missing = [note for source in sources for note in _missing(source)]
+    load([source for source in sources if Path(source.json_path).exists()], cfg.run.seed, _unknown)
     answers = cfg.rollout.prompts_per_step * cfg.rollout.group_size
     return [
         f"model: {arch.num_parameters:,} parameters",
@@ -28,6 +31,11 @@ def check(cfg: RunConfig, world: int) -> list[str]:
         *notes,
         *dict.fromkeys(missing),
     ]
+
+
+def _unknown(path: str) -> float:
+    """Stands in for the seconds in a video's header: a dry run opens no video."""
+    return 1.0
 
 
 def _architecture(cfg: RunConfig) -> tuple[Architecture, list[str]]:

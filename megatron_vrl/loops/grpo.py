@@ -12,13 +12,13 @@ from megatron_vrl.algorithms import ALGORITHMS
 from megatron_vrl.batching.pack import Answer, Group, MicroBatch
 from megatron_vrl.build import Parts
 from megatron_vrl.data.mix import SampleStream
-from megatron_vrl.evaluation import evaluate
 from megatron_vrl.loops.cards import write_cards
+from megatron_vrl.loops.record import evaluate_dev, record
 from megatron_vrl.loops.state import RunState, keep_reference, save, start_phase
 from megatron_vrl.model.head import Distribution
 from megatron_vrl.observe.metrics import StepMetrics
 from megatron_vrl.observe.sinks import Sinks
-from megatron_vrl.parallel.mesh import agreed, gather_objects
+from megatron_vrl.parallel.mesh import gather_objects
 from megatron_vrl.rewards import score, weights_of
 from megatron_vrl.rollout.engine import SamplingSpec
 from megatron_vrl.training.batches import plan_batches
@@ -53,17 +53,11 @@ def train_grpo(parts: Parts, state: RunState, sinks: Sinks, dev: list[VideoSampl
         values = _summary(parts, groups, update)
         spent = clock.take()
         state.add_seconds(spent)
-        with agreed(parts.mesh):
-            sinks.write(StepMetrics(phase="grpo", step=state.step, values=values, seconds=spent))
-            write_cards(sinks, groups[: cfg.observe.cards_per_step], state.step)
+        row = StepMetrics(phase="grpo", step=state.step, values=values, seconds=spent)
+        record(parts, sinks, row)
+        write_cards(parts, sinks, groups[: cfg.observe.cards_per_step], state.step)
         if cfg.grpo.evaluate_every and state.step % cfg.grpo.evaluate_every == 0:
-            with clock("evaluate"):
-                metrics = evaluate(parts, dev, state.version)
-            row = StepMetrics(
-                phase="eval", step=state.step, values=metrics, split="dev", during="grpo"
-            )
-            with agreed(parts.mesh):
-                sinks.write(row)
+            evaluate_dev(parts, state, sinks, dev, during="grpo")
         if state.step % cfg.checkpoint.every_steps == 0:
             save(parts, state)
 

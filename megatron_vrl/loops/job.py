@@ -13,6 +13,7 @@ from megatron_vrl.config import RunConfig
 from megatron_vrl.errors import ConfigError, UserError
 from megatron_vrl.evaluation import evaluate, trivial_answers
 from megatron_vrl.loops.grpo import train_grpo
+from megatron_vrl.loops.record import record
 from megatron_vrl.loops.sft import train_sft
 from megatron_vrl.loops.state import RunState, load_stage_weights, restored, save
 from megatron_vrl.model.weights import save_published
@@ -119,8 +120,7 @@ def _evaluate_stage(parts: Parts, state: RunState, sinks: Sinks, splits: Splits)
             split=name,
             during=state.stage,
         )
-        with agreed(parts.mesh):
-            sinks.write(row)
+        record(parts, sinks, row)
 
 
 def _conclude(parts: Parts, state: RunState, splits: Splits) -> Path:

@@ -13,12 +13,11 @@ from megatron_vrl.batching.pack import Answer, Group, MicroBatch
 from megatron_vrl.build import Parts
 from megatron_vrl.data.mix import SampleStream
 from megatron_vrl.errors import ConfigError, UserError
-from megatron_vrl.evaluation import evaluate
+from megatron_vrl.loops.record import evaluate_dev, record
 from megatron_vrl.loops.state import RunState, save, start_phase
 from megatron_vrl.model.head import Distribution
 from megatron_vrl.observe.metrics import StepMetrics
 from megatron_vrl.observe.sinks import Sinks
-from megatron_vrl.parallel.mesh import agreed
 from megatron_vrl.training.batches import plan_batches
 from megatron_vrl.training.checkpoint import load_weights
 from megatron_vrl.types import VideoSample
@@ -70,8 +69,8 @@ def _attempt(parts: Parts, state: RunState, sinks: Sinks, dev: list[VideoSample]
         reached = _evaluate_if_due(parts, state, sinks, dev)
         spent = clock.take()
         state.add_seconds(spent)
-        with agreed(parts.mesh):
-            sinks.write(StepMetrics(phase="sft", step=state.step, values=values, seconds=spent))
+        row = StepMetrics(phase="sft", step=state.step, values=values, seconds=spent)
+        record(parts, sinks, row)
         if reached:
             return True
         if state.step % cfg.checkpoint.every_steps == 0:
@@ -99,12 +98,7 @@ def _evaluate_if_due(parts: Parts, state: RunState, sinks: Sinks, dev: list[Vide
     cfg = parts.cfg.sft
     if not cfg.stop_metric or state.step % cfg.evaluate_every:
         return False
-    with parts.clock("evaluate"):
-        metrics = evaluate(parts, dev, state.version)
-    with agreed(parts.mesh):
-        sinks.write(
-            StepMetrics(phase="eval", step=state.step, values=metrics, split="dev", during="sft")
-        )
+    metrics = evaluate_dev(parts, state, sinks, dev, during="sft")
     if cfg.stop_metric not in metrics:
         raise ConfigError(
             f"sft.stop_metric={cfg.stop_metric!r} is not measured on dev; "

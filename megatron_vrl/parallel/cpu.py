@@ -18,6 +18,7 @@ import torch
 from megatron.core import optimizer as mcore_optimizer
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.tensor_parallel import random as mcore_random
+from torch.utils._device import _device_constructors
 
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.parallel.adamw import AdamW
@@ -109,6 +110,7 @@ def install() -> None:
     if torch.cuda.is_available():
         raise ConfigError("The CPU platform is not for machines with a GPU: run without it.")
     if not _originals:
+        _device_constructors()  # cached: `torch.device("meta")` knows the factories by identity
         _originals.extend(_current(PATCHES))
         for owner, attribute, replacement, _ in PATCHES:
             setattr(owner, attribute, replacement)

@@ -81,3 +81,9 @@ def test_recompute_sees_the_cpu_generator(platform):
     first = torch.rand(3)
     mcore_random._set_cuda_rng_state(state)
     assert torch.equal(torch.rand(3), first)
+
+
+def test_meta_models_stay_without_memory(platform):
+    with torch.device("meta"):
+        made = [torch.empty(3), torch.zeros(3), torch.ones(3), torch.nn.Linear(4, 4).weight]
+    assert all(tensor.is_meta for tensor in made)
