@@ -76,7 +76,7 @@ def read_architecture(path: str | Path) -> Architecture:
     Raises CheckpointError if it is absent, of another model, or lacks a key.
     """
     file = Path(path)
-    file = file / "config.json" if file.is_dir() else file
+    file = file if file.suffix == ".json" else file / "config.json"
     try:
         raw = json.loads(file.read_text())
     except OSError as error:

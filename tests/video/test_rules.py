@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_vrl.config import Video
 from megatron_vrl.errors import VideoError
+from megatron_vrl.rollout.torchvision_shim import declare_missing_ops
 from megatron_vrl.video import rules
 
 
@@ -55,7 +56,7 @@ def test_plan_is_qwens(total, fps, height, width, wanted_fps, max_frames, total_
     assert plan.indices.tolist() == indices
     assert (plan.height, plan.width) == (rows, columns)
     assert plan.sampled_fps == sampled_fps
-    assert plan.seconds_per_grid == 2 / sampled_fps
+    assert plan.seconds_per_grid == np.float32(2 / sampled_fps)  # as vLLM and transformers keep it
     assert plan.grid_thw == (len(indices) // 2, rows // 14, columns // 14)
 
 
@@ -104,10 +105,7 @@ def test_patchify_places_every_pixel():
 
 
 def test_patchify_is_transformers():
-    lib = torch.library.Library("torchvision", "FRAGMENT")  # a CUDA torchvision beside a CPU torch
-    if torch.version.cuda is None:
-        for op in ("nms", "qnms"):
-            lib.define(op + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    declare_missing_ops()
     pytest.importorskip("torchvision")
     from transformers import Qwen2VLVideoProcessor
 
