@@ -4,6 +4,7 @@ A part that a checkpoint says is finished is not repeated, so the same command l
 run that was stopped and, on a finished one, only says where its report is.
 """
 
+import os
 from pathlib import Path
 
 import yaml
@@ -12,6 +13,7 @@ from megatron_vrl.build import Parts, build
 from megatron_vrl.config import RunConfig
 from megatron_vrl.errors import ConfigError, UserError
 from megatron_vrl.evaluation import evaluate, trivial_answers
+from megatron_vrl.loops.dry_run import check
 from megatron_vrl.loops.grpo import train_grpo
 from megatron_vrl.loops.record import record
 from megatron_vrl.loops.sft import train_sft
@@ -35,6 +37,7 @@ def run_job(cfg: RunConfig) -> Path:
     state = restored(cfg.run.out_dir)
     if state.stage == "done" and (out_dir / "report.html").exists():
         return out_dir / "report.html"
+    check(cfg, int(os.environ.get("WORLD_SIZE", "1")))  # mistakes cost seconds, not an engine start
     parts = build(cfg)
     load_stage_weights(parts, state)
     splits = {name: parts.samples(sources) for name, sources in cfg.data.evaluation.items()}
