@@ -36,8 +36,8 @@ make_once() { # make_once PATH COMMAND...: skipped when an earlier call complete
 mkdir -p "$run"
 stage "install" launch/install.sh
 source .venv/bin/activate
-stage "synthetic clips" make_once "$data" python tools/make_synthetic.py --out "$data"
-stage "tiny model" make_once "$model_hf" python tools/make_tiny_model.py --out "$model_hf"
+stage "synthetic clips" make_once "$data" python tools/make_synthetic.py --out "$data" --num 3200 --seed 1
+stage "tiny model" make_once "$model_hf" python tools/make_tiny_model.py --out "$model_hf" --seed 1
 stage "checkpoint conversion" make_once "$model_megatron" \
     python tools/convert_checkpoint.py hf-to-megatron "$model_hf" "$model_megatron"
 stage "training" python launch/torchrun.py --standalone --nproc-per-node "$ranks" \

@@ -74,9 +74,9 @@ class ColocatedEngine:
                     f"vLLM refuses to start with kv_cache_mib={cfg.kv_cache_mib}, gpu_memory_share="
                     f"{cfg.gpu_memory_share}, max_model_len={max_model_len}: {_reason(error)}"
                 ) from error
-        if groups_exist:
-            # vLLM's own clean-up would destroy the trainer's default process group with its own.
-            self._llm.llm_engine.engine_core._finalizer.detach()
+        # vLLM's clean-up at exit would destroy the trainer's process groups, or fail on groups that
+        # the trainer has closed by then; all of them end with the process.
+        self._llm.llm_engine.engine_core._finalizer.detach()
         self._tokenizer = self._llm.get_tokenizer()
         self._stop_token_ids = self._tokenizer.convert_tokens_to_ids(
             ["<|im_end|>", "<|endoftext|>"]
