@@ -4,6 +4,7 @@
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # one thread per rank: the ranks share the cores
 export CUDA_DEVICE_MAX_CONNECTIONS=1            # Megatron overlaps by the order of its launches
 export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 # checkpoints are folders; nothing is fetched
+export WANDB_DISABLE_WEAVE=true                # no advertisement between the lines
 export TOKENIZERS_PARALLELISM=false             # its threads do not survive a fork
 export PYTHONUNBUFFERED=1                       # lines appear when they are printed
 export PIP_DISABLE_PIP_VERSION_CHECK=1

@@ -29,6 +29,7 @@ CURVES = (  # phase and metric, in the order of the page
     ("grpo", "logprob_gap"),
     ("sft", "loss"),
 )
+TABLE = frozenset(name for name, shown in MEANINGS.items() if shown.unit == "%") | {"reward"}
 STAGES = {"base": "before training", "sft": "after warm-up (SFT)", "grpo": "after GRPO"}
 PHASES = {"sft": "SFT", "grpo": "GRPO", "eval": "evaluation"}
 Rows = list[dict[str, Any]]
@@ -66,7 +67,10 @@ class ResultTable:
 
 
 def result_tables(summary: dict[str, Any]) -> list[ResultTable]:
-    """One table per split: fixed answers first, then the model's stages in the order of time."""
+    """One table per split: fixed answers first, then the model's stages in the order of time.
+
+    Shares and the reward only; summary.json has every number.
+    """
     results, trivial = summary.get("results", {}), summary.get("trivial", {})
     tables = []
     for split in dict.fromkeys(split for stage in results.values() for split in stage):
@@ -76,7 +80,8 @@ def result_tables(summary: dict[str, Any]) -> list[ResultTable]:
             for stage in STAGES
             if split in results.get(stage, {})
         ]
-        names = sorted({n for _, _, found in lines for n in found}, key=_column_order)
+        found_names = {name for _, _, found in lines for name in found}
+        names = [name for name in MEANINGS if name in found_names and name in TABLE]
         shown = [(label, kind, [_cell(found, n) for n in names]) for label, kind, found in lines]
         tables.append(ResultTable(split, [_heading(n) for n in names], shown))
     return tables
