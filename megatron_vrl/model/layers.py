@@ -5,6 +5,7 @@ a bucket, Q their queries, S their keys.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,23 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
+
+# TransformerConfig of language model and vision tower alike. Megatron's fusions are off: they need
+# CUDA kernels, or compile for seconds on a CPU.
+BOTH_TOWERS: dict[str, Any] = {
+    "normalization": "RMSNorm",
+    "gated_linear_unit": True,
+    "activation_func": F.silu,
+    "add_qkv_bias": True,
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "masked_softmax_fusion": False,
+    "apply_rope_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "persist_layer_norm": False,
+}
 
 
 class RMSNorm(torch.nn.RMSNorm):

@@ -8,7 +8,6 @@ live on the first pipeline stage, the log-prob head on the last. Logits exist on
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.mappings import (
@@ -25,7 +24,7 @@ from megatron_vrl.batching.pack import MicroBatch
 from megatron_vrl.config import Model, Parallel
 from megatron_vrl.model.architecture import Architecture
 from megatron_vrl.model.head import Distribution, token_logprobs
-from megatron_vrl.model.layers import RMSNorm, layer_spec, packed
+from megatron_vrl.model.layers import BOTH_TOWERS, RMSNorm, layer_spec, packed
 from megatron_vrl.model.plans import language_plan
 from megatron_vrl.model.vision import VisionTower
 from megatron_vrl.parallel.mesh import Mesh
@@ -43,20 +42,9 @@ def language_config(arch: Architecture, cfg: Model, parallel: Parallel) -> Trans
         num_attention_heads=arch.heads,
         num_query_groups=arch.kv_heads,
         mrope_section=list(arch.mrope_section),
-        normalization="RMSNorm",
         layernorm_epsilon=arch.norm_eps,
-        gated_linear_unit=True,
-        activation_func=F.silu,
         add_bias_linear=False,
-        add_qkv_bias=True,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
-        persist_layer_norm=False,
+        **BOTH_TOWERS,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         sequence_parallel=parallel.sequence,

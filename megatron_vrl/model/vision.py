@@ -27,7 +27,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_vrl.model.architecture import Architecture, VisionArchitecture
-from megatron_vrl.model.layers import RMSNorm, layer_spec, packed
+from megatron_vrl.model.layers import BOTH_TOWERS, RMSNorm, layer_spec, packed
 from megatron_vrl.model.plans import vision_plans
 from megatron_vrl.parallel.mesh import Mesh
 
@@ -40,20 +40,9 @@ def vision_config(arch: VisionArchitecture, dtype: torch.dtype) -> TransformerCo
         hidden_size=arch.hidden,
         ffn_hidden_size=arch.mlp,
         num_attention_heads=arch.heads,
-        normalization="RMSNorm",
         layernorm_epsilon=1e-6,
-        gated_linear_unit=True,
-        activation_func=F.silu,
         add_bias_linear=True,
-        add_qkv_bias=True,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
-        persist_layer_norm=False,
+        **BOTH_TOWERS,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         perform_initialization=False,
