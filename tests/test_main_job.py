@@ -245,3 +245,20 @@ def test_export_loads_in_stock_vllm(run, tmp_path):
     expected = logprobs[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
     found = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_warm_up_starts_over_once_and_then_says_that_it_failed(quickstart):
+    command = train_command(
+        "sft.steps=4",
+        "sft.evaluate_every=4",
+        "sft.stop_at=0.99",
+        "observe.wandb=disabled",
+        "run.out_dir=runs/restart",
+        ranks=2,
+    )
+    done = subprocess.run(command, cwd=quickstart, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "plateau did not break within 4 steps; starting over with seed 2." in done.stderr
+    assert "error: The warm-up did not bring temporal_grounding/miou to 0.99" in done.stderr
+    losses = [row["loss"] for row in rows_of(quickstart / "runs/restart", "sft")]
+    assert len(losses) == 8 and losses[4] > losses[3] + 1  # from the first weights again
