@@ -4,7 +4,6 @@ import pytest
 
 from megatron_vrl.config import Parallel
 from megatron_vrl.errors import ConfigError, VideoError
-from megatron_vrl.parallel import mesh as mesh_module
 from megatron_vrl.parallel.mesh import agreed, check_layout, close_mesh, init_mesh
 
 
@@ -53,14 +52,8 @@ def test_a_grid_may_follow_another(mesh):
     assert again.world == 1
 
 
-def test_an_error_of_another_rank_is_raised_here(mesh, monkeypatch):
-    theirs = VideoError("b.mp4 is empty.")
-    monkeypatch.setattr(mesh_module, "gather_objects", lambda axis, mine: [mine, theirs])
-    reached = []
-    with pytest.raises(VideoError, match=r"b\.mp4"), agreed(mesh):
-        reached.append(True)
-    assert reached
-    mine = VideoError("a.mp4 is empty.")
+def test_an_error_inside_is_raised_after_all_agreed(mesh):
+    mine = VideoError("a.mp4 is empty.")  # another rank's error: tests/training/test_batches.py
     with pytest.raises(VideoError, match=r"a\.mp4"), agreed(mesh):
         raise mine
 

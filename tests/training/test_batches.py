@@ -1,14 +1,14 @@
 """Micro-batches: as many on every rank, and weights that make the step one batch."""
 
-from dataclasses import replace
+import json
 
 import numpy as np
 import pytest
 
 from megatron_vrl.config import Batch, Parallel
 from megatron_vrl.parallel.mesh import close_mesh, init_mesh
-from megatron_vrl.training import batches
 from megatron_vrl.training.batches import plan_batches
+from tests.conftest import run_python
 from tests.tiny import GROUPS
 
 
@@ -44,20 +44,21 @@ def test_nothing_to_learn_is_no_batch(mesh):
     assert plan_batches([], GROUPS[0], Batch(), mesh) == []
 
 
-def test_a_rank_with_less_work_gets_fillers_that_weigh_nothing(mesh, monkeypatch):
-    """What the ranks tell each other is given here; two real ranks are in tests/model."""
-    told = []
-
-    def other_rank(axis, mine):
-        told.append(mine)
-        return [mine, (4, 100)]
-
-    monkeypatch.setattr(batches, "gather_objects", other_rank)
-    planned = plan_batches(GROUPS[:2], GROUPS[3], Batch(tokens=10_000), mesh)
-    assert told == [(1, num_targets(GROUPS[:2]))]
-    assert len(planned) == 4
-    np.testing.assert_allclose(planned[0].weight, 1 / (100 + num_targets(GROUPS[:2])))
-    for filler in planned[1:]:
-        assert not filler.weight.any()
-        first = replace(GROUPS[3], answers=GROUPS[3].answers[:1])
-        assert filler.target.tolist() == first.answers[0].token_ids.tolist()
+@pytest.mark.slow
+def test_two_ranks_share_weights_fill_up_and_fail_together(tmp_path):
+    """Three groups on one rank, one on the other, each a micro-batch; then an error of one."""
+    done = run_python(
+        "launch/torchrun.py",
+        *("--standalone", "--nproc-per-node", 2, "-m", "tests.training.two_ranks_worker", tmp_path),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert len(first["weights"]) == len(second["weights"]) == 3
+    real = [*first["weights"], second["weights"][0]]
+    for weights, group in zip(real, GROUPS[:4], strict=True):
+        np.testing.assert_allclose(weights, [1 / num_targets(GROUPS[:4])] * group.num_targets)
+    for weights, targets in zip(second["weights"][1:], second["targets"][1:], strict=True):
+        assert set(weights) == {0.0}  # fillers: one answer of the rank's own, worth nothing
+        assert targets == GROUPS[3].answers[0].token_ids.tolist()
+    for rank in (first, second):
+        assert rank["error"] == "b.mp4 is empty." and rank["survived"]
