@@ -12,8 +12,8 @@ that stays inside the second, sees exactly the annotated span. One clip serves o
 Splits: `sft` (warm-up), `train` (GRPO), `dev` (ends the warm-up), `heldout`, and `ood`, whose
 colours, shapes, speed and texture go beyond what the others show. No sound, no cuts and no camera
 motion, and the options of a question stand in one fixed order of colours: a model of a million
-parameters has to learn the set within minutes. The same arguments give the same bytes; a second
-call completes or reuses what it finds.
+parameters has to learn the set within minutes. The same arguments draw the same pixels and write
+the same annotations; a second call completes or reuses what it finds.
 """
 
 import argparse
