@@ -135,6 +135,7 @@ def build(cfg: RunConfig) -> Parts:
     )
     vision = VisionTokens(
         video_token=arch.video_token,
+        image_token=arch.image_token,
         merge=arch.vision.merge,
         tokens_per_second=arch.vision.tokens_per_second,
     )

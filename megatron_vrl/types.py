@@ -55,13 +55,26 @@ class EncodedVideo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
-    """A sample rendered through the chat template, encoded once for engine and trainer."""
+class EncodedImage:
+    """A still picture, as one temporal step: the same frame twice, as Qwen encodes images."""
 
-    sample: VideoSample
-    video: EncodedVideo
-    token_ids: NDArray[np.int64]  # [P] with one <|video_pad|> per merged vision cell
-    engine_token_ids: tuple[int, ...]  # the same with one single <|video_pad|>, as vLLM wants it
+    path: str
+    digest: str  # hex digest of the file's bytes
+    grid_thw: tuple[int, int, int]  # 1; height and width in patches of 14 px
+    frames: NDArray[np.uint8]  # [2, height, width, 3] RGB
+
+
+Visual = EncodedVideo | EncodedImage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """A question rendered through the chat template, encoded once for engine and trainer."""
+
+    id: str  # of its sample, for messages
+    visuals: tuple[Visual, ...]  # in the order of their pad tokens; () for text alone
+    token_ids: NDArray[np.int64]  # [P] with one pad token per merged vision cell
+    engine_token_ids: tuple[int, ...]  # the same with one single pad per visual, as vLLM wants it
     positions: NDArray[np.int64]  # [3, P] M-RoPE positions: time, height, width
 
 
@@ -80,6 +93,7 @@ class Rollout:
 class ScoredGroup:
     """N answers to one prompt with their rewards and advantages."""
 
+    sample: VideoSample
     prompt: Prompt
     rollouts: tuple[Rollout, ...]  # N
     parts: dict[str, NDArray[np.float64]]  # reward part -> [N], each in [0, 1]

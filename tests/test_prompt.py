@@ -39,7 +39,7 @@ def encoder(published, system_prompt="think", max_tokens=4096):
     from transformers import AutoTokenizer
 
     pad = AutoTokenizer.from_pretrained(published).convert_tokens_to_ids("<|video_pad|>")
-    vision = VisionTokens(video_token=pad, merge=2, tokens_per_second=2.0)
+    vision = VisionTokens(video_token=pad, image_token=-1, merge=2, tokens_per_second=2.0)
     return PromptEncoder(published, vision, system_prompt, max_tokens), pad
 
 
@@ -102,6 +102,6 @@ def test_a_long_prompt_is_refused_not_cut(published):
 
 
 def test_a_checkpoint_without_tokenizer(tmp_path):
-    vision = VisionTokens(video_token=0, merge=2, tokens_per_second=2.0)
+    vision = VisionTokens(video_token=0, image_token=1, merge=2, tokens_per_second=2.0)
     with pytest.raises(CheckpointError, match="has no tokenizer that loads"):
         PromptEncoder(tmp_path, vision, "none", 10)

@@ -10,7 +10,7 @@ from megatron_vrl.batching.pack import Answer, Group, MicroBatch, as_plain, pack
 from megatron_vrl.batching.positions import VisionBlock, mrope_positions
 from megatron_vrl.parallel.mesh import Mesh
 from megatron_vrl.rollout.torchvision_shim import declare_missing_ops
-from megatron_vrl.types import EncodedVideo, Prompt, VideoSample
+from megatron_vrl.types import EncodedImage, EncodedVideo, Prompt, Visual
 
 declare_missing_ops()
 
@@ -91,34 +91,36 @@ def video(grid_thw: tuple[int, int, int], seconds_per_grid: float, seed: int) ->
     )
 
 
-def prompt(grid_thw: tuple[int, int, int], seconds_per_grid: float, seed: int) -> Prompt:
-    clip = video(grid_thw, seconds_per_grid, seed)
-    rng = np.random.default_rng(seed + 1000)
-    cells = grid_thw[0] * grid_thw[1] * grid_thw[2] // 4
-    before, after = rng.integers(0, 90, 3), rng.integers(0, 90, 2 + seed % 4)
-    ids = np.concatenate([before, [VISION_START], np.full(cells, VIDEO_TOKEN), [VISION_END], after])
-    sample = VideoSample(
-        id=f"sample-{seed}",
-        task="temporal_grounding",
-        video=clip.path,
-        duration_s=clip.duration_s,
-        query="",
-        rationale="",
-        intervals_s=(),
-        options=(),
-        option="",
+def image(grid_hw: tuple[int, int], seed: int) -> EncodedImage:
+    h, w = grid_hw
+    picture = np.random.default_rng(seed).integers(0, 256, (1, h * 14, w * 14, 3), dtype=np.uint8)
+    return EncodedImage(
+        path=f"image-{seed}.png",
+        digest=f"{seed:032x}",
+        grid_thw=(1, h, w),
+        frames=picture.repeat(2, axis=0),
     )
+
+
+def prompt(visuals: Sequence[Visual], seed: int) -> Prompt:
+    """Random words around the visuals; `seed` decides which, and how many."""
+    rng = np.random.default_rng(seed + 1000)
+    blocks = [VisionBlock(v.grid_thw, getattr(v, "seconds_per_grid", 0.0)) for v in visuals]
+    pads = [VIDEO_TOKEN if isinstance(v, EncodedVideo) else IMAGE_TOKEN for v in visuals]
+    ids = list(rng.integers(0, 90, 3))
+    compact = list(ids)
+    for block, pad in zip(blocks, pads, strict=True):
+        for words, cells in ((ids, block.num_tokens(2)), (compact, 1)):
+            words += [VISION_START, *[pad] * cells, VISION_END]
+    tail = list(rng.integers(0, 90, 2 + seed % 4))
+    ids, compact = ids + tail, compact + tail
     return Prompt(
-        sample=sample,
-        video=clip,
-        token_ids=ids,
-        engine_token_ids=(*before, VISION_START, VIDEO_TOKEN, VISION_END, *after),
+        id=f"sample-{seed}",
+        visuals=tuple(visuals),
+        token_ids=np.array(ids),
+        engine_token_ids=tuple(compact),
         positions=mrope_positions(
-            ids,
-            [VIDEO_TOKEN],
-            [VisionBlock(grid_thw, seconds_per_grid)],
-            merge=2,
-            tokens_per_second=2,
+            np.array(ids), [VIDEO_TOKEN, IMAGE_TOKEN], blocks, merge=2, tokens_per_second=2
         ),
     )
 
@@ -142,8 +144,14 @@ def answered(prompts: Sequence[Prompt], seed: int, longest: int = 8) -> list[Gro
     ]
 
 
-GRIDS = [((3, 4, 4), 1.0), ((2, 2, 6), 2.0), ((1, 6, 4), 0.5), ((4, 2, 2), 1.5)]
-GROUPS = answered([prompt(grid, s, seed) for seed, (grid, s) in enumerate(GRIDS)], seed=3)
+# One video, two, an image beside a video, and text alone: every layout trains on all four.
+PROMPTS = [
+    prompt([video((3, 4, 4), 1.0, 0)], 0),
+    prompt([video((2, 2, 6), 2.0, 1), video((1, 6, 4), 0.5, 2)], 1),
+    prompt([image((4, 6), 3), video((4, 2, 2), 1.5, 4)], 2),
+    prompt([], 3),
+]
+GROUPS = answered(PROMPTS, seed=3)
 
 
 def micro_batches(groups: Sequence[Group], mesh: Mesh, prompts: str = "shared") -> list[MicroBatch]:

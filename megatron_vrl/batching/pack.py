@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_vrl.types import EncodedVideo, Prompt
+from megatron_vrl.types import Prompt, Visual
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +55,7 @@ class MicroBatch:
     answer_start: NDArray[np.int64]  # [A] index in T
     answer_length: NDArray[np.int64]  # [A] inputs, R - 1
     answer_group: NDArray[np.int64]  # [A] index in G
-    videos: tuple[EncodedVideo, ...]  # in the order of their pad tokens in T
+    visuals: tuple[Visual, ...]  # in the order of their pad tokens in T
     source: NDArray[np.int64]  # [N] index in T of the token that predicts
     target: NDArray[np.int64]  # [N] token predicted
     advantage: NDArray[np.float32]  # [N]
@@ -87,7 +87,7 @@ def pack(groups: Sequence[Group], *, pad_to: int = 1, pad_token: int = 0) -> Mic
         answer_start=starts[~is_prompt],
         answer_length=lengths[~is_prompt],
         answer_group=answer_group,
-        videos=tuple(group.prompt.video for group in groups),
+        visuals=tuple(visual for group in groups for visual in group.prompt.visuals),
         source=np.concatenate([[first, *range(start, start + n)] for first, start, n in inputs]),
         target=np.concatenate([answer.token_ids for answer in answers]),
         advantage=np.repeat([a.advantage for a in answers], targets).astype(np.float32),

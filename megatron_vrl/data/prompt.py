@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from megatron_vrl.batching.positions import VisionBlock, mrope_positions
 from megatron_vrl.errors import CheckpointError, ConfigError
 from megatron_vrl.tasks import SYSTEM_PROMPTS, TASKS
-from megatron_vrl.types import EncodedVideo, Prompt, VideoSample
+from megatron_vrl.types import EncodedVideo, Prompt, VideoSample, Visual
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +25,7 @@ class VisionTokens:
     """What the checkpoint's config says of vision in a prompt."""
 
     video_token: int
+    image_token: int
     merge: int  # patches per side of one token
     tokens_per_second: float
 
@@ -49,27 +50,38 @@ class PromptEncoder:
 
     def prompt(self, sample: VideoSample, video: EncodedVideo) -> Prompt:
         """Raises ConfigError if the prompt exceeds data.max_prompt_tokens."""
+        question = TASKS[sample.task].question(sample)
+        return self.encode(sample.id, SYSTEM_PROMPTS[self._system_prompt], (video,), question)
+
+    def encode(
+        self, name: str, system: str | None, visuals: tuple[Visual, ...], question: str
+    ) -> Prompt:
+        """Visuals first, in their order, then the question; `system` None: the template's own.
+
+        Raises ConfigError, naming the sample, if the prompt exceeds data.max_prompt_tokens.
+        """
         vision = self._vision
-        compact = self._render(sample)
-        block = VisionBlock(video.grid_thw, video.seconds_per_grid)
-        at = compact.index(vision.video_token)
-        cells = [vision.video_token] * block.num_tokens(vision.merge)
-        token_ids = np.array([*compact[:at], *cells, *compact[at + 1 :]], dtype=np.int64)
+        compact = self._render(system, visuals, question)
+        pads = (vision.video_token, vision.image_token)
+        blocks = [_block(visual) for visual in visuals]
+        cells = [block.num_tokens(vision.merge) for block in blocks]
+        repeats = iter(cells)
+        token_ids = np.repeat(compact, [next(repeats) if t in pads else 1 for t in compact])
         if len(token_ids) > self._max_tokens:
             raise ConfigError(
-                f"The prompt of sample {sample.id} has {len(token_ids)} tokens, "
-                f"{len(cells)} of them video, over data.max_prompt_tokens={self._max_tokens}: "
-                "raise it, or lower video.total_pixels."
+                f"The prompt of sample {name} has {len(token_ids)} tokens, {sum(cells)} of them "
+                f"video, over data.max_prompt_tokens={self._max_tokens}: raise it, or lower "
+                "video.total_pixels."
             )
         return Prompt(
-            sample=sample,
-            video=video,
+            id=name,
+            visuals=visuals,
             token_ids=token_ids,
             engine_token_ids=tuple(compact),
             positions=mrope_positions(
                 token_ids,
-                [vision.video_token],
-                [block],
+                pads,
+                blocks,
                 merge=vision.merge,
                 tokens_per_second=vision.tokens_per_second,
             ),
@@ -79,16 +91,18 @@ class PromptEncoder:
         """Tokens [R] of the ideal answer, stop token included: what the warm-up imitates."""
         if self._system_prompt == "answer":
             sample = replace(sample, rationale="")
-        text = TASKS[sample.task].target(sample)
+        return self.answer(TASKS[sample.task].target(sample))
+
+    def answer(self, text: str) -> NDArray[np.int64]:
+        """Tokens [R] of an answer, stop token included."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return np.array([*ids, self._stop], dtype=np.int64)
 
-    def _render(self, sample: VideoSample) -> list[int]:
-        """Token ids with one single video pad."""
-        question = TASKS[sample.task].question(sample)
-        content = [{"type": "video"}, {"type": "text", "text": question}]
+    def _render(self, system: str | None, visuals: tuple[Visual, ...], question: str) -> list[int]:
+        """Token ids with one single pad per visual."""
+        kinds = ["video" if isinstance(visual, EncodedVideo) else "image" for visual in visuals]
+        content = [{"type": kind} for kind in kinds] + [{"type": "text", "text": question}]
         messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-        system = SYSTEM_PROMPTS[self._system_prompt]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
         text = self.tokenizer.apply_chat_template(
@@ -96,3 +110,8 @@ class PromptEncoder:
         )
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
+
+
+def _block(visual: Visual) -> VisionBlock:
+    seconds = visual.seconds_per_grid if isinstance(visual, EncodedVideo) else 0.0
+    return VisionBlock(visual.grid_thw, seconds)

@@ -7,19 +7,20 @@ from megatron_vrl.observe import cards
 from megatron_vrl.observe.sinks import Sinks
 from megatron_vrl.parallel.mesh import agreed
 from megatron_vrl.tasks import TASKS
-from megatron_vrl.types import ScoredGroup
+from megatron_vrl.types import EncodedVideo, ScoredGroup
 
 
 def write_cards(parts: Parts, sinks: Sinks, groups: Sequence[ScoredGroup], step: int) -> None:
     """Keep these groups for the report. Rank 0 writes, every rank calls."""
     with agreed(parts.mesh):
         for group in groups:
-            video = group.prompt.video
+            (video,) = group.prompt.visuals
+            assert isinstance(video, EncodedVideo)
             sinks.card(_card(group, step), video.frames, video.timestamps_s)
 
 
 def _card(group: ScoredGroup, step: int) -> cards.Card:
-    sample = group.prompt.sample
+    sample = group.sample
     return cards.Card(
         phase="grpo",
         step=step,
@@ -35,7 +36,7 @@ def _card(group: ScoredGroup, step: int) -> cards.Card:
 
 
 def _answer(group: ScoredGroup, index: int) -> cards.Answer:
-    sample, rollout = group.prompt.sample, group.rollouts[index]
+    sample, rollout = group.sample, group.rollouts[index]
     parsed = TASKS[sample.task].parse(rollout.text, sample)
     return cards.Answer(
         text=rollout.text,

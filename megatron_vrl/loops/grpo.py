@@ -44,7 +44,7 @@ def train_grpo(parts: Parts, state: RunState, sinks: Sinks, dev: list[VideoSampl
         with clock("rollout"):
             answers = parts.generate(prompts, _sampling(parts, state))
         with clock("score"):
-            groups = parts.gather_replica(_scored(parts, prompts, answers))
+            groups = parts.gather_replica(_scored(parts, samples, prompts, answers))
         with clock("update"):
             update = _update(parts, groups, state.step)
         state.step += 1
@@ -75,17 +75,20 @@ def _sampling(parts: Parts, state: RunState) -> SamplingSpec:
 
 
 def _scored(
-    parts: Parts, prompts: Sequence[Prompt], answers: Sequence[Sequence[Rollout]]
+    parts: Parts,
+    samples: Sequence[VideoSample],
+    prompts: Sequence[Prompt],
+    answers: Sequence[Sequence[Rollout]],
 ) -> list[ScoredGroup]:
     cfg, weights = parts.cfg.rewards, weights_of(parts.cfg.rewards)
     algorithm = ALGORITHMS[parts.cfg.algorithm.name]
     groups = []
-    for prompt, rollouts in zip(prompts, answers, strict=True):
-        sample = prompt.sample
+    for sample, prompt, rollouts in zip(samples, prompts, answers, strict=True):
         scores = [score(sample, r.text, cfg.mode, weights[sample.task]) for r in rollouts]
         rewards = np.array([total for _, total in scores])
         groups.append(
             ScoredGroup(
+                sample=sample,
                 prompt=prompt,
                 rollouts=tuple(rollouts),
                 parts={name: np.array([p[name] for p, _ in scores]) for name in scores[0][0]},

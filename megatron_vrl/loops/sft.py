@@ -53,10 +53,11 @@ def _attempt(parts: Parts, state: RunState, sinks: Sinks, dev: list[VideoSample]
     sinks.begin("sft", cfg.sft.steps, state.step)
     while state.step < cfg.sft.steps:
         with clock("encode"):
+            samples = parts.rank_share(stream.take(cfg.sft.batch_size))
             groups = parts.gather_replica(
                 [
-                    Group(prompt=prompt, answers=(_target(parts, prompt.sample),))
-                    for prompt in parts.encode(parts.rank_share(stream.take(cfg.sft.batch_size)))
+                    Group(prompt=prompt, answers=(_target(parts, sample),))
+                    for sample, prompt in zip(samples, parts.encode(samples), strict=True)
                 ]
             )
         with clock("update"):

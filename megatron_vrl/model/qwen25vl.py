@@ -99,7 +99,7 @@ class Qwen25VL(MegatronModule):
     def forward(self, batch: MicroBatch, patches: Tensor | None, of: Distribution) -> Tensor:
         """On the last stage [2, N]: log-prob and entropy of every target; else hidden states.
 
-        `patches` [P, patch values] of all videos of the batch; only the first stage reads them.
+        `patches` [P, patch values] of all visuals of the batch; only the first stage reads them.
         """
         device = self.mesh.device
         embeddings = self._embed(batch, patches) if self.pre_process else None
@@ -119,7 +119,7 @@ class Qwen25VL(MegatronModule):
         embeddings = self.language.embedding(input_ids=token_ids[None], position_ids=None)
         if patches is not None:
             assert self.vision is not None
-            tokens = self.vision(patches, [video.grid_thw for video in batch.videos])
+            tokens = self.vision(patches, [visual.grid_thw for visual in batch.visuals])
             places = torch.isin(
                 token_ids, token_ids.new_tensor([self.arch.video_token, self.arch.image_token])
             ).nonzero()[:, 0]

@@ -173,7 +173,7 @@ class ColocatedEngine:
         needed = len(prompt.token_ids) + spec.max_tokens
         if needed > self._max_model_len:
             raise RolloutError(
-                f"Sample {prompt.sample.id}: {len(prompt.token_ids)} prompt tokens and up to "
+                f"Sample {prompt.id}: {len(prompt.token_ids)} prompt tokens and up to "
                 f"{spec.max_tokens} answer tokens do not fit the engine's {self._max_model_len}; "
                 "lower data.max_prompt_tokens or the answer's length."
             )
@@ -226,8 +226,16 @@ def _banned(tokenizer: Any, vocab_size: int, allowed: list[int]) -> tuple[int, .
 def _request(prompt: Prompt) -> dict[str, Any]:
     return {
         "prompt_token_ids": list(prompt.engine_token_ids),
-        "multi_modal_data": {"video": [(prompt.video.frames, _metadata(prompt.video))]},
+        "multi_modal_data": {"video": [(v.frames, _metadata(v)) for v in _videos(prompt)]},
     }
+
+
+def _videos(prompt: Prompt) -> list[EncodedVideo]:
+    """Raises RolloutError for a still picture: vLLM would encode it by rules of its own."""
+    videos = [visual for visual in prompt.visuals if isinstance(visual, EncodedVideo)]
+    if len(videos) < len(prompt.visuals):
+        raise RolloutError(f"Sample {prompt.id} has an image; rollouts take videos only.")
+    return videos
 
 
 def _metadata(video: EncodedVideo) -> dict[str, Any]:
@@ -250,7 +258,8 @@ def _metadata(video: EncodedVideo) -> dict[str, Any]:
 
 def _check_prompt_tokens(prompt: Prompt, used: list[int]) -> None:
     if used != prompt.token_ids.tolist():
+        grids = [visual.grid_thw for visual in prompt.visuals]
         raise RolloutError(
-            f"Sample {prompt.sample.id}: vLLM read {len(used)} prompt tokens, the trainer "
-            f"{len(prompt.token_ids)}, or others; the video grid is {prompt.video.grid_thw}."
+            f"Sample {prompt.id}: vLLM read {len(used)} prompt tokens, the trainer "
+            f"{len(prompt.token_ids)}, or others; the grids are {grids}."
         )

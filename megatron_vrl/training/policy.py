@@ -145,9 +145,9 @@ class Policy:
         return records
 
     def _patches(self, batch: MicroBatch) -> Tensor | None:
-        if not self.mesh.is_first_stage or not batch.videos:
+        if not self.mesh.is_first_stage or not batch.visuals:
             return None
-        patches = np.concatenate([patchify(video.frames) for video in batch.videos])
+        patches = np.concatenate([patchify(visual.frames) for visual in batch.visuals])
         return torch.from_numpy(patches).to(self.mesh.device, self.model.config.params_dtype)
 
     def _finalize_gradients(

@@ -15,16 +15,16 @@ from megatron_vrl.batching.pack import (
     split_by_tokens,
 )
 from megatron_vrl.types import Prompt
-from tests.tiny import prompt
+from tests.tiny import prompt, video
 
-VIDEO_PROMPT = prompt((2, 2, 4), 1.0, seed=0)
+VIDEO_PROMPT = prompt([video((2, 2, 4), 1.0, 0)], seed=0)
 
 
 def asked(ids: list[int]) -> Prompt:
     """A prompt of these ids; packing looks at nothing else of it but its positions."""
     return Prompt(
-        sample=VIDEO_PROMPT.sample,
-        video=VIDEO_PROMPT.video,
+        id=VIDEO_PROMPT.id,
+        visuals=VIDEO_PROMPT.visuals,
         token_ids=np.array(ids),
         engine_token_ids=(),
         positions=np.broadcast_to(np.arange(len(ids)) * 2, (3, len(ids))),

@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from megatron_vrl import config
-from megatron_vrl.types import EncodedVideo, Prompt, VideoSample
+from megatron_vrl.types import EncodedVideo, Prompt
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 
@@ -74,18 +74,20 @@ def prompt_maker(checkpoint):
         pad = tokenizer.convert_tokens_to_ids("<|video_pad|>")
         token_ids = np.array(head + [pad] * (steps * height * width // 4) + tail)
         return Prompt(
-            sample=_sample(f"clip_{seed}"),
-            video=EncodedVideo(
-                path="",
-                digest=str(seed),
-                codec="h264",
-                duration_s=steps * seconds_per_grid,
-                frame_indices=np.arange(2 * steps),
-                timestamps_s=np.arange(2 * steps) * seconds_per_grid / 2,
-                sampled_fps=2 / seconds_per_grid,
-                seconds_per_grid=seconds_per_grid,
-                grid_thw=grid_thw,
-                frames=frames,
+            id=f"clip_{seed}",
+            visuals=(
+                EncodedVideo(
+                    path="",
+                    digest=str(seed),
+                    codec="h264",
+                    duration_s=steps * seconds_per_grid,
+                    frame_indices=np.arange(2 * steps),
+                    timestamps_s=np.arange(2 * steps) * seconds_per_grid / 2,
+                    sampled_fps=2 / seconds_per_grid,
+                    seconds_per_grid=seconds_per_grid,
+                    grid_thw=grid_thw,
+                    frames=frames,
+                ),
             ),
             token_ids=token_ids,
             engine_token_ids=(*head, pad, *tail),
@@ -93,17 +95,3 @@ def prompt_maker(checkpoint):
         )
 
     return make
-
-
-def _sample(name):
-    return VideoSample(
-        id=name,
-        task="temporal_grounding",
-        video="",
-        duration_s=1.0,
-        query="",
-        rationale="",
-        intervals_s=(),
-        options=(),
-        option="",
-    )

@@ -42,9 +42,10 @@ class Published:
     @torch.no_grad()
     def logits(self, prompt, answer):
         """Logits [R, vocabulary] at which each token of the answer was chosen."""
-        frames = torch.from_numpy(prompt.video.frames).permute(0, 3, 1, 2)
+        (video,) = prompt.visuals
+        frames = torch.from_numpy(video.frames).permute(0, 3, 1, 2)
         pixels = self.processor(frames, do_resize=False, return_tensors="pt")
-        assert pixels["video_grid_thw"].tolist() == [list(prompt.video.grid_thw)]
+        assert pixels["video_grid_thw"].tolist() == [list(video.grid_thw)]
         ids = torch.from_numpy(np.concatenate([prompt.token_ids, answer]))
         logits = self.model(
             input_ids=ids[None],
@@ -56,11 +57,12 @@ class Published:
 
 def _positions(prompt, num_answer_tokens):
     """[3, P + R]: text after a video goes on from the largest position of the video plus 1."""
-    steps, height, width = prompt.video.grid_thw
+    (video,) = prompt.visuals
+    steps, height, width = video.grid_thw
     video_token = np.bincount(prompt.token_ids).argmax()
     start = int(np.flatnonzero(prompt.token_ids == video_token)[0])
     grid = np.indices((steps, height // 2, width // 2)).reshape(3, -1)
-    step = float(np.float32(prompt.video.seconds_per_grid)) * 2  # vLLM keeps 32 bits of it
+    step = float(np.float32(video.seconds_per_grid)) * 2  # vLLM keeps 32 bits of it
     grid[0] = (grid[0] * step).astype(int)
     grid += start
     num_after = len(prompt.token_ids) + num_answer_tokens - start - grid.shape[1]
@@ -182,7 +184,7 @@ def test_one_vision_pass_per_prompt(engine, make_prompt):
     )
     engine.generate(prompts, spec(n=8))
     hooks[0].remove()
-    assert sum(rows) == sum(int(np.prod(prompt.video.grid_thw)) for prompt in prompts)
+    assert sum(rows) == sum(int(np.prod(prompt.visuals[0].grid_thw)) for prompt in prompts)
 
 
 def test_a_seed_repeats_and_the_trainer_keeps_its_state(engine, weights, make_prompt):
