@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 from megatron_vrl.config import RunConfig, Source, check_batches
 from megatron_vrl.data.mix import load
 from megatron_vrl.data.prompt import PromptEncoder, VisionTokens
 from megatron_vrl.errors import RolloutError, VideoError
-from megatron_vrl.model.architecture import Architecture, check_divides, read_architecture
-from megatron_vrl.model.qwen25vl import DTYPES
+from megatron_vrl.model.architecture import Architecture, read_architecture
+from megatron_vrl.model.chunks import check_divides
+from megatron_vrl.model.precision import DTYPES
 from megatron_vrl.model.weights import published_tensors
 from megatron_vrl.observe.clock import Clock
 from megatron_vrl.parallel.mesh import Mesh, agreed, gather_objects, init_mesh
@@ -90,7 +93,7 @@ class Parts:
         if self.engine_version == version:
             return
         self.engine.wake()
-        self.engine.push_weights(published_tensors(self.policy.model), version)
+        self.engine.push_weights(published_tensors(self.policy.chunks), version)
         self.engine_version = version
         if self.pushes % self.cfg.rollout.check_weights_every == 0:
             self._check_engine_weights()
@@ -99,7 +102,7 @@ class Parts:
     def _check_engine_weights(self) -> None:
         """Raises RolloutError if the engine computes with other weights than the trainer's."""
         dtype = DTYPES[self.cfg.model.dtype]
-        ours = tensor_checksums(published_tensors(self.policy.model), dtype)
+        ours = tensor_checksums(published_tensors(self.policy.chunks), dtype)
         with agreed(self.mesh):
             theirs = self.engine.weights_checksum()
             wrong = sorted(name for name in ours if theirs.get(name) != ours[name])
@@ -120,9 +123,10 @@ def build(cfg: RunConfig) -> Parts:
     """Join the other ranks and build everything. Raises UserError on every rank alike."""
     published_dir = published_files(cfg.model.checkpoint)
     arch = read_architecture(published_dir)
-    check_divides(arch, cfg.parallel)
+    check_divides(arch, cfg.model, cfg.parallel)
     mesh = init_mesh(cfg.parallel, cfg.run.seed)
     check_batches(cfg, mesh.data.size)
+    torch.use_deterministic_algorithms(cfg.run.deterministic)
     policy = Policy(arch, cfg.model, cfg.parallel, mesh)
     load_weights(cfg.model.checkpoint, policy)
     longest_answer = max(cfg.rollout.max_response_tokens, cfg.evaluation.max_response_tokens)

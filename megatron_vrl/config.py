@@ -26,6 +26,8 @@ class Run(Section):
     """Everything this run writes lies here."""
     seed: int = 1
     """Seeds data order, sampling and initialisation."""
+    deterministic: bool = False
+    """Only operations whose result does not depend on the order of threads; slower on a GPU."""
 
 
 class Model(Section):
@@ -41,8 +43,14 @@ class Model(Section):
     """Do not train the patch merger."""
     freeze_language: bool = False
     """Do not train the language model."""
-    recompute: Literal["none", "full"] = "none"
-    """Recompute each language layer's activations in the backward pass."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again instead of keeping it: selective, the attention of
+    each language layer; full, the whole layer."""
+    layers: Literal["megatron", "transformer_engine"] = "megatron"
+    """Whose linear layers and norms the language model has; Transformer Engine needs a GPU."""
+    fp8: Literal["none", "delayed", "current", "blockwise"] = "none"
+    """Scaling of the language layers' FP8 matrices (needs `layers: transformer_engine`); vision
+    tower, embedding and head stay in `dtype`."""
 
 
 class Parallel(Section):
@@ -50,10 +58,21 @@ class Parallel(Section):
     """Ranks that share each layer's matrices."""
     pipeline: Positive = 1
     """Ranks that share the stack of layers."""
+    virtual: Positive = 1
+    """Chunks of layers on each pipeline rank; more than 1 is the interleaved schedule."""
+    split: Literal["even", "balanced"] = "even"
+    """even: the same number of layers in every chunk; balanced: fewer beside the vision tower and
+    the head."""
+    layers_per_chunk: list[Positive] = []
+    """Layers of each chunk in model order, instead of `split`."""
+    context: Positive = 1
+    """Ranks that share one packed sequence; keys and values are gathered."""
     sequence: bool = False
     """Split the norms along the sequence too (needs tensor > 1)."""
     distributed_optimizer: bool = True
     """Split optimizer state over the data-parallel ranks."""
+    overlap: bool = False
+    """Sum gradients over the data-parallel ranks while the backward pass goes on."""
 
 
 class Video(Section):

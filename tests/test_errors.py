@@ -11,12 +11,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from megatron_vrl.config import Parallel, Rewards, check_batches, load_config
+from megatron_vrl.config import Model, Parallel, Rewards, check_batches, load_config
 from megatron_vrl.errors import CheckpointError, ConfigError
 from megatron_vrl.loops.state import RunState
-from megatron_vrl.model.architecture import check_divides, read_architecture
+from megatron_vrl.model.architecture import read_architecture
+from megatron_vrl.model.chunks import check_divides
+from megatron_vrl.model.precision import check_available
 from megatron_vrl.model.weights import PublishedCheckpoint
 from megatron_vrl.rewards import weights_of
 from tests.conftest import CONFIG, ENVIRONMENT, ROOT, run_python, train_command
@@ -134,14 +137,45 @@ def checkpoint(tmp_path_factory):
     [
         ({"tensor": 3}, "parallel.tensor=3 does not divide the model's 4 attention heads"),
         ({"tensor": 4}, "parallel.tensor=4 does not divide the model's 2 KV heads"),
-        ({"pipeline": 3}, "parallel.pipeline=3 does not divide the model's 4 layers"),
+        (
+            {"pipeline": 3},
+            "parallel.pipeline=3 x parallel.virtual=1 does not divide the model's 4 layers",
+        ),
+        (
+            {"pipeline": 2, "virtual": 4},
+            "parallel.pipeline=2 x parallel.virtual=4 asks for more chunks than the model's 4",
+        ),
+        (
+            {"pipeline": 2, "layers_per_chunk": [1, 2]},
+            "parallel.layers_per_chunk=[1, 2] must hold pipeline x virtual = 2 counts that add up",
+        ),
     ],
 )
 def test_sizes_that_do_not_divide(checkpoint, layout, sentence):
     with pytest.raises(ConfigError) as error:
-        check_divides(read_architecture(checkpoint), Parallel(**layout))
+        check_divides(read_architecture(checkpoint), Model(checkpoint=""), Parallel(**layout))
     assert str(error.value).startswith(sentence)
-    assert "choose one of" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        (
+            {"layers": "transformer_engine"},
+            "model.layers=transformer_engine, but this machine has no GPU: set "
+            "model.layers=megatron and model.fp8=none.",
+        ),
+        (
+            {"fp8": "delayed"},
+            "model.fp8=delayed is computed by Transformer Engine only: set "
+            "model.layers=transformer_engine, or model.fp8=none.",
+        ),
+    ],
+)
+def test_what_needs_a_gpu_is_refused_without_one(model, sentence):
+    with pytest.raises(ConfigError) as error:
+        check_available(Model(checkpoint="", **model), torch.device("cpu"))
+    assert str(error.value) == sentence
 
 
 # ---- checkpoint

@@ -2,14 +2,17 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from megatron_vrl.batching.pack import Answer, Group, MicroBatch, as_plain, pack
+from megatron_vrl.batching.pack import Answer, Group, MicroBatch
 from megatron_vrl.batching.positions import VisionBlock, mrope_positions
+from megatron_vrl.config import Batch
 from megatron_vrl.parallel.mesh import Mesh
 from megatron_vrl.rollout.torchvision_shim import declare_missing_ops
+from megatron_vrl.training.batches import plan_batches
 from megatron_vrl.types import EncodedImage, EncodedVideo, Prompt, Visual
 
 declare_missing_ops()
@@ -20,7 +23,7 @@ VIDEO_TOKEN, IMAGE_TOKEN, VISION_START, VISION_END = 90, 91, 92, 93
 
 
 def published_model(
-    *, tied: bool = False, kv_heads: int = 2, seed: int = 0
+    *, tied: bool = False, kv_heads: int = 2, vocab: int = 96, seed: int = 0
 ) -> Qwen2_5_VLForConditionalGeneration:
     config = Qwen2_5_VLConfig(
         text_config={
@@ -29,7 +32,7 @@ def published_model(
             "num_hidden_layers": 4,
             "num_attention_heads": 4,
             "num_key_value_heads": kv_heads,
-            "vocab_size": 96,
+            "vocab_size": vocab,
             "max_position_embeddings": 4096,
             "rope_parameters": {
                 "rope_type": "default",
@@ -66,6 +69,13 @@ def published_model(
         for param in model.parameters():  # larger than the default, so that errors show
             param.normal_(std=0.15).add_(1.0 if param.dim() == 1 and len(param) in (32, 64) else 0)
     return model.float().eval()
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "untied": {},
+    "tied": {"tied": True, "vocab": 95},  # which two tensor ranks do not divide
+    "four-kv-heads": {"kv_heads": 4},
+}
 
 
 def save(model: Qwen2_5_VLForConditionalGeneration, directory: Path) -> Path:
@@ -154,15 +164,12 @@ PROMPTS = [
 GROUPS = answered(PROMPTS, seed=3)
 
 
-def micro_batches(groups: Sequence[Group], mesh: Mesh, prompts: str = "shared") -> list[MicroBatch]:
-    """This data rank's share in two micro-batches; a token weighs 1 / (tokens of all ranks)."""
+def micro_batches(
+    groups: Sequence[Group], mesh: Mesh, layout: Literal["shared", "plain"] = "shared"
+) -> list[MicroBatch]:
+    """This data rank's share in several micro-batches; a token weighs 1 / (tokens of all ranks)."""
     mine = list(groups[mesh.data.rank :: mesh.data.size])
-    batches = []
-    for half in (mine[: len(mine) // 2], mine[len(mine) // 2 :]):
-        batch = pack(as_plain(half) if prompts == "plain" else half, pad_to=mesh.tensor.size)
-        batch.weight[:] = 1.0 / sum(group.num_targets for group in groups)
-        batches.append(batch)
-    return batches
+    return plan_batches(mine, mine[0], Batch(tokens=60, layout=layout), mesh)
 
 
 def token_loss(logprob, entropy, batch, reference):

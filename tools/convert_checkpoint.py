@@ -49,7 +49,7 @@ def _convert(source: Path, target: Path, direction: str) -> None:
     if direction == "hf-to-megatron":
         save_checkpoint(target, policy, {}, template)
     else:
-        save_published(policy.model, template, target)
+        save_published(policy.chunks, template, target)
     print(f"{target}: {policy.arch.num_parameters:,} parameters")
 
 
@@ -58,7 +58,7 @@ def _verify(first: Path, second: Path) -> int:
 
     from megatron_vrl.model.weights import published_tensors
 
-    a, b = (dict(published_tensors(_loaded(path).model)) for path in (first, second))
+    a, b = (dict(published_tensors(_loaded(path).chunks)) for path in (first, second))
     different = sorted(
         n for n in a.keys() | b.keys() if n not in a or n not in b or not torch.equal(a[n], b[n])
     )

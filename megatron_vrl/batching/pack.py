@@ -6,11 +6,11 @@ an answer predicts nothing, so it is a target but not an input. The first token 
 predicted by the prompt's last token. `plain` repeats the prompt before each answer: the reference
 that the shared layout must equal.
 
-Shape letters: T packed tokens, N loss tokens, G groups, A answers.
+Shape letters: T packed tokens, L of them on this rank, N loss tokens, G groups, A answers.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,16 +56,20 @@ class MicroBatch:
     answer_length: NDArray[np.int64]  # [A] inputs, R - 1
     answer_group: NDArray[np.int64]  # [A] index in G
     visuals: tuple[Visual, ...]  # in the order of their pad tokens in T
-    source: NDArray[np.int64]  # [N] index in T of the token that predicts
+    source: NDArray[np.int64]  # [N] index in `rows` of the token that predicts
     target: NDArray[np.int64]  # [N] token predicted
     advantage: NDArray[np.float32]  # [N]
     engine_logprob: NDArray[np.float32]  # [N]
     sequence: NDArray[np.int64]  # [N] index of the answer in A
     weight: NDArray[np.float32]  # [N] of this token's loss in the step's loss
+    rows: NDArray[np.int64]  # [L] of T: what this context-parallel rank computes; else all of T
+    key_rows: NDArray[np.int64]  # [T] the rows of all context-parallel ranks, rank after rank
 
 
-def pack(groups: Sequence[Group], *, pad_to: int = 1, pad_token: int = 0) -> MicroBatch:
-    """Pack whole groups; T is padded to a multiple of `pad_to` (sequence parallel needs it).
+def pack(
+    groups: Sequence[Group], *, multiple: int = 1, at_least: int = 0, pad_token: int = 0
+) -> MicroBatch:
+    """Pack whole groups; T is padded to `at_least` rows and to a multiple of `multiple`.
 
     Every token weighs 1.
     """
@@ -78,7 +82,8 @@ def pack(groups: Sequence[Group], *, pad_to: int = 1, pad_token: int = 0) -> Mic
     inputs = zip(predicts_first, starts[~is_prompt], lengths[~is_prompt], strict=True)
     answers = [answer for group in groups for answer in group.answers]
     targets = [len(answer.token_ids) for answer in answers]
-    padding = -int(lengths.sum()) % pad_to
+    rows = np.arange(-(-max(int(lengths.sum()), at_least) // multiple) * multiple)
+    padding = len(rows) - int(lengths.sum())
     return MicroBatch(
         token_ids=np.concatenate([*(ids for ids, _ in pieces), np.full(padding, pad_token)]),
         positions=np.concatenate([*(p for _, p in pieces), np.zeros((3, padding), np.int64)], 1),
@@ -94,6 +99,8 @@ def pack(groups: Sequence[Group], *, pad_to: int = 1, pad_token: int = 0) -> Mic
         engine_logprob=np.concatenate([a.engine_logprobs for a in answers]).astype(np.float32),
         sequence=np.repeat(np.arange(len(answers)), targets),
         weight=np.ones(sum(targets), dtype=np.float32),
+        rows=rows,
+        key_rows=rows,
     )
 
 
@@ -105,6 +112,34 @@ def _pieces(group: Group) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]
         inputs = answer.token_ids[:-1]
         steps = np.arange(next_position, next_position + len(inputs))
         yield inputs, np.broadcast_to(steps, (3, len(inputs)))
+
+
+def share_context(batch: MicroBatch, rank: int, size: int) -> MicroBatch:
+    """The part of context-parallel rank `rank`: its rows of T, and the loss tokens they predict.
+
+    T, a multiple of 2 * size, is cut into 2 * size pieces; a rank takes one from each end, so
+    that causal attention is the same work for all (the zigzag of Llama 3, arXiv 2407.21783).
+    `source` then counts in the rank's rows. Prompts, answers and visuals stay whole: who attends
+    to whom, and which vision token goes where, is said in T.
+    """
+    if size == 1:
+        return batch
+    pieces = np.split(batch.rows, 2 * size)
+    shares = [np.concatenate([pieces[r], pieces[2 * size - 1 - r]]) for r in range(size)]
+    place = np.full(len(batch.rows), -1)
+    place[shares[rank]] = np.arange(len(shares[rank]))
+    own = place[batch.source] >= 0
+    return replace(
+        batch,
+        rows=shares[rank],
+        key_rows=np.concatenate(shares),
+        source=place[batch.source[own]],
+        target=batch.target[own],
+        advantage=batch.advantage[own],
+        engine_logprob=batch.engine_logprob[own],
+        sequence=batch.sequence[own],
+        weight=batch.weight[own],
+    )
 
 
 def as_plain(groups: Sequence[Group]) -> list[Group]:

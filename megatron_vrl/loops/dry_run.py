@@ -5,7 +5,8 @@ from pathlib import Path
 
 from megatron_vrl.config import RunConfig, Source, check_batches
 from megatron_vrl.data.mix import load
-from megatron_vrl.model.architecture import Architecture, check_divides, read_architecture
+from megatron_vrl.model.architecture import Architecture, padded_vocab, read_architecture
+from megatron_vrl.model.chunks import all_chunks, check_divides
 from megatron_vrl.parallel.mesh import check_layout
 from megatron_vrl.rewards import weights_of
 from megatron_vrl.training.checkpoint import published_files
@@ -16,8 +17,9 @@ def check(cfg: RunConfig, world: int) -> list[str]:
     check_layout(cfg.parallel, world)
     weights_of(cfg.rewards)
     arch, notes = _architecture(cfg)
-    check_divides(arch, cfg.parallel)
-    replicas = world // (cfg.parallel.tensor * cfg.parallel.pipeline)
+    check_divides(arch, cfg.model, cfg.parallel)
+    parallel = cfg.parallel
+    replicas = world // (parallel.tensor * parallel.context * parallel.pipeline)
     check_batches(cfg, replicas)
     sources = [*cfg.data.sft, *cfg.data.train, *chain(*cfg.data.evaluation.values())]
     missing = [note for source in sources for note in _missing(source)]
@@ -25,11 +27,39 @@ def check(cfg: RunConfig, world: int) -> list[str]:
     answers = cfg.rollout.prompts_per_step * cfg.rollout.group_size
     return [
         f"model: {arch.num_parameters:,} parameters",
-        f"layout: {world} processes = {replicas} replicas of tensor {cfg.parallel.tensor} x "
-        f"pipeline {cfg.parallel.pipeline}",
+        _layout(world, replicas, cfg),
+        *_stages(arch, cfg),
+        *_padding(arch, cfg),
         f"a GRPO step: {cfg.rollout.prompts_per_step} prompts, {answers} answers, 1 update",
         *notes,
         *dict.fromkeys(missing),
+    ]
+
+
+def _layout(world: int, replicas: int, cfg: RunConfig) -> str:
+    parallel = cfg.parallel
+    context = f" x context {parallel.context}" if parallel.context > 1 else ""
+    return (
+        f"layout: {world} processes = {replicas} replicas of tensor {parallel.tensor}{context} x "
+        f"pipeline {parallel.pipeline}"
+    )
+
+
+def _stages(arch: Architecture, cfg: RunConfig) -> list[str]:
+    if cfg.parallel.pipeline == 1:
+        return []
+    counts = [len(chunk.layers) for chunk in all_chunks(arch, cfg.model, cfg.parallel)]
+    stages = [counts[stage :: cfg.parallel.pipeline] for stage in range(cfg.parallel.pipeline)]
+    return ["layers of each pipeline stage: " + ", ".join("+".join(map(str, s)) for s in stages)]
+
+
+def _padding(arch: Architecture, cfg: RunConfig) -> list[str]:
+    rows = padded_vocab(arch, cfg.parallel)
+    if rows == arch.vocab:
+        return []
+    return [
+        f"the vocabulary of {arch.vocab} is padded to {rows} rows, which "
+        f"parallel.tensor={cfg.parallel.tensor} divides"
     ]
 
 

@@ -101,7 +101,7 @@ def _stages(parts: Parts, state: RunState, sinks: Sinks, splits: Splits) -> None
             save(parts, state)
             _evaluate_stage(parts, state, sinks, splits)
         state.begin("done")
-    save_published(parts.policy.model, parts.published_dir, Path(cfg.run.out_dir) / "export")
+    save_published(parts.policy.chunks, parts.published_dir, Path(cfg.run.out_dir) / "export")
     save(parts, state)
 
 

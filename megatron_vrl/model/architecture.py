@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vrl.config import Parallel
-from megatron_vrl.errors import CheckpointError, ConfigError
+from megatron_vrl.errors import CheckpointError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,21 +133,9 @@ def _parse(raw: dict[str, Any]) -> Architecture:
     )
 
 
-def check_divides(arch: Architecture, cfg: Parallel) -> None:
-    """Raises ConfigError naming the first size that the layout does not divide."""
-    sizes = {"attention heads": arch.heads, "KV heads": arch.kv_heads, "vocabulary": arch.vocab}
-    for name, size in sizes.items():
-        if size % cfg.tensor:
-            raise ConfigError(
-                f"parallel.tensor={cfg.tensor} does not divide the model's {size} {name}: "
-                f"choose one of {_divisors(arch.kv_heads)}."
-            )
-    if arch.layers % cfg.pipeline:
-        raise ConfigError(
-            f"parallel.pipeline={cfg.pipeline} does not divide the model's {arch.layers} layers: "
-            f"choose one of {_divisors(arch.layers)}."
-        )
+def padded_vocab(arch: Architecture, cfg: Parallel) -> int:
+    """Rows of the embedding: the vocabulary, and zeros up to a multiple of the tensor ranks.
 
-
-def _divisors(number: int) -> list[int]:
-    return [k for k in range(1, number + 1) if number % k == 0]
+    The zeros are never sampled, never trained and never exported.
+    """
+    return -(-arch.vocab // cfg.tensor) * cfg.tensor

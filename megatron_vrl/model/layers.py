@@ -1,17 +1,19 @@
 """The layers we put into Megatron's specs: an RMSNorm and a core attention for packed rows.
 
-Shape letters: T packed rows, H query heads, K key-value heads, D channels of a head, B entries of
-a bucket, Q their queries, S their keys.
+Shape letters: L packed rows of this rank, T of all context-parallel ranks, H query heads, K
+key-value heads, D channels of a head, B entries of a bucket, Q their queries, S their keys.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -57,8 +59,8 @@ class RMSNorm(torch.nn.RMSNorm):
 class Bucket:
     """Entries of nearly equal length that go through one attention call."""
 
-    queries: Tensor  # [B, Q] rows of T; padding points at row 0 and its output is never read
-    keys: Tensor  # [B, S] rows of T
+    queries: Tensor  # [B, Q] rows of L; padding points at row 0 and its output is never read
+    keys: Tensor  # [B, S] rows of T, rank after rank
     mask: Tensor | None  # [B, 1, Q, S] bool, True where a query may look
     causal: bool  # with mask None: queries and keys are the same rows, in order
 
@@ -68,7 +70,7 @@ class AttentionPlan:
     """Which row looks at which: made once per micro-batch, used by every layer."""
 
     buckets: tuple[Bucket, ...]
-    place: Tensor  # [T] position of each row in the concatenated outputs of the buckets
+    place: Tensor  # [L] position of each row in the concatenated outputs of the buckets
 
 
 @dataclass
@@ -77,10 +79,11 @@ class PlannedSeqParams(PackedSeqParams):
 
     plan: AttentionPlan | None = None
     plan_of_layer: dict[int, AttentionPlan] | None = None  # 1-based layer; overrides `plan`
+    context: dist.ProcessGroup | None = None  # over which keys and values are gathered
 
 
-def packed(num_rows: int, device: torch.device, **plans: object) -> PlannedSeqParams:
-    """One packed sequence of T rows, so that rotary angles are taken row by row."""
+def packed(num_rows: int, device: torch.device, **plans: Any) -> PlannedSeqParams:
+    """One packed sequence of L rows, so that rotary angles are taken row by row."""
     ends = torch.tensor([0, num_rows], dtype=torch.int32, device=device)
     return PlannedSeqParams(
         qkv_format="thd",
@@ -88,7 +91,7 @@ def packed(num_rows: int, device: torch.device, **plans: object) -> PlannedSeqPa
         cu_seqlens_kv=ends,
         max_seqlen_q=num_rows,
         max_seqlen_kv=num_rows,
-        **plans,  # type: ignore[arg-type]
+        **plans,
     )
 
 
@@ -109,11 +112,19 @@ class PlannedAttention(MegatronModule):
         packed_seq_params: PlannedSeqParams,
         **_: object,
     ) -> Tensor:
-        """query [T, H, D], key and value [T, K, D] -> [T, 1, H * D]."""
+        """query [L, H, D], key and value [L, K, D] -> [L, 1, H * D]."""
         plan = packed_seq_params.plan
         if packed_seq_params.plan_of_layer is not None:
             plan = packed_seq_params.plan_of_layer[self.layer_number]
         assert plan is not None
+        context = packed_seq_params.context
+        if context is not None and context.size() > 1:
+            key, value = (  # [T, K, D]; the gradients of all ranks are summed on the way back
+                gather_from_sequence_parallel_region(rows, group=context) for rows in (key, value)
+            )
+        if not plan.buckets:  # padding alone, but the ranks wait for each other in the backward
+            nothing = 0 * (key.sum() + value.sum())
+            return query.flatten(1).unsqueeze(1) * 0 + nothing
         outputs = [_attend(query, key, value, bucket) for bucket in plan.buckets]
         flat = torch.cat(outputs) if len(outputs) > 1 else outputs[0]  # [sum B*Q, H * D]
         return flat.index_select(0, plan.place).unsqueeze(1)
@@ -129,33 +140,43 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, bucket: Bucket) -> Tensor
 
 
 def _rows(tensor: Tensor, index: Tensor) -> Tensor:
-    """[T, H, D] at [B, Q] -> [B, H, Q, D]."""
+    """[rows, H, D] at [B, Q] -> [B, H, Q, D]."""
     rows = tensor.index_select(0, index.flatten())
     return rows.view(*index.shape, *tensor.shape[1:]).transpose(1, 2)
 
 
-def layer_spec() -> ModuleSpec:
-    """A pre-norm transformer layer of plain Megatron modules with the two above in it."""
+@dataclass(frozen=True, slots=True)
+class LayerParts:
+    """Classes that a layer is made of."""
+
+    column: Any  # linear, output channels split over tensor ranks
+    row: Any  # linear, input channels split
+    norm: Any
+
+
+MEGATRON = LayerParts(ColumnParallelLinear, RowParallelLinear, RMSNorm)
+
+
+def layer_spec(parts: LayerParts = MEGATRON) -> ModuleSpec:
+    """A pre-norm transformer layer that attends by an AttentionPlan."""
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=parts.norm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},  # unused: the plan decides
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
+                    linear_qkv=parts.column,
                     core_attention=PlannedAttention,
-                    linear_proj=RowParallelLinear,
+                    linear_proj=parts.row,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=parts.norm,
             mlp=ModuleSpec(
                 module=MLP,
-                submodules=MLPSubmodules(
-                    linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
-                ),
+                submodules=MLPSubmodules(linear_fc1=parts.column, linear_fc2=parts.row),
             ),
             mlp_bda=get_bias_dropout_add,
         ),

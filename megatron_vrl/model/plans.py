@@ -1,9 +1,12 @@
 """Attention plans: packed rows -> buckets of nearly equal length.
 
 `language_plan` is the shared-prompt rule in two kinds of calls of a stock kernel: prompts to
-themselves, causal; answers to (their prompt, themselves), causal from the bottom right.
+themselves, causal; answers to (their prompt, themselves), causal from the bottom right. Under
+context parallelism a rank holds pieces of both, which see what stands before them likewise.
 `vision_plans` is Qwen2.5-VL's: full attention inside a temporal step, or inside its windows.
 """
+
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import torch
@@ -46,23 +49,68 @@ class _Builder:
         return AttentionPlan(tuple(self.buckets), torch.from_numpy(self.place).to(self.device))
 
 
+@dataclass(frozen=True, slots=True)
+class _Segments:
+    """Queries that stand in a row and the keys they see: all of a prefix, and their own piece up
+    to themselves. Arrays over segments; starts are rows of T."""
+
+    start: Index  # of the queries
+    length: Index
+    prefix_start: Index
+    prefix: Index  # length, 0: none
+    own_start: Index
+    own: Index  # length; its last row is the last query
+
+    def take(self, members: Index | list[int]) -> "_Segments":
+        return _Segments(*(array[members] for array in astuple(self)))
+
+
 def language_plan(batch: MicroBatch, device: torch.device) -> AttentionPlan:
-    build = _Builder(len(batch.token_ids), device)
-    for members in length_buckets(batch.prompt_length.tolist()):
-        rows, valid = _padded(batch.prompt_start[members], batch.prompt_length[members])
-        build.add(rows, valid, rows, None, causal=True)
-    group = batch.answer_group
-    spans = (batch.prompt_length[group] + batch.answer_length) * (batch.answer_length > 0)
-    for members in length_buckets(spans.tolist()):
-        rows, valid = _padded(batch.answer_start[members], batch.answer_length[members])
-        prompt = group[members]
-        p_rows, p_valid = _padded(batch.prompt_start[prompt], batch.prompt_length[prompt])
-        own = np.tri(rows.shape[1], dtype=bool) & valid[:, None, :]  # [B, Q, Q]
-        own |= ~valid[:, :, None]  # a padding query looks anywhere, so that no row is all False
-        seen = np.broadcast_to(p_valid[:, None, :], (len(members), rows.shape[1], p_rows.shape[1]))
-        mask = np.concatenate([seen, own], axis=2)
-        build.add(rows, valid, np.concatenate([p_rows, rows], axis=1), mask, causal=False)
+    """Who attends to whom among the rows of this rank and the keys of all."""
+    place_of_query = np.zeros(len(batch.token_ids), dtype=np.int64)
+    place_of_query[batch.rows] = np.arange(len(batch.rows))
+    place_of_key = np.argsort(batch.key_rows)
+    build = _Builder(len(batch.rows), device)
+    segments = _segments(batch)
+    causal = (segments.prefix == 0) & (segments.own == segments.length)
+    for kind in (causal, ~causal):
+        chosen = segments.take(np.flatnonzero(kind))
+        for members in length_buckets((chosen.prefix + chosen.own).tolist()):
+            part = chosen.take(members)
+            rows, valid = _padded(part.start, part.length)
+            keys, mask = _keys(part, valid)
+            fast = kind is causal and len(batch.rows) == len(batch.key_rows)
+            build.add(
+                place_of_query[rows], valid, place_of_key[keys], None if fast else mask, causal=fast
+            )
     return build.plan()
+
+
+def _segments(batch: MicroBatch) -> _Segments:
+    """The pieces of the micro-batch, cut where this rank's runs of rows end."""
+    group, none = batch.answer_group, np.zeros_like(batch.prompt_start)
+    start = np.concatenate([batch.prompt_start, batch.answer_start])
+    end = start + np.concatenate([batch.prompt_length, batch.answer_length])
+    prefix_start = np.concatenate([none, batch.prompt_start[group]])
+    prefix = np.concatenate([none, batch.prompt_length[group]])
+    parts = []
+    for run in np.split(batch.rows, np.flatnonzero(np.diff(batch.rows) != 1) + 1):
+        first, last = start.clip(min=run[0]), end.clip(max=run[-1] + 1)
+        part = _Segments(first, last - first, prefix_start, prefix, start, last - start)
+        parts.append(astuple(part.take(np.flatnonzero(part.length > 0))))
+    return _Segments(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+
+def _keys(part: _Segments, valid: NDArray[np.bool_]) -> tuple[Index, NDArray[np.bool_]]:
+    """Key rows [B, S] and the mask [B, Q, S]; a padding query looks anywhere."""
+    before, before_valid = _padded(part.prefix_start, part.prefix)
+    own, _ = _padded(part.own_start, part.own)
+    last_seen = (part.own - part.length)[:, None] + np.arange(valid.shape[1])  # [B, Q]
+    sees_own = np.arange(own.shape[1]) <= last_seen[:, :, None]
+    shape = (*valid.shape, before.shape[1])
+    sees_before = np.broadcast_to(before_valid[:, None, :], shape)
+    mask = np.concatenate([sees_before, sees_own], axis=2) | ~valid[:, :, None]
+    return np.concatenate([before, own], axis=1), mask
 
 
 def _padded(starts: Index, lengths: Index) -> tuple[Index, NDArray[np.bool_]]:

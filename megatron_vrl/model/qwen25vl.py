@@ -1,15 +1,18 @@
 """Qwen2.5-VL on megatron.core, for training: micro-batch in, log-probs of its answers out.
 
 The language model is Megatron's GPTModel with M-RoPE; the vision tower and the token embedding
-live on the first pipeline stage, the log-prob head on the last. Logits exist only where a loss is
+live in the first chunk of layers, the log-prob head in the last. Logits exist only where a loss is
 (`head.py`). Generation is vLLM's work and is not here.
 """
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -22,19 +25,27 @@ from torch import Tensor
 
 from megatron_vrl.batching.pack import MicroBatch
 from megatron_vrl.config import Model, Parallel
-from megatron_vrl.model.architecture import Architecture
+from megatron_vrl.model.architecture import Architecture, padded_vocab
+from megatron_vrl.model.chunks import Chunk, all_chunks, stage_chunks
 from megatron_vrl.model.head import Distribution, token_logprobs
-from megatron_vrl.model.layers import BOTH_TOWERS, RMSNorm, layer_spec, packed
+from megatron_vrl.model.layers import BOTH_TOWERS, layer_spec, packed
 from megatron_vrl.model.plans import language_plan
+from megatron_vrl.model.precision import layer_parts, number_formats
 from megatron_vrl.model.vision import VisionTower
 from megatron_vrl.parallel.mesh import Mesh
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+}
 
 
 def language_config(arch: Architecture, cfg: Model, parallel: Parallel) -> TransformerConfig:
-    dtype = DTYPES[cfg.dtype]
-    recompute = {"recompute_granularity": "full", "recompute_method": "uniform"}
     return TransformerConfig(
         num_layers=arch.layers,
         hidden_size=arch.hidden,
@@ -47,16 +58,41 @@ def language_config(arch: Architecture, cfg: Model, parallel: Parallel) -> Trans
         **BOTH_TOWERS,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        **_pipeline(arch, cfg, parallel),
         sequence_parallel=parallel.sequence,
-        pipeline_dtype=dtype,
-        variable_seq_lengths=True,
+        variable_seq_lengths=parallel.virtual == 1,  # gloo mixes up the interleaved one's shapes
         moe_token_dispatcher_type="alltoall",  # demanded by variable_seq_lengths, even without MoE
         batch_p2p_comm=False,  # on gloo the batched form is silently wrong between two ranks
         calculate_per_token_loss=True,  # gradients are summed; our token weights hold the divisor
-        params_dtype=dtype,
-        bf16=cfg.dtype == "bfloat16",
-        **(recompute | {"recompute_num_layers": 1} if cfg.recompute == "full" else {}),
+        deterministic_mode=torch.are_deterministic_algorithms_enabled(),
+        **number_formats(cfg),
+        **RECOMPUTE[cfg.recompute],
     )
+
+
+def _pipeline(arch: Architecture, cfg: Model, parallel: Parallel) -> dict[str, Any]:
+    """Megatron's words for our chunks of layers."""
+    if parallel.pipeline == 1:
+        return {}
+    layout = [_megatron_chunk(chunk) for chunk in all_chunks(arch, cfg, parallel)]
+    virtual = parallel.virtual if parallel.virtual > 1 else None
+    return {
+        "pipeline_model_parallel_layout": layout,
+        "virtual_pipeline_model_parallel_size": virtual,
+    }
+
+
+def _megatron_chunk(chunk: Chunk) -> list[str]:
+    layers = ["decoder"] * len(chunk.layers)
+    return ["embedding"] * chunk.embeds + layers + ["loss"] * chunk.ends
+
+
+def _without_context(mesh: Mesh) -> ProcessGroupCollection:
+    """Megatron's groups, but no context parallelism: rows are shared out by us, and attention
+    gathers keys and values itself, which serves any mask."""
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    groups.cp = mesh.alone
+    return groups
 
 
 class LanguageModel(GPTModel):
@@ -67,25 +103,30 @@ class LanguageModel(GPTModel):
 
 
 class Qwen25VL(MegatronModule):
-    """The part of the model that one pipeline stage holds."""
+    """One chunk of the model: all of it, a pipeline stage, or a virtual stage."""
 
-    def __init__(self, arch: Architecture, cfg: Model, parallel: Parallel, mesh: Mesh) -> None:
+    def __init__(
+        self, arch: Architecture, cfg: Model, parallel: Parallel, mesh: Mesh, virtual: int = 0
+    ) -> None:
         config = language_config(arch, cfg, parallel)
         super().__init__(config=config)
         self.arch = arch
         self.mesh = mesh
+        self.chunk = stage_chunks(arch, cfg, parallel, mesh.pipeline.rank)[virtual]
         self.model_type = ModelType.encoder_or_decoder  # asked for by the pipeline schedules
-        self.pre_process = mesh.is_first_stage
-        self.post_process = mesh.is_last_stage
+        self.pre_process = self.chunk.embeds
+        self.post_process = self.chunk.ends
+        self.vp_stage = virtual if parallel.virtual > 1 else None
         self.share_embeddings_and_output_weights = arch.tied_head
         self.vision = VisionTower(arch, mesh, config.params_dtype) if self.pre_process else None
-        layers = arch.layers // parallel.pipeline
+        self._sees_always = parallel.overlap
+        parts = layer_parts(cfg)
         self.language = LanguageModel(
             config=config,
             transformer_layer_spec=TransformerBlockSubmodules(
-                layer_specs=[layer_spec()] * layers, layer_norm=RMSNorm
+                layer_specs=[layer_spec(parts)] * len(self.chunk.layers), layer_norm=parts.norm
             ),
-            vocab_size=arch.vocab,
+            vocab_size=padded_vocab(arch, parallel),
             max_sequence_length=arch.max_positions,
             pre_process=self.pre_process,
             post_process=self.post_process,
@@ -93,7 +134,10 @@ class Qwen25VL(MegatronModule):
             position_embedding_type="mrope",
             rotary_base=arch.rope_base,
             scatter_embedding_sequence_parallel=False,  # vision tokens are put in first
+            pg_collection=_without_context(mesh),
+            vp_stage=self.vp_stage,
         )
+        self.to(config.params_dtype)  # norms are born in float32
         self._freeze(cfg)
 
     def forward(self, batch: MicroBatch, patches: Tensor | None, of: Distribution) -> Tensor:
@@ -103,30 +147,42 @@ class Qwen25VL(MegatronModule):
         """
         device = self.mesh.device
         embeddings = self._embed(batch, patches) if self.pre_process else None
+        positions = torch.from_numpy(batch.positions[:, batch.rows]).to(device)
         hidden = self.language(
             input_ids=None,
-            position_ids=torch.from_numpy(batch.positions).to(device)[:, None],  # [3, 1, T]
+            position_ids=positions[:, None],  # [3, 1, L]
             attention_mask=None,
             decoder_input=embeddings,
             packed_seq_params=packed(
-                len(batch.token_ids), device, plan=language_plan(batch, device)
+                len(batch.rows),
+                device,
+                plan=language_plan(batch, device),
+                context=self.mesh.context.group,
+                cp_group=self.mesh.alone,  # positions are this rank's already
             ),
-        )  # [T (/ tensor), 1, C]
+        )  # [L (/ tensor), 1, C]
         return self._head(hidden, batch, of) if self.post_process else hidden
 
     def _embed(self, batch: MicroBatch, patches: Tensor | None) -> Tensor:
-        token_ids = torch.from_numpy(batch.token_ids).to(self.mesh.device)
+        """Word embeddings of this rank's rows, with vision tokens in the places of their pads."""
+        token_ids = torch.from_numpy(batch.token_ids[batch.rows]).to(self.mesh.device)
         embeddings = self.language.embedding(input_ids=token_ids[None], position_ids=None)
+        assert self.vision is not None
+        if patches is None and self._sees_always:
+            embeddings = embeddings + 0 * self.vision.nothing().sum()
         if patches is not None:
-            assert self.vision is not None
             tokens = self.vision(patches, [visual.grid_thw for visual in batch.visuals])
-            places = torch.isin(
-                token_ids, token_ids.new_tensor([self.arch.video_token, self.arch.image_token])
-            ).nonzero()[:, 0]
-            embeddings = embeddings.index_copy(0, places, tokens[:, None].to(embeddings.dtype))
+            is_pad = np.isin(batch.token_ids, (self.arch.video_token, self.arch.image_token))
+            number = (np.cumsum(is_pad) - 1)[batch.rows]  # of the vision token at each row
+            here = np.flatnonzero(is_pad[batch.rows])
+            places, chosen = (
+                torch.from_numpy(index).to(self.mesh.device) for index in (here, number[here])
+            )
+            seen = tokens.index_select(0, chosen)[:, None]
+            embeddings = embeddings.index_copy(0, places, seen.to(embeddings.dtype))
         if self.config.sequence_parallel:
             embeddings = scatter_to_sequence_parallel_region(embeddings)
-        return embeddings  # [T (/ tensor), 1, C]
+        return embeddings  # [L (/ tensor), 1, C]
 
     def _head(self, hidden: Tensor, batch: MicroBatch, of: Distribution) -> Tensor:
         if self.config.sequence_parallel:
@@ -140,7 +196,7 @@ class Qwen25VL(MegatronModule):
             self.head_weight(),
             target,
             group=self.mesh.tensor.group,
-            of=of,
+            of=replace(of, banned=(*of.banned, *range(self.arch.vocab, self.language.vocab_size))),
         )
         return torch.stack([logprob, entropy])
 
@@ -164,7 +220,7 @@ class Qwen25VL(MegatronModule):
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         for name, entry in state.items():
             if name.startswith(f"{prefix}vision."):
-                entry.replica_id = (0, self.mesh.tensor.rank, self.mesh.data.rank)
+                entry.replica_id = (0, self.mesh.tensor.rank, self.mesh.batch.rank)
         return state
 
     def _freeze(self, cfg: Model) -> None:

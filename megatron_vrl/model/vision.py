@@ -2,10 +2,10 @@
 
 Patches are embedded, run through pre-norm blocks with 2D rotary angles (window attention, full
 attention in a few blocks), and each merge x merge square becomes one token of the language model.
-Attention never crosses a temporal step, so the steps of all videos of a micro-batch are dealt out
-over the tensor-parallel ranks: every rank holds the whole tower, does its share of the work, and
-the tokens are gathered. Gradients of the tower are therefore partial and are summed over the
-tensor-parallel ranks (`training/gradients.py`).
+Attention never crosses a temporal step, so the steps of all visuals of a micro-batch are dealt out
+over the tensor x context ranks: every rank holds the whole tower, does its share of the work, and
+the tokens are gathered. Gradients of the tower are therefore partial: `training/policy.py` sums
+them over the tensor ranks, and Megatron over the context ranks, as it does all gradients.
 
 Source of the arithmetic: transformers' `modeling_qwen2_5_vl.py`, against which it is tested.
 """
@@ -78,19 +78,27 @@ class VisionTower(MegatronModule):
     def forward(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
         """patches [P, patch values] of all temporal steps in order -> [tokens, language hidden].
 
-        Every tensor-parallel rank calls it with the same patches and gets all tokens.
+        Every tensor and context rank calls it with the same patches and gets all tokens.
         """
+        sharing = self.mesh.vision
         steps = [(h, w) for t, h, w in grids for _ in range(t)]
         sizes = [h * w for h, w in steps]
-        bounds = deal_out(sizes, self.mesh.tensor.size)
-        first, last = bounds[self.mesh.tensor.rank]
+        bounds = deal_out(sizes, sharing.size)
+        first, last = bounds[sharing.rank]
         begin = sum(sizes[:first])
         mine = patches[begin : begin + sum(sizes[first:last])]
         tokens = self._encode(mine, steps[first:last])
-        if self.mesh.tensor.size == 1:
+        if sharing.size == 1:
             return tokens
         counts = [sum(sizes[a:b]) // self.arch.merge**2 for a, b in bounds]
-        return _GatherRows.apply(tokens, counts, self.mesh.tensor.group)
+        return _GatherRows.apply(tokens, counts, sharing.group, self.mesh.context.group)
+
+    def nothing(self) -> Tensor:
+        """The token of a black square: with it a batch of text alone touches every parameter, as
+        Megatron's overlapped sum of gradients expects of each."""
+        side = self.arch.merge
+        weight = self.patch_embed.weight
+        return self._encode(weight.new_zeros(side**2, self.arch.patch_values), [(side, side)])
 
     def _encode(self, patches: Tensor, steps: list[tuple[int, int]]) -> Tensor:
         if not steps:  # a rank without work still joins the gather
@@ -116,7 +124,7 @@ class PatchMerger(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.width = arch.hidden * arch.merge**2
-        self.norm = RMSNorm(config, arch.hidden, eps=1e-6).to(dtype)
+        self.norm = RMSNorm(config, arch.hidden, eps=1e-6)
         self.hidden = torch.nn.Linear(self.width, self.width, dtype=dtype)
         self.out = torch.nn.Linear(self.width, out, dtype=dtype)
 
@@ -156,11 +164,18 @@ def rotary_angles(
 
 
 class _GatherRows(torch.autograd.Function):
-    """Concatenate the ranks' rows; backward keeps the own: all ranks hold equal gradients."""
+    """Concatenate the ranks' rows. In the backward pass tensor ranks hold equal gradients, and a
+    context rank those of the tokens among its rows: the latter are summed, and the own kept."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:
-        parts = [rows.new_empty(count, rows.shape[1]) for count in counts]
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        counts: list[int],
+        group: dist.ProcessGroup,
+        context: dist.ProcessGroup,
+    ) -> Tensor:
+        ctx.context = context
         ctx.begin = sum(counts[: group.rank()])
         ctx.count = counts[group.rank()]
         padded = [rows.new_empty(max(counts), rows.shape[1]) for _ in counts]
@@ -170,5 +185,9 @@ class _GatherRows(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0][ctx.begin : ctx.begin + ctx.count].contiguous(), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad,) = grads
+        if ctx.context.size() > 1:
+            grad = grad.contiguous().clone()
+            dist.all_reduce(grad, group=ctx.context)
+        return grad[ctx.begin : ctx.begin + ctx.count].contiguous(), None, None, None

@@ -12,9 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_vrl.model.architecture import Architecture
+from megatron_vrl.model.chunks import Chunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +27,14 @@ class Layout:
     part: Callable[[Tensor], list[Tensor]]  # and back
     axis: int | None  # of the whole parameter, cut over tensor-parallel ranks; None: a copy on each
     fold: int = 1  # parameter's first axis is (fold, rest): gate and up are cut separately
+    rows: int | None = None  # first axis without the zeros that make it divisible; None: never any
 
     def shard(self, whole: Tensor, rank: int, size: int) -> Tensor:
         """This rank's part, in the shape of the parameter."""
         if self.axis is None or size == 1:
             return whole
+        if self.rows is not None:
+            whole = F.pad(whole, (0, 0, 0, -self.rows % size))
         folded = whole.unflatten(0, (self.fold, -1)) if self.fold > 1 else whole
         part = folded.chunk(size, dim=self.axis)[rank]
         return part.flatten(0, 1) if self.fold > 1 else part
@@ -39,7 +44,7 @@ class Layout:
         if self.axis is None or len(shards) == 1:
             return shards[0]
         if self.fold == 1:
-            return torch.cat(list(shards), dim=self.axis)
+            return torch.cat(list(shards), dim=self.axis)[: self.rows]
         folded = [shard.unflatten(0, (self.fold, -1)) for shard in shards]
         return torch.cat(folded, dim=self.axis).flatten(0, 1)
 
@@ -54,10 +59,13 @@ def _stacked(tensors: Sequence[Tensor]) -> Tensor:
 
 
 COPY = Layout(_only, lambda whole: [whole], axis=None)
-COLUMN = Layout(_only, lambda whole: [whole], axis=0)
 ROW = Layout(_only, lambda whole: [whole], axis=1)
 GATE_UP = Layout(_stacked, lambda whole: list(whole.chunk(2)), axis=1, fold=2)
 GATE_UP_COPY = Layout(_stacked, lambda whole: list(whole.chunk(2)), axis=None)
+
+
+def _vocabulary(words: int) -> Layout:
+    return Layout(_only, lambda whole: [whole], axis=0, rows=words)
 
 
 def _qkv(heads: int, kv_heads: int, *, fused: bool) -> Layout:
@@ -83,27 +91,27 @@ def _qkv(heads: int, kv_heads: int, *, fused: bool) -> Layout:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    megatron: str  # name in the stage's Qwen25VL
+    megatron: str  # name in the chunk's Qwen25VL
     published: tuple[str, ...]
     layout: Layout
     exported: bool = True  # False for a tied head's copy on the last stage
 
 
-def stage_rows(arch: Architecture, stage: int, num_stages: int) -> list[Row]:
-    """Every parameter of one pipeline stage."""
+def chunk_rows(arch: Architecture, chunk: Chunk) -> list[Row]:
+    """Every parameter of one chunk of layers; `chunks.whole` gives those of the model."""
+    words = _vocabulary(arch.vocab)
     rows: list[Row] = []
-    if stage == 0:
+    if chunk.embeds:
         rows += _vision_rows(arch)
-        rows.append(Row(EMBEDDING, ("model.embed_tokens.weight",), COLUMN))
-    layers = arch.layers // num_stages
-    for local in range(layers):
-        rows += _layer_rows(arch, local, stage * layers + local)
-    if stage == num_stages - 1:
+        rows.append(Row(EMBEDDING, ("model.embed_tokens.weight",), words))
+    for local, layer in enumerate(chunk.layers):
+        rows += _layer_rows(arch, local, layer)
+    if chunk.ends:
         rows.append(Row("language.decoder.final_layernorm.weight", ("model.norm.weight",), COPY))
         if not arch.tied_head:
-            rows.append(Row(HEAD, ("lm_head.weight",), COLUMN))
-        elif num_stages > 1:
-            rows.append(Row(HEAD, ("model.embed_tokens.weight",), COLUMN, exported=False))
+            rows.append(Row(HEAD, ("lm_head.weight",), words))
+        elif not chunk.embeds:
+            rows.append(Row(HEAD, ("model.embed_tokens.weight",), words, exported=False))
     return rows
 
 

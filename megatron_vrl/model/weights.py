@@ -1,12 +1,12 @@
 """Weights in and out: a Hugging Face checkpoint into this rank's shards, and back as a stream.
 
 Reading touches only the tensors of this pipeline stage, one at a time. The stream gathers over
-tensor and pipeline ranks, so every rank yields the whole model, one stage's tensors at a time.
+tensor and pipeline ranks, so every rank yields the whole model, one chunk's tensors at a time.
 """
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_vrl.errors import CheckpointError
 from megatron_vrl.model.qwen25vl import Qwen25VL
-from megatron_vrl.model.weight_map import Row, published_name, stage_rows
+from megatron_vrl.model.weight_map import chunk_rows, published_name
 from megatron_vrl.observe.files import full_disk_named
 from megatron_vrl.parallel.mesh import Mesh, gather_objects
 
@@ -60,56 +60,62 @@ class PublishedCheckpoint:
                 raise CheckpointError(f"{self.directory} lacks its shard {shard}: restore it.")
 
 
-def load_published(model: Qwen25VL, directory: str | Path) -> None:
+def load_published(chunks: Sequence[Qwen25VL], directory: str | Path) -> None:
     """Copy a Hugging Face checkpoint into this rank's shards. Every rank calls it."""
     source = PublishedCheckpoint(directory)
+    for model in chunks:
+        _load_chunk(model, source)
+
+
+@torch.no_grad()
+def _load_chunk(model: Qwen25VL, source: PublishedCheckpoint) -> None:
     mesh = model.mesh
     params = dict(model.named_parameters())
-    with torch.no_grad():
-        for row in stage_rows(model.arch, mesh.pipeline.rank, mesh.pipeline.size):
-            tensors = [source.tensor(name) for name in row.published]
-            param = params.pop(row.megatron)
-            try:
-                whole = row.layout.join(tensors)
-                shard = row.layout.shard(whole, mesh.tensor.rank, mesh.tensor.size)
-            except RuntimeError:  # torch's word for shapes that do not go together
-                shard = None
-            if shard is None or shard.shape != param.shape:
-                raise CheckpointError(
-                    f"{directory}: {', '.join(row.published)} of shape "
-                    f"{', '.join(str(list(t.shape)) for t in tensors)} do not make the model's "
-                    f"{list(param.shape)}: config.json is of another model."
-                )
-            param.copy_(shard)
+    for row in chunk_rows(model.arch, model.chunk):
+        tensors = [source.tensor(name) for name in row.published]
+        param = params.pop(row.megatron)
+        try:
+            whole = row.layout.join(tensors)
+            shard = row.layout.shard(whole, mesh.tensor.rank, mesh.tensor.size)
+        except RuntimeError:  # torch's word for shapes that do not go together
+            shard = None
+        if shard is None or shard.shape != param.shape:
+            raise CheckpointError(
+                f"{source.directory}: {', '.join(row.published)} of shape "
+                f"{', '.join(str(list(t.shape)) for t in tensors)} do not make the model's "
+                f"{list(param.shape)}: config.json is of another model."
+            )
+        param.copy_(shard)
     assert not params, f"parameters without a row in the table: {sorted(params)}"
 
 
 @torch.no_grad()
 def published_tensors(
-    model: Qwen25VL, value: Callable[[Tensor], Tensor] = torch.Tensor.detach
+    chunks: Sequence[Qwen25VL], value: Callable[[Tensor], Tensor] = torch.Tensor.detach
 ) -> Iterator[tuple[str, Tensor]]:
     """The whole model as (published name, tensor), the same on every rank, in a fixed order.
 
-    Every rank must call it and exhaust it. One stage's tensors are in memory at a time. `value`
+    Every rank must call it and exhaust it. One chunk's tensors are in memory at a time. `value`
     is taken of each parameter: itself, or for example its gradient.
     """
-    mesh = model.mesh
-    own = stage_rows(model.arch, mesh.pipeline.rank, mesh.pipeline.size)
+    mesh = chunks[0].mesh
+    for own in chunks:
+        for stage in range(mesh.pipeline.size):
+            tensors = _unsharded(own, value) if stage == mesh.pipeline.rank else []
+            yield from _broadcast_stage(mesh, stage, tensors)
+
+
+def _unsharded(model: Qwen25VL, value: Callable[[Tensor], Tensor]) -> list[tuple[str, Tensor]]:
+    tensor = model.mesh.tensor
     params = {name: value(param) for name, param in model.named_parameters()}
-    for stage in range(mesh.pipeline.size):
-        rows = own if stage == mesh.pipeline.rank else []
-        yield from _broadcast_stage(mesh, stage, _unsharded(mesh, rows, params))
-
-
-def _unsharded(mesh: Mesh, rows: list[Row], params: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
     tensors: list[tuple[str, Tensor]] = []
-    for row in rows:
+    for row in chunk_rows(model.arch, model.chunk):
         if not row.exported:
             continue
         shards = [params[row.megatron]]
-        if row.layout.axis is not None and mesh.tensor.size > 1:
-            shards = [torch.empty_like(shards[0]) for _ in range(mesh.tensor.size)]
-            dist.all_gather(shards, params[row.megatron], group=mesh.tensor.group)
+        if row.layout.axis is not None and tensor.size > 1:
+            shards = [torch.empty_like(shards[0]) for _ in range(tensor.size)]
+            dist.all_gather(shards, params[row.megatron], group=tensor.group)
         parts = row.layout.part(row.layout.unshard(shards))
         tensors += zip(row.published, parts, strict=True)
     return tensors
@@ -135,7 +141,7 @@ def _broadcast_stage(
         yield name, part.view(shape)
 
 
-def save_published(model: Qwen25VL, template: str | Path, directory: str | Path) -> None:
+def save_published(chunks: Sequence[Qwen25VL], template: str | Path, directory: str | Path) -> None:
     """Write a Hugging Face checkpoint that stock transformers and vLLM load.
 
     `template` is a directory whose config, tokenizer and processor files are copied. Every rank
@@ -143,14 +149,14 @@ def save_published(model: Qwen25VL, template: str | Path, directory: str | Path)
     """
     directory = Path(directory)
     partial = directory.with_name(directory.name + ".partial")
-    writer = model.mesh.rank == 0
+    writer = chunks[0].mesh.rank == 0
     if writer:
         shutil.rmtree(partial, ignore_errors=True)
         with full_disk_named(partial):
             copy_side_files(template, partial)
     shard: dict[str, Tensor] = {}
     shards: list[dict[str, int]] = []
-    for name, tensor in published_tensors(model):
+    for name, tensor in published_tensors(chunks):
         if not writer:
             continue
         if shard and _num_bytes(shard) + tensor.nbytes > SHARD_BYTES:

@@ -1,7 +1,7 @@
 """The grid of ranks: which part of the model and of the batch this process owns.
 
 The only door to Megatron's `parallel_state`. Rank order is Megatron's: tensor fastest, then
-data, then pipeline. Process groups are gloo on the CPU and NCCL on GPUs.
+context, then data, then pipeline. Process groups are gloo on the CPU and NCCL on GPUs.
 """
 
 import os
@@ -33,28 +33,28 @@ class Mesh:
     world: int
     device: torch.device
     tensor: Axis
+    context: Axis
     pipeline: Axis
     data: Axis
-    model: Axis  # tensor x pipeline: the ranks that hold one copy of the model together
+    vision: Axis  # tensor x context: the ranks that share a micro-batch's vision work
+    batch: Axis  # context x data: the ranks that hold the same parameters
+    model: Axis  # tensor x context x pipeline: the ranks that work on the same samples
+    interleaved: bool  # several chunks of layers on each pipeline rank
     alone: dist.ProcessGroup  # this rank only; modules that are not split along `tensor`
-
-    @property
-    def is_first_stage(self) -> bool:
-        return self.pipeline.rank == 0
-
-    @property
-    def is_last_stage(self) -> bool:
-        return self.pipeline.rank == self.pipeline.size - 1
 
 
 def check_layout(cfg: Parallel, world: int) -> None:
     """Raises ConfigError if the ranks do not divide into the layout."""
-    per_replica = cfg.tensor * cfg.pipeline
+    per_replica = cfg.tensor * cfg.context * cfg.pipeline
     if world % per_replica:
+        context = f" x parallel.context={cfg.context}" if cfg.context > 1 else ""
         raise ConfigError(
-            f"parallel.tensor={cfg.tensor} x parallel.pipeline={cfg.pipeline} needs a multiple of "
-            f"{per_replica} processes, not {world}: change --nproc-per-node or the layout."
+            f"parallel.tensor={cfg.tensor}{context} x parallel.pipeline={cfg.pipeline} needs a "
+            f"multiple of {per_replica} processes, not {world}: change --nproc-per-node or the "
+            "layout."
         )
+    if cfg.virtual > 1 and cfg.pipeline == 1:
+        raise ConfigError("parallel.virtual > 1 needs parallel.pipeline > 1: set one of them.")
     if cfg.sequence and cfg.tensor == 1:
         raise ConfigError("parallel.sequence=true needs parallel.tensor > 1: set one of them.")
 
@@ -78,16 +78,25 @@ def init_mesh(cfg: Parallel, seed: int) -> Mesh:
         )
     from megatron.core import parallel_state, tensor_parallel
 
-    parallel_state.initialize_model_parallel(cfg.tensor, cfg.pipeline)
+    parallel_state.initialize_model_parallel(
+        cfg.tensor,
+        cfg.pipeline,
+        virtual_pipeline_model_parallel_size=cfg.virtual if cfg.virtual > 1 else None,
+        context_parallel_size=cfg.context,
+    )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return Mesh(
         rank=dist.get_rank(),
         world=world,
         device=device,
         tensor=_axis(parallel_state.get_tensor_model_parallel_group()),
+        context=_axis(parallel_state.get_context_parallel_group()),
         pipeline=_axis(parallel_state.get_pipeline_model_parallel_group()),
         data=_axis(parallel_state.get_data_parallel_group()),
-        model=_axis(parallel_state.get_model_parallel_group()),
+        vision=_axis(parallel_state.get_tensor_and_context_parallel_group()),
+        batch=_axis(parallel_state.get_data_parallel_group(with_context_parallel=True)),
+        model=_model_axis(parallel_state.get_data_parallel_rank()),
+        interleaved=cfg.virtual > 1,
         alone=dist.new_group([dist.get_rank()], use_local_synchronization=True),
     )
 
@@ -117,6 +126,17 @@ def _init_device() -> torch.device:
 
 def _axis(group: dist.ProcessGroup) -> Axis:
     return Axis(rank=group.rank(), size=group.size(), group=group)
+
+
+def _model_axis(data_rank: int) -> Axis:
+    """The ranks with the same place on the data axis. Every rank calls it."""
+    placed: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(placed, data_rank)
+    members = [
+        [rank for rank, at in enumerate(placed) if at == place] for place in sorted({*placed})
+    ]
+    group, _ = dist.new_subgroups_by_enumeration(members)
+    return _axis(group)
 
 
 def gather_objects(axis: Axis, value: Any) -> list[Any]:

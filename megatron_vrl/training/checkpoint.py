@@ -26,6 +26,7 @@ from megatron_vrl.training.policy import Policy
 STATE = "state.json"
 # Megatron 0.16's default sharding of optimizer state no longer works; this one reshards freely.
 _OPTIMIZER = {"distrib_optim_sharding_type": "fully_reshardable"}
+_LAYERS = {"non_homogeneous_layers": True}  # a name for each layer, instead of one stack of them
 
 
 def save_checkpoint(
@@ -100,9 +101,9 @@ def load_weights(checkpoint: str | Path, policy: Policy) -> None:
     """Weights alone, from a Hugging Face or a Megatron checkpoint. Every rank calls it."""
     checkpoint = Path(checkpoint)
     if (checkpoint / "weights").is_dir():
-        _load(checkpoint, {"model": policy.model.sharded_state_dict()}, policy)
+        _load(checkpoint, _sharded_model(policy), policy)
     elif checkpoint.is_dir():
-        load_published(policy.model, checkpoint)
+        load_published(policy.chunks, checkpoint)
     else:
         raise CheckpointError(f"There is no checkpoint {checkpoint}: set model.checkpoint.")
     if policy.optimizer is not None:
@@ -124,13 +125,20 @@ def read_state(checkpoint: str | Path) -> dict[str, Any]:
 
 
 def _sharded(policy: Policy, is_loading: bool = False) -> dict[str, Any]:
-    model = policy.model.sharded_state_dict()
-    state: dict[str, Any] = {"model": model}
+    state = _sharded_model(policy)
     if policy.optimizer is not None:
         state["optimizer"] = policy.optimizer.sharded_state_dict(
-            model, is_loading=is_loading, metadata=_OPTIMIZER
+            dict(state), is_loading=is_loading, metadata=_OPTIMIZER
         )
     return state
+
+
+def _sharded_model(policy: Policy) -> dict[str, Any]:
+    """Chunks under local names; on disk a tensor is named by its layer in the whole model."""
+    return {
+        f"chunk{number}": chunk.sharded_state_dict(metadata=_LAYERS)
+        for number, chunk in enumerate(policy.chunks)
+    }
 
 
 def _load(checkpoint: Path, sharded: dict[str, Any], policy: Policy) -> None:
@@ -141,7 +149,8 @@ def _load(checkpoint: Path, sharded: dict[str, Any], policy: Policy) -> None:
         raise CheckpointError(
             f"{checkpoint} cannot be loaded ({reason}): use another checkpoint."
         ) from error
-    policy.model.load_state_dict(loaded["model"])
+    for number, chunk in enumerate(policy.chunks):
+        chunk.load_state_dict(loaded[f"chunk{number}"])
     if "optimizer" in sharded:
         assert policy.optimizer is not None
         policy.optimizer.load_state_dict(loaded["optimizer"])

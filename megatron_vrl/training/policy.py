@@ -1,6 +1,6 @@
 """The model being trained: forward, backward and update over all of its ranks.
 
-Every rank of the mesh calls every method, with the micro-batches of its data-parallel rank; the
+Every rank of the mesh calls every method, with its share of its data rank's micro-batches; the
 number of micro-batches must be the same on all. The loss is a sum of token losses times token
 weights, so gradients are summed, never averaged, and no split of the batch can change them.
 """
@@ -20,12 +20,14 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megatron_vrl.batching.pack import MicroBatch
 from megatron_vrl.config import Model, Optimizer, Parallel
 from megatron_vrl.model.architecture import Architecture
 from megatron_vrl.model.head import Distribution
+from megatron_vrl.model.precision import check_available
 from megatron_vrl.model.qwen25vl import Qwen25VL
 from megatron_vrl.parallel.mesh import Mesh
 from megatron_vrl.training.optimizer import learning_rate, make_optimizer
@@ -54,22 +56,38 @@ class Policy:
         self.mesh = mesh
         self.arch = arch
         self._model_cfg, self._parallel_cfg = model, parallel
-        self.model = Qwen25VL(arch, model, parallel, mesh).to(mesh.device)
+        check_available(model, mesh.device)
+        self.chunks = self._built()
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
-            overlap_grad_reduce=False,
+            overlap_grad_reduce=parallel.overlap,
             use_distributed_optimizer=parallel.distributed_optimizer,
         )
-        self._ddp = DistributedDataParallel(self.model.config, ddp, self.model)
-        self.model.config.finalize_model_grads_func = self._finalize_gradients
+        self._ddp = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in self.chunks]
+        config = self.chunks[0].config  # Megatron's schedules read the first chunk's
+        config.finalize_model_grads_func = self._finalize_gradients
+        if parallel.overlap:
+            pause = [wrapped.no_sync for wrapped in self._ddp]
+            begin = [wrapped.start_grad_sync for wrapped in self._ddp]
+            several = parallel.virtual > 1  # else Megatron wants the function and not a list of one
+            config.no_sync_func = pause if several else pause[0]
+            config.grad_sync_func = begin if several else begin[0]
         self.optimizer: MegatronOptimizer | None = None
-        self._reference: Qwen25VL | None = None
+        self._reference: list[Qwen25VL] = []
+
+    def _built(self) -> list[Qwen25VL]:
+        """This rank's chunks of layers, one for each virtual pipeline stage."""
+        model, parallel, mesh = self._model_cfg, self._parallel_cfg, self.mesh
+        return [
+            Qwen25VL(self.arch, model, parallel, mesh, virtual).to(mesh.device)
+            for virtual in range(parallel.virtual)
+        ]
 
     def start_phase(self, cfg: Optimizer, num_steps: int) -> None:
         """Begin with a fresh optimizer on the weights as they are."""
         self._optimizer_cfg, self._num_steps = cfg, num_steps
         self.optimizer = make_optimizer(
-            [self._ddp],
+            self._ddp,
             cfg,
             bf16=self._model_cfg.dtype == "bfloat16",
             distributed=self._parallel_cfg.distributed_optimizer,
@@ -77,18 +95,29 @@ class Policy:
 
     def keep_reference(self) -> None:
         """Keep a frozen copy of the weights as they are, for the KL term."""
-        self._reference = Qwen25VL(self.arch, self._model_cfg, self._parallel_cfg, self.mesh)
-        self._reference.to(self.mesh.device).requires_grad_(False)
-        self._reference.load_state_dict(self.model.state_dict())
+        self._reference = self._built()
+        for frozen, chunk in zip(self._reference, self.chunks, strict=True):
+            frozen.requires_grad_(False)
+            frozen.load_state_dict(chunk.state_dict())
+
+    def logprobs(self, batches: Sequence[MicroBatch], of: Distribution) -> list[Tensor | None]:
+        """Log-prob [N] of every batch under the weights as they are; None off the last stage."""
+        return self._logprobs(self.chunks, batches, of)
 
     def reference_logprobs(
         self, batches: Sequence[MicroBatch], of: Distribution
     ) -> list[Tensor | None]:
         """Log-prob [N] of every batch under the reference; None off the last stage or without."""
-        if self._reference is None:
+        if not self._reference:
             return [None] * len(batches)
+        return self._logprobs(self._reference, batches, of)
+
+    def _logprobs(
+        self, chunks: list[Qwen25VL], batches: Sequence[MicroBatch], of: Distribution
+    ) -> list[Tensor | None]:
         jobs = [(batch, _logprob_of) for batch in batches]
-        outputs = self._run(self._reference, jobs, of, forward_only=True)
+        with torch.no_grad():
+            outputs = self._run(chunks, jobs, of, forward_only=True)
         return outputs or [None] * len(batches)
 
     def update(
@@ -97,7 +126,8 @@ class Policy:
         """One optimizer update from this rank's micro-batches; `step` updates were made before."""
         assert self.optimizer is not None, "start_phase first"
         references = self.reference_logprobs(batches, of)
-        self._ddp.zero_grad_buffer()
+        for wrapped in self._ddp:
+            wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         jobs = [
             (batch, partial(_weighted, token_loss, batch, reference))
@@ -121,7 +151,7 @@ class Policy:
 
     def _run(
         self,
-        model: Any,
+        chunks: Sequence[Any],
         jobs: Sequence[Job],
         of: Distribution,
         forward_only: bool = False,
@@ -130,14 +160,15 @@ class Policy:
 
         def forward_step(data: Iterator[Job], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
             batch, on_output = next(data)
-            return chunk(batch, self._patches(batch), of), on_output
+            patches = self._patches(batch) if get_attr_wrapped_model(chunk, "pre_process") else None
+            return chunk(batch, patches, of), on_output
 
         records: list[Any] = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(jobs),
-            model=[model],
+            data_iterator=[iter(jobs) for _ in chunks],
+            model=list(chunks),
             num_microbatches=len(jobs),
-            seq_length=1,  # shapes travel with the tensors: variable_seq_lengths
+            seq_length=len(jobs[0][0].token_ids),  # read only by the interleaved schedule
             micro_batch_size=1,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
@@ -145,10 +176,10 @@ class Policy:
         return records
 
     def _patches(self, batch: MicroBatch) -> Tensor | None:
-        if not self.mesh.is_first_stage or not batch.visuals:
+        if not batch.visuals:
             return None
         patches = np.concatenate([patchify(visual.frames) for visual in batch.visuals])
-        return torch.from_numpy(patches).to(self.mesh.device, self.model.config.params_dtype)
+        return torch.from_numpy(patches).to(self.mesh.device, self.chunks[0].config.params_dtype)
 
     def _finalize_gradients(
         self, model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any
@@ -156,10 +187,10 @@ class Policy:
         """Sum over data ranks, tied heads and sequence-parallel norms; then the vision tower's
         parts, since each tensor-parallel rank saw its own temporal steps only."""
         finalize_model_grads(model, None, **kwargs)
-        tensor = self.mesh.tensor
-        if tensor.size == 1 or self.model.vision is None:
+        tensor, vision = self.mesh.tensor, self.chunks[0].vision
+        if tensor.size == 1 or vision is None:
             return
-        grads = [p.main_grad for p in self.model.vision.parameters() if p.requires_grad]
+        grads = [p.main_grad for p in vision.parameters() if p.requires_grad]
         if grads:
             flat = torch.cat([grad.reshape(-1) for grad in grads])
             dist.all_reduce(flat, group=tensor.group)
@@ -167,7 +198,11 @@ class Policy:
                 grad.copy_(summed.view_as(grad))
 
     def _gradients_are_finite(self) -> bool:
-        finite = [torch.isfinite(buffer.grad_data).all() for buffer in self._ddp.buffers]
+        finite = [
+            torch.isfinite(buffer.grad_data).all()
+            for wrapped in self._ddp
+            for buffer in wrapped.buffers
+        ]
         flag = (
             torch.stack(finite).all().float() if finite else torch.ones((), device=self.mesh.device)
         )
@@ -188,8 +223,8 @@ class Policy:
             row = torch.stack([record[name].double() for name in names])
             totals = torch.where(is_max, torch.maximum(totals, row), totals + row)
         peaks = totals.clone()
-        dist.all_reduce(totals, group=self.mesh.data.group)
-        dist.all_reduce(peaks, dist.ReduceOp.MAX, group=self.mesh.data.group)
+        dist.all_reduce(totals, group=self.mesh.batch.group)
+        dist.all_reduce(peaks, dist.ReduceOp.MAX, group=self.mesh.batch.group)
         totals = torch.where(is_max, peaks, totals)
         if self.mesh.pipeline.size > 1:
             dist.broadcast(totals, last, group=self.mesh.pipeline.group)

@@ -50,10 +50,10 @@ several = st.lists(groups, min_size=1, max_size=4)
 
 
 @given(several, st.sampled_from([1, 2, 4]))
-def test_every_target_is_predicted_from_prompt_and_answer_alone(members, pad_to):
-    batch = pack(members, pad_to=pad_to)
-    assert len(batch.token_ids) % pad_to == 0
-    assert len(batch.token_ids) - sum(group.num_tokens for group in members) in range(pad_to)
+def test_every_target_is_predicted_from_prompt_and_answer_alone(members, multiple):
+    batch = pack(members, multiple=multiple)
+    assert len(batch.token_ids) % multiple == 0
+    assert len(batch.token_ids) - sum(group.num_tokens for group in members) in range(multiple)
     answers = [(group, a) for group in members for a in group.answers]
     for index, (group, given_answer) in enumerate(answers):
         mine = batch.sequence == index

@@ -1,15 +1,16 @@
 """Three updates of a tiny model in one layout after the other, all in the same processes.
 
-Run by torchrun as `layout_worker.py DIRECTORY`: trains every layout of `LAYOUTS` that is made for
-so many processes on the checkpoints DIRECTORY/untied and DIRECTORY/tied, and writes what every
-layout must share to DIRECTORY/NAME-untied.pt and so on. Layouts of one process need no torchrun.
+Run by torchrun as `layout_worker.py DIRECTORY [NAME ...]`: trains the named layouts, or every one
+of `LAYOUTS`, that are made for so many processes, on the checkpoints DIRECTORY/MODEL of `MODELS`,
+and writes what every layout must share to DIRECTORY/NAME-MODEL.pt. Layouts of one process need no
+torchrun.
 """
 
 import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -29,21 +30,53 @@ class Layout:
     processes: int
     parallel: dict[str, Any]
     model: dict[str, Any] = field(default_factory=dict)
-    prompts: str = "shared"  # or "plain": repeated before every answer
-    heads: tuple[str, ...] = ("untied", "tied")
+    prompts: Literal["shared", "plain"] = "shared"  # plain: repeated before every answer
+    models: tuple[str, ...] = ("untied", "tied")
 
 
 LAYOUTS = {
     "one": Layout(processes=1, parallel=PLAIN_DDP),
     "one-plain": Layout(processes=1, parallel=PLAIN_DDP, prompts="plain"),
     "one-recompute": Layout(processes=1, parallel=PLAIN_DDP, model={"recompute": "full"}),
+    "one-recompute-selective": Layout(
+        processes=1, parallel=PLAIN_DDP, model={"recompute": "selective"}
+    ),
+    "one-four-kv-heads": Layout(processes=1, parallel=PLAIN_DDP, models=("four-kv-heads",)),
     "dp2": Layout(processes=2, parallel=PLAIN_DDP),
     "dp2-distributed-optimizer": Layout(processes=2, parallel={}),
     "tp2": Layout(processes=2, parallel=PLAIN_DDP | {"tensor": 2}),
     "tp2-sp": Layout(processes=2, parallel=PLAIN_DDP | {"tensor": 2, "sequence": True}),
     "pp2": Layout(processes=2, parallel=PLAIN_DDP | {"pipeline": 2}),
+    "pp2-uneven": Layout(
+        processes=2,
+        parallel=PLAIN_DDP | {"pipeline": 2, "layers_per_chunk": [1, 3]},
+        models=("tied",),
+    ),
+    "pp2-virtual2": Layout(processes=2, parallel=PLAIN_DDP | {"pipeline": 2, "virtual": 2}),
+    "cp2": Layout(processes=2, parallel=PLAIN_DDP | {"context": 2}),
+    "cp2-recompute": Layout(
+        processes=2,
+        parallel=PLAIN_DDP | {"context": 2},
+        model={"recompute": "full"},
+        models=("tied",),
+    ),
+    "dp2-overlap": Layout(processes=2, parallel={"overlap": True}, models=("tied",)),
+    "tp4": Layout(processes=4, parallel=PLAIN_DDP | {"tensor": 4}, models=("four-kv-heads",)),
+    "pp4": Layout(processes=4, parallel=PLAIN_DDP | {"pipeline": 4}, models=("tied",)),
+    "tp2-cp2": Layout(
+        processes=4, parallel=PLAIN_DDP | {"tensor": 2, "context": 2}, models=("tied",)
+    ),
+    "cp2-dp2-distributed-optimizer": Layout(processes=4, parallel={"context": 2}, models=("tied",)),
+    "pp2-virtual2-dp2-overlap": Layout(
+        processes=4, parallel={"pipeline": 2, "virtual": 2, "overlap": True}, models=("tied",)
+    ),
     "tp2-sp-pp2-distributed-optimizer": Layout(
-        processes=4, parallel={"tensor": 2, "sequence": True, "pipeline": 2}
+        processes=4, parallel={"tensor": 2, "sequence": True, "pipeline": 2}, models=("tied",)
+    ),
+    "tp2-sp-cp2-pp2": Layout(
+        processes=8,
+        parallel=PLAIN_DDP | {"tensor": 2, "sequence": True, "context": 2, "pipeline": 2},
+        models=("tied",),
     ),
 }
 for frozen in ("vision", "merger", "language"):
@@ -53,7 +86,7 @@ for frozen in ("vision", "merger", "language"):
             processes=2 if parallel else 1,
             parallel=PLAIN_DDP | parallel,
             model=model,
-            heads=("untied",),
+            models=("untied",),
         )
 
 
@@ -63,10 +96,10 @@ def train(checkpoint: Path, layout: Layout) -> dict[str, Any]:
     mesh = init_mesh(parallel, seed=1)
     cfg = Model(checkpoint=str(checkpoint), dtype="float32", **layout.model)
     policy = Policy(read_architecture(checkpoint), cfg, parallel, mesh)
-    load_published(policy.model, checkpoint)
+    load_published(policy.chunks, checkpoint)
     policy.keep_reference()
     policy.start_phase(Optimizer(lr=1e-3, clip_grad=1.0), num_steps=3)
-    batches = micro_batches(GROUPS, mesh, prompts=layout.prompts)
+    batches = micro_batches(GROUPS, mesh, layout.prompts)
     result: dict[str, Any] = {}
     for step in range(3):
         update = policy.update(batches, token_loss, Distribution(), step)
@@ -75,9 +108,9 @@ def train(checkpoint: Path, layout: Layout) -> dict[str, Any]:
             result.setdefault(name, []).append(value)
         if step == 0 and not parallel.distributed_optimizer:
             # clipping scaled the gradients in place by the same factor in every layout
-            grads = published_tensors(policy.model, _gradient)
+            grads = published_tensors(policy.chunks, _gradient)
             result["grads"] = {name: grad.clone() for name, grad in grads}
-    result["weights"] = {name: t.clone() for name, t in published_tensors(policy.model)}
+    result["weights"] = {name: t.clone() for name, t in published_tensors(policy.chunks)}
     close_mesh()
     return result
 
@@ -87,14 +120,15 @@ def _gradient(param: torch.Tensor) -> torch.Tensor:
     return param.main_grad if param.requires_grad else torch.full_like(param, torch.nan)  # type: ignore[attr-defined]
 
 
-def main(directory: Path) -> None:
+def main(directory: Path, names: list[str]) -> None:
     world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    for name, layout in LAYOUTS.items():
-        for head in layout.heads if layout.processes == world else ():
-            result = train(directory / head, layout)
+    for name in names or LAYOUTS:
+        layout = LAYOUTS[name]
+        for model in layout.models if layout.processes == world else ():
+            result = train(directory / model, layout)
             if rank == world - 1:
-                torch.save(result, directory / f"{name}-{head}.pt")
+                torch.save(result, directory / f"{name}-{model}.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -11,7 +11,7 @@ from megatron_vrl.config import Model, Parallel
 from megatron_vrl.model.architecture import read_architecture
 from megatron_vrl.model.head import Distribution
 from megatron_vrl.model.qwen25vl import Qwen25VL
-from megatron_vrl.model.weight_map import stage_rows
+from megatron_vrl.model.weight_map import chunk_rows
 from megatron_vrl.model.weights import load_published, published_tensors
 from megatron_vrl.parallel.mesh import Mesh, close_mesh, init_mesh
 from megatron_vrl.types import EncodedImage, EncodedVideo
@@ -28,7 +28,7 @@ def mesh():
 def _model(mesh: Mesh, directory: Path) -> Qwen25VL:
     cfg = Model(checkpoint=str(directory), dtype="float32")
     model = Qwen25VL(read_architecture(directory), cfg, Parallel(), mesh)
-    load_published(model, directory)
+    load_published([model], directory)
     return model
 
 
@@ -120,7 +120,7 @@ def test_logprobs_and_gradients_equal_transformers(mesh, tmp_path, tied, visuals
         for n, p in oracle.named_parameters()
     }
     params = dict(model.named_parameters())
-    for row in stage_rows(model.arch, 0, 1):
+    for row in chunk_rows(model.arch, model.chunk):
         parts = [published[name] for name in row.published]
         got = params[row.megatron].grad
         if any(part is None for part in parts):  # the tower, where nothing is to be seen
@@ -155,7 +155,7 @@ def test_entropy_is_that_of_the_whole_distribution(mesh, tmp_path):
 def test_round_trip_is_bit_equal(mesh, tmp_path):
     oracle = published_model()
     model = _model(mesh, save(oracle, tmp_path))
-    exported = dict(published_tensors(model))
+    exported = dict(published_tensors([model]))
     published = {
         n.replace("model.visual", "visual").replace("model.language_model", "model"): p
         for n, p in oracle.named_parameters()

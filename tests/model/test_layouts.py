@@ -10,19 +10,19 @@ import pytest
 import torch
 
 from tests.model.layout_worker import LAYOUTS, train
-from tests.tiny import published_model, save
+from tests.tiny import MODELS, published_model, save
 
 ROOT = Path(__file__).parents[2]
-CASES = [(name, head) for name, layout in LAYOUTS.items() for head in layout.heads]
+CASES = [(name, model) for name, layout in LAYOUTS.items() for model in layout.models]
 LANGUAGE, VISION, MERGER = "language", "vision", "merger"
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """trained(layout, head) -> what `layout_worker.train` returned; each layout is run once."""
+    """trained(layout, model) -> what `layout_worker.train` returned; each layout is run once."""
     directory = tmp_path_factory.mktemp("layouts")
-    for head in ("untied", "tied"):
-        save(published_model(tied=head == "tied"), directory / head)
+    for name, sizes in MODELS.items():
+        save(published_model(**sizes), directory / name)
 
     @functools.cache
     def launch(processes: int) -> None:
@@ -34,27 +34,28 @@ def trained(tmp_path_factory):
             env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"},
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=280,
         )
         assert done.returncode == 0, done.stderr[-3000:]
 
     @functools.cache
-    def results(name: str, head: str) -> dict:
+    def results(name: str, model: str) -> dict:
         layout = LAYOUTS[name]
         if layout.processes == 1:
-            return train(directory / head, layout)
+            return train(directory / model, layout)
         launch(layout.processes)
-        return torch.load(directory / f"{name}-{head}.pt")
+        return torch.load(directory / f"{name}-{model}.pt")
 
     return results
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "head"), CASES)
-def test_layout_equals_one_process(trained, name, head):
+@pytest.mark.parametrize(("name", "model"), CASES)
+def test_layout_equals_one_process(trained, name, model):
     _, is_frozen, frozen = name.partition("-frozen-")
-    one = trained("one" + is_frozen + frozen, head)
-    many = trained(name, head)
+    alone = "one-four-kv-heads" if model == "four-kv-heads" else "one" + is_frozen + frozen
+    one = trained(alone, model)
+    many = trained(name, model)
     for metric in ("loss", "grad_norm", "entropy", "reference_gap_max"):
         torch.testing.assert_close(
             torch.tensor(many[metric]), torch.tensor(one[metric]), rtol=1e-5, atol=2e-6
@@ -70,9 +71,9 @@ def test_layout_equals_one_process(trained, name, head):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "head"), CASES)
-def test_reference_stays_where_the_policy_began(trained, name, head):
-    gaps = trained(name, head)["reference_gap_max"]
+@pytest.mark.parametrize(("name", "model"), CASES)
+def test_reference_stays_where_the_policy_began(trained, name, model):
+    gaps = trained(name, model)["reference_gap_max"]
     assert gaps[0] == 0.0  # the same numbers, by the same operations
     assert 1e-3 < gaps[1] < gaps[2]
 

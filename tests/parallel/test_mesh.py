@@ -28,6 +28,17 @@ def test_layouts_that_divide(tensor, pipeline, world):
             "change --nproc-per-node or the layout.",
         ),
         (
+            {"context": 2, "pipeline": 2},
+            6,
+            "parallel.tensor=1 x parallel.context=2 x parallel.pipeline=2 needs a multiple of 4 "
+            "processes, not 6: change --nproc-per-node or the layout.",
+        ),
+        (
+            {"virtual": 2},
+            2,
+            "parallel.virtual > 1 needs parallel.pipeline > 1: set one of them.",
+        ),
+        (
             {"sequence": True},
             2,
             "parallel.sequence=true needs parallel.tensor > 1: set one of them.",
@@ -41,9 +52,10 @@ def test_layouts_that_do_not(layout, world, sentence):
 
 
 def test_one_process_is_all_axes(mesh):
-    for axis in (mesh.tensor, mesh.pipeline, mesh.data, mesh.model):
+    axes = (mesh.tensor, mesh.context, mesh.pipeline, mesh.data)
+    for axis in (*axes, mesh.vision, mesh.batch, mesh.model):
         assert (axis.rank, axis.size) == (0, 1)
-    assert mesh.is_first_stage and mesh.is_last_stage
+    assert not mesh.interleaved
 
 
 def test_a_grid_may_follow_another(mesh):

@@ -27,7 +27,7 @@ def started(checkpoint: Path, parallel: Parallel) -> Policy:
     mesh = init_mesh(parallel, seed=1)
     arch = read_architecture(checkpoint)
     policy = Policy(arch, Model(checkpoint=str(checkpoint), dtype="float32"), parallel, mesh)
-    load_published(policy.model, checkpoint)
+    load_published(policy.chunks, checkpoint)
     policy.start_phase(OPTIMIZER, num_steps=8)
     return policy
 
@@ -35,7 +35,7 @@ def started(checkpoint: Path, parallel: Parallel) -> Policy:
 def step(policy: Policy, done: int) -> dict[str, Any]:
     batches = micro_batches(GROUPS, policy.mesh)
     update = policy.update(batches, token_loss, Distribution(), done)
-    weights = {name: tensor.clone() for name, tensor in published_tensors(policy.model)}
+    weights = {name: tensor.clone() for name, tensor in published_tensors(policy.chunks)}
     return {"loss": update.loss, "grad_norm": update.grad_norm, "weights": weights}
 
 

@@ -1,0 +1,58 @@
+"""Which layers and number formats the language model computes with, and whether they are here.
+
+Transformer Engine's layers run on a GPU only, and FP8 only in them. A run that asks for them
+elsewhere ends in one sentence before anything is built. *Not run yet on a GPU.*
+"""
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from megatron_vrl.config import Model
+from megatron_vrl.errors import ConfigError
+from megatron_vrl.model.layers import MEGATRON, LayerParts
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Our words for where an FP8 scale comes from -> Megatron's: the history of maxima, the tensor
+# itself, or each block of 128 of it.
+FP8_RECIPES = {"delayed": "delayed", "current": "tensorwise", "blockwise": "blockwise"}
+
+
+def check_available(cfg: Model, device: torch.device) -> None:
+    """Raises ConfigError if this process cannot compute as asked."""
+    if cfg.fp8 != "none" and cfg.layers != "transformer_engine":
+        raise ConfigError(
+            f"model.fp8={cfg.fp8} is computed by Transformer Engine only: set "
+            "model.layers=transformer_engine, or model.fp8=none."
+        )
+    if cfg.layers != "transformer_engine":
+        return
+    if device.type != "cuda" or find_spec("transformer_engine") is None:
+        lacks = "no GPU" if device.type != "cuda" else "no Transformer Engine"
+        raise ConfigError(
+            f"model.layers=transformer_engine, but this machine has {lacks}: set "
+            "model.layers=megatron and model.fp8=none."
+        )
+
+
+def number_formats(cfg: Model) -> dict[str, Any]:
+    """Arguments of TransformerConfig."""
+    dtype = DTYPES[cfg.dtype]
+    formats: dict[str, Any] = {
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": cfg.dtype == "bfloat16",
+    }
+    if cfg.fp8 != "none":  # e4m3 forward, e5m2 for gradients
+        formats |= {"fp8": "hybrid", "fp8_recipe": FP8_RECIPES[cfg.fp8]}
+    return formats
+
+
+def layer_parts(cfg: Model) -> LayerParts:
+    """What the language model's layers are made of."""
+    if cfg.layers == "megatron":
+        return MEGATRON
+    from megatron.core.extensions import transformer_engine as te
+
+    return LayerParts(te.TEColumnParallelLinear, te.TERowParallelLinear, te.TENorm)
