@@ -8,3 +8,4 @@ export WANDB_DISABLE_WEAVE=true                # no advertisement between the li
 export TOKENIZERS_PARALLELISM=false             # its threads do not survive a fork
 export PYTHONUNBUFFERED=1                       # lines appear when they are printed
 export PIP_DISABLE_PIP_VERSION_CHECK=1
+export CUBLAS_WORKSPACE_CONFIG=":4096:8"           # run.deterministic asks for it; costs 24 MiB
