@@ -133,12 +133,12 @@ class PatchMerger(torch.nn.Module):
 
 
 def deal_out(sizes: Sequence[int], ranks: int) -> list[tuple[int, int]]:
-    """Contiguous [first, last) shares of the steps, cut where the running total passes a share."""
+    """Contiguous [first, last) shares of the steps, cut before the step that passes a share."""
     ends = np.cumsum(sizes) if len(sizes) else np.zeros(0)
     total = float(ends[-1]) if len(sizes) else 0.0
     cuts = [0]
     for rank in range(1, ranks):
-        cuts.append(int(np.searchsorted(ends, total * rank / ranks, side="left")))
+        cuts.append(int(np.searchsorted(ends, total * rank / ranks, side="right")))
     return list(zip(cuts, [*cuts[1:], len(sizes)], strict=True))
 
 
