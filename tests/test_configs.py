@@ -69,6 +69,19 @@ def test_the_recipe_takes_every_size(path, monkeypatch):
     assert any("replicas of tensor 2" in note for note in check(cfg, 8))
 
 
+def test_a_dry_run_says_how_the_model_is_cut(tmp_path, monkeypatch):
+    """3B over two stages, the tower weighing 24.9 layers and the head 1; a word too few."""
+    monkeypatch.chdir(ROOT)
+    published = json.loads((ROOT / "configs/models/qwen2.5-vl-3b.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(published | {"vocab_size": 151935}))
+    layout = ["parallel.tensor=2", "parallel.pipeline=2", "parallel.split=balanced"]
+    cfg = load_config(RECIPE, [f"model.architecture={tmp_path / 'config.json'}", *layout])
+    notes = check(cfg, 8)
+    assert "layers of each pipeline stage: 6, 30" in notes
+    padded = "padded to 151936 rows, which parallel.tensor=2 divides"
+    assert any(padded in note for note in notes)
+
+
 @pytest.mark.parametrize("duration_s", [5, 30, 180, 384, 3600])
 def test_the_recipe_keeps_its_token_budget(duration_s):
     cfg = load_config(RECIPE)

@@ -29,7 +29,7 @@ def check(cfg: RunConfig, world: int) -> list[str]:
         f"model: {arch.num_parameters:,} parameters",
         _layout(world, replicas, cfg),
         *_stages(arch, cfg),
-        *_padding(arch, cfg),
+        *padding_notes(arch, cfg),
         f"a GRPO step: {cfg.rollout.prompts_per_step} prompts, {answers} answers, 1 update",
         *notes,
         *dict.fromkeys(missing),
@@ -53,7 +53,8 @@ def _stages(arch: Architecture, cfg: RunConfig) -> list[str]:
     return ["layers of each pipeline stage: " + ", ".join("+".join(map(str, s)) for s in stages)]
 
 
-def _padding(arch: Architecture, cfg: RunConfig) -> list[str]:
+def padding_notes(arch: Architecture, cfg: RunConfig) -> list[str]:
+    """What to say of a vocabulary that the tensor ranks do not divide."""
     rows = padded_vocab(arch, cfg.parallel)
     if rows == arch.vocab:
         return []

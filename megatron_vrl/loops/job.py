@@ -13,7 +13,7 @@ from megatron_vrl.build import Parts, build
 from megatron_vrl.config import RunConfig
 from megatron_vrl.errors import ConfigError, UserError
 from megatron_vrl.evaluation import evaluate, trivial_answers
-from megatron_vrl.loops.dry_run import check
+from megatron_vrl.loops.dry_run import check, padding_notes
 from megatron_vrl.loops.grpo import train_grpo
 from megatron_vrl.loops.record import record
 from megatron_vrl.loops.sft import train_sft
@@ -50,6 +50,8 @@ def run_job(cfg: RunConfig) -> Path:
             rank=parts.mesh.rank,
             resume=state.next_row,
         )
+    for note in padding_notes(parts.arch, cfg):
+        sinks.say(note)
     state.add_seconds(parts.clock.take())
     failure: UserError | None = None
     try:
