@@ -1,0 +1,107 @@
+"""Images against transformers' own processor: same grid, same patches but for the resize."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from megatron_vrl.errors import CheckpointError, VideoError
+from megatron_vrl.rollout.torchvision_shim import declare_missing_ops
+from megatron_vrl.video.image import ImageRules, read_image, read_image_rules
+from megatron_vrl.video.rules import patchify, smart_resize
+
+declare_missing_ops()
+
+from transformers.image_utils import load_image  # noqa: E402
+from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as published  # noqa: E402
+
+RULES = ImageRules()
+GREY_LEVEL = 1 / 255 / 0.26  # one grey level after normalisation
+
+
+def picture(height, width, seed=0):
+    """Smooth colours with noise, so that a resize has something to get wrong."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width] / max(height, width)
+    smooth = np.stack([y, x, 1 - y], -1) * 200
+    return (smooth + rng.integers(0, 56, (height, width, 3))).astype(np.uint8)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    def save(pixels, name="image.png", **options):
+        Image.fromarray(pixels).save(tmp_path / name, **options)
+        return str(tmp_path / name)
+
+    return save
+
+
+@pytest.mark.parametrize(
+    ("height", "width"), [(56, 84), (100, 75), (333, 517), (20, 30), (1500, 1100), (30, 900)]
+)
+def test_grid_and_patches_equal_transformers(saved, height, width):
+    path = saved(picture(height, width))
+    image = read_image(path, RULES)
+    oracle = published.Qwen2VLImageProcessorPil()(load_image(path), return_tensors="np")
+    assert oracle["image_grid_thw"].tolist() == [list(image.grid_thw)]
+    gap = np.abs(patchify(image.frames) - oracle["pixel_values"])
+    assert gap.max() < 1.01 * GREY_LEVEL  # of two bicubic resizes that round to bytes
+    assert (gap > 0.5 * GREY_LEVEL).mean() < 0.02
+
+
+@given(st.integers(15, 3000), st.integers(15, 3000))
+def test_sizes_equal_transformers(height, width):
+    if max(height, width) <= 200 * min(height, width):
+        limits = {"min_pixels": RULES.min_pixels, "max_pixels": RULES.max_pixels}
+        assert smart_resize(height, width, **limits) == published.smart_resize(
+            height, width, factor=28, **limits
+        )
+
+
+def test_orientation_and_colours_are_those_of_load_image(saved):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lying on its side
+    for path in (
+        saved(picture(84, 140), "turned.jpg", exif=exif),
+        saved(picture(84, 140)[..., 0], "grey.png"),
+        saved(np.dstack([picture(84, 140), picture(84, 140)[..., :1]]), "transparent.png"),
+    ):
+        wanted = np.asarray(load_image(path))
+        image = read_image(path, RULES)
+        assert image.frames.shape == (2, *wanted.shape)  # no resize: already multiples of 28
+        assert all(np.array_equal(frame, wanted) for frame in image.frames)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("preprocessor_config.json", {"min_pixels": 784, "max_pixels": 1568}),
+        ("preprocessor_config.json", {"size": {"shortest_edge": 784, "longest_edge": 1568}}),
+        (
+            "processor_config.json",
+            {"image_processor": {"size": {"shortest_edge": 784, "longest_edge": 1568}}},
+        ),
+    ],
+)
+def test_limits_of_the_checkpoint(tmp_path, name, content):
+    assert read_image_rules(tmp_path) == ImageRules(min_pixels=3136, max_pixels=1003520)
+    (tmp_path / name).write_text(json.dumps(content))
+    assert read_image_rules(tmp_path) == ImageRules(min_pixels=784, max_pixels=1568)
+    (tmp_path / name).write_text("{")
+    with pytest.raises(CheckpointError, match="restore it from the checkpoint"):
+        read_image_rules(tmp_path)
+
+
+def test_bad_files_are_named(saved, tmp_path):
+    whole = saved(picture(100, 100))
+    (tmp_path / "torn.png").write_bytes(Path(whole).read_bytes()[:5000])
+    (tmp_path / "text.png").write_text("no image")
+    for name in ("torn.png", "text.png", "absent.png"):
+        with pytest.raises(VideoError, match=f"{name} cannot be read as an image"):
+            read_image(str(tmp_path / name), RULES)
+    with pytest.raises(VideoError, match="is 900x4, longer than 200:1; crop it"):
+        read_image(saved(picture(4, 900), "thin.png"), RULES)
