@@ -5,8 +5,9 @@ name. A part of the program receives its own section, never the whole.
 """
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -19,6 +20,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+Schema = TypeVar("Schema", bound=Section)
 
 
 class Run(Section):
@@ -275,12 +279,30 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:  # ty
         raise ConfigError(
             f"{path} holds {type(tree).__name__}, not sections. See configs/quickstart.yaml."
         )
+    return overridden(RunConfig, tree, overrides, str(path))
+
+
+def overridden(
+    schema: type[Schema], tree: dict[str, Any], overrides: Sequence[str], origin: str
+) -> Schema:
+    """`tree`, changed in place by `section.key=value` overrides, as a `schema` of sections.
+
+    Raises ConfigError; `origin` says in it where the tree came from.
+    """
     for override in overrides:
         _apply(tree, override)
+    return checked(schema, tree, origin, "set it in the file or as {key}=VALUE.")
+
+
+def checked(schema: type[Schema], tree: dict[str, Any], origin: str, if_missing: str) -> Schema:
+    """Raises ConfigError naming the key, the value and the nearest known name.
+
+    `if_missing` says what to do about an absent `{key}`.
+    """
     try:
-        return RunConfig.model_validate(tree)
+        return schema.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_sentence(error, path)) from None
+        raise ConfigError(f"{origin}: {_reason(error, schema, if_missing)}") from None
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -301,25 +323,22 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"Override {override!r}: the value is not YAML. Quote it.") from None
 
 
-def _sentence(error: ValidationError, path: str | Path) -> str:
+def _reason(error: ValidationError, schema: type[Section], if_missing: str) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(first["loc"][-1]), _names(first["loc"][:-1]), n=1)
-        hint = (
-            f"did you mean {near[0]!r}?"
-            if near
-            else f"known: {', '.join(_names(first['loc'][:-1]))}."
-        )
-        return f"{path}: unknown key {where!r}; {hint}"
+        known = _names(schema, first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}."
+        return f"unknown key {where!r}; {hint}"
     if first["type"] == "missing":
-        return f"{path}: {where!r} is missing; set it in the file or as {where}=VALUE."
-    return f"{path}: {where}={first['input']!r} is refused: {first['msg']}."
+        return f"{where!r} is missing; {if_missing.format(key=where)}"
+    return f"{where}={first['input']!r} is refused: {first['msg']}."
 
 
-def _names(loc: tuple[int | str, ...]) -> list[str]:
+def _names(schema: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
     """Names of the section that `loc` leads to; list indices and dict keys are passed over."""
-    section: type[BaseModel] = RunConfig
+    section = schema
     for part in loc:
         if part in section.model_fields:
             section = _section_of(section.model_fields[str(part)].annotation) or section
