@@ -19,6 +19,7 @@ FLOORS = {
     "megatron_vrl.build": 4,
     "megatron_vrl.loops": 4,
     "megatron_vrl.evaluation": 4,
+    "megatron_vrl.scoring": 4,
     "megatron_vrl.selection": 4,
     # 3 engines; siblings do not import each other, see SIBLINGS
     "megatron_vrl.video": 3,
