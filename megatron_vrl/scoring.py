@@ -49,8 +49,8 @@ Row = dict[str, Any]
 
 
 class PromptLimit(Section):
-    max_prompt_tokens: Positive = 4096
-    """A longer prompt is refused, never cut."""
+    max_prompt_tokens: Positive = 128_000
+    """A longer prompt is refused, never cut. The default is what Qwen2.5-VL was trained to read."""
 
 
 class ScoreConfig(Section):
