@@ -23,8 +23,10 @@ from megatron_vrl.observe.clock import Clock
 from megatron_vrl.parallel.mesh import Mesh, agreed, gather_objects, init_mesh
 from megatron_vrl.rollout.checksums import tensor_checksums
 from megatron_vrl.rollout.engine import ColocatedEngine, SamplingSpec
-from megatron_vrl.training.checkpoint import load_weights, published_files
+from megatron_vrl.training.checkpoint import load_weights
+from megatron_vrl.training.layout import published_files
 from megatron_vrl.training.policy import Policy
+from megatron_vrl.training.saver import Saver
 from megatron_vrl.types import Prompt, Rollout, VideoSample
 from megatron_vrl.video import VideoReader
 from megatron_vrl.video.pyav import probe
@@ -39,6 +41,7 @@ class Parts:
     clock: Clock
     arch: Architecture
     policy: Policy
+    saver: Saver
     engine: ColocatedEngine
     reader: VideoReader
     encoder: PromptEncoder
@@ -149,6 +152,13 @@ def build(cfg: RunConfig) -> Parts:
         clock=Clock(),
         arch=arch,
         policy=policy,
+        saver=Saver(
+            Path(cfg.run.out_dir) / "checkpoints",
+            policy,
+            published_dir,
+            keep=cfg.checkpoint.keep,
+            asynchronous=cfg.checkpoint.asynchronous,
+        ),
         engine=engine,
         reader=VideoReader(cfg.video),
         encoder=PromptEncoder(

@@ -224,6 +224,8 @@ class Checkpoint(Section):
     """Steps between checkpoints, besides one at the end of each phase."""
     keep: Positive = 2
     """How many of the newest are kept."""
+    asynchronous: bool = True
+    """Write in the background while training goes on; false: wait for each."""
 
 
 class Observe(Section):

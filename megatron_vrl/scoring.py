@@ -38,7 +38,8 @@ from megatron_vrl.model.chunks import check_divides
 from megatron_vrl.model.head import Distribution
 from megatron_vrl.parallel.mesh import Mesh, agreed, gather_objects, init_mesh, world_axis
 from megatron_vrl.training.batches import plan_batches
-from megatron_vrl.training.checkpoint import load_weights, published_files
+from megatron_vrl.training.checkpoint import load_weights
+from megatron_vrl.training.layout import published_files
 from megatron_vrl.training.policy import Policy
 from megatron_vrl.types import EncodedVideo, Visual
 from megatron_vrl.video import VideoReader

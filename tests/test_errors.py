@@ -20,7 +20,7 @@ from megatron_vrl.loops.state import RunState
 from megatron_vrl.model.architecture import read_architecture
 from megatron_vrl.model.chunks import check_divides
 from megatron_vrl.model.precision import check_available
-from megatron_vrl.model.weights import PublishedCheckpoint
+from megatron_vrl.model.published import PublishedCheckpoint
 from megatron_vrl.rewards import weights_of
 from tests.conftest import CONFIG, ENVIRONMENT, ROOT, run_python, train_command
 from tests.tiny import published_model, save
@@ -301,23 +301,6 @@ def test_annotation_with_wrong_fields_names_file_and_record(copy):
     path.write_text(json.dumps(records))
     line = sentence_of(run_in(copy, ranks=2))
     assert line.endswith(f"{path.name}: record '{name}': field 'sentences' is missing.")
-
-
-@pytest.mark.slow
-def test_full_disk_while_a_checkpoint_is_written(tmp_path, checkpoint):
-    small = tmp_path / "small"
-    small.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(small)]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("only root may mount a small disk")
-    try:
-        tool = ROOT / "tools" / "convert_checkpoint.py"
-        for direction in ("hf-to-megatron", "megatron-to-hf"):
-            done = run_python(tool, direction, checkpoint, small / direction)
-            assert str(small / direction) in sentence_of(done)
-            assert not (small / direction).exists()
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
 
 
 def test_launcher_passes_the_sentence_on(tmp_path):

@@ -9,7 +9,7 @@ from megatron_vrl.model.architecture import Architecture, padded_vocab, read_arc
 from megatron_vrl.model.chunks import all_chunks, check_divides
 from megatron_vrl.parallel.mesh import check_layout
 from megatron_vrl.rewards import weights_of
-from megatron_vrl.training.checkpoint import published_files
+from megatron_vrl.training.layout import published_files
 
 
 def check(cfg: RunConfig, world: int) -> list[str]:

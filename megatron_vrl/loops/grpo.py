@@ -14,7 +14,7 @@ from megatron_vrl.build import Parts
 from megatron_vrl.data.mix import SampleStream
 from megatron_vrl.loops.cards import write_cards
 from megatron_vrl.loops.record import evaluate_dev, record
-from megatron_vrl.loops.state import RunState, keep_reference, save, start_phase
+from megatron_vrl.loops.state import RunState, keep_reference, save_if_due, start_phase
 from megatron_vrl.model.head import Distribution
 from megatron_vrl.observe.metrics import StepMetrics
 from megatron_vrl.observe.sinks import Sinks
@@ -58,8 +58,7 @@ def train_grpo(parts: Parts, state: RunState, sinks: Sinks, dev: list[VideoSampl
         write_cards(parts, sinks, groups[: cfg.observe.cards_per_step], state.step)
         if cfg.grpo.evaluate_every and state.step % cfg.grpo.evaluate_every == 0:
             evaluate_dev(parts, state, sinks, dev, during="grpo")
-        if state.step % cfg.checkpoint.every_steps == 0:
-            save(parts, state)
+        save_if_due(parts, state)
 
 
 def _sampling(parts: Parts, state: RunState) -> SamplingSpec:

@@ -11,13 +11,20 @@ import yaml
 
 from megatron_vrl.build import Parts, build
 from megatron_vrl.config import RunConfig
-from megatron_vrl.errors import ConfigError, UserError
+from megatron_vrl.errors import CheckpointError, ConfigError, UserError
 from megatron_vrl.evaluation import evaluate, trivial_answers
 from megatron_vrl.loops.dry_run import check, padding_notes
 from megatron_vrl.loops.grpo import train_grpo
 from megatron_vrl.loops.record import record
 from megatron_vrl.loops.sft import train_sft
-from megatron_vrl.loops.state import RunState, load_stage_weights, restored, save
+from megatron_vrl.loops.state import (
+    RunState,
+    finish_saving,
+    is_done,
+    load_stage_weights,
+    restored,
+    save,
+)
 from megatron_vrl.model.weights import save_published
 from megatron_vrl.observe.clock import peak_rss_bytes
 from megatron_vrl.observe.metrics import StepMetrics
@@ -34,11 +41,11 @@ def run_job(cfg: RunConfig) -> Path:
     """Do what is left of the run and return its report. Every rank calls it."""
     out_dir = Path(cfg.run.out_dir)
     _check_same_run(cfg, out_dir / "config.yaml")
-    state = restored(cfg.run.out_dir)
-    if state.stage == "done" and (out_dir / "report.html").exists():
+    if is_done(cfg.run.out_dir) and (out_dir / "report.html").exists():
         return out_dir / "report.html"
     check(cfg, int(os.environ.get("WORLD_SIZE", "1")))  # mistakes cost seconds, not an engine start
     parts = build(cfg)
+    state = restored(parts)
     load_stage_weights(parts, state)
     splits = {name: parts.samples(sources) for name, sources in cfg.data.evaluation.items()}
     with agreed(parts.mesh):
@@ -56,10 +63,12 @@ def run_job(cfg: RunConfig) -> Path:
     failure: UserError | None = None
     try:
         _stages(parts, state, sinks, splits)
+        finish_saving(parts)
     except UserError as error:
         failure = error
-        if state.step > 0:  # every rank raises it together: keep what was learned
-            save(parts, state)
+        if state.step > 0 and not isinstance(error, CheckpointError):
+            save(parts, state)  # every rank raises it together: keep what was learned
+            finish_saving(parts)
     with agreed(parts.mesh):  # torchrun ends all ranks when one has gone, and closing takes time
         sinks.close()
     if failure is not None:

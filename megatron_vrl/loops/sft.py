@@ -14,7 +14,7 @@ from megatron_vrl.build import Parts
 from megatron_vrl.data.mix import SampleStream
 from megatron_vrl.errors import ConfigError, UserError
 from megatron_vrl.loops.record import evaluate_dev, record
-from megatron_vrl.loops.state import RunState, save, start_phase
+from megatron_vrl.loops.state import RunState, save_if_due, start_phase
 from megatron_vrl.model.head import Distribution
 from megatron_vrl.observe.metrics import StepMetrics
 from megatron_vrl.observe.sinks import Sinks
@@ -74,8 +74,7 @@ def _attempt(parts: Parts, state: RunState, sinks: Sinks, dev: list[VideoSample]
         record(parts, sinks, row)
         if reached:
             return True
-        if state.step % cfg.checkpoint.every_steps == 0:
-            save(parts, state)
+        save_if_due(parts, state)
     return not cfg.sft.stop_metric
 
 

@@ -7,14 +7,10 @@ from typing import Literal
 
 from megatron_vrl.build import Parts
 from megatron_vrl.config import Optimizer
+from megatron_vrl.errors import CheckpointError
 from megatron_vrl.observe.metrics import Phase
-from megatron_vrl.training.checkpoint import (
-    latest,
-    load_checkpoint,
-    load_weights,
-    read_state,
-    save_latest,
-)
+from megatron_vrl.training.checkpoint import load_checkpoint, load_weights, read_state
+from megatron_vrl.training.saver import latest, newest_sound
 
 Stage = Literal["base", "sft", "grpo", "done"]
 
@@ -44,34 +40,55 @@ class RunState:
             self.seconds[name] = self.seconds.get(name, 0.0) + value
 
 
-def checkpoint_root(parts: Parts) -> Path:
-    return Path(parts.cfg.run.out_dir) / "checkpoints"
-
-
 def save(parts: Parts, state: RunState) -> None:
-    """Checkpoint the run as it stands. Every rank calls it."""
+    """Checkpoint the run as it stands, in the background. Every rank calls it."""
     with parts.clock("checkpoint"):
-        save_latest(
-            checkpoint_root(parts),
+        parts.saver.save(
             _name(state.stage, state.attempt, state.step),
-            parts.policy,
             asdict(state),
-            parts.published_dir,
-            keep=parts.cfg.checkpoint.keep,
             pinned=_name("grpo", state.attempt, 0) if parts.cfg.algorithm.kl > 0 else "",
         )
 
 
-def restored(out_dir: str) -> RunState:
-    """The state of the newest checkpoint of this run, or that of a run that has not begun."""
+def save_if_due(parts: Parts, state: RunState) -> None:
+    """After each step: publish what has been written by now, and begin the next if it is time."""
+    with parts.clock("checkpoint"):
+        parts.saver.poll()
+    if state.step % parts.cfg.checkpoint.every_steps == 0:
+        save(parts, state)
+
+
+def finish_saving(parts: Parts) -> None:
+    """Wait until what was saved is on the disk. Every rank calls it."""
+    with parts.clock("checkpoint"):
+        parts.saver.finish()
+
+
+def is_done(out_dir: str) -> bool:
+    """Whether the newest checkpoint of this run says that nothing is left to do."""
     found = latest(Path(out_dir) / "checkpoints")
+    try:
+        return found is not None and read_state(found)["stage"] == "done"
+    except (CheckpointError, KeyError):
+        return False  # `restored` says what is wrong with it
+
+
+def restored(parts: Parts) -> RunState:
+    """The state of the newest sound checkpoint of this run, or that of one that has not begun.
+
+    Every rank calls it; rank 0 names on stderr what was passed over.
+    """
+    found, damaged = newest_sound(parts.saver.root, parts.mesh)
+    if parts.mesh.rank == 0:
+        for sentence in damaged:
+            print(f"warning: {sentence}", file=sys.stderr)
     return RunState(**read_state(found)) if found else RunState()
 
 
 def start_phase(parts: Parts, state: RunState, cfg: Optimizer, num_steps: int) -> None:
     """Give the policy this phase's optimizer, and if the phase is under way its state."""
     parts.policy.start_phase(cfg, num_steps)
-    found = latest(checkpoint_root(parts))
+    found = latest(parts.saver.root)
     if state.step > 0 and found:
         load_checkpoint(found, parts.policy)
 
@@ -80,7 +97,7 @@ def keep_reference(parts: Parts, state: RunState) -> None:
     """Freeze a copy of the weights that GRPO began with, for the KL term. Every rank calls it
     before `start_phase`, which brings back the weights of a GRPO that is under way."""
     if state.step > 0:
-        began = checkpoint_root(parts) / _name("grpo", state.attempt, 0)
+        began = parts.saver.root / _name("grpo", state.attempt, 0)
         load_weights(began, parts.policy)
     parts.policy.keep_reference()
 
@@ -91,6 +108,6 @@ def _name(stage: Stage, attempt: int, step: int) -> str:
 
 def load_stage_weights(parts: Parts, state: RunState) -> None:
     """Weights of the newest checkpoint, where a stage is about to begin."""
-    found = latest(checkpoint_root(parts))
+    found = latest(parts.saver.root)
     if state.stage != "base" and found:
         load_weights(found, parts.policy)

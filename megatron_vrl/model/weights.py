@@ -4,67 +4,31 @@ Reading touches only the tensors of this pipeline stage, one at a time. The stre
 tensor and pipeline ranks, so every rank yields the whole model, one chunk's tensors at a time.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_vrl.errors import CheckpointError
+from megatron_vrl.errors import CheckpointError, UserError
+from megatron_vrl.model.published import PublishedCheckpoint, PublishedWriter, copy_side_files
 from megatron_vrl.model.qwen25vl import Qwen25VL
-from megatron_vrl.model.weight_map import chunk_rows, published_name
+from megatron_vrl.model.weight_map import chunk_rows
 from megatron_vrl.observe.files import full_disk_named
-from megatron_vrl.parallel.mesh import Mesh, gather_objects
-
-SHARD_BYTES = 4 * 2**30
-
-
-class PublishedCheckpoint:
-    """The tensors of a Hugging Face directory by published name, read on demand."""
-
-    def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
-        files = sorted(self.directory.glob("*.safetensors"))
-        if not files:
-            raise CheckpointError(f"{directory} holds no .safetensors file: give a checkpoint.")
-        self._file_of: dict[str, tuple[Path, str]] = {}
-        for file in files:
-            try:
-                with safe_open(file, "pt") as shard:
-                    self._file_of |= {published_name(n): (file, n) for n in shard.keys()}  # noqa: SIM118
-            except SafetensorError as error:
-                raise CheckpointError(f"{file} is damaged ({error}): restore it.") from None
-        self._check_complete()
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._file_of
-
-    def tensor(self, name: str) -> Tensor:
-        if name not in self._file_of:
-            raise CheckpointError(f"{self.directory} lacks the tensor {name}: a shard is missing.")
-        file, stored = self._file_of[name]
-        with safe_open(file, "pt") as shard:
-            return shard.get_tensor(stored)
-
-    def _check_complete(self) -> None:
-        index = self.directory / "model.safetensors.index.json"
-        if not index.exists():
-            return
-        for shard in sorted(set(json.loads(index.read_text())["weight_map"].values())):
-            if not (self.directory / shard).exists():
-                raise CheckpointError(f"{self.directory} lacks its shard {shard}: restore it.")
+from megatron_vrl.parallel.mesh import Mesh, agreed, gather_objects
 
 
 def load_published(chunks: Sequence[Qwen25VL], directory: str | Path) -> None:
-    """Copy a Hugging Face checkpoint into this rank's shards. Every rank calls it."""
-    source = PublishedCheckpoint(directory)
-    for model in chunks:
-        _load_chunk(model, source)
+    """Copy a Hugging Face checkpoint into this rank's shards. Every rank calls it.
+
+    Raises CheckpointError on every rank, naming file and tensor.
+    """
+    with agreed(chunks[0].mesh):
+        source = PublishedCheckpoint(directory)
+        for model in chunks:
+            _load_chunk(model, source)
 
 
 @torch.no_grad()
@@ -81,7 +45,7 @@ def _load_chunk(model: Qwen25VL, source: PublishedCheckpoint) -> None:
             shard = None
         if shard is None or shard.shape != param.shape:
             raise CheckpointError(
-                f"{source.directory}: {', '.join(row.published)} of shape "
+                f"{source.file_of(row.published[0])}: {', '.join(row.published)} of shape "
                 f"{', '.join(str(list(t.shape)) for t in tensors)} do not make the model's "
                 f"{list(param.shape)}: config.json is of another model."
             )
@@ -150,58 +114,24 @@ def save_published(chunks: Sequence[Qwen25VL], template: str | Path, directory: 
     directory = Path(directory)
     partial = directory.with_name(directory.name + ".partial")
     writer = chunks[0].mesh.rank == 0
-    if writer:
-        shutil.rmtree(partial, ignore_errors=True)
-        with full_disk_named(partial):
+    with agreed(chunks[0].mesh), full_disk_named(directory):
+        if writer:
+            shutil.rmtree(partial, ignore_errors=True)
             copy_side_files(template, partial)
-    shard: dict[str, Tensor] = {}
-    shards: list[dict[str, int]] = []
-    for name, tensor in published_tensors(chunks):
-        if not writer:
-            continue
-        if shard and _num_bytes(shard) + tensor.nbytes > SHARD_BYTES:
-            shards.append(_write_shard(partial, len(shards), shard))
-            shard = {}
-        shard[name] = tensor.contiguous().cpu()
-    if writer:
-        shards.append(_write_shard(partial, len(shards), shard))
-        _name_shards(partial, shards)
-        shutil.rmtree(directory, ignore_errors=True)
-        partial.rename(directory)
-
-
-def copy_side_files(template: str | Path, directory: Path) -> None:
-    """Copy config, tokenizer and processor files: everything of a checkpoint but its weights."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for file in Path(template).iterdir():
-        if file.is_file() and "safetensors" not in file.name:
-            shutil.copy2(file, directory / file.name)
-
-
-def _num_bytes(tensors: dict[str, Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())
-
-
-def _write_shard(directory: Path, number: int, tensors: dict[str, Tensor]) -> dict[str, int]:
-    try:
-        save_file(tensors, directory / f"shard-{number}.safetensors", metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{directory} cannot be written ({error}): make room and start the same command again."
-        ) from None
-    return {name: tensor.nbytes for name, tensor in tensors.items()}
-
-
-def _name_shards(directory: Path, shards: list[dict[str, int]]) -> None:
-    """Give shards their published names, with an index when there are several."""
-    if len(shards) == 1:
-        (directory / "shard-0.safetensors").rename(directory / "model.safetensors")
-        return
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (directory / f"shard-{number}.safetensors").rename(directory / file)
-        weight_map |= dict.fromkeys(names, file)
-    total = sum(size for names in shards for size in names.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    shards = PublishedWriter(partial) if writer else None
+    failure: UserError | None = None
+    for name, tensor in published_tensors(chunks):  # to its end, whatever happens to the disk
+        if shards is not None and failure is None:
+            try:
+                with full_disk_named(directory):
+                    shards.add(name, tensor.cpu())
+            except UserError as error:
+                failure = error
+                shutil.rmtree(partial)
+    with agreed(chunks[0].mesh), full_disk_named(directory):
+        if failure is not None:
+            raise failure
+        if shards is not None:
+            shards.close()
+            shutil.rmtree(directory, ignore_errors=True)
+            partial.rename(directory)

@@ -1,106 +1,134 @@
 """Megatron distributed checkpoints of a run: weights, optimizer, and where the run stood.
 
-`ROOT/step-000120/` holds `weights/` (torch_dist, resharded on load), `published/` (config,
-tokenizer and processor files, so that an engine can start from it) and `state.json`, written
-last: a directory without it is not a checkpoint. It is written beside its place and takes its
-name when it is whole; `ROOT/latest` names the newest and is replaced atomically, and only then
-are older ones removed, so the only good copy is never at risk.
+A checkpoint is a directory: `weights/` (torch_dist, resharded on load), `published/` (config,
+tokenizer and processor files, so that an engine can start from it), `state.json` and CHECKSUMS. It
+is written beside its place, as NAME.partial, and takes its name when it is whole. Before anything
+of it is used its files are compared with CHECKSUMS and its pickles read under an allow-list.
+
+Which of a run's checkpoints is written when, and which are kept: `saver.py`.
 """
 
 import json
-import os
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_vrl.errors import CheckpointError
-from megatron_vrl.model.weights import copy_side_files, load_published
+from megatron_vrl.model.published import copy_side_files
+from megatron_vrl.model.weights import load_published
 from megatron_vrl.observe.files import full_disk_named
-from megatron_vrl.parallel.mesh import agreed
+from megatron_vrl.parallel.mesh import Mesh, agreed
+from megatron_vrl.training.checksums import check_sums, file_sum, write_sums
+from megatron_vrl.training.layout import STATE, is_megatron
+from megatron_vrl.training.pickles import check_pickles
 from megatron_vrl.training.policy import Policy
 
-STATE = "state.json"
 # Megatron 0.16's default sharding of optimizer state no longer works; this one reshards freely.
 _OPTIMIZER = {"distrib_optim_sharding_type": "fully_reshardable"}
 _LAYERS = {"non_homogeneous_layers": True}  # a name for each layer, instead of one stack of them
+_SUMS = "sums-{}.json"  # what one rank's writer leaves for `publish`
 
 
 def save_checkpoint(
     directory: str | Path, policy: Policy, state: dict[str, Any], template: str | Path
 ) -> None:
-    """Write one checkpoint; every rank calls it. `state` must be JSON.
+    """Write one checkpoint and wait for it; every rank calls it. `state` must be JSON.
 
     Raises UserError on every rank if the disk is full.
     """
     directory = Path(directory)
-    partial = directory.with_name(directory.name + ".partial")
+    request = begin_save(directory, policy, state, template)
+    with write_failure_named(directory, policy.mesh):
+        request.execute_sync()
+    publish(directory, policy.mesh)
+
+
+def begin_save(
+    directory: Path, policy: Policy, state: dict[str, Any], template: str | Path
+) -> AsyncRequest:
+    """Prepare DIRECTORY.partial; what the request says is then to be done on every rank."""
+    partial = _partial(directory)
     with agreed(policy.mesh), full_disk_named(directory):
         if policy.mesh.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             (partial / "weights").mkdir(parents=True)
             copy_side_files(template, partial / "published")
+            (partial / STATE).write_text(json.dumps(state, indent=1))
+    with write_failure_named(directory, policy.mesh):
+        request = dist_checkpointing.save(
+            _sharded(policy), str(partial / "weights"), async_sharded_save=True
+        )
+    assert request is not None
+    if request.async_fn is None:  # this rank has nothing to write
+        return request
+    hashing = _then_hash(request.async_fn, partial, policy.mesh.rank)
+    return request._replace(async_fn=hashing)
+
+
+def _then_hash(write: Callable[..., None], partial: Path, rank: int) -> Callable[..., None]:
+    """Megatron's writer, then the sums of the files it wrote. Runs in the writer's process."""
+
+    def run(rank_: int, buckets: list[Any], *rest: Any) -> None:
+        write(rank_, buckets, *rest)
+        with suppress(OSError):  # the writer reports its own failure
+            sums = {f"weights/{name}": file_sum(Path(path)) for path, name, _ in buckets}
+            (partial / _SUMS.format(rank)).write_text(json.dumps(sums))
+
+    return run
+
+
+def publish(directory: Path, mesh: Mesh) -> None:
+    """Give a checkpoint that all ranks have written its name. Every rank calls it."""
+    partial, old = _partial(directory), directory.with_name(directory.name + ".old")
+    with agreed(mesh), full_disk_named(directory):
+        if mesh.rank == 0:
+            known: dict[str, str] = {}
+            for file in partial.glob(_SUMS.format("*")):
+                known |= json.loads(file.read_text())
+                file.unlink()
+            write_sums(partial, known)
+            if directory.exists():
+                directory.rename(old)
+            partial.rename(directory)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def write_failure_named(directory: Path, mesh: Mesh) -> Iterator[None]:
+    """Turn Megatron's "a writer failed", which every rank raises, into one sentence."""
     try:
-        dist_checkpointing.save(_sharded(policy), str(partial / "weights"))
-    except CheckpointException:  # raised on every rank; its writers do not say why
-        free_mib = shutil.disk_usage(partial).free >> 20
-        if policy.mesh.rank == 0:
-            shutil.rmtree(partial)
+        yield
+    except CheckpointException:
+        free_mib = shutil.disk_usage(directory.parent).free >> 20
+        if mesh.rank == 0:
+            shutil.rmtree(_partial(directory), ignore_errors=True)
         raise CheckpointError(
             f"The checkpoint {directory} cannot be written; its disk has {free_mib} MiB left. "
             "Make room and start the same command again."
         ) from None
-    with agreed(policy.mesh), full_disk_named(directory):
-        if policy.mesh.rank == 0:
-            _write(partial / STATE, json.dumps(state, indent=1))
-            shutil.rmtree(directory, ignore_errors=True)
-            partial.rename(directory)
 
 
-def save_latest(
-    root: str | Path,
-    name: str,
-    policy: Policy,
-    state: dict[str, Any],
-    template: str | Path,
-    keep: int,
-    pinned: str = "",
-) -> None:
-    """Write ROOT/name, point ROOT/latest at it, keep `pinned` and the `keep` newest alone."""
-    root = Path(root)
-    save_checkpoint(root / name, policy, state, template)
-    with agreed(policy.mesh), full_disk_named(root):
-        if policy.mesh.rank == 0:
-            _write(root / "latest", name)
-            kept = {pinned, *(directory.name for directory in _complete(root)[-keep:])}
-            for old in root.iterdir():
-                if old.is_dir() and old.name not in kept:
-                    shutil.rmtree(old)
-
-
-def latest(root: str | Path) -> Path | None:
-    """The newest complete checkpoint under ROOT, or None."""
-    root = Path(root)
-    marker = root / "latest"
-    if marker.exists() and (root / marker.read_text().strip() / STATE).exists():
-        return root / marker.read_text().strip()
-    found = _complete(root)
-    return found[-1] if found else None
-
-
-def published_files(checkpoint: str | Path) -> Path:
-    """Directory with the config, tokenizer and processor files of either kind of checkpoint."""
-    inner = Path(checkpoint) / "published"
-    return inner if inner.is_dir() else Path(checkpoint)
+def check_checkpoint(checkpoint: Path, mesh: Mesh) -> Metadata:
+    """Raises CheckpointError on every rank unless it is whole and harmless. Every rank calls it."""
+    check_sums(checkpoint, mesh)
+    with agreed(mesh):
+        return check_pickles(checkpoint / "weights")
 
 
 def load_weights(checkpoint: str | Path, policy: Policy) -> None:
     """Weights alone, from a Hugging Face or a Megatron checkpoint. Every rank calls it."""
     checkpoint = Path(checkpoint)
-    if (checkpoint / "weights").is_dir():
+    if is_megatron(checkpoint):
         _load(checkpoint, _sharded_model(policy), policy)
     elif checkpoint.is_dir():
         load_published(policy.chunks, checkpoint)
@@ -118,7 +146,7 @@ def load_checkpoint(checkpoint: str | Path, policy: Policy) -> None:
 def read_state(checkpoint: str | Path) -> dict[str, Any]:
     try:
         return json.loads((Path(checkpoint) / STATE).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{checkpoint}/{STATE} cannot be read ({error}): remove it."
         ) from None
@@ -128,23 +156,37 @@ def _sharded(policy: Policy, is_loading: bool = False) -> dict[str, Any]:
     state = _sharded_model(policy)
     if policy.optimizer is not None:
         state["optimizer"] = policy.optimizer.sharded_state_dict(
-            dict(state), is_loading=is_loading, metadata=_OPTIMIZER
+            dict(state), is_loading=is_loading, metadata=dict(_OPTIMIZER)
         )
     return state
 
 
 def _sharded_model(policy: Policy) -> dict[str, Any]:
-    """Chunks under local names; on disk a tensor is named by its layer in the whole model."""
-    return {
-        f"chunk{number}": chunk.sharded_state_dict(metadata=_LAYERS)
-        for number, chunk in enumerate(policy.chunks)
-    }
+    """Chunks under local names; on disk a tensor is named by its layer in the whole model.
+
+    Without Megatron's `_extra_state`, which only FP8 layers fill and which would be pickles.
+    """
+    state: dict[str, Any] = {}
+    for number, chunk in enumerate(policy.chunks):
+        entries = chunk.sharded_state_dict(metadata=dict(_LAYERS))  # it adds to it
+        kept = {name: entry for name, entry in entries.items() if "_extra_state" not in name}
+        state[f"chunk{number}"] = kept
+    return state
 
 
 def _load(checkpoint: Path, sharded: dict[str, Any], policy: Policy) -> None:
+    metadata = check_checkpoint(checkpoint, policy.mesh)
+    with agreed(policy.mesh):
+        _check_fit(checkpoint, sharded, metadata)
     try:
         loaded = dist_checkpointing.load(sharded, str(checkpoint / "weights"))
-    except (CheckpointingException, OSError, RuntimeError, KeyError) as error:
+    except (
+        CheckpointingException,
+        CheckpointException,
+        OSError,
+        RuntimeError,
+        KeyError,
+    ) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{checkpoint} cannot be loaded ({reason}): use another checkpoint."
@@ -156,14 +198,33 @@ def _load(checkpoint: Path, sharded: dict[str, Any], policy: Policy) -> None:
         policy.optimizer.load_state_dict(loaded["optimizer"])
 
 
-def _complete(root: Path) -> list[Path]:
-    """Complete checkpoints under ROOT, oldest first."""
-    return sorted(
-        (s.parent for s in root.glob(f"*/{STATE}")), key=lambda d: (d / STATE).stat().st_mtime
-    )
+def _check_fit(checkpoint: Path, sharded: dict[str, Any], metadata: Metadata) -> None:
+    """Raises CheckpointError naming the first tensor that is not there or has another shape."""
+    place = checkpoint / "weights"
+    for wanted in _tensors(sharded):
+        stored = metadata.state_dict_metadata.get(wanted.key)
+        if not isinstance(stored, TensorStorageMetadata):
+            raise CheckpointError(
+                f"{place} lacks the tensor {wanted.key}: it is of another model, or without the "
+                "optimizer."
+            )
+        shapes = [list(stored.size), list(wanted.global_shape)]
+        if wanted.allow_shape_mismatch:  # a vocabulary, padded for another layout
+            shapes = [shape[1:] for shape in shapes]
+        if shapes[0] != shapes[1]:
+            raise CheckpointError(
+                f"{place}: {wanted.key} has the shape {list(stored.size)}, and the model asks for "
+                f"{list(wanted.global_shape)}: it is of another model."
+            )
 
 
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+def _tensors(sharded: Any) -> Iterator[ShardedTensor]:
+    for value in nested_values(sharded):
+        if isinstance(value, ShardedTensorFactory):
+            yield from _tensors({"built": value.build()})
+        elif isinstance(value, ShardedTensor):
+            yield value
+
+
+def _partial(directory: Path) -> Path:
+    return directory.with_name(directory.name + ".partial")
