@@ -21,7 +21,7 @@ from megatron_vrl.model.weight_map import published_name
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 4 * 2**30
-HEADER_BYTES = 64 * 2**10  # of each shard; one that fills it is closed
+HEADER_BYTES = 64 * 2**10 - 8  # of each shard; with its length, pages: tensors begin on one
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -84,6 +84,7 @@ class PublishedWriter:
         self._shards: list[dict[str, int]] = []  # bytes of each tensor
         self._file: IO[bytes] | None = None
         self._header: dict[str, Any] = {}
+        self._header_bytes = 0
         self._end = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -95,6 +96,7 @@ class PublishedWriter:
             entry["data_offsets"] = [0, tensor.nbytes]
         assert self._file is not None
         self._header[name] = entry
+        self._header_bytes += _json_bytes({name: entry})
         self._end += tensor.nbytes
         self._file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         self._shards[-1][name] = tensor.nbytes
@@ -111,14 +113,15 @@ class PublishedWriter:
                 self._file.close()
 
     def _fits(self, name: str, entry: dict[str, Any], num_bytes: int) -> bool:
-        room = HEADER_BYTES - len(json.dumps(self._header))
-        return self._end + num_bytes <= SHARD_BYTES and len(json.dumps({name: entry})) < room
+        room = HEADER_BYTES - self._header_bytes
+        return self._end + num_bytes <= SHARD_BYTES and _json_bytes({name: entry}) < room
 
     def _begin_shard(self) -> None:
         self._end_shard()
         self._file = open(self._path(len(self._shards)), "wb")  # noqa: SIM115
         self._file.seek(8 + HEADER_BYTES)
         self._header, self._end = {"__metadata__": {"format": "pt"}}, 0
+        self._header_bytes = _json_bytes(self._header)
         self._shards.append({})
 
     def _end_shard(self) -> None:
@@ -147,6 +150,10 @@ class PublishedWriter:
         total = sum(size for sizes in self._shards for size in sizes.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (self.directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _json_bytes(entries: dict[str, Any]) -> int:
+    return len(json.dumps(entries))
 
 
 def copy_side_files(template: str | Path, directory: Path) -> None:

@@ -1,39 +1,35 @@
-"""CHECKSUMS: the SHA-256 of every file of a checkpoint, as `sha256sum -c CHECKSUMS` reads them.
+"""CHECKSUMS: a 128-bit hash of every file of a checkpoint, against damage.
 
-Writers hash what they write, while or right after they write it; readers hash each file once per
-process, each rank a share of them.
+XXH3, since it keeps up with memory (7 GiB/s on one core here, SHA-256 one); it does not stop a
+forger, against whom `pickles.py` stands. Writers hash what they write, while or right after they
+write it; readers hash each file once per process, each rank a share of them.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
+import xxhash
+
 from megatron_vrl.errors import CheckpointError
 from megatron_vrl.parallel.mesh import Mesh, agreed
 
 NAME = "CHECKSUMS"
+READ_BYTES = 2**22
 Sums = dict[str, str]  # path relative to the checkpoint -> hex digest
 _seen: set[tuple[Path, int]] = set()  # CHECKSUMS files that this process has gone through
 
 
 class HashingFile:
-    """A binary file that is hashed as it is written, the two side by side."""
+    """A binary file that is hashed as it is written."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self._file, self._digest = file, hashlib.sha256()
-        self._pool = ThreadPoolExecutor(max_workers=1)
+        self._file, self._digest = file, xxhash.xxh3_128()
 
     def write(self, content: memoryview | bytes) -> int:
-        if len(content) < 2**16:
-            self._digest.update(content)
-            return self._file.write(content)
-        hashed = self._pool.submit(self._digest.update, content)
-        try:
-            return self._file.write(content)
-        finally:
-            hashed.result()
+        self._digest.update(content)
+        return self._file.write(content)
 
     def flush(self) -> None:
         self._file.flush()
@@ -43,14 +39,16 @@ class HashingFile:
 
     def close(self) -> str:
         """Hex digest of all that was written."""
-        self._pool.shutdown()
         self._file.close()
         return self._digest.hexdigest()
 
 
 def file_sum(path: Path) -> str:
+    digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while content := file.read(READ_BYTES):
+            digest.update(content)
+    return digest.hexdigest()
 
 
 def write_sums(checkpoint: Path, known: Mapping[str, str]) -> None:

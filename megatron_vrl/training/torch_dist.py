@@ -6,17 +6,18 @@ is. Written by one process, read in any layout. Names are those of the whole mod
 `training/checkpoint.py`.
 """
 
+import io
 import json
-import warnings
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, cast
+from pickle import UnpicklingError
+from typing import IO, Any, cast
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -25,6 +26,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from megatron_vrl.errors import CheckpointError
 from megatron_vrl.training.checksums import HashingFile, Sums
@@ -33,6 +35,17 @@ from megatron_vrl.training.pickles import check_pickles
 FILE_BYTES = 4 * 2**30
 CHUNK_BYTES = 256 * 2**20  # of a tensor; a reader that wants a part reads whole chunks
 _FORMAT = {"sharded_backend": "torch_dist", "common_backend": "torch"}
+
+
+@contextmanager
+def _without_crc32() -> Iterator[None]:
+    """CHECKSUMS serve instead; the sums inside a file took longer than all the rest."""
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(before)
 
 
 class TorchDistWriter:
@@ -69,7 +82,8 @@ class TorchDistWriter:
         if part.untyped_storage().nbytes() != part.nbytes or not part.is_contiguous():
             part = part.clone(memory_format=torch.contiguous_format)  # a whole storage is saved
         try:
-            torch.save(part, cast(IO[bytes], self._file))
+            with _without_crc32():
+                torch.save(part, cast(IO[bytes], self._file))
         except RuntimeError as error:
             if isinstance(error.__context__, OSError):  # torch hides it behind its own clean-up
                 raise error.__context__ from None
@@ -103,15 +117,36 @@ class TorchDistWriter:
         return self._sums
 
 
-class _KnownMetadata(FileSystemReader):
-    """Does not read `.metadata` again for each tensor."""
+class _Window(io.RawIOBase):
+    """Part of a file as a file of its own: `torch.load` reads from it into the tensor at once."""
 
-    def __init__(self, weights: Path, metadata: Metadata) -> None:
-        super().__init__(weights)
-        self._known = metadata
+    def __init__(self, path: Path, first: int, length: int) -> None:
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+        self._first, self._length, self._place = first, length, 0
 
-    def read_metadata(self) -> Metadata:
-        return self._known
+    def readinto(self, buffer: Any) -> int:
+        room = memoryview(buffer).cast("B")[: max(0, self._length - self._place)]
+        read = os.preadv(self._file.fileno(), [room], self._first + self._place)
+        self._place += read
+        return read
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._length}[whence]
+        self._place = start + offset
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 class TorchDistReader:
@@ -123,7 +158,7 @@ class TorchDistReader:
     def __init__(self, weights: Path) -> None:
         self.weights = weights
         metadata = check_pickles(weights)
-        self._reader = _KnownMetadata(weights, metadata)
+        self._places: dict[MetadataIndex, Any] = metadata.storage_data
         self._kinds = {
             name: kind
             for name, kind in metadata.state_dict_metadata.items()
@@ -143,17 +178,30 @@ class TorchDistReader:
         return set(self._kinds)
 
     def tensor(self, name: str) -> Tensor:
-        tensor = torch.empty(self.shape(name), dtype=self._kinds[name].properties.dtype)
-        with self._damage_named(name), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it should be
-            dcp.load({name: tensor}, storage_reader=self._reader, no_dist=True)
+        shape, kind = self.shape(name), self._kinds[name]
+        with self._damage_named(name):
+            if len(kind.chunks) == 1:
+                return self._chunk(name, kind.chunks[0])
+            whole = torch.empty(shape, dtype=kind.properties.dtype)
+            for chunk in kind.chunks:
+                spans = zip(chunk.offsets, chunk.sizes, strict=True)
+                part = whole[tuple(slice(first, first + size) for first, size in spans)]
+                part.copy_(self._chunk(name, chunk))
+        return whole
+
+    def _chunk(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
+        place = self._places[MetadataIndex(name, chunk.offsets)]
+        with _Window(self.weights / place.relative_path, place.offset, place.length) as file:
+            tensor: Tensor = torch.load(cast(IO[bytes], file), weights_only=True)
+        if tensor.shape != chunk.sizes:
+            raise ValueError(f"a part of shape {list(tensor.shape)} for {list(chunk.sizes)}")
         return tensor
 
     @contextmanager
     def _damage_named(self, name: str) -> Iterator[None]:
         try:
             yield
-        except (OSError, RuntimeError, ValueError, EOFError, dcp.CheckpointException) as error:
+        except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
             reason = str(error).strip().splitlines()[-1] if str(error) else type(error).__name__
             raise CheckpointError(
                 f"{self.weights}: the tensor {name} cannot be read ({reason}): restore it."
