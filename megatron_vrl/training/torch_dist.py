@@ -108,7 +108,7 @@ class TorchDistWriter:
             self._end_file()
 
     def close(self) -> Sums:
-        """Write what makes it a checkpoint; SHA-256 of the files with tensors."""
+        """Write what makes it a checkpoint; sums of the files with tensors."""
         self._end_file()
         torch.save({}, self.weights / "common.pt")
         FileSystemWriter(self.weights).finish(self._metadata, [self._results])
