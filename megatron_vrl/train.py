@@ -12,6 +12,7 @@ import yaml
 
 from megatron_vrl.config import RunConfig, load_config
 from megatron_vrl.errors import EXIT_CODE, UserError
+from megatron_vrl.observe.quiet import hush_libraries
 
 
 def main() -> int:
@@ -32,6 +33,7 @@ def main() -> int:
         if arguments.dry_run:
             _dry_run(cfg, is_first)
             return 0
+        hush_libraries()
         from megatron_vrl.loops.job import run_job
 
         report = run_job(cfg)

@@ -36,6 +36,7 @@ import sys
 from pathlib import Path
 
 from megatron_vrl.errors import EXIT_CODE, UserError
+from megatron_vrl.observe.quiet import hush_libraries
 
 
 def main() -> int:
@@ -51,6 +52,7 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
     is_first = int(os.environ.get("RANK", "0")) == 0
     try:
+        hush_libraries()
         from megatron_vrl.scoring import score_config, score_file
 
         cfg = score_config(arguments.checkpoint, arguments.overrides)

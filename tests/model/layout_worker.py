@@ -42,10 +42,12 @@ LAYOUTS = {
         processes=1, parallel=PLAIN_DDP, model={"recompute": "selective"}
     ),
     "one-four-kv-heads": Layout(processes=1, parallel=PLAIN_DDP, models=("four-kv-heads",)),
-    "dp2": Layout(processes=2, parallel=PLAIN_DDP),
-    "dp2-distributed-optimizer": Layout(processes=2, parallel={}),
+    "dp2": Layout(processes=2, parallel=PLAIN_DDP, models=("tied",)),
+    "dp2-distributed-optimizer": Layout(processes=2, parallel={}, models=("untied",)),
     "tp2": Layout(processes=2, parallel=PLAIN_DDP | {"tensor": 2}),
-    "tp2-sp": Layout(processes=2, parallel=PLAIN_DDP | {"tensor": 2, "sequence": True}),
+    "tp2-sp": Layout(
+        processes=2, parallel=PLAIN_DDP | {"tensor": 2, "sequence": True}, models=("untied",)
+    ),
     "pp2": Layout(processes=2, parallel=PLAIN_DDP | {"pipeline": 2}),
     "pp2-uneven": Layout(
         processes=2,

@@ -13,6 +13,7 @@ from tests.model.layout_worker import LAYOUTS, train
 from tests.tiny import MODELS, published_model, save
 
 ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # a launch trains all its layouts
 CASES = [(name, model) for name, layout in LAYOUTS.items() for model in layout.models]
 LANGUAGE, VISION, MERGER = "language", "vision", "merger"
 
@@ -34,7 +35,7 @@ def trained(tmp_path_factory):
             env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"},
             capture_output=True,
             text=True,
-            timeout=280,
+            timeout=800,
         )
         assert done.returncode == 0, done.stderr[-3000:]
 
@@ -49,7 +50,6 @@ def trained(tmp_path_factory):
     return results
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "model"), CASES)
 def test_layout_equals_one_process(trained, name, model):
     _, is_frozen, frozen = name.partition("-frozen-")
@@ -70,7 +70,6 @@ def test_layout_equals_one_process(trained, name, model):
         assert error < 1e-4, f"{tensor}: relative error {error:.1e} after 3 updates"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "model"), CASES)
 def test_reference_stays_where_the_policy_began(trained, name, model):
     gaps = trained(name, model)["reference_gap_max"]
@@ -78,7 +77,6 @@ def test_reference_stays_where_the_policy_began(trained, name, model):
     assert 1e-3 < gaps[1] < gaps[2]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if "frozen" in name])
 def test_frozen_parts_have_no_gradient_and_stay(trained, name):
     frozen = name.partition("-frozen-")[2]
