@@ -167,9 +167,10 @@ GROUPS = answered(PROMPTS, seed=3)
 def micro_batches(
     groups: Sequence[Group], mesh: Mesh, layout: Literal["shared", "plain"] = "shared"
 ) -> list[MicroBatch]:
-    """This data rank's share in several micro-batches; a token weighs 1 / (tokens of all ranks)."""
+    """This data rank's share, text alone in a micro-batch of its own; a token weighs 1 / (tokens of
+    all ranks)."""
     mine = list(groups[mesh.data.rank :: mesh.data.size])
-    return plan_batches(mine, mine[0], Batch(tokens=60, layout=layout), mesh)
+    return plan_batches(mine, mine[0], Batch(tokens=40, layout=layout), mesh)
 
 
 def token_loss(logprob, entropy, batch, reference):

@@ -192,7 +192,9 @@ def _load(checkpoint: Path, sharded: dict[str, Any], policy: Policy) -> None:
             f"{checkpoint} cannot be loaded ({reason}): use another checkpoint."
         ) from error
     for number, chunk in enumerate(policy.chunks):
-        chunk.load_state_dict(loaded[f"chunk{number}"])
+        left = chunk.load_state_dict(loaded[f"chunk{number}"], strict=False)
+        lost = [*left.missing_keys, *left.unexpected_keys]
+        assert all("_extra_state" in name for name in lost), lost  # which is not saved
     if "optimizer" in sharded:
         assert policy.optimizer is not None
         policy.optimizer.load_state_dict(loaded["optimizer"])
