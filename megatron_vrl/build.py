@@ -122,6 +122,15 @@ def interleave(shares: Sequence[Sequence[Item]]) -> list[Item]:
     return [share[i] for i in range(longest) for share in shares if i < len(share)]
 
 
+def vision_tokens(arch: Architecture) -> VisionTokens:
+    return VisionTokens(
+        video_token=arch.video_token,
+        image_token=arch.image_token,
+        merge=arch.vision.merge,
+        tokens_per_second=arch.vision.tokens_per_second,
+    )
+
+
 def build(cfg: RunConfig) -> Parts:
     """Join the other ranks and build everything. Raises UserError on every rank alike."""
     published_dir = published_files(cfg.model.checkpoint)
@@ -140,12 +149,6 @@ def build(cfg: RunConfig) -> Parts:
         seed=cfg.run.seed,
         max_model_len=cfg.data.max_prompt_tokens + longest_answer,
     )
-    vision = VisionTokens(
-        video_token=arch.video_token,
-        image_token=arch.image_token,
-        merge=arch.vision.merge,
-        tokens_per_second=arch.vision.tokens_per_second,
-    )
     return Parts(
         cfg=cfg,
         mesh=mesh,
@@ -162,7 +165,7 @@ def build(cfg: RunConfig) -> Parts:
         engine=engine,
         reader=VideoReader(cfg.video),
         encoder=PromptEncoder(
-            published_dir, vision, cfg.data.system_prompt, cfg.data.max_prompt_tokens
+            published_dir, vision_tokens(arch), cfg.data.system_prompt, cfg.data.max_prompt_tokens
         ),
         published_dir=published_dir,
     )

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from megatron_vrl.batching.pack import Answer, Group, MicroBatch, split_by_tokens
-from megatron_vrl.build import interleave
+from megatron_vrl.build import interleave, vision_tokens
 from megatron_vrl.config import (
     Batch,
     Model,
@@ -31,7 +31,7 @@ from megatron_vrl.config import (
     checked,
     overridden,
 )
-from megatron_vrl.data.prompt import PromptEncoder, VisionTokens
+from megatron_vrl.data.prompt import PromptEncoder
 from megatron_vrl.errors import ConfigError, DataError, VideoError
 from megatron_vrl.model.architecture import Architecture, read_architecture
 from megatron_vrl.model.chunks import check_divides
@@ -101,7 +101,8 @@ def score_file(cfg: ScoreConfig, samples: Path, out: Path) -> str:
     arch = read_architecture(directory)
     check_divides(arch, cfg.model, cfg.parallel)
     mesh = init_mesh(cfg.parallel, seed=0)
-    encoder = _encoder(cfg, arch, directory)
+    limit = cfg.data.max_prompt_tokens
+    encoder = PromptEncoder(directory, vision_tokens(arch), "none", limit)
     pads = encoder.tokenizer.convert_ids_to_tokens([arch.video_token, arch.image_token])
     with agreed(mesh):
         count = _check(samples, pads)
@@ -248,16 +249,6 @@ def _joined(block: Sequence[ScoredSample], everywhere: Sequence[tuple[dict, list
             seen[number] += len(index)
     assert seen == {number: len(value) for number, value in values.items()}
     return [{**rows[n], "logprobs": values[n].tolist()} for n in range(len(block))]
-
-
-def _encoder(cfg: ScoreConfig, arch: Architecture, directory: Path) -> PromptEncoder:
-    vision = VisionTokens(
-        video_token=arch.video_token,
-        image_token=arch.image_token,
-        merge=arch.vision.merge,
-        tokens_per_second=arch.vision.tokens_per_second,
-    )
-    return PromptEncoder(directory, vision, "none", cfg.data.max_prompt_tokens)
 
 
 def _check(path: Path, pads: Sequence[str]) -> int:

@@ -198,16 +198,6 @@ PUBLISHED_MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("mistake", PUBLISHED_MISTAKES)
-def test_mistakes_with_a_published_checkpoint(copy, mistake):
-    spoil, sentence = PUBLISHED_MISTAKES[mistake]
-    spoil(copy / "hf")
-    with pytest.raises(CheckpointError, match=sentence) as error:
-        convert_to_megatron(copy / "hf", copy / "new")
-    assert "\n" not in str(error.value)
-    assert not list(copy.glob("new*"))
-
-
 MEGATRON_MISTAKES = {
     "no metadata": (lambda d: (d / "weights/.metadata").unlink(), r"Cannot read .*\.metadata"),
     "cut metadata": (lambda d: cut(d / "weights/.metadata"), r"\.metadata is damaged"),
@@ -231,12 +221,21 @@ MEGATRON_MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("mistake", MEGATRON_MISTAKES)
-def test_mistakes_with_a_megatron_checkpoint(copy, mistake):
-    spoil, sentence = MEGATRON_MISTAKES[mistake]
-    spoil(copy / "megatron")
+MISTAKES = [
+    pytest.param(convert, kind, *mistake, id=f"{kind}: {name}")
+    for convert, kind, mistakes in (
+        (convert_to_megatron, "hf", PUBLISHED_MISTAKES),
+        (convert_to_published, "megatron", MEGATRON_MISTAKES),
+    )
+    for name, mistake in mistakes.items()
+]
+
+
+@pytest.mark.parametrize(("convert", "kind", "spoil", "sentence"), MISTAKES)
+def test_a_mistake_is_one_sentence_and_leaves_nothing(copy, convert, kind, spoil, sentence):
+    spoil(copy / kind)
     with pytest.raises(CheckpointError, match=sentence) as error:
-        convert_to_published(copy / "megatron", copy / "new")
+        convert(copy / kind, copy / "new")
     assert "\n" not in str(error.value)
     assert not list(copy.glob("new*"))
 

@@ -115,7 +115,7 @@ def image(grid_hw: tuple[int, int], seed: int) -> EncodedImage:
 def prompt(visuals: Sequence[Visual], seed: int) -> Prompt:
     """Random words around the visuals; `seed` decides which, and how many."""
     rng = np.random.default_rng(seed + 1000)
-    blocks = [VisionBlock(v.grid_thw, getattr(v, "seconds_per_grid", 0.0)) for v in visuals]
+    blocks = [VisionBlock.of(visual) for visual in visuals]
     pads = [VIDEO_TOKEN if isinstance(v, EncodedVideo) else IMAGE_TOKEN for v in visuals]
     ids = list(rng.integers(0, 90, 3))
     compact = list(ids)

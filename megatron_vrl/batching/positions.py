@@ -12,11 +12,18 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_vrl.types import EncodedVideo, Visual
+
 
 @dataclass(frozen=True, slots=True)
 class VisionBlock:
     grid_thw: tuple[int, int, int]  # temporal steps; height and width in patches
     seconds_per_grid: float  # 0 for images
+
+    @classmethod
+    def of(cls, visual: Visual) -> "VisionBlock":
+        seconds = visual.seconds_per_grid if isinstance(visual, EncodedVideo) else 0.0
+        return cls(visual.grid_thw, seconds)
 
     def num_tokens(self, merge: int) -> int:
         t, h, w = self.grid_thw

@@ -63,7 +63,7 @@ class PromptEncoder:
         vision = self._vision
         compact = self._render(system, visuals, question)
         pads = (vision.video_token, vision.image_token)
-        blocks = [_block(visual) for visual in visuals]
+        blocks = [VisionBlock.of(visual) for visual in visuals]
         cells = [block.num_tokens(vision.merge) for block in blocks]
         repeats = iter(cells)
         token_ids = np.repeat(compact, [next(repeats) if t in pads else 1 for t in compact])
@@ -110,8 +110,3 @@ class PromptEncoder:
         )
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
-
-
-def _block(visual: Visual) -> VisionBlock:
-    seconds = visual.seconds_per_grid if isinstance(visual, EncodedVideo) else 0.0
-    return VisionBlock(visual.grid_thw, seconds)

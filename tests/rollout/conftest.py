@@ -8,7 +8,8 @@ import pytest
 from safetensors.torch import load_file
 
 from megatron_vrl import config
-from megatron_vrl.types import EncodedVideo, Prompt
+from megatron_vrl.types import Prompt
+from tests.tiny import video
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 
@@ -67,28 +68,13 @@ def prompt_maker(checkpoint):
 
     def make(seed, grid_thw=(4, 6, 8), seconds_per_grid=0.7):
         steps, height, width = grid_thw
-        shape = (2 * steps, height * 14, width * 14, 3)
-        frames = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
         head = tokenizer.encode("<|im_start|>user\n<|vision_start|>")
         tail = tokenizer.encode(f"<|vision_end|>clip {seed}<|im_end|>\n<|im_start|>assistant\n")
         pad = tokenizer.convert_tokens_to_ids("<|video_pad|>")
         token_ids = np.array(head + [pad] * (steps * height * width // 4) + tail)
         return Prompt(
             id=f"clip_{seed}",
-            visuals=(
-                EncodedVideo(
-                    path="",
-                    digest=str(seed),
-                    codec="h264",
-                    duration_s=steps * seconds_per_grid,
-                    frame_indices=np.arange(2 * steps),
-                    timestamps_s=np.arange(2 * steps) * seconds_per_grid / 2,
-                    sampled_fps=2 / seconds_per_grid,
-                    seconds_per_grid=seconds_per_grid,
-                    grid_thw=grid_thw,
-                    frames=frames,
-                ),
-            ),
+            visuals=(video(grid_thw, seconds_per_grid, seed),),
             token_ids=token_ids,
             engine_token_ids=(*head, pad, *tail),
             positions=np.zeros((3, len(token_ids)), dtype=np.int64),
