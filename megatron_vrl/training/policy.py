@@ -94,11 +94,14 @@ class Policy:
         )
 
     def keep_reference(self) -> None:
-        """Keep a frozen copy of the weights as they are, for the KL term."""
+        """Keep a copy of the weights as they are, for the KL term.
+
+        It asks for gradients as the policy does and never gets any: torch chooses the operations of
+        a product by that flag, and only the same operations make a KL term of exactly 0.
+        """
         self._reference = self._built()
-        for frozen, chunk in zip(self._reference, self.chunks, strict=True):
-            frozen.requires_grad_(False)
-            frozen.load_state_dict(chunk.state_dict())
+        for kept, chunk in zip(self._reference, self.chunks, strict=True):
+            kept.load_state_dict(chunk.state_dict())
 
     def logprobs(self, batches: Sequence[MicroBatch], of: Distribution) -> list[Tensor | None]:
         """Log-prob [N] of every batch under the weights as they are; None off the last stage."""
