@@ -15,7 +15,7 @@ from megatron_vrl.data.readers import VIDEO_SUFFIXES, read
 from megatron_vrl.loops.dry_run import check
 from megatron_vrl.model.architecture import read_architecture
 from megatron_vrl.video.rules import plan_frames
-from tests.tiny import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from tests.tiny_models import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from tools.config_reference import reference
 
 ROOT = Path(__file__).parents[1]

@@ -1,8 +1,7 @@
-"""Tiny random Qwen2.5-VL checkpoints and prompts for tests, built by transformers' own classes."""
+"""Small prompts, answers and micro-batches for tests."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -11,76 +10,10 @@ from megatron_vrl.batching.pack import Answer, Group, MicroBatch
 from megatron_vrl.batching.positions import VisionBlock, mrope_positions
 from megatron_vrl.config import Batch
 from megatron_vrl.parallel.mesh import Mesh
-from megatron_vrl.rollout.torchvision_shim import declare_missing_ops
 from megatron_vrl.training.batches import plan_batches
 from megatron_vrl.types import EncodedImage, EncodedVideo, Prompt, Visual
 
-declare_missing_ops()
-
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration  # noqa: E402
-
 VIDEO_TOKEN, IMAGE_TOKEN, VISION_START, VISION_END = 90, 91, 92, 93
-
-
-def published_model(
-    *, tied: bool = False, kv_heads: int = 2, vocab: int = 96, seed: int = 0
-) -> Qwen2_5_VLForConditionalGeneration:
-    config = Qwen2_5_VLConfig(
-        text_config={
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": kv_heads,
-            "vocab_size": vocab,
-            "max_position_embeddings": 4096,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10000.0,
-                "mrope_section": [2, 3, 3],
-            },
-            "rms_norm_eps": 1e-6,
-            "tie_word_embeddings": tied,
-            "bos_token_id": None,
-            "eos_token_id": 94,
-        },
-        vision_config={
-            "depth": 3,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "window_size": 56,
-            "out_hidden_size": 64,
-            "fullatt_block_indexes": [1],
-            "tokens_per_second": 2,
-        },
-        video_token_id=VIDEO_TOKEN,
-        image_token_id=IMAGE_TOKEN,
-        vision_start_token_id=VISION_START,
-        vision_end_token_id=VISION_END,
-        tie_word_embeddings=tied,
-    )
-    torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa")
-    with torch.no_grad():
-        for param in model.parameters():  # larger than the default, so that errors show
-            param.normal_(std=0.15).add_(1.0 if param.dim() == 1 and len(param) in (32, 64) else 0)
-    return model.float().eval()
-
-
-MODELS: dict[str, dict[str, Any]] = {
-    "untied": {},
-    "tied": {"tied": True, "vocab": 95},  # which two tensor ranks do not divide
-    "four-kv-heads": {"kv_heads": 4},
-}
-
-
-def save(model: Qwen2_5_VLForConditionalGeneration, directory: Path) -> Path:
-    model.save_pretrained(directory)
-    return directory
 
 
 def video(grid_thw: tuple[int, int, int], seconds_per_grid: float, seed: int) -> EncodedVideo:

@@ -104,13 +104,18 @@ def init_mesh(cfg: Parallel, seed: int) -> Mesh:
 def close_mesh() -> None:
     """Give up the grid, so that the process may build another one (for tests).
 
-    Under torchrun the process group stays and serves the next grid: its store works once.
+    Under torchrun the world's group stays and serves the next grid: its store works once. The
+    others are closed one by one, which Megatron leaves out: a gloo group keeps four threads.
     """
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
     if dist.get_world_size() == 1:
         dist.destroy_process_group()
+        return
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def _init_device() -> torch.device:

@@ -1,4 +1,4 @@
-"""Three updates of a tiny model in one layout after the other, all in the same processes.
+"""Two updates of a tiny model in one layout after the other, all in the same processes.
 
 Run by torchrun as `layout_worker.py DIRECTORY [NAME ...]`: trains the named layouts, or every one
 of `LAYOUTS`, that are made for so many processes, on the checkpoints DIRECTORY/MODEL of `MODELS`,
@@ -6,6 +6,7 @@ and writes what every layout must share to DIRECTORY/NAME-MODEL.pt. Layouts of o
 torchrun.
 """
 
+import gc
 import os
 import sys
 from dataclasses import dataclass, field
@@ -100,10 +101,10 @@ def train(checkpoint: Path, layout: Layout) -> dict[str, Any]:
     policy = Policy(read_architecture(checkpoint), cfg, parallel, mesh)
     load_published(policy.chunks, checkpoint)
     policy.keep_reference()
-    policy.start_phase(Optimizer(lr=1e-3, clip_grad=1.0), num_steps=3)
+    policy.start_phase(Optimizer(lr=1e-3, clip_grad=1.0), num_steps=2)
     batches = micro_batches(GROUPS, mesh, layout.prompts)
     result: dict[str, Any] = {}
-    for step in range(3):
+    for step in range(2):
         update = policy.update(batches, token_loss, Distribution(), step)
         numbers = {"loss": update.loss, "grad_norm": update.grad_norm, **update.metrics}
         for name, value in numbers.items():
@@ -113,6 +114,8 @@ def train(checkpoint: Path, layout: Layout) -> dict[str, Any]:
             grads = published_tensors(policy.chunks, _gradient)
             result["grads"] = {name: grad.clone() for name, grad in grads}
     result["weights"] = {name: t.clone() for name, t in published_tensors(policy.chunks)}
+    del policy
+    gc.collect()  # modules in reference cycles hold the groups, and the groups their threads
     close_mesh()
     return result
 

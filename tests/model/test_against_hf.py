@@ -16,7 +16,8 @@ from megatron_vrl.model.weights import load_published, published_tensors
 from megatron_vrl.parallel.mesh import Mesh, close_mesh, init_mesh
 from megatron_vrl.types import EncodedImage, EncodedVideo
 from megatron_vrl.video.rules import patchify
-from tests.tiny import IMAGE_TOKEN, VIDEO_TOKEN, image, prompt, published_model, save, video
+from tests.tiny import IMAGE_TOKEN, VIDEO_TOKEN, image, prompt, video
+from tests.tiny_models import published_model, save
 
 
 @pytest.fixture(scope="module")

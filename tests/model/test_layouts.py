@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.model.layout_worker import LAYOUTS, train
-from tests.tiny import MODELS, published_model, save
+from tests.tiny_models import MODELS, published_model, save
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # a launch trains all its layouts
@@ -67,14 +67,14 @@ def test_layout_equals_one_process(trained, name, model):
             assert error < 1e-5, f"{tensor}: relative error {error:.1e}"
     for tensor, weight in many["weights"].items():
         error = (weight - one["weights"][tensor]).norm() / one["weights"][tensor].norm()
-        assert error < 1e-4, f"{tensor}: relative error {error:.1e} after 3 updates"
+        assert error < 1e-4, f"{tensor}: relative error {error:.1e} after 2 updates"
 
 
 @pytest.mark.parametrize(("name", "model"), CASES)
 def test_reference_stays_where_the_policy_began(trained, name, model):
     gaps = trained(name, model)["reference_gap_max"]
     assert gaps[0] == 0.0  # the same numbers, by the same operations
-    assert 1e-3 < gaps[1] < gaps[2]
+    assert gaps[1] > 1e-3
 
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if "frozen" in name])

@@ -9,9 +9,7 @@ from safetensors.torch import load_file
 
 from megatron_vrl import config
 from megatron_vrl.rollout.engine import ColocatedEngine, SamplingSpec
-
-sys.path.append(str(Path(__file__).parent))
-from conftest import MAX_MODEL_LEN, prompt_maker
+from tests.rollout.conftest import MAX_MODEL_LEN, prompt_maker
 
 
 def groups_work() -> bool:

@@ -11,7 +11,8 @@ from megatron_vrl.model.weights import load_published, published_tensors
 from megatron_vrl.parallel.mesh import close_mesh, init_mesh
 from megatron_vrl.training.batches import plan_batches
 from megatron_vrl.training.policy import Policy
-from tests.tiny import GROUPS, published_model, save, token_loss
+from tests.tiny import GROUPS, token_loss
+from tests.tiny_models import published_model, save
 
 
 @pytest.fixture(scope="module")
