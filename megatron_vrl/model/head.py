@@ -1,13 +1,15 @@
 """Log-probabilities of given tokens without ever holding [N, V] logits.
 
-Hidden rows are read in chunks: logits of one chunk exist at a time, in the forward pass to get
-log-sum-exp, target logit and entropy, and once more in the backward pass to get the gradients
-(the recompute of cut cross-entropy, arXiv 2411.09009). The vocabulary may be split over the
-tensor-parallel ranks; then each rank sees only its part of the logits.
+Hidden rows are read in chunks of `CHUNK_BYTES` of logits: those of one chunk exist at a time, in
+the forward pass to get log-sum-exp, target logit and entropy, and once more in the backward pass to
+get the gradients (the recompute of cut cross-entropy, arXiv 2411.09009). Both passes work in place
+in two buffers. The vocabulary may be split over the tensor-parallel ranks; then each rank sees only
+its part of the logits.
 
-Shape letters: N rows, C channels, V words of this rank's part.
+Shape letters: N rows, n of them in a chunk, C channels, V words of this rank's part.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 BANNED_LOGIT = -1e30  # its exp is 0, and unlike -inf it may be multiplied by 0
+CHUNK_BYTES = 128 * 2**20  # of float32 logits; smaller ones read and write the weight more often
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,13 +36,14 @@ def token_logprobs(
     *,
     group: dist.ProcessGroup,
     of: Distribution,
-    chunk: int = 1024,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[Tensor, Tensor]:
     """hidden [N, C], weight [V, C], target [N] (whole vocabulary) -> log-prob [N], entropy [N].
 
     Both in float32; entropy in nats. The gradient of `hidden` is this rank's part only: the
     caller sums it over `group`, as Megatron's mappings do.
     """
+    chunk = max(1, chunk_bytes // (4 * len(weight)))
     return _TokenLogprobs.apply(hidden, weight, target, group, of, chunk)
 
 
@@ -61,9 +65,10 @@ class _TokenLogprobs(torch.autograd.Function):
         banned = torch.tensor(of.banned, dtype=torch.long, device=hidden.device) - first
         banned = banned[(banned >= 0) & (banned < weight.shape[0])]
         statistics = torch.empty(3, len(target), device=hidden.device)  # lse, target logit, mean
-        for rows in _chunks(len(target), chunk):
-            logits = _logits(hidden[rows], weight, banned, of.temperature)
-            statistics[:, rows] = _statistics(logits, local[rows], mine[rows], group)
+        logits = _Logits(hidden, weight, banned, of.temperature, chunk)
+        for rows, values, spare in logits:
+            chosen = values.gather(1, local[rows, None]).squeeze(1) * mine[rows]
+            statistics[:, rows] = _statistics(values, spare, chosen, group)
         lse, chosen, mean = statistics
         ctx.save_for_backward(hidden, weight, local, mine, banned, lse, mean)
         ctx.temperature, ctx.chunk = of.temperature, chunk
@@ -73,40 +78,57 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_logprob, grad_entropy = grads
         hidden, weight, local, mine, banned, lse, mean = ctx.saved_tensors
-        grad_hidden = torch.zeros_like(hidden)
+        grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        for rows in _chunks(len(local), ctx.chunk):
-            logits = _logits(hidden[rows], weight, banned, ctx.temperature)
-            share = torch.exp(logits - lse[rows, None])  # softmax
+        logits = _Logits(hidden, weight, banned, ctx.temperature, ctx.chunk)
+        for rows, values, spare in logits:
+            share = torch.sub(values, lse[rows, None], out=spare).exp_()  # softmax
             # d logprob = onehot - p;  d entropy = -p * (logit - mean)
-            slope = share * (
-                -grad_logprob[rows, None] - grad_entropy[rows, None] * (logits - mean[rows, None])
-            )
+            slope = values.sub_(mean[rows, None]).mul_(grad_entropy[rows, None])
+            slope.add_(grad_logprob[rows, None]).mul_(share).neg_()
             picked = mine[rows] * grad_logprob[rows]
             slope.scatter_add_(1, local[rows, None], picked[:, None])
-            slope /= ctx.temperature
-            grad_hidden[rows] = (slope.to(weight.dtype) @ weight).to(hidden.dtype)
-            grad_weight += slope.t() @ hidden[rows].float()
+            if ctx.temperature != 1.0:
+                slope /= ctx.temperature
+            grad_hidden[rows] = slope.to(weight.dtype) @ weight
+            grad_weight.addmm_(slope.t(), hidden[rows].float())
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
 
 
-def _chunks(rows: int, size: int) -> list[slice]:
-    return [slice(start, start + size) for start in range(0, rows, size)]
+@dataclass(frozen=True, slots=True)
+class _Logits:
+    """Iterates over (rows, their logits [n, V] in float32, a buffer of that shape)."""
+
+    hidden: Tensor
+    weight: Tensor
+    banned: Tensor
+    temperature: float
+    chunk: int
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        shape = (min(self.chunk, len(self.hidden)), len(self.weight))
+        values, spare = (torch.empty(shape, device=self.weight.device) for _ in range(2))
+        for start in range(0, len(self.hidden), self.chunk):
+            part = self.hidden[start : start + self.chunk]
+            into = values[: len(part)]
+            if self.weight.dtype == torch.float32:
+                torch.mm(part, self.weight.t(), out=into)
+            else:
+                into.copy_(part @ self.weight.t())
+            if self.temperature != 1.0:
+                into /= self.temperature
+            into.index_fill_(1, self.banned, BANNED_LOGIT)
+            yield slice(start, start + len(part)), into, spare[: len(part)]
 
 
-def _logits(hidden: Tensor, weight: Tensor, banned: Tensor, temperature: float) -> Tensor:
-    logits = (hidden @ weight.t()).float() / temperature
-    return logits.index_fill_(1, banned, BANNED_LOGIT)
-
-
-def _statistics(logits: Tensor, local: Tensor, mine: Tensor, group: dist.ProcessGroup) -> Tensor:
+def _statistics(logits: Tensor, spare: Tensor, chosen: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[3, n]: log-sum-exp, logit of the target, mean logit under the softmax; over all ranks."""
     peak = logits.amax(dim=1)
     if group.size() > 1:
         dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
-    weights = torch.exp(logits - peak[:, None])
-    chosen = logits.gather(1, local[:, None]).squeeze(1) * mine
-    sums = torch.stack([weights.sum(1), chosen, (weights * logits).sum(1)])
+    weights = torch.sub(logits, peak[:, None], out=spare).exp_()
+    weighted = torch.linalg.vecdot(weights, logits)
+    sums = torch.stack([weights.sum(1), chosen, weighted])
     if group.size() > 1:
         dist.all_reduce(sums, group=group)
     total, chosen, weighted = sums
