@@ -52,6 +52,9 @@ class Model(Section):
     each language layer; full, the whole layer."""
     layers: Literal["megatron", "transformer_engine"] = "megatron"
     """Whose linear layers and norms the language model has; Transformer Engine needs a GPU."""
+    attention: Literal["sdpa", "transformer_engine"] = "sdpa"
+    """Attention of the language layers: torch's, anywhere; or Transformer Engine's, on a GPU, which
+    takes sequences of different lengths in one call."""
     fp8: Literal["none", "delayed", "current", "blockwise"] = "none"
     """Scaling of the language layers' FP8 matrices (needs `layers: transformer_engine`); vision
     tower, embedding and head stay in `dtype`."""

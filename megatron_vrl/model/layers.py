@@ -1,7 +1,12 @@
-"""The layers we put into Megatron's specs: an RMSNorm and a core attention for packed rows.
+"""The layers we put into Megatron's specs: an RMSNorm and core attention for packed rows.
+
+Two backends follow one rule of who attends to whom: torch's scaled_dot_product_attention in buckets
+of nearly equal length, anywhere; Transformer Engine's attention over sequences of any length in one
+call, on a GPU (*not run yet*).
 
 Shape letters: L packed rows of this rank, T of all context-parallel ranks, H query heads, K
-key-value heads, D channels of a head, B entries of a bucket, Q their queries, S their keys.
+key-value heads, D channels of a head, B entries of a bucket, Q their queries, S their keys, E
+sequences of a call over different lengths.
 """
 
 from dataclasses import dataclass
@@ -73,11 +78,25 @@ class AttentionPlan:
     place: Tensor  # [L] position of each row in the concatenated outputs of the buckets
 
 
+@dataclass(frozen=True, slots=True)
+class VarlenPlan:
+    """The rule as one call over sequences of different lengths, causal from the bottom right: of a
+    sequence with Q queries and S keys, query i sees the first S - Q + 1 + i keys."""
+
+    queries: Tensor  # [sum Q] rows of L
+    keys: Tensor  # [sum S] rows of T, rank after rank; a prompt's once for each answer
+    query_ends: Tensor  # [E + 1] int32, from 0
+    key_ends: Tensor  # [E + 1] int32, from 0
+    longest_query: int
+    longest_key: int
+    place: Tensor  # [L] position of each row in the output
+
+
 @dataclass
 class PlannedSeqParams(PackedSeqParams):
     """Megatron's carrier of packing, from the model's input to `core_attention`."""
 
-    plan: AttentionPlan | None = None
+    plan: AttentionPlan | VarlenPlan | None = None
     plan_of_layer: dict[int, AttentionPlan] | None = None  # 1-based layer; overrides `plan`
     context: dist.ProcessGroup | None = None  # over which keys and values are gathered
 
@@ -116,18 +135,77 @@ class PlannedAttention(MegatronModule):
         plan = packed_seq_params.plan
         if packed_seq_params.plan_of_layer is not None:
             plan = packed_seq_params.plan_of_layer[self.layer_number]
-        assert plan is not None
-        context = packed_seq_params.context
-        if context is not None and context.size() > 1:
-            key, value = (  # [T, K, D]; the gradients of all ranks are summed on the way back
-                gather_from_sequence_parallel_region(rows, group=context) for rows in (key, value)
-            )
-        if not plan.buckets:  # padding alone, but the ranks wait for each other in the backward
-            nothing = 0 * (key.sum() + value.sum())
-            return query.flatten(1).unsqueeze(1) * 0 + nothing
+        assert isinstance(plan, AttentionPlan)
+        key, value = _of_all_ranks(key, value, packed_seq_params.context)
+        if not plan.buckets:
+            return _nothing(query, key, value)
         outputs = [_attend(query, key, value, bucket) for bucket in plan.buckets]
         flat = torch.cat(outputs) if len(outputs) > 1 else outputs[0]  # [sum B*Q, H * D]
         return flat.index_select(0, plan.place).unsqueeze(1)
+
+
+class TransformerEngineAttention(MegatronModule):
+    """`core_attention`: follows a VarlenPlan by Transformer Engine's DotProductAttention, which
+    chooses FlashAttention or cuDNN."""
+
+    def __init__(self, config: TransformerConfig, layer_number: int, **_: object) -> None:
+        super().__init__(config=config)
+        from transformer_engine.pytorch import DotProductAttention
+
+        tensor_ranks = config.tensor_model_parallel_size
+        self.kernel = DotProductAttention(
+            config.num_attention_heads // tensor_ranks,
+            config.kv_channels,
+            num_gqa_groups=config.num_query_groups // tensor_ranks,
+            attention_dropout=0.0,
+            qkv_format="thd",
+            attn_mask_type="padding_causal_bottom_right",
+            layer_number=layer_number,
+        )
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        packed_seq_params: PlannedSeqParams,
+        **_: object,
+    ) -> Tensor:
+        """query [L, H, D], key and value [L, K, D] -> [L, 1, H * D]."""
+        plan = packed_seq_params.plan
+        assert isinstance(plan, VarlenPlan)
+        key, value = _of_all_ranks(key, value, packed_seq_params.context)
+        if not len(plan.queries):
+            return _nothing(query, key, value)
+        flat = self.kernel(
+            query.index_select(0, plan.queries),
+            key.index_select(0, plan.keys),
+            value.index_select(0, plan.keys),
+            cu_seqlens_q=plan.query_ends,
+            cu_seqlens_kv=plan.key_ends,
+            max_seqlen_q=plan.longest_query,
+            max_seqlen_kv=plan.longest_key,
+        )  # [sum Q, H * D]
+        return flat.index_select(0, plan.place).unsqueeze(1)
+
+
+def _of_all_ranks(
+    key: Tensor, value: Tensor, context: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """[L, K, D] of each -> [T, K, D]; gradients of all ranks are summed on the way back."""
+    if context is None or context.size() == 1:
+        return key, value
+    return (
+        gather_from_sequence_parallel_region(key, group=context),
+        gather_from_sequence_parallel_region(value, group=context),
+    )
+
+
+def _nothing(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Of padding alone; it hangs on all three, since the ranks wait for each other's gradients."""
+    return query.flatten(1).unsqueeze(1) * 0 + 0 * (key.sum() + value.sum())
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, bucket: Bucket) -> Tensor:
@@ -152,13 +230,14 @@ class LayerParts:
     column: Any  # linear, output channels split over tensor ranks
     row: Any  # linear, input channels split
     norm: Any
+    attention: Any = PlannedAttention
 
 
 MEGATRON = LayerParts(ColumnParallelLinear, RowParallelLinear, RMSNorm)
 
 
 def layer_spec(parts: LayerParts = MEGATRON) -> ModuleSpec:
-    """A pre-norm transformer layer that attends by an AttentionPlan."""
+    """A pre-norm transformer layer that attends by a plan."""
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -168,7 +247,7 @@ def layer_spec(parts: LayerParts = MEGATRON) -> ModuleSpec:
                 params={"attn_mask_type": AttnMaskType.causal},  # unused: the plan decides
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=parts.column,
-                    core_attention=PlannedAttention,
+                    core_attention=parts.attention,
                     linear_proj=parts.row,
                 ),
             ),

@@ -1,7 +1,8 @@
 """Attention plans: packed rows -> buckets of nearly equal length.
 
 `language_plan` is the shared-prompt rule in two kinds of calls of a stock kernel: prompts to
-themselves, causal; answers to (their prompt, themselves), causal from the bottom right. Under
+themselves, causal; answers to (their prompt, themselves), causal from the bottom right.
+`varlen_plan` is the same rule for a kernel that takes sequences of different lengths. Under
 context parallelism a rank holds pieces of both, which see what stands before them likewise.
 `vision_plans` is Qwen2.5-VL's: full attention inside a temporal step, or inside its windows.
 """
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from megatron_vrl.batching.pack import MicroBatch, length_buckets
 from megatron_vrl.model.architecture import VisionArchitecture
-from megatron_vrl.model.layers import AttentionPlan, Bucket
+from megatron_vrl.model.layers import AttentionPlan, Bucket, VarlenPlan
 
 Index = NDArray[np.int64]
 
@@ -84,6 +85,40 @@ def language_plan(batch: MicroBatch, device: torch.device) -> AttentionPlan:
                 place_of_query[rows], valid, place_of_key[keys], None if fast else mask, causal=fast
             )
     return build.plan()
+
+
+def varlen_plan(batch: MicroBatch, device: torch.device) -> VarlenPlan:
+    """The rule of `language_plan` in one call."""
+    place_of_row = np.zeros(len(batch.token_ids), dtype=np.int64)
+    place_of_row[batch.rows] = np.arange(len(batch.rows))
+    place_of_key = np.argsort(batch.key_rows)
+    segments = _segments(batch)
+    queries = place_of_row[_runs(segments.start, segments.length)]
+    pairs = (
+        np.stack(two, axis=1).reshape(-1)  # a segment's prefix, then its own keys
+        for two in ((segments.prefix_start, segments.own_start), (segments.prefix, segments.own))
+    )
+    keys = place_of_key[_runs(*pairs)]
+    place = np.zeros(len(batch.rows), dtype=np.int64)
+    place[queries] = np.arange(len(queries))
+    lengths = segments.length, segments.prefix + segments.own
+    ends = [np.concatenate([[0], np.cumsum(n)]).astype(np.int32) for n in lengths]
+    on = lambda array: torch.from_numpy(array).to(device)  # noqa: E731
+    return VarlenPlan(
+        queries=on(queries),
+        keys=on(keys),
+        query_ends=on(ends[0]),
+        key_ends=on(ends[1]),
+        longest_query=int(lengths[0].max(initial=0)),
+        longest_key=int(lengths[1].max(initial=0)),
+        place=on(place),
+    )
+
+
+def _runs(starts: Index, lengths: Index) -> Index:
+    """start, start + 1, ... of each run, one after the other."""
+    before = np.cumsum(lengths) - lengths
+    return np.arange(int(lengths.sum())) + np.repeat(starts - before, lengths)
 
 
 def _segments(batch: MicroBatch) -> _Segments:

@@ -1,9 +1,10 @@
 """Which layers and number formats the language model computes with, and whether they are here.
 
-Transformer Engine's layers run on a GPU only, and FP8 only in them. A run that asks for them
-elsewhere ends in one sentence before anything is built. *Not run yet on a GPU.*
+Transformer Engine's layers and attention run on a GPU only, and FP8 only in its layers. A run that
+asks for them elsewhere ends in one sentence before anything is built. *Not run yet on a GPU.*
 """
 
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,7 +12,12 @@ import torch
 
 from megatron_vrl.config import Model
 from megatron_vrl.errors import ConfigError
-from megatron_vrl.model.layers import MEGATRON, LayerParts
+from megatron_vrl.model.layers import (
+    MEGATRON,
+    LayerParts,
+    PlannedAttention,
+    TransformerEngineAttention,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Our words for where an FP8 scale comes from -> Megatron's: the history of maxima, the tensor
@@ -26,13 +32,18 @@ def check_available(cfg: Model, device: torch.device) -> None:
             f"model.fp8={cfg.fp8} is computed by Transformer Engine only: set "
             "model.layers=transformer_engine, or model.fp8=none."
         )
-    if cfg.layers != "transformer_engine":
+    lacks = "no GPU" if device.type != "cuda" else "no Transformer Engine"
+    if device.type == "cuda" and find_spec("transformer_engine") is not None:
         return
-    if device.type != "cuda" or find_spec("transformer_engine") is None:
-        lacks = "no GPU" if device.type != "cuda" else "no Transformer Engine"
+    if cfg.layers == "transformer_engine":
         raise ConfigError(
             f"model.layers=transformer_engine, but this machine has {lacks}: set "
             "model.layers=megatron and model.fp8=none."
+        )
+    if cfg.attention == "transformer_engine":
+        raise ConfigError(
+            f"model.attention=transformer_engine, but this machine has {lacks}: set "
+            "model.attention=sdpa."
         )
 
 
@@ -51,8 +62,9 @@ def number_formats(cfg: Model) -> dict[str, Any]:
 
 def layer_parts(cfg: Model) -> LayerParts:
     """What the language model's layers are made of."""
+    attention = PlannedAttention if cfg.attention == "sdpa" else TransformerEngineAttention
     if cfg.layers == "megatron":
-        return MEGATRON
+        return replace(MEGATRON, attention=attention)
     from megatron.core.extensions import transformer_engine as te
 
-    return LayerParts(te.TEColumnParallelLinear, te.TERowParallelLinear, te.TENorm)
+    return LayerParts(te.TEColumnParallelLinear, te.TERowParallelLinear, te.TENorm, attention)

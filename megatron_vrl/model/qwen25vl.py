@@ -29,7 +29,7 @@ from megatron_vrl.model.architecture import Architecture, padded_vocab
 from megatron_vrl.model.chunks import Chunk, all_chunks, stage_chunks
 from megatron_vrl.model.head import Distribution, token_logprobs
 from megatron_vrl.model.layers import BOTH_TOWERS, layer_spec, packed
-from megatron_vrl.model.plans import language_plan
+from megatron_vrl.model.plans import language_plan, varlen_plan
 from megatron_vrl.model.precision import layer_parts, number_formats
 from megatron_vrl.model.vision import VisionTower
 from megatron_vrl.parallel.mesh import Mesh
@@ -120,6 +120,7 @@ class Qwen25VL(MegatronModule):
         self.share_embeddings_and_output_weights = arch.tied_head
         self.vision = VisionTower(arch, mesh, config.params_dtype) if self.pre_process else None
         self._sees_always = parallel.overlap
+        self._plan = language_plan if cfg.attention == "sdpa" else varlen_plan
         parts = layer_parts(cfg)
         self.language = LanguageModel(
             config=config,
@@ -156,7 +157,7 @@ class Qwen25VL(MegatronModule):
             packed_seq_params=packed(
                 len(batch.rows),
                 device,
-                plan=language_plan(batch, device),
+                plan=self._plan(batch, device),
                 context=self.mesh.context.group,
                 cp_group=self.mesh.alone,  # positions are this rank's already
             ),
