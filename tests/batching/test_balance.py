@@ -1,0 +1,113 @@
+"""Even work: every item once, within the budget, no worse than first-fit, few moves."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_vrl.batching.balance import deal, destinations, into_micro_batches
+
+costs_ = st.lists(st.one_of(st.integers(0, 5), st.floats(0, 100)), max_size=12)
+items = st.lists(st.tuples(st.integers(0, 30), st.floats(0, 100)), max_size=12)
+
+
+def first_fit(sizes, budget):
+    """First-fit-decreasing, as the books have it: the yardstick."""
+    bins: list[list[int]] = []
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        for members in bins:
+            if sum(sizes[j] for j in members) + sizes[i] <= budget:
+                members.append(i)
+                break
+        else:
+            bins.append([i])
+    return bins
+
+
+def totals(bins, costs):
+    return [sum(costs[i] for i in members) for members in bins]
+
+
+def spread(bins, costs):
+    return max(totals(bins, costs)) - min(totals(bins, costs))
+
+
+def once(bins, count):
+    return sorted(i for members in bins for i in members) == list(range(count))
+
+
+@given(costs_, st.integers(1, 5))
+def test_shares_hold_every_item_once_in_order_and_even_by_graham(costs, shares):
+    dealt = deal(costs, shares)
+    assert dealt == deal(list(costs), shares)
+    assert len(dealt) == shares
+    assert once(dealt, len(costs))
+    assert all(members == sorted(members) for members in dealt)
+    if costs:
+        # the last item put on the heaviest share found it the lightest
+        bound = sum(costs) / shares + max(costs)
+        assert max(totals(dealt, costs)) <= bound * (1 + 1e-9)
+
+
+def test_a_share_for_each_of_the_heaviest():
+    assert deal([5, 1, 4, 3, 3], 2) == [[0, 4], [1, 2, 3]]
+    assert deal([1, 1], 3) == [[0], [1], []]
+
+
+@given(items, st.integers(1, 40), st.integers(1, 6))
+def test_micro_batches_keep_the_budget_and_are_no_less_even_than_first_fit(given_, budget, least):
+    sizes, costs = [size for size, _ in given_], [cost for _, cost in given_]
+    bins = into_micro_batches(sizes, costs, budget)
+    finer = into_micro_batches(sizes, costs, budget, least)
+    for found in (bins, finer):
+        assert once(found, len(sizes))
+        assert all(members == sorted(members) and members for members in found)
+        assert all(len(m) == 1 or sum(sizes[i] for i in m) <= budget for m in found)
+        assert totals(found, costs) == sorted(totals(found, costs), reverse=True)
+    assert finer == into_micro_batches(sizes, costs, budget, least)
+    yardstick = first_fit(sizes, budget)
+    assert len(bins) == len(yardstick)
+    assert len(finer) == max(len(bins), min(least, len(sizes)))
+    if sizes:
+        assert spread(bins, costs) <= spread(yardstick, costs) + 1e-9
+
+
+def test_balance_where_first_fit_fills_up():
+    sizes = [4, 4, 3, 3, 2]  # first fit: [4, 4, 2], [3, 3]
+    assert into_micro_batches(sizes, sizes, budget=10) == [[0, 2, 4], [1, 3]]
+
+
+def test_short_items_may_cost_the_most():
+    sizes, costs = [8, 8, 1, 1], [1.0, 1.0, 9.0, 9.0]  # first fit puts both short ones together
+    assert into_micro_batches(sizes, costs, budget=10) == [[0, 2], [1, 3]]
+
+
+@given(st.integers(1, 4), st.data())
+def test_few_groups_move(ranks, data):
+    costs = data.draw(costs_)
+    homes = [data.draw(st.integers(0, ranks - 1)) for _ in costs]
+    places = destinations(costs, homes, ranks)
+    assert places == destinations(costs, homes, ranks)
+
+    def heaviest(where):
+        return max(
+            sum(c for c, p in zip(costs, where, strict=True) if p == r) for r in range(ranks)
+        )
+
+    dealt = max(totals(deal(costs, ranks), costs))
+    assert heaviest(places) <= dealt * (1 + 1e-9)
+    if heaviest(homes) <= dealt:
+        assert places == homes
+    assert destinations(costs, places, ranks) == places  # and then they stay
+
+
+@pytest.mark.parametrize(
+    ("costs", "homes", "places"),
+    [
+        ([1, 1, 1, 1], [0, 0, 1, 1], [0, 0, 1, 1]),  # even already
+        ([5, 5], [1, 0], [1, 0]),
+        ([2, 2, 2, 2], [1, 1, 1, 0], [1, 1, 0, 0]),  # one must move, and one does
+        ([9, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]),  # the heavy one stays
+    ],
+)
+def test_moves(costs, homes, places):
+    assert destinations(costs, homes, 2) == places
