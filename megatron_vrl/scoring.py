@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from megatron_vrl.batching.pack import Answer, Group, MicroBatch, split_by_tokens
+from megatron_vrl.batching.pack import Answer, Group, MicroBatch
 from megatron_vrl.build import interleave, vision_tokens
 from megatron_vrl.config import (
     Batch,
@@ -46,6 +46,7 @@ from megatron_vrl.video import VideoReader
 from megatron_vrl.video.image import read_image, read_image_rules
 
 SAMPLES_AT_A_TIME = 16  # of one model replica
+FILLER = ""  # id of the answer that keeps a rank busy
 Row = dict[str, Any]
 
 
@@ -153,35 +154,33 @@ class Scorer:
         """
         mesh = self._mesh
         groups = self._groups(block)
-        batches = plan_batches(groups, self._group("filler", None, (), "", ""), self._batch, mesh)
+        filler = self._group(ScoredSample(id="filler", question="", response=""), (), FILLER)
+        batches = plan_batches(groups, filler, self._batch, mesh)
         outputs = self._policy.logprobs(batches, Distribution())
-        number = {id(g): mesh.data.rank + i * mesh.data.size for i, g in enumerate(groups)}
         found = [
-            (number[id(group)], *pieces)
-            # plan_batches packs the same bins in this order; what follows them are fillers
-            for members, batch, output in zip(
-                split_by_tokens(groups, self._batch.tokens), batches, outputs, strict=False
-            )
+            (int(name), *pieces)
+            for batch, output in zip(batches, outputs, strict=True)
             if output is not None and mesh.tensor.rank == 0
-            for group, pieces in zip(members, _by_answer(batch, output.cpu().numpy()), strict=True)
+            for name, pieces in zip(
+                batch.answer_id, _by_answer(batch, output.cpu().numpy()), strict=True
+            )
+            if name != FILLER
         ]
-        rows = {number[id(g)]: _row(g) for g in groups} if mesh.model.rank == 0 else {}
+        rows = {int(g.answers[0].id): _row(g) for g in groups} if mesh.model.rank == 0 else {}
         everywhere = gather_objects(world_axis(mesh), (rows, found))
         return _joined(block, everywhere) if mesh.rank == 0 else []
 
     def _groups(self, block: Sequence[ScoredSample]) -> list[Group]:
         """Those of this replica's samples; each of its ranks decodes some of them."""
         data, model = self._mesh.data, self._mesh.model
-        mine = block[data.rank :: data.size][model.rank :: model.size]
+        mine = range(len(block))[data.rank :: data.size][model.rank :: model.size]
         groups: list[Group] = []
         with agreed(self._mesh):
-            paths = [path for sample in mine for path in sample.videos]
+            paths = [path for number in mine for path in block[number].videos]
             videos = dict(zip(paths, self._videos.encode(paths), strict=True))
-            for sample in mine:
-                shown = self._shown(sample, videos)
-                groups.append(
-                    self._group(sample.id, sample.system, shown, sample.question, sample.response)
-                )
+            for number in mine:
+                shown = self._shown(block[number], videos)
+                groups.append(self._group(block[number], shown, str(number)))
         return interleave(gather_objects(model, groups))
 
     def _shown(
@@ -200,15 +199,17 @@ class Scorer:
             raise VideoError(f"Sample {sample.id}: {error}") from None
         return tuple(visuals)
 
-    def _group(
-        self, name: str, system: str | None, visuals: tuple[Visual, ...], question: str, text: str
-    ) -> Group:
-        token_ids = self._encoder.answer(text)
-        unused = np.zeros(len(token_ids), np.float32)
-        return Group(
-            prompt=self._encoder.encode(name, system, visuals, question),
-            answers=(Answer(token_ids=token_ids, advantage=0.0, engine_logprobs=unused),),
+    def _group(self, sample: ScoredSample, visuals: tuple[Visual, ...], number: str) -> Group:
+        """The answer's id is the sample's number in its block."""
+        token_ids = self._encoder.answer(sample.response)
+        answer = Answer(
+            token_ids=token_ids,
+            advantage=0.0,
+            engine_logprobs=np.zeros(len(token_ids), np.float32),
+            id=number,
         )
+        prompt = self._encoder.encode(sample.id, sample.system, visuals, sample.question)
+        return Group(prompt=prompt, answers=(answer,))
 
 
 def _by_answer(

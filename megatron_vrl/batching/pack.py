@@ -25,6 +25,7 @@ class Answer:
     token_ids: NDArray[np.int64]  # [R]
     advantage: float
     engine_logprobs: NDArray[np.float32]  # [R] of the engine that sampled it; zeros for SFT
+    id: str = ""  # for messages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +56,7 @@ class MicroBatch:
     answer_start: NDArray[np.int64]  # [A] index in T
     answer_length: NDArray[np.int64]  # [A] inputs, R - 1
     answer_group: NDArray[np.int64]  # [A] index in G
+    answer_id: tuple[str, ...]  # [A] for messages
     visuals: tuple[Visual, ...]  # in the order of their pad tokens in T
     source: NDArray[np.int64]  # [N] index in `rows` of the token that predicts
     target: NDArray[np.int64]  # [N] token predicted
@@ -92,6 +94,7 @@ def pack(
         answer_start=starts[~is_prompt],
         answer_length=lengths[~is_prompt],
         answer_group=answer_group,
+        answer_id=tuple(answer.id for answer in answers),
         visuals=tuple(visual for group in groups for visual in group.prompt.visuals),
         source=np.concatenate([[first, *range(start, start + n)] for first, start, n in inputs]),
         target=np.concatenate([answer.token_ids for answer in answers]),
@@ -149,26 +152,6 @@ def as_plain(groups: Sequence[Group]) -> list[Group]:
         for group in groups
         for answer in group.answers
     ]
-
-
-def split_by_tokens(groups: Sequence[Group], budget: int) -> list[list[Group]]:
-    """First-fit-decreasing bins of at most `budget` tokens; a longer group is alone in its bin.
-
-    Bins hold the groups in their given order, so the packing depends on nothing but the groups.
-    """
-    order = sorted(range(len(groups)), key=lambda i: (-groups[i].num_tokens, i))
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for i in order:
-        size = groups[i].num_tokens
-        fit = next((b for b, left in enumerate(room) if size <= left), None)
-        if fit is None:
-            bins.append([])
-            room.append(budget)
-            fit = len(bins) - 1
-        bins[fit].append(i)
-        room[fit] -= size
-    return [[groups[i] for i in sorted(members)] for members in bins]
 
 
 def length_buckets(lengths: Sequence[int], slack: float = 1.25) -> list[list[int]]:

@@ -5,10 +5,12 @@ context, then data, then pipeline. Process groups are gloo on the CPU and NCCL o
 """
 
 import os
-from collections.abc import Iterator
+import pickle
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -151,6 +153,61 @@ def gather_objects(axis: Axis, value: Any) -> list[Any]:
     values: list[Any] = [None] * axis.size
     dist.all_gather_object(values, value, group=axis.group)
     return values
+
+
+def exchange_objects(axis: Axis, outgoing: Sequence[Sequence[Any]]) -> list[Any]:
+    """Send `outgoing[r]` to rank r of the axis; what all sent to this rank, in sender order.
+
+    Every rank of the axis calls it, with anything that can be pickled. An array is copied once,
+    into the message; the received one is a view of the message, which lives as long as any of its
+    arrays. Peers are trusted, as in `gather_objects`.
+    """
+    if axis.size == 1:
+        return list(outgoing[0])
+    messages = [_message(objects) for objects in outgoing]
+    lengths = gather_objects(axis, [[len(part) for part in parts] for parts in messages])
+    device = torch.device("cpu")
+    if dist.get_backend(axis.group) == "nccl":
+        device = torch.device("cuda", torch.cuda.current_device())
+    sizes_out = [sum(map(_aligned, sizes)) for sizes in lengths[axis.rank]]
+    sizes_in = [sum(map(_aligned, sizes[axis.rank])) for sizes in lengths]
+    outbox = torch.empty(sum(sizes_out), dtype=torch.uint8)
+    _fill(memoryview(outbox.numpy()), [part for parts in messages for part in parts])
+    inbox = torch.empty(sum(sizes_in), dtype=torch.uint8, device=device)
+    dist.all_to_all_single(inbox, outbox.to(device), sizes_in, sizes_out, group=axis.group)
+    memory = memoryview(inbox.cpu().numpy())
+    received: list[Any] = []
+    for sender, begin in zip(lengths, _starts(sizes_in), strict=True):
+        sizes = sender[axis.rank]
+        starts = _starts([_aligned(size) for size in sizes])
+        parts = [memory[begin + s :][:size] for s, size in zip(starts, sizes, strict=True)]
+        if parts:
+            received += pickle.loads(parts[0], buffers=parts[1:])
+    return received
+
+
+def _message(objects: Sequence[Any]) -> list[memoryview]:
+    """The objects' pickle, then the memory of their arrays; [] without objects."""
+    buffers: list[pickle.PickleBuffer] = []
+    if not objects:
+        return []
+    head = pickle.dumps(list(objects), protocol=5, buffer_callback=buffers.append)
+    return [memoryview(head), *(buffer.raw() for buffer in buffers)]
+
+
+def _fill(memory: memoryview, parts: Sequence[memoryview]) -> None:
+    starts = _starts([_aligned(len(part)) for part in parts])
+    for start, part in zip(starts, parts, strict=True):
+        memory[start : start + len(part)] = part
+
+
+def _starts(sizes: Sequence[int]) -> list[int]:
+    return [0, *accumulate(sizes)][: len(sizes)]
+
+
+def _aligned(size: int) -> int:
+    """Arrays begin at multiples of 64 bytes, where any number type may lie."""
+    return -(-size // 64) * 64
 
 
 def world_axis(mesh: Mesh) -> Axis:

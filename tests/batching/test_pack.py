@@ -1,19 +1,10 @@
-"""Packing: every answer's tokens once, predicted from the right place, within the budget."""
-
-import itertools
+"""Packing: every answer's tokens once, predicted from the right place."""
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_vrl.batching.pack import (
-    Answer,
-    Group,
-    as_plain,
-    length_buckets,
-    pack,
-    split_by_tokens,
-)
+from megatron_vrl.batching.pack import Answer, Group, as_plain, length_buckets, pack
 from megatron_vrl.types import Prompt
 from tests.tiny import prompt, video
 
@@ -37,6 +28,7 @@ def answer(ids: list[int]) -> Answer:
         token_ids=np.array(ids),
         advantage=float(sum(ids)),
         engine_logprobs=-np.array(ids, dtype=np.float32),
+        id=str(ids),
     )
 
 
@@ -59,6 +51,7 @@ def test_every_target_is_predicted_from_prompt_and_answer_alone(members, multipl
         mine = batch.sequence == index
         assert batch.target[mine].tolist() == given_answer.token_ids.tolist()
         assert set(batch.advantage[mine]) == {np.float32(given_answer.advantage)}
+        assert batch.answer_id[index] == given_answer.id
         assert batch.engine_logprob[mine].tolist() == given_answer.engine_logprobs.tolist()
         g = batch.answer_group[index]
         prompt_end = batch.prompt_start[g] + batch.prompt_length[g]
@@ -96,18 +89,6 @@ def test_plain_layout_has_the_same_targets(members):
     for mine, theirs in sources:
         assert shared.token_ids[mine] == plain.token_ids[theirs]
         assert np.array_equal(shared.positions[:, mine], plain.positions[:, theirs])
-
-
-@given(st.lists(groups, max_size=8), st.integers(1, 40))
-def test_bins_hold_every_group_once_within_the_budget(members, budget):
-    bins = split_by_tokens(members, budget)
-    assert sorted(id(g) for one in bins for g in one) == sorted(id(g) for g in members)
-    for one in bins:
-        assert len(one) == 1 or sum(group.num_tokens for group in one) <= budget
-        order = [next(i for i, g in enumerate(members) if g is group) for group in one]
-        assert order == sorted(order)
-    for first, second in itertools.pairwise(bins):  # first fit: no two could be one
-        assert sum(g.num_tokens for g in [*first, *second]) > budget
 
 
 @given(st.lists(st.integers(0, 50), max_size=20), st.sampled_from([1.0, 1.25, 2.0]))
