@@ -35,6 +35,14 @@ MEANINGS = {
     "grad_norm": Meaning("gradient norm", ""),
     "lr": Meaning("learning rate", ""),
     "tokens_per_second": Meaning("trained tokens per second", "1/s"),
+    "tokens_computed": Meaning("tokens computed", "tokens"),
+    "tokens_ideal": Meaning("tokens needed", "tokens"),
+    "prompt_reuse": Meaning("tokens of a plain layout over computed", ""),
+    "padding_share": Meaning("padding rows", "%"),
+    "update_tflops_per_second": Meaning("model FLOPs of the update, per rank", "TFLOP/s"),
+    "hardware_tflops_per_second": Meaning("computed FLOPs of the update, per rank", "TFLOP/s"),
+    "mfu": Meaning("model FLOPs utilisation", "%"),
+    "peak_memory_gib": Meaning("peak memory of a rank", "GiB"),
 }
 
 
