@@ -172,10 +172,10 @@ def exchange_objects(axis: Axis, outgoing: Sequence[Sequence[Any]]) -> list[Any]
     sizes_out = [sum(map(_aligned, sizes)) for sizes in lengths[axis.rank]]
     sizes_in = [sum(map(_aligned, sizes[axis.rank])) for sizes in lengths]
     outbox = torch.empty(sum(sizes_out), dtype=torch.uint8)
-    _fill(memoryview(outbox.numpy()), [part for parts in messages for part in parts])
+    _fill(outbox.numpy().data, [part for parts in messages for part in parts])
     inbox = torch.empty(sum(sizes_in), dtype=torch.uint8, device=device)
     dist.all_to_all_single(inbox, outbox.to(device), sizes_in, sizes_out, group=axis.group)
-    memory = memoryview(inbox.cpu().numpy())
+    memory = inbox.cpu().numpy().data
     received: list[Any] = []
     for sender, begin in zip(lengths, _starts(sizes_in), strict=True):
         sizes = sender[axis.rank]
