@@ -4,15 +4,16 @@ Two levels: a section, then its keys. Unknown keys and wrong types are refused w
 name. A part of the program receives its own section, never the whole.
 """
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from megatron_vrl.config_errors import reason
 from megatron_vrl.errors import ConfigError
+from megatron_vrl.published import PUBLISHED, AlgorithmName
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -164,17 +165,57 @@ class Rewards(Section):
 
 
 class Algorithm(Section):
-    name: Literal["grpo"] = "grpo"
+    name: AlgorithmName = "grpo"
+    """Also sets what its source says for the keys left out here: see docs/algorithms.md."""
     clip: Annotated[float, Field(gt=0)] = 0.2
-    """The ratio is clipped to [1 - clip, 1 + clip]."""
+    """The ratio is clipped from below to 1 - clip; 1 is no bound."""
+    clip_high: Annotated[float, Field(gt=0)] = 0.2
+    """The ratio is clipped from above to 1 + clip_high."""
     kl: Annotated[float, Field(ge=0)] = 0.01
     """Coefficient of the KL term; 0 loads no reference model."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """k1: log ratio; k2: half its square; k3: never negative, without bias, at most 10."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """loss: a term of each token; reward: the answer's sum is subtracted from its reward. k1
+    belongs in the reward: as a term of the loss it has no gradient on average."""
     entropy: Annotated[float, Field(ge=0)] = 1e-3
     """Coefficient of the entropy bonus."""
-    normalisation: Literal["global_tokens", "seed"] = "global_tokens"
-    """global_tokens: token sum over the step's token count; seed: mean inside each micro-batch."""
+    normalisation: Literal[
+        "global_tokens", "sequence_mean", "sequence_sum", "constant_length", "seed"
+    ] = "global_tokens"
+    """global_tokens: token sum over the step's token count; sequence_mean: mean over answers of
+    the mean over tokens; sequence_sum: mean over answers of the sum over tokens; constant_length:
+    sequence_sum over rollout.max_response_tokens; seed: mean inside each micro-batch."""
+    combine: Literal["sum_then_normalise", "normalise_then_sum"] = "sum_then_normalise"
+    """Several reward parts: the weighted sum becomes an advantage; or each part does, and those
+    are summed by weight (GDPO)."""
+    importance: Literal["none", "token", "sequence"] = "none"
+    """Weigh the policy loss with trainer probability / engine probability, of each token or of
+    the whole answer."""
+    importance_mode: Literal["clip", "mask"] = "clip"
+    """clip: at most `importance_limit`; mask: 0 outside [1 / limit, limit]."""
+    importance_limit: Annotated[float, Field(gt=1)] = 2.0
     drop_uniform_groups: bool = True
-    """Leave out groups whose rewards are all equal: they have no policy gradient."""
+    """Leave out groups whose advantages are all 0: they have no policy gradient."""
+    refill_rounds: Annotated[int, Field(ge=0)] = 0
+    """More rounds of prompts, at most, to replace dropped groups (DAPO's dynamic sampling)."""
+    drop_truncated: bool = False
+    """Answers cut off at the length limit take part in the group's statistics but not in the loss
+    (DAPO's overlong filtering)."""
+    overlong_buffer: Annotated[int, Field(ge=0)] = 0
+    """The reward falls linearly over the last so many tokens before the length limit (DAPO's soft
+    overlong punishment); 0: it does not."""
+    overlong_penalty: Annotated[float, Field(ge=0)] = 1.0
+    """What an answer at the limit loses by that."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _published(cls, given: Any) -> Any:
+        """Keys left out get the value of the named algorithm's source, if that says one."""
+        if not isinstance(given, dict):
+            return given
+        name = given.get("name", "grpo")
+        return {**PUBLISHED.get(name, {}), **given} if isinstance(name, str) else given
 
 
 class Optimizer(Section):
@@ -307,7 +348,7 @@ def checked(schema: type[Schema], tree: dict[str, Any], origin: str, if_missing:
     try:
         return schema.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{origin}: {_reason(error, schema, if_missing)}") from None
+        raise ConfigError(f"{origin}: {reason(error, schema, if_missing)}") from None
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -326,31 +367,3 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         node[last] = yaml.safe_load(text)
     except yaml.YAMLError:
         raise ConfigError(f"Override {override!r}: the value is not YAML. Quote it.") from None
-
-
-def _reason(error: ValidationError, schema: type[Section], if_missing: str) -> str:
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        known = _names(schema, first["loc"][:-1])
-        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}."
-        return f"unknown key {where!r}; {hint}"
-    if first["type"] == "missing":
-        return f"{where!r} is missing; {if_missing.format(key=where)}"
-    return f"{where}={first['input']!r} is refused: {first['msg']}."
-
-
-def _names(schema: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    """Names of the section that `loc` leads to; list indices and dict keys are passed over."""
-    section = schema
-    for part in loc:
-        if part in section.model_fields:
-            section = _section_of(section.model_fields[str(part)].annotation) or section
-    return sorted(section.model_fields)
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for arg in get_args(annotation) if (found := _section_of(arg))), None)

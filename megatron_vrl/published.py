@@ -1,0 +1,47 @@
+"""What an algorithm's source says for the keys of section `algorithm` that a config leaves out.
+
+For all other keys, and for GRPO, the defaults in config.py hold. docs/algorithms.md shows the table
+and each file in algorithms/ names its source. Left out: what depends on the user's lengths.
+"""
+
+from typing import Any, Literal
+
+AlgorithmName = Literal[
+    "grpo",
+    "dr_grpo",
+    "dapo",
+    "gspo",
+    "cispo",
+    "rloo",
+    "reinforce_plus_plus",
+    "reinforce_plus_plus_baseline",
+]
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "grpo": {},
+    "dr_grpo": {"kl": 0.0, "entropy": 0.0, "normalisation": "constant_length"},
+    "dapo": {
+        "clip_high": 0.28,
+        "kl": 0.0,
+        "entropy": 0.0,
+        "refill_rounds": 9,
+        "drop_truncated": True,
+    },
+    "gspo": {
+        "clip": 3e-4,
+        "clip_high": 4e-4,
+        "kl": 0.0,
+        "entropy": 0.0,
+        "normalisation": "sequence_mean",
+    },
+    "cispo": {"clip": 1.0, "clip_high": 4.0, "kl": 0.0, "entropy": 0.0},
+    "rloo": {
+        "kl": 0.03,
+        "kl_estimator": "k1",
+        "kl_in": "reward",
+        "entropy": 0.0,
+        "normalisation": "sequence_sum",
+    },
+    "reinforce_plus_plus": {"kl_estimator": "k1", "kl_in": "reward", "entropy": 0.0},
+    "reinforce_plus_plus_baseline": {"kl": 1e-3, "kl_estimator": "k2", "entropy": 0.0},
+}
