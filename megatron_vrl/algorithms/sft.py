@@ -5,8 +5,10 @@ Per token like the losses of `ALGORITHMS`, so one training step serves both phas
 
 from torch import Tensor
 
+from megatron_vrl.algorithms.tokens import Tokens
 
-def token_loss(logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Log-probs [N] of the target's tokens -> loss [N], and what to log of it."""
-    loss = -logprobs
+
+def token_loss(tokens: Tokens) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss [N] of the target's tokens, and what to log of it."""
+    loss = -tokens.logprob
     return loss, {"cross_entropy": loss.detach()}

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_vrl.algorithms import ALGORITHMS
+from megatron_vrl.algorithms import ALGORITHMS, teaches, token_loss
 from megatron_vrl.config import Algorithm, Data, Rewards, Source
 from megatron_vrl.data.readers import READERS
 from megatron_vrl.rewards import PARTS, SEED_PARTS, score, weights_of
 from megatron_vrl.rewards.metrics import summarise
 from megatron_vrl.tasks import SYSTEM_PROMPTS, TASKS, Parsed
 from megatron_vrl.types import VideoSample
+from tests.algorithms.make_tokens import tokens_of
 
 SAMPLE = VideoSample(
     id="v/0",
@@ -56,18 +57,14 @@ def test_the_released_parts_are_those_of_the_task(name):
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_an_algorithm_prefers_the_better_answer(name):
     algorithm = ALGORITHMS[name]
-    advantages = algorithm.advantages(np.array([0.0, 1.0]), "v/0")
-    assert advantages[0] < 0 < advantages[1] and algorithm.teaches(advantages)
-    assert not algorithm.teaches(algorithm.advantages(np.full(3, 0.1), "v/0"))
+    (advantages,) = algorithm.advantages([np.array([0.0, 1.0])])
+    assert advantages[0] < 0 < advantages[1] and teaches(advantages)
+    assert not any(teaches(of_group) for of_group in algorithm.advantages([np.full(3, 0.1)] * 2))
     logprobs = torch.tensor([-1.0, -1.0], requires_grad=True)
-    loss, metrics = algorithm.token_loss(
-        logprobs,
-        logprobs.detach(),
-        torch.tensor(advantages, dtype=torch.float32),
-        logprobs.detach(),
-        torch.zeros(2),
-        Algorithm(name=name),
+    tokens = tokens_of(
+        logprobs, torch.tensor(advantages), reference=logprobs.detach(), lengths=[1, 1]
     )
+    loss, metrics = token_loss(tokens, Algorithm(name=name))
     assert loss.shape == (2,)
     assert all(value.shape == (2,) and not value.requires_grad for value in metrics.values())
     loss.sum().backward()

@@ -1,0 +1,84 @@
+"""Each algorithm's published keys: filled in, overridden, written, documented."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_vrl.algorithms import ALGORITHMS
+from megatron_vrl.config import PUBLISHED, Algorithm, load_config
+from megatron_vrl.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+
+
+def test_there_is_a_row_for_every_name():
+    names = set(Algorithm.model_fields["name"].annotation.__args__)
+    assert set(PUBLISHED) == set(ALGORITHMS) == names
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_values_are_filled_in(name):
+    cfg = Algorithm(name=name)
+    expected = {key: field.default for key, field in Algorithm.model_fields.items()}
+    assert cfg.model_dump() == {**expected, **PUBLISHED[name], "name": name}
+    assert Algorithm.model_validate(cfg.model_dump()) == cfg  # as a written config is read again
+
+
+def test_values_from_the_papers():
+    """Once more by hand, so that a slip in the table shows."""
+
+    def keys(name, *wanted):
+        return tuple(getattr(Algorithm(name=name), key) for key in wanted)
+
+    assert keys("grpo", "clip", "clip_high", "kl", "kl_estimator") == (0.2, 0.2, 0.01, "k3")
+    assert keys("dr_grpo", "kl", "normalisation") == (0.0, "constant_length")
+    assert keys("dapo", "clip", "clip_high", "kl", "entropy") == (0.2, 0.28, 0.0, 0.0)
+    assert keys("dapo", "normalisation", "drop_uniform_groups") == ("global_tokens", True)
+    assert keys("gspo", "clip", "clip_high", "kl") == (3e-4, 4e-4, 0.0)
+    assert keys("gspo", "normalisation") == ("sequence_mean",)
+    assert keys("cispo", "clip", "clip_high", "kl") == (1.0, 4.0, 0.0)
+    assert keys("rloo", "kl_in", "kl_estimator", "normalisation") == (
+        "reward",
+        "k1",
+        "sequence_sum",
+    )
+    assert keys("reinforce_plus_plus", "kl_in", "kl_estimator") == ("reward", "k1")
+    assert keys("reinforce_plus_plus_baseline", "kl_in", "kl_estimator") == ("loss", "k2")
+
+
+def test_what_the_user_says_wins():
+    file = yaml.safe_load(QUICKSTART.read_text())["algorithm"]
+    assert file == {"kl": 0.0, "entropy": 1e-3}
+    cfg = load_config(QUICKSTART, ["algorithm.name=rloo", "algorithm.clip_high=0.3"]).algorithm
+    assert (cfg.kl, cfg.entropy, cfg.clip_high) == (0.0, 1e-3, 0.3)
+    assert (cfg.kl_in, cfg.normalisation) == ("reward", "sequence_sum")
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("algorithm.name=gropo", "algorithm.name='gropo' is refused: Input should be 'grpo', "),
+        ("algorithm.name=gropo", "; did you mean 'grpo'?"),
+        ("algorithm.name=reinforce++", "did you mean 'reinforce_plus_plus'?"),
+        ("algorithm.name=[grpo]", "algorithm.name=['grpo'] is refused"),
+        ("algorithm.name=7", "algorithm.name=7 is refused"),
+        ("algorithm.normalisation=sequence", "; did you mean 'sequence_sum'?"),
+        ("algorithm.clip_hihg=0.3", "unknown key 'algorithm.clip_hihg'; did you mean 'clip_high'?"),
+        ("algorithm.importance_limit=1", "algorithm.importance_limit=1 is refused"),
+        ("algorithm.refill_rounds=-1", "algorithm.refill_rounds=-1 is refused"),
+    ],
+)
+def test_mistakes(override, sentence):
+    with pytest.raises(ConfigError) as error:
+        load_config(QUICKSTART, [override])
+    assert sentence in str(error.value)
+
+
+def test_the_page_shows_the_published_values():
+    lines = (ROOT / "docs" / "algorithms.md").read_text().splitlines()
+    for name, values in PUBLISHED.items():
+        (row,) = [line for line in lines if line.startswith(f"| `{name}` |")]
+        (published,) = [cell for cell in row.split(" | ") if cell.startswith("`{")]
+        assert yaml.safe_load(published.strip("` |")) == values
