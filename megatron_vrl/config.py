@@ -245,8 +245,11 @@ class Sft(Section):
 class Grpo(Section):
     steps: Annotated[int, Field(ge=0)] = 0
     """Steps of reinforcement learning; 0 leaves it out."""
-    updates_per_step: Literal[1] = 1
-    """Optimizer updates on each batch of rollouts."""
+    mini_batches: Positive = 1
+    """Parts that a step's groups are cut into, with an optimizer update on each."""
+    epochs: Positive = 1
+    """Passes over a step's groups. With more than one update the log-probs that ratios are taken
+    against are computed once, before the first."""
     optimizer: Optimizer = Optimizer(lr=1e-6)
     evaluate_every: Annotated[int, Field(ge=0)] = 0
     """Evaluate the split `dev` every k steps; 0: never."""

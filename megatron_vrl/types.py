@@ -1,4 +1,4 @@
-"""What flows: VideoSample -> EncodedVideo -> Prompt -> Rollout -> ScoredGroup.
+"""What flows: VideoSample -> EncodedVideo -> Prompt -> Rollout -> ScoredGroup -> Experience.
 
 A stage that learns something makes the next type; it never fills a hole in an old one.
 Shape letters: F frames, P prompt tokens, R response tokens, N rollouts of one group.
@@ -91,11 +91,18 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredGroup:
-    """N answers to one prompt with their rewards and advantages."""
+    """N answers to one prompt with their rewards."""
 
     sample: VideoSample
     prompt: Prompt
     rollouts: tuple[Rollout, ...]  # N
     parts: dict[str, NDArray[np.float64]]  # reward part -> [N], each in [0, 1]
     rewards: NDArray[np.float64]  # [N] weighted sum of the parts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experience:
+    """A scored group with what its answers are worth beside each other."""
+
+    scored: ScoredGroup
     advantages: NDArray[np.float64]  # [N]

@@ -35,9 +35,11 @@ ONE_STEP = (  # without a warm-up no answer earns a reward: all groups are unifo
     "algorithm.drop_uniform_groups=false",
     "observe.wandb=disabled",
 )
+SEVERAL_UPDATES = ("grpo.mini_batches=2", "grpo.epochs=2", "algorithm.importance=sequence")
+KL_IN_REWARD = ("algorithm.name=reinforce_plus_plus", "algorithm.kl_in=reward")
 LAYOUTS = {
-    "tensor": ["parallel.tensor=2", *ONE_STEP],
-    "pipeline": ["parallel.pipeline=2", *ONE_STEP],
+    "tensor": ["parallel.tensor=2", *ONE_STEP, *SEVERAL_UPDATES],
+    "pipeline": ["parallel.pipeline=2", *ONE_STEP, *KL_IN_REWARD],
 }
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -160,6 +162,28 @@ def test_config_and_wandb_are_written(run):
 def test_engine_and_trainer_agree_in_every_layout(job, layout):
     for row in rows_of(job(layout, *LAYOUTS.get(layout, [])), "grpo"):
         assert row["logprob_gap_max"] < 1e-4
+
+
+def test_several_updates_take_their_ratios_against_the_policy_that_sampled(job):
+    (row,) = rows_of(job("tensor", *LAYOUTS["tensor"]), "grpo")
+    assert row["updates_left_out"] == 0
+    assert row["importance_weight"] == pytest.approx(1, abs=1e-3)  # trainer beside engine
+    assert abs(row["approx_kl"]) > 1e-6  # of the updates after the first
+    assert row["ref_kl"] > 0
+
+
+def test_kl_in_the_reward_makes_even_failures_differ(job):
+    (row,) = rows_of(job("pipeline", *LAYOUTS["pipeline"]), "grpo")
+    assert row["reward"] == 0 and "ref_kl" not in row
+    assert row["approx_kl"] == 0  # one update: on policy
+
+
+def test_meters_count_what_was_computed(run):
+    for row in rows_of(run, "grpo"):
+        assert row["tokens_computed"] >= row["tokens_ideal"] > 0
+        assert row["prompt_reuse"] > 1.3 and 0 <= row["padding_share"] < 1
+        assert row["update_tflops_per_second"] > 0 and row["peak_memory_gib"] > 0.2
+        assert "mfu" not in row  # the peak of a CPU is not known
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-import torch
 
 from megatron_vrl.batching.pack import Answer, Group, MicroBatch
 from megatron_vrl.batching.positions import VisionBlock, mrope_positions
@@ -106,10 +105,10 @@ def micro_batches(
     return plan_batches(mine, mine[0], Batch(tokens=40, layout=layout), mesh)
 
 
-def token_loss(logprob, entropy, batch, reference):
+def token_loss(tokens):
     """A loss in which every part of the model has a gradient, for `Policy.update`."""
-    advantage = torch.from_numpy(batch.advantage)
-    metrics = {"entropy": entropy, "logprob": logprob}
-    if reference is not None:
-        metrics["reference_gap_max"] = (logprob.detach() - reference).abs()
-    return -logprob * advantage - 0.01 * entropy, metrics
+    metrics = {"entropy": tokens.entropy, "logprob": tokens.logprob}
+    if tokens.reference is not None:
+        metrics["reference_gap_max"] = (tokens.logprob.detach() - tokens.reference).abs()
+    of_answer = 1 + 0.1 * tokens.sequence_sum(tokens.logprob).tanh()  # also over context ranks
+    return -tokens.logprob * tokens.advantage * of_answer - 0.01 * tokens.entropy, metrics

@@ -1,30 +1,25 @@
 """Measure parts of the program, each beside what it is held against, on this machine.
 
-    bench.py convert [--model configs/models/qwen2.5-vl-3b.json] [--rounds 3] [--dir DIR] [--json]
+    bench.py step [--prompt-tokens 2048 --answer-tokens 128 --group 8 --layouts shared,plain]
+    bench.py head [--tokens 8192 --vocab 151936 --hidden 2048]
+    bench.py convert [--model configs/models/qwen2.5-vl-3b.json --dir DIR]
 
-A bench is one function that yields rows; with --json a row is one line of JSON, else the rows are
-a small table. `convert`: time and peak memory of conversion on random bfloat16 weights, beside
-reading and writing the same bytes with safetensors alone, in turns; needs about four times the
-model's size under DIR and leaves nothing there.
+A bench takes its sides in turns, in one run, and yields rows of medians over --rounds. With --json
+a row is one line of JSON, else the rows are a small table.
 """
 
 import argparse
 import json
 import os
 import platform
-import resource
-import shutil
-import statistics
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
+from benches import convert, head, step
+
+BENCHES = {"convert": convert, "head": head, "step": step}
 Row = dict[str, Any]
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> int:
@@ -32,20 +27,16 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     benches = parser.add_subparsers(dest="bench", required=True)
-    _add_convert(benches)
+    for name, bench in BENCHES.items():
+        options = benches.add_parser(name, description=bench.__doc__)
+        options.set_defaults(run=bench.run)
+        options.add_argument("--json", action="store_true", help="one JSON object a line")
+        options.add_argument("--rounds", type=int, default=5, help="medians of so many")
+        bench.add_options(options)
     arguments = parser.parse_args()
     run: Callable[[argparse.Namespace], Iterator[Row]] = arguments.run
     _print(list(run(arguments)), as_json=arguments.json)
     return 0
-
-
-def _add(benches: Any, name: str, run: Callable[[argparse.Namespace], Iterator[Row]]) -> Any:
-    """A bench's own parser, with the options that all have."""
-    parser = benches.add_parser(name)
-    parser.set_defaults(run=run)
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    parser.add_argument("--rounds", type=int, default=3, help="medians of so many")
-    return parser
 
 
 def _print(rows: Sequence[Row], as_json: bool) -> None:
@@ -62,104 +53,6 @@ def _print(rows: Sequence[Row], as_json: bool) -> None:
 
 def _words(value: Any) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
-
-
-# ---- convert
-
-
-def _add_convert(benches: Any) -> None:
-    parser = _add(benches, "convert", convert)
-    model = ROOT / "configs" / "models" / "qwen2.5-vl-3b.json"
-    parser.add_argument("--model", type=Path, default=model, help="a config.json")
-    parser.add_argument("--dir", type=Path, default=None, help="where there is room")
-
-
-def convert(arguments: argparse.Namespace) -> Iterator[Row]:
-    """Both directions and `verify`, each in a process of its own, in turns with safetensors."""
-    with tempfile.TemporaryDirectory(dir=arguments.dir) as name:
-        folder = Path(name)
-        size = random_checkpoint(arguments.model, folder / "hf")
-        runs: dict[str, list[tuple[float, float]]] = {}
-        for _ in range(arguments.rounds):
-            for step, command in _convert_steps(folder).items():
-                runs.setdefault(step, []).append(_measured(command))
-                shutil.rmtree(folder / "copy", ignore_errors=True)
-            for made in ("megatron", "back"):
-                shutil.rmtree(folder / made)
-        base = statistics.median(seconds for seconds, _ in runs["safetensors alone"])
-        for step, found in runs.items():
-            seconds = statistics.median(s for s, _ in found)
-            yield {
-                "bench": "convert",
-                "step": step,
-                "model": arguments.model.stem,
-                "gib": size / 2**30,
-                "seconds": seconds,
-                "ratio": seconds / base,
-                "peak_gib": max(peak for _, peak in found),
-                "rounds": len(found),
-            }
-
-
-def _convert_steps(folder: Path) -> dict[str, list[str]]:
-    hf, megatron, back = (str(folder / name) for name in ("hf", "megatron", "back"))
-    tool = str(ROOT / "tools" / "convert_checkpoint.py")
-    return {
-        "safetensors alone": ["-c", _COPY, hf, str(folder / "copy")],
-        "hf-to-megatron": [tool, "hf-to-megatron", hf, megatron],
-        "megatron-to-hf": [tool, "megatron-to-hf", megatron, back],
-        "verify": [tool, "verify", hf, back],
-    }
-
-
-# Read every shard and write it again, the way a converter that does nothing would.
-_COPY = """
-import sys
-from pathlib import Path
-import torch
-from safetensors.torch import load_file, save_file
-source, target = map(Path, sys.argv[1:])
-target.mkdir()
-for shard in sorted(source.glob("*.safetensors")):
-    save_file(load_file(shard), target / shard.name)
-"""
-
-
-def _measured(command: Sequence[str]) -> tuple[float, float]:
-    """Seconds of a Python command, and the peak resident memory of its process in GiB."""
-    os.sync()  # what was written before is not this command's to wait for
-    start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} failed")
-    return seconds, _peak_bytes(usage) / 2**30
-
-
-def _peak_bytes(usage: resource.struct_rusage) -> int:
-    return usage.ru_maxrss * 1024  # Linux counts KiB
-
-
-def random_checkpoint(config: Path, directory: Path) -> int:
-    """A checkpoint of random bfloat16 weights, one tensor in memory; its bytes."""
-    import torch
-
-    from megatron_vrl.model.architecture import read_architecture
-    from megatron_vrl.model.published import PublishedWriter
-    from megatron_vrl.model.shapes import published_shapes
-
-    directory.mkdir(parents=True)
-    shutil.copy(config, directory / "config.json")
-    writer = PublishedWriter(directory)
-    size = 0
-    for name, shape in published_shapes(read_architecture(config)).items():
-        words = torch.randint(-(2**15), 2**15, shape, dtype=torch.int16)
-        writer.add(name, words.view(torch.bfloat16))
-        size += 2 * words.numel()
-    writer.close()
-    return size
 
 
 if __name__ == "__main__":

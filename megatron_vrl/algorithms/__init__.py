@@ -97,7 +97,7 @@ def token_loss(tokens: Tokens, cfg: config.Algorithm) -> tuple[Tensor, dict[str,
         loss = loss * weight
         metrics |= {"importance_weight": weight, "importance_cut": cut}
     logprob = tokens.logprob.detach()
-    gap = (logprob - tokens.engine_logprob).abs()
+    gap = (tokens.old_logprob - tokens.engine_logprob).abs()  # of one and the same policy
     metrics |= {"policy_loss": loss.detach(), "entropy": tokens.entropy.detach()}
     metrics |= {"approx_kl": tokens.old_logprob - logprob}  # k1, of the step since sampling
     metrics |= {"logprob_gap": gap, "logprob_gap_max": gap}

@@ -7,20 +7,20 @@ from megatron_vrl.observe import cards
 from megatron_vrl.observe.sinks import Sinks
 from megatron_vrl.parallel.mesh import agreed
 from megatron_vrl.tasks import TASKS
-from megatron_vrl.types import EncodedVideo, ScoredGroup
+from megatron_vrl.types import EncodedVideo, Experience
 
 
-def write_cards(parts: Parts, sinks: Sinks, groups: Sequence[ScoredGroup], step: int) -> None:
+def write_cards(parts: Parts, sinks: Sinks, experiences: Sequence[Experience], step: int) -> None:
     """Keep these groups for the report. Rank 0 writes, every rank calls."""
     with agreed(parts.mesh):
-        for group in groups:
-            (video,) = group.prompt.visuals
+        for experience in experiences:
+            (video,) = experience.scored.prompt.visuals
             assert isinstance(video, EncodedVideo)
-            sinks.card(_card(group, step), video.frames, video.timestamps_s)
+            sinks.card(_card(experience, step), video.frames, video.timestamps_s)
 
 
-def _card(group: ScoredGroup, step: int) -> cards.Card:
-    sample = group.sample
+def _card(experience: Experience, step: int) -> cards.Card:
+    sample = experience.scored.sample
     return cards.Card(
         phase="grpo",
         step=step,
@@ -31,11 +31,12 @@ def _card(group: ScoredGroup, step: int) -> cards.Card:
         option=sample.option,
         intervals_s=sample.intervals_s,
         duration_s=sample.duration_s,
-        answers=tuple(_answer(group, i) for i in range(len(group.rollouts))),
+        answers=tuple(_answer(experience, i) for i in range(len(experience.advantages))),
     )
 
 
-def _answer(group: ScoredGroup, index: int) -> cards.Answer:
+def _answer(experience: Experience, index: int) -> cards.Answer:
+    group = experience.scored
     sample, rollout = group.sample, group.rollouts[index]
     parsed = TASKS[sample.task].parse(rollout.text, sample)
     return cards.Answer(
@@ -44,6 +45,6 @@ def _answer(group: ScoredGroup, index: int) -> cards.Answer:
         option=parsed.option,
         parts={name: float(values[index]) for name, values in group.parts.items()},
         reward=float(group.rewards[index]),
-        advantage=float(group.advantages[index]),
+        advantage=float(experience.advantages[index]),
         tokens=len(rollout.token_ids),
     )

@@ -6,10 +6,9 @@ seed, as often as `sft.restarts` allows.
 """
 
 import numpy as np
-from torch import Tensor
 
 from megatron_vrl.algorithms.sft import token_loss
-from megatron_vrl.batching.pack import Answer, Group, MicroBatch
+from megatron_vrl.batching.pack import Answer, Group
 from megatron_vrl.build import Parts
 from megatron_vrl.data.mix import SampleStream
 from megatron_vrl.errors import ConfigError, UserError
@@ -62,7 +61,7 @@ def _attempt(parts: Parts, state: RunState, sinks: Sinks, dev: list[VideoSample]
             )
         with clock("update"):
             batches = plan_batches(groups, groups[0], cfg.batch, parts.mesh)
-            update = parts.policy.update(batches, _loss, Distribution(), state.step)
+            update = parts.policy.update(batches, token_loss, Distribution(), state.step)
         state.step += 1
         state.stream = stream.state
         state.version += 1
@@ -85,12 +84,6 @@ def _target(parts: Parts, sample: VideoSample) -> Answer:
         advantage=0.0,
         engine_logprobs=np.zeros(len(token_ids), dtype=np.float32),
     )
-
-
-def _loss(
-    logprobs: Tensor, entropy: Tensor, batch: MicroBatch, reference: Tensor | None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    return token_loss(logprobs)
 
 
 def _evaluate_if_due(parts: Parts, state: RunState, sinks: Sinks, dev: list[VideoSample]) -> bool:

@@ -6,6 +6,7 @@ weights, so gradients are summed, never averaged, and no split of the batch can 
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,19 +24,21 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
+from megatron_vrl.algorithms.tokens import Tokens, local_sequence_sum
 from megatron_vrl.batching.pack import MicroBatch
 from megatron_vrl.config import Model, Optimizer, Parallel
 from megatron_vrl.model.architecture import Architecture
 from megatron_vrl.model.head import Distribution
 from megatron_vrl.model.precision import check_available
 from megatron_vrl.model.qwen25vl import Qwen25VL
-from megatron_vrl.parallel.mesh import Mesh
+from megatron_vrl.parallel.mesh import Mesh, gather_objects, world_axis
 from megatron_vrl.training.optimizer import learning_rate, make_optimizer
 from megatron_vrl.video.rules import patchify
 
-# (logprob [N], entropy [N], batch, reference logprob [N] or None) -> loss [N], metrics {name: [N]}
-TokenLoss = Callable[[Tensor, Tensor, MicroBatch, Tensor | None], tuple[Tensor, dict[str, Tensor]]]
+TokenLoss = Callable[[Tokens], tuple[Tensor, dict[str, Tensor]]]  # loss [N], metrics {name: [N]}
 Job = tuple[MicroBatch, Callable[..., Any]]  # and what the last stage does with its output
+FINITE = "finite"  # [N] of a record, beside its sums: which token losses are finite
+LogProbs = Sequence[Tensor | None]  # [N] of every micro-batch; None off the last stage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +48,7 @@ class Update:
     loss: float
     grad_norm: float
     applied: bool  # False: a gradient was not finite and the update was left out
+    suspects: tuple[str, ...]  # then: the answers, on any rank, that it may have come from
     lr: float
     metrics: dict[str, float]  # token means; names that end in "_max" are maxima
 
@@ -103,13 +107,11 @@ class Policy:
         for kept, chunk in zip(self._reference, self.chunks, strict=True):
             kept.load_state_dict(chunk.state_dict())
 
-    def logprobs(self, batches: Sequence[MicroBatch], of: Distribution) -> list[Tensor | None]:
+    def logprobs(self, batches: Sequence[MicroBatch], of: Distribution) -> LogProbs:
         """Log-prob [N] of every batch under the weights as they are; None off the last stage."""
         return self._logprobs(self.chunks, batches, of)
 
-    def reference_logprobs(
-        self, batches: Sequence[MicroBatch], of: Distribution
-    ) -> list[Tensor | None]:
+    def reference_logprobs(self, batches: Sequence[MicroBatch], of: Distribution) -> LogProbs:
         """Log-prob [N] of every batch under the reference; None off the last stage or without."""
         if not self._reference:
             return [None] * len(batches)
@@ -117,30 +119,41 @@ class Policy:
 
     def _logprobs(
         self, chunks: list[Qwen25VL], batches: Sequence[MicroBatch], of: Distribution
-    ) -> list[Tensor | None]:
+    ) -> LogProbs:
         jobs = [(batch, _logprob_of) for batch in batches]
         with torch.no_grad():
             outputs = self._run(chunks, jobs, of, forward_only=True)
         return outputs or [None] * len(batches)
 
     def update(
-        self, batches: Sequence[MicroBatch], token_loss: TokenLoss, of: Distribution, step: int
+        self,
+        batches: Sequence[MicroBatch],
+        token_loss: TokenLoss,
+        of: Distribution,
+        step: int,
+        *,
+        old: LogProbs | None = None,
+        reference: LogProbs | None = None,
     ) -> Update:
-        """One optimizer update from this rank's micro-batches; `step` updates were made before."""
+        """One optimizer update from this rank's micro-batches; `step` updates were made before.
+
+        `old`: log-probs when the batch of rollouts began, None: those of this very pass.
+        `reference`: for the KL term, None: without.
+        """
         assert self.optimizer is not None, "start_phase first"
-        references = self.reference_logprobs(batches, of)
-        for wrapped in self._ddp:
-            wrapped.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        nothing: LogProbs = [None] * len(batches)
         jobs = [
-            (batch, partial(_weighted, token_loss, batch, reference))
-            for batch, reference in zip(batches, references, strict=True)
+            (batch, partial(self._weighted, token_loss, batch, before, kept))
+            for batch, before, kept in zip(
+                batches, old or nothing, reference or nothing, strict=True
+            )
         ]
+        self._zero_gradients()
         metrics = self._reduce(self._run(self._ddp, jobs, of))
         lr = learning_rate(self._optimizer_cfg, step, self._num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        applied = self._gradients_are_finite()
+        applied = self._gradients_are_finite(dist.group.WORLD)
         grad_norm = float("nan")
         if applied:
             _, grad_norm, _ = self.optimizer.step()
@@ -148,9 +161,45 @@ class Policy:
             loss=metrics.pop("loss"),
             grad_norm=float(grad_norm),
             applied=applied,
+            suspects=() if applied else self._suspects(jobs, of),
             lr=lr,
             metrics=metrics,
         )
+
+    def _zero_gradients(self) -> None:
+        assert self.optimizer is not None
+        for wrapped in self._ddp:
+            wrapped.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def _suspects(self, jobs: Sequence[Job], of: Distribution) -> tuple[str, ...]:
+        """Answers of the micro-batches whose own gradient is not finite, over all ranks.
+
+        The micro-batches are computed once more, a few at a time, and their gradients looked at
+        before data ranks add them up. Of a micro-batch, the answers whose loss is not finite; all
+        of them if the fault shows in the backward pass only.
+        """
+        config = self.chunks[0].config
+        finalize, config.finalize_model_grads_func = config.finalize_model_grads_func, None
+        at_a_time = self.mesh.pipeline.size if self.mesh.interleaved else 1
+        found: set[str] = set()
+        with ExitStack() as apart:
+            for wrapped in self._ddp:
+                apart.enter_context(wrapped.no_sync())
+            for start in range(0, len(jobs), at_a_time):
+                self._zero_gradients()
+                part = jobs[start : start + at_a_time]
+                records = self._run(self._ddp, part, of)
+                if self._gradients_are_finite(self.mesh.model.group):
+                    continue
+                for (batch, _), record in zip(part, records, strict=False):  # on the last stage
+                    bad = record[FINITE].cpu().numpy() == 0
+                    named = batch.sequence[bad] if bad.any() else batch.sequence
+                    found |= {batch.answer_id[answer] for answer in named}
+        config.finalize_model_grads_func = finalize
+        self._zero_gradients()
+        everywhere = gather_objects(world_axis(self.mesh), found)
+        return tuple(sorted(set().union(*everywhere)))
 
     def _run(
         self,
@@ -200,7 +249,7 @@ class Policy:
             for grad, summed in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
                 grad.copy_(summed.view_as(grad))
 
-    def _gradients_are_finite(self) -> bool:
+    def _gradients_are_finite(self, group: dist.ProcessGroup | None) -> bool:
         finite = [
             torch.isfinite(buffer.grad_data).all()
             for wrapped in self._ddp
@@ -209,12 +258,12 @@ class Policy:
         flag = (
             torch.stack(finite).all().float() if finite else torch.ones((), device=self.mesh.device)
         )
-        dist.all_reduce(flag, dist.ReduceOp.MIN)
+        dist.all_reduce(flag, dist.ReduceOp.MIN, group=group)
         return bool(flag.item())
 
     def _reduce(self, records: list[dict[str, Tensor]]) -> dict[str, float]:
         """Token sums -> means over the whole step, on every rank."""
-        names = sorted(records[0]) if records else []
+        names = sorted(records[0].keys() - {FINITE}) if records else []
         box: list[Any] = [names]
         last = dist.get_global_rank(self.mesh.pipeline.group, self.mesh.pipeline.size - 1)
         if self.mesh.pipeline.size > 1:
@@ -239,25 +288,48 @@ class Policy:
             for name, value in values.items()
         }
 
+    def _weighted(
+        self,
+        token_loss: TokenLoss,
+        batch: MicroBatch,
+        old: Tensor | None,
+        reference: Tensor | None,
+        output: Tensor,
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Megatron's loss function of one micro-batch: scalar, token count, sums to report."""
+        logprob, entropy = output
+        on = lambda array: torch.from_numpy(array).to(logprob.device)  # noqa: E731
+        losses, metrics = token_loss(
+            Tokens(
+                logprob=logprob,
+                old_logprob=logprob.detach() if old is None else old,
+                engine_logprob=on(batch.engine_logprob),
+                advantage=on(batch.advantage),
+                entropy=entropy,
+                reference=reference,
+                sequence_sum=local_sequence_sum(
+                    on(batch.sequence), len(batch.answer_start), self._over_context
+                ),
+            )
+        )
+        weight = on(batch.weight)
+        loss = (losses * weight).sum()
+        counted = weight > 0  # filler micro-batches weigh nothing
+        record = {
+            name: (value.detach() * counted).amax()
+            if name.endswith("_max")
+            else (value.detach() * counted).sum()
+            for name, value in metrics.items()
+        }
+        record |= {"loss": loss.detach().clone(), "tokens": counted.sum()}
+        record[FINITE] = torch.isfinite(losses.detach())
+        return loss, counted.sum().int(), record
+
+    def _over_context(self, sums: Tensor) -> Tensor:
+        if self.mesh.context.size > 1:
+            dist.all_reduce(sums, group=self.mesh.context.group)
+        return sums
+
 
 def _logprob_of(output: Tensor, non_loss_data: bool) -> Tensor:
     return output[0].clone()
-
-
-def _weighted(
-    token_loss: TokenLoss, batch: MicroBatch, reference: Tensor | None, output: Tensor
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Megatron's loss function of one micro-batch: scalar, token count, sums to report."""
-    logprob, entropy = output
-    losses, metrics = token_loss(logprob, entropy, batch, reference)
-    weight = torch.from_numpy(batch.weight).to(losses.device)
-    loss = (losses * weight).sum()
-    counted = weight > 0  # filler micro-batches weigh nothing
-    record = {
-        name: (value.detach() * counted).amax()
-        if name.endswith("_max")
-        else (value.detach() * counted).sum()
-        for name, value in metrics.items()
-    }
-    record |= {"loss": loss.detach().clone(), "tokens": counted.sum()}
-    return loss, counted.sum().int(), record

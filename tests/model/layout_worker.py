@@ -105,7 +105,8 @@ def train(checkpoint: Path, layout: Layout) -> dict[str, Any]:
     batches = micro_batches(GROUPS, mesh, layout.prompts)
     result: dict[str, Any] = {}
     for step in range(2):
-        update = policy.update(batches, token_loss, Distribution(), step)
+        reference = policy.reference_logprobs(batches, Distribution())
+        update = policy.update(batches, token_loss, Distribution(), step, reference=reference)
         numbers = {"loss": update.loss, "grad_norm": update.grad_norm, **update.metrics}
         for name, value in numbers.items():
             result.setdefault(name, []).append(value)

@@ -1,0 +1,198 @@
+"""A step's experience: prompts rolled out, answers scored, groups that teach nothing left out.
+
+A group teaches nothing if all its advantages are 0. `algorithm.refill_rounds` asks for more prompts
+in their place (the dynamic sampling of DAPO, arXiv 2503.14476); as many as are missing, where DAPO
+samples whole batches and keeps a surplus. A group with a reward that is no number is never trained
+on: it is left out, named and counted.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_vrl.algorithms import Part, advantages, kl_penalty, overlong_penalty, teaches
+from megatron_vrl.batching.pack import Answer, Group
+from megatron_vrl.build import Parts
+from megatron_vrl.data.mix import SampleStream
+from megatron_vrl.loops.state import RunState
+from megatron_vrl.model.head import Distribution
+from megatron_vrl.parallel.mesh import gather_objects
+from megatron_vrl.rewards import score, weights_of
+from megatron_vrl.rollout.engine import SamplingSpec
+from megatron_vrl.training.batches import plan_batches
+from megatron_vrl.types import Experience, Prompt, Rollout, ScoredGroup, VideoSample
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collected:
+    """What a step learns from; lists are this replica's, the rest is the same on every rank."""
+
+    experiences: list[Experience]  # every scored group
+    kept: list[Experience]  # those to train on
+    filler: Group  # a group of this replica that keeps a rank without work busy
+    invalid: tuple[str, ...]  # samples with a reward that is no number
+    rounds: int
+
+
+def collect(parts: Parts, state: RunState, stream: SampleStream) -> Collected:
+    """Every rank calls it."""
+    cfg = parts.cfg
+    groups: list[ScoredGroup] = []
+    missing, rounds, kept = cfg.rollout.prompts_per_step, 0, list[Experience]()
+    while missing > 0 and rounds <= cfg.algorithm.refill_rounds:
+        samples = parts.rank_share(stream.take(missing))
+        groups += _rolled_out(parts, state, samples, rounds)
+        with parts.clock("score"):
+            experiences, invalid = _with_advantages(parts, groups)
+        drops = cfg.algorithm.drop_uniform_groups
+        kept = [e for e in experiences if not drops or teaches(e.advantages)]
+        everywhere = sum(gather_objects(parts.mesh.data, len(kept)))
+        missing = cfg.rollout.prompts_per_step - everywhere
+        rounds += 1
+    filler = to_train(Experience(scored=groups[0], advantages=np.zeros(len(groups[0].rewards))))
+    return Collected(
+        experiences=experiences, kept=kept, filler=filler, invalid=invalid, rounds=rounds
+    )
+
+
+def to_train(experience: Experience, drop_truncated: bool = False) -> Group:
+    """The group as it is packed. The advantages are those of all its answers."""
+    scored = experience.scored
+    answers = [
+        Answer(
+            id=f"{scored.sample.id}#{index}",
+            token_ids=rollout.token_ids,
+            advantage=float(experience.advantages[index]),
+            engine_logprobs=rollout.logprobs,
+        )
+        for index, rollout in enumerate(scored.rollouts)
+        if not (drop_truncated and rollout.finish == "length")
+    ]
+    return Group(prompt=scored.prompt, answers=tuple(answers))
+
+
+def sampled_distribution(parts: Parts) -> Distribution:
+    """Which the engine samples from, and so the trainer's log-probs are of."""
+    return Distribution(
+        temperature=parts.cfg.rollout.temperature, banned=parts.engine.banned_token_ids
+    )
+
+
+def _rolled_out(
+    parts: Parts, state: RunState, samples: Sequence[VideoSample], round_: int
+) -> list[ScoredGroup]:
+    """Scored groups of this rank's samples and of its replica's other ranks."""
+    clock = parts.clock
+    with clock("encode"):
+        prompts = parts.encode(samples)
+    with clock("rollout"):
+        answers = parts.generate(prompts, _sampling(parts, state, round_))
+    with clock("score"):
+        scored = [_scored(parts, *group) for group in zip(samples, prompts, answers, strict=True)]
+        return parts.gather_replica(scored)
+
+
+def _sampling(parts: Parts, state: RunState, round_: int) -> SamplingSpec:
+    cfg = parts.cfg
+    entropy = [cfg.run.seed, state.step, parts.mesh.rank, round_]  # all have their own
+    return SamplingSpec(
+        n=cfg.rollout.group_size,
+        temperature=cfg.rollout.temperature,
+        top_p=cfg.rollout.top_p,
+        max_tokens=cfg.rollout.max_response_tokens,
+        seed=int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1),
+    )
+
+
+def _scored(
+    parts: Parts, sample: VideoSample, prompt: Prompt, rollouts: Sequence[Rollout]
+) -> ScoredGroup:
+    cfg = parts.cfg.rewards
+    scores = [score(sample, r.text, cfg.mode, weights_of(cfg)[sample.task]) for r in rollouts]
+    return ScoredGroup(
+        sample=sample,
+        prompt=prompt,
+        rollouts=tuple(rollouts),
+        parts={name: np.array([p[name] for p, _ in scores]) for name in scores[0][0]},
+        rewards=np.array([total for _, total in scores]),
+    )
+
+
+def _with_advantages(
+    parts: Parts, groups: Sequence[ScoredGroup]
+) -> tuple[list[Experience], tuple[str, ...]]:
+    """Experiences of this replica's valid groups, and the ids of all ranks' invalid ones.
+
+    Advantages may depend on the whole step, so the data ranks tell each other their rewards.
+    """
+    valid = [group for group in groups if np.isfinite(group.rewards).all()]
+    wrong = [group.sample.id for group in groups if not np.isfinite(group.rewards).all()]
+    own = [_reward_parts(parts, group) for group in valid]
+    if parts.cfg.algorithm.kl > 0 and parts.cfg.algorithm.kl_in == "reward":
+        for rewards, penalty in zip(own, _kl_of_groups(parts, valid, groups[0]), strict=True):
+            rewards["kl"] = Part(values=-penalty, weight=parts.cfg.algorithm.kl)
+    everywhere = gather_objects(parts.mesh.data, (own, wrong))
+    before = sum(len(rewards) for rewards, _ in everywhere[: parts.mesh.data.rank])
+    of_step = advantages([r for rewards, _ in everywhere for r in rewards], parts.cfg.algorithm)
+    mine = of_step[before : before + len(valid)]
+    experiences = [
+        Experience(scored=group, advantages=values)
+        for group, values in zip(valid, mine, strict=True)
+    ]
+    return experiences, tuple(sorted({name for _, names in everywhere for name in names}))
+
+
+def _reward_parts(parts: Parts, group: ScoredGroup) -> dict[str, Part]:
+    cfg = parts.cfg
+    weights = weights_of(cfg.rewards)[group.sample.task]
+    rewards = {
+        name: Part(values=values, weight=weights[name])
+        for name, values in group.parts.items()
+        if weights.get(name, 0.0) > 0
+    }
+    if cfg.algorithm.overlong_buffer:
+        lengths = np.array([len(rollout.token_ids) for rollout in group.rollouts])
+        limit, buffer = cfg.rollout.max_response_tokens, cfg.algorithm.overlong_buffer
+        rewards["overlong"] = Part(
+            values=overlong_penalty(lengths, limit, buffer), weight=cfg.algorithm.overlong_penalty
+        )
+    return rewards
+
+
+def _kl_of_groups(
+    parts: Parts, groups: Sequence[ScoredGroup], filler: ScoredGroup
+) -> list[NDArray[np.float64]]:
+    """KL to the reference [n] of each group's answers, summed over tokens.
+
+    The policy's log-probs are the engine's, which holds the same weights: no pass of ours.
+    """
+    to_score = [
+        _numbered(group, first) for first, group in zip(_starts(groups), groups, strict=True)
+    ]
+    batches = plan_batches(to_score, _numbered(filler, 0), parts.cfg.batch, parts.mesh)
+    sums = np.zeros(sum(len(group.rollouts) for group in groups))
+    references = parts.policy.reference_logprobs(batches, sampled_distribution(parts))
+    for batch, reference in zip(batches, references, strict=True):
+        if reference is not None and parts.mesh.tensor.rank == 0:  # tensor ranks hold the same
+            engine = reference.new_tensor(batch.engine_logprob)
+            penalty = kl_penalty(engine, reference, parts.cfg.algorithm).double().cpu().numpy()
+            numbers = np.array([int(name) for name in batch.answer_id])[batch.sequence]
+            counted = batch.weight > 0  # not those of a filler
+            np.add.at(sums, numbers[counted], penalty[counted])
+    total = sum(gather_objects(parts.mesh.model, sums))  # context ranks hold parts of an answer
+    return np.split(total, _starts(groups)[1:]) if groups else []
+
+
+def _starts(groups: Sequence[ScoredGroup]) -> list[int]:
+    """Number of each group's first answer."""
+    counts = np.array([len(group.rollouts) for group in groups], dtype=np.int64)
+    return (np.cumsum(counts) - counts).tolist()
+
+
+def _numbered(group: ScoredGroup, first: int) -> Group:
+    """To be scored only: its answers are called by their numbers."""
+    whole = to_train(Experience(scored=group, advantages=np.zeros(len(group.rollouts))))
+    answers = [replace(a, id=str(first + i)) for i, a in enumerate(whole.answers)]
+    return replace(whole, answers=tuple(answers))

@@ -1,0 +1,95 @@
+"""Scored groups -> advantages of the whole step, and what is left out of training."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from megatron_vrl.algorithms import teaches
+from megatron_vrl.config import Algorithm, Parallel, Rewards, Rollout
+from megatron_vrl.loops import experience
+from megatron_vrl.parallel.mesh import close_mesh, init_mesh
+from megatron_vrl.types import Rollout as Answered
+from megatron_vrl.types import ScoredGroup, VideoSample
+from tests.tiny import prompt, video
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    yield init_mesh(Parallel(), seed=1)
+    close_mesh()
+
+
+def scored(name: str, rewards: list[float], lengths: list[int] | None = None) -> ScoredGroup:
+    lengths = lengths or [4] * len(rewards)
+    return ScoredGroup(
+        sample=VideoSample(
+            id=name,
+            task="temporal_grounding",
+            video="v.mp4",
+            duration_s=10.0,
+            query="a square",
+            rationale="",
+            intervals_s=((1.0, 2.0),),
+            options=(),
+            option="",
+        ),
+        prompt=prompt([video((1, 2, 2), 1.0, 0)], 0),
+        rollouts=tuple(
+            Answered(
+                token_ids=np.arange(n),
+                logprobs=np.zeros(n, dtype=np.float32),
+                text="",
+                finish="length" if n == 8 else "stop",
+                weight_version=0,
+            )
+            for n in lengths
+        ),
+        parts={"format": np.array(rewards), "temporal_iou": np.array(rewards)},
+        rewards=np.array(rewards),
+    )
+
+
+def parts_of(mesh, **algorithm):
+    cfg = SimpleNamespace(
+        algorithm=Algorithm(**{"kl": 0.0, **algorithm}),
+        rewards=Rewards(),
+        rollout=Rollout(max_response_tokens=8),
+    )
+    return SimpleNamespace(cfg=cfg, mesh=mesh)
+
+
+def test_a_reward_that_is_no_number_leaves_its_group_out_by_name(mesh):
+    groups = [scored("a", [0.0, 1.0]), scored("b", [np.nan, 1.0]), scored("c", [0.5, 0.5])]
+    found, invalid = experience._with_advantages(parts_of(mesh), groups)
+    assert invalid == ("b",)
+    assert [e.scored.sample.id for e in found] == ["a", "c"]
+    assert [teaches(e.advantages) for e in found] == [True, False]
+
+
+def test_cut_off_answers_count_in_the_statistics_but_not_in_the_loss(mesh):
+    group = scored("a", [0.0, 1.0, 0.2], lengths=[4, 8, 3])
+    [found], _ = experience._with_advantages(parts_of(mesh), [group])
+    whole, cut = (experience.to_train(found, drop) for drop in (False, True))
+    assert [a.id for a in whole.answers] == ["a#0", "a#1", "a#2"]
+    assert [a.id for a in cut.answers] == ["a#0", "a#2"]
+    assert [a.advantage for a in cut.answers] == [a.advantage for a in whole.answers[::2]]
+
+
+def test_answers_near_the_length_limit_lose_reward(mesh):
+    group = scored("a", [1.0, 1.0], lengths=[4, 8])
+    [even], _ = experience._with_advantages(parts_of(mesh), [group])
+    [uneven], _ = experience._with_advantages(parts_of(mesh, overlong_buffer=4), [group])
+    assert not teaches(even.advantages)
+    assert uneven.advantages[0] > 0 > uneven.advantages[1]
+
+
+def test_parts_without_weight_do_not_count(mesh):
+    group = replace(
+        scored("a", [0.0, 1.0]), parts={"format": np.ones(2), "temporal_iou": np.array([0.0, 1.0])}
+    )
+    parts = parts_of(mesh)
+    parts.cfg.rewards = Rewards(temporal_grounding={"format": 1.0})
+    [found], _ = experience._with_advantages(parts, [group])
+    assert not teaches(found.advantages)

@@ -1,0 +1,1 @@
+"""One bench a file: its docstring is its help, `add_options` and `run` are its interface."""

@@ -1,0 +1,45 @@
+"""One side of `bench.py head`: `head_side.py chunked|naive TOKENS VOCAB HIDDEN`."""
+
+import sys
+
+import torch
+from torch import Tensor
+from worker import resident, serve
+
+from megatron_vrl.config import Parallel
+from megatron_vrl.model.head import Distribution, token_logprobs
+from megatron_vrl.observe.quiet import hush_libraries
+from megatron_vrl.parallel.mesh import init_mesh
+
+
+def naive(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    logprobs = (hidden @ weight.t()).log_softmax(-1)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(1, target[:, None])[:, 0], entropy
+
+
+def main(side: str, tokens: int, vocab: int, channels: int) -> None:
+    hush_libraries()
+    torch.set_num_threads(1)
+    mesh = init_mesh(Parallel(), seed=1)
+    hidden = torch.randn(tokens, channels).requires_grad_()
+    weight = (torch.randn(vocab, channels) / channels**0.5).requires_grad_()
+    target = torch.randint(vocab, (tokens,))
+
+    def once() -> None:
+        hidden.grad = weight.grad = None
+        if side == "naive":
+            logprob, entropy = naive(hidden, weight, target)
+        else:
+            logprob, entropy = token_logprobs(
+                hidden, weight, target, group=mesh.tensor.group, of=Distribution()
+            )
+        (logprob.sum() + 1e-3 * entropy.sum()).backward()
+
+    gradients = 4 * (hidden.numel() + weight.numel())
+    serve(once, held_before=resident() + gradients, fixed={})
+
+
+if __name__ == "__main__":
+    name, *sizes = sys.argv[1:]
+    main(name, *map(int, sizes))
