@@ -300,7 +300,7 @@ class RunConfig(Section):
 
 
 def check_batches(cfg: RunConfig, replicas: int) -> None:
-    """Raises ConfigError if a step has too few samples to give every model replica one."""
+    """Raises ConfigError if a step has too few samples for the replicas or the mini-batches."""
     sizes = {"sft.batch_size": cfg.sft.batch_size}
     sizes["rollout.prompts_per_step"] = cfg.rollout.prompts_per_step
     for key, size in sizes.items():
@@ -309,6 +309,12 @@ def check_batches(cfg: RunConfig, replicas: int) -> None:
                 f"{key}={size} is less than the {replicas} model replicas: raise it, or use fewer "
                 "processes."
             )
+    if cfg.grpo.mini_batches > cfg.rollout.prompts_per_step:
+        raise ConfigError(
+            f"grpo.mini_batches={cfg.grpo.mini_batches} is more than the "
+            f"{cfg.rollout.prompts_per_step} groups of a step: lower it, or raise "
+            "rollout.prompts_per_step."
+        )
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:  # type: ignore[assignment]

@@ -50,7 +50,13 @@ def rows_of(run: Path, phase: str) -> list[dict]:
 
 
 def numbers(row: dict) -> dict[str, float]:
-    return {name: value for name, value in row.items() if isinstance(value, int | float)}
+    """What a run must repeat: all numbers but those of its machine."""
+    measured = ("tokens_per_second", "tflops_per_second", "peak_memory_gib")
+    return {
+        name: value
+        for name, value in row.items()
+        if isinstance(value, int | float) and not name.endswith(measured)
+    }
 
 
 def summary_of(run: Path) -> dict:

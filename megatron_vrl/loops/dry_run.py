@@ -25,12 +25,14 @@ def check(cfg: RunConfig, world: int) -> list[str]:
     missing = [note for source in sources for note in _missing(source)]
     load([source for source in sources if Path(source.json_path).exists()], cfg.run.seed, _unknown)
     answers = cfg.rollout.prompts_per_step * cfg.rollout.group_size
+    updates = cfg.grpo.mini_batches * cfg.grpo.epochs
     return [
         f"model: {arch.num_parameters:,} parameters",
         _layout(world, replicas, cfg),
         *_stages(arch, cfg),
         *padding_notes(arch, cfg),
-        f"a GRPO step: {cfg.rollout.prompts_per_step} prompts, {answers} answers, 1 update",
+        f"a GRPO step: {cfg.rollout.prompts_per_step} prompts, {answers} answers, "
+        f"{updates} update{'s' if updates > 1 else ''}",
         *notes,
         *dict.fromkeys(missing),
     ]

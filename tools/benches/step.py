@@ -2,6 +2,7 @@
 one CPU thread, float32. Layouts: `shared` computes the prompt once, `plain` once for each answer.
 Whole steps with a KL term: `shared-kl` (reference pass and update, shared) and `seed` (old
 log-probs, reference, update, each on n full sequences, the order of the released Temporal-R1).
+`trl` and `trl-kl`: TRL's GRPOTrainer on the same sizes (pip install -e '.[bench]').
 `ratio` is the median time of the row --against over the row's own, `ideal_ratio` the same of token
 passes, a backward pass counted as two. `peak_bytes` is the most that the process held beyond its
 libraries."""
@@ -15,14 +16,22 @@ from typing import Any
 from benches.worker import Worker
 
 Row = dict[str, Any]
-SIDE = Path(__file__).with_name("step_side.py")
+OURS, TRL = (Path(__file__).with_name(name) for name in ("step_side.py", "trl_side.py"))
+LAYOUTS = {
+    "shared": OURS,
+    "plain": OURS,
+    "shared-kl": OURS,
+    "seed": OURS,
+    "trl": TRL,
+    "trl-kl": TRL,
+}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-tokens", type=int, default=2048)
     parser.add_argument("--answer-tokens", type=int, default=128)
     parser.add_argument("--group", type=int, default=8, help="answers to the prompt")
-    parser.add_argument("--layouts", default="shared,plain", help="of shared,plain,shared-kl,seed")
+    parser.add_argument("--layouts", default="shared,plain", help="of " + ",".join(LAYOUTS))
     parser.add_argument("--against", default="plain", help="the row that ratios are of")
     parser.add_argument("--micro-batch", type=int, default=10**9, help="most tokens of one")
 
@@ -30,7 +39,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Iterator[Row]:
     shape = (arguments.prompt_tokens, arguments.answer_tokens, arguments.group)
     layouts = arguments.layouts.split(",")
-    workers = {name: Worker(SIDE, (name, *shape, arguments.micro_batch)) for name in layouts}
+    unknown = [name for name in layouts if name not in LAYOUTS]
+    if unknown:
+        raise SystemExit(f"--layouts {','.join(unknown)}: choose of {', '.join(LAYOUTS)}.")
+    options = (*shape, arguments.micro_batch)
+    workers = {name: Worker(LAYOUTS[name], (name, *options)) for name in layouts}
     rounds: dict[str, list[Row]] = {name: [] for name in layouts}
     for number in range(1 + arguments.rounds):  # the first warms up
         for name, worker in workers.items():

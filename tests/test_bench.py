@@ -1,0 +1,41 @@
+"""tools/bench.py at small sizes: its rows say what they should; no speed is tested."""
+
+import json
+
+import pytest
+
+from tests.conftest import ROOT, run_python
+
+BENCH = ROOT / "tools" / "bench.py"
+pytestmark = pytest.mark.slow
+
+
+def rows_of(*arguments):
+    done = run_python(BENCH, *arguments, "--rounds", 1, "--json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {
+        row.get("layout", row.get("side")): row for row in map(json.loads, done.stdout.splitlines())
+    }
+
+
+def test_step_counts_the_tokens_of_every_layout():
+    sizes = ("--prompt-tokens", 64, "--answer-tokens", 8, "--group", 4)
+    rows = rows_of("step", *sizes, "--layouts", "shared,seed", "--against", "seed")
+    shared, seed = rows["shared"], rows["seed"]
+    assert list(shared)[:12] == [
+        *("bench", "layout", "prompt_tokens", "answer_tokens", "group"),
+        *("median_s", "min_s", "max_s", "peak_bytes", "tokens_computed", "ideal_ratio", "ratio"),
+    ]
+    inputs = 8 - 1  # an answer's last token predicts nothing
+    assert shared["tokens_computed"] == 64 + 4 * inputs
+    assert seed["tokens_computed"] == 4 * (64 + inputs)
+    assert shared["ideal_ratio"] == pytest.approx(5 * 4 * (64 + inputs) / (3 * (64 + 4 * inputs)))
+    assert seed["ratio"] == 1 and shared["ratio"] > 0
+    assert 0 < shared["min_s"] <= shared["median_s"] <= shared["max_s"]
+    assert 0 < shared["peak_bytes"]
+
+
+def test_head_holds_a_part_of_the_logits():
+    sizes = ("--tokens", 4096, "--vocab", 16384, "--hidden", 16)
+    rows = rows_of("head", *sizes)
+    assert 1.5 * rows["chunked"]["of_logits"] < rows["naive"]["of_logits"]
