@@ -40,12 +40,15 @@ def collect(parts: Parts, state: RunState, stream: SampleStream) -> Collected:
     """Every rank calls it."""
     cfg = parts.cfg
     groups: list[ScoredGroup] = []
+    rewards: list[dict[str, Part]] = []
     missing, rounds, kept = cfg.rollout.prompts_per_step, 0, list[Experience]()
     while missing > 0 and rounds <= cfg.algorithm.refill_rounds:
         samples = parts.rank_share(stream.take(missing))
-        groups += _rolled_out(parts, state, samples, rounds)
+        new = _rolled_out(parts, state, samples, rounds)
+        groups += new
         with parts.clock("score"):
-            experiences, invalid = _with_advantages(parts, groups)
+            rewards += _rewards(parts, new, filler=groups[0])
+            experiences, invalid = _with_advantages(parts, groups, rewards)
         drops = cfg.algorithm.drop_uniform_groups
         kept = [e for e in experiences if not drops or teaches(e.advantages)]
         everywhere = sum(gather_objects(parts.mesh.data, len(kept)))
@@ -109,8 +112,8 @@ def _sampling(parts: Parts, state: RunState, round_: int) -> SamplingSpec:
 def _scored(
     parts: Parts, sample: VideoSample, prompt: Prompt, rollouts: Sequence[Rollout]
 ) -> ScoredGroup:
-    cfg = parts.cfg.rewards
-    scores = [score(sample, r.text, cfg.mode, weights_of(cfg)[sample.task]) for r in rollouts]
+    mode, weights = parts.cfg.rewards.mode, weights_of(parts.cfg.rewards)[sample.task]
+    scores = [score(sample, rollout.text, mode, weights) for rollout in rollouts]
     return ScoredGroup(
         sample=sample,
         prompt=prompt,
@@ -120,26 +123,37 @@ def _scored(
     )
 
 
+def _rewards(
+    parts: Parts, groups: Sequence[ScoredGroup], filler: ScoredGroup
+) -> list[dict[str, Part]]:
+    """What each group's advantages are made of. Every rank calls it, with the groups of a round."""
+    rewards = [_reward_parts(parts, group) for group in groups]
+    cfg = parts.cfg.algorithm
+    if cfg.kl > 0 and cfg.kl_in == "reward":
+        for of_group, kl in zip(rewards, _kl_of_groups(parts, groups, filler), strict=True):
+            of_group["kl"] = Part(values=-kl, weight=cfg.kl)
+    return rewards
+
+
 def _with_advantages(
-    parts: Parts, groups: Sequence[ScoredGroup]
+    parts: Parts, groups: Sequence[ScoredGroup], rewards: Sequence[dict[str, Part]]
 ) -> tuple[list[Experience], tuple[str, ...]]:
     """Experiences of this replica's valid groups, and the ids of all ranks' invalid ones.
 
     Advantages may depend on the whole step, so the data ranks tell each other their rewards.
     """
-    valid = [group for group in groups if np.isfinite(group.rewards).all()]
-    wrong = [group.sample.id for group in groups if not np.isfinite(group.rewards).all()]
-    own = [_reward_parts(parts, group) for group in valid]
-    if parts.cfg.algorithm.kl > 0 and parts.cfg.algorithm.kl_in == "reward":
-        for rewards, penalty in zip(own, _kl_of_groups(parts, valid, groups[0]), strict=True):
-            rewards["kl"] = Part(values=-penalty, weight=parts.cfg.algorithm.kl)
+    valid = [all(np.isfinite(part.values).all() for part in r.values()) for r in rewards]
+    wrong = [g.sample.id for g, is_valid in zip(groups, valid, strict=True) if not is_valid]
+    own = [r for r, is_valid in zip(rewards, valid, strict=True) if is_valid]
     everywhere = gather_objects(parts.mesh.data, (own, wrong))
-    before = sum(len(rewards) for rewards, _ in everywhere[: parts.mesh.data.rank])
-    of_step = advantages([r for rewards, _ in everywhere for r in rewards], parts.cfg.algorithm)
-    mine = of_step[before : before + len(valid)]
+    before = sum(len(of_rank) for of_rank, _ in everywhere[: parts.mesh.data.rank])
+    of_all = [r for of_rank, _ in everywhere for r in of_rank]
+    of_step = advantages(of_all, parts.cfg.algorithm) if of_all else []
+    mine = iter(of_step[before : before + len(own)])
     experiences = [
-        Experience(scored=group, advantages=values)
-        for group, values in zip(valid, mine, strict=True)
+        Experience(scored=group, advantages=next(mine))
+        for group, is_valid in zip(groups, valid, strict=True)
+        if is_valid
     ]
     return experiences, tuple(sorted({name for _, names in everywhere for name in names}))
 
@@ -148,9 +162,8 @@ def _reward_parts(parts: Parts, group: ScoredGroup) -> dict[str, Part]:
     cfg = parts.cfg
     weights = weights_of(cfg.rewards)[group.sample.task]
     rewards = {
-        name: Part(values=values, weight=weights[name])
+        name: Part(values=values, weight=weights.get(name, 0.0))
         for name, values in group.parts.items()
-        if weights.get(name, 0.0) > 0
     }
     if cfg.algorithm.overlong_buffer:
         lengths = np.array([len(rollout.token_ids) for rollout in group.rollouts])

@@ -51,6 +51,12 @@ def scored(name: str, rewards: list[float], lengths: list[int] | None = None) ->
     )
 
 
+def judged(parts, groups):
+    return experience._with_advantages(
+        parts, groups, experience._rewards(parts, groups, filler=groups[0])
+    )
+
+
 def parts_of(mesh, **algorithm):
     cfg = SimpleNamespace(
         algorithm=Algorithm(**{"kl": 0.0, **algorithm}),
@@ -62,7 +68,7 @@ def parts_of(mesh, **algorithm):
 
 def test_a_reward_that_is_no_number_leaves_its_group_out_by_name(mesh):
     groups = [scored("a", [0.0, 1.0]), scored("b", [np.nan, 1.0]), scored("c", [0.5, 0.5])]
-    found, invalid = experience._with_advantages(parts_of(mesh), groups)
+    found, invalid = judged(parts_of(mesh), groups)
     assert invalid == ("b",)
     assert [e.scored.sample.id for e in found] == ["a", "c"]
     assert [teaches(e.advantages) for e in found] == [True, False]
@@ -70,7 +76,7 @@ def test_a_reward_that_is_no_number_leaves_its_group_out_by_name(mesh):
 
 def test_cut_off_answers_count_in_the_statistics_but_not_in_the_loss(mesh):
     group = scored("a", [0.0, 1.0, 0.2], lengths=[4, 8, 3])
-    [found], _ = experience._with_advantages(parts_of(mesh), [group])
+    [found], _ = judged(parts_of(mesh), [group])
     whole, cut = (experience.to_train(found, drop) for drop in (False, True))
     assert [a.id for a in whole.answers] == ["a#0", "a#1", "a#2"]
     assert [a.id for a in cut.answers] == ["a#0", "a#2"]
@@ -79,8 +85,8 @@ def test_cut_off_answers_count_in_the_statistics_but_not_in_the_loss(mesh):
 
 def test_answers_near_the_length_limit_lose_reward(mesh):
     group = scored("a", [1.0, 1.0], lengths=[4, 8])
-    [even], _ = experience._with_advantages(parts_of(mesh), [group])
-    [uneven], _ = experience._with_advantages(parts_of(mesh, overlong_buffer=4), [group])
+    [even], _ = judged(parts_of(mesh), [group])
+    [uneven], _ = judged(parts_of(mesh, overlong_buffer=4), [group])
     assert not teaches(even.advantages)
     assert uneven.advantages[0] > 0 > uneven.advantages[1]
 
@@ -91,5 +97,5 @@ def test_parts_without_weight_do_not_count(mesh):
     )
     parts = parts_of(mesh)
     parts.cfg.rewards = Rewards(temporal_grounding={"format": 1.0})
-    [found], _ = experience._with_advantages(parts, [group])
+    [found], _ = judged(parts, [group])
     assert not teaches(found.advantages)
