@@ -6,7 +6,7 @@ cut off left out of the loss (section 3.4), and the length penalty below (13).
 
 The deviation is unbiased here, of which the paper says nothing. Its penalty reaches over the last
 fifth of the longest answer; since that is a count of tokens, `overlong_buffer` stays with the user.
-The paper refills without a limit; the limit of ten rounds is that of its released scripts.
+The paper refills without a limit; ten rounds are common in scripts built on its recipe.
 """
 
 import numpy as np
