@@ -285,7 +285,7 @@ def test_full_disk_ends_all_ranks(copy):
     [
         ("model.checkpoint=nowhere", "Cannot read nowhere/config.json"),
         ("parallel.tensor=2", "needs a multiple of 2 processes"),
-        ("grpo.mini_batches=33", "grpo.mini_batches=33 is more than the 32 groups of a step"),
+        ("grpo.mini_batches=3", "grpo.mini_batches=3 is more than the 2 groups of a step"),
     ],
 )
 def test_dry_run_finds_what_cannot_work(tmp_path, override, sentence):

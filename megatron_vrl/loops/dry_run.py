@@ -15,12 +15,12 @@ from megatron_vrl.training.layout import published_files
 def check(cfg: RunConfig, world: int) -> list[str]:
     """Raises UserError for what cannot work; returns notes on what is not on this machine."""
     check_layout(cfg.parallel, world)
-    weights_of(cfg.rewards)
-    arch, notes = _architecture(cfg)
-    check_divides(arch, cfg.model, cfg.parallel)
     parallel = cfg.parallel
     replicas = world // (parallel.tensor * parallel.context * parallel.pipeline)
     check_batches(cfg, replicas)
+    weights_of(cfg.rewards)
+    arch, notes = _architecture(cfg)
+    check_divides(arch, cfg.model, cfg.parallel)
     sources = [*cfg.data.sft, *cfg.data.train, *chain(*cfg.data.evaluation.values())]
     missing = [note for source in sources for note in _missing(source)]
     load([source for source in sources if Path(source.json_path).exists()], cfg.run.seed, _unknown)
