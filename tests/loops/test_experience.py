@@ -7,12 +7,18 @@ import numpy as np
 import pytest
 
 from megatron_vrl.algorithms import teaches
-from megatron_vrl.config import Algorithm, Parallel, Rewards, Rollout
+from megatron_vrl.config import Algorithm, Batch, Model, Parallel, Rewards, Rollout
 from megatron_vrl.loops import experience
+from megatron_vrl.model.architecture import read_architecture
+from megatron_vrl.model.head import Distribution
+from megatron_vrl.model.weights import load_published
 from megatron_vrl.parallel.mesh import close_mesh, init_mesh
+from megatron_vrl.training.batches import plan_batches
+from megatron_vrl.training.policy import Policy
 from megatron_vrl.types import Rollout as Answered
 from megatron_vrl.types import ScoredGroup, VideoSample
 from tests.tiny import prompt, video
+from tests.tiny_models import published_model, save
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +105,28 @@ def test_parts_without_weight_do_not_count(mesh):
     parts.cfg.rewards = Rewards(temporal_grounding={"format": 1.0})
     [found], _ = judged(parts, [group])
     assert not teaches(found.advantages)
+
+
+@pytest.mark.parametrize("tokens", [1, 10_000])
+def test_kl_in_the_reward_is_the_sum_over_each_answer(mesh, tmp_path, tokens):
+    """Against the reference's log-probs of every answer by itself; a sample may come twice."""
+    checkpoint = save(published_model(), tmp_path / "hf")
+    cfg = Model(checkpoint=str(checkpoint), dtype="float32")
+    policy = Policy(read_architecture(checkpoint), cfg, Parallel(), mesh)
+    load_published(policy.chunks, checkpoint)
+    policy.keep_reference()
+    groups = [scored("a", [0.0, 1.0], [4, 2]), scored("a", [0.0, 0.0, 0.0], [1, 8, 3])]
+    parts = parts_of(mesh, kl=0.5, kl_estimator="k1", kl_in="reward")
+    parts.policy, parts.cfg.batch = policy, Batch(tokens=tokens)
+    parts.engine = SimpleNamespace(banned_token_ids=())  # all that is asked of the engine here
+    rewards = experience._rewards(parts, groups, filler=groups[0])
+    for group, of_group in zip(groups, rewards, strict=True):
+        assert of_group["kl"].weight == 0.5
+        whole, _ = judged(parts_of(mesh), [group])
+        for answer, found in zip(
+            experience.to_train(whole[0]).answers, of_group["kl"].values, strict=True
+        ):
+            alone = replace(experience.to_train(whole[0]), answers=(answer,))
+            [kept] = policy.logprobs(plan_batches([alone], alone, Batch(), mesh), Distribution())
+            wanted = (answer.engine_logprobs - kept.numpy()).sum()
+            assert wanted > 1 and found == pytest.approx(-wanted, rel=1e-5)
