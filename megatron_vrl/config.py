@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from megatron_vrl.config_errors import reason
 from megatron_vrl.errors import ConfigError
-from megatron_vrl.published import PUBLISHED, AlgorithmName
+from megatron_vrl.algorithm_values import PUBLISHED, AlgorithmName
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]

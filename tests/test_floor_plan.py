@@ -40,7 +40,7 @@ FLOORS = {
     "megatron_vrl.types": 0,
     "megatron_vrl.config": 0,
     "megatron_vrl.config_errors": 0,
-    "megatron_vrl.published": 0,
+    "megatron_vrl.algorithm_values": 0,
     "megatron_vrl.errors": 0,
 }
 SIBLINGS = {("training", "model")}  # on floor 3: who may import whom

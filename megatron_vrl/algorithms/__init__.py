@@ -1,5 +1,5 @@
 """How rewards become a loss. A new algorithm is one file (with its paper) and one row here, and its
-name and published values in published.py.
+name and published values in algorithm_values.py.
 
 Losses stay per token. Who calls sums them with token weights, so that how the tokens are cut into
 micro-batches and ranks cannot change the loss (or does, where the released rule is asked for).
