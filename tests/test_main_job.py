@@ -27,6 +27,7 @@ SMALL = (
     "grpo.evaluate_every=2",
     "rollout.prompts_per_step=4",
     "algorithm.kl=0.01",
+    "algorithm.refill_rounds=2",
     "checkpoint.every_steps=1000",
 )
 ONE_STEP = (  # without a warm-up no answer earns a reward: all groups are uniform
@@ -191,6 +192,14 @@ def test_meters_count_what_was_computed(run):
         assert row["prompt_reuse"] > 1.3 and 0 <= row["padding_share"] < 1
         assert row["update_tflops_per_second"] > 0 and row["peak_memory_gib"] > 0.2
         assert "mfu" not in row  # the peak of a CPU is not known
+
+
+def test_dropped_groups_are_replaced(run):
+    rows = rows_of(run, "grpo")
+    assert max(row["rollout_rounds"] for row in rows) > 1
+    for row in rows:
+        if row["rollout_rounds"] < 3:  # then it did not end for want of rounds
+            assert row["groups_trained"] == 4
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

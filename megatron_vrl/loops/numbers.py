@@ -33,6 +33,7 @@ def step_numbers(
     numbers |= {
         "invalid_groups": float(len(collected.invalid)),
         "rollout_rounds": float(collected.rounds),
+        "groups_trained": float(sum(gather_objects(parts.mesh.data, len(collected.kept)))),
         "updates_left_out": float(sum(not update.applied for update in learned.updates)),
     }
     if not learned.updates:  # nothing to learn from: that, too, is an update left out
