@@ -1,7 +1,7 @@
 """Weights in and out: a Hugging Face checkpoint into this rank's shards, and back as a stream.
 
-Reading touches only the tensors of this pipeline stage, one at a time. The stream gathers over
-tensor and pipeline ranks, so every rank yields the whole model, one chunk's tensors at a time.
+Reading touches only the tensors of this pipeline stage, one at a time. The stream is that of
+export.py: every rank yields the whole model, a bucket at a time.
 """
 
 import shutil
@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vrl.errors import CheckpointError, UserError
+from megatron_vrl.model.export import WeightExport
 from megatron_vrl.model.published import PublishedCheckpoint, PublishedWriter, copy_side_files
 from megatron_vrl.model.qwen25vl import Qwen25VL
 from megatron_vrl.model.weight_map import chunk_rows
 from megatron_vrl.observe.files import full_disk_named
-from megatron_vrl.parallel.mesh import Mesh, agreed, gather_objects
+from megatron_vrl.parallel.mesh import agreed
 
 
 def load_published(chunks: Sequence[Qwen25VL], directory: str | Path) -> None:
@@ -53,56 +53,15 @@ def _load_chunk(model: Qwen25VL, source: PublishedCheckpoint) -> None:
     assert not params, f"parameters without a row in the table: {sorted(params)}"
 
 
-@torch.no_grad()
 def published_tensors(
     chunks: Sequence[Qwen25VL], value: Callable[[Tensor], Tensor] = torch.Tensor.detach
 ) -> Iterator[tuple[str, Tensor]]:
     """The whole model as (published name, tensor), the same on every rank, in a fixed order.
 
-    Every rank must call it and exhaust it. One chunk's tensors are in memory at a time. `value`
-    is taken of each parameter: itself, or for example its gradient.
+    Every rank must call it and exhaust it. `value` is taken of each parameter: itself, or for
+    example its gradient.
     """
-    mesh = chunks[0].mesh
-    for own in chunks:
-        for stage in range(mesh.pipeline.size):
-            tensors = _unsharded(own, value) if stage == mesh.pipeline.rank else []
-            yield from _broadcast_stage(mesh, stage, tensors)
-
-
-def _unsharded(model: Qwen25VL, value: Callable[[Tensor], Tensor]) -> list[tuple[str, Tensor]]:
-    tensor = model.mesh.tensor
-    params = {name: value(param) for name, param in model.named_parameters()}
-    tensors: list[tuple[str, Tensor]] = []
-    for row in chunk_rows(model.arch, model.chunk):
-        if not row.exported:
-            continue
-        shards = [params[row.megatron]]
-        if row.layout.axis is not None and tensor.size > 1:
-            shards = [torch.empty_like(shards[0]) for _ in range(tensor.size)]
-            dist.all_gather(shards, params[row.megatron], group=tensor.group)
-        parts = row.layout.part(row.layout.unshard(shards))
-        tensors += zip(row.published, parts, strict=True)
-    return tensors
-
-
-def _broadcast_stage(
-    mesh: Mesh, stage: int, tensors: list[tuple[str, Tensor]]
-) -> Iterator[tuple[str, Tensor]]:
-    """One stage's tensors to all stages, as one flat buffer."""
-    if mesh.pipeline.size == 1:
-        yield from tensors
-        return
-    plans = gather_objects(mesh.pipeline, [(n, t.shape, t.dtype) for n, t in tensors])
-    plan = plans[stage]
-    dtype = plan[0][2]
-    sizes = [shape.numel() for _, shape, _ in plan]
-    if stage == mesh.pipeline.rank:
-        flat = torch.cat([tensor.reshape(-1) for _, tensor in tensors])
-    else:
-        flat = torch.empty(sum(sizes), dtype=dtype, device=mesh.device)
-    dist.broadcast(flat, dist.get_global_rank(mesh.pipeline.group, stage), mesh.pipeline.group)
-    for (name, shape, _), part in zip(plan, flat.split(sizes), strict=True):
-        yield name, part.view(shape)
+    return WeightExport(chunks, value=value).tensors()
 
 
 def save_published(chunks: Sequence[Qwen25VL], template: str | Path, directory: str | Path) -> None:
