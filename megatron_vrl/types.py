@@ -86,7 +86,9 @@ class Rollout:
     logprobs: NDArray[np.float32]  # [R] under the engine, at the sampling temperature
     text: str  # without special tokens
     finish: Literal["stop", "length"]
-    weight_version: int  # of the weights it was sampled with
+    weight_version: int  # of the weights that its first token was sampled with
+    newest_version: int  # of those of its last: another if weights came in between
+    seed: int  # that it was drawn with
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,61 +1,111 @@
-"""Named tensors packed into flat buckets of shared memory, a few large copies per update.
+"""Named tensors in flat buckets of shared memory, a few large copies per update.
 
-A bucket is one anonymous file in memory (`memfd_create`) and a table of what lies where. It has
-no name in /dev/shm: the kernel frees it with its last mapping, so no crash can leave one behind,
-and a container's small /dev/shm is no limit. Whoever runs as the same user on this machine can
-map it through /proc while the writer holds it open.
+A writer owns one anonymous file in memory (`memfd_create`) and uses it for every bucket of every
+update: its pages are made once, which costs as much as several copies. It has no name in
+/dev/shm: the kernel frees it with its last mapping, so no crash can leave one behind, and a
+container's small /dev/shm is no limit. Whoever runs as the same user on this machine can map it
+through /proc while the writer lives. A reader keeps its mapping of the writer it read last.
+
+A reader must be done with a bucket before the writer fills the next one.
 Left out: CUDA IPC handles. Weights that live on a GPU pass through host memory once.
 """
 
 import os
+import uuid
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
-DEFAULT_BUCKET_BYTES = 256 << 20
 ALIGNMENT_BYTES = 64  # a tensor may start at a multiple of its element size only
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Bucket:
     """What a receiver needs to map one bucket; plain values, so it travels over any RPC."""
 
     path: str  # /proc/PID/fd/N of the writer
-    num_bytes: int
+    memory: str  # names the writer's memory: a new writer may come to have the same path
+    num_bytes: int  # of the bucket
+    memory_bytes: int  # of the file
     dtype: str  # of every tensor, as torch names it: "bfloat16"
-    names: list[str]
-    shapes: list[list[int]]
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
 
 
-def write_buckets(
-    named_tensors: NamedTensors, dtype: torch.dtype, max_bytes: int = DEFAULT_BUCKET_BYTES
-) -> Iterator[Bucket]:
-    """Yield the tensors, cast to `dtype`, in buckets of at most `max_bytes`.
+class BucketWriter:
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._file = os.memfd_create("megatron_vrl_weights")
+        self._path = f"/proc/{os.getpid()}/fd/{self._file}"
+        self._name = uuid.uuid4().hex
+        self._memory = torch.empty(0, dtype=torch.uint8)
 
-    A larger tensor travels alone. A bucket can be mapped until the next one is asked for; the
-    writer then lets go of it, so it holds one bucket and the receiver at most the one before.
-    """
-    pending: list[tuple[str, torch.Tensor]] = []
-    pending_bytes = 0
-    for name, tensor in named_tensors:
-        num_bytes = _padded_bytes(tensor.shape, dtype)
-        if pending and pending_bytes + num_bytes > max_bytes:
-            yield from _written(pending, pending_bytes, dtype)
-            pending, pending_bytes = [], 0
-        pending.append((name, tensor.detach()))
-        pending_bytes += num_bytes
-    if pending:
-        yield from _written(pending, pending_bytes, dtype)
+    def write(self, named_tensors: NamedTensors) -> Bucket:
+        """Fill the memory with these tensors, cast to the writer's dtype. They are taken one at a
+        time."""
+        names: list[str] = []
+        shapes: list[tuple[int, ...]] = []
+        end = 0
+        for name, tensor in named_tensors:
+            start, end = end, end + _padded_bytes(tensor.shape, self._dtype)
+            self._grow(end)
+            _view(self._memory, start, tensor.shape, self._dtype).copy_(tensor.detach())
+            names.append(name)
+            shapes.append(tuple(tensor.shape))
+        return Bucket(
+            path=self._path,
+            memory=self._name,
+            num_bytes=end,
+            memory_bytes=len(self._memory),
+            dtype=str(self._dtype).removeprefix("torch."),
+            names=tuple(names),
+            shapes=tuple(shapes),
+        )
+
+    def hold(self, bucket: Bucket, contents: bytes) -> Bucket:
+        """The same bucket in this writer's memory; `contents` are its bytes."""
+        self._grow(len(contents))
+        self._memory[: len(contents)] = torch.frombuffer(bytearray(contents), dtype=torch.uint8)
+        return replace(bucket, path=self._path, memory=self._name, memory_bytes=len(self._memory))
+
+    def contents(self, bucket: Bucket) -> memoryview:
+        """The bytes of the bucket that was written last, to be sent to another machine."""
+        return self._memory.numpy().data[: bucket.num_bytes]
+
+    def close(self) -> None:
+        """Readers that have mapped the memory keep it."""
+        os.close(self._file)
+
+    def _grow(self, num_bytes: int) -> None:
+        if num_bytes > len(self._memory):
+            size = max(num_bytes, 2 * len(self._memory))
+            os.ftruncate(self._file, size)
+            self._memory = _mapped(self._path, size)
 
 
-def read_bucket(bucket: Bucket) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors of a bucket as views of the mapping; they keep it alive."""
-    memory = _mapped(bucket.path, bucket.num_bytes)
-    dtype = torch_dtype(bucket.dtype)
-    yield from zip(bucket.names, _views(memory, bucket.shapes, dtype), strict=True)
+class BucketReader:
+    """Reads buckets as views of the writer's memory."""
+
+    def __init__(self) -> None:
+        self._mapping: tuple[str, int] = ("", 0)
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def read(self, bucket: Bucket) -> Iterator[tuple[str, torch.Tensor]]:
+        if self._mapping != (bucket.memory, bucket.memory_bytes):
+            self._memory = _mapped(bucket.path, bucket.memory_bytes)
+            self._mapping = bucket.memory, bucket.memory_bytes
+        yield from views(self._memory, bucket)
+
+
+def views(memory: torch.Tensor, bucket: Bucket) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a bucket whose bytes lie in `memory`."""
+    dtype, start = torch_dtype(bucket.dtype), 0
+    for name, shape in zip(bucket.names, bucket.shapes, strict=True):
+        yield name, _view(memory, start, shape, dtype)
+        start += _padded_bytes(shape, dtype)
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -63,35 +113,15 @@ def torch_dtype(name: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
-def _written(
-    named_tensors: list[tuple[str, torch.Tensor]], num_bytes: int, dtype: torch.dtype
-) -> Iterator[Bucket]:
-    shapes = [list(tensor.shape) for _, tensor in named_tensors]
-    file = os.memfd_create("megatron_vrl_weights")
-    try:
-        os.ftruncate(file, num_bytes)
-        path = f"/proc/{os.getpid()}/fd/{file}"
-        views = _views(_mapped(path, num_bytes), shapes, dtype)
-        for (_, tensor), view in zip(named_tensors, views, strict=True):
-            view.copy_(tensor)
-        names = [name for name, _ in named_tensors]
-        yield Bucket(path, num_bytes, str(dtype).removeprefix("torch."), names, shapes)
-    finally:
-        os.close(file)
-
-
 def _mapped(path: str, num_bytes: int) -> torch.Tensor:
     return torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8)
 
 
-def _views(
-    memory: torch.Tensor, shapes: Iterable[list[int]], dtype: torch.dtype
-) -> Iterator[torch.Tensor]:
-    start = 0
-    for shape in shapes:
-        end = start + torch.Size(shape).numel() * dtype.itemsize
-        yield memory[start:end].view(dtype).view(shape)
-        start += _padded_bytes(shape, dtype)
+def _view(
+    memory: torch.Tensor, start: int, shape: Iterable[int], dtype: torch.dtype
+) -> torch.Tensor:
+    size = torch.Size(shape)
+    return memory[start : start + size.numel() * dtype.itemsize].view(dtype).view(size)
 
 
 def _padded_bytes(shape: Iterable[int], dtype: torch.dtype) -> int:

@@ -1,19 +1,21 @@
-"""The rollout engine: one vLLM engine inside every trainer process, tensor-parallel size 1.
+"""One vLLM engine in this process.
 
-Engines of different ranks share nothing after the start: ranks may call `generate` and
-`push_weights` at different times and different numbers of times. Only the constructor is
-collective when torch.distributed is initialised: vLLM makes its (one-member) groups there.
+As `ColocatedEngine` it lives in every trainer process, tensor-parallel size 1; a rollout worker
+(server.py) holds one too, of any tensor-parallel size. Engines of different ranks share nothing
+after the start: ranks may call `generate` and `push_weights` at different times and different
+numbers of times. Only the constructor is collective when torch.distributed is initialised: vLLM
+makes its (one-member) groups there.
 
 Log-probs are those of the distribution that was sampled: after the ban of tokens that no answer
 may hold, after temperature and top-p ("processed"). The trainer computes the same numbers if it
 masks the logits of `banned_token_ids` and divides by the temperature; what then remains is
 arithmetic. Without the mask its log-probs are lower by -log(1 - banned mass), at every token.
 
-Left out: engines in processes of their own, tensor parallelism, quantised rollouts.
+Left out: quantised rollouts.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,50 +24,50 @@ import torch
 
 from megatron_vrl import config
 from megatron_vrl.errors import RolloutError
-from megatron_vrl.rollout.buckets import NamedTensors, torch_dtype, write_buckets
+from megatron_vrl.rollout.buckets import Bucket, NamedTensors, torch_dtype
 from megatron_vrl.rollout.checksums import live_checksums
+from megatron_vrl.rollout.requests import (
+    InputCheck,
+    Request,
+    SamplingSpec,
+    check_length,
+    request_of,
+    vllm_prompt,
+)
+from megatron_vrl.rollout.special_tokens import banned_token_ids, stop_token_ids
 from megatron_vrl.rollout.vllm_process import import_vllm, trainer_state_kept
-from megatron_vrl.types import EncodedVideo, Prompt, Rollout
+from megatron_vrl.types import Prompt, Rollout
 
 MIN_BATCHED_TOKENS = 2048
 PIXEL_CACHE_GIB = 1.0  # processed pixels of recent videos, host memory
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingSpec:
-    n: int  # answers per prompt
-    temperature: float  # 0 is greedy, and asks for n == 1
-    top_p: float
-    max_tokens: int
-    seed: int  # give every rank and every step its own
-
-    def __post_init__(self) -> None:
-        if self.temperature == 0 and self.n > 1:
-            raise RolloutError(
-                f"n={self.n} greedy answers would be equal; set n=1 or temperature>0."
-            )
-        if not 0 < self.top_p <= 1:
-            raise RolloutError(f"top_p={self.top_p} keeps no token; choose a value in (0, 1].")
-
-
 class ColocatedEngine:
     def __init__(
-        self, hf_dir: str, cfg: config.Rollout, *, dtype: str, seed: int, max_model_len: int
+        self,
+        hf_dir: str,
+        cfg: config.Rollout,
+        *,
+        dtype: str,
+        seed: int,
+        max_model_len: int,
+        tensor: int = 1,
     ) -> None:
         """Start from the directory's config and tokenizer; weights are zeros until the first
-        `push_weights`. All ranks call this together.
+        update. All ranks call this together. `tensor`: processes that share the model; more than
+        one is for a process without torchrun.
         """
         if not (Path(hf_dir) / "config.json").is_file():
             raise RolloutError(f"{hf_dir} has no config.json; give a Hugging Face checkpoint.")
         self._vllm = import_vllm()
-        self._dtype = torch_dtype(dtype)
-        self._max_model_len = max_model_len
+        self.dtype = torch_dtype(dtype)
+        self.max_model_len = max_model_len
         self._on_gpu = self._vllm.platforms.current_platform.is_cuda()
         groups_exist = torch.distributed.is_initialized()
         # Under torchrun the rank comes from the launcher and the trainer's groups are used.
         several_ranks = groups_exist and torch.distributed.get_world_size() > 1
-        executor = "external_launcher" if several_ranks else "uni"
-        arguments = self._arguments(hf_dir, cfg, dtype, seed, max_model_len)
+        executor = "external_launcher" if several_ranks else "mp" if tensor > 1 else "uni"
+        arguments = self._arguments(hf_dir, cfg, dtype, seed) | {"tensor_parallel_size": tensor}
         with trainer_state_kept():
             try:
                 self._llm = self._vllm.LLM(**arguments, distributed_executor_backend=executor)
@@ -78,20 +80,17 @@ class ColocatedEngine:
         # the trainer has closed by then; all of them end with the process.
         self._llm.llm_engine.engine_core._finalizer.detach()
         self._tokenizer = self._llm.get_tokenizer()
-        self._stop_token_ids = self._tokenizer.convert_tokens_to_ids(
-            ["<|im_end|>", "<|endoftext|>"]
-        )
-        self.banned_token_ids = _banned(
-            self._tokenizer, self._llm.model_config.get_vocab_size(), self._stop_token_ids
-        )
+        self._stop_token_ids = stop_token_ids(self._tokenizer)
+        vocab = self._llm.model_config.get_vocab_size()
+        self.banned_token_ids = banned_token_ids(self._tokenizer, vocab)
         # vLLM compiles two helpers of its sampler even when told to be eager: 3 - 19 s on a CPU.
         self._stance = "default" if self._on_gpu else "force_eager"
         self._asleep = False
-        self._version: int | None = None
+        self._inputs = InputCheck()
+        self._seeds: dict[str, int] = {}  # of the groups under way
+        self.version: int | None = None  # of the weights; None: none yet, or an update is under way
 
-    def _arguments(
-        self, hf_dir: str, cfg: config.Rollout, dtype: str, seed: int, max_model_len: int
-    ) -> dict[str, Any]:
+    def _arguments(self, hf_dir: str, cfg: config.Rollout, dtype: str, seed: int) -> dict[str, Any]:
         on_device: dict[str, Any] = {
             "enforce_eager": True,  # compiling pays off on a GPU only
             "kv_cache_memory_bytes": cfg.kv_cache_mib << 20,
@@ -107,9 +106,9 @@ class ColocatedEngine:
             "load_format": "zeros",
             "dtype": dtype,
             "seed": seed,
-            "max_model_len": max_model_len,
+            "max_model_len": self.max_model_len,
             "max_num_seqs": cfg.max_sequences,
-            "max_num_batched_tokens": max(max_model_len, MIN_BATCHED_TOKENS),
+            "max_num_batched_tokens": max(self.max_model_len, MIN_BATCHED_TOKENS),
             "weight_transfer_config": {"backend": "shared_memory"},
             "logprobs_mode": "processed_logprobs",
             "generation_config": "vllm",  # the published one sets a repetition penalty
@@ -121,40 +120,102 @@ class ColocatedEngine:
 
     def generate(self, prompts: Sequence[Prompt], spec: SamplingSpec) -> list[list[Rollout]]:
         """`spec.n` answers per prompt, in order; equal weights, prompts and spec repeat them."""
-        if self._version is None:
+        requests = [request_of(prompt) for prompt in prompts]
+        for request in requests:
+            check_length(request, spec, self.max_model_len)
+        answers: dict[str, list[Rollout]] = {}
+        keys = [str(index) for index in range(len(requests))]
+        with trainer_state_kept():
+            try:
+                for index, request in enumerate(requests):
+                    self.submit(keys[index], request, spec.of_prompt(index))
+                while len(answers) < len(keys):
+                    answers |= self.step()
+            finally:
+                self.abort([key for key in keys if key not in answers])
+        return [answers[key] for key in keys]
+
+    def submit(self, key: str, request: Request, spec: SamplingSpec) -> None:
+        """Queue a group under a key of its own; `spec` is of this prompt alone.
+
+        Raises RolloutError if it cannot be answered, and then holds nothing of it.
+        """
+        if self.version is None:
             raise RolloutError("The engine has no weights yet; call push_weights first.")
-        for prompt in prompts:
-            self._check_length(prompt, spec)
-        with trainer_state_kept(spec.seed), torch.compiler.set_stance(self._stance):
-            outputs = self._llm.generate(
-                [_request(prompt) for prompt in prompts],
-                self._sampling_params(spec),
-                use_tqdm=False,
-            )
-        for prompt, output in zip(prompts, outputs, strict=True):
-            _check_prompt_tokens(prompt, output.prompt_token_ids)
-        return [[self._rollout(answer) for answer in output.outputs] for output in outputs]
+        check_length(request, spec, self.max_model_len)
+        engine = self._llm.llm_engine
+        (engine_input,) = engine.renderer.render_cmpl([vllm_prompt(request)])
+        self._inputs.check(request, engine_input)
+        engine.add_request(key, engine_input, self._sampling_params(spec))
+        self._seeds[key] = spec.seed
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._seeds)
+
+    def step(self) -> dict[str, list[Rollout]]:
+        """Compute one token for what is under way; the groups that are finished, by key."""
+        with torch.compiler.set_stance(self._stance):
+            outputs = self._llm.llm_engine.step()
+        finished: dict[str, list[Rollout]] = {}
+        for output in outputs:
+            seed = self._seeds.pop(output.request_id)
+            finished[output.request_id] = [self._rollout(a, seed) for a in output.outputs]
+        return finished
+
+    def abort(self, keys: Sequence[str]) -> None:
+        """Drop groups that are under way; others are ignored."""
+        known = [key for key in keys if key in self._seeds]
+        if known:
+            self._llm.llm_engine.abort_request(known)
+        for key in known:
+            del self._seeds[key]
 
     def push_weights(self, named_tensors: NamedTensors, version: int) -> None:
         """Replace all weights by tensors under their published names; stamp later rollouts.
 
         The tensors must be whole (not shards) and cover every parameter; any order, any
-        floating type. Clears the prefix cache and the vision encoder cache, both of which hold
-        results of the old weights; decoded and normalised pixels stay.
+        floating type.
         """
-        self._version = None  # a failed update leaves no usable weights
+        self.start_update()
+        self.load(named_tensors)
+        self.finish_update(version)
+
+    def start_update(self) -> None:
+        """Until `finish_update` the engine has no weights to generate with."""
+        self.version = None  # a failed update leaves no usable weights
         with trainer_state_kept():
             self._llm.collective_rpc("start_weight_update")
-            for bucket in write_buckets(named_tensors, self._dtype):
-                self._llm.collective_rpc("update_weights", args=({"bucket": asdict(bucket)},))
+
+    def load(self, weights: NamedTensors | Bucket) -> None:
+        """Some of the weights: tensors of this process, or a bucket of another's memory.
+
+        A layer's tensors come in one call; they may be reused afterwards.
+        """
+        update = (
+            {"bucket": asdict(weights)} if isinstance(weights, Bucket) else {"tensors": weights}
+        )
+        with trainer_state_kept():
+            self._llm.collective_rpc("update_weights", args=(update,))
+
+    def finish_update(self, version: int) -> None:
+        """Raises RolloutError if a tensor was left out.
+
+        Clears the prefix cache and the vision encoder cache, both of which hold results of the old
+        weights; decoded and normalised pixels stay. Answers under way are computed again up to
+        where they were, and go on with the new weights.
+        """
+        with trainer_state_kept():
             self._llm.collective_rpc("finish_weight_update")
-            self._llm.reset_prefix_cache()
-            self._llm.llm_engine.reset_encoder_cache()
-        self._version = version
+            engine = self._llm.llm_engine
+            engine.reset_prefix_cache(reset_running_requests=True)
+            engine.reset_encoder_cache()
+            engine.set_weight_version(str(version))
+        self.version = version
 
     def weights_checksum(self) -> dict[str, str]:
         """SHA-256 of every live weight by published name, see `checksums.tensor_checksums`."""
-        dtype = self._dtype
+        dtype = self.dtype
         return self._llm.apply_model(lambda model: live_checksums(model, dtype))[0]
 
     def sleep(self) -> None:
@@ -169,21 +230,14 @@ class ColocatedEngine:
             self._llm.wake_up()
             self._asleep = False
 
-    def _check_length(self, prompt: Prompt, spec: SamplingSpec) -> None:
-        needed = len(prompt.token_ids) + spec.max_tokens
-        if needed > self._max_model_len:
-            raise RolloutError(
-                f"Sample {prompt.id}: {len(prompt.token_ids)} prompt tokens and up to "
-                f"{spec.max_tokens} answer tokens do not fit the engine's {self._max_model_len}; "
-                "lower data.max_prompt_tokens or the answer's length."
-            )
-
     def _sampling_params(self, spec: SamplingSpec) -> Any:
         return self._vllm.SamplingParams(
             n=spec.n,
             temperature=spec.temperature,
             top_p=spec.top_p,
             max_tokens=spec.max_tokens,
+            seed=spec.seed,
+            output_kind=self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
             stop_token_ids=self._stop_token_ids,
             logit_bias=dict.fromkeys(self.banned_token_ids, float("-inf")),
             logprobs=0,  # of the sampled token only
@@ -191,7 +245,7 @@ class ColocatedEngine:
             detokenize=False,  # once at the end, not at every step
         )
 
-    def _rollout(self, answer: Any) -> Rollout:
+    def _rollout(self, answer: Any, seed: int) -> Rollout:
         token_ids = np.array(answer.token_ids, dtype=np.int64)  # [R]
         logprobs = np.array(answer.logprobs.logprobs, dtype=np.float32)  # [R]
         if len(logprobs) != len(token_ids) or answer.finish_reason not in ("stop", "length"):
@@ -199,13 +253,14 @@ class ColocatedEngine:
                 f"vLLM returned {len(token_ids)} tokens with {len(logprobs)} log-probs, finished "
                 f"by {answer.finish_reason!r}; check that vllm is the pinned version."
             )
-        assert self._version is not None
         return Rollout(
             token_ids=token_ids,
             logprobs=logprobs,
             text=self._tokenizer.decode(answer.token_ids, skip_special_tokens=True),
             finish=answer.finish_reason,
-            weight_version=self._version,
+            weight_version=int(answer.weight_versions[0].version),
+            newest_version=int(answer.weight_versions[-1].version),
+            seed=seed + answer.index,  # as vLLM deals them out to the answers of a prompt
         )
 
 
@@ -214,52 +269,3 @@ def _reason(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     line = lines[1] if "validation error" in lines[0] else lines[0]
     return line.partition(" [type=")[0].strip()
-
-
-def _banned(tokenizer: Any, vocab_size: int, allowed: list[int]) -> tuple[int, ...]:
-    """Special tokens except `allowed`, and rows of the vocabulary that stand for no token."""
-    special = set(tokenizer.all_special_ids)
-    special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return tuple(sorted((special | set(range(len(tokenizer), vocab_size))) - set(allowed)))
-
-
-def _request(prompt: Prompt) -> dict[str, Any]:
-    return {
-        "prompt_token_ids": list(prompt.engine_token_ids),
-        "multi_modal_data": {"video": [(v.frames, _metadata(v)) for v in _videos(prompt)]},
-    }
-
-
-def _videos(prompt: Prompt) -> list[EncodedVideo]:
-    """Raises RolloutError for a still picture: vLLM would encode it by rules of its own."""
-    videos = [visual for visual in prompt.visuals if isinstance(visual, EncodedVideo)]
-    if len(videos) < len(prompt.visuals):
-        raise RolloutError(f"Sample {prompt.id} has an image; rollouts take videos only.")
-    return videos
-
-
-def _metadata(video: EncodedVideo) -> dict[str, Any]:
-    """Metadata under which the processor takes all frames as they are.
-
-    It derives the seconds per grid step as 2 / fps, so fps is stated from that side, and keeps it
-    in 32 bits: positions agree with a trainer that uses float(np.float32(seconds_per_grid)).
-    """
-    num_frames = len(video.frames)
-    fps = 2.0 / video.seconds_per_grid
-    return {
-        "total_num_frames": num_frames,
-        "fps": fps,
-        "duration": num_frames / fps,
-        "frames_indices": list(range(num_frames)),
-        "video_backend": "megatron_vrl",
-        "do_sample_frames": False,
-    }
-
-
-def _check_prompt_tokens(prompt: Prompt, used: list[int]) -> None:
-    if used != prompt.token_ids.tolist():
-        grids = [visual.grid_thw for visual in prompt.visuals]
-        raise RolloutError(
-            f"Sample {prompt.id}: vLLM read {len(used)} prompt tokens, the trainer "
-            f"{len(prompt.token_ids)}, or others; the grids are {grids}."
-        )

@@ -1,9 +1,13 @@
-"""vLLM weight-transfer backend "shared_memory": HF-named weights arrive in flat buckets.
+"""vLLM weight-transfer backend "shared_memory": HF-named weights arrive a bucket at a time.
+
+A bucket is tensors of this very process (a colocated engine) or a piece of another process's
+memory (a rollout worker).
 
 The worker half of a weight update: vLLM creates one of these in every worker process and drives
 it with start_weight_update, update_weights (once per bucket), finish_weight_update. In between,
 vLLM's layer-wise reload collects a layer's pieces, packs them as the kernels want and copies the
-result over the live weights. The trainer half is `ColocatedEngine.push_weights`.
+result over the live weights. A bucket holds whole layers, so nothing of it is needed once it has
+been loaded. The trainer half is `rollouts.Rollouts.hand_over`.
 
 Engines start with zeros (load format "zeros"), since real weights always arrive by an update.
 vLLM's own "dummy" format will not do: it also randomises buffers that no update brings, among
@@ -29,7 +33,8 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from megatron_vrl.errors import RolloutError
-from megatron_vrl.rollout.buckets import Bucket, read_bucket
+from megatron_vrl.rollout.buckets import Bucket, BucketReader, NamedTensors
+from megatron_vrl.rollout.torchvision_shim import declare_missing_ops
 
 BACKEND = "shared_memory"
 LOAD_FORMAT = "zeros"
@@ -38,6 +43,7 @@ LOAD_FORMAT = "zeros"
 @functools.cache
 def register() -> None:
     """Make both known to this process (entry point `vllm.general_plugins`)."""
+    declare_missing_ops()  # for the processes that vLLM starts
     WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryWeightTransferEngine)
     register_model_loader(LOAD_FORMAT)(ZerosLoader)
 
@@ -58,7 +64,8 @@ class SharedMemoryInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):
-    bucket: dict[str, Any] = field(default_factory=dict)  # fields of `Bucket`
+    bucket: dict[str, Any] = field(default_factory=dict)  # fields of `Bucket`, or {}: see `tensors`
+    tensors: NamedTensors = ()  # of this process
 
 
 class SharedMemoryWeightTransferEngine(
@@ -70,6 +77,10 @@ class SharedMemoryWeightTransferEngine(
     def init_transfer_engine(self, init_info: SharedMemoryInitInfo) -> None:
         pass
 
+    @functools.cached_property
+    def _reader(self) -> BucketReader:
+        return BucketReader()
+
     def start_weight_update(self) -> None:
         self._missing = {name for name, _ in self.model.named_parameters()}
         initialize_layerwise_reload(self.model)
@@ -80,7 +91,10 @@ class SharedMemoryWeightTransferEngine(
 
     def receive_weights(self, update_info: SharedMemoryUpdateInfo) -> None:
         model: Any = self.model
-        self._missing -= model.load_weights(read_bucket(Bucket(**update_info.bucket)))
+        tensors = update_info.tensors
+        if update_info.bucket:
+            tensors = self._reader.read(Bucket(**update_info.bucket))
+        self._missing -= model.load_weights(tensors)
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)

@@ -49,6 +49,8 @@ def scored(name: str, rewards: list[float], lengths: list[int] | None = None) ->
                 text="",
                 finish="length" if n == 8 else "stop",
                 weight_version=0,
+                newest_version=0,
+                seed=0,
             )
             for n in lengths
         ),
@@ -118,7 +120,7 @@ def test_kl_in_the_reward_is_the_sum_over_each_answer(mesh, tmp_path, tokens):
     groups = [scored("a", [0.0, 1.0], [4, 2]), scored("a", [0.0, 0.0, 0.0], [1, 8, 3])]
     parts = parts_of(mesh, kl=0.5, kl_estimator="k1", kl_in="reward")
     parts.policy, parts.cfg.batch = policy, Batch(tokens=tokens)
-    parts.engine = SimpleNamespace(banned_token_ids=())  # all that is asked of the engine here
+    parts.rollouts = SimpleNamespace(banned_token_ids=())  # all that is asked of it here
     rewards = experience._rewards(parts, groups, filler=groups[0])
     for group, of_group in zip(groups, rewards, strict=True):
         assert of_group["kl"].weight == 0.5

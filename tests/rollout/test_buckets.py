@@ -1,4 +1,4 @@
-"""Buckets carry tensors unchanged, within their size, and leave nothing behind."""
+"""Buckets carry tensors unchanged, to this process, to another and over a network."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from megatron_vrl.rollout.buckets import read_bucket, write_buckets
+from megatron_vrl.rollout.buckets import BucketReader, BucketWriter, views
 from megatron_vrl.rollout.checksums import tensor_checksums
 
 
@@ -18,43 +18,43 @@ def tensors():
     return {f"t{index}": torch.randn(shape) for index, shape in enumerate(shapes)}
 
 
-@pytest.mark.parametrize("max_bytes", [1, 600, 1 << 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_round_trip(tensors, max_bytes, dtype):
-    received, sizes = {}, []
-    for bucket in write_buckets(tensors.items(), dtype, max_bytes):
-        received |= dict(read_bucket(bucket))
-        sizes.append((bucket.num_bytes, len(bucket.names)))
-    # Compared after the last bucket is closed: views must outlive their bucket's file.
-    assert list(received) == list(tensors)
-    for name, tensor in tensors.items():
-        torch.testing.assert_close(received[name], tensor.to(dtype), rtol=0, atol=0)
-    assert all(num_bytes <= max_bytes or count == 1 for num_bytes, count in sizes)
+def test_round_trip(tensors, dtype):
+    writer, reader = BucketWriter(dtype), BucketReader()
+    for part in (list(tensors.items())[:3], list(tensors.items())[3:], list(tensors.items())):
+        received = dict(reader.read(writer.write(part)))
+        assert list(received) == [name for name, _ in part]
+        for name, tensor in part:
+            torch.testing.assert_close(received[name], tensor.to(dtype), rtol=0, atol=0)
 
 
-def test_whole_model_in_one_bucket_when_it_fits(tensors):
-    assert len(list(write_buckets(tensors.items(), torch.float32))) == 1
+def test_bytes_that_crossed_a_network_read_alike(tensors):
+    writer = BucketWriter(torch.float32)
+    bucket = writer.write(tensors.items())
+    memory = torch.frombuffer(bytearray(writer.contents(bucket)), dtype=torch.uint8)
+    for name, tensor in views(memory, bucket):
+        torch.testing.assert_close(tensor, tensors[name], rtol=0, atol=0)
 
 
-def test_nothing_stays_open(tensors):
-    before = os.listdir("/proc/self/fd")
-    for bucket in write_buckets(tensors.items(), torch.float32, 600):
-        dict(read_bucket(bucket))
-    abandoned = write_buckets(tensors.items(), torch.float32, 600)
-    next(abandoned)
-    del abandoned
+def test_the_memory_is_made_once(tensors):
+    writer, before = BucketWriter(torch.float32), os.listdir("/proc/self/fd")
+    buckets = [writer.write(tensors.items()) for _ in range(3)]
+    assert len({(bucket.memory, bucket.memory_bytes) for bucket in buckets}) == 1
     assert os.listdir("/proc/self/fd") == before
+    writer.close()
+    assert len(os.listdir("/proc/self/fd")) == len(before) - 1
 
 
 def test_another_process_can_map_a_bucket(tensors):
-    for bucket in write_buckets(tensors.items(), torch.float32):
-        code = (
-            "from megatron_vrl.rollout.buckets import Bucket, read_bucket\n"
-            f"print(sum(t.double().sum().item() for _, t in read_bucket({bucket!r})))"
-        )
-        result = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        )
+    writer = BucketWriter(torch.float32)
+    bucket = writer.write(tensors.items())
+    code = (
+        "from megatron_vrl.rollout.buckets import Bucket, BucketReader\n"
+        f"print(sum(t.double().sum().item() for _, t in BucketReader().read({bucket!r})))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert float(result.stdout) == pytest.approx(sum(t.double().sum() for t in tensors.values()))
 
 
