@@ -4,7 +4,7 @@
 dealt over all ranks for decoding and rollout, and each model replica ends up with its own share.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -14,20 +14,23 @@ import torch
 from megatron_vrl.config import RunConfig, Source, check_batches
 from megatron_vrl.data.mix import load
 from megatron_vrl.data.prompt import PromptEncoder, VisionTokens
-from megatron_vrl.errors import RolloutError, VideoError
+from megatron_vrl.errors import VideoError
 from megatron_vrl.model.architecture import Architecture, read_architecture
 from megatron_vrl.model.chunks import check_divides
+from megatron_vrl.model.export import WeightExport
 from megatron_vrl.model.precision import DTYPES
-from megatron_vrl.model.weights import published_tensors
 from megatron_vrl.observe.clock import Clock
 from megatron_vrl.parallel.mesh import Mesh, agreed, gather_objects, init_mesh
-from megatron_vrl.rollout.checksums import tensor_checksums
-from megatron_vrl.rollout.engine import ColocatedEngine, SamplingSpec
+from megatron_vrl.rollout.colocated import Colocated
+from megatron_vrl.rollout.pool import WorkerPool
+from megatron_vrl.rollout.special_tokens import banned_token_ids
+from megatron_vrl.rollout.start import identity, start_engine
+from megatron_vrl.rollouts import Engine, Rollouts
 from megatron_vrl.training.checkpoint import load_weights
 from megatron_vrl.training.layout import published_files
 from megatron_vrl.training.policy import Policy
 from megatron_vrl.training.saver import Saver
-from megatron_vrl.types import Prompt, Rollout, VideoSample
+from megatron_vrl.types import Prompt, VideoSample
 from megatron_vrl.video import VideoReader
 from megatron_vrl.video.pyav import probe
 
@@ -42,12 +45,10 @@ class Parts:
     arch: Architecture
     policy: Policy
     saver: Saver
-    engine: ColocatedEngine
+    rollouts: Rollouts
     reader: VideoReader
     encoder: PromptEncoder
     published_dir: Path  # config, tokenizer and processor files of the checkpoint
-    engine_version: int = -1  # weights the engine holds; -1: none yet
-    pushes: int = 0
 
     def replica_share(self, items: Sequence[Item]) -> list[Item]:
         """The items of this rank's model replica."""
@@ -80,41 +81,6 @@ class Parts:
                 prompts.append(self.encoder.prompt(sample, video))
         return prompts
 
-    def generate(self, prompts: Sequence[Prompt], spec: SamplingSpec) -> list[list[Rollout]]:
-        """`spec.n` answers to each of this rank's prompts; the engine sleeps afterwards.
-
-        Every rank calls it. Raises on every rank if one engine refuses.
-        """
-        with agreed(self.mesh):
-            self.engine.wake()
-            answers = self.engine.generate(prompts, spec) if prompts else []
-            self.engine.sleep()
-        return answers
-
-    def push_weights(self, version: int) -> None:
-        """Hand the trainer's weights to the engines, unless they hold this version already."""
-        if self.engine_version == version:
-            return
-        self.engine.wake()
-        self.engine.push_weights(published_tensors(self.policy.chunks), version)
-        self.engine_version = version
-        if self.pushes % self.cfg.rollout.check_weights_every == 0:
-            self._check_engine_weights()
-        self.pushes += 1
-
-    def _check_engine_weights(self) -> None:
-        """Raises RolloutError if the engine computes with other weights than the trainer's."""
-        dtype = DTYPES[self.cfg.model.dtype]
-        ours = tensor_checksums(published_tensors(self.policy.chunks), dtype)
-        with agreed(self.mesh):
-            theirs = self.engine.weights_checksum()
-            wrong = sorted(name for name in ours if theirs.get(name) != ours[name])
-            if wrong:
-                raise RolloutError(
-                    f"After a hand-over the engine of rank {self.mesh.rank} differs from the "
-                    f"trainer in {len(wrong)} tensors, first {wrong[0]}: check the vllm version."
-                )
-
 
 def interleave(shares: Sequence[Sequence[Item]]) -> list[Item]:
     """[[a0, a2], [a1]] -> [a0, a1, a2]: undoes dealing items out in turn."""
@@ -131,6 +97,20 @@ def vision_tokens(arch: Architecture) -> VisionTokens:
     )
 
 
+def _colocated(cfg: RunConfig, published_dir: Path, banned: tuple[int, ...]) -> Engine:
+    return Colocated(start_engine(cfg, published_dir))
+
+
+def _workers(cfg: RunConfig, published_dir: Path, banned: tuple[int, ...]) -> Engine:
+    return WorkerPool(cfg.rollout, identity(cfg, published_dir, banned))
+
+
+ENGINES: dict[str, Callable[[RunConfig, Path, tuple[int, ...]], Engine]] = {
+    "colocated": _colocated,
+    "workers": _workers,
+}
+
+
 def build(cfg: RunConfig) -> Parts:
     """Join the other ranks and build everything. Raises UserError on every rank alike."""
     published_dir = published_files(cfg.model.checkpoint)
@@ -141,14 +121,11 @@ def build(cfg: RunConfig) -> Parts:
     torch.use_deterministic_algorithms(cfg.run.deterministic)
     policy = Policy(arch, cfg.model, cfg.parallel, mesh)
     load_weights(cfg.model.checkpoint, policy)
-    longest_answer = max(cfg.rollout.max_response_tokens, cfg.evaluation.max_response_tokens)
-    engine = ColocatedEngine(
-        str(published_dir),
-        cfg.rollout,
-        dtype=cfg.model.dtype,
-        seed=cfg.run.seed,
-        max_model_len=cfg.data.max_prompt_tokens + longest_answer,
+    encoder = PromptEncoder(
+        published_dir, vision_tokens(arch), cfg.data.system_prompt, cfg.data.max_prompt_tokens
     )
+    banned = banned_token_ids(encoder.tokenizer, arch.vocab)
+    dtype = DTYPES[cfg.model.dtype]
     return Parts(
         cfg=cfg,
         mesh=mesh,
@@ -162,10 +139,15 @@ def build(cfg: RunConfig) -> Parts:
             keep=cfg.checkpoint.keep,
             asynchronous=cfg.checkpoint.asynchronous,
         ),
-        engine=engine,
-        reader=VideoReader(cfg.video),
-        encoder=PromptEncoder(
-            published_dir, vision_tokens(arch), cfg.data.system_prompt, cfg.data.max_prompt_tokens
+        rollouts=Rollouts(
+            cfg.rollout,
+            mesh,
+            ENGINES[cfg.rollout.engine](cfg, published_dir, banned),
+            WeightExport(policy.chunks, dtype),
+            dtype,
+            banned,
         ),
+        reader=VideoReader(cfg.video),
+        encoder=encoder,
         published_dir=published_dir,
     )

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from megatron_vrl.algorithm_values import PUBLISHED, AlgorithmName
 from megatron_vrl.config_errors import reason
 from megatron_vrl.errors import ConfigError
-from megatron_vrl.algorithm_values import PUBLISHED, AlgorithmName
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -136,8 +136,26 @@ class Data(Section):
 
 
 class Rollout(Section):
-    engine: Literal["colocated"] = "colocated"
-    """colocated: one vLLM engine in every trainer process."""
+    engine: Literal["colocated", "workers"] = "colocated"
+    """colocated: one vLLM engine in every trainer process; workers: separate processes, started
+    with launch/rollout_worker.sh."""
+    workers: list[str] = []
+    """Addresses of workers, host:port."""
+    rendezvous: str = ""
+    """Directory that workers and trainer share, where workers announce their addresses."""
+    tensor: Positive = 1
+    """Processes that share the model in one worker."""
+    min_workers: Positive = 1
+    """The run begins when so many workers are there; any others join at a later step."""
+    patience_s: Annotated[float, Field(gt=0)] = 300.0
+    """How long to wait for workers, at the start and when none is left, before the run stops."""
+    silent_s: Annotated[float, Field(gt=0)] = 30.0
+    """A worker that does not answer its health check for so long is lost."""
+    answer_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    """A worker that takes longer for one prompt's answers is lost."""
+    max_staleness: Annotated[int, Field(ge=0)] = 0
+    """Updates that the weights may be ahead of those that an answer was sampled with. 0: the loop
+    is synchronous; more: workers generate the next steps' answers while this one trains."""
     group_size: Positive = 8
     """Answers sampled for one prompt."""
     prompts_per_step: Positive = 16

@@ -13,7 +13,7 @@ from megatron_vrl.rewards.metrics import (
     best_constant_letter,
     summarise,
 )
-from megatron_vrl.rollout.engine import SamplingSpec
+from megatron_vrl.rollout.requests import SamplingSpec
 from megatron_vrl.tasks import TASKS
 from megatron_vrl.types import Interval, VideoSample
 
@@ -23,7 +23,7 @@ SAMPLES_AT_A_TIME = 128  # per rank; bounds the decoded frames in memory
 def evaluate(parts: Parts, samples: Sequence[VideoSample], version: int) -> dict[str, float]:
     """Metrics of one greedy answer to each sample. Every rank calls it and gets them all."""
     cfg, mesh = parts.cfg, parts.mesh
-    parts.push_weights(version)
+    parts.rollouts.hand_over(version)
     spec = SamplingSpec(
         n=1, temperature=0.0, top_p=1.0, max_tokens=cfg.evaluation.max_response_tokens, seed=0
     )
@@ -32,7 +32,7 @@ def evaluate(parts: Parts, samples: Sequence[VideoSample], version: int) -> dict
     answers: list[tuple[str, int]] = []
     for start in range(0, most, SAMPLES_AT_A_TIME):
         prompts = parts.encode(own[start : start + SAMPLES_AT_A_TIME])
-        rollouts = parts.generate(prompts, spec)
+        rollouts = parts.rollouts.generate(prompts, spec)
         answers += [(rollout.text, len(rollout.token_ids)) for (rollout,) in rollouts]
     ordered = interleave(gather_objects(world_axis(mesh), answers))
     metrics = summarise(samples, [text for text, _ in ordered], cfg.rewards)

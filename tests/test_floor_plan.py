@@ -15,10 +15,12 @@ PACKAGE = "megatron_vrl"
 FLOORS = {
     # 5 programs
     "megatron_vrl.train": 5,
+    "megatron_vrl.rollout_worker": 5,
     # 4 composition
     "megatron_vrl.build": 4,
     "megatron_vrl.loops": 4,
     "megatron_vrl.evaluation": 4,
+    "megatron_vrl.rollouts": 4,
     "megatron_vrl.scoring": 4,
     "megatron_vrl.selection": 4,
     # 3 engines; siblings do not import each other, see SIBLINGS

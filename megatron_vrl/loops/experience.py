@@ -20,7 +20,7 @@ from megatron_vrl.loops.state import RunState
 from megatron_vrl.model.head import Distribution
 from megatron_vrl.parallel.mesh import gather_objects
 from megatron_vrl.rewards import score, weights_of
-from megatron_vrl.rollout.engine import SamplingSpec
+from megatron_vrl.rollout.requests import SamplingSpec
 from megatron_vrl.training.batches import plan_batches
 from megatron_vrl.types import Experience, Prompt, Rollout, ScoredGroup, VideoSample
 
@@ -79,7 +79,7 @@ def to_train(experience: Experience, drop_truncated: bool = False) -> Group:
 def sampled_distribution(parts: Parts) -> Distribution:
     """Which the engine samples from, and so the trainer's log-probs are of."""
     return Distribution(
-        temperature=parts.cfg.rollout.temperature, banned=parts.engine.banned_token_ids
+        temperature=parts.cfg.rollout.temperature, banned=parts.rollouts.banned_token_ids
     )
 
 
@@ -91,7 +91,7 @@ def _rolled_out(
     with clock("encode"):
         prompts = parts.encode(samples)
     with clock("rollout"):
-        answers = parts.generate(prompts, _sampling(parts, state, round_))
+        answers = parts.rollouts.generate(prompts, _sampling(parts, state, round_))
     with clock("score"):
         scored = [_scored(parts, *group) for group in zip(samples, prompts, answers, strict=True)]
         return parts.gather_replica(scored)

@@ -25,7 +25,7 @@ def train_grpo(parts: Parts, state: RunState, sinks: Sinks, dev: list[VideoSampl
     sinks.begin("grpo", cfg.grpo.steps, state.step)
     while state.step < cfg.grpo.steps:
         with clock("sync"):
-            parts.push_weights(state.version)
+            parts.rollouts.hand_over(state.version)
         collected = collect(parts, state, stream)
         with clock("update"):
             learned = learn(parts, collected, state.step)

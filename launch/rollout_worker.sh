@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Serve rollouts to trainers with rollout.engine=workers:
+#   launch/rollout_worker.sh --config configs/NAME.yaml [--host H] [--port P] [section.key=value ...]
+# The config is the trainer's own. A worker that dies is started again, up to RESTARTS times; one
+# that refuses its config or was told to stop is not. To listen anywhere but on 127.0.0.1, set
+# MEGATRON_VRL_ROLLOUT_TOKEN here and for the trainer.
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+source "$root/launch/env.sh"
+if [[ -f "$root/.venv/bin/activate" ]]; then
+    source "$root/.venv/bin/activate"
+fi
+RESTARTS="${RESTARTS:-100}"
+refused=2 # megatron_vrl.errors.EXIT_CODE
+
+worker=
+trap 'trap - TERM INT; [[ -z "$worker" ]] || kill -TERM "$worker"; wait || true; exit 0' TERM INT
+for ((start = 0; start <= RESTARTS; start++)); do
+    python3 -m megatron_vrl.rollout_worker "$@" &
+    worker=$!
+    code=0
+    wait "$worker" || code=$?
+    ((code != 0 && code != refused)) || exit "$code"
+    echo "worker: ended with exit code $code; starting again ($((start + 1)) of $RESTARTS)" >&2
+    sleep 1
+done
+exit 1

@@ -1,0 +1,61 @@
+"""The engine inside this trainer process, as `rollouts.Rollouts` sees engines.
+
+It answers at once, so there is nothing to wait for, and it sleeps while the trainer works.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_vrl.rollout.buckets import NamedTensors
+from megatron_vrl.rollout.engine import ColocatedEngine
+from megatron_vrl.rollout.pool import Member
+from megatron_vrl.rollout.requests import SamplingSpec
+from megatron_vrl.types import Prompt, Rollout
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    groups: list[list[Rollout]]
+    done: bool = True
+
+    def wait(self) -> bool:
+        return True
+
+    def result(self) -> list[list[Rollout]]:
+        return self.groups
+
+
+class Colocated:
+    everywhere = True  # every rank's engine takes the whole model
+
+    def __init__(self, engine: ColocatedEngine) -> None:
+        self._engine = engine
+
+    def ask(self, prompts: Sequence[Prompt], spec: SamplingSpec) -> Answers:
+        self._engine.wake()
+        groups = self._engine.generate(prompts, spec) if prompts else []
+        self._engine.sleep()
+        return Answers(groups)
+
+    def gather(self, at_least: int) -> list[Member]:
+        return []
+
+    def start(self, members: Sequence[Member]) -> None:
+        self._engine.wake()
+        self._engine.start_update()
+
+    def load(self, members: Sequence[Member], tensors: NamedTensors) -> None:
+        self._engine.load(tensors)
+
+    def finish(self, members: Sequence[Member], version: int) -> None:
+        self._engine.finish_update(version)
+
+    @property
+    def failed(self) -> set[str]:
+        return set()
+
+    def enlist(self, members: Sequence[Member], version: int) -> None:
+        """There is but one."""
+
+    def checksums(self) -> dict[str, dict[str, str]]:
+        return {"this process": self._engine.weights_checksum()}

@@ -1,0 +1,356 @@
+"""Rollouts from worker processes, wherever they run; the trainer's end.
+
+A worker that cannot be reached, does not answer its health check for `silent_s`, takes longer than
+`answer_timeout_s` for a group, was started anew, holds old weights or answers garbage is lost: its
+groups are asked of the others, and it gets no more work until the next hand-over of weights finds
+it well. Every group is answered once: what a lost worker still says is not listened to.
+
+When no worker is left, `Asked.wait` says so; a hand-over to whoever is there by then goes on where
+it stopped. Calls are of one rank; what all ranks must agree on is in `rollouts.py`.
+"""
+
+import asyncio
+import sys
+from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_vrl import config
+from megatron_vrl.errors import RolloutError
+from megatron_vrl.rollout.buckets import BucketWriter, NamedTensors, torch_dtype
+from megatron_vrl.rollout.identity import Health, Identity, machine
+from megatron_vrl.rollout.link import Fault, Link, Unreachable, decode_or_fault
+from megatron_vrl.rollout.rendezvous import found
+from megatron_vrl.rollout.requests import Request, SamplingSpec, check_length, request_of
+from megatron_vrl.rollout.wire import (
+    Answered,
+    Ask,
+    Checksums,
+    Load,
+    Version,
+    encode,
+)
+from megatron_vrl.types import Prompt, Rollout
+
+LOOK_EVERY_S = 0.5
+HAND_OVER_TIMEOUT_S = 300
+MOST_FAULTS = 4  # of one group; then it is the group that breaks workers
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    address: str
+    instance: str
+    shares_memory: bool
+
+
+@dataclass(slots=True)
+class _Worker:
+    member: Member
+    lost: asyncio.Event = field(default_factory=asyncio.Event)
+    groups: int = 0  # under way, of this rank
+
+
+class Asked:
+    """Groups that workers are answering."""
+
+    def __init__(self, pool: "WorkerPool", groups: "Sequence[Future[list[Rollout]]]") -> None:
+        self._pool, self._groups = pool, groups
+
+    def wait(self) -> bool:
+        """Whether all groups are there; False: no worker is left to answer the rest."""
+        return self._pool.wait(self._groups)
+
+    def result(self) -> list[list[Rollout]]:
+        """The groups in the order they were asked in. Raises RolloutError."""
+        return [group.result() for group in self._groups]
+
+    @property
+    def done(self) -> bool:
+        return all(group.done() for group in self._groups)
+
+
+class WorkerPool:
+    everywhere = False  # weights are sent by one rank of each pipeline stage
+
+    def __init__(self, cfg: config.Rollout, identity: Identity) -> None:
+        self.version: int | None = None
+        self._cfg, self._identity = cfg, identity
+        self._writer = BucketWriter(torch_dtype(identity.dtype))
+        self._workers: dict[str, _Worker] = {}
+        self._failed: set[str] = set()  # addresses, during a hand-over
+        self._link = Link()
+        self._changed = self._link.call(_new_event())
+
+    # Answers.
+
+    def ask(self, prompts: Sequence[Prompt], spec: SamplingSpec) -> Asked:
+        """Begin to answer; `spec.of_prompt(i)` is that of prompt i."""
+        requests = [request_of(prompt) for prompt in prompts]
+        for request in requests:
+            check_length(request, spec, self._identity.max_model_len)
+        version = self._known_version()
+        return Asked(
+            self,
+            [
+                self._link.start(self._answered(request, spec.of_prompt(index), version))
+                for index, request in enumerate(requests)
+            ],
+        )
+
+    def wait(self, groups: "Sequence[Future[list[Rollout]]]") -> bool:
+        return self._link.call(self._all_or_none_left(groups))
+
+    async def _all_or_none_left(self, groups: "Sequence[Future[list[Rollout]]]") -> bool:
+        while not all(group.done() for group in groups):
+            if not self._workers:
+                return False
+            pending = [asyncio.wrap_future(group) for group in groups if not group.done()]
+            changed: asyncio.Future[Any] = asyncio.ensure_future(self._changed.wait())
+            waiting: list[asyncio.Future[Any]] = [changed, *pending]
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            changed.cancel()
+            for group in pending:
+                if group.done():
+                    group.exception()  # it is raised where the result is taken
+        return True
+
+    async def _answered(self, request: Request, spec: SamplingSpec, version: int) -> list[Rollout]:
+        ask = encode(Ask(request=request, spec=spec, version=version))
+        for _ in range(MOST_FAULTS):
+            worker = await self._free_worker(spec.n)
+            worker.groups += 1
+            try:
+                rollouts = await self._one_answer(worker, ask)
+                self._check(rollouts, spec, version)
+            except Fault as fault:
+                self._lose(worker, f"sample {request.id}: {fault}")
+            else:
+                return rollouts
+            finally:
+                worker.groups -= 1
+                self._announce_change()
+        raise RolloutError(
+            f"Sample {request.id}: {MOST_FAULTS} workers failed while they answered it; look at "
+            "their output, and at the sample."
+        )
+
+    async def _one_answer(self, worker: _Worker, ask: bytes) -> list[Rollout]:
+        """Raises Fault, or RolloutError if no worker can answer this."""
+        answer = asyncio.ensure_future(self._link.post(worker.member.address, "generate", ask))
+        lost = asyncio.ensure_future(worker.lost.wait())
+        await asyncio.wait(
+            [answer, lost],
+            timeout=self._cfg.answer_timeout_s,
+            return_when=asyncio.FIRST_COMPLETED,
+        )
+        lost.cancel()
+        if answer.done():
+            return decode_or_fault(answer.result(), Answered).rollouts
+        answer.cancel()
+        if worker.lost.is_set():
+            raise Fault("the worker was lost")
+        raise Fault(f"no answer within answer_timeout_s={self._cfg.answer_timeout_s:g}")
+
+    async def _free_worker(self, answers: int) -> _Worker:
+        """The one with the least to do, as soon as one has room. Groups wait here and not at a
+        worker, so that a slow one holds few of them."""
+        most = max(1, -(-self._cfg.max_sequences // answers))
+        while True:
+            free = [worker for worker in self._workers.values() if worker.groups < most]
+            if free:
+                return min(free, key=lambda worker: worker.groups)
+            await self._changed.wait()
+
+    def _check(self, rollouts: Sequence[Rollout], spec: SamplingSpec, version: int) -> None:
+        """Raises Fault for answers that this pool's weights and this spec cannot have given."""
+        if len(rollouts) != spec.n:
+            raise Fault(f"{len(rollouts)} answers of {spec.n}")
+        for index, rollout in enumerate(rollouts):
+            if not 0 < len(rollout.token_ids) == len(rollout.logprobs) <= spec.max_tokens:
+                raise Fault(f"{len(rollout.token_ids)} tokens, {len(rollout.logprobs)} log-probs")
+            if rollout.seed != spec.seed + index:
+                raise Fault(f"seed {rollout.seed}, not {spec.seed + index}")
+            if not version <= rollout.weight_version <= rollout.newest_version <= self._newest():
+                raise Fault(f"weights {rollout.weight_version}, not {version}")
+
+    # Weights.
+
+    def gather(self, at_least: int) -> list[Member]:
+        """Workers that can be reached now; waits for them up to `patience_s`. Of one rank.
+
+        Raises RolloutError if they are too few, or one serves something else.
+        """
+        return self._link.call(self._gathered(at_least))
+
+    def start(self, members: Sequence[Member]) -> None:
+        """Begin a hand-over to these workers. One rank calls it, before any calls `load`."""
+        self._failed = set()
+        self._to_all(members, "weights/start", b"")
+
+    def load(self, members: Sequence[Member], tensors: NamedTensors) -> None:
+        """Hand over one bucket. One rank of each pipeline stage calls it."""
+        bucket = self._writer.write(tensors)
+        shared = [member for member in members if member.shares_memory]
+        apart = [member for member in members if not member.shares_memory]
+        if shared:
+            self._to_all(shared, "weights/load", encode(Load(bucket=bucket)))
+        if apart:
+            whole = Load(bucket=bucket, contents=bytes(self._writer.contents(bucket)))
+            self._to_all(apart, "weights/load", encode(whole))
+
+    def finish(self, members: Sequence[Member], version: int) -> None:
+        """End a hand-over. One rank calls it, after all have called `load`."""
+        self._to_all(members, "weights/finish", encode(Version(version=version)))
+
+    @property
+    def failed(self) -> set[str]:
+        """Addresses that this rank could not hand the weights to."""
+        return self._failed
+
+    def enlist(self, members: Sequence[Member], version: int) -> None:
+        """These workers hold the weights `version` and answer from now on. Every rank calls it."""
+        self.version = version
+        self._link.call(self._enlisted(members))
+
+    def checksums(self) -> dict[str, dict[str, str]]:
+        """Address -> SHA-256 of every live weight by published name. Raises RolloutError."""
+        return {
+            address: self._link.call(self._checksums(address)) for address in list(self._workers)
+        }
+
+    def close(self) -> None:
+        self._link.close()
+        self._writer.close()
+
+    async def _gathered(self, at_least: int) -> list[Member]:
+        deadline = self._link.loop.time() + self._cfg.patience_s
+        while True:
+            addresses = list(dict.fromkeys([*self._cfg.workers, *found(self._cfg.rendezvous)]))
+            states = await asyncio.gather(*(self._health(a) for a in addresses))
+            well = {a: s for a, s in zip(addresses, states, strict=True) if isinstance(s, Health)}
+            for address, health in well.items():
+                self._check_identity(address, health)
+            if len(well) >= at_least:
+                here = machine()
+                return [Member(a, h.instance, h.machine == here) for a, h in well.items()]
+            if self._link.loop.time() > deadline:
+                seen = "; ".join(f"{a}: {s}" for a, s in zip(addresses, states, strict=True))
+                raise RolloutError(
+                    f"{len(well)} of at least {at_least} rollout workers came within rollout."
+                    f"patience_s={self._cfg.patience_s:g} ({seen or 'no address is known'}): start "
+                    "them with launch/rollout_worker.sh, and name them in rollout.workers or "
+                    "rollout.rendezvous."
+                )
+            await asyncio.sleep(LOOK_EVERY_S)
+
+    def _check_identity(self, address: str, health: Health) -> None:
+        for name in ("architecture", "dtype", "max_model_len", "banned_tokens"):
+            theirs, ours = getattr(health.identity, name), getattr(self._identity, name)
+            if theirs != ours:
+                raise RolloutError(
+                    f"The worker at {address} serves {name} {theirs}, the trainer {ours}: start it "
+                    "with the trainer's config."
+                )
+
+    def _to_all(self, members: Sequence[Member], path: str, body: bytes) -> None:
+        async def to_all() -> list[Any]:
+            posts = [
+                asyncio.wait_for(self._link.post(m.address, path, body), HAND_OVER_TIMEOUT_S)
+                for m in members
+                if m.address not in self._failed
+            ]
+            return await asyncio.gather(*posts, return_exceptions=True)
+
+        asked = [m for m in members if m.address not in self._failed]
+        for member, outcome in zip(asked, self._link.call(to_all()), strict=True):
+            if isinstance(outcome, RolloutError):
+                raise outcome
+            if isinstance(outcome, BaseException):
+                self._failed.add(member.address)
+                _say(f"{member.address} takes no weights ({outcome})")
+
+    async def _enlisted(self, members: Sequence[Member]) -> None:
+        for worker in list(self._workers.values()):
+            if worker.member not in members:
+                self._lose(worker, "it has no part in the hand-over of weights")
+        for member in members:
+            if member.address not in self._workers:
+                worker = self._workers[member.address] = _Worker(member)
+                _keep(asyncio.ensure_future(self._watch(worker)))
+        self._announce_change()
+
+    async def _checksums(self, address: str) -> dict[str, str]:
+        try:
+            return decode_or_fault(
+                await self._link.post(address, "checksums", b""), Checksums
+            ).by_name
+        except Fault as fault:
+            raise RolloutError(
+                f"The worker at {address} gives no checksums ({fault}): look at its output."
+            ) from None
+
+    # One worker.
+
+    async def _watch(self, worker: _Worker) -> None:
+        """Lose the worker when it falls silent or is another one at the same address."""
+        heard = self._link.loop.time()
+        while not worker.lost.is_set():
+            state = await self._health(worker.member.address)
+            if isinstance(state, Health):
+                heard = self._link.loop.time()
+                if state.instance != worker.member.instance:
+                    self._lose(worker, "it was started anew")
+            elif isinstance(state, Unreachable) or (
+                self._link.loop.time() - heard > self._cfg.silent_s
+            ):
+                self._lose(worker, f"no word for {self._link.loop.time() - heard:.1f} s: {state}")
+            await asyncio.sleep(min(LOOK_EVERY_S, self._cfg.silent_s / 4))
+
+    def _lose(self, worker: _Worker, reason: str) -> None:
+        if not worker.lost.is_set():
+            worker.lost.set()
+            if self._workers.get(worker.member.address) is worker:
+                del self._workers[worker.member.address]
+            _say(f"lost {worker.member.address}: {reason}")
+            self._announce_change()
+
+    async def _health(self, address: str) -> "Health | Fault":
+        try:
+            return await self._link.health(address, max(0.1, self._cfg.silent_s / 2))
+        except Fault as fault:
+            return fault
+
+    def _announce_change(self) -> None:
+        """Wake whoever waits for a worker or for an answer."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _known_version(self) -> int:
+        if self.version is None:
+            raise RolloutError("The workers have no weights yet; hand them over first.")
+        return self.version
+
+    def _newest(self) -> int:
+        """Weights that are being handed over may answer before all ranks know of it."""
+        return self._known_version() + 1
+
+
+_tasks: set[asyncio.Task[Any]] = set()
+
+
+def _keep(task: "asyncio.Task[Any]") -> None:
+    """asyncio itself holds tasks weakly."""
+    _tasks.add(task)
+    task.add_done_callback(_tasks.discard)
+
+
+async def _new_event() -> asyncio.Event:
+    return asyncio.Event()
+
+
+def _say(sentence: str) -> None:
+    with suppress(OSError):
+        print(f"rollout: {sentence}", file=sys.stderr, flush=True)

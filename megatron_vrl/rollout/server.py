@@ -1,0 +1,215 @@
+"""A rollout worker: one engine behind HTTP, for any number of trainer ranks.
+
+One thread owns the engine and computes a token at a time for everything that is under way; between
+two tokens it does what else was asked of it, so groups come and go as they please and weights may
+arrive in the midst of an answer. The HTTP side only reads, waits and writes.
+
+    GET  /health           -> Health
+    POST /generate    Ask  -> Answered
+    POST /weights/start, /weights/load (Load), /weights/finish (Version)
+    POST /checksums        -> Checksums
+
+Answers other than 200 carry one sentence: 401 the token is wrong; 409 the worker's state does not
+allow it (no weights, older weights); 422 the request cannot be answered by any worker.
+"""
+
+import asyncio
+import hmac
+import os
+import queue
+import sys
+import threading
+import traceback
+import uuid
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from starlette.applications import Starlette
+from starlette.requests import Request as HttpRequest
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from megatron_vrl.errors import RolloutError
+from megatron_vrl.rollout.buckets import BucketWriter
+from megatron_vrl.rollout.engine import ColocatedEngine
+from megatron_vrl.rollout.identity import Health, Identity, machine
+from megatron_vrl.rollout.wire import (
+    Answered,
+    Ask,
+    Checksums,
+    Garbage,
+    Load,
+    Version,
+    decode,
+    encode,
+)
+from megatron_vrl.types import Rollout
+
+BROKEN = 3  # exit code: start me again
+
+Answer = TypeVar("Answer")
+
+
+class StateConflict(Exception):
+    """The worker cannot do that now; another one may."""
+
+
+class EngineThread:
+    """The engine and the thread that alone may touch it."""
+
+    def __init__(self, engine: ColocatedEngine) -> None:
+        self.engine = engine
+        self._calls: queue.Queue[tuple[Callable[[], Any], Future[Any]]] = queue.Queue()
+        self._groups: dict[str, Future[list[Rollout]]] = {}
+        self._updating = False
+        self._inbox = BucketWriter(engine.dtype)  # for weights that come over a network
+        threading.Thread(target=self._run, name="engine", daemon=True).start()
+
+    def call(self, function: Callable[[], Any]) -> "Future[Any]":
+        """What the function returned when it was run between two tokens."""
+        future: Future[Any] = Future()
+        self._calls.put((function, future))
+        return future
+
+    def generate(self, ask: Ask) -> "Future[list[Rollout]]":
+        group: Future[list[Rollout]] = Future()
+        key = uuid.uuid4().hex
+
+        def submit() -> None:
+            if self.engine.version is None or self.engine.version < ask.version:
+                raise StateConflict(
+                    f"The worker holds weights {self.engine.version}, not {ask.version}."
+                )
+            self.engine.submit(key, ask.request, ask.spec)
+            self._groups[key] = group
+
+        def failed(submitted: "Future[Any]") -> None:
+            if (error := submitted.exception()) is not None:
+                group.set_exception(error)
+
+        self.call(submit).add_done_callback(failed)
+        group.add_done_callback(lambda _: self._forget(key) if group.cancelled() else None)
+        return group
+
+    def start_update(self) -> None:
+        if self._updating:
+            # vLLM cannot begin anew in the midst of an update; a new process can.
+            _leave("an update of weights was broken off")
+        self._updating = True
+        self.engine.start_update()
+
+    def load(self, load: Load) -> None:
+        here = self._inbox.hold(load.bucket, load.contents) if load.contents else load.bucket
+        self.engine.load(here)
+
+    def finish_update(self, version: int) -> None:
+        self.engine.finish_update(version)
+        self._updating = False
+
+    def _forget(self, key: str) -> None:
+        """Whoever asked has gone."""
+
+        def abort() -> None:
+            self._groups.pop(key, None)
+            self.engine.abort([key])
+
+        self.call(abort)
+
+    def _run(self) -> None:
+        try:
+            while True:
+                self._turn()
+        except Exception:
+            traceback.print_exc()
+            _leave("the engine failed")
+
+    def _turn(self) -> None:
+        """What was asked since the last token, then the next token."""
+        works = self.engine.busy and not self._updating
+        while not (self._calls.empty() and works):
+            function, future = self._calls.get()
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+            works = self.engine.busy and not self._updating
+        for key, rollouts in self.engine.step().items():
+            group = self._groups.pop(key, None)
+            if group is not None and group.set_running_or_notify_cancel():
+                group.set_result(rollouts)
+
+
+def make_app(engine: ColocatedEngine, identity: Identity, token: str) -> Starlette:
+    """`token` "": none is asked for."""
+    thread, instance = EngineThread(engine), uuid.uuid4().hex
+
+    async def health(_: bytes) -> Health:
+        return Health(
+            instance=instance, machine=machine(), identity=identity, version=engine.version
+        )
+
+    async def generate(body: bytes) -> Answered:
+        answer = asyncio.wrap_future(thread.generate(decode(body, Ask)))
+        return Answered(rollouts=await answer)
+
+    async def start(_: bytes) -> None:
+        await asyncio.wrap_future(thread.call(thread.start_update))
+
+    async def load(body: bytes) -> None:
+        message = decode(body, Load)
+        await asyncio.wrap_future(thread.call(lambda: thread.load(message)))
+
+    async def finish(body: bytes) -> None:
+        version = decode(body, Version).version
+        await asyncio.wrap_future(thread.call(lambda: thread.finish_update(version)))
+
+    async def checksums(_: bytes) -> Checksums:
+        return Checksums(by_name=await asyncio.wrap_future(thread.call(engine.weights_checksum)))
+
+    posts = {
+        "/generate": generate,
+        "/weights/start": start,
+        "/weights/load": load,
+        "/weights/finish": finish,
+        "/checksums": checksums,
+    }
+    routes = [Route("/health", _endpoint(health, token))]
+    routes += [
+        Route(path, _endpoint(does, token), methods=["POST"]) for path, does in posts.items()
+    ]
+    return Starlette(routes=routes)
+
+
+async def _or_gone(http: HttpRequest, work: Awaitable[Answer]) -> Answer:
+    """What the work gives; it is cancelled when the client goes away."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(http.receive())  # the body has been read: only a goodbye can come
+    await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+    for unfinished in (task, gone):
+        unfinished.cancel()
+    return await task
+
+
+def _endpoint(
+    does: Callable[[bytes], Awaitable[Any]], token: str
+) -> Callable[[HttpRequest], Awaitable[Response]]:
+    wanted = f"Bearer {token}"
+
+    async def endpoint(request: HttpRequest) -> Response:
+        given = request.headers.get("authorization", "")
+        if token and not hmac.compare_digest(given.encode(), wanted.encode()):
+            return PlainTextResponse("The worker asks for its token.", 401)
+        try:
+            return Response(encode(await _or_gone(request, does(await request.body()))))
+        except StateConflict as error:
+            return PlainTextResponse(str(error), 409)
+        except (RolloutError, Garbage) as error:
+            return PlainTextResponse(str(error), 422)
+
+    return endpoint
+
+
+def _leave(reason: str) -> None:
+    print(f"worker: {reason}; starting again", file=sys.stderr)
+    os._exit(BROKEN)

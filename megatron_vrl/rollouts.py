@@ -1,0 +1,158 @@
+"""Rollouts as the loops know them: weights handed over, prompts answered, all ranks in step.
+
+A hand-over reaches every engine that is well: with engines in the trainer's processes every rank
+takes the whole model, with workers each pipeline stage sends them its own layers. It ends by
+dropping what the engines cached of the old weights, and answers carry its version. Checksums of the
+live weights are compared with the trainer's at the first hand-over and at every k-th.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+
+from megatron_vrl import config
+from megatron_vrl.errors import RolloutError
+from megatron_vrl.model.export import NamedTensors, WeightExport
+from megatron_vrl.parallel.mesh import Mesh, agreed, gather_objects, world_axis
+from megatron_vrl.rollout.checksums import tensor_checksums
+from megatron_vrl.rollout.pool import Member
+from megatron_vrl.rollout.requests import SamplingSpec
+from megatron_vrl.types import Prompt, Rollout
+
+
+class Asked(Protocol):
+    """Prompts that are being answered, of one rank."""
+
+    @property
+    def done(self) -> bool: ...
+
+    def wait(self) -> bool:
+        """Whether all answers are there; False: no engine is left to give the rest."""
+        ...
+
+    def result(self) -> list[list[Rollout]]:
+        """Raises RolloutError."""
+        ...
+
+
+class Engine(Protocol):
+    """One rank's end of whatever answers."""
+
+    everywhere: bool  # whether every rank needs the whole model in a hand-over
+
+    def ask(self, prompts: Sequence[Prompt], spec: SamplingSpec) -> Asked: ...
+    def gather(self, at_least: int) -> list[Member]: ...
+    def start(self, members: Sequence[Member]) -> None: ...
+    def load(self, members: Sequence[Member], tensors: NamedTensors) -> None: ...
+    def finish(self, members: Sequence[Member], version: int) -> None: ...
+    @property
+    def failed(self) -> set[str]: ...
+    def enlist(self, members: Sequence[Member], version: int) -> None: ...
+    def checksums(self) -> dict[str, dict[str, str]]: ...
+
+
+class Rollouts:
+    """Every rank calls every method, in the same order."""
+
+    def __init__(
+        self,
+        cfg: config.Rollout,
+        mesh: Mesh,
+        engine: Engine,
+        export: WeightExport,
+        dtype: torch.dtype,
+        banned_token_ids: tuple[int, ...],
+    ) -> None:
+        self.banned_token_ids = banned_token_ids  # which no answer holds
+        self.version: int | None = None  # of the weights that the engines hold
+        self._cfg, self._mesh, self._engine = cfg, mesh, engine
+        self._export, self._dtype = export, dtype
+        self._hand_overs = 0
+
+    def hand_over(self, version: int) -> None:
+        """Give the engines the trainer's weights, unless they hold this version already."""
+        if self.version != version:
+            self._hand_over(version, self._cfg.min_workers if self.version is None else 1)
+
+    def generate(self, prompts: Sequence[Prompt], spec: SamplingSpec) -> list[list[Rollout]]:
+        """`spec.n` answers to each of this rank's prompts.
+
+        Raises RolloutError on every rank if a prompt of any rank cannot be answered.
+        """
+        return self.answers([self.ask(prompts, spec)])[0]
+
+    def ask(self, prompts: Sequence[Prompt], spec: SamplingSpec) -> Asked:
+        """Begin to answer. Workers go on while the trainer does something else."""
+        with agreed(self._mesh):
+            return self._engine.ask(prompts, spec)
+
+    def answers(self, asked: Sequence[Asked]) -> list[list[list[Rollout]]]:
+        """Wait for this rank's `asked`. When no engine is left, the weights are handed over again
+        to whoever comes back, and the same prompts go on."""
+        while True:
+            states = [one.wait() for one in asked]
+            if all(gather_objects(world_axis(self._mesh), all(states))):
+                break
+            assert self.version is not None
+            self._hand_over(self.version, 1)
+        with agreed(self._mesh):
+            return [one.result() for one in asked]
+
+    def _hand_over(self, version: int, at_least: int) -> None:
+        engine, first = self._engine, self._mesh.rank == 0
+        with agreed(self._mesh):
+            members = engine.gather(at_least) if first else []
+        if not engine.everywhere:
+            members = gather_objects(world_axis(self._mesh), members)[0]
+        starts = first or engine.everywhere
+        with agreed(self._mesh):
+            if starts:
+                engine.start(members)
+        self._send(members)
+        with agreed(self._mesh):
+            if starts:
+                engine.finish(members, version)
+        failed = set().union(*gather_objects(world_axis(self._mesh), engine.failed))
+        engine.enlist([m for m in members if m.address not in failed], version)
+        self.version = version
+        if self._hand_overs % self._cfg.check_weights_every == 0:
+            self._check_weights()
+        self._hand_overs += 1
+
+    def _send(self, members: Sequence[Member]) -> None:
+        export, error = self._export, None
+        for bucket in export.buckets() if self._engine.everywhere else export.own_buckets():
+            try:
+                if error is None and (self._engine.everywhere or export.leads):
+                    self._engine.load(members, bucket)
+            except RolloutError as caught:
+                error = caught
+            _exhaust(bucket)
+        with agreed(self._mesh):
+            if error is not None:
+                raise error
+
+    def _check_weights(self) -> None:
+        """Raises RolloutError if an engine computes with other weights than the trainer's."""
+        ours = tensor_checksums(self._export.tensors(), self._dtype)
+        with agreed(self._mesh):
+            theirs = self._engine.checksums() if self._checks else {}
+            for engine, sums in theirs.items():
+                wrong = sorted(name for name in ours if sums.get(name) != ours[name])
+                if wrong:
+                    raise RolloutError(
+                        f"After a hand-over the engine of {engine} (rank {self._mesh.rank}) "
+                        f"differs from the trainer in {len(wrong)} tensors, first {wrong[0]}: "
+                        "check the vllm version."
+                    )
+
+    @property
+    def _checks(self) -> bool:
+        return self._engine.everywhere or self._mesh.rank == 0
+
+
+def _exhaust(bucket: Iterator[object]) -> None:
+    """A bucket is a collective: every rank takes part to its end."""
+    for _ in bucket:
+        pass
