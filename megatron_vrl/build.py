@@ -32,7 +32,7 @@ from megatron_vrl.training.policy import Policy
 from megatron_vrl.training.saver import Saver
 from megatron_vrl.types import Prompt, VideoSample
 from megatron_vrl.video import VideoReader
-from megatron_vrl.video.pyav import probe
+from megatron_vrl.video.probe import probe
 
 Item = TypeVar("Item")
 
@@ -74,7 +74,7 @@ class Parts:
         """
         prompts: list[Prompt] = []
         with agreed(self.mesh):
-            videos = self.reader.encode([sample.video for sample in samples])
+            videos = self.reader.encode([sample.footage for sample in samples])
             for sample, video in zip(samples, videos, strict=True):
                 if isinstance(video, VideoError):
                     raise video

@@ -91,6 +91,8 @@ class Video(Section):
     """Where DALI decodes: `gpu` is NVDEC."""
     fps: Annotated[float, Field(gt=0)] = 2.0
     """Frames sampled per second of video (Qwen's rule)."""
+    num_frames: Annotated[int, Field(ge=0)] = 0
+    """Frames of every video, rounded to an even number, instead of `fps`; 0: by `fps`."""
     min_frames: Positive = 4
     max_frames: Positive = 768
     min_pixels: Positive = 128 * 28 * 28
@@ -106,7 +108,20 @@ class Video(Section):
     store_disk_mib: Positive = 8192
     """Limit of that directory, MiB."""
     workers: Positive = 2
-    """Videos decoded at a time."""
+    """Processes that decode, per rank; with DALI one process of so many threads."""
+    prefetch: Annotated[int, Field(ge=0)] = 64
+    """Videos of the next step, at most, that a rank decodes while this one trains."""
+    timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    """A video that takes longer is given up and its decoding process killed."""
+    retries: Annotated[int, Field(ge=0)] = 1
+    """How often a video that failed is tried again before it counts as bad."""
+    max_bad_share: Share = 0.05
+    """A run stops when more of the samples it drew have bad videos; before it drew 100, when more
+    than this share of 100 have."""
+    fetch_dir: str = ""
+    """Directory for local copies of videos whose data folder is a URL; shared by ranks and runs."""
+    fetch_mib: Positive = 65536
+    """Limit of that directory, MiB."""
 
 
 class Source(Section):

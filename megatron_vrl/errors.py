@@ -20,7 +20,15 @@ class DataError(UserError):
 
 
 class VideoError(UserError):
-    """A video that is missing or cannot be read; names the file."""
+    """A video that is missing or cannot be read; names the file.
+
+    `kind` sums errors up: missing, empty, outside, unreadable, no_pictures, cut_off, no_duration,
+    too_large, window, damaged, hung or crashed.
+    """
+
+    def __init__(self, sentence: str, kind: str = "damaged"):
+        super().__init__(sentence)
+        self.kind = kind
 
 
 class CheckpointError(UserError):

@@ -5,12 +5,20 @@ Shape letters: F frames, P prompt tokens, R response tokens, N rollouts of one g
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 Interval = tuple[float, float]  # (start, end) in seconds
+
+
+class Footage(NamedTuple):
+    """What is to be decoded: a whole file or a window of it."""
+
+    path: str
+    window_s: Interval | None = None  # (start, end) in the file's seconds; None: all of it
+    folder: str = ""  # the file must lie in it, symlinks resolved; "": anywhere
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +39,12 @@ class VideoSample:
     intervals_s: tuple[Interval, ...]  # true intervals, seconds; () when the task has none
     options: tuple[str, ...]  # option texts in order; () when the task has none
     option: str  # letter of the right option, "A".."Z"; "" when the task has none
+    window_s: Interval | None = None  # part of the file that is shown; other times count from it
+    folder: str = ""  # data folder, which the file must not leave; "": not asked for
+
+    @property
+    def footage(self) -> Footage:
+        return Footage(self.video, self.window_s, self.folder)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,12 +59,13 @@ class EncodedVideo:
     path: str
     digest: str  # hex digest of the file's bytes
     codec: str  # as the container names it, for example "h264"
-    duration_s: float  # of the container's video stream, seconds
+    duration_s: float  # of the container's video stream, or of its window, seconds
     frame_indices: NDArray[np.int64]  # [F] in decoding order of presentation
-    timestamps_s: NDArray[np.float64]  # [F] from the container's pts, seconds
+    timestamps_s: NDArray[np.float64]  # [F] from the container's pts, seconds into the file
     sampled_fps: float  # frames sampled per second of video
     seconds_per_grid: float  # seconds between two temporal steps of the grid (2 frames each)
     grid_thw: tuple[int, int, int]  # temporal steps, height and width in patches of 14 px
+    frame_budget: int  # most pixels one frame might have had under the sampling rule
     frames: NDArray[np.uint8]  # [F, height, width, 3] RGB
 
 

@@ -29,6 +29,7 @@ def video(grid_thw: tuple[int, int, int], seconds_per_grid: float, seed: int) ->
         sampled_fps=2 / seconds_per_grid,
         seconds_per_grid=seconds_per_grid,
         grid_thw=grid_thw,
+        frame_budget=h * w * 14 * 14,
         frames=frames,
     )
 

@@ -1,153 +1,198 @@
-"""Videos: files in, EncodedVideo out. Start here.
+"""Videos: footage in, EncodedVideo out. Start here.
 
-`VideoReader.encode` goes digest -> store -> probe -> plan -> decoder -> store. A new decoder is one
-file and one row of `DECODERS`. Decoders are imported when they are asked for, so that `video.rules`
-stays free of torch and of decoders.
+`VideoReader.encode` goes identify -> store -> decode -> store; files are opened and decoded in
+processes that may be killed (`video/workers.py`), by what `video/encode.py` says. What a run may
+need next is decoded ahead, in the background.
 """
 
 import hashlib
+import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from functools import partial
+from typing import Any
 
 from megatron_vrl.config import Video
 from megatron_vrl.errors import VideoError
-from megatron_vrl.types import EncodedVideo
-from megatron_vrl.video.rules import plan_frames
+from megatron_vrl.types import EncodedVideo, Footage
+from megatron_vrl.video.encode import DECODERS, Encoder, Identity, check_decoder
 from megatron_vrl.video.store import VideoStore
+from megatron_vrl.video.workers import Workers
 
-if TYPE_CHECKING:
-    from megatron_vrl.video.pyav import DecodeJob
+__all__ = ["DECODERS", "SAMPLING_KEYS", "VideoReader"]
 
-SAMPLING_KEYS = ("fps", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels")
-
-
-class Decoder(Protocol):
-    def decode(self, jobs: "Sequence[DecodeJob]") -> list[NDArray[np.uint8] | VideoError]:
-        """[F, height, width, 3] for each job at its plan's size; an error for a bad file only."""
-
-
-def _dali(cfg: Video) -> Decoder:
-    from megatron_vrl.video.dali import DaliDecoder
-
-    return DaliDecoder(cfg)
-
-
-def _pyav(cfg: Video) -> Decoder:
-    from megatron_vrl.video.pyav import PyavDecoder
-
-    return PyavDecoder(cfg)
-
-
-DECODERS: dict[str, Callable[[Video], Decoder]] = {"dali": _dali, "pyav": _pyav}
+SAMPLING_KEYS = (
+    *("fps", "num_frames", "min_frames", "max_frames"),
+    *("min_pixels", "max_pixels", "total_pixels"),
+)
+PIXELS = "2"  # raised when the same file and rule give other bytes, so that all is decoded anew
+DALI_BATCH = 32  # videos of one task
+MOST_KNOWN = 1 << 16  # identities remembered, about 30 MB
+Result = EncodedVideo | VideoError
 
 
 class VideoReader:
-    """Encodes videos by the sampling rule of its section; one per process.
+    """Encodes videos by the sampling rule of its section; one per rank.
 
-    `counts` says where videos came from: "store", "decoded" or "failed".
+    `counts` says where videos came from: "store", "decoded" or "failed"; "retried" ones count
+    again. A file that stayed bad is not tried again by this reader.
     """
 
     def __init__(self, cfg: Video):
+        check_decoder(cfg)
         self._cfg = cfg
-        self.decoder = DECODERS[cfg.decoder](cfg)
+        self._workers = Workers(_num_processes(cfg), partial(Encoder, cfg, _card(cfg)))
         self.store = VideoStore(cfg.store_mib, cfg.store_dir, cfg.store_disk_mib)
-        self.counts = Counter(store=0, decoded=0, failed=0)
-        self._digests: dict[tuple[str, int, int], str] = {}
+        self.counts = Counter(store=0, decoded=0, failed=0, retried=0)
+        self._lock = threading.Lock()  # of what the background shares
+        self._known: dict[str, Identity] = {}
+        self._bad: dict[Footage, VideoError] = {}
+        self._ahead: dict[Footage, Future] = {}
         # NVDEC and DALI's resize differ from the CPU by a few grey levels: their own keys.
-        rule = cfg.model_dump_json(include={*SAMPLING_KEYS, "device"})
+        rule = cfg.model_dump_json(include={*SAMPLING_KEYS, "device"}) + PIXELS
         self._rule = hashlib.blake2b(rule.encode(), digest_size=8).hexdigest()
 
-    def encode(self, paths: Sequence[str]) -> list[EncodedVideo | VideoError]:
-        """One result for each path, in order; an error names its file and harms no other."""
-        keys = self._in_parallel(self._key, paths)
-        first = {key: path for path, key in zip(paths, keys, strict=True) if isinstance(key, str)}
-        found: dict[str, EncodedVideo | VideoError] = {}
-        for key in first:
-            if video := self.store.get(key):
-                found[key] = video
-        self.counts["store"] += len(found)
-        found |= self._decode({key: path for key, path in first.items() if key not in found})
-        results = [
-            _for_path(path, found[key] if isinstance(key, str) else key)
-            for path, key in zip(paths, keys, strict=True)
-        ]
-        self.counts["failed"] += sum(isinstance(result, VideoError) for result in results)
+    def encode(self, footage: Sequence[Footage | str]) -> list[Result]:
+        """One result for each, in order; an error names its file and harms no other.
+
+        A path alone is the whole of its file.
+        """
+        wanted = [Footage(item) if isinstance(item, str) else item for item in footage]
+        with self._lock:
+            ahead = {item: self._ahead.pop(item) for item in {*wanted} & {*self._ahead}}
+        found = {item: future.result()[item] for item, future in ahead.items()}
+        found |= self._encode([item for item in dict.fromkeys(wanted) if item not in found])
+        return [_named(item, found[item]) for item in wanted]
+
+    def prefetch(self, footage: Iterable[Footage]) -> None:
+        """Encode in the background what `encode` will soon be asked for.
+
+        Only what the last call named is kept, and at most `video.prefetch` videos.
+        """
+        future: Future = Future()
+        wanted = list(dict.fromkeys(footage))[: self._cfg.prefetch]
+        with self._lock:
+            self._ahead = dict.fromkeys(wanted, future)
+        if wanted:
+            arguments = (future, self._encode, wanted)
+            threading.Thread(target=_settle, args=arguments, daemon=True).start()
+
+    def _encode(self, footage: Sequence[Footage]) -> dict[Footage, Result]:
+        results: dict[Footage, Result] = {f: self._bad[f] for f in footage if f in self._bad}
+        keys: dict[Footage, str] = {}
+        for item, found in self._identified([f for f in footage if f not in results]).items():
+            if isinstance(found, VideoError):
+                results[item] = found
+            else:
+                keys[item] = self._key(item, found)
+        by_key = self._of_keys({key: item for item, key in keys.items()})
+        results |= {item: by_key[key] for item, key in keys.items()}
+        bad = {item: r for item, r in results.items() if isinstance(r, VideoError)}
+        with self._lock:
+            self._bad |= bad
+            self.counts["failed"] += len(bad)
         return results
 
-    def _decode(self, paths: dict[str, str]) -> dict[str, EncodedVideo | VideoError]:
-        """By store key. Copies of one file share a key, so they are decoded once."""
-        planned = self._in_parallel(self._plan, list(paths.values()))
-        found: dict[str, EncodedVideo | VideoError] = {}
-        jobs: dict[str, DecodeJob] = {}
-        for key, plan in zip(paths, planned, strict=True):
-            if isinstance(plan, VideoError):
-                found[key] = plan
-            else:
-                jobs[key] = plan
-        decoded = self.decoder.decode(list(jobs.values()))
-        for (key, job), frames in zip(jobs.items(), decoded, strict=True):
-            if isinstance(frames, VideoError):
-                found[key] = frames
-            else:
-                found[key] = video = _encoded(job, frames, digest=key.partition("-")[0])
-                self.store.put(key, video)
-                self.counts["decoded"] += 1
+    def _identified(self, footage: Sequence[Footage]) -> dict[Footage, Identity | VideoError]:
+        def once(items: Sequence[Footage]) -> dict[Footage, Any]:
+            calls = [(Encoder.identify, item, self._known.get(item.path)) for item in items]
+            return dict(zip(items, self._call(calls), strict=True))
+
+        found = self._retried(once(footage), once)
+        known = {item.path: f for item, f in found.items() if isinstance(f, Identity)}
+        with self._lock:
+            if len(self._known) > MOST_KNOWN:
+                self._known.clear()
+            self._known |= known
         return found
 
-    def _plan(self, path: str) -> "DecodeJob | VideoError":
-        from megatron_vrl.video.pyav import DecodeJob, probe
+    def _of_keys(self, footage: Mapping[str, Footage]) -> dict[str, Result]:
+        """By store key. Copies of one file share a key, so they are decoded once."""
+        found: dict[str, Result] = {k: v for k in footage if (v := self.store.get(k)) is not None}
+        missing = [key for key in footage if key not in found]
 
-        try:
-            file = probe(path)
-            plan = plan_frames(file.num_frames, file.native_fps, file.height, file.width, self._cfg)
-        except VideoError as error:
-            return error
-        return DecodeJob(file, plan)
+        def once(keys: Sequence[str], batch: int = 1) -> dict[str, Result]:
+            batches = [keys[start : start + batch] for start in range(0, len(keys), batch)]
+            calls = [
+                (Encoder.encode, [footage[key] for key in b], [_digest(key) for key in b])
+                for b in batches
+            ]
+            results: dict[str, Result] = {}
+            for keys_of, result in zip(batches, self._call(calls), strict=True):
+                if isinstance(result, VideoError):  # the process ended: which of them was it?
+                    results |= once(keys_of) if len(keys_of) > 1 else {keys_of[0]: result}
+                else:
+                    results |= dict(zip(keys_of, result, strict=True))
+            return results
 
-    def _key(self, path: str) -> str | VideoError:
-        """Store key of a file as it is now; its bytes are read only when it changed."""
-        try:
-            status = Path(path).stat()
-            seen = (path, status.st_mtime_ns, status.st_size)
-            if not status.st_size:
-                return VideoError("is empty; replace it.")
-            if seen not in self._digests:
-                with open(path, "rb") as file:
-                    digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
-                self._digests[seen] = digest.hexdigest()
-        except OSError as error:
-            return VideoError(f"cannot be read ({error.strerror}); check data_folder.")
-        return f"{self._digests[seen]}-{self._rule}"
+        batch = DALI_BATCH if self._cfg.decoder == "dali" else 1
+        decoded = self._retried(once(missing, batch), once)
+        for key, video in decoded.items():
+            if isinstance(video, EncodedVideo):
+                self.store.put(key, video)
+        with self._lock:
+            self.counts["store"] += len(found)
+            self.counts["decoded"] += sum(isinstance(v, EncodedVideo) for v in decoded.values())
+        return found | decoded
 
-    def _in_parallel(self, function: Callable, paths: Sequence[str]) -> list:
-        with ThreadPoolExecutor(self._cfg.workers) as pool:
-            return list(pool.map(function, paths))
+    def _retried(self, first: dict, once: Callable[[list], dict]) -> dict:
+        """`first` with what failed tried again, after all others had their turn."""
+        results = dict(first)
+        for _ in range(self._cfg.retries):
+            failed = [item for item, result in results.items() if isinstance(result, VideoError)]
+            if not failed:
+                break
+            with self._lock:
+                self.counts["retried"] += len(failed)
+            results |= once(failed)
+        return results
+
+    def _call(self, calls: Sequence[tuple]) -> list[Any]:
+        """Results of tasks in the processes; a VideoError where one hung, crashed or raised it."""
+        futures: list[Future] = []
+        for task, first, *others in calls:
+            videos = len(first) if task is Encoder.encode else 1
+            timeout_s = videos * self._cfg.timeout_s
+            futures.append(self._workers.submit(timeout_s, task, first, *others))
+        results: list[Any] = []
+        for future in futures:
+            try:
+                results.append(future.result())
+            except VideoError as error:
+                results.append(error)
+        return results
+
+    def _key(self, footage: Footage, identity: Identity) -> str:
+        window = "" if footage.window_s is None else "-{:.3f}-{:.3f}".format(*footage.window_s)
+        return f"{identity.digest}-{self._rule}{window}"
 
 
-def _encoded(job: "DecodeJob", frames: NDArray[np.uint8], digest: str) -> EncodedVideo:
-    file, plan = job.file, job.plan
-    return EncodedVideo(
-        path=file.path,
-        digest=digest,
-        codec=file.codec,
-        duration_s=file.duration_s,
-        frame_indices=plan.indices,
-        timestamps_s=file.timestamps_s[plan.indices],
-        sampled_fps=plan.sampled_fps,
-        seconds_per_grid=plan.seconds_per_grid,
-        grid_thw=plan.grid_thw,
-        frames=frames,
-    )
+def _digest(key: str) -> str:
+    return key.partition("-")[0]
 
 
-def _for_path(path: str, result: EncodedVideo | VideoError) -> EncodedVideo | VideoError:
+def _num_processes(cfg: Video) -> int:
+    return cfg.workers if cfg.decoder == "pyav" else 1  # DALI brings its own threads
+
+
+def _card(cfg: Video) -> int | None:
+    if cfg.device == "cpu":
+        return None
+    import torch
+
+    return torch.cuda.current_device()
+
+
+def _settle(future: Future, function: Callable[..., Any], *arguments: Any) -> None:
+    try:
+        future.set_result(function(*arguments))
+    except BaseException as error:  # raised where the result is asked for
+        future.set_exception(error)
+
+
+def _named(footage: Footage, result: Result) -> Result:
     if isinstance(result, VideoError):
-        return VideoError(f"{path} {result}")
-    return result if result.path == path else replace(result, path=path)
+        return VideoError(f"{footage.path} {result}", result.kind)
+    return result if result.path == footage.path else replace(result, path=footage.path)

@@ -2,14 +2,15 @@
 
 One pipeline lives as long as the decoder; a run takes the bytes of several files and a list of
 frame numbers for each. On the CPU frames leave it at full size and go through the project's one
-resize, so they equal PyAV's byte for byte. On the GPU DALI resizes too (within 1 of that) and only
-small frames cross to the host.
+resize, so they equal PyAV's byte for byte. On the GPU DALI resizes too (within 1 of that), only
+small frames cross to the host, and the matrix a file is tagged with is made good there. DALI heeds
+no rotation tag, so its frames are turned afterwards.
 
 A file DALI cannot read ends the run for the whole batch and does not say which file it was. So
 files are probed before they come here, a failing batch is halved until the file stands alone, and
-that file goes to PyAV, which decodes it or says what is wrong. PyAV also takes what DALI cannot:
-codecs missing from the CPU build, packets that show no frame (DALI counts packets), and videos
-whose full-size frames would fill the memory. `num_handed_over` counts all of these.
+that file goes to PyAV, which decodes it or says what is wrong. PyAV also takes what DALI cannot
+read (`video/routing.py`) and videos whose full-size frames would fill the memory.
+`num_handed_over` counts all of these.
 
 DALI's CPU decoder reads every frame up to the last wanted one; for long videos with many keyframes
 `video.decoder=pyav` is several times faster and gives the same bytes.
@@ -24,8 +25,11 @@ from numpy.typing import NDArray
 
 from megatron_vrl.config import Video
 from megatron_vrl.errors import ConfigError, VideoError
-from megatron_vrl.video.pyav import DecodeJob, PyavDecoder
-from megatron_vrl.video.resize import resize
+from megatron_vrl.video.colour import corrected
+from megatron_vrl.video.probe import DecodeJob
+from megatron_vrl.video.pyav import PyavDecoder
+from megatron_vrl.video.resize import resize, turned
+from megatron_vrl.video.routing import dali_reads
 
 try:
     from nvidia.dali import Pipeline, fn
@@ -38,10 +42,6 @@ except ModuleNotFoundError:
 
 BATCH = 32  # most videos of one run
 BATCH_BYTES = 1 << 30  # most bytes of full-size frames of one run
-CODECS = {
-    "cpu": {"h264", "hevc", "vp8", "vp9", "mjpeg"},
-    "gpu": {"h264", "hevc", "vp8", "vp9", "mjpeg", "av1", "mpeg4"},
-}
 
 
 class DaliDecoder:
@@ -51,6 +51,7 @@ class DaliDecoder:
         if cfg.device == "gpu" and not torch.cuda.is_available():
             raise ConfigError("video.device=gpu, but torch sees no GPU; set video.device=cpu.")
         self._cfg = cfg
+        self._card = torch.cuda.get_device_capability() if cfg.device == "gpu" else (0, 0)
         self._pyav = PyavDecoder(cfg.model_copy(update={"device": "cpu"}))
         self._pipeline = self._build()
         self.num_handed_over = 0
@@ -66,12 +67,8 @@ class DaliDecoder:
         return [next(second) if frames is None else frames for frames in results]
 
     def _can_read(self, job: DecodeJob) -> bool:
-        file = job.file
         return (
-            file.codec in CODECS[self._cfg.device]
-            and file.has_pts
-            and not file.has_hidden_packets
-            and _full_bytes(job) <= BATCH_BYTES
+            dali_reads(job.file, self._cfg.device, self._card) and _full_bytes(job) <= BATCH_BYTES
         )
 
     def _decode_own(self, jobs: Sequence[DecodeJob]) -> list[NDArray[np.uint8] | None]:
@@ -89,18 +86,23 @@ class DaliDecoder:
         return self._run_or_halve(jobs[:half]) + self._run_or_halve(jobs[half:])
 
     def _run(self, jobs: list[DecodeJob]) -> list[NDArray[np.uint8]]:
-        sizes = [(job.plan.height, job.plan.width) for job in jobs]
         unique = [np.unique(job.plan.indices, return_inverse=True) for job in jobs]
         feed = {
             "encoded": [np.fromfile(job.file.path, np.uint8) for job in jobs],
             "wanted": [wanted.astype(np.int32) for wanted, _ in unique],
         }
         if self._cfg.device == "gpu":
-            feed["size"] = [np.array(size, np.float32) for size in sizes]
+            feed["size"] = [np.array(_size_before_turning(job), np.float32) for job in jobs]
         (decoded,) = self._pipeline.run(**feed)
         decoded = decoded.as_cpu()
-        resized = [resize(decoded.at(i), *size) for i, size in enumerate(sizes)]
-        return [frames[order] for frames, (_, order) in zip(resized, unique, strict=True)]
+        finished = [self._finished(job, decoded.at(i)) for i, job in enumerate(jobs)]
+        return [frames[order] for frames, (_, order) in zip(finished, unique, strict=True)]
+
+    def _finished(self, job: DecodeJob, frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        if self._cfg.device == "gpu":
+            frames = corrected(frames, job.file.matrix)
+        shown = turned(frames, job.file.quarter_turns)
+        return resize(shown, job.plan.height, job.plan.width)
 
     def _build(self) -> Pipeline:
         on_gpu = self._cfg.device == "gpu"
@@ -126,6 +128,11 @@ def _graph(on_gpu: bool) -> Any:
     size = fn.external_source(name="size", dtype=DALIDataType.FLOAT, ndim=1)
     cubic = DALIInterpType.INTERP_CUBIC
     return fn.resize(frames, size=size, interp_type=cubic, antialias=True)
+
+
+def _size_before_turning(job: DecodeJob) -> tuple[int, int]:
+    size = (job.plan.height, job.plan.width)
+    return size[::-1] if job.file.quarter_turns % 2 else size
 
 
 def _full_bytes(job: DecodeJob) -> int:

@@ -20,3 +20,10 @@ def resize(frames: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uin
         pixels, (height, width), mode="bicubic", antialias=True, align_corners=False
     )
     return np.ascontiguousarray(resized.permute(0, 2, 3, 1).numpy())
+
+
+def turned(frames: NDArray[np.uint8], quarter_turns: int) -> NDArray[np.uint8]:
+    """[F, H, W, 3] turned counterclockwise; the same array where nothing is turned."""
+    if not quarter_turns:
+        return frames
+    return np.ascontiguousarray(np.rot90(frames, quarter_turns, axes=(1, 2)))

@@ -7,7 +7,10 @@ both packages need a working torchvision. Two corners Qwen leaves open are close
 too short for two frames is sampled once and the frame repeated, and a very thin video keeps at
 least one merged cell on each side.
 
-Left out: Qwen's `nframes`, `video_start` and `video_end`; a sample is always its whole file.
+Qwen's `nframes` is `video.num_frames`; `video_start` and `video_end` are a sample's window, whose
+frames are counted by their times (`probe.VideoFile.within`), which for a constant rate is Qwen's
+ceil(start * fps) to floor(end * fps). More frames than the window has are not refused as in Qwen:
+it then gives all of its frames but an odd last one.
 Letters: F frames, T temporal steps (2 frames), H, W pixels, h, w patches.
 """
 
@@ -42,6 +45,7 @@ class SamplingPlan:
     height: int  # pixels after resizing, a multiple of 28
     width: int
     grid_thw: tuple[int, int, int]  # temporal steps, height and width in patches
+    frame_budget: int  # most pixels of one frame
 
     @property
     def num_tokens(self) -> int:
@@ -50,15 +54,16 @@ class SamplingPlan:
 
 
 def plan_frames(
-    num_frames: int, native_fps: float, height: int, width: int, cfg: Video
+    num_frames: int, native_fps: float, height: int, width: int, cfg: Video, first: int = 0
 ) -> SamplingPlan:
-    """The plan for a video of `num_frames` frames of height x width pixels."""
+    """The plan for `num_frames` frames of height x width pixels, from frame `first` of the file."""
     count = frame_count(num_frames, native_fps, cfg)
-    indices = spread(num_frames, count)
+    indices = first + spread(num_frames, count)
     if count % TEMPORAL:
         indices = np.append(indices, indices[-1])
     sampled_fps = count / num_frames * native_fps
-    resized = smart_resize(height, width, cfg.min_pixels, frame_budget(count, cfg))
+    budget = frame_budget(count, cfg)
+    resized = smart_resize(height, width, cfg.min_pixels, budget)
     return SamplingPlan(
         indices=indices,
         sampled_fps=sampled_fps,
@@ -67,11 +72,15 @@ def plan_frames(
         height=resized[0],
         width=resized[1],
         grid_thw=(len(indices) // TEMPORAL, resized[0] // PATCH, resized[1] // PATCH),
+        frame_budget=budget,
     )
 
 
 def frame_count(num_frames: int, native_fps: float, cfg: Video) -> int:
     """How many frames are sampled: even, or 1 when two do not fit."""
+    if cfg.num_frames:
+        asked = round(cfg.num_frames / TEMPORAL) * TEMPORAL
+        return max(min(asked, num_frames // TEMPORAL * TEMPORAL), 1)
     fewest = math.ceil(cfg.min_frames / TEMPORAL) * TEMPORAL
     most = math.floor(min(cfg.max_frames, num_frames) / TEMPORAL) * TEMPORAL
     wanted = min(max(num_frames / native_fps * cfg.fps, fewest), most)
@@ -104,7 +113,8 @@ def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int) -> t
     """(height, width) in multiples of 28 near the same shape, with min <= pixels <= max."""
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise VideoError(
-            f"frames of {width}x{height} are longer than {MAX_ASPECT}:1; crop the video."
+            f"has frames of {width}x{height}, longer than {MAX_ASPECT}:1; crop the video.",
+            "too_large",
         )
     rows = max(CELL, round(height / CELL) * CELL)
     columns = max(CELL, round(width / CELL) * CELL)

@@ -1,9 +1,9 @@
 """A bounded store of encoded videos: memory, and optionally a directory shared by processes.
 
-Keys are (digest of the file's bytes, digest of the sampling rule), so a renamed file is found and
-a changed one is not. Both sides drop what was used longest ago. On disk an entry is one `.npz`
-with checksums, written beside its name and renamed, so a reader sees a whole entry or none, and
-two processes that write the same key leave one good file. A damaged entry counts as absent.
+Keys are (digest of the file's bytes, digest of the sampling rule, window), so a renamed file is
+found and a changed one is not. Both sides drop what was used longest ago. On disk an entry is one
+`.npz` with checksums, written beside its name and renamed, so a reader sees a whole entry or none,
+and two processes that write the same key leave one good file. A damaged entry counts as absent.
 
 Left out: a lock across processes. The directory is measured after every 1/64 of its limit this
 process has written and then cut to 7/8 of it, so up to 8 writers stay within the limit.
@@ -103,7 +103,7 @@ class _Disk:
             self._write(key, video)
             self._until_measured -= video.frames.nbytes
             if self._until_measured < 0:
-                self._evict()
+                evict(self._directory, self._limit * 7 // 8)
                 self._until_measured = self._limit // 64
         except OSError as error:
             raise self._refused(error) from None
@@ -118,29 +118,31 @@ class _Disk:
             os.unlink(unfinished)
             raise
 
-    def _evict(self) -> None:
-        entries = []
-        for entry in os.scandir(self._directory):
-            try:
-                status = entry.stat()
-            except FileNotFoundError:
-                continue  # another process was faster
-            if entry.name.endswith(".npz"):
-                entries.append((status.st_mtime_ns, status.st_size, entry.path))
-            elif entry.name.endswith(".tmp") and time.time() - status.st_mtime > STALE_S:
-                Path(entry.path).unlink(missing_ok=True)
-        excess = sum(size for _, size, _ in entries) - self._limit * 7 // 8
-        for _, size, path in sorted(entries):
-            if excess <= 0:
-                break
-            Path(path).unlink(missing_ok=True)
-            excess -= size
-
     def _refused(self, error: OSError) -> ConfigError:
         return ConfigError(
             f"video.store_dir={self._directory} cannot be written ({error.strerror}); name another "
             "directory, or leave it empty to store in memory only."
         )
+
+
+def evict(directory: Path, limit: int) -> None:
+    """Bring a directory of finished files down to `limit` bytes; used longest ago goes first."""
+    entries = []
+    for entry in os.scandir(directory):
+        try:
+            status = entry.stat()
+        except FileNotFoundError:
+            continue  # another process was faster
+        if not entry.name.endswith(".tmp"):
+            entries.append((status.st_mtime_ns, status.st_size, entry.path))
+        elif time.time() - status.st_mtime > STALE_S:
+            Path(entry.path).unlink(missing_ok=True)
+    excess = sum(size for _, size, _ in entries) - limit
+    for _, size, path in sorted(entries):
+        if excess <= 0:
+            break
+        Path(path).unlink(missing_ok=True)
+        excess -= size
 
 
 def _value(array: np.ndarray) -> Any:

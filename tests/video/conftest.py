@@ -44,8 +44,14 @@ def write_clip(
     times_ms: list[int] | None = None,
     codec_options: dict[str, str] | None = None,
     faststart: bool = False,
+    turned: int = 0,
+    colours: tuple[int, int] | None = None,
 ) -> None:
-    """A smooth coloured picture that moves; every frame differs from every other."""
+    """A smooth coloured picture that moves; every frame differs from every other.
+
+    `turned`: degrees counterclockwise in the display matrix. `colours`: FFmpeg's numbers of matrix
+    and range to tag it with; the pixels are the same with any.
+    """
     height, width = size
     rng = np.random.default_rng(num_frames)
     coarse = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
@@ -56,6 +62,10 @@ def write_clip(
         stream = container.add_stream(codec, rate=fps)
         stream.width, stream.height, stream.pix_fmt = width, height, pixels
         stream.gop_size, stream.options = gop, codec_options or {}
+        if turned:
+            stream.set_display_rotation(turned)
+        if colours:
+            stream.codec_context.colorspace, stream.codec_context.color_range = colours
         if times_ms is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
         for index in range(num_frames):

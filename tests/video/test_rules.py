@@ -89,7 +89,7 @@ def test_plan_fits_its_limits(total, max_frames, side):
 
 
 def test_too_thin_is_refused():
-    with pytest.raises(VideoError, match="2010x10 are longer than 200:1"):
+    with pytest.raises(VideoError, match="2010x10, longer than 200:1"):
         rules.smart_resize(10, 2010, 100352, 602112)
 
 

@@ -26,6 +26,7 @@ def a_video(seed: int, frames: int = 4, side: int = 140) -> EncodedVideo:
         sampled_fps=2.1,
         seconds_per_grid=2 / 2.1,
         grid_thw=(frames // 2, side // 14, side // 14),
+        frame_budget=side * side,
         frames=rng.integers(0, 256, (frames, side, side, 3), dtype=np.uint8),
     )
 
@@ -131,12 +132,12 @@ def test_reader_decodes_a_file_once(make_clip, tmp_path):
     cfg = Video(decoder="pyav", store_dir=str(tmp_path / "store"))
     reader = VideoReader(cfg)
     first, second = reader.encode([path, str(copy)])
-    assert reader.counts == {"decoded": 1, "failed": 0, "store": 0}
+    assert reader.counts == {"decoded": 1, "failed": 0, "store": 0, "retried": 0}
     assert_same(second, replace(first, path=str(copy)))
 
     later = VideoReader(cfg.model_copy(update={"decoder": "dali"}))  # the same bytes, so shared
     assert_same(later.encode([path])[0], first)
-    assert later.counts == {"decoded": 0, "failed": 0, "store": 1}
+    assert later.counts == {"decoded": 0, "failed": 0, "store": 1, "retried": 0}
 
     other_rule = VideoReader(cfg.model_copy(update={"fps": 3.0}))
     assert len(other_rule.encode([path])[0].frames) > len(first.frames)

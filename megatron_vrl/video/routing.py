@@ -1,0 +1,55 @@
+"""Which videos DALI decodes; all others go to PyAV, which reads everything FFmpeg does.
+
+On the CPU: the decoders compiled into DALI 2.1.0, and only colours it reads right, so that a file's
+bytes do not depend on the decoder. On a GPU: what NVDEC of that generation decodes, by NVIDIA's
+"Video Encode and Decode GPU Support Matrix"; colours are put right afterwards. On both: no file
+whose packets DALI would miscount. The GPU column has not been run.
+"""
+
+from typing import Literal
+
+from megatron_vrl.video.colour import is_bt601, range_shows
+from megatron_vrl.video.probe import VideoFile
+
+CPU_CODECS = {"h264", "hevc", "vp8", "vp9", "mjpeg"}
+
+Capability = tuple[int, int]  # CUDA's (major, minor)
+MAXWELL, PASCAL, TURING, AMPERE_86, BLACKWELL = (5, 2), (6, 1), (7, 5), (8, 6), (10, 0)
+# codec -> pixel format -> the first generation that decodes it. 4:2:0 in 8 bits is
+# yuv420p, or yuvj420p in full range. A100 (8.0) has no AV1.
+NVDEC: dict[str, dict[str, Capability]] = {
+    "h264": {
+        "yuv420p": MAXWELL,
+        "yuvj420p": MAXWELL,
+        "yuv420p10le": BLACKWELL,
+        "yuv422p": BLACKWELL,
+    },
+    "hevc": {
+        "yuv420p": MAXWELL,
+        "yuvj420p": MAXWELL,
+        "yuv420p10le": PASCAL,
+        "yuv420p12le": PASCAL,
+        "yuv444p": TURING,
+        "yuv444p10le": TURING,
+        "yuv444p12le": TURING,
+        "yuv422p10le": BLACKWELL,
+    },
+    "vp8": {"yuv420p": MAXWELL},
+    "vp9": {"yuv420p": MAXWELL, "yuv420p10le": PASCAL, "yuv420p12le": PASCAL},
+    "av1": {"yuv420p": AMPERE_86, "yuv420p10le": AMPERE_86},
+    "mpeg4": {"yuv420p": MAXWELL},
+    "mjpeg": {"yuvj420p": MAXWELL},
+}
+
+
+def dali_reads(
+    file: VideoFile, device: Literal["cpu", "gpu"], capability: Capability = (0, 0)
+) -> bool:
+    """`capability` of the card that decodes; not asked for on the CPU."""
+    if file.has_hidden_packets or not file.has_pts:
+        return False
+    if device == "gpu":
+        since = NVDEC.get(file.codec, {}).get(file.pixel_format)
+        return since is not None and capability >= since
+    colours = is_bt601(file.matrix) and range_shows(file.pixel_format, file.colour_range)
+    return file.codec in CPU_CODECS and colours

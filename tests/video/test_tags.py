@@ -1,0 +1,123 @@
+"""Colour and rotation tags against arithmetic: both decoders obey them alike."""
+
+import av
+import numpy as np
+import pytest
+
+from megatron_vrl.config import Video
+from megatron_vrl.types import EncodedVideo, Footage
+from megatron_vrl.video.colour import corrected, to_rgb
+from megatron_vrl.video.encode import Encoder
+from megatron_vrl.video.probe import probe
+from megatron_vrl.video.routing import dali_reads
+
+SIDE = 56
+# (Y, Cb, Cr) that no matrix below takes out of RGB's cube
+YCBCR = np.array([(110, 90, 160), (128, 128, 128), (100, 150, 100), (150, 105, 150)], np.uint8)
+BT709, UNTAGGED, BT601, BT2020 = 1, 2, 6, 9
+LIMITED, FULL = 1, 2
+
+
+def encode(decoder: str, path: str, **rule) -> EncodedVideo:
+    encoder = Encoder(Video(decoder=decoder, **{"min_pixels": 784, **rule}))
+    footage = Footage(path)
+    (video,) = encoder.encode([footage], [encoder.identify(footage, None).digest])
+    assert isinstance(video, EncodedVideo), video
+    return video
+
+
+def write_patches(path: str, codec: str, matrix: int, colour_range: int, depth: int) -> None:
+    """Four flat frames, one for each row of YCBCR, without loss."""
+    pixels = "yuv444p" if depth == 8 else "yuv444p10le"
+    with av.open(path, "w") as container:
+        stream = container.add_stream(codec, rate=4)
+        stream.width = stream.height = SIDE
+        stream.pix_fmt, stream.gop_size = pixels, 1
+        stream.options = {"qp": "0"} if codec == "libx264" else {"lossless": "1"}
+        stream.codec_context.colorspace = matrix
+        stream.codec_context.color_range = colour_range
+        for colour in YCBCR:
+            planes = np.full((SIDE, SIDE, 3), colour).transpose(2, 0, 1)
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(planes), format="yuv444p")
+            frame.colorspace, frame.color_range = matrix, colour_range
+            frame = frame.reformat(format=pixels)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def rgb(matrix: int, is_full: bool) -> np.ndarray:
+    """[4, 3] of YCBCR by the definition."""
+    values = YCBCR.astype(float) - [0 if is_full else 16, 128, 128]
+    scale = [1, 1, 1] if is_full else [255 / 219, 255 / 224, 255 / 224]
+    return (values * scale) @ to_rgb(matrix).T
+
+
+@pytest.mark.parametrize("matrix", [BT709, BT601, BT2020, UNTAGGED])
+@pytest.mark.parametrize("colour_range", [LIMITED, FULL])
+@pytest.mark.parametrize(("codec", "depth"), [("libx264", 8), ("libx264", 10), ("libvpx-vp9", 8)])
+def test_colours_are_those_of_the_tags(tmp_path, codec, depth, matrix, colour_range):
+    path = str(tmp_path / ("clip.mp4" if codec == "libx264" else "clip.webm"))
+    write_patches(path, codec, matrix, colour_range, depth)
+    file = probe(path)
+    assert (file.matrix, file.colour_range == FULL) == (matrix, colour_range == FULL)
+    video = encode("pyav", path, fps=4.0)
+    want = rgb(matrix, colour_range == FULL)
+    found = video.frames[:, SIDE // 2, SIDE // 2].astype(float)
+    assert np.abs(found - want).max() < 2
+    np.testing.assert_array_equal(encode("dali", path, fps=4.0).frames, video.frames)
+
+
+def test_matrices_are_the_published_ones():
+    """ITU-R BT.601-7 and BT.709-6 as they are usually printed."""
+    np.testing.assert_allclose(to_rgb(BT601)[0], [1, 0, 1.402], atol=1e-3)
+    np.testing.assert_allclose(to_rgb(BT601)[1], [1, -0.344, -0.714], atol=1e-3)
+    np.testing.assert_allclose(to_rgb(BT709)[1], [1, -0.187, -0.468], atol=1e-3)
+    np.testing.assert_allclose(to_rgb(BT709)[2], [1, 1.856, 0], atol=1e-3)
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+@pytest.mark.parametrize("matrix", [BT709, BT2020])
+def test_a_wrong_matrix_is_made_good(matrix, is_full):
+    read = np.rint(rgb(BT601, is_full)).astype(np.uint8)
+    assert np.abs(corrected(read, matrix) - rgb(matrix, is_full)).max() < 2
+    assert np.abs(read - rgb(matrix, is_full)).max() > 4
+
+
+@pytest.mark.parametrize("degrees", [90, 180, -90])
+@pytest.mark.parametrize("decoder", ["dali", "pyav"])
+def test_frames_are_turned_as_the_display_matrix_says(make_clip, decoder, degrees):
+    size = {"size": (112, 168), "num_frames": 16}
+    upright = encode("pyav", make_clip("upright.mp4", **size), num_frames=4)
+    path = make_clip("turned.mp4", turned=degrees, **size)
+    video = encode(decoder, path, num_frames=4)
+    assert dali_reads(probe(path), "cpu")
+    want = np.rot90(upright.frames, degrees // 90, axes=(1, 2))  # numpy, too, turns to the left
+    np.testing.assert_array_equal(video.frames, want)
+    assert video.grid_thw[1:] == ((12, 8) if degrees % 180 else (8, 12))
+
+
+def test_both_decoders_turn_before_they_resize(make_clip):
+    path = make_clip("turned.mp4", turned=90, size=(240, 320), num_frames=16)
+    small = {"max_pixels": 100 * 100, "num_frames": 4}
+    np.testing.assert_array_equal(
+        encode("dali", path, **small).frames, encode("pyav", path, **small).frames
+    )
+
+
+def test_colours_decide_who_decodes(make_clip):
+    tagged = {"bt709.mp4": (BT709, LIMITED), "bt601.mp4": (BT601, LIMITED)}
+    routes = {
+        name: dali_reads(probe(make_clip(name, colours=colours, num_frames=8)), "cpu")
+        for name, colours in tagged.items()
+    }
+    assert routes == {"bt709.mp4": False, "bt601.mp4": True}
+
+
+def test_what_cards_decode(make_clip):
+    ten_bits = probe(make_clip("clip.mp4", pixels="yuv420p10le", num_frames=4))
+    plain = probe(make_clip("plain.mp4", colours=(BT709, LIMITED), num_frames=4))
+    hopper, blackwell = (9, 0), (10, 0)
+    assert dali_reads(plain, "gpu", hopper)
+    assert not dali_reads(ten_bits, "gpu", hopper)
+    assert dali_reads(ten_bits, "gpu", blackwell)
+    assert dali_reads(ten_bits, "cpu")

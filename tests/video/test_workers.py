@@ -1,0 +1,153 @@
+"""What hangs or crashes ends its own process only; what is decoded ahead is the same."""
+
+import gc
+import os
+import time
+from functools import partial
+
+import av
+import numpy as np
+import pytest
+
+from megatron_vrl.config import Video
+from megatron_vrl.errors import VideoError
+from megatron_vrl.types import EncodedVideo, Footage
+from megatron_vrl.video import VideoReader
+from megatron_vrl.video.workers import Workers
+
+SMALL = {"decoder": "pyav", "min_pixels": 28 * 28, "num_frames": 4}
+LONG_S = 60.0
+
+
+def add(made: int, number: int) -> int:
+    return made + number
+
+
+def process_of(made: int) -> int:
+    return os.getpid()
+
+
+def hang(made: int) -> None:
+    time.sleep(1000)
+
+
+def crash(made: int) -> None:
+    os.kill(os.getpid(), 11)
+
+
+def refuse(made: int) -> None:
+    raise VideoError("is bad.", "empty")
+
+
+def mistake(made: int) -> None:
+    raise KeyError("ours")
+
+
+@pytest.fixture(scope="module")
+def workers() -> Workers:
+    return Workers(1, partial(int, 40))
+
+
+def test_a_task_that_hangs_is_killed_and_the_next_one_runs(workers):
+    before = workers.submit(LONG_S, process_of).result()
+    with pytest.raises(VideoError, match=r"was not decoded within 0\.2 s") as error:
+        workers.submit(0.2, hang).result()
+    assert error.value.kind == "hung"
+    assert workers.submit(LONG_S, add, 2).result() == 42
+    with pytest.raises(ProcessLookupError):
+        os.kill(before, 0)
+
+
+def test_a_task_that_crashes_says_so(workers):
+    with pytest.raises(VideoError, match=r"exit code -11") as error:
+        workers.submit(LONG_S, crash).result()
+    assert error.value.kind == "crashed"
+    assert workers.submit(LONG_S, add, 2).result() == 42
+
+
+def test_errors_come_back(workers):
+    with pytest.raises(VideoError, match=r"is bad\.") as error:
+        workers.submit(LONG_S, refuse).result()
+    assert error.value.kind == "empty"
+    with pytest.raises(RuntimeError, match="KeyError: 'ours'"):
+        workers.submit(LONG_S, mistake).result()
+
+
+def test_processes_end_with_their_owner():
+    workers = Workers(1, partial(int, 40))
+    process = workers.submit(LONG_S, process_of).result()
+    del workers
+    gc.collect()
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    pytest.fail(f"process {process} outlived its owner")
+
+
+def repeat(source: str, target: str, times: int) -> None:
+    """The same pictures again and again, all in one group of pictures: nothing to seek to."""
+    with av.open(source) as shown, av.open(target, "w") as container:
+        stream = container.add_stream_from_template(shown.streams.video[0])
+        packets = [packet for packet in shown.demux(video=0) if packet.size]
+        for count in range(times * len(packets)):
+            packet = av.Packet(bytes(packets[count % len(packets)]))
+            packet.pts = packet.dts = count * packets[0].duration
+            packet.duration, packet.time_base = packets[0].duration, packets[0].time_base
+            packet.is_keyframe, packet.stream = count == 0, stream
+            container.mux(packet)
+
+
+def test_a_video_that_takes_too_long_is_given_up(make_clip, tmp_path):
+    slow = str(tmp_path / "slow.mp4")
+    repeat(make_clip("part.mp4", num_frames=40, codec="mpeg4", size=(480, 640)), slow, times=100)
+    quick = make_clip("quick.mp4", num_frames=8)
+    reader = VideoReader(Video(**SMALL, timeout_s=1.0, workers=1))
+    error, video = reader.encode([slow, quick])
+    assert isinstance(video, EncodedVideo)
+    assert error.kind == "hung" and str(error).startswith(f"{slow} was not decoded within 1 s")
+    assert reader.counts["retried"] >= 1
+    began = time.monotonic()
+    assert reader.encode([slow])[0].kind == "hung"  # it is not tried again
+    assert time.monotonic() - began < 0.5
+
+
+@pytest.mark.parametrize("decoder", ["dali", "pyav"])
+def test_what_is_decoded_ahead_is_the_same(make_clip, decoder):
+    paths = [make_clip(f"{i}.mp4", num_frames=8 + i) for i in range(6)]
+    cfg = Video(**SMALL | {"decoder": decoder}, prefetch=4, store_mib=1)
+    plain = VideoReader(cfg).encode(paths)
+    reader = VideoReader(cfg)
+    reader.prefetch([Footage(path) for path in paths])
+    ahead = reader.encode(paths[::-1])[::-1]
+    for one, other in zip(plain, ahead, strict=True):
+        np.testing.assert_array_equal(one.frames, other.frames)
+    assert reader.counts["decoded"] == 6
+    reader.prefetch([Footage("/nowhere.mp4")])
+    assert reader.encode(["/nowhere.mp4"])[0].kind == "missing"
+    reader.prefetch([])
+
+
+def test_memory_is_flat_over_two_thousand_videos(make_clip, tmp_path):
+    """One file under 2,000 names, each with a window of its own: all are decoded."""
+    source = make_clip("source.mp4", num_frames=16, size=(56, 56))
+    footage = []
+    for number in range(2000):
+        name = tmp_path / f"{number}.mp4"
+        os.link(source, name)
+        footage.append(Footage(str(name), (0.0, 0.5 + number / 1e3)))
+    reader = VideoReader(Video(**SMALL, store_mib=1))
+    held = []
+    for start in range(0, 2000, 100):
+        assert all(isinstance(v, EncodedVideo) for v in reader.encode(footage[start:][:100]))
+        held.append(resident_bytes())
+    assert reader.counts["decoded"] == 2000
+    assert held[-1] - held[4] < 8 << 20
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
