@@ -1,4 +1,4 @@
-"""Which samples, in which order: sources -> one list -> an endless, resumable stream.
+"""Which samples, in which order: sources -> one pool -> an endless, resumable stream.
 
 Everything is a function of the configuration and the seed, so any rank or restarted run sees the
 same samples in the same order, and an integer says how far a stream has come.
@@ -14,8 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_vrl.config import Source
+from megatron_vrl.data.pool import Drawn, Pool, is_indexed, open_part
+from megatron_vrl.data.problems import Problem
 from megatron_vrl.data.readers import HeaderDuration, read
-from megatron_vrl.errors import ConfigError, DataError
+from megatron_vrl.errors import ConfigError, DataError, VideoError
 from megatron_vrl.types import VideoSample
 
 _STRATEGY = re.compile(r"(first|end|random):([0-9]+(?:\.[0-9]+)?)(%?)")
@@ -36,8 +38,22 @@ def load(
                 copy += 1
                 unique = f"{sample.id}#{copy}"
             seen.add(unique)
-            samples.append(sample if copy == 1 else replace(sample, id=unique))
+            samples.append(replace(sample, id=unique, folder=source.data_folder))
     return samples
+
+
+def open_pool(
+    sources: Sequence[Source], seed: int, header_duration_s: HeaderDuration | None = None
+) -> Sequence[Drawn]:
+    """What a stream draws from: as `load`, but large annotations are indexed and not read."""
+    if not any(map(is_indexed, sources)):
+        return load(sources, seed, header_duration_s)
+    parts = [open_part(source, header_duration_s) for source in sources]
+    kept = [
+        np.array(chosen(source.sampling_strategy, len(part), [seed, number]), np.int64)
+        for number, (source, part) in enumerate(zip(sources, parts, strict=True))
+    ]
+    return Pool(sources, parts, kept)
 
 
 def chosen(strategy: str, num_samples: int, seed: Sequence[int]) -> list[int]:
@@ -70,12 +86,12 @@ def order(num_samples: int, epoch: int, seed: int) -> NDArray[np.int64]:
 class SampleStream:
     """Shuffled epochs without end; a batch may reach over the end of one.
 
-    `state` counts the samples handed out since the start. Each rank takes the same batch and
-    works on its own share of it.
+    `state` counts the samples handed out since the start, with those that had no use. Each rank
+    takes the same batch and works on its own share of it.
     """
 
-    def __init__(self, samples: Sequence[VideoSample], seed: int) -> None:
-        if not samples:
+    def __init__(self, samples: Sequence[Drawn], seed: int) -> None:
+        if not len(samples):
             raise DataError("There are no samples to train on; check the sources of `data`.")
         self._samples = samples
         self._seed = seed
@@ -87,12 +103,31 @@ class SampleStream:
         self.state = state
 
     def take(self, num_samples: int) -> list[VideoSample]:
-        """The next `num_samples` samples."""
+        """The next `num_samples` samples. Raises VideoError if one cannot be made."""
+        drawn = self.draw(num_samples)
+        for item in drawn:
+            if isinstance(item, Problem):
+                raise VideoError(item.reason, item.kind)
+        return drawn  # type: ignore[return-value]
+
+    def draw(self, num_samples: int) -> list[VideoSample | Problem]:
+        """The next `num_samples` samples, or what is wrong with them."""
         return [self._next() for _ in range(num_samples)]
 
-    def _next(self) -> VideoSample:
-        epoch, index = divmod(self.state, len(self._samples))
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, order(len(self._samples), epoch, self._seed)
-        self.state += 1
-        return self._samples[self._order[index]]
+    def peek(self, num_samples: int) -> list[VideoSample | Problem]:
+        """What `draw` would give."""
+        state = self.state
+        try:
+            return self.draw(num_samples)
+        finally:
+            self.state = state
+
+    def _next(self) -> VideoSample | Problem:
+        for _ in range(len(self._samples)):
+            epoch, index = divmod(self.state, len(self._samples))
+            if epoch != self._epoch:
+                self._epoch, self._order = epoch, order(len(self._samples), epoch, self._seed)
+            self.state += 1
+            if (drawn := self._samples[int(self._order[index])]) is not None:
+                return drawn
+        raise DataError("No record of `data` has a question that can be asked; check its sources.")

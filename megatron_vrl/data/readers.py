@@ -86,10 +86,9 @@ def read(source: Source, header_duration_s: HeaderDuration | None = None) -> lis
     left_out: list[VideoSample] = []
     with _without_collector():
         records = _validated(reader.form, _load(source.json_path), source.json_path)
-        for sample in reader.samples(records, source, header_duration_s):
-            grounded = sample.task != "multiple_choice"
-            usable = sample.query and (sample.intervals_s or not grounded)
-            (kept if usable else left_out).append(sample)
+        numbered = records.items() if isinstance(records, dict) else enumerate(records)
+        for sample in reader.samples(numbered, source, header_duration_s):
+            (kept if _is_usable(sample) else left_out).append(sample)
     if left_out:
         logger.warning(
             f"{source.json_path}: {len(left_out)} of {len(kept) + len(left_out)} questions have no "
@@ -98,10 +97,30 @@ def read(source: Source, header_duration_s: HeaderDuration | None = None) -> lis
     return kept
 
 
+def read_record(
+    record: Any, number: int, source: Source, header_duration_s: HeaderDuration | None = None
+) -> VideoSample | None:
+    """The sample of one record of a list, its `number` counted from 0; None if it cannot be asked.
+
+    Raises DataError as `read` does, and whatever `header_duration_s` raises.
+    """
+    reader = READERS[source.format]
+    [checked] = _validated(reader.form, [record], source.json_path, number)
+    [sample] = reader.samples([(number, checked)], source, header_duration_s)
+    return sample if _is_usable(sample) else None
+
+
+def _is_usable(sample: VideoSample) -> bool:
+    grounded = sample.task != "multiple_choice"
+    return bool(sample.query and (sample.intervals_s or not grounded))
+
+
 def charades_sta(
-    records: dict[str, CharadesSta], source: Source, header_duration_s: HeaderDuration | None
+    records: Iterable[tuple[str, CharadesSta]],
+    source: Source,
+    header_duration_s: HeaderDuration | None,
 ) -> Iterator[VideoSample]:
-    for video, record in records.items():
+    for video, record in records:
         if len(record.timestamps) != len(record.sentences):
             raise DataError(
                 f"{source.json_path}: record {video!r} has {len(record.timestamps)} timestamps and "
@@ -126,25 +145,31 @@ def charades_sta(
 
 
 def multiple_choice(
-    records: list[MultipleChoice], source: Source, header_duration_s: HeaderDuration | None
+    records: Iterable[tuple[int, MultipleChoice]],
+    source: Source,
+    header_duration_s: HeaderDuration | None,
 ) -> Iterator[VideoSample]:
-    for record in records:
+    for _, record in records:
         yield _choice(record, source, "multiple_choice", [])
 
 
 def next_gqa(
-    records: list[NextGqa], source: Source, header_duration_s: HeaderDuration | None
+    records: Iterable[tuple[int, NextGqa]],
+    source: Source,
+    header_duration_s: HeaderDuration | None,
 ) -> Iterator[VideoSample]:
-    for record in records:
+    for _, record in records:
         yield _choice(record, source, "grounded_qa", record.glue)
 
 
 def temporal_r1(
-    records: list[TemporalR1], source: Source, header_duration_s: HeaderDuration | None
+    records: Iterable[tuple[int, TemporalR1]],
+    source: Source,
+    header_duration_s: HeaderDuration | None,
 ) -> Iterator[VideoSample]:
     header_s: dict[str, float] = {}  # one video has several questions
     before, after = QUESTION.split("{query}")
-    for index, record in enumerate(records):
+    for index, record in records:
         path = _video_path(record.video, source, index)
         duration_s = record.video_length
         if duration_s is None:
@@ -176,13 +201,18 @@ def temporal_r1(
 class Reader:
     form: TypeAdapter[Any]  # of the whole file
     samples: Callable[[Any, Source, HeaderDuration | None], Iterator[VideoSample]]
+    is_list: bool  # of one record for each sample
 
 
 READERS: dict[str, Reader] = {
-    "charades_sta": Reader(form=TypeAdapter(dict[str, CharadesSta]), samples=charades_sta),
-    "next_gqa": Reader(form=TypeAdapter(list[NextGqa]), samples=next_gqa),
-    "multiple_choice": Reader(form=TypeAdapter(list[MultipleChoice]), samples=multiple_choice),
-    "temporal_r1": Reader(form=TypeAdapter(list[TemporalR1]), samples=temporal_r1),
+    "charades_sta": Reader(
+        form=TypeAdapter(dict[str, CharadesSta]), samples=charades_sta, is_list=False
+    ),
+    "next_gqa": Reader(form=TypeAdapter(list[NextGqa]), samples=next_gqa, is_list=True),
+    "multiple_choice": Reader(
+        form=TypeAdapter(list[MultipleChoice]), samples=multiple_choice, is_list=True
+    ),
+    "temporal_r1": Reader(form=TypeAdapter(list[TemporalR1]), samples=temporal_r1, is_list=True),
 }
 
 
@@ -260,18 +290,21 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
-def _validated(form: TypeAdapter[Any], records: Any, json_path: str) -> Any:
+def _validated(form: TypeAdapter[Any], records: Any, json_path: str, first: int = 0) -> Any:
+    """`records` in their form; a list's are counted from `first` in messages."""
     try:
         return form.validate_python(records)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-    if not first["loc"]:
+        wrong = error.errors(include_url=False)[0]
+    if not wrong["loc"]:
         raise DataError(
-            f"{json_path} holds a {type(records).__name__}: {first['msg']}. "
+            f"{json_path} holds a {type(records).__name__}: {wrong['msg']}. "
             f"The forms are described in megatron_vrl/data/readers.py."
         )
-    record, *field = first["loc"]
+    record, *field = wrong["loc"]
+    if isinstance(record, int):
+        record += first
     where = f"{json_path}: record {record!r}: field {'.'.join(map(str, field))!r}"
-    if first["type"] == "missing":
+    if wrong["type"] == "missing":
         raise DataError(f"{where} is missing.")
-    raise DataError(f"{where} is {first['input']!r:.80}, refused: {first['msg']}.")
+    raise DataError(f"{where} is {wrong['input']!r:.80}, refused: {wrong['msg']}.")
