@@ -237,7 +237,7 @@ def copy(quickstart, tmp_path):
 
 
 @pytest.mark.slow
-def test_vanished_video_stops_the_run_and_it_goes_on_when_it_is_back(copy):
+def test_vanished_video_stops_a_strict_run_and_is_replaced_in_another(copy):
     from megatron_vrl.data.mix import SampleStream, load
 
     cfg = yaml.safe_load(CONFIG.read_text())
@@ -250,25 +250,27 @@ def test_vanished_video_stops_the_run_and_it_goes_on_when_it_is_back(copy):
 
     aside = copy / "aside.mp4"
     video.rename(aside)
-    line = sentence_of(run_in(copy))
+    line = sentence_of(run_in(copy, "video.max_bad_share=0"))
     assert line == (
-        f"error: {order[5].video} cannot be read (No such file or directory); check data_folder."
+        "error: 1 of the 6 samples drawn have bad videos, over video.max_bad_share=0.0: 1 missing "
+        f"(first {order[5].video}); see quarantine.jsonl, check the data with tools/check_data.py, "
+        "or raise the limit."
     )
     rows = (run / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows if '"phase": "grpo"' in row] == [1, 2]
     assert (run / "checkpoints" / "latest").read_text() == "grpo-0-000002"
 
     video.write_bytes(aside.read_bytes()[:2000])
-    line = sentence_of(run_in(copy))
-    assert line.startswith(f"error: {order[5].video} ")
-    assert (run / "checkpoints" / "latest").read_text() == "grpo-0-000002"
-
-    shutil.copy(aside, video)
     done = run_in(copy)
     assert done.returncode == 0, done.stderr[-3000:]
     whole = (run / "metrics.jsonl").read_text().splitlines()
     assert whole[: len(rows)] == rows
-    assert [json.loads(row)["step"] for row in whole if '"phase": "grpo"' in row] == [1, 2, 3]
+    of_grpo = [json.loads(row) for row in whole if '"phase": "grpo"' in row]
+    assert [row["step"] for row in of_grpo] == [1, 2, 3]
+    assert [row["bad_samples"] for row in of_grpo] == [0, 0, 1]
+    [bad] = map(json.loads, (run / "quarantine.jsonl").read_text().splitlines())
+    assert (bad["step"], bad["sample"], bad["video"]) == (3, order[5].id, order[5].video)
+    assert bad["reason"].startswith(f"{order[5].video} cannot be opened as a video")
 
 
 @pytest.mark.slow

@@ -1,0 +1,130 @@
+"""Samples of a step, with their videos: a bad video costs its sample, never the batch.
+
+A sample whose video cannot be used is written to quarantine.jsonl and replaced by the next sample
+of the stream, at the same place of the same rank, so groups stay as many and as large as they were.
+All ranks hear of every bad sample before any draws again, and all draw the same; how far the stream
+has come is saved with the run, so a restarted one goes on in the same order. What the next step
+will need is decoded in the background. Left out: evaluation, whose samples are fixed; there a bad
+video ends the run.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_vrl.build import Parts
+from megatron_vrl.data.mix import SampleStream
+from megatron_vrl.data.problems import Problem, summary
+from megatron_vrl.errors import UserError, VideoError
+from megatron_vrl.loops.state import RunState
+from megatron_vrl.observe.files import RowFile, read_rows
+from megatron_vrl.parallel.mesh import agreed, gather_objects, world_axis
+from megatron_vrl.types import Prompt, VideoSample
+
+FEWEST_DRAWN = 100  # the share of bad samples is not taken of fewer
+Made = tuple[VideoSample, Prompt]
+
+
+class Draws:
+    """The stream of one phase. Every rank calls its methods, in the same order."""
+
+    def __init__(
+        self, parts: Parts, stream: SampleStream, state: RunState, say: Callable[[str], None]
+    ):
+        """Rows of quarantine.jsonl that the run will write again are taken back."""
+        self._parts, self._stream, self._state, self._say = parts, stream, state, say
+        path = Path(parts.cfg.run.out_dir) / "quarantine.jsonl"
+        self._file: RowFile | None = None
+        with agreed(parts.mesh):
+            if parts.mesh.rank == 0:
+                self._file = RowFile(path, resume=state.next_row)
+        self._written = {(row["sample"], row["video"]) for row in read_rows(path)}
+        self._bad: list[Problem] = []
+        self._num_drawn = self._bad_before = 0
+        self._counts_before = dict.fromkeys(parts.reader.counts, 0)
+
+    @property
+    def position(self) -> int:
+        """How far the stream has come."""
+        return self._stream.state
+
+    def take(self, num: int) -> list[Made]:
+        """This rank's share of the next `num` samples with usable videos.
+
+        Raises UserError on every rank if more than video.max_bad_share of the samples are bad.
+        """
+        mine = self._parts.rank_share(range(num))
+        made: dict[int, Made] = {}
+        open_places = list(range(num))
+        while open_places:
+            drawn = dict(zip(open_places, self._draw(len(open_places)), strict=True))
+            new, bad = self._make({place: drawn[place] for place in mine if place in drawn})
+            made |= new
+            found: dict[int, Problem] = {}
+            for of_rank in gather_objects(world_axis(self._parts.mesh), bad):
+                found = of_rank | found
+            open_places = sorted(found)
+            self._note([found[place] for place in open_places])
+        return [made[place] for place in mine]
+
+    def prefetch(self, num: int) -> None:
+        """Decode this rank's share of the next `num` samples in the background."""
+        with agreed(self._parts.mesh):
+            coming = self._parts.rank_share(self._stream.peek(num))
+        footage = [sample.footage for sample in coming if isinstance(sample, VideoSample)]
+        self._parts.reader.prefetch(footage)
+
+    def numbers(self) -> dict[str, float]:
+        """Of all ranks since the last call."""
+        counts = dict(self._parts.reader.counts)
+        own = {name: count - self._counts_before[name] for name, count in counts.items()}
+        self._counts_before = counts
+        bad, self._bad_before = len(self._bad) - self._bad_before, len(self._bad)
+        everywhere = gather_objects(world_axis(self._parts.mesh), own)
+        names = {"decoded": "videos_decoded", "store": "videos_from_store"}
+        names["retried"] = "videos_retried"
+        return {
+            "bad_samples": float(bad),
+            "bad_sample_share": len(self._bad) / max(self._num_drawn, 1),
+        } | {title: float(sum(o[name] for o in everywhere)) for name, title in names.items()}
+
+    def _draw(self, num: int) -> list[VideoSample | Problem]:
+        self._num_drawn += num
+        with agreed(self._parts.mesh):
+            return self._stream.draw(num)
+
+    def _make(
+        self, drawn: dict[int, VideoSample | Problem]
+    ) -> tuple[dict[int, Made], dict[int, Problem]]:
+        """By place: prompts of this rank's samples, and what is wrong with the others."""
+        made: dict[int, Made] = {}
+        bad = {place: item for place, item in drawn.items() if isinstance(item, Problem)}
+        samples = {p: item for p, item in drawn.items() if isinstance(item, VideoSample)}
+        with agreed(self._parts.mesh):
+            videos = self._parts.reader.encode([s.footage for s in samples.values()])
+            for (place, sample), video in zip(samples.items(), videos, strict=True):
+                if isinstance(video, VideoError):
+                    bad[place] = Problem(
+                        sample=sample.id, video=sample.video, kind=video.kind, reason=str(video)
+                    )
+                else:
+                    made[place] = sample, self._parts.encoder.prompt(sample, video)
+        return made, bad
+
+    def _note(self, bad: list[Problem]) -> None:
+        """Every rank holds the same `bad`; rank 0 writes."""
+        self._bad += bad
+        new = [problem for problem in bad if (problem.sample, problem.video) not in self._written]
+        self._written |= {(problem.sample, problem.video) for problem in new}
+        with agreed(self._parts.mesh):
+            for problem in new:
+                self._say(f"Quarantined {problem.sample}: {problem.reason}")
+                if self._file:
+                    when = {"phase": self._state.stage, "step": self._state.step + 1}
+                    self._file.append(when | problem.row())
+        most = self._parts.cfg.video.max_bad_share
+        if len(self._bad) > most * max(self._num_drawn, FEWEST_DRAWN):
+            raise UserError(
+                f"{len(self._bad)} of the {self._num_drawn} samples drawn have bad videos, over "
+                f"video.max_bad_share={most}: {summary(self._bad)}; see quarantine.jsonl, check "
+                "the data with tools/check_data.py, or raise the limit."
+            )
