@@ -12,7 +12,8 @@ from typing import TypeVar
 import torch
 
 from megatron_vrl.config import RunConfig, Source, check_batches
-from megatron_vrl.data.mix import load
+from megatron_vrl.data.mix import load, open_pool
+from megatron_vrl.data.pool import Drawn
 from megatron_vrl.data.prompt import PromptEncoder, VisionTokens
 from megatron_vrl.errors import VideoError
 from megatron_vrl.model.architecture import Architecture, read_architecture
@@ -32,7 +33,6 @@ from megatron_vrl.training.policy import Policy
 from megatron_vrl.training.saver import Saver
 from megatron_vrl.types import Prompt, VideoSample
 from megatron_vrl.video import VideoReader
-from megatron_vrl.video.probe import probe
 
 Item = TypeVar("Item")
 
@@ -65,7 +65,12 @@ class Parts:
     def samples(self, sources: Sequence[Source]) -> list[VideoSample]:
         """Read annotation files; every rank calls it and gets the same samples."""
         with agreed(self.mesh):
-            return load(sources, self.cfg.run.seed, lambda path: probe(path).duration_s)
+            return load(sources, self.cfg.run.seed, self.reader.duration_s)
+
+    def pool(self, sources: Sequence[Source]) -> Sequence[Drawn]:
+        """What to draw training samples from; every rank calls it."""
+        with agreed(self.mesh):
+            return open_pool(sources, self.cfg.run.seed, self.reader.duration_s)
 
     def encode(self, samples: Sequence[VideoSample]) -> list[Prompt]:
         """Decode and tokenise; every rank calls it, each with its own samples.

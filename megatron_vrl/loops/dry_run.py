@@ -4,7 +4,7 @@ from itertools import chain
 from pathlib import Path
 
 from megatron_vrl.config import RunConfig, Source, check_batches
-from megatron_vrl.data.mix import load
+from megatron_vrl.data.mix import load, open_pool
 from megatron_vrl.model.architecture import Architecture, padded_vocab, read_architecture
 from megatron_vrl.model.chunks import all_chunks, check_divides
 from megatron_vrl.parallel.mesh import check_layout
@@ -21,9 +21,14 @@ def check(cfg: RunConfig, world: int) -> list[str]:
     weights_of(cfg.rewards)
     arch, notes = _architecture(cfg)
     check_divides(arch, cfg.model, cfg.parallel)
-    sources = [*cfg.data.sft, *cfg.data.train, *chain(*cfg.data.evaluation.values())]
+    evaluated = list(chain(*cfg.data.evaluation.values()))
+    sources = [*cfg.data.sft, *cfg.data.train, *evaluated]
     missing = [note for source in sources for note in _missing(source)]
-    load([source for source in sources if Path(source.json_path).exists()], cfg.run.seed, _unknown)
+    for part in (evaluated, cfg.data.sft, cfg.data.train):
+        here = [source for source in part if Path(source.json_path).exists()]
+        read_all = load if part is evaluated else open_pool
+        if here:
+            read_all(here, cfg.run.seed, _unknown)
     answers = cfg.rollout.prompts_per_step * cfg.rollout.group_size
     updates = cfg.grpo.mini_batches * cfg.grpo.epochs
     return [
@@ -81,4 +86,6 @@ def _architecture(cfg: RunConfig) -> tuple[Architecture, list[str]]:
 
 def _missing(source: Source) -> list[str]:
     paths = {"annotation file": source.json_path, "video folder": source.data_folder}
+    if "://" in source.data_folder:
+        del paths["video folder"]  # a URL is not asked before its first video is wanted
     return [f"not on this machine: {n} {p}" for n, p in paths.items() if not Path(p).exists()]

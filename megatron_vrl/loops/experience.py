@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from megatron_vrl.algorithms import Part, advantages, kl_penalty, overlong_penalty, teaches
 from megatron_vrl.batching.pack import Answer, Group
 from megatron_vrl.build import Parts
-from megatron_vrl.data.mix import SampleStream
+from megatron_vrl.loops.draw import Draws
 from megatron_vrl.loops.state import RunState
 from megatron_vrl.model.head import Distribution
 from megatron_vrl.parallel.mesh import gather_objects
@@ -36,15 +36,14 @@ class Collected:
     rounds: int
 
 
-def collect(parts: Parts, state: RunState, stream: SampleStream) -> Collected:
+def collect(parts: Parts, state: RunState, draws: Draws) -> Collected:
     """Every rank calls it."""
     cfg = parts.cfg
     groups: list[ScoredGroup] = []
     rewards: list[dict[str, Part]] = []
     missing, rounds, kept = cfg.rollout.prompts_per_step, 0, list[Experience]()
     while missing > 0 and rounds <= cfg.algorithm.refill_rounds:
-        samples = parts.rank_share(stream.take(missing))
-        new = _rolled_out(parts, state, samples, rounds)
+        new = _rolled_out(parts, state, draws, missing, rounds)
         groups += new
         with parts.clock("score"):
             rewards += _rewards(parts, new, filler=groups[0])
@@ -84,12 +83,13 @@ def sampled_distribution(parts: Parts) -> Distribution:
 
 
 def _rolled_out(
-    parts: Parts, state: RunState, samples: Sequence[VideoSample], round_: int
+    parts: Parts, state: RunState, draws: Draws, num: int, round_: int
 ) -> list[ScoredGroup]:
-    """Scored groups of this rank's samples and of its replica's other ranks."""
+    """Scored groups of this rank's share of `num` samples and of its replica's other ranks."""
     clock = parts.clock
     with clock("encode"):
-        prompts = parts.encode(samples)
+        drawn = draws.take(num)
+    samples, prompts = [sample for sample, _ in drawn], [prompt for _, prompt in drawn]
     with clock("rollout"):
         answers = parts.rollouts.generate(prompts, _sampling(parts, state, round_))
     with clock("score"):

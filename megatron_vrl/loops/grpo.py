@@ -4,6 +4,7 @@ pack, update, hand the weights over, report, save."""
 from megatron_vrl.build import Parts
 from megatron_vrl.data.mix import SampleStream
 from megatron_vrl.loops.cards import write_cards
+from megatron_vrl.loops.draw import Draws
 from megatron_vrl.loops.experience import Collected, collect
 from megatron_vrl.loops.learn import Learned, learn
 from megatron_vrl.loops.numbers import step_numbers
@@ -17,8 +18,9 @@ from megatron_vrl.types import VideoSample
 def train_grpo(parts: Parts, state: RunState, sinks: Sinks, dev: list[VideoSample]) -> None:
     """Run GRPO from `state.step` to its end. Every rank calls it."""
     cfg, clock = parts.cfg, parts.clock
-    stream = SampleStream(parts.samples(cfg.data.train), cfg.run.seed)
+    stream = SampleStream(parts.pool(cfg.data.train), cfg.run.seed)
     stream.restore(state.stream)
+    draws = Draws(parts, stream, state, sinks.say)
     if cfg.algorithm.kl > 0:
         keep_reference(parts, state)
     start_phase(parts, state, cfg.grpo.optimizer, cfg.grpo.steps)
@@ -26,7 +28,9 @@ def train_grpo(parts: Parts, state: RunState, sinks: Sinks, dev: list[VideoSampl
     while state.step < cfg.grpo.steps:
         with clock("sync"):
             parts.rollouts.hand_over(state.version)
-        collected = collect(parts, state, stream)
+        collected = collect(parts, state, draws)
+        if state.step + 1 < cfg.grpo.steps:
+            draws.prefetch(cfg.rollout.prompts_per_step)
         with clock("update"):
             learned = learn(parts, collected, state.step)
         state.step += 1
@@ -34,7 +38,7 @@ def train_grpo(parts: Parts, state: RunState, sinks: Sinks, dev: list[VideoSampl
         state.version += 1
         spent = clock.take()
         state.add_seconds(spent)
-        values = step_numbers(parts, collected, learned, spent)
+        values = step_numbers(parts, collected, learned, spent) | draws.numbers()
         _warn(sinks, state.step, collected, learned)
         record(
             parts, sinks, StepMetrics(phase="grpo", step=state.step, values=values, seconds=spent)

@@ -12,6 +12,7 @@ from megatron_vrl.batching.pack import Answer, Group
 from megatron_vrl.build import Parts
 from megatron_vrl.data.mix import SampleStream
 from megatron_vrl.errors import ConfigError, UserError
+from megatron_vrl.loops.draw import Draws
 from megatron_vrl.loops.record import evaluate_dev, record
 from megatron_vrl.loops.state import RunState, save_if_due, start_phase
 from megatron_vrl.model.head import Distribution
@@ -46,19 +47,21 @@ def _attempt(parts: Parts, state: RunState, sinks: Sinks, dev: list[VideoSample]
     """One pass from `state.step` to the threshold (True) or the last step."""
     cfg, clock = parts.cfg, parts.clock
     seed = cfg.run.seed + state.attempt
-    stream = SampleStream(parts.samples(cfg.data.sft), seed)
+    stream = SampleStream(parts.pool(cfg.data.sft), seed)
     stream.restore(state.stream)
+    draws = Draws(parts, stream, state, sinks.say)
     start_phase(parts, state, cfg.sft.optimizer, cfg.sft.steps)
     sinks.begin("sft", cfg.sft.steps, state.step)
     while state.step < cfg.sft.steps:
         with clock("encode"):
-            samples = parts.rank_share(stream.take(cfg.sft.batch_size))
             groups = parts.gather_replica(
                 [
                     Group(prompt=prompt, answers=(_target(parts, sample),))
-                    for sample, prompt in zip(samples, parts.encode(samples), strict=True)
+                    for sample, prompt in draws.take(cfg.sft.batch_size)
                 ]
             )
+        if state.step + 1 < cfg.sft.steps:
+            draws.prefetch(cfg.sft.batch_size)
         with clock("update"):
             batches = plan_batches(groups, groups[0], cfg.batch, parts.mesh)
             update = parts.policy.update(batches, token_loss, Distribution(), state.step)
@@ -66,6 +69,7 @@ def _attempt(parts: Parts, state: RunState, sinks: Sinks, dev: list[VideoSample]
         state.stream = stream.state
         state.version += 1
         values = {"loss": update.loss, "grad_norm": update.grad_norm, "lr": update.lr}
+        values |= draws.numbers()
         reached = _evaluate_if_due(parts, state, sinks, dev)
         spent = clock.take()
         state.add_seconds(spent)

@@ -42,6 +42,8 @@ MEANINGS = {
     "update_tflops_per_second": Meaning("model FLOPs of the update, per rank", "TFLOP/s"),
     "hardware_tflops_per_second": Meaning("computed FLOPs of the update, per rank", "TFLOP/s"),
     "mfu": Meaning("model FLOPs utilisation", "%"),
+    "bad_samples": Meaning("samples replaced for their video", ""),
+    "bad_sample_share": Meaning("samples with bad videos so far", "%"),
     "peak_memory_gib": Meaning("peak memory of a rank", "GiB"),
 }
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_vrl.config import Video
 from megatron_vrl.errors import VideoError
@@ -20,6 +20,9 @@ from megatron_vrl.types import EncodedVideo, Footage
 from megatron_vrl.video.encode import DECODERS, Encoder, Identity, check_decoder
 from megatron_vrl.video.store import VideoStore
 from megatron_vrl.video.workers import Workers
+
+if TYPE_CHECKING:
+    from megatron_vrl.video.probe import DecodeJob
 
 __all__ = ["DECODERS", "SAMPLING_KEYS", "VideoReader"]
 
@@ -65,6 +68,21 @@ class VideoReader:
         found = {item: future.result()[item] for item, future in ahead.items()}
         found |= self._encode([item for item in dict.fromkeys(wanted) if item not in found])
         return [_named(item, found[item]) for item in wanted]
+
+    def plan(self, footage: Sequence[Footage]) -> "list[DecodeJob | VideoError]":
+        """What each holds and how it would be sampled, from header and packets alone."""
+        planned = self._call([(Encoder.plan, item) for item in footage])
+        return [
+            VideoError(f"{item.path} {plan}", plan.kind) if isinstance(plan, VideoError) else plan
+            for item, plan in zip(footage, planned, strict=True)
+        ]
+
+    def duration_s(self, path: str) -> float:
+        """Raises VideoError, whose message does not name the file."""
+        [plan] = self._call([(Encoder.plan, Footage(path))])
+        if isinstance(plan, VideoError):
+            raise plan
+        return plan.file.duration_s
 
     def prefetch(self, footage: Iterable[Footage]) -> None:
         """Encode in the background what `encode` will soon be asked for.
