@@ -7,10 +7,12 @@ multiple_choice the same without `glue`
 temporal_r1     [{dataset, video, problem, solution [s, e] in [0, 1], video_length}], as released
                 with Temporal-R1, where the tag "charades_train" comes without `video_length`
 
-.json, and .jsonl for the lists. Fields not named here are passed over. No video is touched, except
-where the record keeps no duration. Intervals are cut at the video's ends (in Charades-STA many run
-past them). A question that is then left without an interval, or that has no text, is left out and
-warned of, since the published files hold a few. Anything else that is wrong is refused.
+.json, and .jsonl for the lists. Any record may also have `clip` [s, e], the part of its video that
+is shown; its other times are the video's, and those of its samples count from s. Fields not named
+here are passed over. No video is touched, except where the record keeps no duration. Intervals are
+cut at the video's ends (in Charades-STA many run past them). A question that is then left without
+an interval, or that has no text, is left out and warned of, since the published files hold a few.
+Anything else that is wrong is refused.
 """
 
 import gc
@@ -20,7 +22,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,6 +48,8 @@ Span = Annotated[list[Time], Field(min_length=2, max_length=2)]
 
 class Record(BaseModel):
     model_config = ConfigDict(strict=True)
+
+    clip: Span | None = None
 
 
 class CharadesSta(Record):
@@ -104,10 +108,20 @@ def read_record(
 
     Raises DataError as `read` does, and whatever `header_duration_s` raises.
     """
-    reader = READERS[source.format]
-    [checked] = _validated(reader.form, [record], source.json_path, number)
-    [sample] = reader.samples([(number, checked)], source, header_duration_s)
+    [sample] = samples_of(record, number, source, header_duration_s)
     return sample if _is_usable(sample) else None
+
+
+def samples_of(
+    record: Any, key: str | int, source: Source, header_duration_s: HeaderDuration | None = None
+) -> list[VideoSample]:
+    """All of one record, also those that cannot be asked; its key, or its number in a list."""
+    reader = READERS[source.format]
+    if isinstance(key, str):
+        checked = _validated(reader.form, {key: record}, source.json_path)[key]
+    else:
+        [checked] = _validated(reader.form, [record], source.json_path, key)
+    return list(reader.samples([(key, checked)], source, header_duration_s))
 
 
 def _is_usable(sample: VideoSample) -> bool:
@@ -131,7 +145,7 @@ def charades_sta(
         for index, (span, sentence) in enumerate(
             zip(record.timestamps, record.sentences, strict=True)
         ):
-            yield VideoSample(
+            sample = VideoSample(
                 id=f"{video}/{index}",
                 task="temporal_grounding",
                 video=path,
@@ -142,6 +156,7 @@ def charades_sta(
                 options=(),
                 option="",
             )
+            yield _clipped(sample, record, source)
 
 
 def multiple_choice(
@@ -150,7 +165,7 @@ def multiple_choice(
     header_duration_s: HeaderDuration | None,
 ) -> Iterator[VideoSample]:
     for _, record in records:
-        yield _choice(record, source, "multiple_choice", [])
+        yield _clipped(_choice(record, source, "multiple_choice", []), record, source)
 
 
 def next_gqa(
@@ -159,7 +174,7 @@ def next_gqa(
     header_duration_s: HeaderDuration | None,
 ) -> Iterator[VideoSample]:
     for _, record in records:
-        yield _choice(record, source, "grounded_qa", record.glue)
+        yield _clipped(_choice(record, source, "grounded_qa", record.glue), record, source)
 
 
 def temporal_r1(
@@ -184,7 +199,7 @@ def temporal_r1(
             duration_s = header_s[path]
         # the question around the query is asked again by the task
         query = record.problem.strip().removeprefix(before).removesuffix(after).strip()
-        yield VideoSample(
+        sample = VideoSample(
             id=f"{record.video}/{index}",
             task="temporal_grounding",
             video=path,
@@ -195,6 +210,7 @@ def temporal_r1(
             options=(),
             option="",
         )
+        yield _clipped(sample, record, source)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,6 +252,26 @@ def _choice(
         intervals_s=_within(spans, record.duration),
         options=options,
         option=option,
+    )
+
+
+def _clipped(sample: VideoSample, record: Record, source: Source) -> VideoSample:
+    """The sample of a record with a `clip`, on the clip's own time."""
+    if record.clip is None:
+        return sample
+    start_s, end_s = record.clip
+    if not 0 <= start_s < end_s:
+        raise DataError(
+            f"{source.json_path}: record {sample.id!r}: field 'clip' is {record.clip}, expected "
+            "[start, end] in seconds with 0 <= start < end."
+        )
+    duration_s = min(end_s, sample.duration_s) - start_s
+    spans = [[s - start_s, e - start_s] for s, e in sample.intervals_s]
+    return replace(
+        sample,
+        window_s=(start_s, end_s),
+        duration_s=duration_s,
+        intervals_s=_within(spans, duration_s),
     )
 
 

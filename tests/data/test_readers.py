@@ -95,6 +95,26 @@ def test_multiple_choice(read_records, answer):
     assert sample.rationale == "lay on floor"
 
 
+@pytest.mark.parametrize("form", ["charades_sta", "next_gqa", "temporal_r1"])
+def test_a_clip_is_a_window_with_times_of_its_own(read_records, form):
+    clip = {"clip": [4.0, 10.0]}
+    records = {
+        "charades_sta": {"v": {"duration": 30.0, "timestamps": [[6, 12]], "sentences": ["x"]}},
+        "next_gqa": [GQA | {"glue": [[6.0, 12.0]]}],
+        "temporal_r1": [SEED],
+    }[form]
+    whole = read_records(form, records)
+    given = {"v": records["v"] | clip} if form == "charades_sta" else [records[0] | clip]
+    (sample,) = read_records(form, given)
+    assert sample.window_s == (4.0, 10.0) and sample.duration_s == 6.0
+    assert sample.intervals_s == ((2.0, 6.0),)
+    assert whole[0].window_s is None and whole[0].video == sample.video
+    wrong = {"clip": [4.0, 4.0]}
+    given = {"v": records["v"] | wrong} if form == "charades_sta" else [records[0] | wrong]
+    with pytest.raises(DataError, match=r"field 'clip' is \[4\.0, 4\.0\], expected"):
+        read_records(form, given)
+
+
 def test_temporal_r1(read_records):
     (sample,) = read_records("temporal_r1", [SEED])
     assert (sample.id, sample.task, sample.video) == (
