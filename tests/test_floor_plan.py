@@ -22,6 +22,7 @@ FLOORS = {
     "megatron_vrl.evaluation": 4,
     "megatron_vrl.rollouts": 4,
     "megatron_vrl.scoring": 4,
+    "megatron_vrl.checking": 4,
     "megatron_vrl.selection": 4,
     # 3 engines; siblings do not import each other, see SIBLINGS
     "megatron_vrl.video": 3,

@@ -88,23 +88,15 @@ class Encoder:
 
     def identify(self, footage: Footage, known: Identity | None) -> Identity:
         """Raises VideoError, whose message does not name the file."""
+        path, status = self._file(footage)
+        seen = (path, status.st_mtime_ns, status.st_size)
+        if known and known[:3] == seen:
+            return known
         try:
-            path = self._local(footage)
-            status = os.stat(path)
-            if not stat.S_ISREG(status.st_mode):
-                raise VideoError("is not a file; check data_folder.", "unreadable")
-            if not status.st_size:
-                raise VideoError("is empty; replace it.", "empty")
-            seen = (path, status.st_mtime_ns, status.st_size)
-            if known and known[:3] == seen:
-                return known
             with open(path, "rb") as file:
                 digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
         except OSError as error:
-            raise VideoError(
-                f"cannot be read ({error.strerror}); check data_folder.",
-                "missing" if isinstance(error, FileNotFoundError) else "unreadable",
-            ) from None
+            raise _cannot_be_read(error) from None
         return Identity(*seen, digest.hexdigest())
 
     def encode(
@@ -130,13 +122,27 @@ class Encoder:
         """
         from megatron_vrl.video.probe import planned
 
-        return planned(self._local(footage), footage.window_s, self._cfg)
+        path, _ = self._file(footage)
+        return planned(path, footage.window_s, self._cfg)
 
     def _plan(self, footage: Footage) -> "DecodeJob | VideoError":
         try:
             return self.plan(footage)
         except VideoError as error:
             return error
+
+    def _file(self, footage: Footage) -> tuple[str, os.stat_result]:
+        """Path of a local file with something in it."""
+        path = self._local(footage)
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise _cannot_be_read(error) from None
+        if not stat.S_ISREG(status.st_mode):
+            raise VideoError("is not a file; check data_folder.", "unreadable")
+        if not status.st_size:
+            raise VideoError("is empty; replace it.", "empty")
+        return path, status
 
     def _local(self, footage: Footage) -> str:
         from megatron_vrl.video.fetch import is_url
@@ -156,6 +162,11 @@ class Encoder:
                     "outside",
                 )
         return footage.path
+
+
+def _cannot_be_read(error: OSError) -> VideoError:
+    kind = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
+    return VideoError(f"cannot be read ({error.strerror}); check data_folder.", kind)
 
 
 def _encoded(

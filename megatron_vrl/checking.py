@@ -1,0 +1,186 @@
+"""A whole dataset looked over before a run: annotations, files, durations, intervals, duplicates.
+
+Problems come in the form of quarantine.jsonl. A file is probed once, in the processes that decode
+in a run, so what hangs there is found here. Left out: whether answers are right, and damage inside
+the compressed pictures, unless everything is decoded too.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_vrl.config import RunConfig, Source
+from megatron_vrl.data.pool import index_records
+from megatron_vrl.data.problems import Problem
+from megatron_vrl.data.readers import READERS, samples_of
+from megatron_vrl.errors import DataError, VideoError
+from megatron_vrl.types import Footage, VideoSample
+from megatron_vrl.video import VideoReader
+
+AT_A_TIME = 256  # samples whose files are probed together
+SLACK_S, SLACK_SHARE = 1.0, 0.05  # annotated and real durations may differ by the larger one
+
+
+@dataclass(slots=True)
+class Checked:
+    """What was seen besides problems."""
+
+    samples: int = 0
+    tokens: dict[Footage, int] = field(default_factory=dict)  # of each video that can be read
+
+
+def distinct_sources(cfg: RunConfig) -> list[Source]:
+    """Of every phase and split, each file once."""
+    evaluated = [source for sources in cfg.data.evaluation.values() for source in sources]
+    sources = [*cfg.data.sft, *cfg.data.train, *evaluated]
+    return list({(s.json_path, s.data_folder, s.format): s for s in sources}.values())
+
+
+def num_records(source: Source) -> int:
+    """Raises DataError if the file cannot be read."""
+    if READERS[source.format].is_list:
+        return len(index_records(source.json_path))
+    return len(_whole(source.json_path))
+
+
+class DatasetCheck:
+    """`problems` of one source after the other; duplicates are found across them."""
+
+    def __init__(self, cfg: RunConfig, decode: bool):
+        """`decode`: also decode every video as a run would."""
+        video = cfg.video if decode else cfg.video.model_copy(update={"decoder": "pyav"})
+        self.seen = Checked()
+        self._cfg, self._decode = cfg, decode
+        self._reader = VideoReader(video)
+        self._durations_s: dict[Footage, float] = {}
+        self._questions: set[int] = set()
+
+    def problems(self, source: Source) -> Iterator[list[Problem]]:
+        """Of each record, in order. Raises DataError if the file cannot be read at all."""
+        records = _records(source)
+        while some := list(islice(records, AT_A_TIME)):
+            read = [self._read(record, key, source) for key, record in some]
+            files = self._files([sample for samples, _ in read for sample in samples])
+            for (_, record), (samples, found) in zip(some, read, strict=True):
+                spans = _spans(record, source) if not found and not record.get("clip") else []
+                yield [*found, *self._of_samples(samples, spans, files)]
+
+    def _read(
+        self, record: Any, key: str | int, source: Source
+    ) -> tuple[list[VideoSample], list[Problem]]:
+        try:
+            read = samples_of(record, key, source, self._reader.duration_s)
+        except DataError as error:
+            return [], [Problem(sample="", video="", kind="annotation", reason=str(error))]
+        except VideoError as error:
+            reason = f"{source.json_path}: record {key}: its video {error}"
+            return [], [Problem(sample="", video="", kind=error.kind, reason=reason)]
+        self.seen.samples += len(read)
+        return [replace(sample, folder=source.data_folder) for sample in read], []
+
+    def _files(self, samples: Sequence[VideoSample]) -> dict[Footage, VideoError]:
+        """What is wrong with files that were not seen before."""
+        new = [f for f in dict.fromkeys(s.footage for s in samples) if f not in self._durations_s]
+        bad: dict[Footage, VideoError] = {}
+        for footage, plan in zip(new, self._reader.plan(new), strict=True):
+            self._durations_s[footage] = np.nan
+            if isinstance(plan, VideoError):
+                bad[footage] = plan
+            else:
+                self._durations_s[footage] = plan.file.duration_s
+                self.seen.tokens[footage] = plan.plan.num_tokens
+        if self._decode:
+            good = [footage for footage in new if footage not in bad]
+            decoded = zip(good, self._reader.encode(good), strict=True)
+            bad |= {footage: video for footage, video in decoded if isinstance(video, VideoError)}
+        return bad
+
+    def _of_samples(
+        self,
+        samples: Sequence[VideoSample],
+        spans: Sequence[Sequence[float]],
+        bad: dict[Footage, VideoError],
+    ) -> Iterator[Problem]:
+        for sample in samples:
+            of = {"sample": sample.id, "video": sample.video}
+            if error := bad.pop(sample.footage, None):
+                yield Problem(**of, kind=error.kind, reason=str(error))
+            for kind, reason in self._of_sample(sample):
+                yield Problem(**of, kind=kind, reason=f"{sample.id}: {reason}")
+        for start_s, end_s in spans:
+            duration_s = samples[0].duration_s if samples else 0.0
+            if not 0 <= start_s < end_s <= duration_s + 1e-6:
+                yield Problem(
+                    sample=samples[0].id if samples else "",
+                    video=samples[0].video if samples else "",
+                    kind="interval",
+                    reason=f"the annotated interval {start_s:.2f} to {end_s:.2f} s is not within "
+                    f"the annotated {duration_s:.2f} s; readers cut it there.",
+                )
+
+    def _of_sample(self, sample: VideoSample) -> Iterator[tuple[str, str]]:
+        """(kind, what is wrong)"""
+        question = hash((sample.task, sample.video, sample.window_s, sample.query, sample.options))
+        if question in self._questions:
+            yield "duplicate", "the same question about the same video was asked before."
+        self._questions.add(question)
+        if not sample.query:
+            yield "annotation", "the question has no text; it is left out."
+        if sample.task != "multiple_choice" and not sample.intervals_s:
+            yield "interval", "no interval within the video; the question is left out."
+        if sample.window_s is None:
+            yield from _durations(sample, self._durations_s[sample.footage])
+        most, tokens = self._cfg.data.max_prompt_tokens, self.seen.tokens.get(sample.footage, 0)
+        if tokens > most:
+            yield "tokens", f"{tokens} video tokens are over data.max_prompt_tokens={most}."
+
+
+def _durations(sample: VideoSample, file_s: float) -> Iterator[tuple[str, str]]:
+    slack_s = max(SLACK_S, SLACK_SHARE * file_s)
+    if abs(sample.duration_s - file_s) > slack_s:
+        yield (
+            "duration",
+            f"annotated as {sample.duration_s:.2f} s, the file is {file_s:.2f} s long.",
+        )
+    for start_s, end_s in sample.intervals_s:
+        if end_s > file_s + slack_s:
+            yield (
+                "interval",
+                f"the true interval {start_s:.2f} to {end_s:.2f} s is not within the file's "
+                f"{file_s:.2f} s.",
+            )
+
+
+def _records(source: Source) -> Iterator[tuple[str | int, Any]]:
+    if not READERS[source.format].is_list:
+        yield from _whole(source.json_path).items()
+        return
+    spans = index_records(source.json_path)
+    with open(source.json_path, "rb") as file:
+        for number, (start, stop) in enumerate(spans.tolist()):
+            file.seek(start)
+            yield number, json.loads(file.read(stop - start))
+
+
+def _whole(path: str) -> dict[str, Any]:
+    try:
+        records = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"Cannot read the annotations {path}: {error.strerror}.") from None
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}.") from None
+    if not isinstance(records, dict):
+        raise DataError(f"{path} holds a {type(records).__name__}; expected records by video.")
+    return records
+
+
+def _spans(record: Any, source: Source) -> list[Sequence[float]]:
+    """Intervals in seconds as they are written, before readers cut them."""
+    if source.format == "charades_sta":
+        return record["timestamps"]
+    return record["glue"] if source.format == "next_gqa" else []

@@ -1,0 +1,86 @@
+"""tools/check_data.py: every kind of problem is found, named, and found once."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import CONFIG, ROOT, run_python
+from tests.video.conftest import write_clip
+
+GQA = {
+    "question": "what is shown",
+    "options": ["(A) a square", "(B) a circle"],
+    "duration": 4.0,
+    "glue": [[1.0, 2.0]],
+    "answer": "(B)",
+}
+
+
+@pytest.fixture
+def dataset(tmp_path) -> tuple[Path, Path]:
+    """Two annotation files over three clips of 4, 4 and 1 s, with something wrong in each record
+    but the first of either."""
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for name, frames in {"a.mp4": 64, "b.mp4": 64, "short.mp4": 16}.items():
+        write_clip(str(videos / name), num_frames=frames, fps=16, size=(56, 56))
+    (videos / "empty.mp4").write_bytes(b"")
+    (videos / "link.mp4").symlink_to("/etc/hostname")
+    records = [
+        {"id": "good", "video": "a.mp4"},
+        {"id": "again", "video": "a.mp4"},
+        {"id": "short", "video": "short.mp4", "glue": [[1.0, 3.5]]},
+        {"id": "empty", "video": "empty.mp4"},
+        {"id": "gone", "video": "gone.mp4"},
+        {"id": "link", "video": "link.mp4"},
+        {"id": "wrong", "video": "b.mp4", "answer": "(F)"},
+    ]
+    qa, grounding = tmp_path / "qa.json", tmp_path / "grounding.json"
+    qa.write_text(json.dumps([GQA | record for record in records]))
+    span = {"duration": 4.0, "sentences": ["a square"]}
+    grounding.write_text(
+        json.dumps({"b": span | {"timestamps": [[0, 1]]}, "a": span | {"timestamps": [[3, 9]]}})
+    )
+    return qa, grounding
+
+
+def test_every_problem_is_found(dataset, tmp_path):
+    qa, grounding = dataset
+    folder = str(tmp_path / "videos")
+    sources = [
+        {"json_path": str(qa), "data_folder": folder, "format": "next_gqa"},
+        {"json_path": str(grounding), "data_folder": folder, "format": "charades_sta"},
+    ]
+    out = tmp_path / "problems.jsonl"
+    tool = (ROOT / "tools" / "check_data.py", "--config", CONFIG, "--out", out)
+    others = ("data.evaluation={}", "data.sft=[]")
+    done = run_python(*tool, *others, f"data.train={json.dumps(sources)}")
+    assert done.returncode == 1, done.stderr
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    found = [(Path(row["video"]).name, row["sample"], row["kind"]) for row in rows]
+    assert found == [
+        ("a.mp4", "again", "duplicate"),
+        ("short.mp4", "short", "duration"),
+        ("short.mp4", "short", "interval"),
+        ("empty.mp4", "empty", "empty"),
+        ("gone.mp4", "gone", "missing"),
+        ("link.mp4", "link", "outside"),
+        ("", "", "annotation"),
+        ("a.mp4", "a/0", "interval"),
+    ]
+    assert all(list(row) == ["phase", "step", "sample", "video", "kind", "reason"] for row in rows)
+    assert "8 samples, 3 videos that can be read" in done.stdout
+    assert "2 interval (first " in done.stdout
+    assert "qa.json" in done.stderr  # the progress bar
+
+    sound_source = sources[1] | {"json_path": str(_only_first(grounding))}
+    sound = run_python(*tool, "--decode", *others, f"data.train={json.dumps([sound_source])}")
+    assert sound.returncode == 0, sound.stdout + sound.stderr
+    assert "problems: none" in sound.stdout
+
+
+def _only_first(path: Path) -> Path:
+    records = json.loads(path.read_text())
+    path.write_text(json.dumps(dict(list(records.items())[:1])))
+    return path
