@@ -1,10 +1,8 @@
 """Draws on any number of ranks, with files missing, against the rule in five lines.
 
-`draw_worker.py FOLDER PUBLISHED` is started by torchrun; FOLDER holds 0.mp4, 1.mp4, ... of which
-some are bad.
+The folder holds 0.mp4, 1.mp4, ... of which those in BAD are bad.
 """
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -118,8 +116,3 @@ def check(folder: Path, published: Path) -> None:
     assert "missing (first " in str(error.value) or "empty (first " in str(error.value)
     gather_objects(world_axis(mesh), None)  # all ranks are still in step
     close_mesh()
-
-
-if __name__ == "__main__":
-    check(Path(sys.argv[1]), Path(sys.argv[2]))
-    print("in step")

@@ -45,6 +45,6 @@ def test_bad_videos_are_replaced_in_order(folder, published):
 @pytest.mark.slow
 def test_two_ranks_replace_alike(folder, published):
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
-    done = run_python(*launch, "-m", "tests.loops.draw_worker", folder, published)
+    done = run_python(*launch, "-m", "tests.loops.draw_main", folder, published)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("in step") == 2
