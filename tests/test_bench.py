@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.conftest import ROOT, run_python
+from tests.video.conftest import write_clip
 
 BENCH = ROOT / "tools" / "bench.py"
 pytestmark = pytest.mark.slow
@@ -14,7 +15,8 @@ def rows_of(*arguments):
     done = run_python(BENCH, *arguments, "--rounds", 1, "--json")
     assert done.returncode == 0, done.stderr[-3000:]
     return {
-        row.get("layout", row.get("side")): row for row in map(json.loads, done.stdout.splitlines())
+        row.get("layout", row.get("side", row.get("path"))): row
+        for row in map(json.loads, done.stdout.splitlines())
     }
 
 
@@ -39,3 +41,17 @@ def test_head_holds_a_part_of_the_logits():
     sizes = ("--tokens", 4096, "--vocab", 16384, "--hidden", 16)
     rows = rows_of("head", *sizes)
     assert 1.5 * rows["chunked"]["of_logits"] < rows["naive"]["of_logits"]
+
+
+def test_decode_measures_every_path_beside_a_sequential_read(tmp_path):
+    clip = tmp_path / "clip.mp4"
+    write_clip(str(clip), num_frames=120, size=(112, 112))
+    rows = rows_of("decode", clip, "--frames", 4)
+    assert {"pyav-sequential", "ours-pyav", "ours-dali", "store-memory", "store-disk"} <= set(rows)
+    assert "workers-1" in rows
+    for path, row in rows.items():
+        assert list(row)[:6] == [
+            *("bench", "path", "file", "frames", "median_s", "ratio_to_pyav_sequential"),
+        ]
+        base = rows["pyav-sequential"]["median_s"]
+        assert row["ratio_to_pyav_sequential"] == pytest.approx(row["median_s"] / base), path

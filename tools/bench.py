@@ -2,6 +2,7 @@
 
     bench.py step [--prompt-tokens 2048 --answer-tokens 128 --group 8 --layouts shared,plain]
     bench.py head [--tokens 8192 --vocab 151936 --hidden 2048]
+    bench.py decode FILES... [--frames 16]
     bench.py convert [--model configs/models/qwen2.5-vl-3b.json --dir DIR]
 
 A bench takes its sides in turns, in one run, and yields rows of medians over --rounds. With --json
@@ -16,9 +17,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from benches import convert, head, step
+from benches import convert, decode, head, step
 
-BENCHES = {"convert": convert, "head": head, "step": step}
+BENCHES = {"convert": convert, "decode": decode, "head": head, "step": step}
 Row = dict[str, Any]
 
 

@@ -1,0 +1,146 @@
+"""Time from a file to resized frames of Qwen's size, N frames spread over it, one thread a video.
+
+Paths: `pyav-sequential` decodes every frame in order; `ours-pyav` and `ours-dali` are this
+project's decoders, the scan of the file included; `torchcodec` and `decord` run where they import
+(pip install -e '.[bench]') and are resized as ours; `store-disk` and `store-memory` give the same
+frames from the store in a second epoch; `workers-K` decodes four copies of the file in K processes,
+its seconds being those of one video; `ours-nvdec` is there on a GPU. All take turns; rows are
+medians over --rounds."""
+
+import argparse
+import importlib.util
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+COPIES = 4  # videos of a `workers-K` round
+Once = Callable[[], Any]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="+", metavar="FILES")
+    parser.add_argument("--frames", type=int, default=16)
+    parser.add_argument("--paths", default="", help="only these, by commas")
+
+
+def run(arguments: argparse.Namespace) -> Iterator[Row]:
+    from megatron_vrl.config import Video
+
+    wanted = set(filter(None, arguments.paths.split(",")))
+    for file in arguments.files:
+        with tempfile.TemporaryDirectory() as folder:
+            cfg = Video(num_frames=arguments.frames, decoder="pyav", store_dir=folder)
+            paths = {
+                name: once
+                for name, once in _paths(file, cfg).items()
+                if not wanted or name in wanted or name == "pyav-sequential"
+            }
+            seconds: dict[str, list[float]] = {name: [] for name in paths}
+            for number in range(1 + arguments.rounds):  # the first warms up
+                for name, once in paths.items():
+                    start = time.perf_counter()
+                    once()
+                    spent = time.perf_counter() - start
+                    if number > 0:
+                        seconds[name].append(spent / (COPIES if "workers" in name else 1))
+        base = statistics.median(seconds["pyav-sequential"])
+        for name, found in seconds.items():
+            median_s = statistics.median(found)
+            yield {
+                "bench": "decode",
+                "path": name,
+                "file": Path(file).name,
+                "frames": arguments.frames,
+                "median_s": median_s,
+                "ratio_to_pyav_sequential": median_s / base,
+                "min_s": min(found),
+                "max_s": max(found),
+                "frames_s": arguments.frames / median_s,
+            }
+
+
+def _paths(file: str, cfg: Any) -> dict[str, Once]:
+    import torch
+
+    from megatron_vrl.types import Footage
+    from megatron_vrl.video.encode import Encoder
+    from megatron_vrl.video.probe import planned
+    from megatron_vrl.video.pyav import decode_frames
+
+    torch.set_num_threads(1)
+    job = planned(file, None, cfg)
+
+    def ours(**keys: str) -> Once:
+        encoder = Encoder(cfg.model_copy(update={"workers": 1, **keys}))
+        return lambda: encoder.encode([Footage(file)], [""])
+
+    paths: dict[str, Once] = {
+        "pyav-sequential": lambda: decode_frames(job.file, job.plan, seek=False),
+        "ours-pyav": ours(),
+        "ours-dali": ours(decoder="dali"),
+    }
+    if torch.cuda.is_available():
+        paths["ours-nvdec"] = ours(decoder="dali", device="gpu")
+    for name, rival in {"torchcodec": _torchcodec, "decord": _decord}.items():
+        if importlib.util.find_spec(name) and (once := rival(file, job.plan)):
+            paths[name] = once
+    return paths | _stored(file, cfg) | _parallel(file, cfg)
+
+
+def _torchcodec(file: str, plan: Any) -> Once | None:
+    from megatron_vrl.video.resize import resize
+
+    try:
+        from torchcodec.decoders import VideoDecoder
+    except (ImportError, RuntimeError, OSError):  # it finds no FFmpeg it can load
+        return None
+
+    def once() -> Any:
+        decoder = VideoDecoder(file, num_ffmpeg_threads=1, dimension_order="NHWC")
+        frames = decoder.get_frames_at(plan.indices.tolist()).data.numpy()
+        return resize(frames, plan.height, plan.width)
+
+    return once
+
+
+def _decord(file: str, plan: Any) -> Once | None:
+    from decord import VideoReader
+
+    from megatron_vrl.video.resize import resize
+
+    def once() -> Any:
+        frames = VideoReader(file, num_threads=1).get_batch(plan.indices.tolist()).asnumpy()
+        return resize(frames, plan.height, plan.width)
+
+    return once
+
+
+def _stored(file: str, cfg: Any) -> dict[str, Once]:
+    from megatron_vrl.video import VideoReader
+
+    warm = VideoReader(cfg.model_copy(update={"workers": 1}))
+    warm.encode([file])
+    cold = VideoReader(cfg.model_copy(update={"workers": 1, "store_mib": 1}))
+    cold.encode([file])
+    return {"store-memory": lambda: warm.encode([file]), "store-disk": lambda: cold.encode([file])}
+
+
+def _parallel(file: str, cfg: Any) -> dict[str, Once]:
+    from megatron_vrl.types import Footage
+    from megatron_vrl.video.encode import Encoder
+    from megatron_vrl.video.workers import Workers
+
+    def once(workers: Workers) -> None:
+        calls = (Encoder.encode, [Footage(file)], [""])
+        for future in [workers.submit(600.0, *calls) for _ in range(COPIES)]:
+            future.result()
+
+    counts = sorted({1, len(os.sched_getaffinity(0))})
+    pools = {num: Workers(num, partial(Encoder, cfg)) for num in counts}
+    return {f"workers-{num}": partial(once, pool) for num, pool in pools.items()}
