@@ -55,7 +55,7 @@ class Pool(Sequence[Drawn]):
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]  # int alone, no slices
+    def __getitem__(self, index):  # of an int alone, no slices
         part = bisect_right(self._ends, index)
         before = self._ends[part - 1] if part else 0
         drawn = self._parts[part][int(self._chosen[part][index - before])]
@@ -81,7 +81,7 @@ class IndexedSource(Sequence[Drawn]):
     def __len__(self) -> int:
         return len(self._spans)
 
-    def __getitem__(self, number):  # type: ignore[no-untyped-def]  # int alone, no slices
+    def __getitem__(self, number):  # of an int alone, no slices
         """Raises DataError naming file, record and field."""
         start, stop = self._spans[number].tolist()
         with open(self._source.json_path, "rb") as file:
