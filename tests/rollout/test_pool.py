@@ -1,0 +1,272 @@
+"""Rollout workers as processes of their own: asked, killed, stopped, started anew."""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+
+import httpx
+import psutil
+import pytest
+import torch
+import yaml
+
+from megatron_vrl.config import load_config
+from megatron_vrl.errors import RolloutError
+from megatron_vrl.rollout.checksums import tensor_checksums
+from megatron_vrl.rollout.pool import WorkerPool
+from megatron_vrl.rollout.rendezvous import TOKEN_VARIABLE
+from megatron_vrl.rollout.requests import SamplingSpec
+from megatron_vrl.rollout.special_tokens import banned_token_ids
+from megatron_vrl.rollout.start import identity
+from tests.conftest import ENVIRONMENT, ROOT
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+TOKEN = "open sesame"
+SPEC = SamplingSpec(n=4, temperature=1.0, top_p=1.0, max_tokens=24, seed=7)
+LONG = replace(SPEC, max_tokens=150)  # takes seconds: time enough to kill somebody
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint, tmp_path_factory):
+    """A config of the tiny checkpoint, and where its workers are announced."""
+    folder = tmp_path_factory.mktemp("workers")
+    tree = {
+        "run": {"out_dir": str(folder / "run")},
+        "model": {"checkpoint": str(checkpoint), "dtype": "float32"},
+        "data": {"max_prompt_tokens": 100},
+        "rollout": {
+            "engine": "workers",
+            "rendezvous": str(folder / "found"),
+            "max_response_tokens": 156,
+            "max_sequences": 16,
+            "kv_cache_mib": 64,
+            "silent_s": 3.0,
+            "patience_s": 100.0,
+        },
+        "evaluation": {"max_response_tokens": 8},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    return folder
+
+
+def start_worker(folder, *options):
+    script = ROOT / "launch" / "rollout_worker.sh"
+    return subprocess.Popen(
+        ["bash", str(script), "--config", str(folder / "config.yaml"), *options],
+        env=ENVIRONMENT | {TOKEN_VARIABLE: TOKEN},
+        start_new_session=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def workers(folder):
+    """Two of them, each under the script that starts it again."""
+    scripts = [start_worker(folder) for _ in range(2)]
+    yield scripts
+    for script in scripts:
+        os.killpg(script.pid, signal.SIGKILL)
+        script.wait()
+
+
+@pytest.fixture
+def pool(folder, workers, tokenizer, monkeypatch):
+    with made_pool(folder, tokenizer, monkeypatch) as pool:
+        yield pool
+
+
+@contextmanager
+def made_pool(folder, tokenizer, monkeypatch, **changes):
+    monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
+    cfg = load_config(folder / "config.yaml")
+    served = identity(cfg, cfg.model.checkpoint, banned_token_ids(tokenizer, 512))
+    served = replace(served, **{k: v for k, v in changes.items() if k in ("dtype",)})
+    rollout = cfg.rollout.model_copy(update={k: v for k, v in changes.items() if k != "dtype"})
+    pool = WorkerPool(rollout, served)
+    yield pool
+    pool.close()
+
+
+def hand_over(pool, weights, version, at_least=2):
+    members = pool.gather(at_least)
+    pool.start(members)
+    items = list(weights.items())
+    layers = {}
+    for name, tensor in items:  # a layer's tensors come together
+        layers.setdefault(name.rpartition(".")[0].rpartition(".")[0], []).append((name, tensor))
+    for layer in layers.values():
+        pool.load(members, layer)
+    pool.finish(members, version)
+    pool.enlist([m for m in members if m.address not in pool.failed], version)
+    return members
+
+
+def process_of(address):
+    """The process that listens there."""
+    port = int(address.rpartition(":")[2])
+    (connection,) = [
+        c
+        for c in psutil.net_connections("tcp")
+        if c.status == psutil.CONN_LISTEN and c.laddr.port == port and c.pid
+    ]
+    return connection.pid
+
+
+def tokens(groups):
+    return [[rollout.token_ids.tolist() for rollout in group] for group in groups]
+
+
+def test_workers_answer_as_an_engine_in_this_process(pool, engine, weights, make_prompt):
+    hand_over(pool, weights, version=1)
+    prompts = [make_prompt(seed) for seed in range(6)]
+    asked = pool.ask(prompts, SPEC)
+    assert asked.wait()
+    groups, ours = asked.result(), engine.generate(prompts, SPEC)
+    assert tokens(groups) == tokens(ours)
+    for group, own in zip(groups, ours, strict=True):
+        for rollout, expected in zip(group, own, strict=True):
+            assert (rollout.text, rollout.seed) == (expected.text, expected.seed)
+            gap = torch.tensor(rollout.logprobs) - torch.tensor(expected.logprobs)
+            assert gap.abs().max() < 1e-5
+    expected_sums = tensor_checksums(weights.items(), torch.float32)
+    assert list(pool.checksums().values()) == [expected_sums, expected_sums]
+
+
+def test_a_killed_worker_s_groups_go_to_the_other_and_it_comes_back(pool, weights, make_prompt):
+    members = hand_over(pool, weights, version=1)
+    prompts = [make_prompt(seed) for seed in range(8)]
+    undisturbed = pool.ask(prompts, LONG)
+    assert undisturbed.wait()
+    asked = pool.ask(prompts, LONG)
+    time.sleep(0.3)
+    os.kill(process_of(members[0].address), signal.SIGKILL)
+    assert asked.wait()
+    assert tokens(asked.result()) == tokens(undisturbed.result())  # each once, the same ones
+    changed = {name: tensor * 1.05 for name, tensor in weights.items()}
+    back = hand_over(pool, changed, version=2)
+    assert {m.instance for m in back}.isdisjoint({members[0].instance})
+    asked = pool.ask(prompts, SPEC)
+    assert asked.wait()
+    assert {r.weight_version for group in asked.result() for r in group} == {2}
+
+
+def test_a_stopped_worker_is_lost_and_then_joins_again(pool, weights, make_prompt):
+    members = hand_over(pool, weights, version=3)
+    stopped = process_of(members[0].address)
+    asked = pool.ask([make_prompt(seed) for seed in range(8)], LONG)
+    time.sleep(0.3)
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        assert asked.wait()
+        versions = {r.weight_version for group in asked.result() for r in group}
+        assert versions == {3} and len(asked.result()) == 8
+    finally:
+        os.kill(stopped, signal.SIGCONT)
+    again = hand_over(pool, weights, version=4)
+    assert {m.address for m in again} == {m.address for m in members}
+
+
+def test_when_none_is_left_the_groups_wait_for_the_next_hand_over(pool, weights, make_prompt):
+    members = hand_over(pool, weights, version=5)
+    asked = pool.ask([make_prompt(seed) for seed in range(4)], LONG)
+    for member in members:
+        os.kill(process_of(member.address), signal.SIGKILL)
+    assert not asked.wait()
+    hand_over(pool, weights, version=5, at_least=1)
+    assert asked.wait()
+    assert [len(group) for group in asked.result()] == [4] * 4
+
+
+def test_a_worker_without_the_weights_that_are_wanted_is_not_believed(pool, weights, make_prompt):
+    members = hand_over(pool, weights, version=6)
+    pool.enlist(members, version=7)  # as if they had taken part
+    asked = pool.ask([make_prompt(0)], SPEC)
+    assert not asked.wait()
+    hand_over(pool, weights, version=7)
+    assert asked.wait()
+    assert {r.weight_version for r in asked.result()[0]} == {7}
+
+
+def test_garbage_is_noticed(folder, workers, tokenizer, weights, make_prompt, monkeypatch):
+    """One that is well in all but its answers stands before a worker."""
+    with made_pool(folder, tokenizer, monkeypatch) as pool:
+        real = pool.gather(2)[0].address
+    with (
+        liar_before(real) as address,
+        made_pool(folder, tokenizer, monkeypatch, rendezvous="", workers=[address, real]) as pool,
+    ):
+        hand_over(pool, weights, version=8)
+        asked = pool.ask([make_prompt(seed) for seed in range(4)], SPEC)
+        assert asked.wait()
+        assert len(asked.result()) == 4
+
+
+@contextmanager
+def liar_before(address):
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.responses import Response
+    from starlette.routing import Route
+
+    async def forward(request):
+        if request.url.path == "/generate":
+            return Response(b"\x93\x01\x02\x03")
+        if request.url.path.startswith("/weights"):
+            return Response(b"\xc0")  # the worker itself gets them directly
+        async with httpx.AsyncClient(trust_env=False, headers=dict(request.headers)) as client:
+            answer = await client.get(f"http://{address}{request.url.path}")
+        return Response(answer.content, answer.status_code)
+
+    routes = [Route("/{path:path}", forward, methods=["GET", "POST"])]
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(Starlette(routes=routes), log_level="error"))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
+    thread.start()
+    yield f"127.0.0.1:{listener.getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+
+
+def test_refusals(folder, pool, weights, tokenizer, make_prompt, monkeypatch):
+    hand_over(pool, weights, version=9)
+    with pytest.raises(RolloutError, match=r"clip_0: \d+ prompt tokens"):
+        pool.ask([make_prompt(0)], replace(SPEC, max_tokens=250))
+    prompt = make_prompt(0)
+    prompt.token_ids[-1] += 1
+    asked = pool.ask([prompt], SPEC)
+    assert asked.wait()
+    with pytest.raises(RolloutError, match="clip_0: vLLM read"):
+        asked.result()
+    with (
+        made_pool(folder, tokenizer, monkeypatch, dtype="bfloat16") as other,
+        pytest.raises(RolloutError, match="serves dtype float32, the trainer bfloat16"),
+    ):
+        other.gather(1)
+    with (
+        made_pool(folder, tokenizer, monkeypatch, patience_s=1.0) as other,
+        pytest.raises(RolloutError, match=r"2 of at least 3 rollout workers came within"),
+    ):
+        other.gather(3)
+    address = pool.gather(1)[0].address
+    for headers in ({}, {"Authorization": "Bearer guess"}):
+        answer = httpx.get(f"http://{address}/health", trust_env=False, headers=headers)
+        assert (answer.status_code, answer.text) == (401, "The worker asks for its token.")
+
+
+def test_a_worker_open_to_other_machines_wants_a_token(folder):
+    done = subprocess.run(
+        ["bash", "launch/rollout_worker.sh", "--config", folder / "config.yaml", "--host", "::"],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "error: --host :: is open to other machines: set MEGATRON_VRL_ROLLOUT_TOKEN" in (
+        done.stderr
+    )
