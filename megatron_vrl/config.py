@@ -350,6 +350,21 @@ def check_batches(cfg: RunConfig, replicas: int) -> None:
         )
 
 
+def check_overlap(cfg: RunConfig) -> None:
+    """Raises ConfigError if answers of old weights are wanted and cannot be made or weighed."""
+    staleness = cfg.rollout.max_staleness
+    if staleness and cfg.rollout.engine != "workers":
+        raise ConfigError(
+            f"rollout.max_staleness={staleness} needs rollout.engine=workers, not "
+            f"{cfg.rollout.engine}: an engine in the trainer's process waits while it trains."
+        )
+    if staleness and cfg.algorithm.importance == "none":
+        raise ConfigError(
+            f"rollout.max_staleness={staleness} trains on answers of older weights: set "
+            "algorithm.importance=token (or sequence), or rollout.max_staleness=0."
+        )
+
+
 def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:  # type: ignore[assignment]
     """Read a YAML file, apply `section.key=value` overrides, validate.
 

@@ -6,6 +6,7 @@ dropping what the engines cached of the old weights, and answers carry its versi
 live weights are compared with the trainer's at the first hand-over and at every k-th.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -20,18 +21,16 @@ from megatron_vrl.rollout.pool import Member
 from megatron_vrl.rollout.requests import SamplingSpec
 from megatron_vrl.types import Prompt, Rollout
 
+LOOK_EVERY_S = 0.005  # whether answers have come; a token takes longer
+
 
 class Asked(Protocol):
-    """Prompts that are being answered, of one rank."""
+    """A prompt that is being answered."""
 
     @property
     def done(self) -> bool: ...
 
-    def wait(self) -> bool:
-        """Whether all answers are there; False: no engine is left to give the rest."""
-        ...
-
-    def result(self) -> list[list[Rollout]]:
+    def result(self) -> list[Rollout]:
         """Raises RolloutError."""
         ...
 
@@ -41,7 +40,12 @@ class Engine(Protocol):
 
     everywhere: bool  # whether every rank needs the whole model in a hand-over
 
-    def ask(self, prompts: Sequence[Prompt], spec: SamplingSpec) -> Asked: ...
+    def ask(self, prompts: Sequence[Prompt], specs: Sequence[SamplingSpec]) -> Sequence[Asked]: ...
+    @property
+    def starved(self) -> bool:
+        """Whether nobody is left to answer."""
+        ...
+
     def gather(self, at_least: int) -> list[Member]: ...
     def start(self, members: Sequence[Member]) -> None: ...
     def load(self, members: Sequence[Member], tensors: NamedTensors) -> None: ...
@@ -80,24 +84,48 @@ class Rollouts:
 
         Raises RolloutError on every rank if a prompt of any rank cannot be answered.
         """
-        return self.answers([self.ask(prompts, spec)])[0]
+        asked = self.ask(prompts, spec, range(len(prompts)))
+        self.first(asked, required=len(asked), count=len(asked))
+        return self.results(asked)
 
-    def ask(self, prompts: Sequence[Prompt], spec: SamplingSpec) -> Asked:
-        """Begin to answer. Workers go on while the trainer does something else."""
+    def ask(
+        self, prompts: Sequence[Prompt], spec: SamplingSpec, numbers: Sequence[int]
+    ) -> Sequence[Asked]:
+        """Begin to answer; prompt `i` draws as `spec.of_prompt(numbers[i])` says. Workers go on
+        while the trainer does something else."""
         with agreed(self._mesh):
-            return self._engine.ask(prompts, spec)
+            return self._engine.ask(prompts, [spec.of_prompt(number) for number in numbers])
 
-    def answers(self, asked: Sequence[Asked]) -> list[list[list[Rollout]]]:
-        """Wait for this rank's `asked`. When no engine is left, the weights are handed over again
-        to whoever comes back, and the same prompts go on."""
+    def first(self, asked: Sequence[Asked], required: int, count: int) -> list[int]:
+        """Wait; the indices of `count` of this rank's prompts that are answered. The first
+        `required` are among them, the others are those that were ready first.
+
+        When no engine is left, the weights are handed over again to whoever comes back, and the
+        same prompts go on.
+        """
         while True:
-            states = [one.wait() for one in asked]
-            if all(gather_objects(world_axis(self._mesh), all(states))):
-                break
+            chosen = self._waited(asked, required, count)
+            if not any(gather_objects(world_axis(self._mesh), chosen is None)):
+                assert chosen is not None
+                return chosen
             assert self.version is not None
             self._hand_over(self.version, 1)
+
+    def results(self, asked: Sequence[Asked]) -> list[list[Rollout]]:
+        """The answers to prompts that `first` gave. Raises RolloutError on every rank alike."""
         with agreed(self._mesh):
             return [one.result() for one in asked]
+
+    def _waited(self, asked: Sequence[Asked], required: int, count: int) -> list[int] | None:
+        """None: nobody is left to wait for."""
+        while True:
+            done = [index for index, one in enumerate(asked) if one.done]
+            chosen = (done[:required] + [i for i in done if i >= required])[:count]
+            if len(chosen) == count and all(one.done for one in asked[:required]):
+                return chosen
+            if self._engine.starved:
+                return None
+            time.sleep(LOOK_EVERY_S)
 
     def _hand_over(self, version: int, at_least: int) -> None:
         engine, first = self._engine, self._mesh.rank == 0

@@ -122,6 +122,14 @@ class SampleStream:
         finally:
             self.state = state
 
+    def at(self, position: int) -> VideoSample | Problem:
+        """What was handed out when `state` became `position` + 1."""
+        state, self.state = self.state, position
+        try:
+            return self._next()
+        finally:
+            self.state = state
+
     def _next(self) -> VideoSample | Problem:
         for _ in range(len(self._samples)):
             epoch, index = divmod(self.state, len(self._samples))

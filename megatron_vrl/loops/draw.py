@@ -10,6 +10,7 @@ video ends the run.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from megatron_vrl.build import Parts
 from megatron_vrl.data.mix import SampleStream
@@ -21,7 +22,12 @@ from megatron_vrl.parallel.mesh import agreed, gather_objects, world_axis
 from megatron_vrl.types import Prompt, VideoSample
 
 FEWEST_DRAWN = 100  # the share of bad samples is not taken of fewer
-Made = tuple[VideoSample, Prompt]
+
+
+class Made(NamedTuple):
+    sample: VideoSample
+    prompt: Prompt
+    position: int  # of the sample in the stream
 
 
 class Draws:
@@ -30,7 +36,8 @@ class Draws:
     def __init__(
         self, parts: Parts, stream: SampleStream, state: RunState, say: Callable[[str], None]
     ):
-        """Rows of quarantine.jsonl that the run will write again are taken back."""
+        """Rows of quarantine.jsonl that the run will write again are taken back. What was drawn
+        and not yet trained on when the state was saved is drawn first."""
         self._parts, self._stream, self._state, self._say = parts, stream, state, say
         path = Path(parts.cfg.run.out_dir) / "quarantine.jsonl"
         self._file: RowFile | None = None
@@ -40,6 +47,7 @@ class Draws:
         self._written = {(row["sample"], row["video"]) for row in read_rows(path)}
         self._bad: list[Problem] = []
         self._num_drawn = self._bad_before = 0
+        self._again = list(state.under_way)
         self._counts_before = dict.fromkeys(parts.reader.counts, 0)
 
     @property
@@ -87,18 +95,25 @@ class Draws:
             "bad_sample_share": len(self._bad) / max(self._num_drawn, 1),
         } | {title: float(sum(o[name] for o in everywhere)) for name, title in names.items()}
 
-    def _draw(self, num: int) -> list[VideoSample | Problem]:
+    def _draw(self, num: int) -> list[tuple[int, VideoSample | Problem]]:
+        """With their positions."""
         self._num_drawn += num
+        again, self._again = self._again[:num], self._again[num:]
         with agreed(self._parts.mesh):
-            return self._stream.draw(num)
+            drawn = [(position, self._stream.at(position)) for position in again]
+            for _ in range(num - len(again)):
+                (item,) = self._stream.draw(1)
+                drawn.append((self._stream.state - 1, item))
+        return drawn
 
     def _make(
-        self, drawn: dict[int, VideoSample | Problem]
+        self, drawn: dict[int, tuple[int, VideoSample | Problem]]
     ) -> tuple[dict[int, Made], dict[int, Problem]]:
         """By place: prompts of this rank's samples, and what is wrong with the others."""
         made: dict[int, Made] = {}
-        bad = {place: item for place, item in drawn.items() if isinstance(item, Problem)}
-        samples = {p: item for p, item in drawn.items() if isinstance(item, VideoSample)}
+        items = {place: item for place, (_, item) in drawn.items()}
+        bad = {place: item for place, item in items.items() if isinstance(item, Problem)}
+        samples = {p: item for p, item in items.items() if isinstance(item, VideoSample)}
         with agreed(self._parts.mesh):
             videos = self._parts.reader.encode([s.footage for s in samples.values()])
             for (place, sample), video in zip(samples.items(), videos, strict=True):
@@ -107,7 +122,8 @@ class Draws:
                         sample=sample.id, video=sample.video, kind=video.kind, reason=str(video)
                     )
                 else:
-                    made[place] = sample, self._parts.encoder.prompt(sample, video)
+                    prompt = self._parts.encoder.prompt(sample, video)
+                    made[place] = Made(sample, prompt, drawn[place][0])
         return made, bad
 
     def _note(self, bad: list[Problem]) -> None:

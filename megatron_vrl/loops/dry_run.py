@@ -3,7 +3,7 @@
 from itertools import chain
 from pathlib import Path
 
-from megatron_vrl.config import RunConfig, Source, check_batches
+from megatron_vrl.config import RunConfig, Source, check_batches, check_overlap
 from megatron_vrl.data.mix import load, open_pool
 from megatron_vrl.model.architecture import Architecture, padded_vocab, read_architecture
 from megatron_vrl.model.chunks import all_chunks, check_divides
@@ -18,6 +18,7 @@ def check(cfg: RunConfig, world: int) -> list[str]:
     parallel = cfg.parallel
     replicas = world // (parallel.tensor * parallel.context * parallel.pipeline)
     check_batches(cfg, replicas)
+    check_overlap(cfg)
     weights_of(cfg.rewards)
     arch, notes = _architecture(cfg)
     check_divides(arch, cfg.model, cfg.parallel)

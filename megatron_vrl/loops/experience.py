@@ -15,12 +15,10 @@ from numpy.typing import NDArray
 from megatron_vrl.algorithms import Part, advantages, kl_penalty, overlong_penalty, teaches
 from megatron_vrl.batching.pack import Answer, Group
 from megatron_vrl.build import Parts
-from megatron_vrl.loops.draw import Draws
-from megatron_vrl.loops.state import RunState
+from megatron_vrl.loops.flights import Flights
 from megatron_vrl.model.head import Distribution
 from megatron_vrl.parallel.mesh import gather_objects
 from megatron_vrl.rewards import score, weights_of
-from megatron_vrl.rollout.requests import SamplingSpec
 from megatron_vrl.training.batches import plan_batches
 from megatron_vrl.types import Experience, Prompt, Rollout, ScoredGroup, VideoSample
 
@@ -36,14 +34,14 @@ class Collected:
     rounds: int
 
 
-def collect(parts: Parts, state: RunState, draws: Draws) -> Collected:
+def collect(parts: Parts, flights: Flights) -> Collected:
     """Every rank calls it."""
     cfg = parts.cfg
     groups: list[ScoredGroup] = []
     rewards: list[dict[str, Part]] = []
     missing, rounds, kept = cfg.rollout.prompts_per_step, 0, list[Experience]()
     while missing > 0 and rounds <= cfg.algorithm.refill_rounds:
-        new = _rolled_out(parts, state, draws, missing, rounds)
+        new = _answered(parts, flights, missing)
         groups += new
         with parts.clock("score"):
             rewards += _rewards(parts, new, filler=groups[0])
@@ -82,31 +80,11 @@ def sampled_distribution(parts: Parts) -> Distribution:
     )
 
 
-def _rolled_out(
-    parts: Parts, state: RunState, draws: Draws, num: int, round_: int
-) -> list[ScoredGroup]:
+def _answered(parts: Parts, flights: Flights, num: int) -> list[ScoredGroup]:
     """Scored groups of this rank's share of `num` samples and of its replica's other ranks."""
-    clock = parts.clock
-    with clock("encode"):
-        drawn = draws.take(num)
-    samples, prompts = [sample for sample, _ in drawn], [prompt for _, prompt in drawn]
-    with clock("rollout"):
-        answers = parts.rollouts.generate(prompts, _sampling(parts, state, round_))
-    with clock("score"):
-        scored = [_scored(parts, *group) for group in zip(samples, prompts, answers, strict=True)]
-        return parts.gather_replica(scored)
-
-
-def _sampling(parts: Parts, state: RunState, round_: int) -> SamplingSpec:
-    cfg = parts.cfg
-    entropy = [cfg.run.seed, state.step, parts.mesh.rank, round_]  # all have their own
-    return SamplingSpec(
-        n=cfg.rollout.group_size,
-        temperature=cfg.rollout.temperature,
-        top_p=cfg.rollout.top_p,
-        max_tokens=cfg.rollout.max_response_tokens,
-        seed=int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1),
-    )
+    answered = flights.take(num)
+    with parts.clock("score"):
+        return parts.gather_replica([_scored(parts, *group) for group in answered])
 
 
 def _scored(

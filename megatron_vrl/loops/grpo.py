@@ -1,11 +1,16 @@
-"""Reinforcement learning, synchronous: take prompts, roll out, score, drop what teaches nothing,
-pack, update, hand the weights over, report, save."""
+"""Reinforcement learning: take prompts, roll out, score, drop what teaches nothing, pack, update,
+hand the weights over, report, save.
+
+Synchronous here: a step's answers are all of the weights that it begins with. The loop in
+grpo_overlapped.py shares everything but the order of things.
+"""
 
 from megatron_vrl.build import Parts
 from megatron_vrl.data.mix import SampleStream
 from megatron_vrl.loops.cards import write_cards
 from megatron_vrl.loops.draw import Draws
 from megatron_vrl.loops.experience import Collected, collect
+from megatron_vrl.loops.flights import Flights
 from megatron_vrl.loops.learn import Learned, learn
 from megatron_vrl.loops.numbers import step_numbers
 from megatron_vrl.loops.record import evaluate_dev, record
@@ -18,6 +23,21 @@ from megatron_vrl.types import VideoSample
 def train_grpo(parts: Parts, state: RunState, sinks: Sinks, dev: list[VideoSample]) -> None:
     """Run GRPO from `state.step` to its end. Every rank calls it."""
     cfg, clock = parts.cfg, parts.clock
+    draws, flights = begin(parts, state, sinks)
+    while state.step < cfg.grpo.steps:
+        with clock("sync"):
+            parts.rollouts.hand_over(state.version)
+        collected = collect(parts, flights)
+        if state.step + 1 < cfg.grpo.steps:
+            draws.prefetch(cfg.rollout.prompts_per_step)
+        with clock("update"):
+            learned = learn(parts, collected, state.step)
+        end_step(parts, state, sinks, draws, flights, collected, learned, dev)
+
+
+def begin(parts: Parts, state: RunState, sinks: Sinks) -> tuple[Draws, Flights]:
+    """Set the policy and the data to where the run stands."""
+    cfg = parts.cfg
     stream = SampleStream(parts.pool(cfg.data.train), cfg.run.seed)
     stream.restore(state.stream)
     draws = Draws(parts, stream, state, sinks.say)
@@ -25,28 +45,33 @@ def train_grpo(parts: Parts, state: RunState, sinks: Sinks, dev: list[VideoSampl
         keep_reference(parts, state)
     start_phase(parts, state, cfg.grpo.optimizer, cfg.grpo.steps)
     sinks.begin("grpo", cfg.grpo.steps, state.step)
-    while state.step < cfg.grpo.steps:
-        with clock("sync"):
-            parts.rollouts.hand_over(state.version)
-        collected = collect(parts, state, draws)
-        if state.step + 1 < cfg.grpo.steps:
-            draws.prefetch(cfg.rollout.prompts_per_step)
-        with clock("update"):
-            learned = learn(parts, collected, state.step)
-        state.step += 1
-        state.stream = stream.state
-        state.version += 1
-        spent = clock.take()
-        state.add_seconds(spent)
-        values = step_numbers(parts, collected, learned, spent) | draws.numbers()
-        _warn(sinks, state.step, collected, learned)
-        record(
-            parts, sinks, StepMetrics(phase="grpo", step=state.step, values=values, seconds=spent)
-        )
-        write_cards(parts, sinks, collected.experiences[: cfg.observe.cards_per_step], state.step)
-        if cfg.grpo.evaluate_every and state.step % cfg.grpo.evaluate_every == 0:
-            evaluate_dev(parts, state, sinks, dev, during="grpo")
-        save_if_due(parts, state)
+    return draws, Flights(parts, state, draws)
+
+
+def end_step(
+    parts: Parts,
+    state: RunState,
+    sinks: Sinks,
+    draws: Draws,
+    flights: Flights,
+    collected: Collected,
+    learned: Learned,
+    dev: list[VideoSample],
+) -> None:
+    """Count the step, report it, evaluate and save where it is time."""
+    cfg = parts.cfg
+    state.step += 1
+    state.stream, state.under_way = draws.position, flights.positions()
+    state.version += 1
+    spent = parts.clock.take()
+    state.add_seconds(spent)
+    values = step_numbers(parts, collected, learned, spent) | draws.numbers()
+    _warn(sinks, state.step, collected, learned)
+    record(parts, sinks, StepMetrics(phase="grpo", step=state.step, values=values, seconds=spent))
+    write_cards(parts, sinks, collected.experiences[: cfg.observe.cards_per_step], state.step)
+    if cfg.grpo.evaluate_every and state.step % cfg.grpo.evaluate_every == 0:
+        evaluate_dev(parts, state, sinks, dev, during="grpo")
+    save_if_due(parts, state)
 
 
 def _warn(sinks: Sinks, step: int, collected: Collected, learned: Learned) -> None:

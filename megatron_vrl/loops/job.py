@@ -15,6 +15,7 @@ from megatron_vrl.errors import CheckpointError, ConfigError, UserError
 from megatron_vrl.evaluation import evaluate, trivial_answers
 from megatron_vrl.loops.dry_run import check, padding_notes
 from megatron_vrl.loops.grpo import train_grpo
+from megatron_vrl.loops.grpo_overlapped import train_overlapped
 from megatron_vrl.loops.record import record
 from megatron_vrl.loops.sft import train_sft
 from megatron_vrl.loops.state import (
@@ -108,7 +109,8 @@ def _stages(parts: Parts, state: RunState, sinks: Sinks, splits: Splits) -> None
         save(parts, state)
     if state.stage == "grpo":
         if cfg.grpo.steps:
-            train_grpo(parts, state, sinks, dev)
+            train = train_overlapped if cfg.rollout.max_staleness else train_grpo
+            train(parts, state, sinks, dev)
             save(parts, state)
             _evaluate_stage(parts, state, sinks, splits)
         state.begin("done")

@@ -57,7 +57,7 @@ def _attempt(parts: Parts, state: RunState, sinks: Sinks, dev: list[VideoSample]
             groups = parts.gather_replica(
                 [
                     Group(prompt=prompt, answers=(_target(parts, sample),))
-                    for sample, prompt in draws.take(cfg.sft.batch_size)
+                    for sample, prompt, _ in draws.take(cfg.sft.batch_size)
                 ]
             )
         if state.step + 1 < cfg.sft.steps:

@@ -15,14 +15,13 @@ from megatron_vrl.types import Prompt, Rollout
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    groups: list[list[Rollout]]
+    """To one prompt."""
+
+    rollouts: list[Rollout]
     done: bool = True
 
-    def wait(self) -> bool:
-        return True
-
-    def result(self) -> list[list[Rollout]]:
-        return self.groups
+    def result(self) -> list[Rollout]:
+        return self.rollouts
 
 
 class Colocated:
@@ -31,11 +30,15 @@ class Colocated:
     def __init__(self, engine: ColocatedEngine) -> None:
         self._engine = engine
 
-    def ask(self, prompts: Sequence[Prompt], spec: SamplingSpec) -> Answers:
+    def ask(self, prompts: Sequence[Prompt], specs: Sequence[SamplingSpec]) -> list[Answers]:
         self._engine.wake()
-        groups = self._engine.generate(prompts, spec) if prompts else []
+        groups = self._engine.answer(prompts, specs)
         self._engine.sleep()
-        return Answers(groups)
+        return [Answers(group) for group in groups]
+
+    @property
+    def starved(self) -> bool:
+        return False
 
     def gather(self, at_least: int) -> list[Member]:
         return []

@@ -120,15 +120,21 @@ class ColocatedEngine:
 
     def generate(self, prompts: Sequence[Prompt], spec: SamplingSpec) -> list[list[Rollout]]:
         """`spec.n` answers per prompt, in order; equal weights, prompts and spec repeat them."""
+        return self.answer(prompts, [spec.of_prompt(index) for index in range(len(prompts))])
+
+    def answer(
+        self, prompts: Sequence[Prompt], specs: Sequence[SamplingSpec]
+    ) -> list[list[Rollout]]:
+        """The same with a spec for each prompt."""
         requests = [request_of(prompt) for prompt in prompts]
-        for request in requests:
+        for request, spec in zip(requests, specs, strict=True):
             check_length(request, spec, self.max_model_len)
         answers: dict[str, list[Rollout]] = {}
         keys = [str(index) for index in range(len(requests))]
         with trainer_state_kept():
             try:
-                for index, request in enumerate(requests):
-                    self.submit(keys[index], request, spec.of_prompt(index))
+                for key, request, spec in zip(keys, requests, specs, strict=True):
+                    self.submit(key, request, spec)
                 while len(answers) < len(keys):
                     answers |= self.step()
             finally:

@@ -5,7 +5,7 @@ A worker that cannot be reached, does not answer its health check for `silent_s`
 groups are asked of the others, and it gets no more work until the next hand-over of weights finds
 it well. Every group is answered once: what a lost worker still says is not listened to.
 
-When no worker is left, `Asked.wait` says so; a hand-over to whoever is there by then goes on where
+When no worker is left, `starved` says so; a hand-over to whoever is there by then goes on where
 it stopped. Calls are of one rank; what all ranks must agree on is in `rollouts.py`.
 """
 
@@ -53,23 +53,19 @@ class _Worker:
     groups: int = 0  # under way, of this rank
 
 
+@dataclass(frozen=True, slots=True)
 class Asked:
-    """Groups that workers are answering."""
+    """A prompt that workers are answering."""
 
-    def __init__(self, pool: "WorkerPool", groups: "Sequence[Future[list[Rollout]]]") -> None:
-        self._pool, self._groups = pool, groups
-
-    def wait(self) -> bool:
-        """Whether all groups are there; False: no worker is left to answer the rest."""
-        return self._pool.wait(self._groups)
-
-    def result(self) -> list[list[Rollout]]:
-        """The groups in the order they were asked in. Raises RolloutError."""
-        return [group.result() for group in self._groups]
+    group: "Future[list[Rollout]]"
 
     @property
     def done(self) -> bool:
-        return all(group.done() for group in self._groups)
+        return self.group.done()
+
+    def result(self) -> list[Rollout]:
+        """Raises RolloutError."""
+        return self.group.result()
 
 
 class WorkerPool:
@@ -86,36 +82,21 @@ class WorkerPool:
 
     # Answers.
 
-    def ask(self, prompts: Sequence[Prompt], spec: SamplingSpec) -> Asked:
-        """Begin to answer; `spec.of_prompt(i)` is that of prompt i."""
+    def ask(self, prompts: Sequence[Prompt], specs: Sequence[SamplingSpec]) -> list[Asked]:
+        """Begin to answer. Raises RolloutError if one does not fit the workers."""
         requests = [request_of(prompt) for prompt in prompts]
-        for request in requests:
+        for request, spec in zip(requests, specs, strict=True):
             check_length(request, spec, self._identity.max_model_len)
         version = self._known_version()
-        return Asked(
-            self,
-            [
-                self._link.start(self._answered(request, spec.of_prompt(index), version))
-                for index, request in enumerate(requests)
-            ],
-        )
+        return [
+            Asked(self._link.start(self._answered(request, spec, version)))
+            for request, spec in zip(requests, specs, strict=True)
+        ]
 
-    def wait(self, groups: "Sequence[Future[list[Rollout]]]") -> bool:
-        return self._link.call(self._all_or_none_left(groups))
-
-    async def _all_or_none_left(self, groups: "Sequence[Future[list[Rollout]]]") -> bool:
-        while not all(group.done() for group in groups):
-            if not self._workers:
-                return False
-            pending = [asyncio.wrap_future(group) for group in groups if not group.done()]
-            changed: asyncio.Future[Any] = asyncio.ensure_future(self._changed.wait())
-            waiting: list[asyncio.Future[Any]] = [changed, *pending]
-            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            changed.cancel()
-            for group in pending:
-                if group.done():
-                    group.exception()  # it is raised where the result is taken
-        return True
+    @property
+    def starved(self) -> bool:
+        """Whether no worker is left to answer."""
+        return not self._workers
 
     async def _answered(self, request: Request, spec: SamplingSpec, version: int) -> list[Rollout]:
         ask = encode(Ask(request=request, spec=spec, version=version))

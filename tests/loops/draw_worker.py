@@ -80,12 +80,14 @@ def draw_steps(parts: SimpleNamespace, folder: Path, state: RunState, steps: int
     found = []
     for _ in range(steps):
         made = draws.take(BATCH)
-        for sample, prompt in made:
+        for sample, prompt, _ in made:
             assert prompt.visuals[0].path == sample.video
         draws.prefetch(BATCH)
-        mine = [sample.id for sample, _ in made]
+        mine = [one.sample.id for one in made]
         found.append(interleave(gather_objects(parts.mesh.data, mine)))
         state.step, state.stream = state.step + 1, draws.position
+    own = [one.position for one in made]
+    state.under_way = interleave(gather_objects(parts.mesh.data, own))  # asked and not answered
     numbers = draws.numbers()
     assert numbers["bad_samples"] == len(draws._bad) and numbers["videos_decoded"] >= 1
     return found
@@ -104,7 +106,10 @@ def check(folder: Path, published: Path) -> None:
     state = RunState(stage="grpo")  # stopped after two steps and started again
     first = draw_steps(parts, folder, state, 2)
     again = parts_of(mesh, folder, published, max_bad_share=0.5)
+    state.under_way = []
     assert first + draw_steps(again, folder, state, STEPS - 2) == want
+    state.step -= 1
+    assert draw_steps(again, folder, state, 1) == want[-1:]
     kept = read_rows(folder / "quarantine.jsonl")
     gather_objects(world_axis(mesh), None)
     assert [(r["sample"], r["step"]) for r in kept] == [(r["sample"], r["step"]) for r in rows]

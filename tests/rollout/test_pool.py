@@ -117,6 +117,21 @@ def process_of(address):
     return connection.pid
 
 
+def ask(pool, prompts, spec):
+    return pool.ask(prompts, [spec.of_prompt(index) for index in range(len(prompts))])
+
+
+def answered(pool, asked):
+    """Whether all are, when nobody is left to wait for."""
+    while not all(one.done for one in asked) and not pool.starved:
+        time.sleep(0.01)
+    return all(one.done for one in asked)
+
+
+def results(asked):
+    return [one.result() for one in asked]
+
+
 def tokens(groups):
     return [[rollout.token_ids.tolist() for rollout in group] for group in groups]
 
@@ -124,9 +139,9 @@ def tokens(groups):
 def test_workers_answer_as_an_engine_in_this_process(pool, engine, weights, make_prompt):
     hand_over(pool, weights, version=1)
     prompts = [make_prompt(seed) for seed in range(6)]
-    asked = pool.ask(prompts, SPEC)
-    assert asked.wait()
-    groups, ours = asked.result(), engine.generate(prompts, SPEC)
+    asked = ask(pool, prompts, SPEC)
+    assert answered(pool, asked)
+    groups, ours = results(asked), engine.generate(prompts, SPEC)
     assert tokens(groups) == tokens(ours)
     for group, own in zip(groups, ours, strict=True):
         for rollout, expected in zip(group, own, strict=True):
@@ -140,31 +155,31 @@ def test_workers_answer_as_an_engine_in_this_process(pool, engine, weights, make
 def test_a_killed_worker_s_groups_go_to_the_other_and_it_comes_back(pool, weights, make_prompt):
     members = hand_over(pool, weights, version=1)
     prompts = [make_prompt(seed) for seed in range(8)]
-    undisturbed = pool.ask(prompts, LONG)
-    assert undisturbed.wait()
-    asked = pool.ask(prompts, LONG)
+    undisturbed = ask(pool, prompts, LONG)
+    assert answered(pool, undisturbed)
+    asked = ask(pool, prompts, LONG)
     time.sleep(0.3)
     os.kill(process_of(members[0].address), signal.SIGKILL)
-    assert asked.wait()
-    assert tokens(asked.result()) == tokens(undisturbed.result())  # each once, the same ones
+    assert answered(pool, asked)
+    assert tokens(results(asked)) == tokens(results(undisturbed))  # each once, the same ones
     changed = {name: tensor * 1.05 for name, tensor in weights.items()}
     back = hand_over(pool, changed, version=2)
     assert {m.instance for m in back}.isdisjoint({members[0].instance})
-    asked = pool.ask(prompts, SPEC)
-    assert asked.wait()
-    assert {r.weight_version for group in asked.result() for r in group} == {2}
+    asked = ask(pool, prompts, SPEC)
+    assert answered(pool, asked)
+    assert {r.weight_version for group in results(asked) for r in group} == {2}
 
 
 def test_a_stopped_worker_is_lost_and_then_joins_again(pool, weights, make_prompt):
     members = hand_over(pool, weights, version=3)
     stopped = process_of(members[0].address)
-    asked = pool.ask([make_prompt(seed) for seed in range(8)], LONG)
+    asked = ask(pool, [make_prompt(seed) for seed in range(8)], LONG)
     time.sleep(0.3)
     os.kill(stopped, signal.SIGSTOP)
     try:
-        assert asked.wait()
-        versions = {r.weight_version for group in asked.result() for r in group}
-        assert versions == {3} and len(asked.result()) == 8
+        assert answered(pool, asked)
+        versions = {r.weight_version for group in results(asked) for r in group}
+        assert versions == {3} and len(results(asked)) == 8
     finally:
         os.kill(stopped, signal.SIGCONT)
     again = hand_over(pool, weights, version=4)
@@ -173,23 +188,23 @@ def test_a_stopped_worker_is_lost_and_then_joins_again(pool, weights, make_promp
 
 def test_when_none_is_left_the_groups_wait_for_the_next_hand_over(pool, weights, make_prompt):
     members = hand_over(pool, weights, version=5)
-    asked = pool.ask([make_prompt(seed) for seed in range(4)], LONG)
+    asked = ask(pool, [make_prompt(seed) for seed in range(4)], LONG)
     for member in members:
         os.kill(process_of(member.address), signal.SIGKILL)
-    assert not asked.wait()
+    assert not answered(pool, asked)
     hand_over(pool, weights, version=5, at_least=1)
-    assert asked.wait()
-    assert [len(group) for group in asked.result()] == [4] * 4
+    assert answered(pool, asked)
+    assert [len(group) for group in results(asked)] == [4] * 4
 
 
 def test_a_worker_without_the_weights_that_are_wanted_is_not_believed(pool, weights, make_prompt):
     members = hand_over(pool, weights, version=6)
     pool.enlist(members, version=7)  # as if they had taken part
-    asked = pool.ask([make_prompt(0)], SPEC)
-    assert not asked.wait()
+    asked = ask(pool, [make_prompt(0)], SPEC)
+    assert not answered(pool, asked)
     hand_over(pool, weights, version=7)
-    assert asked.wait()
-    assert {r.weight_version for r in asked.result()[0]} == {7}
+    assert answered(pool, asked)
+    assert {r.weight_version for r in results(asked)[0]} == {7}
 
 
 def test_garbage_is_noticed(folder, workers, tokenizer, weights, make_prompt, monkeypatch):
@@ -201,9 +216,9 @@ def test_garbage_is_noticed(folder, workers, tokenizer, weights, make_prompt, mo
         made_pool(folder, tokenizer, monkeypatch, rendezvous="", workers=[address, real]) as pool,
     ):
         hand_over(pool, weights, version=8)
-        asked = pool.ask([make_prompt(seed) for seed in range(4)], SPEC)
-        assert asked.wait()
-        assert len(asked.result()) == 4
+        asked = ask(pool, [make_prompt(seed) for seed in range(4)], SPEC)
+        assert answered(pool, asked)
+        assert len(results(asked)) == 4
 
 
 @contextmanager
@@ -235,13 +250,13 @@ def liar_before(address):
 def test_refusals(folder, pool, weights, tokenizer, make_prompt, monkeypatch):
     hand_over(pool, weights, version=9)
     with pytest.raises(RolloutError, match=r"clip_0: \d+ prompt tokens"):
-        pool.ask([make_prompt(0)], replace(SPEC, max_tokens=250))
+        ask(pool, [make_prompt(0)], replace(SPEC, max_tokens=250))
     prompt = make_prompt(0)
     prompt.token_ids[-1] += 1
-    asked = pool.ask([prompt], SPEC)
-    assert asked.wait()
+    asked = ask(pool, [prompt], SPEC)
+    assert answered(pool, asked)
     with pytest.raises(RolloutError, match="clip_0: vLLM read"):
-        asked.result()
+        results(asked)
     with (
         made_pool(folder, tokenizer, monkeypatch, dtype="bfloat16") as other,
         pytest.raises(RolloutError, match="serves dtype float32, the trainer bfloat16"),
