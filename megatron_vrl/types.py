@@ -101,8 +101,8 @@ class Rollout:
     logprobs: NDArray[np.float32]  # [R] under the engine, at the sampling temperature
     text: str  # without special tokens
     finish: Literal["stop", "length"]
-    weight_version: int  # of the weights that its first token was sampled with
-    newest_version: int  # of those of its last: another if weights came in between
+    weight_version: int  # of the weights that its prompt was read with
+    newest_version: int  # of those of its last token: another if weights came in between
     seed: int  # that it was drawn with
 
 

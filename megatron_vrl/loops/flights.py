@@ -17,7 +17,7 @@ from megatron_vrl.rollouts import Asked
 from megatron_vrl.types import Prompt, Rollout, VideoSample
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Flight:
     sample: VideoSample
     prompt: Prompt

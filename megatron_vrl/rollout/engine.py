@@ -87,7 +87,8 @@ class ColocatedEngine:
         self._stance = "default" if self._on_gpu else "force_eager"
         self._asleep = False
         self._inputs = InputCheck()
-        self._seeds: dict[str, int] = {}  # of the groups under way
+        self._under_way: dict[str, tuple[int, int]] = {}  # group -> seed, version at its start
+        self._cache_name = ""  # of what is cached now
         self.version: int | None = None  # of the weights; None: none yet, or an update is under way
 
     def _arguments(self, hf_dir: str, cfg: config.Rollout, dtype: str, seed: int) -> dict[str, Any]:
@@ -95,6 +96,8 @@ class ColocatedEngine:
             "enforce_eager": True,  # compiling pays off on a GPU only
             "kv_cache_memory_bytes": cfg.kv_cache_mib << 20,
             "block_size": 32,  # short prompts share more of their cache than with 128
+            # A prompt in parts turns back its seed's generator, which torch cannot on a CPU.
+            "enable_chunked_prefill": False,
         }
         if self._on_gpu:
             on_device = {
@@ -150,14 +153,14 @@ class ColocatedEngine:
             raise RolloutError("The engine has no weights yet; call push_weights first.")
         check_length(request, spec, self.max_model_len)
         engine = self._llm.llm_engine
-        (engine_input,) = engine.renderer.render_cmpl([vllm_prompt(request)])
+        (engine_input,) = engine.renderer.render_cmpl([vllm_prompt(request, self._cache_name)])
         self._inputs.check(request, engine_input)
         engine.add_request(key, engine_input, self._sampling_params(spec))
-        self._seeds[key] = spec.seed
+        self._under_way[key] = spec.seed, self.version
 
     @property
     def busy(self) -> bool:
-        return bool(self._seeds)
+        return bool(self._under_way)
 
     def step(self) -> dict[str, list[Rollout]]:
         """Compute one token for what is under way; the groups that are finished, by key."""
@@ -165,17 +168,17 @@ class ColocatedEngine:
             outputs = self._llm.llm_engine.step()
         finished: dict[str, list[Rollout]] = {}
         for output in outputs:
-            seed = self._seeds.pop(output.request_id)
-            finished[output.request_id] = [self._rollout(a, seed) for a in output.outputs]
+            seed, version = self._under_way.pop(output.request_id)
+            finished[output.request_id] = [self._rollout(a, seed, version) for a in output.outputs]
         return finished
 
     def abort(self, keys: Sequence[str]) -> None:
         """Drop groups that are under way; others are ignored."""
-        known = [key for key in keys if key in self._seeds]
+        known = [key for key in keys if key in self._under_way]
         if known:
             self._llm.llm_engine.abort_request(known)
         for key in known:
-            del self._seeds[key]
+            del self._under_way[key]
 
     def push_weights(self, named_tensors: NamedTensors, version: int) -> None:
         """Replace all weights by tensors under their published names; stamp later rollouts.
@@ -208,14 +211,17 @@ class ColocatedEngine:
         """Raises RolloutError if a tensor was left out.
 
         Clears the prefix cache and the vision encoder cache, both of which hold results of the old
-        weights; decoded and normalised pixels stay. Answers under way are computed again up to
-        where they were, and go on with the new weights.
+        weights; decoded and normalised pixels stay. Answers under way need both and go on with the
+        new weights; then nothing is cleared, and what comes later has names of its own in them.
         """
         with trainer_state_kept():
             self._llm.collective_rpc("finish_weight_update")
             engine = self._llm.llm_engine
-            engine.reset_prefix_cache(reset_running_requests=True)
-            engine.reset_encoder_cache()
+            if self.busy:
+                self._cache_name = str(version)
+            else:
+                engine.reset_prefix_cache()
+                engine.reset_encoder_cache()
             engine.set_weight_version(str(version))
         self.version = version
 
@@ -251,7 +257,7 @@ class ColocatedEngine:
             detokenize=False,  # once at the end, not at every step
         )
 
-    def _rollout(self, answer: Any, seed: int) -> Rollout:
+    def _rollout(self, answer: Any, seed: int, version: int) -> Rollout:
         token_ids = np.array(answer.token_ids, dtype=np.int64)  # [R]
         logprobs = np.array(answer.logprobs.logprobs, dtype=np.float32)  # [R]
         if len(logprobs) != len(token_ids) or answer.finish_reason not in ("stop", "length"):
@@ -264,7 +270,7 @@ class ColocatedEngine:
             logprobs=logprobs,
             text=self._tokenizer.decode(answer.token_ids, skip_special_tokens=True),
             finish=answer.finish_reason,
-            weight_version=int(answer.weight_versions[0].version),
+            weight_version=version,
             newest_version=int(answer.weight_versions[-1].version),
             seed=seed + answer.index,  # as vLLM deals them out to the answers of a prompt
         )

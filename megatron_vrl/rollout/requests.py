@@ -5,6 +5,7 @@ grid step that the engine derived are compared with the trainer's for every requ
 the two sides place differently is an error that names the sample.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -85,12 +86,23 @@ def check_length(request: Request, spec: SamplingSpec, max_model_len: int) -> No
         )
 
 
-def vllm_prompt(request: Request) -> dict[str, Any]:
+def vllm_prompt(request: Request, cache_name: str) -> dict[str, Any]:
+    """What vLLM computes is shared by prompts of one `cache_name` only."""
     videos = [(video.frames, _metadata(video)) for video in request.videos]
-    return {
+    prompt: dict[str, Any] = {
         "prompt_token_ids": list(request.engine_token_ids),
         "multi_modal_data": {"video": videos},
     }
+    if cache_name:
+        names = [f"{_digest(video)}-{cache_name}" for video in request.videos]
+        prompt |= {"cache_salt": cache_name, "multi_modal_uuids": {"video": names}}
+    return prompt
+
+
+def _digest(video: VideoInput) -> str:
+    digest = hashlib.blake2b(np.ascontiguousarray(video.frames).data, digest_size=16)
+    digest.update(repr((video.grid_thw, video.seconds_per_grid)).encode())
+    return digest.hexdigest()
 
 
 def _metadata(video: VideoInput) -> dict[str, Any]:

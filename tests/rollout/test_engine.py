@@ -9,7 +9,8 @@ import torch
 from megatron_vrl import config
 from megatron_vrl.errors import RolloutError
 from megatron_vrl.rollout.checksums import tensor_checksums
-from megatron_vrl.rollout.engine import ColocatedEngine, SamplingSpec
+from megatron_vrl.rollout.engine import ColocatedEngine
+from megatron_vrl.rollout.requests import SamplingSpec, request_of
 
 pytestmark = pytest.mark.slow
 
@@ -218,6 +219,36 @@ def test_greedy_takes_the_likeliest(engine, published, weights, make_prompt):
     logits = published.logits(prompt, rollout.token_ids)
     logits[:, list(engine.banned_token_ids)] = -torch.inf
     assert logits.argmax(-1).tolist() == rollout.token_ids.tolist()
+
+
+def test_weights_that_arrive_in_the_midst_of_answers(engine, published, weights, make_prompt):
+    """Each token's log-prob is that of the weights that gave it; nothing stale serves the next."""
+    changed = {name: tensor * 1.02 for name, tensor in weights.items()}
+    prompts = [make_prompt(0), make_prompt(1)]
+    long = spec(n=4, max_tokens=24)
+    for number, prompt in enumerate(prompts):
+        engine.submit(str(number), request_of(prompt), long.of_prompt(number))
+    for _ in range(8):
+        assert not engine.step()
+    engine.push_weights(changed.items(), version=2)
+    engine.submit("new", request_of(prompts[0]), long.of_prompt(9))  # a video that was seen before
+    groups = {}
+    while engine.busy:
+        groups |= engine.step()
+    assert {len(group) for group in groups.values()} == {4}
+    new = groups.pop("new")
+    assert {(r.weight_version, r.newest_version) for r in new} == {(2, 2)}
+    published.load(changed)
+    assert largest_gap(published, engine, prompts[:1], [new]) < 1e-4
+    published.load(weights)
+    for number, prompt in enumerate(prompts):
+        for rollout in groups[str(number)]:
+            assert (rollout.weight_version, rollout.newest_version) == (1, 2)
+            logits = published.logits(prompt, rollout.token_ids)
+            logits[:, list(engine.banned_token_ids)] = -torch.inf
+            old = logits.log_softmax(-1).gather(1, torch.from_numpy(rollout.token_ids)[:, None])
+            gap = (old[:, 0] - torch.from_numpy(rollout.logprobs)).abs()
+            assert gap[:7].max() < 1e-4 < gap[9:].max()
 
 
 def test_refusals_are_one_sentence(engine, weights, make_prompt, checkpoint):
