@@ -18,25 +18,38 @@ FORMAT = re.compile(
     re.DOTALL,
 )
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-UNREADABLE = (ValueError, TypeError, KeyError, OverflowError, RecursionError, ZeroDivisionError)
+UNREADABLE = (ValueError, TypeError, KeyError, OverflowError, RecursionError)
 
 
 def format_score(sample: VideoSample, response: str) -> float:
     return 1.0 if FORMAT.fullmatch(response) else 0.0
 
 
-def temporal_iou(sample: VideoSample, response: str) -> float:
+def read_interval(response: str) -> tuple[Interval | None, str]:
+    """(seconds, failure) of the first answer block: in no order, not clipped, perhaps not finite.
+
+    Whatever goes wrong, the released score is 0; the failure, "" or one sentence, is ours.
+    """
     block = ANSWER.search(response)
     if block is None:
+        return None, "no <answer> block"
+    try:
+        answer = json.loads(block[1].strip())
+        return (float(answer["start_time"]), float(answer["end_time"])), ""
+    except UNREADABLE as error:
+        return None, f"the first answer block is not read: {type(error).__name__} {error!s:.60}"
+
+
+def temporal_iou(sample: VideoSample, response: str) -> float:
+    interval_s, _ = read_interval(response)
+    if interval_s is None:
         return 0.0
     start_s, end_s = sample.intervals_s[0]
     truth = (start_s / sample.duration_s, end_s / sample.duration_s)
+    answer = (interval_s[0] / sample.duration_s, interval_s[1] / sample.duration_s)
     try:
-        answer = json.loads(block[1].strip())
-        start = float(answer["start_time"]) / sample.duration_s
-        end = float(answer["end_time"]) / sample.duration_s
-        return hull_iou((start, end), truth)
-    except UNREADABLE:  # whatever went wrong, the released score is 0
+        return hull_iou(answer, truth)
+    except ZeroDivisionError:  # start, end and truth are one instant
         return 0.0
 
 

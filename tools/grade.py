@@ -1,0 +1,74 @@
+"""Grade stored responses: JSON lines in, JSON lines out, one for one and in order.
+
+    grade.py --task T [--mode strict|seed] [rewards.KEY=VALUE ...] < responses.jsonl > scores.jsonl
+
+A line in has the fields its task needs (others are passed over, blank lines are skipped):
+
+    {"id": "a", "response": "<think>...", "duration_s": 30.0, "intervals_s": [[6.0, 15.0]],
+     "option": "B"}
+
+temporal_grounding needs duration_s and intervals_s, multiple_choice needs option, grounded_qa all
+three. "options", the texts, may be given too; without them an option is read by its letter alone.
+
+A line out:
+
+    {"id": "a", "score": 1.0, "parts": {"format": 1.0, "temporal_iou": 1.0},
+     "parsed": {"interval_s": [6.0, 15.0]}, "failure": null}
+
+"score" is the sum of the parts by the weights of section `rewards` (docs/tasks.md says what each
+part counts). "failure" says why the response could not be read. Lines are written as they are
+graded. A line that cannot be graded ends the program with one sentence and exit code 2; the lines
+before it stay written.
+"""
+
+import argparse
+import json
+import os
+import sys
+
+from megatron_vrl.config import Rewards, Section, overridden
+from megatron_vrl.errors import EXIT_CODE, DataError, UserError
+from megatron_vrl.rewards import weights_of
+from megatron_vrl.rewards.grading import Grader
+from megatron_vrl.tasks import TASKS
+
+
+class GradeConfig(Section):
+    rewards: Rewards = Rewards()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--task", required=True, choices=list(TASKS))
+    parser.add_argument("--mode", default="strict", choices=["strict", "seed"])
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_intermixed_args()
+    try:
+        rewards = overridden(GradeConfig, {}, arguments.overrides, "command line").rewards
+        weights_of(rewards)
+        _grade_all(Grader(task=arguments.task, mode=arguments.mode, rewards=rewards))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_CODE
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _grade_all(grader: Grader) -> None:
+    for number, line in enumerate(sys.stdin.buffer, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = grader.grade(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"line {number} is not JSON ({error}); correct it.") from None
+        except DataError as error:
+            raise DataError(f"line {number}: {error}; correct it.") from None
+        print(json.dumps(row, allow_nan=False), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
