@@ -153,6 +153,15 @@ class Rewards(Section):
     """Weight of each reward part, per task."""
     multiple_choice: dict[str, float] = {"format": 0.5, "accuracy": 0.5}
     grounded_qa: dict[str, float] = {"format": 0.5, "temporal_iou": 0.25, "accuracy": 0.25}
+    length_tokens: tuple[Positive, Positive] = (320, 512)
+    """Fewest and most tokens of a right answer that earns the part `length`."""
+    functions: dict[str, str] = {}
+    """Reward parts of your own: name -> `package.module:function`, called with (response, sample),
+    which returns a number in [0, 1]; weigh it by that name. See docs/tasks.md."""
+    function_timeout_s: Annotated[float, Field(gt=0)] = 1.0
+    """Longest that one call of such a function may take."""
+    function_workers: Positive = 2
+    """Processes that run them, on each rank."""
 
 
 class Algorithm(Section):

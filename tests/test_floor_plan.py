@@ -21,6 +21,7 @@ FLOORS = {
     "megatron_vrl.loops": 4,
     "megatron_vrl.evaluation": 4,
     "megatron_vrl.rollouts": 4,
+    "megatron_vrl.judge": 4,
     "megatron_vrl.scoring": 4,
     "megatron_vrl.checking": 4,
     "megatron_vrl.selection": 4,
@@ -33,6 +34,7 @@ FLOORS = {
     # 2 services
     "megatron_vrl.parallel": 2,
     "megatron_vrl.observe": 2,
+    "megatron_vrl.workers": 2,
     # 1 pure logic
     "megatron_vrl.tasks": 1,
     "megatron_vrl.rewards": 1,

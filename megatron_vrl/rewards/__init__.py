@@ -1,17 +1,19 @@
 """How good is a response? A new reward part is one file and one row in `PARTS`.
 
 A part is in [0, 1]; a task names its parts, the configuration weighs them. Every part of the task
-is computed and logged, a part without a weight counts nothing.
+is computed and logged, and so is every part of `OPTIONAL` and every function of the user's that
+the task's weights name; a weight of 0 makes a part that is logged and counts nothing. What needs
+more than the text of one response is added by `megatron_vrl.judge`.
 """
 
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 from megatron_vrl.config import Rewards
 from megatron_vrl.errors import ConfigError
-from megatron_vrl.rewards import accuracy, format, seed, temporal_iou
+from megatron_vrl.rewards import accuracy, boundary_iou, format, seed, temporal_iou
 from megatron_vrl.tasks import TASKS, Parsed
 from megatron_vrl.types import VideoSample
 
@@ -19,7 +21,10 @@ PARTS: dict[str, Callable[[VideoSample, Parsed], float]] = {
     "format": format.score,
     "temporal_iou": temporal_iou.score,
     "accuracy": accuracy.score,
+    "boundary_iou": boundary_iou.score,
 }
+LENGTH = "length"
+OPTIONAL = {"boundary_iou": "temporal_iou", LENGTH: "format"}  # part -> the task's part it needs
 SEED_PARTS: dict[str, dict[str, Callable[[VideoSample, str], float]]] = {
     "temporal_grounding": {"format": seed.format_score, "temporal_iou": seed.temporal_iou},
 }
@@ -31,14 +36,25 @@ def score(
     mode: Literal["strict", "seed"],
     weights: dict[str, float],
 ) -> tuple[dict[str, float], float]:
-    """Parts of the sample's task and their weighted sum; `weights` as `weights_of` checked them."""
+    """Parts of the sample's task and their weighted sum; `weights` as `weights_of` checked them.
+
+    Of the optional parts those that the text alone decides; they are read strictly in either mode.
+    """
     task = TASKS[sample.task]
+    of_text = [name for name in weights if name in PARTS and name not in task.parts]
     if mode == "seed" and task.name in SEED_PARTS:
         parts = {name: part(sample, response) for name, part in SEED_PARTS[task.name].items()}
     else:
+        of_text = [*task.parts, *of_text]
+        parts = {}
+    if of_text:
         parsed = task.parse(response, sample)
-        parts = {name: PARTS[name](sample, parsed) for name in task.parts}
-    return parts, sum(weights.get(name, 0.0) * value for name, value in parts.items())
+        parts |= {name: PARTS[name](sample, parsed) for name in of_text}
+    return parts, weighted(parts, weights)
+
+
+def weighted(parts: Mapping[str, float], weights: Mapping[str, float]) -> float:
+    return sum(weights.get(name, 0.0) * value for name, value in parts.items())
 
 
 def weights_of(cfg: Rewards) -> dict[str, dict[str, float]]:
@@ -48,9 +64,15 @@ def weights_of(cfg: Rewards) -> dict[str, dict[str, float]]:
         "multiple_choice": cfg.multiple_choice,
         "grounded_qa": cfg.grounded_qa,
     }
+    for name in cfg.functions:
+        if name in PARTS or name == LENGTH:
+            raise ConfigError(f"rewards.functions.{name}: this name is taken; choose another.")
     for task, of_part in weights.items():
+        parts = TASKS[task].parts
+        optional = tuple(part for part, needed in OPTIONAL.items() if needed in parts)
         for part, weight in of_part.items():
-            _check(f"rewards.{task}.{part}={weight!r}", part, weight, TASKS[task].parts)
+            known = (*parts, *optional, *cfg.functions)
+            _check(f"rewards.{task}.{part}={weight!r}", part, weight, known)
     return weights
 
 

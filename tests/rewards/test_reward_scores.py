@@ -168,7 +168,7 @@ def test_a_part_without_a_weight_is_logged_and_counts_nothing():
         (
             {"accuracy": 1.0},
             "rewards.temporal_grounding.accuracy=1.0: the task has no reward part 'accuracy'; "
-            "known: format, temporal_iou.",
+            "known: format, temporal_iou, boundary_iou, length.",
         ),
         (
             {"format": -0.5},
@@ -188,7 +188,7 @@ def test_weights_are_checked(weights, sentence):
 
 def test_released_scores_exist_for_grounding_alone():
     assert set(SEED_PARTS) == {"temporal_grounding"}
-    assert set(PARTS) == {"format", "temporal_iou", "accuracy"}
+    assert set(PARTS) == {"format", "temporal_iou", "accuracy", "boundary_iou"}
     sample = replace(SAMPLE, task="multiple_choice")
     response = "<think></think><answer>(b)</answer>"
     seed, strict = (score(sample, response, mode, {"accuracy": 1.0}) for mode in ("seed", "strict"))
