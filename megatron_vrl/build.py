@@ -16,6 +16,7 @@ from megatron_vrl.data.mix import load, open_pool
 from megatron_vrl.data.pool import Drawn
 from megatron_vrl.data.prompt import PromptEncoder, VisionTokens
 from megatron_vrl.errors import VideoError
+from megatron_vrl.judge import Judge
 from megatron_vrl.model.architecture import Architecture, read_architecture
 from megatron_vrl.model.chunks import check_divides
 from megatron_vrl.model.export import WeightExport
@@ -46,6 +47,7 @@ class Parts:
     policy: Policy
     saver: Saver
     rollouts: Rollouts
+    judge: Judge
     reader: VideoReader
     encoder: PromptEncoder
     published_dir: Path  # config, tokenizer and processor files of the checkpoint
@@ -123,6 +125,8 @@ def build(cfg: RunConfig) -> Parts:
     check_divides(arch, cfg.model, cfg.parallel)
     mesh = init_mesh(cfg.parallel, cfg.run.seed)
     check_batches(cfg, mesh.data.size)
+    with agreed(mesh):
+        judge = Judge(cfg.rewards)
     torch.use_deterministic_algorithms(cfg.run.deterministic)
     policy = Policy(arch, cfg.model, cfg.parallel, mesh)
     load_weights(cfg.model.checkpoint, policy)
@@ -152,6 +156,7 @@ def build(cfg: RunConfig) -> Parts:
             dtype,
             banned,
         ),
+        judge=judge,
         reader=VideoReader(cfg.video),
         encoder=encoder,
         published_dir=published_dir,

@@ -10,6 +10,7 @@ from megatron_vrl.model.chunks import all_chunks, check_divides
 from megatron_vrl.parallel.mesh import check_layout
 from megatron_vrl.rewards import weights_of
 from megatron_vrl.training.layout import published_files
+from megatron_vrl.workers import load_function
 
 
 def check(cfg: RunConfig, world: int) -> list[str]:
@@ -20,6 +21,8 @@ def check(cfg: RunConfig, world: int) -> list[str]:
     check_batches(cfg, replicas)
     check_overlap(cfg)
     weights_of(cfg.rewards)
+    for function in cfg.rewards.functions.values():
+        load_function(function)
     arch, notes = _architecture(cfg)
     check_divides(arch, cfg.model, cfg.parallel)
     evaluated = list(chain(*cfg.data.evaluation.values()))

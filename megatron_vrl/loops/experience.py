@@ -17,10 +17,10 @@ from megatron_vrl.batching.pack import Answer, Group
 from megatron_vrl.build import Parts
 from megatron_vrl.loops.flights import Flights
 from megatron_vrl.model.head import Distribution
-from megatron_vrl.parallel.mesh import gather_objects
-from megatron_vrl.rewards import score, weights_of
+from megatron_vrl.parallel.mesh import agreed, gather_objects, world_axis
+from megatron_vrl.rewards import weights_of
 from megatron_vrl.training.batches import plan_batches
-from megatron_vrl.types import Experience, Prompt, Rollout, ScoredGroup, VideoSample
+from megatron_vrl.types import Experience, ScoredGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +32,7 @@ class Collected:
     filler: Group  # a group of this replica that keeps a rank without work busy
     invalid: tuple[str, ...]  # samples with a reward that is no number
     rounds: int
+    failures: dict[str, list[str]]  # reward function of the user's -> what its failed calls did
 
 
 def collect(parts: Parts, flights: Flights) -> Collected:
@@ -53,8 +54,22 @@ def collect(parts: Parts, flights: Flights) -> Collected:
         rounds += 1
     filler = to_train(Experience(scored=groups[0], advantages=np.zeros(len(groups[0].rewards))))
     return Collected(
-        experiences=experiences, kept=kept, filler=filler, invalid=invalid, rounds=rounds
+        experiences=experiences,
+        kept=kept,
+        filler=filler,
+        invalid=invalid,
+        rounds=rounds,
+        failures=_failures(parts),
     )
+
+
+def _failures(parts: Parts) -> dict[str, list[str]]:
+    """Of all ranks."""
+    joined: dict[str, list[str]] = {}
+    for of_rank in gather_objects(world_axis(parts.mesh), parts.judge.take_failures()):
+        for name, failed in of_rank.items():
+            joined.setdefault(name, []).extend(failed)
+    return joined
 
 
 def to_train(experience: Experience, drop_truncated: bool = False) -> Group:
@@ -83,22 +98,12 @@ def sampled_distribution(parts: Parts) -> Distribution:
 def _answered(parts: Parts, flights: Flights, num: int) -> list[ScoredGroup]:
     """Scored groups of this rank's share of `num` samples and of its replica's other ranks."""
     answered = flights.take(num)
+    samples = [sample for sample, _, _ in answered]
+    prompts = [prompt for _, prompt, _ in answered]
     with parts.clock("score"):
-        return parts.gather_replica([_scored(parts, *group) for group in answered])
-
-
-def _scored(
-    parts: Parts, sample: VideoSample, prompt: Prompt, rollouts: Sequence[Rollout]
-) -> ScoredGroup:
-    mode, weights = parts.cfg.rewards.mode, weights_of(parts.cfg.rewards)[sample.task]
-    scores = [score(sample, rollout.text, mode, weights) for rollout in rollouts]
-    return ScoredGroup(
-        sample=sample,
-        prompt=prompt,
-        rollouts=tuple(rollouts),
-        parts={name: np.array([p[name] for p, _ in scores]) for name in scores[0][0]},
-        rewards=np.array([total for _, total in scores]),
-    )
+        with agreed(parts.mesh):
+            scored = parts.judge.groups(samples, prompts, [answers for _, _, answers in answered])
+        return parts.gather_replica(scored)
 
 
 def _rewards(

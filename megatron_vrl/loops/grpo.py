@@ -81,6 +81,11 @@ def _warn(sinks: Sinks, step: int, collected: Collected, learned: Learned) -> No
             f"Step {step}: left out {', '.join(collected.invalid)}, with a reward that is not a "
             "number: look at its reward function."
         )
+    for name, failed in collected.failures.items():
+        sinks.say(
+            f"Step {step}: the reward function {name!r} failed on {len(failed)} answers, whose "
+            f"groups are left out; it {failed[0]}."
+        )
     for update in learned.updates:
         if not update.applied:
             sinks.say(

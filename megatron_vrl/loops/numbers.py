@@ -32,6 +32,7 @@ def step_numbers(
     numbers: dict[str, Any] = _means(parts, collected.experiences)
     numbers |= {
         "invalid_groups": float(len(collected.invalid)),
+        "reward_errors": float(sum(map(len, collected.failures.values()))),
         "rollout_rounds": float(collected.rounds),
         "groups_trained": float(sum(gather_objects(parts.mesh.data, len(collected.kept)))),
         "updates_left_out": float(sum(not update.applied for update in learned.updates)),
