@@ -131,7 +131,11 @@ def build(cfg: RunConfig) -> Parts:
     policy = Policy(arch, cfg.model, cfg.parallel, mesh)
     load_weights(cfg.model.checkpoint, policy)
     encoder = PromptEncoder(
-        published_dir, vision_tokens(arch), cfg.data.system_prompt, cfg.data.max_prompt_tokens
+        published_dir,
+        vision_tokens(arch),
+        cfg.data.system_prompt,
+        cfg.data.max_prompt_tokens,
+        cfg.data.question,
     )
     banned = banned_token_ids(encoder.tokenizer, arch.vocab)
     dtype = DTYPES[cfg.model.dtype]

@@ -102,8 +102,11 @@ class Data(Section):
     """Sources of GRPO."""
     evaluation: dict[str, list[Source]] = {}
     """Split name -> sources. The split `dev` decides when the warm-up ends and is not reported."""
-    system_prompt: Literal["none", "think", "answer"] = "think"
-    """none: the template's default; think: reasoning, then JSON; answer: JSON alone."""
+    system_prompt: Literal["none", "seed", "think", "answer"] = "think"
+    """none: the template's default; seed: Temporal-R1's as released; think: the same in our words,
+    reasoning, then JSON; answer: JSON alone."""
+    question: Literal["default", "seed"] = "default"
+    """seed: Temporal-R1's wording of multiple choice; for the other tasks there is no other."""
     max_prompt_tokens: Positive = 4096
     """A longer prompt is refused, never cut: cutting would remove video tokens."""
 

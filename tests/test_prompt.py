@@ -35,12 +35,12 @@ def published(tmp_path_factory):
     return directory
 
 
-def encoder(published, system_prompt="think", max_tokens=4096):
+def encoder(published, system_prompt="think", max_tokens=4096, wording="default"):
     from transformers import AutoTokenizer
 
     pad = AutoTokenizer.from_pretrained(published).convert_tokens_to_ids("<|video_pad|>")
     vision = VisionTokens(video_token=pad, image_token=-1, merge=2, tokens_per_second=2.0)
-    return PromptEncoder(published, vision, system_prompt, max_tokens), pad
+    return PromptEncoder(published, vision, system_prompt, max_tokens, wording), pad
 
 
 def sample(task="temporal_grounding"):
@@ -105,3 +105,20 @@ def test_a_checkpoint_without_tokenizer(tmp_path):
     vision = VisionTokens(video_token=0, image_token=1, merge=2, tokens_per_second=2.0)
     with pytest.raises(CheckpointError, match="has no tokenizer that loads"):
         PromptEncoder(tmp_path, vision, "none", 10)
+
+
+def test_the_released_wording(published):
+    question = TASKS["multiple_choice"].seed_question(sample("multiple_choice"))
+    assert question == (
+        "Question:the red square is visible\nOption:\n(A) red\n(B) blue\n"
+        "Only give the best option.\n"
+    )
+    encode, _ = encoder(published, "seed", wording="seed")
+    text = encode.tokenizer.decode(encode.prompt(sample("multiple_choice"), CLIP).engine_token_ids)
+    assert text == (
+        f"<|im_start|>system\n{SYSTEM_PROMPTS['seed']}<|im_end|>\n"
+        f"<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>{question}<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    for name in ("temporal_grounding", "grounded_qa"):
+        assert TASKS[name].seed_question(sample(name)) == TASKS[name].question(sample(name))

@@ -8,7 +8,7 @@ video's grid.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +34,12 @@ class PromptEncoder:
     """Tokenizer and template of one checkpoint under one system prompt."""
 
     def __init__(
-        self, published_dir: str | Path, vision: VisionTokens, system_prompt: str, max_tokens: int
+        self,
+        published_dir: str | Path,
+        vision: VisionTokens,
+        system_prompt: str,
+        max_tokens: int,
+        wording: Literal["default", "seed"] = "default",
     ) -> None:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(published_dir)
@@ -46,12 +51,16 @@ class PromptEncoder:
         self._vision = vision
         self._system_prompt = system_prompt
         self._max_tokens = max_tokens
+        self._wording = wording
         self._stop = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
 
     def prompt(self, sample: VideoSample, video: EncodedVideo) -> Prompt:
         """Raises ConfigError if the prompt exceeds data.max_prompt_tokens."""
-        question = TASKS[sample.task].question(sample)
-        return self.encode(sample.id, SYSTEM_PROMPTS[self._system_prompt], (video,), question)
+        task = TASKS[sample.task]
+        question = task.seed_question if self._wording == "seed" else task.question
+        return self.encode(
+            sample.id, SYSTEM_PROMPTS[self._system_prompt], (video,), question(sample)
+        )
 
     def encode(
         self, name: str, system: str | None, visuals: tuple[Visual, ...], question: str

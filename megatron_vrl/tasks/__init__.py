@@ -1,9 +1,12 @@
 """What can be asked about a video. A new task is one file and one row here.
 
-`SYSTEM_PROMPTS` are the choices of `data.system_prompt`. `think` gives the instruction of
-Temporal-R1 in its order (think first, tags, JSON) in our own words; like the released one it does
-not name the JSON keys. `answer` leaves the think block empty instead of leaving it out, so one
-format rule serves both: imitate `task.target(replace(sample, rationale=""))` under it.
+`SYSTEM_PROMPTS` are the choices of `data.system_prompt`. `seed` is the released text of Temporal-R1
+(arXiv 2506.01908, `sys_prompt_map` of its evaluation; its training script has a line break where
+this has a space, which YAML folds away on the command line). `think` says the same in our words.
+Neither names the JSON keys. `answer` leaves the think block empty instead of leaving it out, so one
+format rule serves both: imitate `task.target(replace(sample, rationale=""))` under it. Under `none`
+the chat template of Qwen2.5-VL says "You are a helpful assistant.", as the released evaluation of
+untrained models does.
 """
 
 from megatron_vrl.tasks.grounded_qa import GROUNDED_QA
@@ -21,6 +24,12 @@ TASKS: dict[str, Task] = {
 
 SYSTEM_PROMPTS: dict[str, str | None] = {
     "none": None,  # the chat template's own
+    "seed": (
+        "You FIRST think about the reasoning process as an internal monologue and then provide the "
+        "final answer. The reasoning process MUST BE enclosed within <think> </think> tags. The "
+        "final answer MUST BE put in <answer> </answer> tags. Output the final answer in JSON "
+        "format."
+    ),
     "think": (
         "First think the question through as an inner monologue, then give the final answer. "
         "Put the reasoning inside <think> </think> and the final answer inside "

@@ -2,6 +2,7 @@
 
 The target answers in JSON. An answer block that holds no JSON object is read as the bare option,
 so that models which were never taught the form can be evaluated; it does not count as formatted.
+The released question is that of Temporal-R1's evaluation on MVBench.
 """
 
 from megatron_vrl.tasks.answer import (
@@ -28,6 +29,11 @@ def ask(sample: VideoSample, instruction: str) -> str:
     return f"Question: {sample.query}\nOptions:\n{options}\n{instruction}"
 
 
+def seed_question(sample: VideoSample) -> str:
+    options = "".join(f"({letter}) {option}\n" for letter, option in lettered(sample.options))
+    return f"Question:{sample.query}\nOption:\n{options}Only give the best option.\n"
+
+
 def target(sample: VideoSample) -> str:
     answer = f'{{"option": "{sample.option}"}}'
     return f"<think>{sample.rationale}</think><answer>{answer}</answer>"
@@ -48,6 +54,7 @@ MULTIPLE_CHOICE = Task(
     name="multiple_choice",
     parts=("format", "accuracy"),
     question=question,
+    seed_question=seed_question,
     target=target,
     parse=parse,
 )
