@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ import numpy as np
 from megatron_vrl.config import RunConfig, Source
 from megatron_vrl.data.pool import index_records
 from megatron_vrl.data.problems import Problem
-from megatron_vrl.data.readers import READERS, samples_of
+from megatron_vrl.data.readers import READERS, load_records, samples_of
 from megatron_vrl.errors import DataError, VideoError
 from megatron_vrl.types import Footage, VideoSample
 from megatron_vrl.video import VideoReader
@@ -45,7 +44,7 @@ def num_records(source: Source) -> int:
     """Raises DataError if the file cannot be read."""
     if READERS[source.format].is_list:
         return len(index_records(source.json_path))
-    return len(_whole(source.json_path))
+    return len(_whole(source))
 
 
 class DatasetCheck:
@@ -67,7 +66,7 @@ class DatasetCheck:
             read = [self._read(record, key, source) for key, record in some]
             files = self._files([sample for samples, _ in read for sample in samples])
             for (_, record), (samples, found) in zip(some, read, strict=True):
-                spans = _spans(record, source) if not found and not record.get("clip") else []
+                spans = [] if found else _spans(record, source)
                 yield [*found, *self._of_samples(samples, spans, files)]
 
     def _read(
@@ -133,7 +132,7 @@ class DatasetCheck:
             yield "annotation", "the question has no text; it is left out."
         if sample.task != "multiple_choice" and not sample.intervals_s:
             yield "interval", "no interval within the video; the question is left out."
-        if sample.window_s is None:
+        if sample.window_s is None and sample.duration_s:
             yield from _durations(sample, self._durations_s[sample.footage])
         most, tokens = self._cfg.data.max_prompt_tokens, self.seen.tokens.get(sample.footage, 0)
         if tokens > most:
@@ -158,7 +157,7 @@ def _durations(sample: VideoSample, file_s: float) -> Iterator[tuple[str, str]]:
 
 def _records(source: Source) -> Iterator[tuple[str | int, Any]]:
     if not READERS[source.format].is_list:
-        yield from _whole(source.json_path).items()
+        yield from _whole(source).items()
         return
     spans = index_records(source.json_path)
     with open(source.json_path, "rb") as file:
@@ -167,20 +166,16 @@ def _records(source: Source) -> Iterator[tuple[str | int, Any]]:
             yield number, json.loads(file.read(stop - start))
 
 
-def _whole(path: str) -> dict[str, Any]:
-    try:
-        records = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"Cannot read the annotations {path}: {error.strerror}.") from None
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}.") from None
+def _whole(source: Source) -> dict[str, Any]:
+    records = load_records(source)
     if not isinstance(records, dict):
-        raise DataError(f"{path} holds a {type(records).__name__}; expected records by video.")
+        raise DataError(
+            f"{source.json_path} holds a {type(records).__name__}; expected records by video."
+        )
     return records
 
 
 def _spans(record: Any, source: Source) -> list[Sequence[float]]:
     """Intervals in seconds as they are written, before readers cut them."""
-    if source.format == "charades_sta":
-        return record["timestamps"]
-    return record["glue"] if source.format == "next_gqa" else []
+    field = {"charades_sta": "timestamps", "next_gqa": "glue"}.get(source.format)
+    return record[field] if field and not record.get("clip") else []

@@ -4,25 +4,20 @@ Two levels: a section, then its keys. Unknown keys and wrong types are refused w
 name. A part of the program receives its own section, never the whole.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from megatron_vrl.algorithm_values import PUBLISHED, AlgorithmName
 from megatron_vrl.config_base import SECTION, Positive, Share
-from megatron_vrl.config_errors import reason
+from megatron_vrl.config_tree import overridden, read_mix, read_tree
 from megatron_vrl.config_video import Video
 from megatron_vrl.errors import ConfigError
 
 
 class Section(BaseModel):
     model_config = SECTION
-
-
-Schema = TypeVar("Schema", bound=BaseModel)
 
 
 class Run(Section):
@@ -86,20 +81,42 @@ class Source(Section):
     """One annotation file and the videos it speaks of."""
 
     json_path: str
-    """Annotation file, .json or .jsonl."""
+    """Annotation file, .json or .jsonl; for mvbench and tempcompass also a folder of them."""
     data_folder: str
     """Folder of its videos."""
-    format: Literal["charades_sta", "next_gqa", "multiple_choice", "temporal_r1"]
-    """Published form of the file, see megatron_vrl/data/readers.py."""
+    format: Literal[
+        "charades_sta",
+        "next_gqa",
+        "multiple_choice",
+        "temporal_r1",
+        "tvgbench",
+        "activitynet_rtl",
+        "mvbench",
+        "tempcompass",
+        "video_mme",
+        "mmvu",
+    ] = "temporal_r1"
+    """Published form of the file, see megatron_vrl/data/readers.py and benchmarks.py."""
     sampling_strategy: str = "all"
     """all | first:N | end:N | random:N, where N may be a percentage."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """How often its samples come in an epoch: 2, each twice; 0.5, half of them, in turn."""
 
 
 class Data(Section):
     sft: list[Source] = []
-    """Sources of the warm-up; disjoint from `train` when the two are compared."""
+    """Sources of the warm-up; disjoint from `train` when the two are compared. Like `train`, also
+    the path of a YAML file as Temporal-R1 has them: `datasets`, a list of sources."""
     train: list[Source] = []
     """Sources of GRPO."""
+    selection: str = ""
+    """kept.jsonl of tools/select_data.py: GRPO trains on these samples alone."""
+    difficulty: str = ""
+    """stats.jsonl of tools/select_data.py: the recorded rewards that a curriculum goes by."""
+    curriculum: Literal["none", "easy_first", "hard_first"] = "none"
+    """Order of an epoch of GRPO by recorded mean reward; samples without one come last."""
+    curriculum_stages: Positive = 4
+    """Parts of equal size that a curriculum goes through; each is shuffled in itself."""
     evaluation: dict[str, list[Source]] = {}
     """Split name -> sources. The split `dev` decides when the warm-up ends and is not reported."""
     system_prompt: Literal["none", "seed", "think", "answer"] = "think"
@@ -109,6 +126,12 @@ class Data(Section):
     """seed: Temporal-R1's wording of multiple choice; for the other tasks there is no other."""
     max_prompt_tokens: Positive = 4096
     """A longer prompt is refused, never cut: cutting would remove video tokens."""
+
+    @field_validator("sft", "train", mode="before")
+    @classmethod
+    def _listed(cls, given: Any) -> Any:
+        """Sources named in a YAML file of their own."""
+        return read_mix(given) if isinstance(given, str) else given
 
 
 class Rollout(Section):
@@ -340,57 +363,4 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:  # ty
 
     Raises ConfigError naming the key, the value and the nearest known name.
     """
-    try:
-        tree = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise ConfigError(
-            f"Cannot read the config {path}: {error.strerror}. Give --config FILE."
-        ) from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(
-            f"{path} holds {type(tree).__name__}, not sections. See configs/quickstart.yaml."
-        )
-    return overridden(RunConfig, tree, overrides, str(path))
-
-
-def overridden(
-    schema: type[Schema], tree: dict[str, Any], overrides: Sequence[str], origin: str
-) -> Schema:
-    """`tree`, changed in place by `section.key=value` overrides, as a `schema` of sections.
-
-    Raises ConfigError; `origin` says in it where the tree came from.
-    """
-    for override in overrides:
-        _apply(tree, override)
-    return checked(schema, tree, origin, "set it in the file or as {key}=VALUE.")
-
-
-def checked(schema: type[Schema], tree: dict[str, Any], origin: str, if_missing: str) -> Schema:
-    """Raises ConfigError naming the key, the value and the nearest known name.
-
-    `if_missing` says what to do about an absent `{key}`.
-    """
-    try:
-        return schema.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(f"{origin}: {reason(error, schema, if_missing)}") from None
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    *sections, last = key.split(".")
-    if not equals or not sections or not all(key.split(".")):
-        raise ConfigError(f"Override {override!r} is not of the form section.key=value.")
-    node = tree
-    for depth, name in enumerate(sections):
-        node = node.setdefault(name, {})
-        if not isinstance(node, dict):
-            raise ConfigError(
-                f"Override {override!r}: {'.'.join(sections[: depth + 1])} is not a section."
-            )
-    try:
-        node[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"Override {override!r}: the value is not YAML. Quote it.") from None
+    return overridden(RunConfig, read_tree(path), overrides, str(path))

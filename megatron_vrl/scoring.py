@@ -28,9 +28,8 @@ from megatron_vrl.config import (
     Positive,
     Section,
     Video,
-    checked,
-    overridden,
 )
+from megatron_vrl.config_tree import checked, overridden
 from megatron_vrl.data.prompt import PromptEncoder
 from megatron_vrl.errors import ConfigError, DataError, VideoError
 from megatron_vrl.model.architecture import Architecture, read_architecture

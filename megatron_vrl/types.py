@@ -33,7 +33,7 @@ class VideoSample:
     id: str  # unique within its split; "VIDEO/INDEX" for sets keyed by video
     task: str  # a row of `megatron_vrl.tasks.TASKS`
     video: str  # path of the file
-    duration_s: float  # as annotated, seconds
+    duration_s: float  # as annotated, seconds; 0 where a set of options alone does not say
     query: str  # the sentence to ground, or the question
     rationale: str  # what an ideal answer thinks; imitated by the SFT warm-up, "" if unknown
     intervals_s: tuple[Interval, ...]  # true intervals, seconds; () when the task has none
@@ -41,6 +41,7 @@ class VideoSample:
     option: str  # letter of the right option, "A".."Z"; "" when the task has none
     window_s: Interval | None = None  # part of the file that is shown; other times count from it
     folder: str = ""  # data folder, which the file must not leave; "": not asked for
+    labels: tuple[str, ...] = ()  # "kind/name" groups that an evaluation reports apart
 
     @property
     def footage(self) -> Footage:

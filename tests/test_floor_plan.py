@@ -46,6 +46,7 @@ FLOORS = {
     "megatron_vrl.config": 0,
     "megatron_vrl.config_base": 0,
     "megatron_vrl.config_video": 0,
+    "megatron_vrl.config_tree": 0,
     "megatron_vrl.config_errors": 0,
     "megatron_vrl.algorithm_values": 0,
     "megatron_vrl.errors": 0,

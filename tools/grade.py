@@ -26,7 +26,8 @@ import json
 import os
 import sys
 
-from megatron_vrl.config import Rewards, Section, overridden
+from megatron_vrl.config import Rewards, Section
+from megatron_vrl.config_tree import overridden
 from megatron_vrl.errors import EXIT_CODE, DataError, UserError
 from megatron_vrl.rewards import weights_of
 from megatron_vrl.rewards.grading import Grader

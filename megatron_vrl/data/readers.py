@@ -7,49 +7,47 @@ multiple_choice the same without `glue`
 temporal_r1     [{dataset, video, problem, solution [s, e] in [0, 1], video_length}], as released
                 with Temporal-R1, where the tag "charades_train" comes without `video_length`
 
-.json, and .jsonl for the lists. Any record may also have `clip` [s, e], the part of its video that
-is shown; its other times are the video's, and those of its samples count from s. Fields not named
-here are passed over. No video is touched, except where the record keeps no duration. Intervals are
-cut at the video's ends (in Charades-STA many run past them). A question that is then left without
-an interval, or that has no text, is left out and warned of, since the published files hold a few.
-Anything else that is wrong is refused.
+The forms of further benchmarks are in megatron_vrl/data/benchmarks.py. .json, and .jsonl for the
+lists. Any record may also have `clip` [s, e], the part of its video that is shown; its other times
+are the video's, and those of its samples count from s. Fields not named here are passed over. No
+video is touched, except where the record keeps no duration. `read` cuts intervals at the video's
+ends (in Charades-STA many run past them). A question that is then left without an interval, or that
+has no text or no options, is left out and warned of, since the published files hold a few. Anything
+else that is wrong is refused.
 """
 
 import gc
 import json
 import logging
-import os
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from megatron_vrl.config import Source
+from megatron_vrl.data.benchmarks import BENCHMARK_READERS
+from megatron_vrl.data.records import (
+    VIDEO_SUFFIXES,
+    HeaderDuration,
+    Options,
+    Reader,
+    Record,
+    Seconds,
+    Span,
+    choice,
+    clipped,
+    spans,
+    video_path,
+)
 from megatron_vrl.errors import DataError
-from megatron_vrl.tasks.answer import read_option
+from megatron_vrl.tasks import TASKS
 from megatron_vrl.tasks.temporal_grounding import QUESTION
 from megatron_vrl.types import Interval, VideoSample
 
 logger = logging.getLogger(__name__)
-
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi")
-MAX_OPTIONS = 26  # letters A to Z
-
-HeaderDuration = Callable[[str], float]  # path of a video -> its own duration, seconds
-
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Time = Annotated[float, Field(allow_inf_nan=False)]
-Span = Annotated[list[Time], Field(min_length=2, max_length=2)]
-
-
-class Record(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    clip: Span | None = None
 
 
 class CharadesSta(Record):
@@ -62,9 +60,10 @@ class MultipleChoice(Record):
     id: str
     video: str
     question: str
-    options: Annotated[list[str], Field(min_length=2, max_length=MAX_OPTIONS)]
+    options: Options
     duration: Seconds
     answer: str
+    type: str = ""  # the kind of question
 
 
 class NextGqa(MultipleChoice):
@@ -80,25 +79,56 @@ class TemporalR1(Record):
 
 
 def read(source: Source, header_duration_s: HeaderDuration | None = None) -> list[VideoSample]:
-    """All samples of one source, in the file's order.
+    """All samples of one source that can be asked, in the file's order, with their intervals cut.
 
     `header_duration_s` reads a video's own duration, for records that keep none.
     Raises DataError naming file, record, field, the value seen and what is expected.
     """
-    reader = READERS[source.format]
     kept: list[VideoSample] = []
     left_out: list[VideoSample] = []
-    with _without_collector():
-        records = _validated(reader.form, _load(source.json_path), source.json_path)
-        numbered = records.items() if isinstance(records, dict) else enumerate(records)
-        for sample in reader.samples(numbered, source, header_duration_s):
-            (kept if _is_usable(sample) else left_out).append(sample)
+    for sample in read_whole(source, header_duration_s):
+        cut = within(sample)
+        (kept if can_be_asked(cut) else left_out).append(cut)
     if left_out:
         logger.warning(
             f"{source.json_path}: {len(left_out)} of {len(kept) + len(left_out)} questions have no "
-            f"text or no interval within the video and are left out, first {left_out[0].id!r}."
+            "text, no interval within the video or no options and are left out, first "
+            f"{left_out[0].id!r}."
         )
     return kept
+
+
+def read_whole(
+    source: Source, header_duration_s: HeaderDuration | None = None
+) -> list[VideoSample]:
+    """Every question of the file, with its intervals as published: for an evaluation."""
+    reader = READERS[source.format]
+    with _without_collector():
+        records = _validated(reader.form, load_records(source), source.json_path)
+        numbered = records.items() if isinstance(records, dict) else enumerate(records)
+        return list(reader.samples(numbered, source, header_duration_s))
+
+
+def load_records(source: Source) -> Any:
+    """The annotations' JSON: of a form with several files, by their names."""
+    if READERS[source.format].by_file:
+        return _by_file(source.json_path)
+    return _load(source.json_path)
+
+
+def within(sample: VideoSample) -> VideoSample:
+    """Its intervals cut to the video; what is then empty is gone."""
+    cut = _within(sample.intervals_s, sample.duration_s)
+    return sample if cut == sample.intervals_s else replace(sample, intervals_s=cut)
+
+
+def can_be_asked(sample: VideoSample) -> bool:
+    parts = TASKS[sample.task].parts
+    return bool(
+        sample.query
+        and (sample.intervals_s or "temporal_iou" not in parts)
+        and (sample.option or "accuracy" not in parts)
+    )
 
 
 def read_record(
@@ -109,7 +139,7 @@ def read_record(
     Raises DataError as `read` does, and whatever `header_duration_s` raises.
     """
     [sample] = samples_of(record, number, source, header_duration_s)
-    return sample if _is_usable(sample) else None
+    return sample if can_be_asked(sample) else None
 
 
 def samples_of(
@@ -121,12 +151,9 @@ def samples_of(
         checked = _validated(reader.form, {key: record}, source.json_path)[key]
     else:
         [checked] = _validated(reader.form, [record], source.json_path, key)
-    return list(reader.samples([(key, checked)], source, header_duration_s))
-
-
-def _is_usable(sample: VideoSample) -> bool:
-    grounded = sample.task != "multiple_choice"
-    return bool(sample.query and (sample.intervals_s or not grounded))
+    return [
+        within(sample) for sample in reader.samples([(key, checked)], source, header_duration_s)
+    ]
 
 
 def charades_sta(
@@ -141,7 +168,7 @@ def charades_sta(
                 f"{len(record.sentences)} sentences; expected one sentence for each."
             )
         name = video if video.endswith(VIDEO_SUFFIXES) else f"{video}.mp4"
-        path = _video_path(name, source, video)
+        path = video_path(name, source, video)
         for index, (span, sentence) in enumerate(
             zip(record.timestamps, record.sentences, strict=True)
         ):
@@ -152,11 +179,11 @@ def charades_sta(
                 duration_s=record.duration,
                 query=sentence.strip(),
                 rationale=sentence.strip(),
-                intervals_s=_within([span], record.duration),
+                intervals_s=spans([span]),
                 options=(),
                 option="",
             )
-            yield _clipped(sample, record, source)
+            yield clipped(sample, record, source)
 
 
 def multiple_choice(
@@ -165,7 +192,7 @@ def multiple_choice(
     header_duration_s: HeaderDuration | None,
 ) -> Iterator[VideoSample]:
     for _, record in records:
-        yield _clipped(_choice(record, source, "multiple_choice", []), record, source)
+        yield clipped(_choice(record, source), record, source)
 
 
 def next_gqa(
@@ -174,7 +201,8 @@ def next_gqa(
     header_duration_s: HeaderDuration | None,
 ) -> Iterator[VideoSample]:
     for _, record in records:
-        yield _clipped(_choice(record, source, "grounded_qa", record.glue), record, source)
+        sample = _choice(record, source, task="grounded_qa", intervals_s=spans(record.glue))
+        yield clipped(sample, record, source)
 
 
 def temporal_r1(
@@ -185,7 +213,7 @@ def temporal_r1(
     header_s: dict[str, float] = {}  # one video has several questions
     before, after = QUESTION.split("{query}")
     for index, record in records:
-        path = _video_path(record.video, source, index)
+        path = video_path(record.video, source, index)
         duration_s = record.video_length
         if duration_s is None:
             if record.dataset != "charades_train" or header_duration_s is None:
@@ -206,18 +234,11 @@ def temporal_r1(
             duration_s=duration_s,
             query=query,
             rationale=query,
-            intervals_s=_within([[t * duration_s for t in record.solution]], duration_s),
+            intervals_s=spans([[t * duration_s for t in record.solution]]),
             options=(),
             option="",
         )
-        yield _clipped(sample, record, source)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reader:
-    form: TypeAdapter[Any]  # of the whole file
-    samples: Callable[[Any, Source, HeaderDuration | None], Iterator[VideoSample]]
-    is_list: bool  # of one record for each sample
+        yield clipped(sample, record, source)
 
 
 READERS: dict[str, Reader] = {
@@ -229,67 +250,33 @@ READERS: dict[str, Reader] = {
         form=TypeAdapter(list[MultipleChoice]), samples=multiple_choice, is_list=True
     ),
     "temporal_r1": Reader(form=TypeAdapter(list[TemporalR1]), samples=temporal_r1, is_list=True),
+    **BENCHMARK_READERS,
 }
 
 
 def _choice(
-    record: MultipleChoice, source: Source, task: str, spans: list[list[float]]
+    record: MultipleChoice,
+    source: Source,
+    task: str = "multiple_choice",
+    intervals_s: tuple[Interval, ...] = (),
 ) -> VideoSample:
-    options = tuple(re.sub(r"^\([A-Z]\)", "", option).strip() for option in record.options)
-    option, failure = read_option(record.answer, options)
-    if failure:
-        raise DataError(
-            f"{source.json_path}: record {record.id!r}: field 'answer' is {record.answer!r}, "
-            f"expected the letter of one of {len(options)} options."
-        )
-    return VideoSample(
-        id=record.id,
+    return choice(
+        source,
+        record.id,
         task=task,
-        video=_video_path(record.video, source, record.id),
+        video=record.video,
         duration_s=record.duration,
-        query=record.question.strip(),
-        rationale=options[ord(option) - ord("A")],
-        intervals_s=_within(spans, record.duration),
-        options=options,
-        option=option,
+        question=record.question,
+        options=record.options,
+        answer=record.answer,
+        intervals_s=intervals_s,
+        labels=(f"type/{record.type}",) if record.type else (),
     )
 
 
-def _clipped(sample: VideoSample, record: Record, source: Source) -> VideoSample:
-    """The sample of a record with a `clip`, on the clip's own time."""
-    if record.clip is None:
-        return sample
-    start_s, end_s = record.clip
-    if not 0 <= start_s < end_s:
-        raise DataError(
-            f"{source.json_path}: record {sample.id!r}: field 'clip' is {record.clip}, expected "
-            "[start, end] in seconds with 0 <= start < end."
-        )
-    duration_s = min(end_s, sample.duration_s) - start_s
-    spans = [[s - start_s, e - start_s] for s, e in sample.intervals_s]
-    return replace(
-        sample,
-        window_s=(start_s, end_s),
-        duration_s=duration_s,
-        intervals_s=_within(spans, duration_s),
-    )
-
-
-def _within(spans: Iterable[list[float]], duration_s: float) -> tuple[Interval, ...]:
-    """Spans cut to [0, duration_s]; what is then empty is gone."""
-    cut = [(max(start_s, 0.0), min(end_s, duration_s)) for start_s, end_s in spans]
+def _within(intervals_s: Iterable[Interval], duration_s: float) -> tuple[Interval, ...]:
+    cut = [(max(start_s, 0.0), min(end_s, duration_s)) for start_s, end_s in intervals_s]
     return tuple((start_s, end_s) for start_s, end_s in cut if start_s < end_s)
-
-
-def _video_path(name: str, source: Source, record: str | int) -> str:
-    """By the name alone, without looking at the disk: there may be half a million records."""
-    inside = os.path.normpath(name)
-    if os.path.isabs(inside) or inside in (".", "..") or inside.startswith(f"..{os.sep}"):
-        raise DataError(
-            f"{source.json_path}: record {record!r}: video {name!r} is not inside the data folder "
-            f"{source.data_folder!r}; expected a path relative to it."
-        )
-    return os.path.join(source.data_folder, inside)
 
 
 @contextmanager
@@ -303,6 +290,15 @@ def _without_collector() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def _by_file(json_path: str) -> Any:
+    """{name without ending: content} of a folder's .json files, or of the one file."""
+    path = Path(json_path)
+    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    if not files:
+        raise DataError(f"The folder {json_path} holds no .json file; give the annotations.")
+    return {file.stem: _load(str(file)) for file in files}
 
 
 def _load(json_path: str) -> Any:

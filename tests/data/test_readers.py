@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vrl.config import Source
+from megatron_vrl.data.benchmarks import BENCHMARK_READERS
 from megatron_vrl.data.readers import READERS, read
 from megatron_vrl.errors import DataError
 from megatron_vrl.tasks import TASKS
@@ -85,6 +86,7 @@ def test_next_gqa(read_records):
         intervals_s=((23.0, 27.7), (1.0, 2.0)),
         options=("clap proudly", "the lady sitting down", "lay on floor"),
         option="C",
+        labels=("type/TN",),
     )
 
 
@@ -170,8 +172,8 @@ def test_questions_that_cannot_be_asked_are_left_out_and_warned_of(read_records,
     assert [sample.id for sample in samples] == ["a/1", "b/1"]
     assert samples[1].intervals_s == ((0.0, 2.0),)
     assert caplog.messages[0].endswith(
-        "3 of 5 questions have no text or no interval within the video and are left out, "
-        "first 'a/0'."
+        "3 of 5 questions have no text, no interval within the video or no options and are left "
+        "out, first 'a/0'."
     )
 
 
@@ -245,6 +247,7 @@ def test_a_file_that_is_not_there():
         ("activitynet_captions_val2_first30", "charades_sta"),
         ("nextgqa_test_first40", "next_gqa"),
         ("nextgqa_test_first40", "multiple_choice"),
+        ("tvgbench_first30", "tvgbench"),
     ],
 )
 def test_published_excerpts_read_whole(name, form):
@@ -264,4 +267,5 @@ def test_published_excerpts_read_whole(name, form):
 
 
 def test_every_form_is_tried_here():
-    assert set(READERS) == {"charades_sta", "next_gqa", "multiple_choice", "temporal_r1"}
+    here = {"charades_sta", "next_gqa", "multiple_choice", "temporal_r1"}
+    assert set(READERS) == here | set(BENCHMARK_READERS)

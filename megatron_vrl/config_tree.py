@@ -1,0 +1,82 @@
+"""A configuration of sections from a tree of values and overrides, or one sentence why not."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from megatron_vrl.config_errors import reason
+from megatron_vrl.errors import ConfigError
+
+Schema = TypeVar("Schema", bound=BaseModel)
+
+
+def read_tree(path: str | Path) -> dict[str, Any]:
+    """Sections of a YAML file. Raises ConfigError."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot read the config {path}: {error.strerror}. Give --config FILE."
+        ) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"{path} holds {type(tree).__name__}, not sections. See configs/quickstart.yaml."
+        )
+    return tree
+
+
+def read_mix(path: str) -> list[Any]:
+    """Sources of a YAML file as Temporal-R1 has them. Raises ValueError, for a pydantic model."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is not read: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict) or not isinstance(tree.get("datasets"), list):
+        raise ValueError(f"{path} has no list `datasets` of sources")
+    return tree["datasets"]
+
+
+def overridden(
+    schema: type[Schema], tree: dict[str, Any], overrides: Sequence[str], origin: str
+) -> Schema:
+    """`tree`, changed in place by `section.key=value` overrides, as a `schema` of sections.
+
+    Raises ConfigError; `origin` says in it where the tree came from.
+    """
+    for override in overrides:
+        _apply(tree, override)
+    return checked(schema, tree, origin, "set it in the file or as {key}=VALUE.")
+
+
+def checked(schema: type[Schema], tree: dict[str, Any], origin: str, if_missing: str) -> Schema:
+    """Raises ConfigError naming the key, the value and the nearest known name.
+
+    `if_missing` says what to do about an absent `{key}`.
+    """
+    try:
+        return schema.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{origin}: {reason(error, schema, if_missing)}") from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    *sections, last = key.split(".")
+    if not equals or not sections or not all(key.split(".")):
+        raise ConfigError(f"Override {override!r} is not of the form section.key=value.")
+    node = tree
+    for depth, name in enumerate(sections):
+        node = node.setdefault(name, {})
+        if not isinstance(node, dict):
+            raise ConfigError(
+                f"Override {override!r}: {'.'.join(sections[: depth + 1])} is not a section."
+            )
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"Override {override!r}: the value is not YAML. Quote it.") from None

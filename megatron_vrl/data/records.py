@@ -1,0 +1,113 @@
+"""What annotation forms are made of: checked records, paths of videos, options with letters."""
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from megatron_vrl.config import Source
+from megatron_vrl.errors import DataError
+from megatron_vrl.tasks.answer import read_option
+from megatron_vrl.types import Interval, VideoSample
+
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi")
+MAX_OPTIONS = 26  # letters A to Z
+
+HeaderDuration = Callable[[str], float]  # path of a video -> its own duration, seconds
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Time = Annotated[float, Field(allow_inf_nan=False)]
+Span = Annotated[list[Time], Field(min_length=2, max_length=2)]
+Options = Annotated[list[str], Field(min_length=2, max_length=MAX_OPTIONS)]
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    clip: Span | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reader:
+    form: TypeAdapter[Any]  # of the whole file
+    samples: Callable[[Any, Source, HeaderDuration | None], Iterator[VideoSample]]  # (key, record)s
+    is_list: bool  # of one record for each sample
+    by_file: bool = False  # the form is {name of the file: its content}; a folder has several
+
+
+def spans(pairs: Iterable[Sequence[float]]) -> tuple[Interval, ...]:
+    """As published: not cut at the video's ends."""
+    return tuple((start_s, end_s) for start_s, end_s in pairs)
+
+
+def choice(
+    source: Source,
+    record: str,
+    *,
+    task: str = "multiple_choice",
+    video: str,
+    duration_s: float = 0.0,
+    question: str,
+    options: Sequence[str],
+    answer: str,
+    intervals_s: tuple[Interval, ...] = (),
+    labels: tuple[str, ...] = (),
+) -> VideoSample:
+    """A question with options, whose texts may begin with "(A)" or "A."."""
+    texts = tuple(unlettered(option) for option in options)
+    option, failure = read_option(answer, texts)
+    if failure:
+        option, failure = read_option(unlettered(answer), texts)
+    if failure:
+        raise DataError(
+            f"{source.json_path}: record {record!r}: field 'answer' is {answer!r}, "
+            f"expected the letter of one of {len(texts)} options."
+        )
+    return VideoSample(
+        id=record,
+        task=task,
+        video=video_path(video, source, record),
+        duration_s=duration_s,
+        query=question.strip(),
+        rationale=texts[ord(option) - ord("A")],
+        intervals_s=intervals_s,
+        options=texts,
+        option=option,
+        labels=labels,
+    )
+
+
+def clipped(sample: VideoSample, record: Record, source: Source) -> VideoSample:
+    """The sample of a record with a `clip`, on the clip's own time."""
+    if record.clip is None:
+        return sample
+    start_s, end_s = record.clip
+    if not 0 <= start_s < end_s:
+        raise DataError(
+            f"{source.json_path}: record {sample.id!r}: field 'clip' is {record.clip}, expected "
+            "[start, end] in seconds with 0 <= start < end."
+        )
+    return replace(
+        sample,
+        window_s=(start_s, end_s),
+        duration_s=min(end_s, sample.duration_s) - start_s if sample.duration_s else 0.0,
+        intervals_s=spans([(s - start_s, e - start_s) for s, e in sample.intervals_s]),
+    )
+
+
+def unlettered(option: str) -> str:
+    return re.sub(r"^(?:\([A-Z]\)|[A-Z]\.\s)", "", option).strip()
+
+
+def video_path(name: str, source: Source, record: str | int) -> str:
+    """By the name alone, without looking at the disk: there may be half a million records."""
+    inside = os.path.normpath(name)
+    if os.path.isabs(inside) or inside in (".", "..") or inside.startswith(f"..{os.sep}"):
+        raise DataError(
+            f"{source.json_path}: record {record!r}: video {name!r} is not inside the data folder "
+            f"{source.data_folder!r}; expected a path relative to it."
+        )
+    return os.path.join(source.data_folder, inside)
