@@ -13,7 +13,7 @@ import torch
 
 from megatron_vrl.config import RunConfig, Source, check_batches
 from megatron_vrl.data.mix import load, open_pool
-from megatron_vrl.data.pool import Drawn
+from megatron_vrl.data.pool import Pool
 from megatron_vrl.data.prompt import PromptEncoder, VisionTokens
 from megatron_vrl.errors import VideoError
 from megatron_vrl.judge import Judge
@@ -69,7 +69,7 @@ class Parts:
         with agreed(self.mesh):
             return load(sources, self.cfg.run.seed, self.reader.duration_s)
 
-    def pool(self, sources: Sequence[Source]) -> Sequence[Drawn]:
+    def pool(self, sources: Sequence[Source]) -> Pool:
         """What to draw training samples from; every rank calls it."""
         with agreed(self.mesh):
             return open_pool(sources, self.cfg.run.seed, self.reader.duration_s)

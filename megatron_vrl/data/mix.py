@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from megatron_vrl.config import Source
 from megatron_vrl.data.pool import Drawn, Pool, is_indexed, open_part
 from megatron_vrl.data.problems import Problem
 from megatron_vrl.data.readers import HeaderDuration, read
+from megatron_vrl.data.schedule import Schedule
 from megatron_vrl.errors import ConfigError, DataError, VideoError
 from megatron_vrl.types import VideoSample
 
@@ -27,27 +29,36 @@ def load(
     sources: Sequence[Source], seed: int, header_duration_s: HeaderDuration | None = None
 ) -> list[VideoSample]:
     """Samples of all sources in their order, each id once: a second "a" becomes "a#2"."""
-    samples: list[VideoSample] = []
+    return list(chain(*load_by_source(sources, seed, header_duration_s)))
+
+
+def load_by_source(
+    sources: Sequence[Source], seed: int, header_duration_s: HeaderDuration | None = None
+) -> list[list[VideoSample]]:
+    by_source: list[list[VideoSample]] = []
     seen: set[str] = set()
     for number, source in enumerate(sources):
-        of_source = read(source, header_duration_s)
-        for index in chosen(source.sampling_strategy, len(of_source), [seed, number]):
-            sample = of_source[index]
+        whole = read(source, header_duration_s)
+        samples: list[VideoSample] = []
+        for index in chosen(source.sampling_strategy, len(whole), [seed, number]):
+            sample = whole[index]
             unique, copy = sample.id, 1
             while unique in seen:
                 copy += 1
                 unique = f"{sample.id}#{copy}"
             seen.add(unique)
             samples.append(replace(sample, id=unique, folder=source.data_folder))
-    return samples
+        by_source.append(samples)
+    return by_source
 
 
 def open_pool(
     sources: Sequence[Source], seed: int, header_duration_s: HeaderDuration | None = None
-) -> Sequence[Drawn]:
+) -> Pool:
     """What a stream draws from: as `load`, but large annotations are indexed and not read."""
     if not any(map(is_indexed, sources)):
-        return load(sources, seed, header_duration_s)
+        by_source = load_by_source(sources, seed, header_duration_s)
+        return Pool(sources, by_source, [np.arange(len(samples)) for samples in by_source])
     parts = [open_part(source, header_duration_s) for source in sources]
     kept = [
         np.array(chosen(source.sampling_strategy, len(part), [seed, number]), np.int64)
@@ -90,12 +101,15 @@ class SampleStream:
     takes the same batch and works on its own share of it.
     """
 
-    def __init__(self, samples: Sequence[Drawn], seed: int) -> None:
+    def __init__(
+        self, samples: Sequence[Drawn], seed: int, schedule: Schedule | None = None
+    ) -> None:
+        """Without a schedule an epoch is a permutation of the samples."""
         if not len(samples):
             raise DataError("There are no samples to train on; check the sources of `data`.")
         self._samples = samples
-        self._seed = seed
-        self._order = order(len(samples), 0, seed)
+        self._schedule = schedule or Schedule([len(samples)], [1.0], seed)
+        self._order = self._schedule.epoch(0)
         self._epoch = 0
         self.state = 0
 
@@ -132,9 +146,9 @@ class SampleStream:
 
     def _next(self) -> VideoSample | Problem:
         for _ in range(len(self._samples)):
-            epoch, index = divmod(self.state, len(self._samples))
+            epoch, index = self._schedule.locate(self.state)
             if epoch != self._epoch:
-                self._epoch, self._order = epoch, order(len(self._samples), epoch, self._seed)
+                self._epoch, self._order = epoch, self._schedule.epoch(epoch)
             self.state += 1
             if (drawn := self._samples[int(self._order[index])]) is not None:
                 return drawn

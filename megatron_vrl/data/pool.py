@@ -55,6 +55,22 @@ class Pool(Sequence[Drawn]):
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
+    @property
+    def sizes(self) -> list[int]:
+        """Samples of each source."""
+        return [len(of_source) for of_source in self._chosen]
+
+    def names(self) -> list[str]:
+        """Id of each sample, "" for one without use. Parses every record."""
+        drawn = (self[index] for index in range(len(self)))
+        return [d.id if isinstance(d, VideoSample) else d.sample if d else "" for d in drawn]
+
+    def only(self, kept: NDArray[np.bool_]) -> "Pool":
+        """The pool of the samples that `kept` [N] says."""
+        of_source = np.split(kept, self._ends[:-1])
+        chosen = [which[keep] for which, keep in zip(self._chosen, of_source, strict=True)]
+        return Pool(self._sources, self._parts, chosen)
+
     def __getitem__(self, index):  # of an int alone, no slices
         part = bisect_right(self._ends, index)
         before = self._ends[part - 1] if part else 0

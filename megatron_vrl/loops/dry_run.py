@@ -5,6 +5,7 @@ from pathlib import Path
 
 from megatron_vrl.config import RunConfig, Source, check_batches, check_overlap
 from megatron_vrl.data.mix import load, open_pool
+from megatron_vrl.loops.stream import check_records
 from megatron_vrl.model.architecture import Architecture, padded_vocab, read_architecture
 from megatron_vrl.model.chunks import all_chunks, check_divides
 from megatron_vrl.parallel.mesh import check_layout
@@ -33,6 +34,7 @@ def check(cfg: RunConfig, world: int) -> list[str]:
         read_all = load if part is evaluated else open_pool
         if here:
             read_all(here, cfg.run.seed, _unknown)
+    check_records(cfg.data)
     answers = cfg.rollout.prompts_per_step * cfg.rollout.group_size
     updates = cfg.grpo.mini_batches * cfg.grpo.epochs
     return [

@@ -6,7 +6,6 @@ grpo_overlapped.py shares everything but the order of things.
 """
 
 from megatron_vrl.build import Parts
-from megatron_vrl.data.mix import SampleStream
 from megatron_vrl.loops.cards import write_cards
 from megatron_vrl.loops.draw import Draws
 from megatron_vrl.loops.experience import Collected, collect
@@ -15,6 +14,7 @@ from megatron_vrl.loops.learn import Learned, learn
 from megatron_vrl.loops.numbers import step_numbers
 from megatron_vrl.loops.record import evaluate_dev, record
 from megatron_vrl.loops.state import RunState, keep_reference, save_if_due, start_phase
+from megatron_vrl.loops.stream import training_stream
 from megatron_vrl.observe.metrics import StepMetrics
 from megatron_vrl.observe.sinks import Sinks
 from megatron_vrl.types import VideoSample
@@ -38,7 +38,7 @@ def train_grpo(parts: Parts, state: RunState, sinks: Sinks, dev: list[VideoSampl
 def begin(parts: Parts, state: RunState, sinks: Sinks) -> tuple[Draws, Flights]:
     """Set the policy and the data to where the run stands."""
     cfg = parts.cfg
-    stream = SampleStream(parts.pool(cfg.data.train), cfg.run.seed)
+    stream = training_stream(parts)
     stream.restore(state.stream)
     draws = Draws(parts, stream, state, sinks.say)
     if cfg.algorithm.kl > 0:

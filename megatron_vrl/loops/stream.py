@@ -1,0 +1,53 @@
+"""The samples that GRPO takes: sources, what a selection keeps of them, and their order.
+
+A selection and a curriculum go by ids, so with one of them every record of a pool is parsed once at
+the start; without, none before its turn.
+"""
+
+import numpy as np
+
+from megatron_vrl.build import Parts
+from megatron_vrl.config import Data
+from megatron_vrl.data.mix import SampleStream
+from megatron_vrl.data.pool import Pool
+from megatron_vrl.data.schedule import Schedule, read_ids, read_mean_rewards, stages_of
+from megatron_vrl.errors import ConfigError, DataError
+from megatron_vrl.parallel.mesh import agreed
+
+
+def training_stream(parts: Parts) -> SampleStream:
+    """Every rank calls it and gets the same stream, at its start."""
+    cfg = parts.cfg
+    pool = parts.pool(cfg.data.train)
+    with agreed(parts.mesh):
+        return stream_of(pool, cfg.data, cfg.run.seed)
+
+
+def stream_of(pool: Pool, data: Data, seed: int) -> SampleStream:
+    check_records(data)
+    if data.selection:
+        ids = read_ids(data.selection)
+        pool = pool.only(np.array([name in ids for name in pool.names()], dtype=bool))
+        if not len(pool):
+            raise DataError(
+                f"data.selection={data.selection} keeps none of the samples of data.train: make it "
+                "from the same sources."
+            )
+    stages = None
+    if data.curriculum != "none":
+        rewards = read_mean_rewards(data.difficulty)
+        stages = stages_of(pool.names(), rewards, data.curriculum, data.curriculum_stages)
+    weights = [source.weight for source in data.train]
+    return SampleStream(pool, seed, Schedule(pool.sizes, weights, seed, stages))
+
+
+def check_records(data: Data) -> None:
+    """Raises UserError if what a selection or a curriculum goes by is not there."""
+    if data.curriculum != "none" and not data.difficulty:
+        raise ConfigError(
+            f"data.curriculum={data.curriculum} needs recorded rewards: give data.difficulty."
+        )
+    if data.selection:
+        read_ids(data.selection)
+    if data.difficulty:
+        read_mean_rewards(data.difficulty)
