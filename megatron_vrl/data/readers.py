@@ -43,7 +43,7 @@ from megatron_vrl.data.records import (
     video_path,
 )
 from megatron_vrl.errors import DataError
-from megatron_vrl.tasks import TASKS
+from megatron_vrl.tasks import can_be_asked
 from megatron_vrl.tasks.temporal_grounding import QUESTION
 from megatron_vrl.types import Interval, VideoSample
 
@@ -120,15 +120,6 @@ def within(sample: VideoSample) -> VideoSample:
     """Its intervals cut to the video; what is then empty is gone."""
     cut = _within(sample.intervals_s, sample.duration_s)
     return sample if cut == sample.intervals_s else replace(sample, intervals_s=cut)
-
-
-def can_be_asked(sample: VideoSample) -> bool:
-    parts = TASKS[sample.task].parts
-    return bool(
-        sample.query
-        and (sample.intervals_s or "temporal_iou" not in parts)
-        and (sample.option or "accuracy" not in parts)
-    )
 
 
 def read_record(

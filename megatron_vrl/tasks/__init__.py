@@ -13,8 +13,9 @@ from megatron_vrl.tasks.grounded_qa import GROUNDED_QA
 from megatron_vrl.tasks.multiple_choice import MULTIPLE_CHOICE
 from megatron_vrl.tasks.task import Parsed, Task
 from megatron_vrl.tasks.temporal_grounding import TEMPORAL_GROUNDING
+from megatron_vrl.types import VideoSample
 
-__all__ = ["SYSTEM_PROMPTS", "TASKS", "Parsed", "Task"]
+__all__ = ["SYSTEM_PROMPTS", "TASKS", "Parsed", "Task", "can_be_asked"]
 
 TASKS: dict[str, Task] = {
     "temporal_grounding": TEMPORAL_GROUNDING,
@@ -40,3 +41,13 @@ SYSTEM_PROMPTS: dict[str, str | None] = {
         "the final answer inside <answer> </answer>. The final answer must be JSON."
     ),
 }
+
+
+def can_be_asked(sample: VideoSample) -> bool:
+    """Whether there is a question, and a truth to score its answer by."""
+    parts = TASKS[sample.task].parts
+    return bool(
+        sample.query
+        and (sample.intervals_s or "temporal_iou" not in parts)
+        and (sample.option or "accuracy" not in parts)
+    )

@@ -143,6 +143,14 @@ def compare(first: Path, second: Path, progress: bool | None = None) -> int:
     return count
 
 
+def stored_tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
+    """(published name, whole tensor) of a checkpoint of either kind, one row at a time."""
+    arch = read_architecture(published_files(checkpoint))
+    tensors = _opened(checkpoint, arch)
+    for row in _rows(arch, progress=False):
+        yield from zip(row.published, tensors.published(row), strict=True)
+
+
 def _opened(path: Path, arch: Architecture) -> Source:
     return _Megatron(path, arch) if is_megatron(path) else _Published(path, arch)
 

@@ -1,0 +1,110 @@
+"""Questions answered by a checkpoint on vLLM alone, without a trainer: for tools.
+
+The prompts, decoders and engine of training in one process. A video that cannot be read costs its
+own questions. Left out: several processes; a tool is started once for each share of the work.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_vrl import config
+from megatron_vrl.build import vision_tokens
+from megatron_vrl.config_tree import overridden
+from megatron_vrl.data.prompt import PromptEncoder
+from megatron_vrl.errors import CheckpointError, ConfigError, VideoError
+from megatron_vrl.model.architecture import read_architecture
+from megatron_vrl.rollout.engine import ColocatedEngine, SamplingSpec
+from megatron_vrl.training.convert import stored_tensors
+from megatron_vrl.training.layout import published_files
+from megatron_vrl.types import EncodedVideo, Rollout, VideoSample
+from megatron_vrl.video import VideoReader
+
+Answers = list[Rollout] | VideoError
+
+
+class InferenceConfig(config.Section):
+    """The sections of a run's configuration that an answer depends on."""
+
+    model: config.Model
+    video: config.Video = config.Video()
+    data: config.Data = config.Data()
+    rollout: config.Rollout = config.Rollout()
+    evaluation: config.Evaluation = config.Evaluation()
+
+
+def inference_config(
+    checkpoint: str,
+    overrides: Sequence[str],
+    run_config: str = "",
+    defaults: dict[str, dict[str, Any]] | None = None,
+) -> InferenceConfig:
+    """`defaults` < the sections of a run's YAML < overrides. The checkpoint's own type computes."""
+    directory = published_files(checkpoint)
+    if not Path(checkpoint).is_dir():
+        raise CheckpointError(f"There is no checkpoint {checkpoint}: give a directory.")
+    read_architecture(directory)  # says what is wrong with it, if something is
+    published = json.loads((directory / "config.json").read_text())
+    dtype = published.get("dtype") or published.get("torch_dtype") or "float32"
+    tree: dict[str, dict[str, Any]] = {name: dict(keys) for name, keys in (defaults or {}).items()}
+    if run_config:
+        for name, keys in _sections(run_config).items():
+            tree[name] = tree.get(name, {}) | keys
+    tree["model"] = tree.get("model", {}) | {"checkpoint": checkpoint, "dtype": dtype}
+    return overridden(InferenceConfig, tree, overrides, run_config or "command line")
+
+
+def _sections(path: str) -> dict[str, dict[str, Any]]:
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} is not read: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds {type(tree).__name__}, not sections.")
+    return {name: tree[name] for name in InferenceConfig.model_fields if tree.get(name)}
+
+
+class Answerer:
+    def __init__(self, cfg: InferenceConfig, max_response_tokens: int) -> None:
+        """Starts the engine and loads the weights. Raises UserError."""
+        directory = published_files(cfg.model.checkpoint)
+        self._reader = VideoReader(cfg.video)
+        self._encoder = PromptEncoder(
+            directory,
+            vision_tokens(read_architecture(directory)),
+            cfg.data.system_prompt,
+            cfg.data.max_prompt_tokens,
+            cfg.data.question,
+        )
+        self._engine = ColocatedEngine(
+            str(directory),
+            cfg.rollout,
+            dtype=cfg.model.dtype,
+            seed=0,
+            max_model_len=cfg.data.max_prompt_tokens + max_response_tokens,
+        )
+        self._engine.push_weights(stored_tensors(Path(cfg.model.checkpoint)), 0)
+
+    def answer(
+        self, samples: Sequence[VideoSample], spec: SamplingSpec, at_a_time: int
+    ) -> Iterator[tuple[VideoSample, Answers]]:
+        """`spec.n` answers to each sample, in order; `at_a_time` bounds the frames in memory."""
+        for start in range(0, len(samples), at_a_time):
+            block = samples[start : start + at_a_time]
+            videos = self._reader.encode([sample.footage for sample in block])
+            shown = zip(block, videos, strict=True)
+            prompts = [self._encoder.prompt(s, v) for s, v in shown if isinstance(v, EncodedVideo)]
+            rollouts = iter(self._engine.generate(prompts, spec) if prompts else [])
+            for sample, video in zip(block, videos, strict=True):
+                readable = isinstance(video, EncodedVideo)
+                yield sample, next(rollouts) if readable else video  # type: ignore[misc]
+
+    def show(self, path: str) -> EncodedVideo:
+        """The frames as the model sees them. Raises VideoError."""
+        (video,) = self._reader.encode([path])
+        if isinstance(video, VideoError):
+            raise video
+        return video
