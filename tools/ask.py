@@ -1,0 +1,75 @@
+"""Ask a checkpoint one question about one video.
+
+    ask.py --checkpoint DIR --video FILE --question TEXT [--task T] [--option TEXT ...] [--json]
+           [--plain] [--config RUN.yaml] [--strip FILE.png] [section.key=value ...]
+
+T is temporal_grounding (the default: when does TEXT happen?), multiple_choice or grounded_qa; the
+latter two choose among the --option texts. The checkpoint, Hugging Face or Megatron, answers
+greedily on vLLM. Prints the thinking, the interval in seconds and the option as they are read, and
+writes a strip of frames with the interval marked (by default ask.png). --plain asks for an answer
+without thinking; --config takes the sections video, data and rollout of a run's configuration.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_vrl.errors import EXIT_CODE, ConfigError, UserError
+from megatron_vrl.observe.quiet import hush_libraries
+from megatron_vrl.tasks import TASKS
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", required=True, metavar="DIR")
+    parser.add_argument("--video", required=True, metavar="FILE")
+    parser.add_argument("--question", required=True, metavar="TEXT")
+    parser.add_argument("--task", default="temporal_grounding", choices=list(TASKS))
+    parser.add_argument("--option", action="append", default=[], metavar="TEXT")
+    parser.add_argument("--plain", action="store_true", help="ask for an answer without thinking")
+    parser.add_argument("--config", default="", metavar="FILE", help="YAML of a run")
+    parser.add_argument("--strip", default="ask.png", type=Path, metavar="FILE")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_intermixed_args()
+    try:
+        found, text = _ask(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_CODE
+    print(json.dumps(found, indent=1) if arguments.json else text)
+    return 0
+
+
+def _ask(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    chooses = "accuracy" in TASKS[arguments.task].parts
+    if chooses and not 2 <= len(arguments.option) <= 26:
+        raise ConfigError(
+            f"--task {arguments.task} chooses among 2 to 26 options, and {len(arguments.option)} "
+            "are given: add --option TEXT."
+        )
+    if arguments.strip.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise ConfigError(f"--strip {arguments.strip} is no picture; name a .png file.")
+    hush_libraries()
+    from megatron_vrl.ask import Question, ask, told
+    from megatron_vrl.inference import inference_config
+
+    plain = ["data.system_prompt=answer"] if arguments.plain else []
+    overrides = [*plain, *arguments.overrides]
+    cfg = inference_config(arguments.checkpoint, overrides, arguments.config)
+    question = Question(
+        video=arguments.video,
+        text=arguments.question,
+        task=arguments.task,
+        options=tuple(arguments.option) if chooses else (),
+    )
+    found = ask(cfg, question, arguments.strip)
+    return found, told(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
