@@ -281,6 +281,18 @@ class Grpo(Section):
     """Evaluate the split `dev` every k steps; 0: never."""
 
 
+class Selection(Section):
+    answers: Positive = 8
+    """Answers sampled for each sample of the pool."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    min_std: Annotated[float, Field(ge=0)] = 0.05
+    """Least spread of the answers' temporal IoU that a grounding sample is kept with."""
+    min_mean: Annotated[float, Field(ge=0)] = 0.1
+    """Least mean of their temporal IoU."""
+    budget: Annotated[int, Field(ge=0)] = 0
+    """Most samples to keep, shared out over the tasks by what passes their rules; 0: all."""
+
+
 class Batch(Section):
     tokens: Positive = 16384
     """Most tokens of one packed micro-batch on one rank; a longer group gets one of its own."""
@@ -319,6 +331,7 @@ class RunConfig(Section):
     algorithm: Algorithm = Algorithm()
     sft: Sft = Sft()
     grpo: Grpo = Grpo()
+    selection: Selection = Selection()
     batch: Batch = Batch()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()

@@ -54,6 +54,12 @@ class Judge:
             )
         ]
 
+    def parts(self, sample: VideoSample, rollouts: Sequence[Rollout]) -> list[dict[str, float]]:
+        """Of one prompt's answers, without their sum."""
+        rows = [self._of_answer(sample, rollout) for rollout in rollouts]
+        self._add_functions([sample], [rollouts], [rows])
+        return rows
+
     def take_failures(self) -> dict[str, list[str]]:
         """Function -> what each of its calls did that failed since the last call of this."""
         failures, self._failures = self._failures, {}

@@ -18,6 +18,7 @@ FLOORS = {
     "megatron_vrl.rollout_worker": 5,
     # 4 composition
     "megatron_vrl.build": 4,
+    "megatron_vrl.ask": 4,
     "megatron_vrl.benchmark": 4,
     "megatron_vrl.inference": 4,
     "megatron_vrl.predict": 4,

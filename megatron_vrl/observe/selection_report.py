@@ -1,0 +1,80 @@
+"""One page on a selection: kept and dropped by task and reason, and how the answers spread."""
+
+import io
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from matplotlib.figure import Figure
+
+STYLE = (
+    "body{font:16px/1.5 Georgia,serif;max-width:46rem;margin:2rem auto;padding:0 1rem}"
+    "table{border-collapse:collapse}td,th{padding:.15rem .8rem;text-align:left}"
+    "td:last-child{text-align:right}svg{max-width:100%;height:auto}"
+)
+PART = {"multiple_choice": "accuracy"}  # whose spread is drawn; temporal IoU for the others
+
+
+def selection_report(summary: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+    """HTML without references to other files. `rows` as in stats.jsonl."""
+    rules = ", ".join(f"{key} {value}" for key, value in summary["rules"].items())
+    tables = "".join(
+        f"<tr><td>{escape(task)}</td><td>{escape(verdict)}</td><td>{count}</td></tr>"
+        for task, verdicts in summary["verdicts"].items()
+        for verdict, count in verdicts.items()
+    )
+    return (
+        f"<!doctype html><meta charset=utf-8><title>Selection</title><style>{STYLE}</style>"
+        f"<h1>Kept {summary['kept']} of {summary['answered']} samples</h1>"
+        f"<p>{summary['pool']} samples in the pool. Rules: {escape(rules)}.</p>"
+        f"{_svg(_bars(summary['verdicts']))}"
+        f"<table><tr><th>task<th>verdict<th>samples</tr>{tables}</table>"
+        f"<h2>Mean and spread of each sample's answers</h2>{_svg(_spreads(rows))}"
+    )
+
+
+def _bars(verdicts: dict[str, dict[str, int]]) -> Figure:
+    """One bar for each task, cut by verdict; what is kept comes first."""
+    names = sorted({name for of_task in verdicts.values() for name in of_task})
+    names.sort(key=lambda name: name != "kept")
+    figure = Figure(figsize=(7, 1.2 + 0.5 * len(verdicts)), layout="constrained")
+    axes = figure.subplots()
+    left = dict.fromkeys(verdicts, 0)
+    for name in names:
+        counts = [verdicts[task].get(name, 0) for task in verdicts]
+        axes.barh(list(verdicts), counts, left=list(left.values()), label=name)
+        left = {task: left[task] + n for task, n in zip(verdicts, counts, strict=True)}
+    axes.set_xlabel("samples")
+    axes.legend(fontsize=7, ncols=3, loc="upper left", bbox_to_anchor=(0, -0.25))
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _spreads(rows: Sequence[dict[str, Any]]) -> Figure:
+    """A panel for each task: mean and standard deviation of the part that its rule reads."""
+    tasks = sorted({row["task"] for row in rows})
+    figure = Figure(figsize=(7, 2.8), layout="constrained")
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        part = PART.get(task, "temporal_iou")
+        for kept, colour, label in ((False, "0.6", "dropped"), (True, "C0", "kept")):
+            found = [
+                row["parts"][part]
+                for row in rows
+                if row["task"] == task
+                and part in row["parts"]
+                and (row["verdict"] == "kept") == kept
+            ]
+            axes.scatter(
+                [s["mean"] for s in found], [s["std"] for s in found], s=8, c=colour, label=label
+            )
+        axes.set(title=task, xlabel=f"mean {part}", ylabel="standard deviation")
+        axes.title.set_fontsize(9)
+        axes.legend(fontsize=7)
+    return figure
+
+
+def _svg(figure: Figure) -> str:
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None})
+    text = out.getvalue()
+    return text[text.index("<svg") :]

@@ -1,0 +1,122 @@
+"""Evaluation, selection and one question on one real engine: a tiny model and synthetic clips."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megatron_vrl.ask import Question, ask, told
+from megatron_vrl.benchmark import items_of, questions, read_predictions
+from megatron_vrl.config import load_config
+from megatron_vrl.errors import ConfigError
+from megatron_vrl.inference import Answerer, inference_config
+from megatron_vrl.observe.marked import MARK, marked_strip
+from megatron_vrl.predict import predict
+from megatron_vrl.rewards.selection import KEPT
+from megatron_vrl.selection import apply_rules, collect_answers, pool
+from tests.conftest import CONFIG
+
+pytestmark = pytest.mark.slow
+SMALL = ("rollout.kv_cache_mib=64", "video.decoder=pyav", "evaluation.max_response_tokens=16")
+
+
+@pytest.fixture(scope="module")
+def folder(quickstart, monkeypatch_module):
+    monkeypatch_module.chdir(quickstart)
+    return quickstart
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def cfg(folder):
+    return inference_config("runs/quickstart/model-hf", SMALL, str(CONFIG))
+
+
+@pytest.fixture(scope="module")
+def engine(cfg):
+    """One for all tests here; it answers what it is asked, whatever the limits in the config."""
+    answerer = Answerer(cfg, 64)
+    return lambda config, longest: answerer
+
+
+def never(config, longest):
+    raise AssertionError("everything is answered: no engine is needed")
+
+
+def test_every_question_is_answered_once_and_a_stopped_run_goes_on(folder, cfg, engine, tmp_path):
+    data = folder / "runs/quickstart/data"
+    annotations = json.loads((data / "annotations/heldout_temporal_grounding.json").read_text())
+    name = next(iter(annotations))
+    annotations |= {"absent": annotations[name]}
+    (tmp_path / "a.json").write_text(json.dumps(annotations))
+    samples = questions("charades_sta", str(tmp_path / "a.json"), str(data / "videos"), "strict")
+    first = predict(cfg, samples, tmp_path / "out", {"protocol": "strict"}, engine)
+    path = tmp_path / "out" / "predictions.jsonl"
+    whole = path.read_text()
+    assert [p.id for p in first] == [s.id for s in samples]
+    path.write_text(whole[: len(whole) // 2])  # killed in the middle of a line
+    again = predict(cfg, samples, tmp_path / "out", {"protocol": "strict"}, engine)
+    assert {p.id: p for p in again} == {p.id: p for p in first}
+    assert predict(cfg, samples, tmp_path / "out", {"protocol": "strict"}, never) == again
+    with pytest.raises(ConfigError, match="made with another protocol"):
+        predict(cfg, samples, tmp_path / "out", {"protocol": "seed"}, never)
+    items = items_of(samples, read_predictions(path, samples), "strict")
+    assert len(items) == len(samples)
+    failures = [item.failure for item in items]
+    assert failures[-1] == "undecodable" and "absent.mp4" in items[-1].reason
+    assert set(failures[:-1]) <= {"cut_off", "unparsable"}  # the weights are random
+
+
+def test_a_selection_goes_on_and_its_rules_apply_anew(folder, engine, tmp_path):
+    overrides = (*SMALL, "selection.answers=2", "rollout.max_response_tokens=8")
+    run = load_config(CONFIG, ["model.checkpoint=runs/quickstart/model-hf", *overrides])
+    samples = pool(run)
+    collect_answers(run, samples, tmp_path, start=engine)
+    path = tmp_path / "answers-0.jsonl"
+    whole = path.read_text()
+    rows = [json.loads(line) for line in whole.splitlines()]
+    assert [row["id"] for row in rows] == [sample.id for sample in samples]
+    assert all(len(row["answers"]) == 2 for row in rows)
+    assert {"text", "parts", "interval_s", "option", "failure", "tokens"} <= set(
+        rows[0]["answers"][0]
+    )
+    path.write_text(whole[: len(whole) // 2])
+    collect_answers(run, samples, tmp_path, start=engine)
+    texts = [[answer["text"] for answer in row["answers"]] for row in rows]
+    again = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [[answer["text"] for answer in row["answers"]] for row in again] == texts
+    collect_answers(run, samples, tmp_path, start=never)
+    chosen = apply_rules(run, samples, tmp_path)
+    assert len(chosen) == len(samples) and not any(c.verdict == KEPT for c in chosen)
+    rows[0]["answers"][0]["parts"]["temporal_iou"] = 1.0
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    apply_rules(run, samples, tmp_path)
+    (kept,) = (tmp_path / "kept.jsonl").read_text().splitlines()
+    assert json.loads(kept)["id"] == samples[0].id
+    assert json.loads((tmp_path / "summary.json").read_text())["kept"] == 1
+    assert "<svg" in (tmp_path / "report.html").read_text()
+
+
+def test_one_question(folder, cfg, engine, tmp_path):
+    video = next((folder / "runs/quickstart/data/videos").glob("*.mp4"))
+    shutil.copy(video, tmp_path / "clip.mp4")
+    question = Question(video=str(tmp_path / "clip.mp4"), text="a red square", task="grounded_qa")
+    found = ask(cfg, question, tmp_path / "strip.png", engine)
+    assert found["failure"] and found["interval_s"] is None  # the weights are random
+    assert "not read" in told(found)
+    assert Image.open(tmp_path / "strip.png").width == 1280
+
+
+def test_the_interval_is_marked_where_it_is():
+    frames = np.zeros((4, 28, 56, 3), np.uint8)
+    image = marked_strip(frames, np.arange(4.0), 4.0, [(1.0, 3.0)])
+    row = np.array(image)[86]  # in the bar under pictures of 80 px
+    marked = np.flatnonzero((row == [int(MARK[i : i + 2], 16) for i in (1, 3, 5)]).all(axis=1))
+    assert (marked.min(), marked.max()) == (320, 960)

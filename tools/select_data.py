@@ -1,0 +1,79 @@
+"""Variance-aware selection of training data.
+
+    select_data.py --config RUN.yaml [--pool POOL.yaml] --out DIR [--rules-only] [--share I/N]
+                   [section.key=value ...]
+
+Samples selection.answers answers to every sample of the pool with the run's checkpoint, prompts,
+videos and rewards, keeps those that have something to teach, and says why the others were dropped.
+POOL is a YAML file with `datasets`, a list of sources; without it the pool is the run's data.train.
+Train on what was kept with data.selection=DIR/kept.jsonl.
+
+DIR/answers-*.jsonl keep every raw answer. The same command goes on where it was stopped; when all
+answers are there, and with --rules-only, it applies the rules of section `selection` (and
+rewards' weights) anew without inference. --share 0/4 answers a quarter of the pool, so that four
+processes can share it; then call once with --rules-only. docs/selection.md has the rules.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megatron_vrl.config import load_config
+from megatron_vrl.errors import EXIT_CODE, ConfigError, UserError
+from megatron_vrl.observe.quiet import hush_libraries
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, metavar="FILE")
+    parser.add_argument("--pool", default="", metavar="FILE")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--rules-only", action="store_true", help="no inference")
+    parser.add_argument("--share", default="0/1", metavar="I/N")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_intermixed_args()
+    try:
+        print(_select(arguments))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_CODE
+    return 0
+
+
+def _select(arguments: argparse.Namespace) -> str:
+    pool_override = [f"data.train={json.dumps(arguments.pool)}"] if arguments.pool else []
+    cfg = load_config(arguments.config, [*arguments.overrides, *pool_override])
+    share = _share(arguments.share)
+    hush_libraries()
+    from megatron_vrl.selection import apply_rules, collect_answers, pool
+
+    samples = pool(cfg)
+    if not arguments.rules_only:
+        with tqdm(desc="blocks", disable=None) as bar:
+
+            def progress(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            collect_answers(cfg, samples, arguments.out, share, progress=progress)
+    if share[1] > 1 and not arguments.rules_only:
+        return f"{arguments.out}: share {arguments.share} is answered"
+    chosen = apply_rules(cfg, samples, arguments.out)
+    kept = sum(found.verdict == "kept" for found in chosen)
+    return f"{arguments.out}: kept {kept} of {len(chosen)} samples; see report.html"
+
+
+def _share(text: str) -> tuple[int, int]:
+    which, _, of = text.partition("/")
+    if not (which.isdigit() and of.isdigit() and int(which) < int(of)):
+        raise ConfigError(f"--share {text!r} is not I/N with I from 0 to N - 1.")
+    return int(which), int(of)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
