@@ -8,7 +8,7 @@ from typing import Any
 from megatron_vrl.errors import VideoError
 from megatron_vrl.inference import Answerer, InferenceConfig
 from megatron_vrl.observe.marked import marked_strip
-from megatron_vrl.rollout.engine import SamplingSpec
+from megatron_vrl.rollout.requests import SamplingSpec
 from megatron_vrl.tasks import TASKS
 from megatron_vrl.types import Rollout, VideoSample
 

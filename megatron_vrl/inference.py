@@ -9,15 +9,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_vrl import config
 from megatron_vrl.build import vision_tokens
-from megatron_vrl.config_tree import overridden
+from megatron_vrl.config_tree import overridden, read_tree
 from megatron_vrl.data.prompt import PromptEncoder
-from megatron_vrl.errors import CheckpointError, ConfigError, VideoError
+from megatron_vrl.errors import CheckpointError, VideoError
 from megatron_vrl.model.architecture import read_architecture
-from megatron_vrl.rollout.engine import ColocatedEngine, SamplingSpec
+from megatron_vrl.rollout.engine import ColocatedEngine
+from megatron_vrl.rollout.requests import SamplingSpec
 from megatron_vrl.training.convert import stored_tensors
 from megatron_vrl.training.layout import published_files
 from megatron_vrl.types import EncodedVideo, Rollout, VideoSample
@@ -51,20 +50,11 @@ def inference_config(
     dtype = published.get("dtype") or published.get("torch_dtype") or "float32"
     tree: dict[str, dict[str, Any]] = {name: dict(keys) for name, keys in (defaults or {}).items()}
     if run_config:
-        for name, keys in _sections(run_config).items():
-            tree[name] = tree.get(name, {}) | keys
+        given = read_tree(run_config)
+        for name in InferenceConfig.model_fields:
+            tree[name] = tree.get(name, {}) | (given.get(name) or {})
     tree["model"] = tree.get("model", {}) | {"checkpoint": checkpoint, "dtype": dtype}
     return overridden(InferenceConfig, tree, overrides, run_config or "command line")
-
-
-def _sections(path: str) -> dict[str, dict[str, Any]]:
-    try:
-        tree = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} is not read: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds {type(tree).__name__}, not sections.")
-    return {name: tree[name] for name in InferenceConfig.model_fields if tree.get(name)}
 
 
 class Answerer:

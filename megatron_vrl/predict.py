@@ -14,7 +14,7 @@ from megatron_vrl.benchmark import Prediction, prediction_of
 from megatron_vrl.errors import ConfigError, VideoError
 from megatron_vrl.inference import Answerer, Answers, InferenceConfig
 from megatron_vrl.observe.files import full_disk_named, read_rows, write_file
-from megatron_vrl.rollout.engine import SamplingSpec
+from megatron_vrl.rollout.requests import SamplingSpec
 from megatron_vrl.tasks import can_be_asked
 from megatron_vrl.types import VideoSample
 

@@ -27,7 +27,7 @@ from megatron_vrl.observe.selection_report import selection_report
 from megatron_vrl.predict import check_settings
 from megatron_vrl.rewards import weights_of
 from megatron_vrl.rewards.selection import KEPT, Candidate, candidate, select
-from megatron_vrl.rollout.engine import SamplingSpec
+from megatron_vrl.rollout.requests import SamplingSpec
 from megatron_vrl.tasks import TASKS
 from megatron_vrl.types import Rollout, VideoSample
 from megatron_vrl.video.pyav import probe

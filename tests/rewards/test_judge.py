@@ -40,6 +40,8 @@ def rollout(text: str, num_tokens: int = 8) -> Rollout:
         text=text,
         finish="stop",
         weight_version=0,
+        newest_version=0,
+        seed=0,
     )
 
 
