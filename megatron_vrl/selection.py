@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from megatron_vrl.config import RunConfig
-from megatron_vrl.data.mix import load
+from megatron_vrl.data.mix import open_pool
 from megatron_vrl.errors import DataError, VideoError
 from megatron_vrl.inference import Answerer, InferenceConfig
 from megatron_vrl.judge import Judge
@@ -30,7 +30,7 @@ from megatron_vrl.rewards.selection import KEPT, Candidate, candidate, select
 from megatron_vrl.rollout.requests import SamplingSpec
 from megatron_vrl.tasks import TASKS
 from megatron_vrl.types import Rollout, VideoSample
-from megatron_vrl.video.pyav import probe
+from megatron_vrl.video import VideoReader
 
 BLOCK = 32  # samples answered by one call of the engine and written at once
 Share = tuple[int, int]  # (which, of how many)
@@ -39,7 +39,8 @@ Row = dict[str, Any]
 
 def pool(cfg: RunConfig) -> list[VideoSample]:
     """The samples of data.train, whose ids are those of the training run."""
-    return load(cfg.data.train, cfg.run.seed, lambda path: probe(path).duration_s)
+    drawn = open_pool(cfg.data.train, cfg.run.seed, VideoReader(cfg.video).duration_s)
+    return [sample for sample in drawn if isinstance(sample, VideoSample)]
 
 
 def collect_answers(
