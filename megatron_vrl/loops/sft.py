@@ -10,11 +10,11 @@ import numpy as np
 from megatron_vrl.algorithms.sft import token_loss
 from megatron_vrl.batching.pack import Answer, Group
 from megatron_vrl.build import Parts
-from megatron_vrl.data.mix import SampleStream
 from megatron_vrl.errors import ConfigError, UserError
 from megatron_vrl.loops.draw import Draws
 from megatron_vrl.loops.record import evaluate_dev, record
 from megatron_vrl.loops.state import RunState, save_if_due, start_phase
+from megatron_vrl.loops.stream import weighted
 from megatron_vrl.model.head import Distribution
 from megatron_vrl.observe.metrics import StepMetrics
 from megatron_vrl.observe.sinks import Sinks
@@ -47,7 +47,7 @@ def _attempt(parts: Parts, state: RunState, sinks: Sinks, dev: list[VideoSample]
     """One pass from `state.step` to the threshold (True) or the last step."""
     cfg, clock = parts.cfg, parts.clock
     seed = cfg.run.seed + state.attempt
-    stream = SampleStream(parts.pool(cfg.data.sft), seed)
+    stream = weighted(parts.pool(cfg.data.sft), cfg.data.sft, seed)
     stream.restore(state.stream)
     draws = Draws(parts, stream, state, sinks.say)
     start_phase(parts, state, cfg.sft.optimizer, cfg.sft.steps)

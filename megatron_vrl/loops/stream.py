@@ -1,13 +1,16 @@
-"""The samples that GRPO takes: sources, what a selection keeps of them, and their order.
+"""The samples that training takes: sources, what a selection keeps of them, and their order.
 
 A selection and a curriculum go by ids, so with one of them every record of a pool is parsed once at
 the start; without, none before its turn.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_vrl.build import Parts
-from megatron_vrl.config import Data
+from megatron_vrl.config import Data, Source
 from megatron_vrl.data.mix import SampleStream
 from megatron_vrl.data.pool import Pool
 from megatron_vrl.data.schedule import Schedule, read_ids, read_mean_rewards, stages_of
@@ -37,7 +40,14 @@ def stream_of(pool: Pool, data: Data, seed: int) -> SampleStream:
     if data.curriculum != "none":
         rewards = read_mean_rewards(data.difficulty)
         stages = stages_of(pool.names(), rewards, data.curriculum, data.curriculum_stages)
-    weights = [source.weight for source in data.train]
+    return weighted(pool, data.train, seed, stages)
+
+
+def weighted(
+    pool: Pool, sources: Sequence[Source], seed: int, stages: NDArray[np.int64] | None = None
+) -> SampleStream:
+    """A stream in which each source comes as often as its weight says."""
+    weights = [source.weight for source in sources]
     return SampleStream(pool, seed, Schedule(pool.sizes, weights, seed, stages))
 
 
