@@ -53,10 +53,11 @@ def rows_of(run: Path, phase: str) -> list[dict]:
 def numbers(row: dict) -> dict[str, float]:
     """What a run must repeat: all numbers but those of its machine."""
     measured = ("tokens_per_second", "tflops_per_second", "peak_memory_gib")
+    of_process = ("videos_decoded", "videos_from_store")  # whose memory a restart has lost
     return {
         name: value
         for name, value in row.items()
-        if isinstance(value, int | float) and not name.endswith(measured)
+        if isinstance(value, int | float) and not name.endswith((*measured, *of_process))
     }
 
 

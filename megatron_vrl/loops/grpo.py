@@ -59,13 +59,13 @@ def end_step(
     dev: list[VideoSample],
 ) -> None:
     """Count the step, report it, evaluate and save where it is time."""
-    cfg = parts.cfg
+    cfg, version = parts.cfg, state.version
     state.step += 1
     state.stream, state.under_way = draws.position, flights.positions()
     state.version += 1
     spent = parts.clock.take()
     state.add_seconds(spent)
-    values = step_numbers(parts, collected, learned, spent) | draws.numbers()
+    values = step_numbers(parts, collected, learned, spent, version) | draws.numbers()
     _warn(sinks, state.step, collected, learned)
     record(parts, sinks, StepMetrics(phase="grpo", step=state.step, values=values, seconds=spent))
     write_cards(parts, sinks, collected.experiences[: cfg.observe.cards_per_step], state.step)

@@ -26,10 +26,14 @@ from megatron_vrl.types import Experience
 
 
 def step_numbers(
-    parts: Parts, collected: Collected, learned: Learned, seconds: Mapping[str, float]
+    parts: Parts,
+    collected: Collected,
+    learned: Learned,
+    seconds: Mapping[str, float],
+    version: int,
 ) -> dict[str, Any]:
-    """Every rank calls it, after the step."""
-    numbers: dict[str, Any] = _means(parts, collected.experiences)
+    """Every rank calls it, after the step; `version` names the weights that it began with."""
+    numbers: dict[str, Any] = _means(parts, collected.experiences, version)
     numbers |= {
         "invalid_groups": float(len(collected.invalid)),
         "reward_errors": float(sum(map(len, collected.failures.values()))),
@@ -43,7 +47,7 @@ def step_numbers(
     return numbers | _meters(parts, learned, seconds)
 
 
-def _means(parts: Parts, experiences: Sequence[Experience]) -> dict[str, float]:
+def _means(parts: Parts, experiences: Sequence[Experience], version: int) -> dict[str, float]:
     """Over every answer of the step."""
     own: dict[str, list[float]] = {}
     for experience in experiences:
@@ -52,6 +56,7 @@ def _means(parts: Parts, experiences: Sequence[Experience]) -> dict[str, float]:
         rows["format_rate"] = rows["parts/format"]
         rows["reward"] = group.rewards.tolist()
         rows["response_tokens"] = [len(r.token_ids) for r in group.rollouts]
+        rows["staleness"] = [float(version - r.weight_version) for r in group.rollouts]
         rows["truncated_share"] = [float(r.finish == "length") for r in group.rollouts]
         rows["uniform_groups"] = [float(not teaches(experience.advantages))]
         for name, values in rows.items():

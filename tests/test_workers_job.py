@@ -1,0 +1,97 @@
+"""The main job with rollout workers: generation beside training, a worker killed, none at all."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import psutil
+import pytest
+
+from megatron_vrl.config import check_overlap, load_config
+from megatron_vrl.errors import ConfigError
+from tests.conftest import CONFIG, ENVIRONMENT, ROOT, train_command
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
+STEPS, PROMPTS = 6, 4
+OPTIONS = (
+    "rollout.engine=workers",
+    "rollout.max_staleness=1",
+    "rollout.silent_s=3",
+    f"rollout.prompts_per_step={PROMPTS}",
+    "algorithm.importance=token",
+    "algorithm.drop_uniform_groups=false",
+    "data.evaluation={}",
+    "sft.steps=0",
+    f"grpo.steps={STEPS}",
+    "checkpoint.every_steps=1",
+    "observe.wandb=disabled",
+)
+
+
+@pytest.fixture
+def worker(quickstart):
+    """One, under the script that starts it again; its rendezvous."""
+    script = ROOT / "launch" / "rollout_worker.sh"
+    found = quickstart / "found"
+    command = ["bash", str(script), "--config", str(CONFIG), f"rollout.rendezvous={found}"]
+    process = subprocess.Popen(command, cwd=quickstart, env=ENVIRONMENT, start_new_session=True)
+    yield process, found
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def rows(run):
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [row for row in map(json.loads, lines) if row["phase"] == "grpo"]
+
+
+def test_generation_goes_on_beside_training_and_outlives_a_worker(quickstart, worker):
+    script, found = worker
+    run = quickstart / "runs" / "overlapped"
+    command = train_command(
+        *OPTIONS, f"rollout.rendezvous={found}", "run.out_dir=runs/overlapped", ranks=2
+    )
+    with subprocess.Popen(
+        command, cwd=quickstart, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    ) as job:
+        while len(rows(run)) < 2:
+            assert job.poll() is None, job.stderr.read()[-3000:]
+            time.sleep(0.1)
+        (serving,) = psutil.Process(script.pid).children()
+        serving.kill()
+        said = job.stderr.read()
+    assert job.returncode == 0, said[-3000:]
+    found_rows = rows(run)
+    assert [row["step"] for row in found_rows] == list(range(1, STEPS + 1))
+    assert {row["groups_trained"] for row in found_rows} == {PROMPTS}
+    assert found_rows[0]["staleness"] == 0
+    assert max(row["staleness"] for row in found_rows) == 1  # never more
+    assert all(0.5 < row["importance_weight"] < 2 for row in found_rows)
+    assert "rollout: lost 127.0.0.1:" in said
+
+
+def test_without_workers_the_run_stops_with_a_sentence(quickstart):
+    command = train_command(*OPTIONS, "rollout.patience_s=1", "run.out_dir=runs/nobody")
+    done = subprocess.run(command, cwd=quickstart, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert (
+        "error: 0 of at least 1 rollout workers came within rollout.patience_s=1 (no address is "
+        "known): start them with launch/rollout_worker.sh"
+    ) in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("rollout.engine=colocated", "rollout.max_staleness=1 needs rollout.engine=workers"),
+        ("algorithm.importance=none", "set algorithm.importance=token (or sequence)"),
+    ],
+)
+def test_old_answers_want_workers_and_importance_weights(override, sentence):
+    cfg = load_config(CONFIG, [*OPTIONS, override])
+    with pytest.raises(ConfigError) as refused:
+        check_overlap(cfg)
+    assert sentence in str(refused.value)
