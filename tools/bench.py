@@ -3,6 +3,7 @@
     bench.py step [--prompt-tokens 2048 --answer-tokens 128 --group 8 --layouts shared,plain]
     bench.py head [--tokens 8192 --vocab 151936 --hidden 2048]
     bench.py decode FILES... [--frames 16]
+    bench.py sync [--hidden 1024 --layers 10]
     bench.py convert [--model configs/models/qwen2.5-vl-3b.json --dir DIR]
 
 A bench takes its sides in turns, in one run, and yields rows of medians over --rounds. With --json
@@ -17,9 +18,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from benches import convert, decode, head, step
+from benches import convert, decode, head, step, sync
 
-BENCHES = {"convert": convert, "decode": decode, "head": head, "step": step}
+BENCHES = {"convert": convert, "decode": decode, "head": head, "step": step, "sync": sync}
 Row = dict[str, Any]
 
 
