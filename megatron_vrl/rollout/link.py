@@ -14,6 +14,8 @@ from megatron_vrl.rollout.identity import Health
 from megatron_vrl.rollout.rendezvous import TOKEN_VARIABLE
 from megatron_vrl.rollout.wire import Garbage, decode
 
+CONNECT_S = 2.0
+
 Result = TypeVar("Result")
 
 
@@ -44,7 +46,9 @@ class Link:
     async def health(self, address: str, timeout_s: float) -> Health:
         """Raises Fault."""
         try:
-            response = await self._http.get(f"http://{address}/health", timeout=timeout_s)
+            # A machine that is gone does not even refuse.
+            timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, CONNECT_S))
+            response = await self._http.get(f"http://{address}/health", timeout=timeout)
         except (httpx.HTTPError, OSError) as error:
             raise _fault(error) from None
         return decode_or_fault(_checked(response), Health)

@@ -168,7 +168,6 @@ class WorkerPool:
 
     def start(self, members: Sequence[Member]) -> None:
         """Begin a hand-over to these workers. One rank calls it, before any calls `load`."""
-        self._failed = set()
         self._to_all(members, "weights/start", b"")
 
     def load(self, members: Sequence[Member], tensors: NamedTensors) -> None:
@@ -193,7 +192,7 @@ class WorkerPool:
 
     def enlist(self, members: Sequence[Member], version: int) -> None:
         """These workers hold the weights `version` and answer from now on. Every rank calls it."""
-        self.version = version
+        self.version, self._failed = version, set()
         self._link.call(self._enlisted(members))
 
     def checksums(self) -> dict[str, dict[str, str]]:

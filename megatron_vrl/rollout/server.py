@@ -85,7 +85,8 @@ class EngineThread:
             self._groups[key] = group
 
         def failed(submitted: "Future[Any]") -> None:
-            if (error := submitted.exception()) is not None:
+            error = submitted.exception()
+            if error is not None and not group.cancelled():
                 group.set_exception(error)
 
         self.call(submit).add_done_callback(failed)
@@ -129,10 +130,11 @@ class EngineThread:
         works = self.engine.busy and not self._updating
         while not (self._calls.empty() and works):
             function, future = self._calls.get()
-            try:
-                future.set_result(function())
-            except Exception as error:
-                future.set_exception(error)
+            if future.set_running_or_notify_cancel():  # False: whoever asked has gone
+                try:
+                    future.set_result(function())
+                except Exception as error:
+                    future.set_exception(error)
             works = self.engine.busy and not self._updating
         for key, rollouts in self.engine.step().items():
             group = self._groups.pop(key, None)
