@@ -11,14 +11,18 @@ Left out: CUDA IPC handles. Weights that live on a GPU pass through host memory 
 """
 
 import os
+import re
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
+from megatron_vrl.errors import RolloutError
+
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
+MEMORY = re.compile(r"/proc/[0-9]+/fd/[0-9]+")  # nothing else is ever mapped
 ALIGNMENT_BYTES = 64  # a tensor may start at a multiple of its element size only
 
 
@@ -94,6 +98,8 @@ class BucketReader:
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     def read(self, bucket: Bucket) -> Iterator[tuple[str, torch.Tensor]]:
+        if not MEMORY.fullmatch(bucket.path):
+            raise RolloutError(f"{bucket.path} is not the memory of a process; send a bucket.")
         if self._mapping != (bucket.memory, bucket.memory_bytes):
             self._memory = _mapped(bucket.path, bucket.memory_bytes)
             self._mapping = bucket.memory, bucket.memory_bytes

@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
+from megatron_vrl.errors import RolloutError
 from megatron_vrl.rollout.buckets import BucketReader, BucketWriter, views
 from megatron_vrl.rollout.checksums import tensor_checksums
 
@@ -43,6 +45,14 @@ def test_the_memory_is_made_once(tensors):
     assert os.listdir("/proc/self/fd") == before
     writer.close()
     assert len(os.listdir("/proc/self/fd")) == len(before) - 1
+
+
+def test_only_memory_is_mapped(tensors, tmp_path):
+    secret = tmp_path / "file"
+    secret.write_bytes(bytes(1 << 16))
+    bucket = BucketWriter(torch.float32).write(tensors.items())
+    with pytest.raises(RolloutError, match="file is not the memory of a process"):
+        dict(BucketReader().read(replace(bucket, path=str(secret))))
 
 
 def test_another_process_can_map_a_bucket(tensors):
