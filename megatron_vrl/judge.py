@@ -12,7 +12,7 @@ import numpy as np
 from megatron_vrl.config import Rewards
 from megatron_vrl.rewards import LENGTH, length, score, weighted, weights_of
 from megatron_vrl.types import Prompt, Rollout, ScoredGroup, VideoSample
-from megatron_vrl.workers import Call, Returned, Workers
+from megatron_vrl.user_functions import Call, Returned, Workers
 
 
 class Judge:

@@ -38,7 +38,7 @@ FLOORS = {
     # 2 services
     "megatron_vrl.parallel": 2,
     "megatron_vrl.observe": 2,
-    "megatron_vrl.workers": 2,
+    "megatron_vrl.user_functions": 2,
     # 1 pure logic
     "megatron_vrl.tasks": 1,
     "megatron_vrl.rewards": 1,

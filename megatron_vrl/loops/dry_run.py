@@ -11,7 +11,7 @@ from megatron_vrl.model.chunks import all_chunks, check_divides
 from megatron_vrl.parallel.mesh import check_layout
 from megatron_vrl.rewards import weights_of
 from megatron_vrl.training.layout import published_files
-from megatron_vrl.workers import load_function
+from megatron_vrl.user_functions import load_function
 
 
 def check(cfg: RunConfig, world: int) -> list[str]:

@@ -22,8 +22,6 @@ from megatron_vrl.errors import ConfigError
 from megatron_vrl.types import VideoSample
 
 START_S = 120.0  # a process may import as much as the function's module asks for
-
-
 CALLS_AT_A_TIME = 8
 
 
