@@ -215,6 +215,7 @@ class ColocatedEngine:
         new weights; then nothing is cleared, and what comes later has names of its own in them.
         """
         with trainer_state_kept():
+            self._llm.collective_rpc("update_weights", args=({"complete": True},))
             self._llm.collective_rpc("finish_weight_update")
             engine = self._llm.llm_engine
             if self.busy:

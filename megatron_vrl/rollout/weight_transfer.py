@@ -66,6 +66,7 @@ class SharedMemoryInitInfo(WeightTransferInitInfo):
 class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):
     bucket: dict[str, Any] = field(default_factory=dict)  # fields of `Bucket`, or {}: see `tensors`
     tensors: NamedTensors = ()  # of this process
+    complete: bool = False  # nothing more will come
 
 
 class SharedMemoryWeightTransferEngine(
@@ -95,14 +96,16 @@ class SharedMemoryWeightTransferEngine(
         if update_info.bucket:
             tensors = self._reader.read(Bucket(**update_info.bucket))
         self._missing -= model.load_weights(tensors)
-
-    def finish_weight_update(self) -> None:
-        finalize_layerwise_reload(self.model, self.model_config)
-        if self._missing:
+        if update_info.complete and self._missing:
+            # Said here and not at the end: vLLM takes back an update that fails before it.
+            finalize_layerwise_reload(self.model, self.model_config)
             raise RolloutError(
                 f"The weight update left out {len(self._missing)} tensors of the engine, the first "
                 f"is {min(self._missing)}. Export every tensor of the checkpoint."
             )
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
 
     def shutdown(self) -> None:
         pass

@@ -263,6 +263,10 @@ def test_refusals_are_one_sentence(engine, weights, make_prompt, checkpoint):
     incomplete = {name: t for name, t in weights.items() if name != "model.norm.weight"}
     with pytest.raises(RolloutError, match="left out 1 tensors"):
         engine.push_weights(incomplete.items(), version=2)
+    with pytest.raises(RolloutError, match="no weights yet"):
+        engine.generate([make_prompt(0)], spec())
+    engine.push_weights(weights.items(), version=3)  # a failed update harms no later one
+    assert engine.weights_checksum() == tensor_checksums(weights.items(), torch.float32)
     with pytest.raises(RolloutError, match=r"/nowhere has no config\.json"):
         ColocatedEngine("/nowhere", config.Rollout(), dtype="float32", seed=1, max_model_len=64)
     with pytest.raises(RolloutError, match=r"kv_cache_mib=1, .* KV cache is needed"):
