@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,9 @@ def _checkpoint(folder: Path, hidden: int, layers: int) -> Path:
     import make_tiny_model
 
     sizes = {"hidden": hidden, "mlp": 4 * hidden, "heads": 16, "kv-heads": 4, "layers": layers}
-    make_tiny_model.main(
-        ["--out", str(folder), *(w for n, s in sizes.items() for w in (f"--{n}", str(s)))]
-    )
+    options = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
+    with redirect_stdout(sys.stderr):  # stdout is for rows
+        make_tiny_model.main(["--out", str(folder), *options])
     return folder
 
 
