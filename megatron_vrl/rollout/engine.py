@@ -154,7 +154,11 @@ class ColocatedEngine:
         check_length(request, spec, self.max_model_len)
         engine = self._llm.llm_engine
         (engine_input,) = engine.renderer.render_cmpl([vllm_prompt(request, self._cache_name)])
-        self._inputs.check(request, engine_input)
+        try:
+            self._inputs.check(request, engine_input)
+        except RolloutError:
+            engine.reset_mm_cache()  # it takes the video to have been sent, which it was not
+            raise
         engine.add_request(key, engine_input, self._sampling_params(spec))
         self._under_way[key] = spec.seed, self.version
 

@@ -258,6 +258,8 @@ def test_refusals_are_one_sentence(engine, weights, make_prompt, checkpoint):
     prompt.token_ids[-1] += 1
     with pytest.raises(RolloutError, match="clip_0: vLLM read"):
         engine.generate([prompt], spec())
+    prompt.token_ids[-1] -= 1
+    assert len(engine.generate([prompt], spec())[0]) == 4  # the video was not lost on the way
     with pytest.raises(RolloutError, match="greedy"):
         spec(n=2, temperature=0.0)
     incomplete = {name: t for name, t in weights.items() if name != "model.norm.weight"}
