@@ -17,11 +17,12 @@ from megatron_vrl.errors import RolloutError
 from megatron_vrl.model.export import NamedTensors, WeightExport
 from megatron_vrl.parallel.mesh import Mesh, agreed, gather_objects, world_axis
 from megatron_vrl.rollout.checksums import tensor_checksums
-from megatron_vrl.rollout.pool import Member
+from megatron_vrl.rollout.identity import Member
 from megatron_vrl.rollout.requests import SamplingSpec
 from megatron_vrl.types import Prompt, Rollout
 
 LOOK_EVERY_S = 0.005  # whether answers have come; a token takes longer
+PAUSE_S = 0.5  # before weights are offered again
 
 
 class Asked(Protocol):
@@ -78,6 +79,7 @@ class Rollouts:
         """Give the engines the trainer's weights, unless they hold this version already."""
         if self.version != version:
             self._hand_over(version, self._cfg.min_workers if self.version is None else 1)
+            self._check_now_and_then()
 
     def generate(self, prompts: Sequence[Prompt], spec: SamplingSpec) -> list[list[Rollout]]:
         """`spec.n` answers to each of this rank's prompts.
@@ -128,6 +130,19 @@ class Rollouts:
             time.sleep(LOOK_EVERY_S)
 
     def _hand_over(self, version: int, at_least: int) -> None:
+        """Until somebody holds the weights. Raises RolloutError on every rank if nobody takes them
+        within rollout.patience_s."""
+        deadline = time.monotonic() + self._cfg.patience_s
+        while not self._handed_over(version, at_least):
+            if gather_objects(world_axis(self._mesh), time.monotonic() > deadline)[0]:
+                raise RolloutError(
+                    "No rollout worker took the weights within rollout.patience_s="
+                    f"{self._cfg.patience_s:g}: look at the workers' output."
+                )
+            time.sleep(PAUSE_S)
+        self.version = version
+
+    def _handed_over(self, version: int, at_least: int) -> bool:
         engine, first = self._engine, self._mesh.rank == 0
         with agreed(self._mesh):
             members = engine.gather(at_least) if first else []
@@ -142,11 +157,9 @@ class Rollouts:
             if starts:
                 engine.finish(members, version)
         failed = set().union(*gather_objects(world_axis(self._mesh), engine.failed))
-        engine.enlist([m for m in members if m.address not in failed], version)
-        self.version = version
-        if self._hand_overs % self._cfg.check_weights_every == 0:
-            self._check_weights()
-        self._hand_overs += 1
+        took = [member for member in members if member.address not in failed]
+        engine.enlist(took, version)
+        return engine.everywhere or bool(took)
 
     def _send(self, members: Sequence[Member]) -> None:
         export, error = self._export, None
@@ -160,6 +173,11 @@ class Rollouts:
         with agreed(self._mesh):
             if error is not None:
                 raise error
+
+    def _check_now_and_then(self) -> None:
+        if self._hand_overs % self._cfg.check_weights_every == 0:
+            self._check_weights()
+        self._hand_overs += 1
 
     def _check_weights(self) -> None:
         """Raises RolloutError if an engine computes with other weights than the trainer's."""

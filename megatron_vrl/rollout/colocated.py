@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from megatron_vrl.rollout.buckets import NamedTensors
 from megatron_vrl.rollout.engine import ColocatedEngine
-from megatron_vrl.rollout.pool import Member
+from megatron_vrl.rollout.identity import Member
 from megatron_vrl.rollout.requests import SamplingSpec
 from megatron_vrl.types import Prompt, Rollout
 

@@ -25,6 +25,15 @@ class Health:
     version: int | None  # of the weights; None: none yet, or an update is under way
 
 
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A worker that takes part in a hand-over of weights."""
+
+    address: str
+    instance: str
+    shares_memory: bool  # with the trainer
+
+
 def machine() -> str:
     """Equal for two processes that can map each other's memory through /proc."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

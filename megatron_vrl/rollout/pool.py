@@ -20,7 +20,7 @@ from typing import Any
 from megatron_vrl import config
 from megatron_vrl.errors import RolloutError
 from megatron_vrl.rollout.buckets import BucketWriter, NamedTensors, torch_dtype
-from megatron_vrl.rollout.identity import Health, Identity, machine
+from megatron_vrl.rollout.identity import Health, Identity, Member, machine
 from megatron_vrl.rollout.link import Fault, Link, Unreachable, decode_or_fault
 from megatron_vrl.rollout.rendezvous import found
 from megatron_vrl.rollout.requests import Request, SamplingSpec, check_length, request_of
@@ -37,13 +37,6 @@ from megatron_vrl.types import Prompt, Rollout
 LOOK_EVERY_S = 0.5
 HAND_OVER_TIMEOUT_S = 300
 MOST_FAULTS = 4  # of one group; then it is the group that breaks workers
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    address: str
-    instance: str
-    shares_memory: bool
 
 
 @dataclass(slots=True)

@@ -81,13 +81,11 @@ def pool(folder, workers, tokenizer, monkeypatch):
 
 
 @contextmanager
-def made_pool(folder, tokenizer, monkeypatch, **changes):
+def made_pool(folder, tokenizer, monkeypatch, dtype="float32", **rollout):
     monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
     cfg = load_config(folder / "config.yaml")
     served = identity(cfg, cfg.model.checkpoint, banned_token_ids(tokenizer, 512))
-    served = replace(served, **{k: v for k, v in changes.items() if k in ("dtype",)})
-    rollout = cfg.rollout.model_copy(update={k: v for k, v in changes.items() if k != "dtype"})
-    pool = WorkerPool(rollout, served)
+    pool = WorkerPool(cfg.rollout.model_copy(update=rollout), replace(served, dtype=dtype))
     yield pool
     pool.close()
 
