@@ -6,7 +6,7 @@ reads the live model. vLLM fuses q, k, v and gate, up: they are split again. On 
 linear weights into an opaque kernel object and drops the plain ones: those are read back through
 the very kernel that generates, by multiplying with the identity, which is exact (one product per
 output is not zero). Only the sign of a zero is lost on that way, so both sides count -0 as 0.
-Left out: tensor-parallel and quantised engines, whose shards have no published names.
+Ranks that share a model gather each tensor. Left out: quantised engines; more ranks than KV heads.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ def tensor_checksums(named_tensors: NamedTensors, dtype: torch.dtype) -> dict[st
 
 @torch.no_grad()
 def live_checksums(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, str]:
-    """The same of a live vLLM model (tensor-parallel size 1)."""
+    """The same of a live vLLM model. Every rank that shares the model calls it."""
     return tensor_checksums(_live_tensors(model, dtype), dtype)
 
 
@@ -41,30 +41,48 @@ def _live_tensors(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[tuple[
     modules = dict(model.named_modules())
     for name, parameter in model.named_parameters():
         prefix, _, kind = name.rpartition(".")
-        tensor = _live_weight(modules[prefix], dtype) if kind == "weight" else parameter
+        parts = _whole_parts(modules[prefix], parameter, kind, dtype)
         parent, _, leaf = prefix.rpartition(".")
         if leaf not in FUSED:
-            yield name, tensor
+            yield name, torch.cat(parts) if len(parts) > 1 else parts[0]
             continue
-        parts = tensor.split(vars(modules[prefix])["output_sizes"])
         for part_name, part in zip(FUSED[leaf], parts, strict=True):
             yield f"{parent}.{part_name}.{kind}", part
 
 
-def _live_weight(module: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
-    from vllm.model_executor.layers.linear import LinearBase
+def _whole_parts(
+    module: torch.nn.Module, parameter: torch.Tensor, kind: str, dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """What vLLM fused into this parameter, each gathered over the ranks that share it."""
+    from vllm.model_executor.layers import linear
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-    if isinstance(module, LinearBase):
-        return _unpacked(module, module.input_size, dtype)
     if isinstance(module, VocabParallelEmbedding):
-        plain = module.get_parameter("weight")
-        packed = _unpacked(module, module.embedding_dim, dtype)
+        plain, packed = parameter, _unpacked(module, module.embedding_dim, dtype)
         # A tied embedding lives twice: plain for the lookup, packed for the logits. A stale packed
         # copy must show, so it is the one reported when the two differ.
-        weight = plain if torch.equal(plain, packed) else packed
-        return weight[: module.org_vocab_size]  # rows beyond are padding
-    return module.get_parameter("weight")
+        local = plain if torch.equal(plain, packed) else packed
+        return [_gathered(module, local, 0)[: module.org_vocab_size]]  # rows beyond are padding
+    if not isinstance(module, linear.LinearBase):
+        return [parameter]
+    sizes = vars(module)
+    if isinstance(module, linear.RowParallelLinear):
+        if kind == "bias":
+            return [parameter]  # the same on every rank
+        weight = _unpacked(module, module.input_size_per_partition, dtype)
+        return [_gathered(module, weight, 1)]
+    local = _unpacked(module, module.input_size, dtype) if kind == "weight" else parameter
+    widths = sizes.get("output_partition_sizes", [len(local)])
+    return [_gathered(module, part, 0) for part in local.split(widths)]
+
+
+def _gathered(module: torch.nn.Module, local: torch.Tensor, axis: int) -> torch.Tensor:
+    from vllm.distributed import tensor_model_parallel_all_gather
+
+    if vars(module)["tp_size"] == 1:
+        return local
+    whole: torch.Tensor = tensor_model_parallel_all_gather(local.contiguous(), axis)
+    return whole
 
 
 def _unpacked(module: torch.nn.Module, in_features: int, dtype: torch.dtype) -> torch.Tensor:

@@ -16,6 +16,7 @@ Left out: quantised rollouts.
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -232,8 +233,7 @@ class ColocatedEngine:
 
     def weights_checksum(self) -> dict[str, str]:
         """SHA-256 of every live weight by published name, see `checksums.tensor_checksums`."""
-        dtype = self.dtype
-        return self._llm.apply_model(lambda model: live_checksums(model, dtype))[0]
+        return self._llm.apply_model(partial(live_checksums, dtype=self.dtype))[0]
 
     def sleep(self) -> None:
         """Free the engine's GPU memory; weights wait in host memory. Does nothing on a CPU."""

@@ -1,0 +1,43 @@
+"""One engine over two processes: answers, and checksums of what its shards hold, as JSON."""
+
+import json
+import sys
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from megatron_vrl import config
+from megatron_vrl.rollout.buckets import BucketWriter
+from megatron_vrl.rollout.engine import ColocatedEngine
+from megatron_vrl.rollout.requests import SamplingSpec
+from tests.rollout.conftest import MAX_MODEL_LEN, prompt_maker
+
+SPEC = SamplingSpec(n=4, temperature=1.0, top_p=1.0, max_tokens=16, seed=3)
+
+
+def main(checkpoint: Path, factor: float) -> None:
+    engine = ColocatedEngine(
+        str(checkpoint),
+        config.Rollout(max_sequences=16, kv_cache_mib=64),
+        dtype="float32",
+        seed=1,
+        max_model_len=MAX_MODEL_LEN,
+        tensor=2,
+    )
+    weights = load_file(checkpoint / "model.safetensors")
+    writer = BucketWriter(engine.dtype)
+    for version, scale in enumerate((1.0, factor)):
+        engine.start_update()
+        engine.load(writer.write((name, tensor * scale) for name, tensor in weights.items()))
+        engine.finish_update(version)
+    make_prompt = prompt_maker(checkpoint)
+    groups = engine.generate([make_prompt(0), make_prompt(1)], SPEC)
+    found = {
+        "tokens": [[rollout.token_ids.tolist() for rollout in group] for group in groups],
+        "checksums": engine.weights_checksum(),
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), float(sys.argv[2]))

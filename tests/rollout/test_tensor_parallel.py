@@ -1,0 +1,24 @@
+"""An engine whose model two processes share equals the one of this process."""
+
+import json
+
+import pytest
+import torch
+
+from megatron_vrl.rollout.checksums import tensor_checksums
+from tests.conftest import run_python
+from tests.rollout.tensor_worker import SPEC
+
+pytestmark = pytest.mark.slow
+FACTOR = 1.05  # of the second hand-over
+
+
+def test_answers_and_weights_of_two_shards(engine, checkpoint, weights, make_prompt):
+    changed = {name: tensor * FACTOR for name, tensor in weights.items()}
+    engine.push_weights(changed.items(), version=2)
+    ours = engine.generate([make_prompt(0), make_prompt(1)], SPEC)
+    done = run_python("-m", "tests.rollout.tensor_worker", checkpoint, FACTOR)
+    assert done.returncode == 0, done.stderr[-3000:]
+    theirs = json.loads(done.stdout.splitlines()[-1])
+    assert theirs["tokens"] == [[r.token_ids.tolist() for r in group] for group in ours]
+    assert theirs["checksums"] == tensor_checksums(changed.items(), torch.float32)
