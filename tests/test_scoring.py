@@ -12,12 +12,12 @@ from PIL import Image
 
 from megatron_vrl.config import Video
 from megatron_vrl.errors import EXIT_CODE, UserError
+from megatron_vrl.model.patches import patchify
 from megatron_vrl.parallel.mesh import close_mesh
 from megatron_vrl.rollout.torchvision_shim import declare_missing_ops
 from megatron_vrl.scoring import SAMPLES_AT_A_TIME, score_config, score_file
 from megatron_vrl.video import VideoReader
 from megatron_vrl.video.image import read_image, read_image_rules
-from megatron_vrl.video.rules import patchify
 from tests.conftest import ROOT, run_python
 
 TOOL = ROOT / "tools" / "score_responses.py"
@@ -118,7 +118,7 @@ def pixels(folder: Path, asked: dict) -> dict:
         given["pixel_values"] = [patchify(image.frames) for image in images]
         given["image_grid_thw"] = [image.grid_thw for image in images]
     return {
-        name: torch.from_numpy(np.concatenate(value)) if "pixel" in name else torch.tensor(value)
+        name: torch.cat(value) if "pixel" in name else torch.tensor(value)
         for name, value in given.items()
     }
 

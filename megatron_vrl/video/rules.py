@@ -1,8 +1,8 @@
-"""Qwen2.5-VL's video rules: which frames, at what size, how many tokens, in which patch order.
+"""Qwen2.5-VL's video rules: which frames, at what size, how many tokens.
 
 Pure arithmetic, so the token count of a video is known before a frame of it is decoded. The rules
 are those of qwen-vl-utils 0.0.14 (`smart_nframes`, `smart_resize`, the budget in `fetch_video`)
-and of transformers' `Qwen2VLVideoProcessor` (normalisation and patch order), restated because
+and of transformers' `Qwen2VLVideoProcessor` (the frame indices), restated because
 both packages need a working torchvision. Two corners Qwen leaves open are closed here: a video
 too short for two frames is sampled once and the frame repeated, and a very thin video keeps at
 least one merged cell on each side.
@@ -29,10 +29,6 @@ TEMPORAL = 2  # frames of one temporal step
 CELL = PATCH * MERGE  # pixels on each side of one language token
 CHANNELS = 3
 MAX_ASPECT = 200
-
-# OpenAI CLIP, with the rescaling by 1/255 folded in as transformers does, so in float32.
-_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32) * np.float32(255)
-_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32) * np.float32(255)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,24 +123,3 @@ def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int) -> t
         rows = math.ceil(height * grow / CELL) * CELL
         columns = math.ceil(width * grow / CELL) * CELL
     return rows, columns
-
-
-def patchify(frames: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """[F, H, W, 3] RGB bytes -> [T*h*w, 1176] normalised patches, as the vision tower reads them.
-
-    Rows run over time, then merged cells, then the four patches inside a cell; columns over
-    channel, frame of the step, row, column. H and W are multiples of 28, F is even.
-    """
-    count, height, width, _ = frames.shape
-    cells = frames.reshape(
-        count // TEMPORAL, TEMPORAL,
-        height // CELL, MERGE, PATCH,
-        width // CELL, MERGE, PATCH,
-        CHANNELS,
-    )  # [T, 2, h/2, 2, 14, w/2, 2, 14, C]  # fmt: skip
-    # Bytes are moved before they become floats: a quarter of the memory traffic.
-    patches = cells.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # [T, h/2, w/2, 2, 2, C, 2, 14, 14]
-    columns = np.ascontiguousarray(patches).reshape(-1, CHANNELS, TEMPORAL * PATCH * PATCH)
-    values = np.subtract(columns, _MEAN[:, None], dtype=np.float32)  # [T*h*w, C, 392]
-    np.divide(values, _STD[:, None], out=values)
-    return values.reshape(len(values), -1)  # [T*h*w, 1176]

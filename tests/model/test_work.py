@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_vrl.batching.pack import Answer, Group, as_plain, pack, share_context
 from megatron_vrl.config import Model
 from megatron_vrl.model.architecture import read_architecture
+from megatron_vrl.model.patches import patchify
 from megatron_vrl.model.work import (
     Work,
     batch_work,
@@ -22,7 +23,6 @@ from megatron_vrl.model.work import (
     plain_tokens,
     update_flops,
 )
-from megatron_vrl.video.rules import patchify
 from tests.conftest import ROOT
 from tests.tiny import GROUPS, VIDEO_TOKEN, prompt, video
 from tests.tiny_models import published_model, save
@@ -56,9 +56,9 @@ def counted(model, asked) -> dict[str, dict]:
     ids = torch.from_numpy(asked.prompt.token_ids)
     seen = {}
     if asked.prompt.visuals:
-        patches = np.concatenate([patchify(visual.frames) for visual in asked.prompt.visuals])
+        patches = torch.cat([patchify(visual.frames) for visual in asked.prompt.visuals])
         grids = torch.tensor([visual.grid_thw for visual in asked.prompt.visuals])
-        seen = {"pixel_values_videos": torch.from_numpy(patches), "video_grid_thw": grids}
+        seen = {"pixel_values_videos": patches, "video_grid_thw": grids}
     # math: the kernel that is made of products, which the counter sees
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(
