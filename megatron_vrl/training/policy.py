@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import (
@@ -29,11 +28,11 @@ from megatron_vrl.batching.pack import MicroBatch
 from megatron_vrl.config import Model, Optimizer, Parallel
 from megatron_vrl.model.architecture import Architecture
 from megatron_vrl.model.head import Distribution
+from megatron_vrl.model.patches import patchify
 from megatron_vrl.model.precision import check_available
 from megatron_vrl.model.qwen25vl import Qwen25VL
 from megatron_vrl.parallel.mesh import Mesh, gather_objects, world_axis
 from megatron_vrl.training.optimizer import learning_rate, make_optimizer
-from megatron_vrl.video.rules import patchify
 
 TokenLoss = Callable[[Tokens], tuple[Tensor, dict[str, Tensor]]]  # loss [N], metrics {name: [N]}
 Job = tuple[MicroBatch, Callable[..., Any]]  # and what the last stage does with its output
@@ -60,7 +59,7 @@ class Policy:
         self.mesh = mesh
         self.arch = arch
         self._model_cfg, self._parallel_cfg = model, parallel
-        check_available(model, mesh.device)
+        check_available(model, parallel, mesh.device)
         self.chunks = self._built()
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
@@ -230,8 +229,8 @@ class Policy:
     def _patches(self, batch: MicroBatch) -> Tensor | None:
         if not batch.visuals:
             return None
-        patches = np.concatenate([patchify(visual.frames) for visual in batch.visuals])
-        return torch.from_numpy(patches).to(self.mesh.device, self.chunks[0].config.params_dtype)
+        patches = [patchify(visual.frames, self.mesh.device) for visual in batch.visuals]
+        return torch.cat(patches).to(self.chunks[0].config.params_dtype)
 
     def _finalize_gradients(
         self, model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any
@@ -250,14 +249,15 @@ class Policy:
                 grad.copy_(summed.view_as(grad))
 
     def _gradients_are_finite(self, group: dist.ProcessGroup | None) -> bool:
-        finite = [
-            torch.isfinite(buffer.grad_data).all()
+        # By the extremes, which NaN spreads to: `isfinite` of a buffer takes twice its memory.
+        extremes = [
+            torch.stack(buffer.grad_data.aminmax())
             for wrapped in self._ddp
             for buffer in wrapped.buffers
         ]
-        flag = (
-            torch.stack(finite).all().float() if finite else torch.ones((), device=self.mesh.device)
-        )
+        flag = torch.ones((), device=self.mesh.device)
+        if extremes:
+            flag = torch.cat(extremes).isfinite().all().float()
         dist.all_reduce(flag, dist.ReduceOp.MIN, group=group)
         return bool(flag.item())
 
