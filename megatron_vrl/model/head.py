@@ -91,7 +91,7 @@ class _TokenLogprobs(torch.autograd.Function):
             if ctx.temperature != 1.0:
                 slope /= ctx.temperature
             grad_hidden[rows] = slope.to(weight.dtype) @ weight
-            grad_weight.addmm_(slope.t(), hidden[rows].float())
+            _add_product(grad_weight, slope, hidden[rows])
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
 
 
@@ -111,14 +111,30 @@ class _Logits:
         for start in range(0, len(self.hidden), self.chunk):
             part = self.hidden[start : start + self.chunk]
             into = values[: len(part)]
-            if self.weight.dtype == torch.float32:
-                torch.mm(part, self.weight.t(), out=into)
-            else:
-                into.copy_(part @ self.weight.t())
+            _product(part, self.weight.t(), into)
             if self.temperature != 1.0:
                 into /= self.temperature
             into.index_fill_(1, self.banned, BANNED_LOGIT)
             yield slice(start, start + len(part)), into, spare[: len(part)]
+
+
+def _product(left: Tensor, right: Tensor, into: Tensor) -> None:
+    """into = left @ right, in float32 whatever they are in."""
+    if left.dtype == torch.float32:
+        torch.mm(left, right, out=into)
+    elif left.is_cuda:  # operands of 16 bits, sums and result of 32
+        torch.mm(left, right, out_dtype=torch.float32, out=into)
+    else:
+        into.copy_(left @ right)
+
+
+def _add_product(total: Tensor, slope: Tensor, hidden: Tensor) -> None:
+    """total [V, C] += slope [n, V].T @ hidden [n, C], in float32."""
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        left = slope.to(hidden.dtype).t()
+        torch.addmm(total, left, hidden, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(slope.t(), hidden.float())
 
 
 def _statistics(logits: Tensor, spare: Tensor, chosen: Tensor, group: dist.ProcessGroup) -> Tensor:
