@@ -45,14 +45,18 @@ class Model(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     """What the backward pass computes again instead of keeping it: selective, the attention of
     each language layer; full, the whole layer."""
-    layers: Literal["megatron", "transformer_engine"] = "megatron"
-    """Whose linear layers and norms the language model has; Transformer Engine needs a GPU."""
-    attention: Literal["sdpa", "transformer_engine"] = "sdpa"
-    """Attention of the language layers: torch's, anywhere; or Transformer Engine's, on a GPU, which
-    takes sequences of different lengths in one call."""
+    layers: Literal["megatron", "transformer_engine", "rounded"] = "megatron"
+    """Whose linear layers and norms the language model has. Transformer Engine needs a GPU;
+    rounded: Megatron's, whose products see operands rounded to FP8, a slow proof anywhere."""
+    attention: Literal["auto", "sdpa", "flash", "transformer_engine"] = "auto"
+    """Attention of the language layers. sdpa: torch's, anywhere, in buckets of one length; flash:
+    torch's FlashAttention, or Transformer Engine's: on a GPU in bfloat16, sequences of any length
+    in one call. auto: flash where it can be, else sdpa."""
     fp8: Literal["none", "delayed", "current", "blockwise"] = "none"
-    """Scaling of the language layers' FP8 matrices (needs `layers: transformer_engine`); vision
-    tower, embedding and head stay in `dtype`."""
+    """Scaling of the language layers' FP8 matrices (needs `layers: transformer_engine`, or
+    rounded); vision tower, embedding and head stay in `dtype`."""
+    fp8_spares: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] = (0, 0)
+    """Language layers at the start and at the end that stay in `dtype` all the same."""
 
 
 class Parallel(Section):

@@ -166,15 +166,20 @@ def test_sizes_that_do_not_divide(checkpoint, layout, sentence):
             "model.layers=megatron and model.fp8=none.",
         ),
         (
+            {"layers": "rounded", "fp8": "current"},
+            "model.layers=rounded with model.fp8=current and parallel.tensor=2: it rounds to FP8 "
+            "on one tensor rank; set model.fp8 and parallel.tensor=1.",
+        ),
+        (
             {"fp8": "delayed"},
             "model.fp8=delayed is computed by Transformer Engine only: set "
-            "model.layers=transformer_engine, or model.fp8=none.",
+            "model.layers=transformer_engine (rounded for a proof), or model.fp8=none.",
         ),
     ],
 )
 def test_what_needs_a_gpu_is_refused_without_one(model, sentence):
     with pytest.raises(ConfigError) as error:
-        check_available(Model(checkpoint="", **model), torch.device("cpu"))
+        check_available(Model(checkpoint="", **model), Parallel(tensor=2), torch.device("cpu"))
     assert str(error.value) == sentence
 
 

@@ -17,12 +17,12 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration  #
 
 
 def published_model(
-    *, tied: bool = False, kv_heads: int = 2, vocab: int = 96, seed: int = 0
+    *, tied: bool = False, kv_heads: int = 2, vocab: int = 96, seed: int = 0, hidden: int = 64
 ) -> Qwen2_5_VLForConditionalGeneration:
     config = Qwen2_5_VLConfig(
         text_config={
-            "hidden_size": 64,
-            "intermediate_size": 96,
+            "hidden_size": hidden,
+            "intermediate_size": hidden * 3 // 2,
             "num_hidden_layers": 4,
             "num_attention_heads": 4,
             "num_key_value_heads": kv_heads,
@@ -31,7 +31,7 @@ def published_model(
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 10000.0,
-                "mrope_section": [2, 3, 3],
+                "mrope_section": [hidden // 32, hidden * 3 // 64, hidden * 3 // 64],
             },
             "rms_norm_eps": 1e-6,
             "tie_word_embeddings": tied,
@@ -47,7 +47,7 @@ def published_model(
             "spatial_merge_size": 2,
             "temporal_patch_size": 2,
             "window_size": 56,
-            "out_hidden_size": 64,
+            "out_hidden_size": hidden,
             "fullatt_block_indexes": [1],
             "tokens_per_second": 2,
         },
@@ -61,7 +61,9 @@ def published_model(
     model = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa")
     with torch.no_grad():
         for param in model.parameters():  # larger than the default, so that errors show
-            param.normal_(std=0.15).add_(1.0 if param.dim() == 1 and len(param) in (32, 64) else 0)
+            param.normal_(std=0.15).add_(
+                1.0 if param.dim() == 1 and len(param) in (32, hidden) else 0
+            )
     return model.float().eval()
 
 

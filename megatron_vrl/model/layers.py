@@ -1,14 +1,15 @@
 """The layers we put into Megatron's specs: an RMSNorm and core attention for packed rows.
 
-Two backends follow one rule of who attends to whom: torch's scaled_dot_product_attention in buckets
-of nearly equal length, anywhere; Transformer Engine's attention over sequences of any length in one
-call, on a GPU (*not run yet*).
+Three backends follow one rule of who attends to whom: torch's scaled_dot_product_attention in
+buckets of nearly equal length, anywhere; on a GPU, over sequences of any length in one call,
+torch's FlashAttention or Transformer Engine's attention.
 
 Shape letters: L packed rows of this rank, T of all context-parallel ranks, H query heads, K
 key-value heads, D channels of a head, B entries of a bucket, Q their queries, S their keys, E
 sequences of a call over different lengths.
 """
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 # TransformerConfig of language model and vision tower alike. Megatron's fusions are off: they need
 # CUDA kernels, or compile for seconds on a CPU.
@@ -44,6 +46,12 @@ BOTH_TOWERS: dict[str, Any] = {
     "gradient_accumulation_fusion": False,
     "persist_layer_norm": False,
 }
+
+
+# torch 2.11 takes fewer key heads than query heads without being told so.
+FEWER_KEY_HEADS: dict[str, Any] = (
+    {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+)
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -142,6 +150,42 @@ class PlannedAttention(MegatronModule):
         outputs = [_attend(query, key, value, bucket) for bucket in plan.buckets]
         flat = torch.cat(outputs) if len(outputs) > 1 else outputs[0]  # [sum B*Q, H * D]
         return flat.index_select(0, plan.place).unsqueeze(1)
+
+
+class FlashAttention(MegatronModule):
+    """`core_attention`: follows a VarlenPlan by torch's FlashAttention."""
+
+    def __init__(self, config: TransformerConfig, layer_number: int, **_: object) -> None:
+        super().__init__(config=config)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        packed_seq_params: PlannedSeqParams,
+        **_: object,
+    ) -> Tensor:
+        """query [L, H, D], key and value [L, K, D] -> [L, 1, H * D]."""
+        plan = packed_seq_params.plan
+        assert isinstance(plan, VarlenPlan)
+        key, value = _of_all_ranks(key, value, packed_seq_params.context)
+        if not len(plan.queries):
+            return _nothing(query, key, value)
+        attended: Any = varlen_attn(
+            query.index_select(0, plan.queries),
+            key.index_select(0, plan.keys),
+            value.index_select(0, plan.keys),
+            plan.query_ends,
+            plan.key_ends,
+            plan.longest_query,
+            plan.longest_key,
+            window_size=(-1, 0),  # causal from the bottom right
+            **FEWER_KEY_HEADS,
+        )  # [sum Q, H, D]
+        return attended.flatten(1).index_select(0, plan.place).unsqueeze(1)
 
 
 class TransformerEngineAttention(MegatronModule):

@@ -30,7 +30,7 @@ from megatron_vrl.model.chunks import Chunk, all_chunks, stage_chunks
 from megatron_vrl.model.head import Distribution, token_logprobs
 from megatron_vrl.model.layers import BOTH_TOWERS, layer_spec, packed
 from megatron_vrl.model.plans import language_plan, varlen_plan
-from megatron_vrl.model.precision import layer_parts, number_formats
+from megatron_vrl.model.precision import attention_of, layer_parts, number_formats
 from megatron_vrl.model.vision import VisionTower
 from megatron_vrl.parallel.mesh import Mesh
 
@@ -120,12 +120,14 @@ class Qwen25VL(MegatronModule):
         self.share_embeddings_and_output_weights = arch.tied_head
         self.vision = VisionTower(arch, mesh, config.params_dtype) if self.pre_process else None
         self._sees_always = parallel.overlap
-        self._plan = language_plan if cfg.attention == "sdpa" else varlen_plan
-        parts = layer_parts(cfg)
+        in_buckets = attention_of(cfg, mesh.device) == "sdpa"
+        self._plan = language_plan if in_buckets else varlen_plan
+        last = layer_parts(cfg, arch.layers - 1, arch.layers, mesh.device)
+        layers = [layer_parts(cfg, layer, arch.layers, mesh.device) for layer in self.chunk.layers]
         self.language = LanguageModel(
             config=config,
             transformer_layer_spec=TransformerBlockSubmodules(
-                layer_specs=[layer_spec(parts)] * len(self.chunk.layers), layer_norm=parts.norm
+                layer_specs=[layer_spec(parts) for parts in layers], layer_norm=last.norm
             ),
             vocab_size=padded_vocab(arch, parallel),
             max_sequence_length=arch.max_positions,
