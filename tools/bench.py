@@ -18,9 +18,16 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from benches import convert, decode, head, step, sync
+from benches import convert, decode, head, step, sync, update
 
-BENCHES = {"convert": convert, "decode": decode, "head": head, "step": step, "sync": sync}
+BENCHES = {
+    "convert": convert,
+    "decode": decode,
+    "head": head,
+    "step": step,
+    "sync": sync,
+    "update": update,
+}
 Row = dict[str, Any]
 
 

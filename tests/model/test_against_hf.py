@@ -10,12 +10,12 @@ from megatron_vrl.batching.pack import Answer, Group, pack
 from megatron_vrl.config import Model, Parallel
 from megatron_vrl.model.architecture import read_architecture
 from megatron_vrl.model.head import Distribution
+from megatron_vrl.model.patches import patchify
 from megatron_vrl.model.qwen25vl import Qwen25VL
 from megatron_vrl.model.weight_map import chunk_rows
 from megatron_vrl.model.weights import load_published, published_tensors
 from megatron_vrl.parallel.mesh import Mesh, close_mesh, init_mesh
 from megatron_vrl.types import EncodedImage, EncodedVideo
-from megatron_vrl.video.rules import patchify
 from tests.tiny import IMAGE_TOKEN, VIDEO_TOKEN, image, prompt, video
 from tests.tiny_models import published_model, save
 
@@ -28,7 +28,7 @@ def mesh():
 
 def _model(mesh: Mesh, directory: Path) -> Qwen25VL:
     cfg = Model(checkpoint=str(directory), dtype="float32")
-    model = Qwen25VL(read_architecture(directory), cfg, Parallel(), mesh)
+    model = Qwen25VL(read_architecture(directory), cfg, Parallel(), mesh).to(mesh.device)
     load_published([model], directory)
     return model
 
@@ -54,7 +54,12 @@ def _groups(visuals, answers_per_group):
 
 def _patches(visuals):
     patches = [patchify(visual.frames) for visual in visuals]
-    return torch.from_numpy(np.concatenate(patches)) if patches else None
+    return torch.cat(patches) if patches else None
+
+
+def _forward(model, batch, of):
+    patches = _patches(batch.visuals)
+    return model(batch, None if patches is None else patches.to(model.mesh.device), of)
 
 
 def _pixels(values, grids, asked, kind):
@@ -109,12 +114,12 @@ def test_logprobs_and_gradients_equal_transformers(mesh, tmp_path, tied, visuals
     model = _model(mesh, save(oracle, tmp_path))
     groups = _groups(visuals, answers)
     batch = pack(groups)
-    logprob, _ = model(batch, _patches(batch.visuals), Distribution())
+    logprob, _ = _forward(model, batch, Distribution())
     expected = torch.cat([_published_logprobs(oracle, g, a) for g in groups for a in g.answers])
-    torch.testing.assert_close(logprob, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logprob.cpu(), expected, rtol=1e-5, atol=1e-5)
 
     weights = torch.linspace(-1, 1, len(expected))
-    (logprob * weights).sum().backward()
+    (logprob * weights.to(logprob.device)).sum().backward()
     (expected * weights).sum().backward()
     published = {
         n.replace("model.visual", "visual").replace("model.language_model", "model"): p.grad
@@ -128,7 +133,7 @@ def test_logprobs_and_gradients_equal_transformers(mesh, tmp_path, tied, visuals
             assert got is None
             continue
         want = row.layout.join(parts)
-        error = (got - want).norm() / want.norm()
+        error = (got.cpu() - want).norm() / want.norm()
         assert error < 1e-5, f"{row.megatron}: relative error {error:.1e}"
 
 
@@ -137,16 +142,15 @@ def test_entropy_is_that_of_the_whole_distribution(mesh, tmp_path):
     model = _model(mesh, save(oracle, tmp_path))
     (group,) = _groups([[video((2, 2, 2), 1.0, 1)]], [1])
     batch = pack([group])
-    _, entropy = model(batch, _patches(group.prompt.visuals), Distribution(temperature=0.7))
+    _, entropy = _forward(model, batch, Distribution(temperature=0.7)).cpu()
     probabilities = []
     for token in range(90):  # every word but the special ones, one answer each
         answer = Answer(
             token_ids=np.array([token]), advantage=0.0, engine_logprobs=np.zeros(1, np.float32)
         )
         single = pack([Group(prompt=group.prompt, answers=(answer,))])
-        patches = _patches(group.prompt.visuals)
-        probabilities.append(model(single, patches, Distribution(temperature=0.7))[0].detach())
-    logprobs = torch.cat(probabilities)
+        probabilities.append(_forward(model, single, Distribution(temperature=0.7))[0].cpu())
+    logprobs = torch.cat(probabilities).detach()
     partial = -(logprobs.exp() * logprobs).sum()
     rest = 1 - logprobs.exp().sum()
     assert partial <= entropy[0] + 1e-5
@@ -163,4 +167,4 @@ def test_round_trip_is_bit_equal(mesh, tmp_path):
     }
     assert exported.keys() == published.keys()
     for name, tensor in exported.items():
-        assert torch.equal(tensor, published[name]), name
+        assert torch.equal(tensor.cpu(), published[name]), name

@@ -48,5 +48,6 @@ def test_peak_memory_of_a_gpu_is_of_the_step():
     held = torch.ones(10**7, device=device)
     del held
     forget_peak(device)
+    before = torch.cuda.memory_allocated()  # what others hold, cuBLAS for one
     held = torch.ones(10**6, device=device)
-    assert held.nbytes <= peak_bytes(device) < 10**7 * 4
+    assert held.nbytes <= peak_bytes(device) - before < 10**7 * 4

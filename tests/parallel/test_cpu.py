@@ -6,6 +6,8 @@ from megatron.core.tensor_parallel import random as mcore_random
 
 from megatron_vrl.parallel import cpu
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
+
 
 @pytest.fixture
 def platform():
