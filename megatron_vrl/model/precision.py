@@ -12,6 +12,7 @@ import torch
 
 from megatron_vrl.config import Model
 from megatron_vrl.errors import ConfigError
+from megatron_vrl.model.chunks import check_fp8
 from megatron_vrl.model.layers import (
     MEGATRON,
     LayerParts,
@@ -27,11 +28,7 @@ FP8_RECIPES = {"delayed": "delayed", "current": "tensorwise", "blockwise": "bloc
 
 def check_available(cfg: Model, device: torch.device) -> None:
     """Raises ConfigError if this process cannot compute as asked."""
-    if cfg.fp8 != "none" and cfg.layers != "transformer_engine":
-        raise ConfigError(
-            f"model.fp8={cfg.fp8} is computed by Transformer Engine only: set "
-            "model.layers=transformer_engine, or model.fp8=none."
-        )
+    check_fp8(cfg)
     lacks = "no GPU" if device.type != "cuda" else "no Transformer Engine"
     if device.type == "cuda" and find_spec("transformer_engine") is not None:
         return
