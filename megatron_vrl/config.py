@@ -60,6 +60,9 @@ class Model(Section):
 
 
 class Parallel(Section):
+    processes: Annotated[int, Field(ge=0)] = 0
+    """Processes that the layout is meant for; read by --dry-run and tools/plan.py where nothing
+    else says how many. 0: any."""
     tensor: Positive = 1
     """Ranks that share each layer's matrices."""
     pipeline: Positive = 1

@@ -47,7 +47,8 @@ def main() -> int:
 def _dry_run(cfg: RunConfig, is_first: bool) -> None:
     from megatron_vrl.loops.dry_run import check
 
-    notes = check(cfg, int(os.environ.get("WORLD_SIZE", "1")))
+    world = int(os.environ.get("WORLD_SIZE", "0")) or cfg.parallel.processes or 1
+    notes = check(cfg, world)
     if is_first:
         print(yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False), end="")
         print("\n".join(f"# {note}" for note in notes))

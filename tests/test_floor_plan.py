@@ -29,6 +29,7 @@ FLOORS = {
     "megatron_vrl.scoring": 4,
     "megatron_vrl.checking": 4,
     "megatron_vrl.selection": 4,
+    "megatron_vrl.planner": 4,
     # 3 engines; siblings do not import each other, see SIBLINGS
     "megatron_vrl.video": 3,
     "megatron_vrl.data": 3,

@@ -18,6 +18,7 @@ from megatron_vrl.model.architecture import Architecture
 # is an answer's, which the head reads. A rollout group of 8 answers of 128 tokens to 3000.
 VISION_SHARE = 0.75
 ANSWER_SHARE = 0.25
+FP8_TILE = 16  # channels; Transformer Engine takes no other number of them in FP8
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,27 @@ def check_divides(arch: Architecture, model: Model, cfg: Parallel) -> None:
                 f"choose one of {_divisors(arch.kv_heads)}."
             )
     layer_counts(arch, model, cfg)
+    check_fp8(model, cfg)
+    if model.fp8 != "none" and arch.mlp % (FP8_TILE * cfg.tensor):
+        raise ConfigError(
+            f"model.fp8={model.fp8} takes matrices in tiles of {FP8_TILE}, which "
+            f"parallel.tensor={cfg.tensor} does not leave of the MLP's {arch.mlp} channels: lower "
+            "parallel.tensor, or set model.fp8=none."
+        )
+
+
+def check_fp8(cfg: Model, parallel: Parallel) -> None:
+    """Raises ConfigError if FP8 is asked of layers that do not have it."""
+    if cfg.fp8 != "none" and cfg.layers == "megatron":
+        raise ConfigError(
+            f"model.fp8={cfg.fp8} is computed by Transformer Engine only: set "
+            "model.layers=transformer_engine (rounded for a proof), or model.fp8=none."
+        )
+    if cfg.layers == "rounded" and (cfg.fp8 == "none" or parallel.tensor > 1):
+        raise ConfigError(
+            f"model.layers=rounded with model.fp8={cfg.fp8} and parallel.tensor={parallel.tensor}: "
+            "it rounds to FP8 on one tensor rank; set model.fp8 and parallel.tensor=1."
+        )
 
 
 def whole(arch: Architecture) -> Chunk:

@@ -7,17 +7,14 @@ context parallelism a rank holds pieces of both, which see what stands before th
 `vision_plans` is Qwen2.5-VL's: full attention inside a temporal step, or inside its windows.
 """
 
-from dataclasses import astuple, dataclass
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_vrl.batching.pack import MicroBatch, length_buckets
+from megatron_vrl.batching.pack import MicroBatch
 from megatron_vrl.model.architecture import VisionArchitecture
 from megatron_vrl.model.layers import AttentionPlan, Bucket, VarlenPlan
-
-Index = NDArray[np.int64]
+from megatron_vrl.model.segments import Index, Segments, buckets_of, segments_of
 
 
 class _Builder:
@@ -50,40 +47,18 @@ class _Builder:
         return AttentionPlan(tuple(self.buckets), torch.from_numpy(self.place).to(self.device))
 
 
-@dataclass(frozen=True, slots=True)
-class _Segments:
-    """Queries that stand in a row and the keys they see: all of a prefix, and their own piece up
-    to themselves. Arrays over segments; starts are rows of T."""
-
-    start: Index  # of the queries
-    length: Index
-    prefix_start: Index
-    prefix: Index  # length, 0: none
-    own_start: Index
-    own: Index  # length; its last row is the last query
-
-    def take(self, members: Index | list[int]) -> "_Segments":
-        return _Segments(*(array[members] for array in astuple(self)))
-
-
 def language_plan(batch: MicroBatch, device: torch.device) -> AttentionPlan:
     """Who attends to whom among the rows of this rank and the keys of all."""
     place_of_query = np.zeros(len(batch.token_ids), dtype=np.int64)
     place_of_query[batch.rows] = np.arange(len(batch.rows))
     place_of_key = np.argsort(batch.key_rows)
     build = _Builder(len(batch.rows), device)
-    segments = _segments(batch)
-    causal = (segments.prefix == 0) & (segments.own == segments.length)
-    for kind in (causal, ~causal):
-        chosen = segments.take(np.flatnonzero(kind))
-        for members in length_buckets((chosen.prefix + chosen.own).tolist()):
-            part = chosen.take(members)
-            rows, valid = _padded(part.start, part.length)
-            keys, mask = _keys(part, valid)
-            fast = kind is causal and len(batch.rows) == len(batch.key_rows)
-            build.add(
-                place_of_query[rows], valid, place_of_key[keys], None if fast else mask, causal=fast
-            )
+    for part, fast in buckets_of(batch):
+        rows, valid = _padded(part.start, part.length)
+        keys, mask = _keys(part, valid)
+        build.add(
+            place_of_query[rows], valid, place_of_key[keys], None if fast else mask, causal=fast
+        )
     return build.plan()
 
 
@@ -92,7 +67,7 @@ def varlen_plan(batch: MicroBatch, device: torch.device) -> VarlenPlan:
     place_of_row = np.zeros(len(batch.token_ids), dtype=np.int64)
     place_of_row[batch.rows] = np.arange(len(batch.rows))
     place_of_key = np.argsort(batch.key_rows)
-    segments = _segments(batch)
+    segments = segments_of(batch)
     queries = place_of_row[_runs(segments.start, segments.length)]
     pairs = (
         np.stack(two, axis=1).reshape(-1)  # a segment's prefix, then its own keys
@@ -121,22 +96,7 @@ def _runs(starts: Index, lengths: Index) -> Index:
     return np.arange(int(lengths.sum())) + np.repeat(starts - before, lengths)
 
 
-def _segments(batch: MicroBatch) -> _Segments:
-    """The pieces of the micro-batch, cut where this rank's runs of rows end."""
-    group, none = batch.answer_group, np.zeros_like(batch.prompt_start)
-    start = np.concatenate([batch.prompt_start, batch.answer_start])
-    end = start + np.concatenate([batch.prompt_length, batch.answer_length])
-    prefix_start = np.concatenate([none, batch.prompt_start[group]])
-    prefix = np.concatenate([none, batch.prompt_length[group]])
-    parts = []
-    for run in np.split(batch.rows, np.flatnonzero(np.diff(batch.rows) != 1) + 1):
-        first, last = start.clip(min=run[0]), end.clip(max=run[-1] + 1)
-        part = _Segments(first, last - first, prefix_start, prefix, start, last - start)
-        parts.append(astuple(part.take(np.flatnonzero(part.length > 0))))
-    return _Segments(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
-
-
-def _keys(part: _Segments, valid: NDArray[np.bool_]) -> tuple[Index, NDArray[np.bool_]]:
+def _keys(part: Segments, valid: NDArray[np.bool_]) -> tuple[Index, NDArray[np.bool_]]:
     """Key rows [B, S] and the mask [B, Q, S]; a padding query looks anywhere."""
     before, before_valid = _padded(part.prefix_start, part.prefix)
     own, _ = _padded(part.own_start, part.own)

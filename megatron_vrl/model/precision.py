@@ -14,6 +14,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_vrl.config import Model, Parallel
 from megatron_vrl.errors import ConfigError
+from megatron_vrl.model.chunks import check_fp8
 from megatron_vrl.model.fp8 import RoundedColumnParallelLinear, RoundedRowParallelLinear
 from megatron_vrl.model.layers import (
     MEGATRON,
@@ -38,16 +39,7 @@ FP8_RECIPES = {"delayed": "delayed", "current": "tensorwise", "blockwise": "bloc
 
 def check_available(cfg: Model, parallel: Parallel, device: torch.device) -> None:
     """Raises ConfigError if this process cannot compute as asked."""
-    if cfg.fp8 != "none" and cfg.layers == "megatron":
-        raise ConfigError(
-            f"model.fp8={cfg.fp8} is computed by Transformer Engine only: set "
-            "model.layers=transformer_engine (rounded for a proof), or model.fp8=none."
-        )
-    if cfg.layers == "rounded" and (cfg.fp8 == "none" or parallel.tensor > 1):
-        raise ConfigError(
-            f"model.layers=rounded with model.fp8={cfg.fp8} and parallel.tensor={parallel.tensor}: "
-            "it rounds to FP8 on one tensor rank; set model.fp8 and parallel.tensor=1."
-        )
+    check_fp8(cfg, parallel)
     if cfg.attention == "flash" and (device.type != "cuda" or cfg.dtype != "bfloat16"):
         raise ConfigError(
             f"model.attention=flash with model.dtype={cfg.dtype} on {device.type}: it runs on a "

@@ -20,11 +20,22 @@ Grid = tuple[int, int, int]  # temporal steps; height and width in patches
 
 def group_work(arch: Architecture, group: Group) -> Work:
     """What a group needs: its prompt and each video once, every answer's inputs, no padding."""
-    prompt = len(group.prompt.token_ids)
-    inputs = [len(answer.token_ids) - 1 for answer in group.answers]
+    return work_of_sizes(
+        arch,
+        len(group.prompt.token_ids),
+        [len(answer.token_ids) for answer in group.answers],
+        [visual.grid_thw for visual in group.prompt.visuals],
+    )
+
+
+def work_of_sizes(
+    arch: Architecture, prompt: int, answers: Sequence[int], grids: Sequence[Grid]
+) -> Work:
+    """The same of a group that is not there: tokens of prompt and answers, and its videos."""
+    inputs = [length - 1 for length in answers]
     pairs = _triangle(prompt) + sum(prompt * n + _triangle(n) for n in inputs)
-    seen = vision_work(arch, [visual.grid_thw for visual in group.prompt.visuals])
-    return seen + _language(arch, group.num_tokens, pairs, group.num_targets)
+    language = _language(arch, prompt + sum(inputs), pairs, sum(answers))
+    return vision_work(arch, grids) + language
 
 
 def batch_work(arch: Architecture, batch: MicroBatch) -> Work:

@@ -1,0 +1,247 @@
+"""A config on GPUs that are not here: what is refused, and memory, work and seconds of a step."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron_vrl.config import RunConfig, check_batches, check_overlap
+from megatron_vrl.errors import ConfigError
+from megatron_vrl.model.architecture import Architecture
+from megatron_vrl.model.chunks import check_divides
+from megatron_vrl.model.work import hardware_flops, update_flops
+from megatron_vrl.parallel.mesh import check_layout
+from megatron_vrl.planner.activations import Kernels
+from megatron_vrl.planner.generation import (
+    EngineMemory,
+    encode_phase,
+    engine_memory,
+    rollout_phase,
+    sync_phase,
+)
+from megatron_vrl.planner.hardware import GIB, Gpu
+from megatron_vrl.planner.memory import RESERVE, StageMemory, stage_memory
+from megatron_vrl.planner.parameters import Numbers, count_stage
+from megatron_vrl.planner.speed import (
+    DEFAULT_MFU,
+    Machine,
+    Phase,
+    batch_work_of,
+    optimizer_phase,
+    scaled,
+    training_pass,
+)
+from megatron_vrl.planner.workload import Packed, Sizes, pack_step, step_sizes, worst_batches
+from megatron_vrl.training.batches import TILE_ROWS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What a config is planned for."""
+
+    gpu: Gpu
+    gpus: int
+    mfu: float = DEFAULT_MFU
+    prompt: int | None = None  # tokens; None: the most that the config allows
+    response: int | None = None
+    clip_s: float | None = None  # seconds of a video
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Of one GPU."""
+
+    stages: Sequence[StageMemory]
+    engine: EngineMemory
+    colocated: bool
+    usable: int
+
+    def rollout(self, stage: int) -> int:
+        """While a colocated engine is awake, and all of it is taken."""
+        share = self.engine.share if self.colocated else 0
+        return self.stages[stage].lasting + share
+
+    def peak(self, stage: int) -> int:
+        return max(self.stages[stage].update, self.rollout(stage))
+
+    @property
+    def most(self) -> int:
+        return max(map(self.peak, range(len(self.stages))))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    replicas: int
+    sizes: Sizes
+    batch: Packed
+    micro_batches: int  # of one update and replica
+    stages: Sequence[Numbers]  # of one rank of each pipeline stage
+    memory: Memory
+    tokens: int  # of a step, each prompt once in the shared layout
+    model_flops: float  # of a step's updates
+    hardware_flops: float  # of everything that the trainer computes
+    phases: Mapping[str, Phase]
+    overlapped: bool  # workers answer the next prompts while the trainer trains
+    refused: Sequence[str]  # for want of memory
+
+    @property
+    def seconds(self) -> float:
+        """Of a step. Videos of the next are decoded while this one trains."""
+        seconds = {name: phase.seconds for name, phase in self.phases.items()}
+        encode, rollout = seconds.pop("encode"), seconds.pop("rollout")
+        trains = max(encode, sum(seconds.values()))
+        return max(trains, rollout) if self.overlapped else trains + rollout
+
+
+def refusals(cfg: RunConfig, arch: Architecture, gpu: Gpu, gpus: int) -> list[str]:
+    """Every rule of the layout that is broken, as the program itself would say it."""
+    parallel = cfg.parallel
+    replicas = gpus // (parallel.tensor * parallel.context * parallel.pipeline)
+    rules = (
+        lambda: check_layout(parallel, gpus),
+        lambda: check_divides(arch, cfg.model, parallel),
+        lambda: check_batches(cfg, max(1, replicas)),
+        lambda: check_overlap(cfg),
+        lambda: _check_fp8_units(cfg, gpu),
+    )
+    found = []
+    for rule in rules:
+        try:
+            rule()
+        except ConfigError as error:
+            found.append(str(error))
+    return found
+
+
+def _check_fp8_units(cfg: RunConfig, gpu: Gpu) -> None:
+    if cfg.model.fp8 != "none" and gpu.peak("fp8") is None:
+        raise ConfigError(
+            f"model.fp8={cfg.model.fp8}, but --gpu {gpu.name} has no FP8 units: set "
+            "model.fp8=none, or plan for another GPU."
+        )
+
+
+def plan_memory(cfg: RunConfig, arch: Architecture, asked: Question) -> Memory:
+    """Of a layout without refusals."""
+    parallel = cfg.parallel
+    replicas = asked.gpus // (parallel.tensor * parallel.context * parallel.pipeline)
+    sizes = step_sizes(cfg, asked.prompt, asked.response)
+    multiple = _multiple(cfg)
+    _, micro_batches = pack_step(cfg, sizes, replicas, multiple)
+    worst = list(worst_batches(cfg, sizes, multiple, given=asked.response is not None))
+    # cuDNN alone takes a mask together with fewer key heads, in bfloat16 and not deterministically.
+    scores = cfg.model.dtype == "float32" or cfg.run.deterministic
+    kernels = Kernels(scores=scores and arch.kv_heads < arch.heads)
+    sharers = replicas * parallel.context
+    return Memory(
+        stages=[
+            stage_memory(cfg, arch, stage, sharers, worst, micro_batches, kernels)
+            for stage in range(parallel.pipeline)
+        ],
+        engine=engine_memory(cfg, arch, sizes, asked.gpu.memory),
+        colocated=cfg.rollout.engine == "colocated",
+        usable=int(asked.gpu.memory * (1 - RESERVE)),
+    )
+
+
+def make_plan(cfg: RunConfig, arch: Architecture, asked: Question) -> Plan:
+    """Of a layout without refusals; `Plan.refused` says what memory does not suffice for."""
+    parallel = cfg.parallel
+    replicas = asked.gpus // (parallel.tensor * parallel.context * parallel.pipeline)
+    sizes = step_sizes(cfg, asked.prompt, asked.response)
+    batch, micro_batches = pack_step(cfg, sizes, replicas, _multiple(cfg))
+    memory = plan_memory(cfg, arch, asked)
+    stages = [count_stage(arch, cfg.model, parallel, s) for s in range(parallel.pipeline)]
+    step = scaled(batch_work_of(arch, batch), micro_batches * replicas * cfg.grpo.mini_batches)
+    epochs = cfg.grpo.epochs
+    passes = _passes_before(cfg)
+    return Plan(
+        replicas=replicas,
+        sizes=sizes,
+        batch=batch,
+        micro_batches=micro_batches,
+        stages=stages,
+        memory=memory,
+        tokens=step.tokens,
+        model_flops=epochs * update_flops(step, cfg.model),
+        hardware_flops=epochs * hardware_flops(step, cfg.model) + len(passes) * step.flops,
+        phases=_phases(cfg, arch, asked, sizes, batch, micro_batches, stages, memory),
+        overlapped=cfg.rollout.max_staleness > 0,
+        refused=list(_shortages(cfg, asked, memory)),
+    )
+
+
+def _phases(
+    cfg: RunConfig,
+    arch: Architecture,
+    asked: Question,
+    sizes: Sizes,
+    batch: Packed,
+    micro_batches: int,
+    stages: Sequence[Numbers],
+    memory: Memory,
+) -> dict[str, Phase]:
+    parallel, gpus = cfg.parallel, asked.gpus
+    machine = Machine(gpu=asked.gpu, gpus=gpus, mfu=asked.mfu)
+    engines = gpus
+    if cfg.rollout.engine == "workers":
+        engines = max(cfg.rollout.min_workers, len(cfg.rollout.workers))
+    count = micro_batches * cfg.grpo.mini_batches
+    updates = cfg.grpo.mini_batches * cfg.grpo.epochs
+    sharers = gpus // (parallel.tensor * parallel.pipeline)
+    forward = training_pass(cfg, arch, batch, count, machine, backward=False)
+    both = training_pass(cfg, arch, batch, micro_batches, machine, backward=True)
+    ends = [optimizer_phase(cfg, numbers, sharers, machine) for numbers in stages]
+    slowest = max(ends, key=lambda phase: phase.seconds)
+    return {
+        "encode": encode_phase(cfg, asked.clip_s, machine),
+        "sync": sync_phase(cfg, arch, machine),
+        "rollout": rollout_phase(cfg, arch, sizes, memory.engine, engines, machine),
+        **dict.fromkeys(_passes_before(cfg), forward),
+        "update": _times(both, updates),
+        "optimizer": _times(slowest, updates),
+    }
+
+
+def _times(phase: Phase, count: int) -> Phase:
+    return Phase(parts={name: seconds * count for name, seconds in phase.parts.items()})
+
+
+def _passes_before(cfg: RunConfig) -> list[str]:
+    """Forward passes over a step's groups before its first update, as `loops/learn.py` makes."""
+    several = cfg.grpo.mini_batches * cfg.grpo.epochs > 1
+    refers = cfg.algorithm.kl > 0 and cfg.algorithm.kl_in == "loss"
+    return ["old log-probs"] * several + ["reference"] * refers
+
+
+def _multiple(cfg: RunConfig) -> int:
+    """Rows that a micro-batch is padded to on GPUs, as `training/batches.py` does."""
+    context = cfg.parallel.context
+    return cfg.parallel.tensor * (2 * context if context > 1 else 1) * TILE_ROWS
+
+
+def _shortages(cfg: RunConfig, asked: Question, memory: Memory) -> Iterator[str]:
+    of = f"{memory.usable / GIB:.1f} GiB that a {asked.gpu.name} has to give"
+    for number, stage in enumerate(memory.stages):
+        if stage.update > memory.usable:
+            yield (
+                f"An update needs {stage.update / GIB:.1f} GiB on each GPU of pipeline stage "
+                f"{number}, more than the {of}; the most of it is {_largest(stage)}."
+            )
+    engine, key = memory.engine, f"rollout.gpu_memory_share={cfg.rollout.gpu_memory_share:g}"
+    if engine.kv_cache < engine.longest:
+        yield (
+            f"{key} of a {asked.gpu.name} leaves {engine.kv_cache / GIB:.1f} GiB for keys and "
+            f"values beside an engine's {engine.weights / GIB:.1f} GiB of weights, and the longest "
+            f"answer alone needs {engine.longest / GIB:.1f} GiB."
+        )
+    rollout = max(map(memory.rollout, range(len(memory.stages))))
+    if memory.colocated and rollout > memory.usable:
+        yield (
+            f"While the colocated engine answers, a GPU holds {rollout / GIB:.1f} GiB, more than "
+            f"the {of}: {key} of it beside weights, gradients and optimizer."
+        )
+
+
+def _largest(stage: StageMemory) -> str:
+    parts = {name: getattr(stage, name) for name in StageMemory.__dataclass_fields__}
+    name = max(parts, key=lambda part: parts[part])
+    return f"{name.replace('_', ' ')}, {parts[name] / GIB:.1f} GiB"

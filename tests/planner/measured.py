@@ -1,0 +1,250 @@
+"""What an update of a real Policy holds, measured by torch and knowing nothing of the planner.
+
+Run alone or by torchrun as `measured.py CASES.json OUT.json`: each case is one update of a random
+model, and the row of every rank says its bytes of weights, gradients and optimizer state by the
+sizes of their tensors; the most bytes that were saved for backward passes at a time, by autograd's
+hooks, each storage once; and the most that lay in tensors at all, by every operation's outputs.
+"""
+
+import gc
+import json
+import os
+import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_vrl.batching.pack import Answer, Group
+from megatron_vrl.config import Batch, Model, Optimizer, Parallel
+from megatron_vrl.model.architecture import Architecture, VisionArchitecture
+from megatron_vrl.model.head import Distribution
+from megatron_vrl.parallel.mesh import close_mesh, gather_objects, init_mesh, world_axis
+from megatron_vrl.training.batches import plan_batches
+from megatron_vrl.training.policy import Policy
+from tests.tiny import IMAGE_TOKEN, VIDEO_TOKEN, VISION_START, prompt, token_loss, video
+
+VISION = VisionArchitecture(
+    hidden=320,
+    mlp=864,
+    layers=4,
+    heads=4,
+    patch=14,
+    temporal_patch=2,
+    merge=2,
+    window=112,
+    full_attention_layers=(1, 3),
+    channels=3,
+    tokens_per_second=2.0,
+)
+LARGE = Architecture(  # 74 million parameters
+    hidden=768,
+    mlp=2304,
+    layers=6,
+    heads=12,
+    kv_heads=4,
+    vocab=16384,
+    rope_base=1e6,
+    mrope_section=(8, 12, 12),
+    norm_eps=1e-6,
+    tied_head=False,
+    max_positions=4096,
+    video_token=VIDEO_TOKEN,
+    image_token=IMAGE_TOKEN,
+    vision_start_token=VISION_START,
+    vision=VISION,
+)
+SMALL = replace(
+    LARGE,
+    hidden=256,
+    mlp=768,
+    layers=4,
+    heads=8,
+    kv_heads=2,
+    vocab=2048,
+    mrope_section=(4, 6, 6),
+    vision=replace(VISION, hidden=128, mlp=352, layers=2),
+)
+ARCHITECTURES = {"large": LARGE, "small": SMALL}
+
+
+class Live:
+    """Bytes of storages that are alive, and the most there were."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+        self._holders: dict[int, int] = {}
+
+    def hold(self, holder: Any, storage: torch.UntypedStorage) -> None:
+        """Until `holder` dies; a storage counts once however many hold it."""
+        key, size = storage.data_ptr(), storage.nbytes()
+        if not size:
+            return
+        self._holders[key] = self._holders.get(key, 0) + 1
+        if self._holders[key] == 1:
+            self.now += size
+            self.most = max(self.most, self.now)
+        weakref.finalize(holder, self._let_go, key, size)
+
+    def _let_go(self, key: int, size: int) -> None:
+        self._holders[key] -= 1
+        if not self._holders[key]:
+            self.now -= size
+
+
+class Saved:
+    """What autograd's hook hands out in a tensor's place."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+class Allocated(TorchDispatchMode):
+    """Storages that operations make."""
+
+    def __init__(self, live: Live, known: set[int]) -> None:
+        super().__init__()
+        self._live, self._seen = live, weakref.WeakSet()
+        self._known = known
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                if storage.data_ptr() not in self._known and storage not in self._seen:
+                    self._seen.add(storage)
+                    self._live.hold(storage, storage)
+        return out
+
+
+@contextmanager
+def saved_for_backward(live: Live, lasting: set[int]) -> Iterator[None]:
+    def pack(tensor: torch.Tensor) -> Saved:
+        holder = Saved(tensor)
+        if tensor.untyped_storage().data_ptr() not in lasting:
+            live.hold(holder, tensor.untyped_storage())
+        return holder
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+        yield
+
+
+def groups_of(case: dict[str, Any]) -> list[Group]:
+    rng = np.random.default_rng(1)
+    grid, answers = tuple(case["grid"]), case["answers"]
+    asked = [prompt([video(grid, 1.0, seed)], seed * 4) for seed in range(case["groups"])]
+    return [
+        Group(
+            prompt=one,
+            answers=tuple(
+                Answer(
+                    token_ids=rng.integers(0, 90, length),
+                    advantage=1.0,
+                    engine_logprobs=np.zeros(length, np.float32),
+                )
+                for length in answers
+            ),
+        )
+        for one in asked
+    ]
+
+
+def measure(case: dict[str, Any]) -> dict[str, Any]:
+    """Every rank calls it; the row of this rank."""
+    parallel = Parallel.model_validate(case.get("parallel", {}))
+    model = Model(checkpoint="", attention="sdpa", **case.get("model", {}))
+    mesh = init_mesh(parallel, seed=1)
+    policy = Policy(ARCHITECTURES[case["size"]], model, parallel, mesh)
+    with torch.no_grad():
+        for chunk in policy.chunks:
+            for parameter in chunk.parameters():
+                parameter.normal_(std=0.02)
+    policy.start_phase(Optimizer(lr=1e-5), num_steps=2)
+    groups = groups_of(case)
+    budget = Batch(tokens=case["tokens"], layout=case.get("layout", "shared"))
+    batches = plan_batches(groups[mesh.data.rank :: mesh.data.size], groups[0], budget, mesh)
+    policy.update(batches, token_loss, Distribution(), 0)  # what is made once
+    row = _lasting(policy)
+    lasting = {t.untyped_storage().data_ptr() for t in _lasting_tensors(policy)}
+    gc.collect()
+    saved, allocated = Live(), Live()
+    with saved_for_backward(saved, lasting):
+        policy.update(batches, token_loss, Distribution(), 1)
+    gc.collect()
+    with Allocated(allocated, lasting):
+        passes = _peak_of_passes(policy, allocated)
+        policy.update(batches, token_loss, Distribution(), 1)
+    row |= {"saved": saved.most, "allocated": allocated.most, "passes": passes[0]}
+    row["stage"] = mesh.pipeline.rank
+    row |= {"prompt": len(groups[0].prompt.token_ids), "micro_batches": len(batches)}
+    del policy, batches
+    gc.collect()
+    rows = gather_objects(world_axis(mesh), row)
+    close_mesh()
+    return {"case": case, "ranks": rows}
+
+
+def _peak_of_passes(policy: Policy, live: Live) -> list[int]:
+    """Filled when the last backward pass is done: over gloo the sum over ranks copies gradients."""
+    found: list[int] = []
+    config = policy.chunks[0].config
+    finish = config.finalize_model_grads_func
+
+    def noting(*arguments: Any, **named: Any) -> Any:
+        found.append(live.most)
+        return finish(*arguments, **named)
+
+    config.finalize_model_grads_func = noting
+    return found
+
+
+def _lasting_tensors(policy: Policy) -> Iterator[torch.Tensor]:
+    for chunk in policy.chunks:
+        yield from chunk.parameters()
+    for wrapped in policy._ddp:
+        for buffer in wrapped.buffers:
+            yield buffer.grad_data
+            if buffer.param_data is not None:
+                yield buffer.param_data
+    yield from _state(policy)
+
+
+def _state(policy: Policy) -> Iterator[torch.Tensor]:
+    assert policy.optimizer is not None
+    for part in policy.optimizer.chained_optimizers:
+        for tensors in part.optimizer.state.values():
+            yield from (t for t in tensors.values() if isinstance(t, torch.Tensor))
+        for group in part.optimizer.param_groups:
+            yield from (p for p in group["params"] if p.dtype == torch.float32)
+
+
+def _lasting(policy: Policy) -> dict[str, int]:
+    """Bytes of tensors, each storage once: a float32 model's weights are its main weights."""
+    weights = _bytes(p for chunk in policy.chunks for p in chunk.parameters())
+    gradients = _bytes(b.grad_data for wrapped in policy._ddp for b in wrapped.buffers)
+    own = {t.untyped_storage().data_ptr() for c in policy.chunks for t in c.parameters()}
+    state = [t for t in _state(policy) if t.untyped_storage().data_ptr() not in own]
+    return {"weights": weights, "gradients": gradients, "optimizer": _bytes(iter(state))}
+
+
+def _bytes(tensors: Iterator[torch.Tensor]) -> int:
+    """Of elements, not of storages: a parameter may be a view of its buffer."""
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def main(cases: Path, out: Path) -> None:
+    rows = [measure(case) for case in json.loads(cases.read_text())]
+    if int(os.environ.get("RANK", "0")) == 0:
+        out.write_text(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

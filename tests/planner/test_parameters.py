@@ -1,0 +1,75 @@
+"""Counts of parameters against transformers' modules, and over every layout against the whole."""
+
+from functools import cache
+from itertools import product
+
+import pytest
+import torch
+
+from megatron_vrl.config import Model, Parallel
+from megatron_vrl.model.architecture import Architecture, padded_vocab, read_architecture
+from megatron_vrl.planner.parameters import Numbers, count_all, count_stage, sum_of
+from tests.conftest import ROOT
+from tests.tiny_models import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+MODELS = sorted((ROOT / "configs" / "models").glob("*.json"))
+PUBLISHED = {  # as checkpoint indices count them
+    "qwen2.5-vl-3b": 3_754_622_976,
+    "qwen2.5-vl-7b": 8_292_166_656,
+    "qwen2.5-vl-32b": 33_452_718_336,
+    "qwen2.5-vl-72b": 73_410_777_344,  # as transformers builds it; no index was at hand
+}
+
+
+@cache
+def architecture(name: str) -> Architecture:
+    return read_architecture(ROOT / "configs" / "models" / f"{name}.json")
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_every_part_is_what_transformers_builds(path):
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_pretrained(path))
+    size = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+    numbers = count_all(architecture(path.stem))
+    tower, language = model.model.visual, model.model.language_model
+    assert numbers.merger == size(tower.merger)
+    assert numbers.vision == size(tower) - size(tower.merger)
+    assert numbers.embedding == size(language.embed_tokens)
+    head = 0 if architecture(path.stem).tied_head else size(model.lm_head)
+    assert (numbers.head, numbers.language) == (head, size(language) + head)
+    assert numbers.all == size(model) == PUBLISHED[path.stem]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "virtual", "split"),
+    [(1, 1, 1, "even"), (2, 2, 1, "even"), (2, 4, 1, "balanced"), (1, 2, 2, "balanced")],
+)
+def test_the_ranks_hold_the_whole_and_what_is_copied(name, tensor, pipeline, virtual, split):
+    arch = architecture(name)
+    cfg = Parallel(tensor=tensor, pipeline=pipeline, virtual=virtual, split=split)
+    stages = [count_stage(arch, Model(checkpoint=""), cfg, s) for s in range(pipeline)]
+    whole, held = count_all(arch), sum_of(stages)
+    words = padded_vocab(arch, cfg) * arch.hidden
+    assert held.matrices * tensor == whole.matrices
+    assert held.embedding * tensor == words
+    last_has_a_copy = not arch.tied_head or pipeline > 1
+    assert held.head * tensor == words * last_has_a_copy
+    assert (held.vision, held.merger) == (whole.vision, whole.merger)  # on every tensor rank
+    biases = arch.layers * (arch.hidden + 2 * arch.kv_heads * arch.head_dim)
+    assert held.vectors == whole.vectors - biases + biases // tensor
+
+
+def test_a_vocabulary_is_padded_for_the_ranks():
+    arch = architecture("qwen2.5-vl-3b")
+    cfg = Parallel(tensor=2)
+    odd = Architecture(**{f: getattr(arch, f) for f in arch.__slots__} | {"vocab": 151_935})
+    assert count_stage(odd, Model(checkpoint=""), cfg, 0).embedding == 151_936 // 2 * odd.hidden
+
+
+def test_frozen_parts_are_not_trained():
+    numbers = Numbers(vision=1, merger=10, embedding=100, matrices=1000, vectors=1e4, head=1e5)
+    for frozen, name in product((False, True), ("vision", "merger", "language")):
+        cfg = Model(checkpoint="", **{f"freeze_{name}": frozen})
+        assert numbers.trained(cfg) == numbers.all - frozen * getattr(numbers, name)

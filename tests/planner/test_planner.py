@@ -1,0 +1,174 @@
+"""tools/plan.py and a dry run over the configs that ship; refusals, the nearest layout, search."""
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+
+from megatron_vrl import train
+from megatron_vrl.config import load_config
+from megatron_vrl.errors import ConfigError
+from megatron_vrl.model.architecture import read_architecture
+from megatron_vrl.planner.hardware import GPUS, find_gpu
+from megatron_vrl.planner.plan import Question, make_plan, refusals
+from megatron_vrl.planner.workload import TEXT_TOKENS, step_sizes, video_grid
+from tests.conftest import ROOT
+from tools import plan as program
+
+READY = {  # parameters, and the GPU that the config is for
+    "charades_3b": 3_754_622_976,
+    "qwen2.5-vl-3b-1gpu": 3_754_622_976,
+    "qwen2.5-vl-3b-8gpu": 3_754_622_976,
+    "qwen2.5-vl-7b-tp2pp2": 8_292_166_656,
+    "qwen2.5-vl-32b": 33_452_718_336,
+    "qwen2.5-vl-72b-tp8pp4-fp8": 73_410_777_344,
+}
+
+
+@pytest.fixture
+def plan(monkeypatch, capsys):
+    """Exit code, stdout and stderr of the program."""
+    monkeypatch.chdir(ROOT)
+
+    def run(name, *arguments):
+        path = f"configs/{name}.yaml"
+        monkeypatch.setattr(sys, "argv", ["plan.py", path, *map(str, arguments)])
+        code = program.main()
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def as_json(answer):
+    code, out, _ = answer
+    return code, json.loads(out)
+
+
+@pytest.mark.parametrize("name", READY)
+def test_ready_configs_pass_a_dry_run_and_fit(plan, name, monkeypatch, capsys):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(sys, "argv", ["train", "--config", f"configs/{name}.yaml", "--dry-run"])
+    assert train.main() == 0
+    said = capsys.readouterr().out
+    cfg = load_config(f"configs/{name}.yaml")
+    assert f"# model: {READY[name]:,} parameters" in said
+    assert f"# layout: {cfg.parallel.processes} processes" in said
+    code, found = as_json(plan(name, "--json"))
+    assert (code, found["refused"], found["parameters"]) == (0, [], READY[name])
+    assert found["gpus"] == cfg.parallel.processes > 0
+    assert len(found["memory_bytes"]) == cfg.parallel.pipeline
+    for stage in found["memory_bytes"].values():
+        assert 0 < stage["peak"] == max(stage["update_peak"], stage["rollout_peak"])
+        assert stage["peak"] <= found["usable_bytes"]
+    assert found["flops_per_step"] <= found["hardware_flops_per_step"]
+    assert min(found["seconds_per_phase"].values()) > 0
+    assert found["bounds"].keys() == found["seconds_per_phase"].keys()
+
+
+def test_the_screen_says_what_json_says(plan):
+    code, out, err = plan("qwen2.5-vl-7b-tp2pp2")
+    _, found = as_json(plan("qwen2.5-vl-7b-tp2pp2", "--json"))
+    assert (code, err) == (0, "")
+    assert len(out.splitlines()) <= 45 and max(map(len, out.splitlines())) <= 140
+    peaks = [stage["update_peak"] / 2**30 for stage in found["memory_bytes"].values()]
+    (line,) = [line for line in out.splitlines() if line.startswith("an update, at most")]
+    assert line.split()[-2:] == [f"{peak:.2f}" for peak in peaks]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("qwen2.5-vl-7b-tp2pp2", "parallel.tensor=3", "does not divide the model's 28 attention"),
+        ("qwen2.5-vl-7b-tp2pp2", "parallel.pipeline=4", "lower one of them|needs a multiple of 8"),
+        ("qwen2.5-vl-3b-8gpu", "parallel.sequence=true", "needs parallel.tensor > 1"),
+        ("qwen2.5-vl-3b-8gpu", "rollout.prompts_per_step=4", "is less than the 8 model replicas"),
+        ("qwen2.5-vl-3b-1gpu", "model.fp8=current", "is computed by Transformer Engine only"),
+    ],
+)
+def test_rules_are_refused_in_the_programs_own_words(monkeypatch, name, change, reason):
+    monkeypatch.chdir(ROOT)
+    cfg = load_config(f"configs/{name}.yaml", [change])
+    arch = read_architecture(cfg.model.architecture)
+    gpus = 12 if change == "parallel.pipeline=4" else cfg.parallel.processes
+    found = " ".join(refusals(cfg, arch, GPUS["h100"], gpus))
+    assert any(part in found for part in reason.split("|")), found
+
+
+def test_a_layout_that_cannot_be_is_refused_with_the_nearest(plan):
+    code, out, err = plan("qwen2.5-vl-7b-tp2pp2", "parallel.tensor=3", "--json")
+    found = json.loads(out)
+    assert code == 2 and len(err.splitlines()) == len(found["refused"]) == 2
+    assert found["nearest"]["overrides"] == ["parallel.tensor=2"]
+    assert found["nearest"]["gpus"] == 8
+
+
+def test_too_little_memory_is_refused_and_the_nearest_fits(plan):
+    code, found = as_json(plan("qwen2.5-vl-3b-8gpu", "batch.tokens=16384", "--json"))
+    assert code == 2 and "the most of it is vision" in found["refused"][0]
+    near = found["nearest"]
+    again, fits = as_json(plan("qwen2.5-vl-3b-8gpu", *near["overrides"], "--json"))
+    assert (again, fits["refused"]) == (0, [])
+    assert fits["seconds_per_step"] == near["seconds_per_step"]
+
+
+def test_an_engine_without_room_is_moved_to_workers(plan):
+    name = "qwen2.5-vl-72b-tp8pp4-fp8"
+    code, found = as_json(plan(name, "rollout.engine=colocated", "--json"))
+    assert code == 2
+    assert found["nearest"]["changes"] == {"rollout.engine": "workers"}
+
+
+def test_search_ranks_what_fits(plan):
+    code, found = as_json(plan("qwen2.5-vl-3b-8gpu", "--search", "--json"))
+    seconds = [layout["seconds_per_step"] for layout in found["layouts"]]
+    assert code == 0 and seconds == sorted(seconds) and 5 < len(seconds) < found["tried"]
+    assert all(layout["peak_bytes"] <= 80 * 2**30 for layout in found["layouts"])
+    _, out, _ = plan("qwen2.5-vl-3b-8gpu", "--search")
+    assert len(out.splitlines()) == 2 + 10
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--gpus", 0], ["--mfu", 2], ["--prompt-tokens", 99999], ["--response-tokens", 0]]
+)
+def test_wrong_arguments_are_one_sentence(plan, wrong):
+    code, out, err = plan("qwen2.5-vl-3b-8gpu", *wrong)
+    assert (code, out) == (2, "") and err.startswith("error: --") and err.count("\n") == 1
+
+
+def test_an_unknown_gpu_is_named():
+    with pytest.raises(ConfigError, match="h100"):
+        find_gpu("v100")
+
+
+def planned(*overrides, **question):
+    cfg = load_config(ROOT / "configs" / "qwen2.5-vl-3b-8gpu.yaml", list(overrides))
+    arch = read_architecture(ROOT / cfg.model.architecture)
+    return make_plan(cfg, arch, replace(Question(gpu=GPUS["h100"], gpus=8), **question))
+
+
+def test_what_saves_memory_and_what_costs_time():
+    full, none = planned(), planned("model.recompute=none")
+    assert full.memory.stages[0].activations < none.memory.stages[0].activations / 20
+    assert full.phases["update"].seconds > none.phases["update"].seconds
+    assert planned("algorithm.kl=0").memory.stages[0].reference == 0
+    assert "reference" not in planned("algorithm.kl=0").phases
+    tensor = planned("parallel.tensor=2", "parallel.sequence=true").memory.stages[0]
+    assert tensor.vision == pytest.approx(full.memory.stages[0].vision / 2, rel=0.1)
+    assert planned(mfu=0.2).phases["update"].seconds == pytest.approx(
+        2 * full.phases["update"].seconds
+    )
+    short = planned(response=100)
+    assert short.tokens < full.tokens and short.seconds < full.seconds
+
+
+def test_sizes_of_a_prompt():
+    cfg = load_config(ROOT / "configs" / "qwen2.5-vl-3b-8gpu.yaml")
+    t, h, w = video_grid(cfg.video)
+    tokens = t * h * w // 4
+    assert 0.95 * 2048 < tokens <= 2048  # the budget, 1605632 pixels of 28 x 28
+    sizes = step_sizes(cfg)
+    assert (sizes.prompt, sizes.vision_tokens) == (tokens + TEXT_TOKENS, tokens)
+    assert sizes.rows == sizes.prompt + 8 * 1023
+    small = step_sizes(cfg, prompt=700)
+    assert small.vision_tokens <= 700 - TEXT_TOKENS

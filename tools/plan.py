@@ -1,0 +1,127 @@
+"""What a run would need and how long a step would take, on GPUs that need not be here.
+
+    plan.py CONFIG [--gpus N] [--gpu h200] [--search] [--json] [section.key=value ...]
+
+Checks every rule of the layout and counts, for each pipeline stage, what lies in a GPU's memory;
+tokens and FLOPs of a step; and an estimate of the seconds of each phase with what bounds it. A
+layout that cannot be or does not fit is refused with the reason (exit code 2), and the nearest one
+that does is named. --search ranks the layouts of so many GPUs by the seconds of a step. Sizes are
+the most that CONFIG allows; --prompt-tokens and --response-tokens say what is typical instead.
+docs/planner.md: what is counted, and how well it holds.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_vrl.config import RunConfig, load_config
+from megatron_vrl.errors import EXIT_CODE, ConfigError, UserError
+from megatron_vrl.planner.hardware import GPUS
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", metavar="CONFIG", help="YAML, see configs/")
+    parser.add_argument("--gpus", type=int, metavar="N", help="default: parallel.processes")
+    parser.add_argument("--gpu", default="h100", choices=list(GPUS))
+    parser.add_argument("--mfu", type=float, help="share of the peak that products reach")
+    parser.add_argument("--prompt-tokens", type=int, metavar="P")
+    parser.add_argument("--response-tokens", type=int, metavar="R")
+    parser.add_argument("--clip-seconds", type=float, metavar="S")
+    parser.add_argument("--search", action="store_true", help="rank the layouts that fit")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_intermixed_args()
+    try:
+        cfg = load_config(arguments.config, arguments.overrides)
+        values, text = _search(arguments, cfg) if arguments.search else _plan(arguments, cfg)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_CODE
+    print(json.dumps(values, indent=1) if arguments.json else text)
+    for sentence in values["refused"]:
+        print(f"error: {sentence}", file=sys.stderr)
+    return EXIT_CODE if values["refused"] else 0
+
+
+def _plan(arguments: argparse.Namespace, cfg: RunConfig) -> tuple[dict[str, Any], str]:
+    from megatron_vrl.planner.plan import make_plan, refusals
+    from megatron_vrl.planner.search import nearest
+    from megatron_vrl.planner.tell import found_values, heading, told, values
+
+    arch, asked = _architecture(cfg), _question(arguments, cfg)
+    refused = refusals(cfg, arch, asked.gpu, asked.gpus)
+    found: dict[str, Any] = {**heading(cfg, arch, asked), "memory_bytes": {}, "refused": refused}
+    text = ""
+    if not refused:
+        plan = make_plan(cfg, arch, asked)
+        found, text = values(cfg, arch, asked, plan), told(cfg, arch, asked, plan)
+    if found["refused"]:
+        near = nearest(cfg, arch, asked)
+        found["nearest"] = found_values(near) if near else None
+        text += "\n" * bool(text) + _told_nearest(found["nearest"])
+    return found, text
+
+
+def _told_nearest(near: dict[str, Any] | None) -> str:
+    if near is None:
+        return "nearest: no layout of this config fits on such GPUs, however many"
+    peak = near["peak_bytes"] / 2**30
+    return (
+        f"nearest: --gpus {near['gpus']} {' '.join(near['overrides'])}  "
+        f"({peak:.1f} GiB, {near['seconds_per_step']:.1f} s a step)"
+    )
+
+
+def _search(arguments: argparse.Namespace, cfg: RunConfig) -> tuple[dict[str, Any], str]:
+    from megatron_vrl.planner.search import ranked
+    from megatron_vrl.planner.tell import found_values, heading, search_table
+
+    arch, asked = _architecture(cfg), _question(arguments, cfg)
+    found, tried = ranked(cfg, arch, asked)
+    refused = [] if found else [f"None of the {tried} layouts of {asked.gpus} GPUs fits."]
+    values = heading(cfg, arch, asked) | {
+        "tried": tried,
+        "layouts": [found_values(each) for each in found],
+        "refused": refused,
+    }
+    return values, search_table(found, tried)
+
+
+def _architecture(cfg: RunConfig) -> Any:
+    from megatron_vrl.model.architecture import read_architecture
+    from megatron_vrl.training.layout import published_files
+
+    checkpoint = published_files(cfg.model.checkpoint)
+    if (checkpoint / "config.json").exists() or not cfg.model.architecture:
+        return read_architecture(checkpoint)
+    return read_architecture(Path(cfg.model.architecture))
+
+
+def _question(arguments: argparse.Namespace, cfg: RunConfig) -> Any:
+    from megatron_vrl.planner.hardware import find_gpu
+    from megatron_vrl.planner.plan import Question
+    from megatron_vrl.planner.speed import DEFAULT_MFU
+
+    parallel = cfg.parallel
+    if arguments.gpus is not None and arguments.gpus < 1:
+        raise ConfigError(f"--gpus {arguments.gpus} is none at all: give 1 or more.")
+    if arguments.mfu is not None and not 0 < arguments.mfu <= 1:
+        raise ConfigError(f"--mfu {arguments.mfu} is not a share: give one above 0, at most 1.")
+    gpus = arguments.gpus or parallel.processes
+    return Question(
+        gpu=find_gpu(arguments.gpu),
+        gpus=gpus or parallel.tensor * parallel.context * parallel.pipeline,
+        mfu=arguments.mfu or DEFAULT_MFU,
+        prompt=arguments.prompt_tokens,
+        response=arguments.response_tokens,
+        clip_s=arguments.clip_seconds,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
