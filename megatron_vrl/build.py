@@ -27,6 +27,7 @@ from megatron_vrl.rollout.colocated import Colocated
 from megatron_vrl.rollout.pool import WorkerPool
 from megatron_vrl.rollout.special_tokens import banned_token_ids
 from megatron_vrl.rollout.start import identity, start_engine
+from megatron_vrl.rollout.stored import Stored, StoredFiles
 from megatron_vrl.rollouts import Engine, Rollouts
 from megatron_vrl.training.checkpoint import load_weights
 from megatron_vrl.training.layout import published_files
@@ -112,9 +113,15 @@ def _workers(cfg: RunConfig, published_dir: Path, banned: tuple[int, ...]) -> En
     return WorkerPool(cfg.rollout, identity(cfg, published_dir, banned))
 
 
+def _stored(cfg: RunConfig, published_dir: Path, banned: tuple[int, ...]) -> Engine:
+    files = StoredFiles(cfg.rollout.stored, loud=torch.distributed.get_rank() == 0)
+    return Stored(files, weighed=cfg.algorithm.importance != "none")
+
+
 ENGINES: dict[str, Callable[[RunConfig, Path, tuple[int, ...]], Engine]] = {
     "colocated": _colocated,
     "workers": _workers,
+    "stored": _stored,
 }
 
 

@@ -10,6 +10,7 @@ from megatron_vrl.model.architecture import Architecture, padded_vocab, read_arc
 from megatron_vrl.model.chunks import all_chunks, check_divides
 from megatron_vrl.parallel.mesh import check_layout
 from megatron_vrl.rewards import weights_of
+from megatron_vrl.rollout.stored import check_stored
 from megatron_vrl.training.layout import published_files
 from megatron_vrl.user_functions import load_function
 
@@ -21,6 +22,7 @@ def check(cfg: RunConfig, world: int) -> list[str]:
     replicas = world // (parallel.tensor * parallel.context * parallel.pipeline)
     check_batches(cfg, replicas)
     check_overlap(cfg)
+    check_stored(cfg)
     weights_of(cfg.rewards)
     for function in cfg.rewards.functions.values():
         load_function(function)
