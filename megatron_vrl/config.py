@@ -140,6 +140,10 @@ class Rollout(Section):
     with launch/rollout_worker.sh; stored: none, answers come from `stored`."""
     stored: str = ""
     """Directory of stored rollouts, OUT/rollouts of another run."""
+    visual_input: Literal["pixels", "embeddings"] = "pixels"
+    """embeddings: the trainer's vision tower, frozen, sees each video once, for the engine too."""
+    embeddings_mib: Positive = 1024
+    """Host memory of one process for embeddings that later steps may use again, MiB."""
     save: bool = True
     """Write every group of answers with its rewards to OUT/rollouts."""
     workers: list[str] = []

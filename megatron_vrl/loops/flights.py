@@ -79,16 +79,17 @@ class Flights:
         parts = self._parts
         with parts.clock("encode"):
             drawn = self._draws.take(num)
+            prompts = parts.look([made.prompt for made in drawn])
         with parts.clock("rollout"):
-            prompts, positions = [made.prompt for made in drawn], [made.position for made in drawn]
+            positions = [made.position for made in drawn]
             asked = parts.rollouts.ask(prompts, sampling_spec(parts.cfg), positions)
         self._under_way += [
             Flight(
                 sample=made.sample,
-                prompt=made.prompt,
+                prompt=prompt,
                 position=made.position,
                 version=self._state.version,
                 asked=one,
             )
-            for made, one in zip(drawn, asked, strict=True)
+            for made, prompt, one in zip(drawn, prompts, asked, strict=True)
         ]

@@ -228,7 +228,7 @@ class Policy:
         return records
 
     def _patches(self, batch: MicroBatch) -> Tensor | None:
-        if not batch.visuals:
+        if len(batch.seen) == len(batch.visuals):  # nothing to see, or all seen before
             return None
         patches = np.concatenate([patchify(visual.frames) for visual in batch.visuals])
         return torch.from_numpy(patches).to(self.mesh.device, self.chunks[0].config.params_dtype)
