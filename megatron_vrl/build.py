@@ -27,8 +27,10 @@ from megatron_vrl.rollout.colocated import Colocated
 from megatron_vrl.rollout.pool import WorkerPool
 from megatron_vrl.rollout.special_tokens import banned_token_ids
 from megatron_vrl.rollout.start import identity, start_engine
+from megatron_vrl.rollout.stored import Stored, StoredFiles
 from megatron_vrl.rollouts import Engine, Rollouts
 from megatron_vrl.training.checkpoint import load_weights
+from megatron_vrl.training.eyes import Eyes
 from megatron_vrl.training.layout import published_files
 from megatron_vrl.training.policy import Policy
 from megatron_vrl.training.saver import Saver
@@ -50,6 +52,7 @@ class Parts:
     judge: Judge
     reader: VideoReader
     encoder: PromptEncoder
+    look: Callable[[Sequence[Prompt]], list[Prompt]]  # at the videos, where their tokens are kept
     published_dir: Path  # config, tokenizer and processor files of the checkpoint
 
     def replica_share(self, items: Sequence[Item]) -> list[Item]:
@@ -86,7 +89,7 @@ class Parts:
                 if isinstance(video, VideoError):
                     raise video
                 prompts.append(self.encoder.prompt(sample, video))
-        return prompts
+        return self.look(prompts)
 
 
 def interleave(shares: Sequence[Sequence[Item]]) -> list[Item]:
@@ -112,10 +115,22 @@ def _workers(cfg: RunConfig, published_dir: Path, banned: tuple[int, ...]) -> En
     return WorkerPool(cfg.rollout, identity(cfg, published_dir, banned))
 
 
+def _stored(cfg: RunConfig, published_dir: Path, banned: tuple[int, ...]) -> Engine:
+    files = StoredFiles(cfg.rollout.stored, loud=torch.distributed.get_rank() == 0)
+    return Stored(files, weighed=cfg.algorithm.importance != "none")
+
+
 ENGINES: dict[str, Callable[[RunConfig, Path, tuple[int, ...]], Engine]] = {
     "colocated": _colocated,
     "workers": _workers,
+    "stored": _stored,
 }
+
+
+def _look(cfg: RunConfig, policy: Policy) -> Callable[[Sequence[Prompt]], list[Prompt]]:
+    if cfg.rollout.visual_input == "pixels":
+        return list
+    return Eyes(policy, cfg.rollout.embeddings_mib).look
 
 
 def build(cfg: RunConfig) -> Parts:
@@ -163,5 +178,6 @@ def build(cfg: RunConfig) -> Parts:
         judge=judge,
         reader=VideoReader(cfg.video),
         encoder=encoder,
+        look=_look(cfg, policy),
         published_dir=published_dir,
     )

@@ -142,9 +142,17 @@ class Data(Section):
 
 
 class Rollout(Section):
-    engine: Literal["colocated", "workers"] = "colocated"
+    engine: Literal["colocated", "workers", "stored"] = "colocated"
     """colocated: one vLLM engine in every trainer process; workers: separate processes, started
-    with launch/rollout_worker.sh."""
+    with launch/rollout_worker.sh; stored: none, answers come from `stored`."""
+    stored: str = ""
+    """Directory of stored rollouts, OUT/rollouts of another run."""
+    visual_input: Literal["pixels", "embeddings"] = "pixels"
+    """embeddings: the trainer's vision tower, frozen, sees each video once, for the engine too."""
+    embeddings_mib: Positive = 1024
+    """Host memory of one process for embeddings that later steps may use again, MiB."""
+    save: bool = True
+    """Write every group of answers with its rewards to OUT/rollouts."""
     workers: list[str] = []
     """Addresses of workers, host:port."""
     rendezvous: str = ""
@@ -366,7 +374,7 @@ def check_batches(cfg: RunConfig, replicas: int) -> None:
 def check_overlap(cfg: RunConfig) -> None:
     """Raises ConfigError if answers of old weights are wanted and cannot be made or weighed."""
     staleness = cfg.rollout.max_staleness
-    if staleness and cfg.rollout.engine != "workers":
+    if staleness and cfg.rollout.engine == "colocated":
         raise ConfigError(
             f"rollout.max_staleness={staleness} needs rollout.engine=workers, not "
             f"{cfg.rollout.engine}: an engine in the trainer's process waits while it trains."

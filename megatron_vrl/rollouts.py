@@ -40,6 +40,7 @@ class Engine(Protocol):
     """One rank's end of whatever answers."""
 
     everywhere: bool  # whether every rank needs the whole model in a hand-over
+    takes_weights: bool  # False: a hand-over is but a version
 
     def ask(self, prompts: Sequence[Prompt], specs: Sequence[SamplingSpec]) -> Sequence[Asked]: ...
     @property
@@ -79,7 +80,8 @@ class Rollouts:
         """Give the engines the trainer's weights, unless they hold this version already."""
         if self.version != version:
             self._hand_over(version, self._cfg.min_workers if self.version is None else 1)
-            self._check_now_and_then()
+            if self._engine.takes_weights:
+                self._check_now_and_then()
 
     def generate(self, prompts: Sequence[Prompt], spec: SamplingSpec) -> list[list[Rollout]]:
         """`spec.n` answers to each of this rank's prompts.
@@ -152,7 +154,8 @@ class Rollouts:
         with agreed(self._mesh):
             if starts:
                 engine.start(members)
-        self._send(members)
+        if engine.takes_weights:
+            self._send(members)
         with agreed(self._mesh):
             if starts:
                 engine.finish(members, version)

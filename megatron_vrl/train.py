@@ -1,7 +1,8 @@
 """Train: `torchrun --nproc-per-node N -m megatron_vrl.train --config FILE [section.key=value ...]`.
 
 Without torchrun it is one process. `--dry-run` checks the config, the layout and the files and
-prints the resolved config. A mistake of the user's is one sentence and exit code 2.
+prints the resolved config; `--rollouts-only` makes rollouts and trains nothing. A mistake of the
+user's is one sentence and exit code 2.
 """
 
 import argparse
@@ -24,9 +25,14 @@ def main() -> int:
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML, see configs/")
     parser.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
     parser.add_argument(
+        "--rollouts-only",
+        action="store_true",
+        help="answer and score the prompts of GRPO's steps into OUT/rollouts, train nothing",
+    )
+    parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="replace a value of the file"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     is_first = int(os.environ.get("RANK", "0")) == 0
     try:
         cfg = load_config(arguments.config, arguments.overrides)
@@ -34,14 +40,24 @@ def main() -> int:
             _dry_run(cfg, is_first)
             return 0
         hush_libraries()
-        from megatron_vrl.loops.job import run_job
-
-        report = run_job(cfg)
+        made = _rollouts(cfg) if arguments.rollouts_only else _job(cfg)
     except UserError as error:
         return _fail(str(error), is_first)
     if is_first:
-        print(f"report: {report}")
+        print(made)
     return 0
+
+
+def _job(cfg: RunConfig) -> str:
+    from megatron_vrl.loops.job import run_job
+
+    return f"report: {run_job(cfg)}"
+
+
+def _rollouts(cfg: RunConfig) -> str:
+    from megatron_vrl.loops.rollouts_only import run_rollouts
+
+    return f"rollouts: {run_rollouts(cfg)}"
 
 
 def _dry_run(cfg: RunConfig, is_first: bool) -> None:

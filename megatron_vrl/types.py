@@ -5,7 +5,7 @@ Shape letters: F frames, P prompt tokens, R response tokens, N rollouts of one g
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,6 +92,7 @@ class Prompt:
     token_ids: NDArray[np.int64]  # [P] with one pad token per merged vision cell
     engine_token_ids: tuple[int, ...]  # the same with one single pad per visual, as vLLM wants it
     positions: NDArray[np.int64]  # [3, P] M-RoPE positions: time, height, width
+    seen: tuple[NDArray[Any], ...] = ()  # vision tokens [tokens, hidden] of each visual, if kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

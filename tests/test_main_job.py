@@ -15,6 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from megatron_vrl.rollout.records import read_rollouts
 from tests.conftest import ENVIRONMENT, ROOT, run_python, train_command
 
 SMALL = (
@@ -59,6 +60,14 @@ def numbers(row: dict) -> dict[str, float]:
         for name, value in row.items()
         if isinstance(value, int | float) and not name.endswith((*measured, *of_process))
     }
+
+
+def stored_answers(run: Path) -> list[tuple]:
+    return sorted(
+        (row["step"], row["version"], row["sample"], answer["seed"], answer["token_ids"])
+        for row in read_rollouts(run / "rollouts")
+        for answer in row["answers"]
+    )
 
 
 def summary_of(run: Path) -> dict:
@@ -231,6 +240,7 @@ def test_killed_run_continues_as_if_nothing_had_happened(job, run, quickstart):
     assert len(ours) == len(theirs)
     for mine, whole in zip(ours, theirs, strict=True):
         assert numbers(mine) == pytest.approx(numbers(whole), rel=1e-6, abs=1e-6)
+    assert stored_answers(out) == stored_answers(run)
     for stage, results in summary_of(run)["results"].items():
         for split, metrics in results.items():
             assert summary_of(out)["results"][stage][split] == pytest.approx(metrics)

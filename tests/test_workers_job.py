@@ -23,6 +23,7 @@ OPTIONS = (
     "algorithm.importance=token",
     "algorithm.drop_uniform_groups=false",
     "data.evaluation={}",
+    "grpo.evaluate_every=0",
     "sft.steps=0",
     f"grpo.steps={STEPS}",
     "checkpoint.every_steps=1",
@@ -71,6 +72,19 @@ def test_generation_goes_on_beside_training_and_outlives_a_worker(quickstart, wo
     assert max(row["staleness"] for row in found_rows) == 1  # never more
     assert all(0.5 < row["importance_weight"] < 2 for row in found_rows)
     assert "rollout: lost 127.0.0.1:" in said
+    _replayed_to_the_bit(quickstart, run)
+
+
+def _replayed_to_the_bit(quickstart, run):
+    """Each group was ready at a step of its own; from its file it is so again."""
+    stored = ("rollout.engine=stored", "rollout.stored=runs/overlapped/rollouts")
+    command = train_command(*OPTIONS, *stored, "run.out_dir=runs/replayed", ranks=2)
+    done = subprocess.run(command, cwd=quickstart, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    weights = ("export", "model.safetensors")
+    replay = run.parent / "replayed"
+    assert replay.joinpath(*weights).read_bytes() == run.joinpath(*weights).read_bytes()
+    assert [row["staleness"] for row in rows(replay)] == [row["staleness"] for row in rows(run)]
 
 
 def test_without_workers_the_run_stops_with_a_sentence(quickstart):

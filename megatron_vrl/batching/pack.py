@@ -11,6 +11,7 @@ Shape letters: T packed tokens, L of them on this rank, N loss tokens, G groups,
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,6 +59,7 @@ class MicroBatch:
     answer_group: NDArray[np.int64]  # [A] index in G
     answer_id: tuple[str, ...]  # [A] for messages
     visuals: tuple[Visual, ...]  # in the order of their pad tokens in T
+    seen: tuple[NDArray[Any], ...]  # their vision tokens where those were kept; else ()
     source: NDArray[np.int64]  # [N] index in `rows` of the token that predicts
     target: NDArray[np.int64]  # [N] token predicted
     advantage: NDArray[np.float32]  # [N]
@@ -96,6 +98,7 @@ def pack(
         answer_group=answer_group,
         answer_id=tuple(answer.id for answer in answers),
         visuals=tuple(visual for group in groups for visual in group.prompt.visuals),
+        seen=tuple(tokens for group in groups for tokens in group.prompt.seen),
         source=np.concatenate([[first, *range(start, start + n)] for first, start, n in inputs]),
         target=np.concatenate([answer.token_ids for answer in answers]),
         advantage=np.repeat([a.advantage for a in answers], targets).astype(np.float32),

@@ -5,11 +5,13 @@ from pathlib import Path
 
 from megatron_vrl.config import RunConfig, Source, check_batches, check_overlap
 from megatron_vrl.data.mix import load, open_pool
+from megatron_vrl.errors import ConfigError
 from megatron_vrl.loops.stream import check_records
 from megatron_vrl.model.architecture import Architecture, padded_vocab, read_architecture
 from megatron_vrl.model.chunks import all_chunks, check_divides
 from megatron_vrl.parallel.mesh import check_layout
 from megatron_vrl.rewards import weights_of
+from megatron_vrl.rollout.stored import check_stored
 from megatron_vrl.training.layout import published_files
 from megatron_vrl.user_functions import load_function
 
@@ -21,6 +23,8 @@ def check(cfg: RunConfig, world: int) -> list[str]:
     replicas = world // (parallel.tensor * parallel.context * parallel.pipeline)
     check_batches(cfg, replicas)
     check_overlap(cfg)
+    check_stored(cfg)
+    check_visual_input(cfg)
     weights_of(cfg.rewards)
     for function in cfg.rewards.functions.values():
         load_function(function)
@@ -47,6 +51,22 @@ def check(cfg: RunConfig, world: int) -> list[str]:
         *notes,
         *dict.fromkeys(missing),
     ]
+
+
+def check_visual_input(cfg: RunConfig) -> None:
+    """Raises ConfigError if the vision tower's results cannot be kept, or are not everywhere."""
+    if cfg.rollout.visual_input == "pixels":
+        return
+    if not (cfg.model.freeze_vision and cfg.model.freeze_merger):
+        raise ConfigError(
+            "rollout.visual_input=embeddings keeps what the vision tower computes, which must not "
+            "be trained then: set model.freeze_vision=true and model.freeze_merger=true."
+        )
+    if cfg.parallel.pipeline > 1:
+        raise ConfigError(
+            "rollout.visual_input=embeddings needs the vision tower on every rank, and with "
+            f"parallel.pipeline={cfg.parallel.pipeline} only the first stage has it: set 1."
+        )
 
 
 def _layout(world: int, replicas: int, cfg: RunConfig) -> str:

@@ -27,7 +27,8 @@ from megatron_vrl.types import Experience, ScoredGroup
 class Collected:
     """What a step learns from; lists are this replica's, the rest is the same on every rank."""
 
-    experiences: list[Experience]  # every scored group
+    groups: list[ScoredGroup]  # every scored group
+    experiences: list[Experience]  # of those whose rewards are numbers
     kept: list[Experience]  # those to train on
     filler: Group  # a group of this replica that keeps a rank without work busy
     invalid: tuple[str, ...]  # samples with a reward that is no number
@@ -54,6 +55,7 @@ def collect(parts: Parts, flights: Flights) -> Collected:
         rounds += 1
     filler = to_train(Experience(scored=groups[0], advantages=np.zeros(len(groups[0].rewards))))
     return Collected(
+        groups=groups,
         experiences=experiences,
         kept=kept,
         filler=filler,

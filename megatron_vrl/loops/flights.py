@@ -9,12 +9,24 @@ from dataclasses import dataclass
 from itertools import chain
 
 from megatron_vrl.build import Parts
+from megatron_vrl.config import RunConfig
 from megatron_vrl.loops.draw import Draws
 from megatron_vrl.loops.state import RunState
 from megatron_vrl.parallel.mesh import gather_objects, world_axis
 from megatron_vrl.rollout.requests import SamplingSpec
 from megatron_vrl.rollouts import Asked
 from megatron_vrl.types import Prompt, Rollout, VideoSample
+
+
+def sampling_spec(cfg: RunConfig) -> SamplingSpec:
+    """How a training step's answers are drawn; each prompt then has a seed of its own."""
+    return SamplingSpec(
+        n=cfg.rollout.group_size,
+        temperature=cfg.rollout.temperature,
+        top_p=cfg.rollout.top_p,
+        max_tokens=cfg.rollout.max_response_tokens,
+        seed=cfg.run.seed,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -67,26 +79,17 @@ class Flights:
         parts = self._parts
         with parts.clock("encode"):
             drawn = self._draws.take(num)
+            prompts = parts.look([made.prompt for made in drawn])
         with parts.clock("rollout"):
-            prompts, positions = [made.prompt for made in drawn], [made.position for made in drawn]
-            asked = parts.rollouts.ask(prompts, self._sampling(), positions)
+            positions = [made.position for made in drawn]
+            asked = parts.rollouts.ask(prompts, sampling_spec(parts.cfg), positions)
         self._under_way += [
             Flight(
                 sample=made.sample,
-                prompt=made.prompt,
+                prompt=prompt,
                 position=made.position,
                 version=self._state.version,
                 asked=one,
             )
-            for made, one in zip(drawn, asked, strict=True)
+            for made, prompt, one in zip(drawn, prompts, asked, strict=True)
         ]
-
-    def _sampling(self) -> SamplingSpec:
-        cfg = self._parts.cfg
-        return SamplingSpec(
-            n=cfg.rollout.group_size,
-            temperature=cfg.rollout.temperature,
-            top_p=cfg.rollout.top_p,
-            max_tokens=cfg.rollout.max_response_tokens,
-            seed=cfg.run.seed,
-        )

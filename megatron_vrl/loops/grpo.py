@@ -1,9 +1,12 @@
-"""Reinforcement learning: take prompts, roll out, score, drop what teaches nothing, pack, update,
-hand the weights over, report, save.
+"""Reinforcement learning: take prompts, roll out, score, drop what teaches nothing, keep what was
+said, pack, update, hand the weights over, report, save.
 
 Synchronous here: a step's answers are all of the weights that it begins with. The loop in
 grpo_overlapped.py shares everything but the order of things.
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from megatron_vrl.build import Parts
 from megatron_vrl.loops.cards import write_cards
@@ -13,29 +16,41 @@ from megatron_vrl.loops.flights import Flights
 from megatron_vrl.loops.learn import Learned, learn
 from megatron_vrl.loops.numbers import step_numbers
 from megatron_vrl.loops.record import evaluate_dev, record
+from megatron_vrl.loops.rollout_files import RolloutFiles
 from megatron_vrl.loops.state import RunState, keep_reference, save_if_due, start_phase
 from megatron_vrl.loops.stream import training_stream
 from megatron_vrl.observe.metrics import StepMetrics
 from megatron_vrl.observe.sinks import Sinks
+from megatron_vrl.training.policy import Update
 from megatron_vrl.types import VideoSample
 
 
 def train_grpo(parts: Parts, state: RunState, sinks: Sinks, dev: list[VideoSample]) -> None:
     """Run GRPO from `state.step` to its end. Every rank calls it."""
     cfg, clock = parts.cfg, parts.clock
-    draws, flights = begin(parts, state, sinks)
+    going = begin(parts, state, sinks)
     while state.step < cfg.grpo.steps:
         with clock("sync"):
             parts.rollouts.hand_over(state.version)
-        collected = collect(parts, flights)
+        collected = collect(parts, going.flights)
+        going.files.write(collected, state.step + 1, state.version)
         if state.step + 1 < cfg.grpo.steps:
-            draws.prefetch(cfg.rollout.prompts_per_step)
+            going.draws.prefetch(cfg.rollout.prompts_per_step)
         with clock("update"):
             learned = learn(parts, collected, state.step)
-        end_step(parts, state, sinks, draws, flights, collected, learned, dev)
+        end_step(parts, state, sinks, going, collected, learned, dev)
 
 
-def begin(parts: Parts, state: RunState, sinks: Sinks) -> tuple[Draws, Flights]:
+@dataclass(frozen=True, slots=True)
+class Going:
+    """What goes on from step to step, beside the policy."""
+
+    draws: Draws
+    flights: Flights
+    files: RolloutFiles
+
+
+def begin(parts: Parts, state: RunState, sinks: Sinks) -> Going:
     """Set the policy and the data to where the run stands."""
     cfg = parts.cfg
     stream = training_stream(parts)
@@ -45,15 +60,14 @@ def begin(parts: Parts, state: RunState, sinks: Sinks) -> tuple[Draws, Flights]:
         keep_reference(parts, state)
     start_phase(parts, state, cfg.grpo.optimizer, cfg.grpo.steps)
     sinks.begin("grpo", cfg.grpo.steps, state.step)
-    return draws, Flights(parts, state, draws)
+    return Going(draws, Flights(parts, state, draws), RolloutFiles(parts, state.step))
 
 
 def end_step(
     parts: Parts,
     state: RunState,
     sinks: Sinks,
-    draws: Draws,
-    flights: Flights,
+    going: Going,
     collected: Collected,
     learned: Learned,
     dev: list[VideoSample],
@@ -61,12 +75,12 @@ def end_step(
     """Count the step, report it, evaluate and save where it is time."""
     cfg, version = parts.cfg, state.version
     state.step += 1
-    state.stream, state.under_way = draws.position, flights.positions()
+    state.stream, state.under_way = going.draws.position, going.flights.positions()
     state.version += 1
     spent = parts.clock.take()
     state.add_seconds(spent)
-    values = step_numbers(parts, collected, learned, spent, version) | draws.numbers()
-    _warn(sinks, state.step, collected, learned)
+    values = step_numbers(parts, collected, learned, spent, version) | going.draws.numbers()
+    warn(sinks, state.step, collected, learned.updates)
     record(parts, sinks, StepMetrics(phase="grpo", step=state.step, values=values, seconds=spent))
     write_cards(parts, sinks, collected.experiences[: cfg.observe.cards_per_step], state.step)
     if cfg.grpo.evaluate_every and state.step % cfg.grpo.evaluate_every == 0:
@@ -74,7 +88,7 @@ def end_step(
     save_if_due(parts, state)
 
 
-def _warn(sinks: Sinks, step: int, collected: Collected, learned: Learned) -> None:
+def warn(sinks: Sinks, step: int, collected: Collected, updates: Sequence[Update]) -> None:
     """Name the samples that a step could not be taught by."""
     if collected.invalid:
         sinks.say(
@@ -86,7 +100,7 @@ def _warn(sinks: Sinks, step: int, collected: Collected, learned: Learned) -> No
             f"Step {step}: the reward function {name!r} failed on {len(failed)} answers, whose "
             f"groups are left out; it {failed[0]}."
         )
-    for update in learned.updates:
+    for update in updates:
         if not update.applied:
             sinks.say(
                 f"Step {step}: an update was left out, since a gradient was not finite; it came "

@@ -18,13 +18,14 @@ from megatron_vrl.types import VideoSample
 def train_overlapped(parts: Parts, state: RunState, sinks: Sinks, dev: list[VideoSample]) -> None:
     """Run GRPO from `state.step` to its end. Every rank calls it."""
     cfg, clock = parts.cfg, parts.clock
-    draws, flights = begin(parts, state, sinks)
+    going = begin(parts, state, sinks)
     while state.step < cfg.grpo.steps:
         with clock("sync"):
             parts.rollouts.hand_over(state.version)
         steps = min(1 + cfg.rollout.max_staleness, cfg.grpo.steps - state.step)
-        flights.fill(steps * cfg.rollout.prompts_per_step)
-        collected = collect(parts, flights)
+        going.flights.fill(steps * cfg.rollout.prompts_per_step)
+        collected = collect(parts, going.flights)
+        going.files.write(collected, state.step + 1, state.version)
         with clock("update"):
             learned = learn(parts, collected, state.step)
-        end_step(parts, state, sinks, draws, flights, collected, learned, dev)
+        end_step(parts, state, sinks, going, collected, learned, dev)

@@ -7,16 +7,15 @@ run that was stopped and, on a finished one, only says where its report is.
 import os
 from pathlib import Path
 
-import yaml
-
 from megatron_vrl.build import Parts, build
 from megatron_vrl.config import RunConfig
-from megatron_vrl.errors import CheckpointError, ConfigError, UserError
+from megatron_vrl.errors import CheckpointError, UserError
 from megatron_vrl.evaluation import evaluate, trivial_answers
 from megatron_vrl.loops.dry_run import check, padding_notes
 from megatron_vrl.loops.grpo import train_grpo
 from megatron_vrl.loops.grpo_overlapped import train_overlapped
 from megatron_vrl.loops.record import record
+from megatron_vrl.loops.run_dir import check_run_dir
 from megatron_vrl.loops.sft import train_sft
 from megatron_vrl.loops.state import (
     RunState,
@@ -41,7 +40,7 @@ Splits = dict[str, list[VideoSample]]
 def run_job(cfg: RunConfig) -> Path:
     """Do what is left of the run and return its report. Every rank calls it."""
     out_dir = Path(cfg.run.out_dir)
-    _check_same_run(cfg, out_dir / "config.yaml")
+    check_run_dir(cfg, trains=True)
     if is_done(cfg.run.out_dir) and (out_dir / "report.html").exists():
         return out_dir / "report.html"
     check(cfg, int(os.environ.get("WORLD_SIZE", "1")))  # mistakes cost seconds, not an engine start
@@ -75,24 +74,6 @@ def run_job(cfg: RunConfig) -> Path:
     if failure is not None:
         raise failure
     return _conclude(parts, state, splits)
-
-
-def _check_same_run(cfg: RunConfig, stored: Path) -> None:
-    """Raises ConfigError if the directory holds a run that learns something else.
-
-    Layout, engine size, checkpoints and logging may change between two calls.
-    """
-    if not stored.exists():
-        return
-    before, now = yaml.safe_load(stored.read_text()), cfg.model_dump(mode="json")
-    for section in ("run", "model", "data", "rewards", "algorithm", "sft", "grpo"):
-        for key, value in now[section].items():
-            if before[section].get(key) != value:
-                raise ConfigError(
-                    f"{stored.parent} holds a run with {section}.{key}="
-                    f"{before[section].get(key)!r}, not {value!r}: choose another run.out_dir, "
-                    "or remove it to start over."
-                )
 
 
 def _stages(parts: Parts, state: RunState, sinks: Sinks, splits: Splits) -> None:

@@ -33,7 +33,7 @@ def step_numbers(
     version: int,
 ) -> dict[str, Any]:
     """Every rank calls it, after the step; `version` names the weights that it began with."""
-    numbers: dict[str, Any] = _means(parts, collected.experiences, version)
+    numbers: dict[str, Any] = answer_numbers(parts, collected.experiences, version)
     numbers |= {
         "invalid_groups": float(len(collected.invalid)),
         "reward_errors": float(sum(map(len, collected.failures.values()))),
@@ -47,8 +47,10 @@ def step_numbers(
     return numbers | _meters(parts, learned, seconds)
 
 
-def _means(parts: Parts, experiences: Sequence[Experience], version: int) -> dict[str, float]:
-    """Over every answer of the step."""
+def answer_numbers(
+    parts: Parts, experiences: Sequence[Experience], version: int
+) -> dict[str, float]:
+    """Means over every answer of the step."""
     own: dict[str, list[float]] = {}
     for experience in experiences:
         group = experience.scored

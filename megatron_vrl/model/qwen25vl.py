@@ -32,6 +32,7 @@ from megatron_vrl.model.layers import BOTH_TOWERS, layer_spec, packed
 from megatron_vrl.model.plans import language_plan, varlen_plan
 from megatron_vrl.model.precision import attention_of, layer_parts, number_formats
 from megatron_vrl.model.vision import VisionTower
+from megatron_vrl.parallel.arrays import as_tensor
 from megatron_vrl.parallel.mesh import Mesh
 
 RECOMPUTE: dict[str, dict[str, Any]] = {
@@ -146,7 +147,8 @@ class Qwen25VL(MegatronModule):
     def forward(self, batch: MicroBatch, patches: Tensor | None, of: Distribution) -> Tensor:
         """On the last stage [2, N]: log-prob and entropy of every target; else hidden states.
 
-        `patches` [P, patch values] of all visuals of the batch; only the first stage reads them.
+        `patches` [P, patch values] of all visuals of the batch, None if their tokens were kept;
+        only the first stage reads them.
         """
         device = self.mesh.device
         embeddings = self._embed(batch, patches) if self.pre_process else None
@@ -171,10 +173,10 @@ class Qwen25VL(MegatronModule):
         token_ids = torch.from_numpy(batch.token_ids[batch.rows]).to(self.mesh.device)
         embeddings = self.language.embedding(input_ids=token_ids[None], position_ids=None)
         assert self.vision is not None
-        if patches is None and self._sees_always:
+        if not batch.visuals and self._sees_always:
             embeddings = embeddings + 0 * self.vision.nothing().sum()
-        if patches is not None:
-            tokens = self.vision(patches, [visual.grid_thw for visual in batch.visuals])
+        if batch.visuals:
+            tokens = self._vision_tokens(batch, patches)
             is_pad = np.isin(batch.token_ids, (self.arch.video_token, self.arch.image_token))
             number = (np.cumsum(is_pad) - 1)[batch.rows]  # of the vision token at each row
             here = np.flatnonzero(is_pad[batch.rows])
@@ -186,6 +188,12 @@ class Qwen25VL(MegatronModule):
         if self.config.sequence_parallel:
             embeddings = scatter_to_sequence_parallel_region(embeddings)
         return embeddings  # [L (/ tensor), 1, C]
+
+    def _vision_tokens(self, batch: MicroBatch, patches: Tensor | None) -> Tensor:
+        if patches is None:
+            return as_tensor(np.concatenate(batch.seen)).to(self.mesh.device)
+        assert self.vision is not None
+        return self.vision(patches, [visual.grid_thw for visual in batch.visuals])
 
     def _head(self, hidden: Tensor, batch: MicroBatch, of: Distribution) -> Tensor:
         if self.config.sequence_parallel:

@@ -93,6 +93,14 @@ class VisionTower(MegatronModule):
         counts = [sum(sizes[a:b]) // self.arch.merge**2 for a, b in bounds]
         return _GatherRows.apply(tokens, counts, sharing.group, self.mesh.context.group)
 
+    def alone(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """The same by this rank for itself; no other need call it."""
+        return self._encode(patches, [(h, w) for t, h, w in grids for _ in range(t)])
+
+    def written(self) -> tuple[tuple[int, int], ...]:
+        """Another value after any of the parameters was written to or exchanged."""
+        return tuple((param.data_ptr(), param._version) for param in self.parameters())
+
     def nothing(self) -> Tensor:
         """The token of a black square: with it a batch of text alone touches every parameter, as
         Megatron's overlapped sum of gradients expects of each."""

@@ -1,9 +1,9 @@
 """Work of a forward pass in FLOPs, by arithmetic: 2 for each multiply-add of a matrix product.
 
 Counted are products with weights, attention scores and their values with exactly the pairs that
-may see each other, the vision tower with its windows, and logits where a loss is. Left out, as in
-every such count: norms, softmax, activations, rotary angles, look-ups, biases. Checked against
-torch's FlopCounterMode on transformers' model.
+may see each other, the vision tower with its windows unless a video's tokens were kept, and logits
+where a loss is. Left out, as in every such count: norms, softmax, activations, rotary angles,
+look-ups, biases. Checked against torch's FlopCounterMode on transformers' model.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,7 +24,7 @@ def group_work(arch: Architecture, group: Group) -> Work:
         arch,
         len(group.prompt.token_ids),
         [len(answer.token_ids) for answer in group.answers],
-        [visual.grid_thw for visual in group.prompt.visuals],
+        [visual.grid_thw for visual in (() if group.prompt.seen else group.prompt.visuals)],
     )
 
 
@@ -52,7 +52,8 @@ def batch_work(arch: Architecture, batch: MicroBatch) -> Work:
     for start, length, prefix in zip(starts, lengths, before, strict=True):
         sees[start : start + length] = prefix + np.arange(1, length + 1)
     pairs, rows = int(sees[batch.rows].sum()), len(batch.rows)
-    seen = vision_work(arch, [visual.grid_thw for visual in batch.visuals])
+    shown = () if batch.seen else batch.visuals
+    seen = vision_work(arch, [visual.grid_thw for visual in shown])
     share = rows / len(batch.key_rows)
     return _language(arch, rows, pairs, len(batch.target)) + Work(
         vision=seen.vision * share, merger=seen.merger * share

@@ -26,6 +26,7 @@ class Answers:
 
 class Colocated:
     everywhere = True  # every rank's engine takes the whole model
+    takes_weights = True
 
     def __init__(self, engine: ColocatedEngine) -> None:
         self._engine = engine

@@ -119,6 +119,7 @@ class ColocatedEngine:
             "limit_mm_per_prompt": {"video": 1, "image": 0},
             "mm_processor_kwargs": {"do_resize": False, "cap_pixels_per_frame": False},
             "mm_processor_cache_gb": PIXEL_CACHE_GIB,
+            "enable_mm_embeds": True,  # a trainer may send what its own tower saw
             "disable_log_stats": True,
         }
 

@@ -63,6 +63,7 @@ class Asked:
 
 class WorkerPool:
     everywhere = False  # weights are sent by one rank of each pipeline stage
+    takes_weights = True
 
     def __init__(self, cfg: config.Rollout, identity: Identity) -> None:
         self.version: int | None = None

@@ -8,6 +8,7 @@ the two sides place differently is an error that names the sample.
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_vrl.errors import RolloutError
+from megatron_vrl.parallel.arrays import as_tensor
 from megatron_vrl.types import EncodedVideo, Prompt
 
 
@@ -43,9 +45,10 @@ class SamplingSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoInput:
-    frames: NDArray[np.uint8]  # [F, height, width, 3] RGB, resized
+    frames: NDArray[np.uint8]  # [F, height, width, 3] RGB, resized; F is 0 beside tokens
     grid_thw: tuple[int, int, int]
     seconds_per_grid: float
+    tokens: NDArray[Any] | None = None  # [tokens, hidden] as the trainer's tower made them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,11 +70,12 @@ def request_of(prompt: Prompt) -> Request:
         engine_token_ids=prompt.engine_token_ids,
         videos=tuple(
             VideoInput(
-                frames=video.frames,
+                frames=video.frames if tokens is None else video.frames[:0],
                 grid_thw=video.grid_thw,
                 seconds_per_grid=video.seconds_per_grid,
+                tokens=tokens,
             )
-            for video in videos
+            for video, tokens in zip(videos, prompt.seen or repeat(None), strict=False)
         ),
     )
 
@@ -88,10 +92,9 @@ def check_length(request: Request, spec: SamplingSpec, max_model_len: int) -> No
 
 def vllm_prompt(request: Request, cache_name: str) -> dict[str, Any]:
     """What vLLM computes is shared by prompts of one `cache_name` only."""
-    videos = [(video.frames, _metadata(video)) for video in request.videos]
     prompt: dict[str, Any] = {
         "prompt_token_ids": list(request.engine_token_ids),
-        "multi_modal_data": {"video": videos},
+        "multi_modal_data": {"video": _vllm_videos(request.videos)},
     }
     if cache_name:
         names = [f"{_digest(video)}-{cache_name}" for video in request.videos]
@@ -99,8 +102,20 @@ def vllm_prompt(request: Request, cache_name: str) -> dict[str, Any]:
     return prompt
 
 
+def _vllm_videos(videos: tuple[VideoInput, ...]) -> Any:
+    tokens = [as_tensor(video.tokens) for video in videos if video.tokens is not None]
+    if not tokens:
+        return [(video.frames, _metadata(video)) for video in videos]
+    return {
+        "video_embeds": torch.cat(tokens),
+        "video_grid_thw": torch.tensor([video.grid_thw for video in videos]),
+        "second_per_grid_ts": torch.tensor([video.seconds_per_grid for video in videos]),
+    }
+
+
 def _digest(video: VideoInput) -> str:
-    digest = hashlib.blake2b(np.ascontiguousarray(video.frames).data, digest_size=16)
+    shown = video.frames if video.tokens is None else video.tokens
+    digest = hashlib.blake2b(np.ascontiguousarray(shown).data, digest_size=16)
     digest.update(repr((video.grid_thw, video.seconds_per_grid)).encode())
     return digest.hexdigest()
 

@@ -227,7 +227,7 @@ class Policy:
         return records
 
     def _patches(self, batch: MicroBatch) -> Tensor | None:
-        if not batch.visuals:
+        if len(batch.seen) == len(batch.visuals):  # nothing to see, or all seen before
             return None
         patches = [patchify(visual.frames, self.mesh.device) for visual in batch.visuals]
         return torch.cat(patches).to(self.chunks[0].config.params_dtype)

@@ -1,0 +1,103 @@
+"""Rollouts without training: the prompts of GRPO's steps, answered by the checkpoint, scored, kept.
+
+Prompts, seeds and files are those of a training run with this config, so one with
+rollout.engine=stored can train on them. The weights never change: their version is 0 throughout.
+The same command goes on after the last step that every rank has written.
+"""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from megatron_vrl.build import Parts, build
+from megatron_vrl.config import RunConfig
+from megatron_vrl.errors import ConfigError, UserError
+from megatron_vrl.loops.draw import Draws
+from megatron_vrl.loops.dry_run import check
+from megatron_vrl.loops.experience import collect
+from megatron_vrl.loops.flights import Flights
+from megatron_vrl.loops.grpo import Going, warn
+from megatron_vrl.loops.numbers import answer_numbers
+from megatron_vrl.loops.record import record
+from megatron_vrl.loops.rollout_files import RolloutFiles
+from megatron_vrl.loops.run_dir import PROGRESS, check_run_dir
+from megatron_vrl.loops.state import RunState
+from megatron_vrl.loops.stream import training_stream
+from megatron_vrl.observe.files import write_file
+from megatron_vrl.observe.metrics import StepMetrics
+from megatron_vrl.observe.sinks import Sinks, open_sinks
+from megatron_vrl.parallel.mesh import agreed
+
+
+def run_rollouts(cfg: RunConfig) -> Path:
+    """Make what is left of `grpo.steps` steps and return their folder. Every rank calls it."""
+    out_dir = Path(cfg.run.out_dir)
+    _check(cfg)
+    parts = build(cfg)
+    progress = out_dir / PROGRESS
+    with agreed(parts.mesh):
+        begun = progress.exists()
+        state = RunState(**json.loads(progress.read_text())) if begun else RunState(stage="grpo")
+    with agreed(parts.mesh):
+        sinks = open_sinks(
+            out_dir,
+            cfg.observe,
+            cfg.model_dump(mode="json"),
+            out_dir.name,
+            rank=parts.mesh.rank,
+            resume=state.next_row,
+        )
+    failure: UserError | None = None
+    try:
+        _steps(parts, state, sinks, progress)
+    except UserError as error:
+        failure = error
+    with agreed(parts.mesh):
+        sinks.close()
+    if failure is not None:
+        raise failure
+    return progress.parent
+
+
+def _check(cfg: RunConfig) -> None:
+    if cfg.rollout.engine == "stored" or not cfg.rollout.save:
+        raise ConfigError(
+            f"--rollouts-only makes rollouts and writes them, with rollout.engine="
+            f"{cfg.rollout.engine} and rollout.save={cfg.rollout.save} it cannot: set "
+            "rollout.engine=colocated (or workers) and rollout.save=true."
+        )
+    check_run_dir(cfg, trains=False)
+    check(cfg, int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def _steps(parts: Parts, state: RunState, sinks: Sinks, progress: Path) -> None:
+    cfg, clock = parts.cfg, parts.clock
+    going = _begin(parts, state, sinks)
+    with clock("sync"):
+        parts.rollouts.hand_over(state.version)
+    while state.step < cfg.grpo.steps:
+        steps = min(1 + cfg.rollout.max_staleness, cfg.grpo.steps - state.step)
+        going.flights.fill(steps * cfg.rollout.prompts_per_step)
+        collected = collect(parts, going.flights)
+        going.files.write(collected, state.step + 1, state.version)
+        state.step += 1
+        state.stream, state.under_way = going.draws.position, going.flights.positions()
+        warn(sinks, state.step, collected, updates=[])
+        values = answer_numbers(parts, collected.experiences, state.version)
+        values |= {"rollout_rounds": float(collected.rounds)} | going.draws.numbers()
+        row = StepMetrics(phase="grpo", step=state.step, values=values, seconds=clock.take())
+        record(parts, sinks, row)
+        with agreed(parts.mesh):  # every rank has written the step
+            if parts.mesh.rank == 0:
+                write_file(progress, json.dumps(asdict(state)))
+
+
+def _begin(parts: Parts, state: RunState, sinks: Sinks) -> Going:
+    stream = training_stream(parts)
+    stream.restore(state.stream)
+    draws = Draws(parts, stream, state, sinks.say)
+    if parts.cfg.algorithm.kl > 0 and parts.cfg.algorithm.kl_in == "reward":
+        parts.policy.keep_reference()
+    sinks.begin("grpo", parts.cfg.grpo.steps, state.step)
+    return Going(draws, Flights(parts, state, draws), RolloutFiles(parts, state.step))

@@ -1,0 +1,120 @@
+"""The trainer's vision tokens instead of pixels: same answers, and vLLM's tower is not asked."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from megatron.core import parallel_state
+
+from megatron_vrl.batching.pack import Answer, Group
+from megatron_vrl.batching.positions import VisionBlock, mrope_positions
+from megatron_vrl.config import Batch, Model, Parallel
+from megatron_vrl.model.architecture import read_architecture
+from megatron_vrl.model.export import WeightExport
+from megatron_vrl.model.head import Distribution
+from megatron_vrl.model.weights import load_published
+from megatron_vrl.parallel.mesh import init_mesh
+from megatron_vrl.rollout.requests import SamplingSpec, request_of
+from megatron_vrl.rollout.wire import Ask, decode, encode
+from megatron_vrl.training.batches import plan_batches
+from megatron_vrl.training.eyes import Eyes
+from megatron_vrl.training.policy import Policy
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+SPEC = SamplingSpec(n=2, temperature=1.0, top_p=1.0, max_tokens=12, seed=5)
+
+
+@pytest.fixture
+def policy(engine, checkpoint):
+    mesh = init_mesh(Parallel(), seed=1)
+    cfg = Model(checkpoint=str(checkpoint), dtype="float32", freeze_vision=True, freeze_merger=True)
+    policy = Policy(read_architecture(checkpoint), cfg, Parallel(), mesh)
+    load_published(policy.chunks, checkpoint)
+    yield policy
+    parallel_state.destroy_model_parallel()  # the process group is the engine's too
+
+
+@pytest.fixture
+def prompts(policy, make_prompt):
+    vision = policy.arch.vision
+    placed = []
+    for seed in range(3):
+        prompt = make_prompt(seed)
+        blocks = [VisionBlock.of(visual) for visual in prompt.visuals]
+        positions = mrope_positions(
+            prompt.token_ids,
+            [policy.arch.video_token],
+            blocks,
+            merge=vision.merge,
+            tokens_per_second=vision.tokens_per_second,
+        )
+        placed.append(replace(prompt, positions=positions))
+    return placed
+
+
+@pytest.fixture
+def shown(engine):
+    """A list that grows by one each time the engine's tower sees something."""
+    calls: list[int] = []
+
+    def hook(model):
+        model.visual.register_forward_pre_hook(lambda *_: calls.append(1))
+
+    engine._llm.apply_model(hook)
+    return calls
+
+
+def largest_gap(policy, engine, prompts, answers) -> float:
+    """Between the trainer's log-prob and the engine's, over every token of every answer."""
+    groups = [
+        Group(
+            prompt=prompt,
+            answers=tuple(
+                Answer(token_ids=a.token_ids, advantage=0.0, engine_logprobs=a.logprobs)
+                for a in rollouts
+            ),
+        )
+        for prompt, rollouts in zip(prompts, answers, strict=True)
+    ]
+    batches = plan_batches(groups, groups[0], Batch(tokens=10_000), policy.mesh)
+    of = Distribution(temperature=SPEC.temperature, banned=engine.banned_token_ids)
+    pairs = zip(policy.logprobs(batches, of), batches, strict=True)
+    return max(float(np.abs(ours.numpy() - b.engine_logprob).max()) for ours, b in pairs)
+
+
+def test_one_look_serves_engine_reference_and_update(policy, engine, prompts, shown):
+    pixels = engine.generate(prompts, SPEC)
+    assert len(shown) > 0
+    eyes, before = Eyes(policy, 64), len(shown)
+    seen = eyes.look(prompts)
+    answers = engine.generate(seen, SPEC)
+    for ours, theirs in zip(answers, pixels, strict=True):
+        assert [a.token_ids.tolist() for a in ours] == [a.token_ids.tolist() for a in theirs]
+    policy.keep_reference()
+    assert largest_gap(policy, engine, seen, answers) < 1e-4
+    assert len(shown) == before and eyes.encoded == len(prompts)
+
+
+def test_a_changed_tower_changes_what_the_engine_answers(policy, engine, prompts, shown):
+    eyes = Eyes(policy, 64)
+    before = engine.generate(eyes.look(prompts), SPEC)
+    with torch.no_grad():
+        policy.chunks[0].vision.merger.out.weight.mul_(-1.5)
+    engine.push_weights(WeightExport(policy.chunks).tensors(), version=2)
+    seen = eyes.look(prompts)
+    after = engine.generate(seen, SPEC)
+    assert eyes.epoch == 1 and eyes.encoded == 2 * len(prompts) and not shown
+    assert largest_gap(policy, engine, seen, after) < 1e-4
+    first = [np.concatenate([a.logprobs for rs in made for a in rs]) for made in (before, after)]
+    assert first[0].shape != first[1].shape or np.abs(first[0] - first[1]).max() > 1e-2
+
+
+def test_tokens_travel_to_workers_without_pixels(policy, prompts):
+    (seen,) = Eyes(policy, 64).look(prompts[:1])
+    ask = Ask(request=request_of(seen), spec=SPEC.of_prompt(0), version=0)
+    (video,) = decode(encode(ask), Ask).request.videos
+    assert video.frames.size == 0 and np.array_equal(video.tokens, seen.seen[0])
+    plain = Ask(request=request_of(prompts[0]), spec=SPEC.of_prompt(0), version=0)
+    (video,) = decode(encode(plain), Ask).request.videos
+    assert video.tokens is None and np.array_equal(video.frames, prompts[0].visuals[0].frames)
