@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
+from megatron_vrl.model.patches import patchify
 from megatron_vrl.parallel.arrays import as_array
 from megatron_vrl.training.policy import Policy
 from megatron_vrl.types import EncodedVideo, Prompt, Visual
-from megatron_vrl.video.rules import patchify
 
 MIB = 1 << 20
 Key = tuple[Any, ...]
@@ -61,8 +61,7 @@ class Eyes:
     @torch.no_grad()
     def _encode(self, visual: Visual) -> NDArray[Any]:
         self.encoded += 1
-        patches = torch.from_numpy(patchify(visual.frames))
-        patches = patches.to(self._device, self._tower.config.params_dtype)
+        patches = patchify(visual.frames, self._device).to(self._tower.config.params_dtype)
         return as_array(self._tower.alone(patches, [visual.grid_thw]))  # [tokens, hidden]
 
 
