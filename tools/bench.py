@@ -4,6 +4,8 @@
     bench.py head [--tokens 8192 --vocab 151936 --hidden 2048]
     bench.py decode FILES... [--frames 16]
     bench.py sync [--hidden 1024 --layers 10]
+    bench.py generate [--hidden 1024 --layers 10 --dtype float32]
+    bench.py update [--formats bfloat16,current --layouts shared,plain]
     bench.py convert [--model configs/models/qwen2.5-vl-3b.json --dir DIR]
 
 A bench takes its sides in turns, in one run, and yields rows of medians over --rounds. With --json
@@ -18,11 +20,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from benches import convert, decode, head, step, sync, update
+from benches import convert, decode, generate, head, step, sync, update
 
 BENCHES = {
     "convert": convert,
     "decode": decode,
+    "generate": generate,
     "head": head,
     "step": step,
     "sync": sync,

@@ -36,11 +36,7 @@ def run(arguments: argparse.Namespace) -> Iterator[Row]:
     for file in arguments.files:
         with tempfile.TemporaryDirectory() as folder:
             cfg = Video(num_frames=arguments.frames, decoder="pyav", store_dir=folder)
-            paths = {
-                name: once
-                for name, once in _paths(file, cfg).items()
-                if not wanted or name in wanted or name == "pyav-sequential"
-            }
+            paths = _paths(file, cfg, wanted)
             seconds: dict[str, list[float]] = {name: [] for name in paths}
             for number in range(1 + arguments.rounds):  # the first warms up
                 for name, once in paths.items():
@@ -65,7 +61,8 @@ def run(arguments: argparse.Namespace) -> Iterator[Row]:
             }
 
 
-def _paths(file: str, cfg: Any) -> dict[str, Once]:
+def _paths(file: str, cfg: Any, wanted: set[str]) -> dict[str, Once]:
+    """Those of `wanted`, or all; each is set up only if it is taken."""
     import torch
 
     from megatron_vrl.types import Footage
@@ -80,17 +77,26 @@ def _paths(file: str, cfg: Any) -> dict[str, Once]:
         encoder = Encoder(cfg.model_copy(update={"workers": 1, **keys}))
         return lambda: encoder.encode([Footage(file)], [""])
 
-    paths: dict[str, Once] = {
-        "pyav-sequential": lambda: decode_frames(job.file, job.plan, seek=False),
-        "ours-pyav": ours(),
-        "ours-dali": ours(decoder="dali"),
+    makers: dict[str, Callable[[], Once | None]] = {
+        "pyav-sequential": lambda: lambda: decode_frames(job.file, job.plan, seek=False),
+        "ours-pyav": ours,
+        "ours-dali": lambda: ours(decoder="dali"),
+        "store-memory": lambda: _stored(file, cfg, store_mib=cfg.store_mib),
+        "store-disk": lambda: _stored(file, cfg, store_mib=1),
     }
     if torch.cuda.is_available():
-        paths["ours-nvdec"] = ours(decoder="dali", device="gpu")
+        makers["ours-nvdec"] = lambda: ours(decoder="dali", device="gpu")
     for name, rival in {"torchcodec": _torchcodec, "decord": _decord}.items():
-        if importlib.util.find_spec(name) and (once := rival(file, job.plan)):
-            paths[name] = once
-    return paths | _stored(file, cfg) | _parallel(file, cfg)
+        if importlib.util.find_spec(name):
+            makers[name] = partial(rival, file, job.plan)
+    for count in sorted({1, len(os.sched_getaffinity(0))}):
+        makers[f"workers-{count}"] = partial(_parallel, file, cfg, count)
+    taken = {
+        name: make()
+        for name, make in makers.items()
+        if not wanted or name in wanted or name == "pyav-sequential"
+    }
+    return {name: once for name, once in taken.items() if once is not None}
 
 
 def _torchcodec(file: str, plan: Any) -> Once | None:
@@ -121,17 +127,15 @@ def _decord(file: str, plan: Any) -> Once | None:
     return once
 
 
-def _stored(file: str, cfg: Any) -> dict[str, Once]:
+def _stored(file: str, cfg: Any, store_mib: int) -> Once:
     from megatron_vrl.video import VideoReader
 
-    warm = VideoReader(cfg.model_copy(update={"workers": 1}))
-    warm.encode([file])
-    cold = VideoReader(cfg.model_copy(update={"workers": 1, "store_mib": 1}))
-    cold.encode([file])
-    return {"store-memory": lambda: warm.encode([file]), "store-disk": lambda: cold.encode([file])}
+    reader = VideoReader(cfg.model_copy(update={"workers": 1, "store_mib": store_mib}))
+    reader.encode([file])
+    return lambda: reader.encode([file])
 
 
-def _parallel(file: str, cfg: Any) -> dict[str, Once]:
+def _parallel(file: str, cfg: Any, count: int) -> Once:
     from megatron_vrl.types import Footage
     from megatron_vrl.video.encode import Encoder
     from megatron_vrl.video.workers import Workers
@@ -141,6 +145,4 @@ def _parallel(file: str, cfg: Any) -> dict[str, Once]:
         for future in [workers.submit(600.0, *calls) for _ in range(COPIES)]:
             future.result()
 
-    counts = sorted({1, len(os.sched_getaffinity(0))})
-    pools = {num: Workers(num, partial(Encoder, cfg)) for num in counts}
-    return {f"workers-{num}": partial(once, pool) for num, pool in pools.items()}
+    return partial(once, Workers(count, partial(Encoder, cfg)))

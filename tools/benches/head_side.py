@@ -22,9 +22,10 @@ def main(side: str, tokens: int, vocab: int, channels: int) -> None:
     hush_libraries()
     torch.set_num_threads(1)
     mesh = init_mesh(Parallel(), seed=1)
-    hidden = torch.randn(tokens, channels).requires_grad_()
-    weight = (torch.randn(vocab, channels) / channels**0.5).requires_grad_()
-    target = torch.randint(vocab, (tokens,))
+    on = mesh.device
+    hidden = torch.randn(tokens, channels, device=on).requires_grad_()
+    weight = (torch.randn(vocab, channels, device=on) / channels**0.5).requires_grad_()
+    target = torch.randint(vocab, (tokens,), device=on)
 
     def once() -> None:
         hidden.grad = weight.grad = None
@@ -37,7 +38,8 @@ def main(side: str, tokens: int, vocab: int, channels: int) -> None:
         (logprob.sum() + 1e-3 * entropy.sum()).backward()
 
     gradients = 4 * (hidden.numel() + weight.numel())
-    serve(once, held_before=resident() + gradients, fixed={})
+    held = torch.cuda.memory_allocated() if on.type == "cuda" else resident()
+    serve(once, held_before=held + gradients, fixed={}, on_gpu=on.type == "cuda")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = _checkpoint(Path(folder) / "hf", arguments.hidden, arguments.layers)
+        checkpoint = checkpoint_of(Path(folder) / "hf", arguments.hidden, arguments.layers)
         export, engine, writer = _sides(checkpoint)
         num_bytes, copy = _plain_copy(export)
         rounds: dict[str, list[Row]] = {"colocated": [], "shared-memory": []}
@@ -56,7 +56,8 @@ def run(arguments: argparse.Namespace) -> Iterator[Row]:
         }
 
 
-def _checkpoint(folder: Path, hidden: int, layers: int) -> Path:
+def checkpoint_of(folder: Path, hidden: int, layers: int) -> Path:
+    """Random weights of these sizes, with a tokenizer."""
     sys.path.append(str(TOOLS))
     import make_tiny_model
 

@@ -44,15 +44,35 @@ class Worker:
         self._process.wait()
 
 
-def serve(once: Callable[[], Any], *, held_before: int, fixed: Row) -> None:
-    """In the side: a round for each line of stdin; `peak_bytes` beyond `held_before`."""
+def serve(once: Callable[[], Any], *, held_before: int, fixed: Row, on_gpu: bool = False) -> None:
+    """In the side: a round for each line of stdin; `peak_bytes` beyond `held_before`, of a GPU's
+    memory or the process's."""
     for _ in sys.stdin:
-        Path("/proc/self/clear_refs").write_text("5")
+        if on_gpu:
+            _forget_and_wait()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
         start = time.perf_counter()
         once()
+        peak = _gpu_peak() if on_gpu else resident("VmHWM")
         seconds = time.perf_counter() - start
-        peak = resident("VmHWM") - held_before
+        peak -= held_before
         print(json.dumps({"seconds": seconds, "peak_bytes": peak, **fixed}), flush=True)
+
+
+def _forget_and_wait() -> None:
+    import torch
+
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+
+
+def _gpu_peak() -> int:
+    """After all that was launched has run."""
+    import torch
+
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
 
 
 def resident(what: str = "VmRSS") -> int:

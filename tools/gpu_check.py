@@ -1,0 +1,175 @@
+"""Everything that only a GPU can show, in one go: the tests marked `gpu` and every bench.
+
+    launch/gpu_check.sh [--out runs/gpu-check] [--only tests,update] [--model configs/models/X.json]
+
+Writes OUT/gpu-check.json and OUT/gpu-check.md: machine, versions and commit, then a row for each
+measurement. Each part runs in a process of its own under a time limit. One whose library is absent
+says so in its row, one that fails gives its last line; the exit code is 1 if any part failed.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+Row = dict[str, Any]
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = (
+    "torch",
+    "megatron-core",
+    "transformer-engine",
+    "vllm",
+    "nvidia-dali-cuda130",
+    "transformers",
+)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu-check"))
+    parser.add_argument("--only", default="", help="parts, by commas")
+    parser.add_argument("--model", default=str(ROOT / "configs/models/qwen2.5-vl-3b.json"))
+    arguments = parser.parse_args(words)
+    with tempfile.TemporaryDirectory() as folder:
+        parts = _parts(arguments.model, Path(folder))
+        only = [name for name in arguments.only.split(",") if name]
+        unknown = sorted({*only} - {*parts})
+        if unknown:
+            parser.error(f"--only {','.join(unknown)}: choose of {', '.join(parts)}.")
+        rows = []
+        for name, (needs, seconds, command) in tqdm(parts.items(), unit="part"):
+            if not only or name in only:
+                rows += _run(name, needs, seconds, command)
+    report = {"machine": _machine(), "rows": rows}
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "gpu-check.json").write_text(json.dumps(report, indent=1) + "\n")
+    table = _markdown(report)
+    (arguments.out / "gpu-check.md").write_text(table)
+    print(table)
+    return int(any(row["status"] in ("failed", "too slow") for row in rows))
+
+
+def _parts(model: str, folder: Path) -> dict[str, tuple[tuple[str, ...], float, list[str]]]:
+    """Name -> (modules that it needs, limit in seconds, arguments of Python)."""
+
+    def bench(*words: str) -> list[str]:
+        return ["tools/bench.py", *words, "--json"]
+
+    te = find_spec("transformer_engine") is not None
+    formats = "bfloat16,delayed,current,blockwise" if te else "bfloat16"
+    layers = "transformer_engine" if te else "megatron"
+    clip = str(folder / "clip.mp4")
+    update = ("update", "--model", model, "--recompute", "full", "--micro-batch", "12000")
+    both = ("--formats", formats, "--layers", layers)
+    return {
+        "tests": ((), 900, ["-m", "pytest", "-m", "gpu", "-p", "no:warnings", "tests"]),
+        "update": ((), 600, bench(*update, *both)),
+        "attention": ((), 300, bench(*update, "--attention", "sdpa", "--layouts", "shared")),
+        "head": ((), 300, bench("head", "--hidden", "2048")),
+        "clip": (("av",), 120, ["-c", _CLIP, clip]),
+        "decode": (
+            ("av", "nvidia.dali"),
+            300,
+            bench("decode", clip, "--paths", "ours-pyav,ours-dali,ours-nvdec"),
+        ),
+        "sync": (("vllm",), 600, bench("sync", "--hidden", "2048", "--layers", "24")),
+        "generate": (
+            ("vllm",),
+            600,
+            bench("generate", "--hidden", "2048", "--layers", "24", "--dtype", "bfloat16"),
+        ),
+    }
+
+
+_CLIP = """
+import sys, av, numpy as np
+y, x = np.mgrid[0:720, 0:1280]
+with av.open(sys.argv[1], "w") as file:
+    stream = file.add_stream("libx264", rate=30, options={"g": "30", "preset": "veryfast"})
+    stream.width, stream.height, stream.pix_fmt = 1280, 720, "yuv420p"
+    for i in range(1350):
+        picture = np.stack([x + 3 * i, y + 2 * i, (x + y) // 2 + i], -1).astype(np.uint8)
+        file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+    file.mux(stream.encode())
+"""  # 45 s of 720p in H.264, a key frame a second
+
+
+def _run(name: str, needs: tuple[str, ...], seconds: float, command: list[str]) -> list[Row]:
+    absent = [module for module in needs if not _importable(module)]
+    if absent:
+        return [{"part": name, "status": "absent", "words": f"no {', '.join(absent)} here"}]
+    try:
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+        )
+    except subprocess.TimeoutExpired:
+        return [{"part": name, "status": "too slow", "words": f"more than {seconds:.0f} s"}]
+    lines = (done.stdout if done.stdout.strip() else done.stderr).strip().splitlines()
+    if done.returncode:
+        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+        return [{"part": name, "status": "failed", "words": " ".join(last)[:300]}]
+    found = [json.loads(line) for line in lines if line.startswith('{"bench"')]
+    if not found:
+        return [{"part": name, "status": "ok", "words": " ".join(lines[-1:]) or "made"}]
+    return [{"part": name, "status": "ok", **row} for row in found]
+
+
+def _importable(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package around it
+        return False
+
+
+def _machine() -> dict[str, str]:
+    import torch
+
+    told = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    for name, command in {"gpus": query, "commit": ["git", "rev-parse", "--short", "HEAD"]}.items():
+        try:
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+            told[name] = "; ".join(done.stdout.split("\n")).strip("; ")
+        except (OSError, subprocess.CalledProcessError):
+            told[name] = "unknown"
+    told["apex"] = "present" if find_spec("amp_C") else "absent"  # PyPI's apex is another package
+    for package in PACKAGES:
+        try:
+            told[package] = version(package)
+        except PackageNotFoundError:
+            told[package] = "absent"
+    return told
+
+
+def _markdown(report: Row) -> str:
+    """The machine on one line, then a row for each measurement: its own words and numbers."""
+    told = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
+    lines = [told, "", "| part | status | what |", "|-|-|-|"]
+    for row in report["rows"]:
+        skipped = ("part", "status", "bench", "machine", "cores", "card")
+        what = row.get("words") or ", ".join(
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in row.items()
+            if key not in skipped and value is not None
+        )
+        lines.append(f"| {row['part']} | {row['status']} | {what} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
