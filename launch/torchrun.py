@@ -5,6 +5,7 @@ printed its sentence, and torchrun's own report (a traceback of the launcher) wo
 """
 
 import logging
+import signal
 import sys
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -14,6 +15,7 @@ from megatron_vrl.errors import EXIT_CODE
 
 
 def run() -> int:
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # meant for the ranks: finish the step and stop
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         main()

@@ -37,3 +37,7 @@ class CheckpointError(UserError):
 
 class RolloutError(UserError):
     """The rollout engine refused to start or answered something impossible."""
+
+
+class StopRequested(UserError):
+    """Not a mistake: the run was asked to stop, and did so between two steps on all ranks."""

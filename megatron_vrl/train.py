@@ -12,7 +12,7 @@ import sys
 import yaml
 
 from megatron_vrl.config import RunConfig, load_config
-from megatron_vrl.errors import EXIT_CODE, UserError
+from megatron_vrl.errors import EXIT_CODE, StopRequested, UserError
 from megatron_vrl.observe.quiet import hush_libraries
 
 
@@ -36,11 +36,13 @@ def main() -> int:
     is_first = int(os.environ.get("RANK", "0")) == 0
     try:
         cfg = load_config(arguments.config, arguments.overrides)
+        hush_libraries()
         if arguments.dry_run:
             _dry_run(cfg, is_first)
             return 0
-        hush_libraries()
         made = _rollouts(cfg) if arguments.rollouts_only else _job(cfg)
+    except StopRequested as stop:
+        made = str(stop)
     except UserError as error:
         return _fail(str(error), is_first)
     if is_first:
@@ -50,7 +52,9 @@ def main() -> int:
 
 def _job(cfg: RunConfig) -> str:
     from megatron_vrl.loops.job import run_job
+    from megatron_vrl.loops.stop import listen
 
+    listen()
     return f"report: {run_job(cfg)}"
 
 

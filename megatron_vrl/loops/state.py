@@ -8,6 +8,7 @@ from typing import Literal
 from megatron_vrl.build import Parts
 from megatron_vrl.config import Optimizer
 from megatron_vrl.errors import CheckpointError
+from megatron_vrl.loops.stop import stop_if_asked
 from megatron_vrl.observe.metrics import Phase
 from megatron_vrl.training.checkpoint import load_checkpoint, load_weights, read_state
 from megatron_vrl.training.saver import latest, newest_sound
@@ -52,9 +53,13 @@ def save(parts: Parts, state: RunState) -> None:
 
 
 def save_if_due(parts: Parts, state: RunState) -> None:
-    """After each step: publish what has been written by now, and begin the next if it is time."""
+    """After each step: publish what has been written by now, and begin the next if it is time.
+
+    Raises StopRequested if the run was asked to stop; whoever runs the job then saves.
+    """
     with parts.clock("checkpoint"):
         parts.saver.poll()
+    stop_if_asked(parts.mesh, state.step)
     if state.step % parts.cfg.checkpoint.every_steps == 0:
         save(parts, state)
 

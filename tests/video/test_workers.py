@@ -103,7 +103,7 @@ def repeat(source: str, target: str, times: int) -> None:
 
 def test_a_video_that_takes_too_long_is_given_up(make_clip, tmp_path):
     slow = str(tmp_path / "slow.mp4")
-    repeat(make_clip("part.mp4", num_frames=40, codec="mpeg4", size=(480, 640)), slow, times=100)
+    repeat(make_clip("part.mp4", num_frames=40, codec="mpeg4", size=(480, 640)), slow, times=400)
     quick = make_clip("quick.mp4", num_frames=8)
     reader = VideoReader(Video(**SMALL, timeout_s=1.0, workers=1))
     error, video = reader.encode([slow, quick])
