@@ -107,6 +107,7 @@ def curve(checkpoint, mesh, steps, **model):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_hundred_steps_stay_by_those_of_bfloat16(checkpoint, mesh):
     """One batch again and again: log-probs move by 0.6, and FP8 stays within a seventh of that."""
     plain, before, after, _ = curve(checkpoint, mesh, 100)
