@@ -24,7 +24,7 @@ from megatron_vrl.batching.positions import VisionBlock, mrope_positions
 from megatron_vrl.config import Algorithm, Batch, Model, Optimizer, Parallel
 from megatron_vrl.model.architecture import Architecture, read_architecture
 from megatron_vrl.model.head import Distribution
-from megatron_vrl.model.precision import FP8_RECIPES
+from megatron_vrl.model.precision import FP8_FORMATS, FP8_RECIPES
 from megatron_vrl.model.work import batch_work, update_flops
 from megatron_vrl.observe.hardware import forget_peak, peak_bytes, peak_flops
 from megatron_vrl.observe.quiet import hush_libraries
@@ -56,6 +56,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Iterator[Row]:
+    formats = {*arguments.formats.split(",")}
+    if unknown := formats - {"bfloat16", *FP8_RECIPES}:
+        raise SystemExit(f"--formats {','.join(sorted(unknown))}: no such number format.")
+    if arguments.layers != "transformer_engine" and formats != {"bfloat16"}:
+        raise SystemExit("--formats of FP8 need --layers transformer_engine, on a GPU.")
     hush_libraries()
     arch = read_architecture(arguments.model)
     cfg = Model(
@@ -101,7 +106,7 @@ def _draw_weights(policy: Policy) -> None:
 def _once(policy: Policy, batches: list[MicroBatch], number_format: str) -> Row:
     """One update; the number format is read by Megatron's layers at every forward pass."""
     for chunk in policy.chunks:
-        chunk.config.fp8 = None if number_format == "bfloat16" else "hybrid"
+        chunk.config.fp8 = FP8_FORMATS.get(number_format)
         chunk.config.fp8_recipe = FP8_RECIPES.get(number_format, "delayed")
     device = policy.mesh.device
     forget_peak(device)
