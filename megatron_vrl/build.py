@@ -107,20 +107,26 @@ def vision_tokens(arch: Architecture) -> VisionTokens:
     )
 
 
-def _colocated(cfg: RunConfig, published_dir: Path, banned: tuple[int, ...]) -> Engine:
+def _colocated(
+    cfg: RunConfig, published_dir: Path, banned: tuple[int, ...], device: torch.device
+) -> Engine:
     return Colocated(start_engine(cfg, published_dir))
 
 
-def _workers(cfg: RunConfig, published_dir: Path, banned: tuple[int, ...]) -> Engine:
-    return WorkerPool(cfg.rollout, identity(cfg, published_dir, banned))
+def _workers(
+    cfg: RunConfig, published_dir: Path, banned: tuple[int, ...], device: torch.device
+) -> Engine:
+    return WorkerPool(cfg.rollout, identity(cfg, published_dir, banned), device)
 
 
-def _stored(cfg: RunConfig, published_dir: Path, banned: tuple[int, ...]) -> Engine:
+def _stored(
+    cfg: RunConfig, published_dir: Path, banned: tuple[int, ...], device: torch.device
+) -> Engine:
     files = StoredFiles(cfg.rollout.stored, loud=torch.distributed.get_rank() == 0)
     return Stored(files, weighed=cfg.algorithm.importance != "none")
 
 
-ENGINES: dict[str, Callable[[RunConfig, Path, tuple[int, ...]], Engine]] = {
+ENGINES: dict[str, Callable[[RunConfig, Path, tuple[int, ...], torch.device], Engine]] = {
     "colocated": _colocated,
     "workers": _workers,
     "stored": _stored,
@@ -170,7 +176,7 @@ def build(cfg: RunConfig) -> Parts:
         rollouts=Rollouts(
             cfg.rollout,
             mesh,
-            ENGINES[cfg.rollout.engine](cfg, published_dir, banned),
+            ENGINES[cfg.rollout.engine](cfg, published_dir, banned, mesh.device),
             WeightExport(policy.chunks, dtype),
             dtype,
             banned,

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from megatron_vrl.algorithm_values import PUBLISHED, AlgorithmName
-from megatron_vrl.config_base import SECTION, Positive, Share
+from megatron_vrl.config_base import SECTION, Positive
+from megatron_vrl.config_rollout import Rollout
 from megatron_vrl.config_tree import overridden, read_mix, read_tree
 from megatron_vrl.config_video import Video
 from megatron_vrl.errors import ConfigError
@@ -139,52 +140,6 @@ class Data(Section):
     def _listed(cls, given: Any) -> Any:
         """Sources named in a YAML file of their own."""
         return read_mix(given) if isinstance(given, str) else given
-
-
-class Rollout(Section):
-    engine: Literal["colocated", "workers", "stored"] = "colocated"
-    """colocated: one vLLM engine in every trainer process; workers: separate processes, started
-    with launch/rollout_worker.sh; stored: none, answers come from `stored`."""
-    stored: str = ""
-    """Directory of stored rollouts, OUT/rollouts of another run."""
-    visual_input: Literal["pixels", "embeddings"] = "pixels"
-    """embeddings: the trainer's vision tower, frozen, sees each video once, for the engine too."""
-    embeddings_mib: Positive = 1024
-    """Host memory of one process for embeddings that later steps may use again, MiB."""
-    save: bool = True
-    """Write every group of answers with its rewards to OUT/rollouts."""
-    workers: list[str] = []
-    """Addresses of workers, host:port."""
-    rendezvous: str = ""
-    """Directory that workers and trainer share, where workers announce their addresses."""
-    tensor: Positive = 1
-    """Processes that share the model in one worker."""
-    min_workers: Positive = 1
-    """The run begins when so many workers are there; any others join at a later step."""
-    patience_s: Annotated[float, Field(gt=0)] = 300.0
-    """How long to wait for workers, at the start and when none is left, before the run stops."""
-    silent_s: Annotated[float, Field(gt=0)] = 30.0
-    """A worker that does not answer its health check for so long is lost."""
-    answer_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
-    """A worker that takes longer for one prompt's answers is lost."""
-    max_staleness: Annotated[int, Field(ge=0)] = 0
-    """Updates that the weights may be ahead of those that an answer was sampled with. 0: the loop
-    is synchronous; more: workers generate the next steps' answers while this one trains."""
-    group_size: Positive = 8
-    """Answers sampled for one prompt."""
-    prompts_per_step: Positive = 16
-    """Prompts of one step, over all ranks."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    top_p: Share = 1.0
-    max_response_tokens: Positive = 2048
-    max_sequences: Positive = 64
-    """Sequences one engine decodes at a time."""
-    kv_cache_mib: Positive = 1024
-    """Memory of one engine's KV cache, MiB (CPU; on a GPU see gpu_memory_share)."""
-    gpu_memory_share: Share = 0.5
-    """Share of a GPU's memory that a colocated engine may take."""
-    check_weights_every: Positive = 50
-    """Compare checksums of engine and trainer at the first and every k-th hand-over."""
 
 
 class Rewards(Section):
@@ -371,9 +326,14 @@ def check_batches(cfg: RunConfig, replicas: int) -> None:
         )
 
 
-def check_overlap(cfg: RunConfig) -> None:
-    """Raises ConfigError if answers of old weights are wanted and cannot be made or weighed."""
-    staleness = cfg.rollout.max_staleness
+def check_off_policy(cfg: RunConfig) -> None:
+    """Raises ConfigError if answers of other weights are wanted and cannot be made or weighed."""
+    staleness, quantization = cfg.rollout.max_staleness, cfg.rollout.quantization
+    if quantization != "none" and cfg.algorithm.importance == "none":
+        raise ConfigError(
+            f"rollout.quantization={quantization} samples from other weights than those that are "
+            "trained: set algorithm.importance=token (or sequence)."
+        )
     if staleness and cfg.rollout.engine == "colocated":
         raise ConfigError(
             f"rollout.max_staleness={staleness} needs rollout.engine=workers, not "

@@ -3,7 +3,8 @@
 A hand-over reaches every engine that is well: with engines in the trainer's processes every rank
 takes the whole model, with workers each pipeline stage sends them its own layers. It ends by
 dropping what the engines cached of the old weights, and answers carry its version. Checksums of the
-live weights are compared with the trainer's at the first hand-over and at every k-th.
+live weights are compared with the trainer's at the first hand-over and at every k-th, unless the
+engine makes FP8 of them.
 """
 
 import time
@@ -19,6 +20,7 @@ from megatron_vrl.parallel.mesh import Mesh, agreed, gather_objects, world_axis
 from megatron_vrl.rollout.checksums import tensor_checksums
 from megatron_vrl.rollout.identity import Member
 from megatron_vrl.rollout.requests import SamplingSpec
+from megatron_vrl.rollout.rounded import rounded
 from megatron_vrl.types import Prompt, Rollout
 
 LOOK_EVERY_S = 0.005  # whether answers have come; a token takes longer
@@ -50,7 +52,15 @@ class Engine(Protocol):
 
     def gather(self, at_least: int) -> list[Member]: ...
     def start(self, members: Sequence[Member]) -> None: ...
+    def takes_turns(self, members: Sequence[Member]) -> bool:
+        """Whether pipeline stages must send one after another."""
+        ...
+
     def load(self, members: Sequence[Member], tensors: NamedTensors) -> None: ...
+    def settle(self) -> None:
+        """Wait until what `load` began is done."""
+        ...
+
     def finish(self, members: Sequence[Member], version: int) -> None: ...
     @property
     def failed(self) -> set[str]: ...
@@ -74,13 +84,14 @@ class Rollouts:
         self.version: int | None = None  # of the weights that the engines hold
         self._cfg, self._mesh, self._engine = cfg, mesh, engine
         self._export, self._dtype = export, dtype
+        self._as_sent = rounded if cfg.quantization == "rounded" else iter
         self._hand_overs = 0
 
     def hand_over(self, version: int) -> None:
         """Give the engines the trainer's weights, unless they hold this version already."""
         if self.version != version:
             self._hand_over(version, self._cfg.min_workers if self.version is None else 1)
-            if self._engine.takes_weights:
+            if self._engine.takes_weights and self._cfg.quantization != "fp8":
                 self._check_now_and_then()
 
     def generate(self, prompts: Sequence[Prompt], spec: SamplingSpec) -> list[list[Rollout]]:
@@ -165,17 +176,34 @@ class Rollouts:
         return engine.everywhere or bool(took)
 
     def _send(self, members: Sequence[Member]) -> None:
-        export, error = self._export, None
-        for bucket in export.buckets() if self._engine.everywhere else export.own_buckets():
+        pipeline, world = self._mesh.pipeline, world_axis(self._mesh)
+        with agreed(self._mesh):
+            mine = self._engine.takes_turns(members)
+        in_turn = any(gather_objects(world, mine))
+        error = None
+        for turn in range(pipeline.size if in_turn else 1):
+            if not in_turn or turn == pipeline.rank:
+                error = self._send_own(members)
+            with agreed(self._mesh):
+                if error is not None:
+                    raise error
+
+    def _send_own(self, members: Sequence[Member]) -> RolloutError | None:
+        export, engine, error = self._export, self._engine, None
+        sends = engine.everywhere or export.leads
+        for bucket in export.buckets() if engine.everywhere else export.own_buckets():
             try:
-                if error is None and (self._engine.everywhere or export.leads):
-                    self._engine.load(members, bucket)
+                if error is None and sends:
+                    engine.load(members, self._as_sent(bucket))
             except RolloutError as caught:
                 error = caught
             _exhaust(bucket)
-        with agreed(self._mesh):
-            if error is not None:
-                raise error
+        try:
+            if error is None and sends:
+                engine.settle()
+        except RolloutError as caught:
+            error = caught
+        return error
 
     def _check_now_and_then(self) -> None:
         if self._hand_overs % self._cfg.check_weights_every == 0:
@@ -184,7 +212,7 @@ class Rollouts:
 
     def _check_weights(self) -> None:
         """Raises RolloutError if an engine computes with other weights than the trainer's."""
-        ours = tensor_checksums(self._export.tensors(), self._dtype)
+        ours = tensor_checksums(self._as_sent(self._export.tensors()), self._dtype)
         with agreed(self._mesh):
             theirs = self._engine.checksums() if self._checks else {}
             for engine, sums in theirs.items():

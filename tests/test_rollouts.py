@@ -34,7 +34,7 @@ def worker_that_takes_no_weights():
     async def answer(request):
         asked.append(request.url.path)
         if request.url.path == "/health":
-            health = Health(instance="i", machine=machine(), identity=SERVED, version=None)
+            health = Health(instance="i", machine=machine(), gpus=(), identity=SERVED, version=None)
             return Response(encode(health))
         return Response(b"no", 500)
 
@@ -55,7 +55,7 @@ def test_weights_that_nobody_takes_end_the_run(tmp_path):
     policy = Policy(read_architecture(checkpoint), cfg, Parallel(), mesh)
     with worker_that_takes_no_weights() as (address, asked):
         rollout = Rollout(engine="workers", workers=[address], patience_s=1.0)
-        pool = WorkerPool(rollout, SERVED)
+        pool = WorkerPool(rollout, SERVED, torch.device("cpu"))
         rollouts = Rollouts(rollout, mesh, pool, WeightExport(policy.chunks), torch.float32, ())
         with pytest.raises(RolloutError, match=r"No rollout worker took the weights within"):
             rollouts.hand_over(0)

@@ -9,7 +9,7 @@ import time
 import psutil
 import pytest
 
-from megatron_vrl.config import check_overlap, load_config
+from megatron_vrl.config import check_off_policy, load_config
 from megatron_vrl.errors import ConfigError
 from tests.conftest import CONFIG, ENVIRONMENT, ROOT, train_command
 
@@ -104,8 +104,13 @@ def test_without_workers_the_run_stops_with_a_sentence(quickstart):
         ("algorithm.importance=none", "set algorithm.importance=token (or sequence)"),
     ],
 )
+def test_quantised_answers_want_importance_weights():
+    with pytest.raises(ConfigError, match="rollout.quantization=rounded samples from other"):
+        check_off_policy(load_config(CONFIG, ["rollout.quantization=rounded"]))
+
+
 def test_old_answers_want_workers_and_importance_weights(override, sentence):
     cfg = load_config(CONFIG, [*OPTIONS, override])
     with pytest.raises(ConfigError) as refused:
-        check_overlap(cfg)
+        check_off_policy(cfg)
     assert sentence in str(refused.value)

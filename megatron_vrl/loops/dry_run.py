@@ -3,7 +3,7 @@
 from itertools import chain
 from pathlib import Path
 
-from megatron_vrl.config import RunConfig, Source, check_batches, check_overlap
+from megatron_vrl.config import RunConfig, Source, check_batches, check_off_policy
 from megatron_vrl.data.mix import load, open_pool
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.loops.stream import check_records
@@ -22,7 +22,7 @@ def check(cfg: RunConfig, world: int) -> list[str]:
     parallel = cfg.parallel
     replicas = world // (parallel.tensor * parallel.context * parallel.pipeline)
     check_batches(cfg, replicas)
-    check_overlap(cfg)
+    check_off_policy(cfg)
     check_stored(cfg)
     check_visual_input(cfg)
     weights_of(cfg.rewards)

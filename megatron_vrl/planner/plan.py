@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_vrl.config import RunConfig, check_batches, check_overlap
+from megatron_vrl.config import RunConfig, check_batches, check_off_policy
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.model.architecture import Architecture
 from megatron_vrl.model.chunks import check_divides
@@ -99,7 +99,7 @@ def refusals(cfg: RunConfig, arch: Architecture, gpu: Gpu, gpus: int) -> list[st
         lambda: check_layout(parallel, gpus),
         lambda: check_divides(arch, cfg.model, parallel),
         lambda: check_batches(cfg, max(1, replicas)),
-        lambda: check_overlap(cfg),
+        lambda: check_off_policy(cfg),
         lambda: _check_fp8_units(cfg, gpu),
     )
     found = []

@@ -6,7 +6,7 @@ reads the live model. vLLM fuses q, k, v and gate, up: they are split again. On 
 linear weights into an opaque kernel object and drops the plain ones: those are read back through
 the very kernel that generates, by multiplying with the identity, which is exact (one product per
 output is not zero). Only the sign of a zero is lost on that way, so both sides count -0 as 0.
-Ranks that share a model gather each tensor. Left out: quantised engines; more ranks than KV heads.
+Ranks that share a model gather each tensor. Left out: engines in FP8; more ranks than KV heads.
 """
 
 import hashlib

@@ -48,8 +48,14 @@ class Colocated:
         self._engine.wake()
         self._engine.start_update()
 
+    def takes_turns(self, members: Sequence[Member]) -> bool:
+        return False
+
     def load(self, members: Sequence[Member], tensors: NamedTensors) -> None:
         self._engine.load(tensors)
+
+    def settle(self) -> None:
+        """Nothing is ever under way."""
 
     def finish(self, members: Sequence[Member], version: int) -> None:
         self._engine.finish_update(version)

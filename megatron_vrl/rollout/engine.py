@@ -10,12 +10,9 @@ Log-probs are those of the distribution that was sampled: after the ban of token
 may hold, after temperature and top-p ("processed"). The trainer computes the same numbers if it
 masks the logits of `banned_token_ids` and divides by the temperature; what then remains is
 arithmetic. Without the mask its log-probs are lower by -log(1 - banned mass), at every token.
-
-Left out: quantised rollouts.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -105,6 +102,15 @@ class ColocatedEngine:
                 "gpu_memory_utilization": cfg.gpu_memory_share,
                 "enable_sleep_mode": True,
             }
+        if cfg.quantization == "fp8":
+            if not self._on_gpu:
+                raise RolloutError(
+                    "rollout.quantization=fp8 needs a GPU; rounded shows here what FP8 weights do."
+                )
+            on_device |= {
+                "quantization": "fp8_per_channel",
+                "quantization_config": {"ignore": ["visual.*"]},
+            }
         return on_device | {
             "model": hf_dir,
             "load_format": "zeros",
@@ -114,6 +120,7 @@ class ColocatedEngine:
             "max_num_seqs": cfg.max_sequences,
             "max_num_batched_tokens": max(self.max_model_len, MIN_BATCHED_TOKENS),
             "weight_transfer_config": {"backend": "shared_memory"},
+            "additional_config": {"pack_weights": cfg.pack_weights},
             "logprobs_mode": "processed_logprobs",
             "generation_config": "vllm",  # the published one sets a repetition penalty
             "limit_mm_per_prompt": {"video": 1, "image": 0},
@@ -207,9 +214,7 @@ class ColocatedEngine:
 
         A layer's tensors come in one call; they may be reused afterwards.
         """
-        update = (
-            {"bucket": asdict(weights)} if isinstance(weights, Bucket) else {"tensors": weights}
-        )
+        update = {"bucket" if isinstance(weights, Bucket) else "tensors": weights}
         with trainer_state_kept():
             self._llm.collective_rpc("update_weights", args=(update,))
 
@@ -235,6 +240,11 @@ class ColocatedEngine:
     def weights_checksum(self) -> dict[str, str]:
         """SHA-256 of every live weight by published name, see `checksums.tensor_checksums`."""
         return self._llm.apply_model(partial(live_checksums, dtype=self.dtype))[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Of its first process."""
+        return torch.device("cuda", 0) if self._on_gpu else torch.device("cpu")
 
     def sleep(self) -> None:
         """Free the engine's GPU memory; weights wait in host memory. Does nothing on a CPU."""

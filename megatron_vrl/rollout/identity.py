@@ -21,6 +21,7 @@ class Identity:
 class Health:
     instance: str  # another after every start
     machine: str  # equal where memory can be shared
+    gpus: tuple[str, ...]  # UUIDs of those it can see
     identity: Identity
     version: int | None  # of the weights; None: none yet, or an update is under way
 
@@ -31,7 +32,8 @@ class Member:
 
     address: str
     instance: str
-    shares_memory: bool  # with the trainer
+    machine: str
+    gpus: tuple[str, ...]
 
 
 def machine() -> str:

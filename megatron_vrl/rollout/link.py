@@ -27,6 +27,10 @@ class Unreachable(Fault):
     """Nobody listens there."""
 
 
+class Undelivered(Fault):
+    """The worker is well, but a broadcast to it broke."""
+
+
 class Link:
     """`call` and `start` are for other threads; the coroutines run in the link's own."""
 
@@ -84,6 +88,8 @@ def decode_or_fault(data: bytes, kind: type[Result]) -> Result:
 
 
 def _checked(response: httpx.Response) -> bytes:
+    if response.status_code == 424:
+        raise Undelivered(response.text)
     if response.status_code != 200:
         raise Fault(f"{response.status_code} {response.text[:200]}")
     return response.content

@@ -10,32 +10,25 @@ it stopped. Calls are of one rank; what all ranks must agree on is in `rollouts.
 """
 
 import asyncio
-import sys
 from collections.abc import Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from megatron_vrl import config
 from megatron_vrl.errors import RolloutError
-from megatron_vrl.rollout.buckets import BucketWriter, NamedTensors, torch_dtype
-from megatron_vrl.rollout.identity import Health, Identity, Member, machine
+from megatron_vrl.rollout.buckets import NamedTensors, torch_dtype
+from megatron_vrl.rollout.delivery import Delivery, say
+from megatron_vrl.rollout.identity import Health, Identity, Member
 from megatron_vrl.rollout.link import Fault, Link, Unreachable, decode_or_fault
 from megatron_vrl.rollout.rendezvous import found
 from megatron_vrl.rollout.requests import Request, SamplingSpec, check_length, request_of
-from megatron_vrl.rollout.wire import (
-    Answered,
-    Ask,
-    Checksums,
-    Load,
-    Version,
-    encode,
-)
+from megatron_vrl.rollout.wire import Answered, Ask, Checksums, encode
 from megatron_vrl.types import Prompt, Rollout
 
 LOOK_EVERY_S = 0.5
-HAND_OVER_TIMEOUT_S = 300
 MOST_FAULTS = 4  # of one group; then it is the group that breaks workers
 
 
@@ -65,13 +58,13 @@ class WorkerPool:
     everywhere = False  # weights are sent by one rank of each pipeline stage
     takes_weights = True
 
-    def __init__(self, cfg: config.Rollout, identity: Identity) -> None:
+    def __init__(self, cfg: config.Rollout, identity: Identity, device: torch.device) -> None:
+        """`device`: where this rank's weights are."""
         self.version: int | None = None
         self._cfg, self._identity = cfg, identity
-        self._writer = BucketWriter(torch_dtype(identity.dtype))
         self._workers: dict[str, _Worker] = {}
-        self._failed: set[str] = set()  # addresses, during a hand-over
         self._link = Link()
+        self._delivery = Delivery(cfg.transport, torch_dtype(identity.dtype), device, self._link)
         self._changed = self._link.call(_new_event())
 
     # Answers.
@@ -162,31 +155,31 @@ class WorkerPool:
 
     def start(self, members: Sequence[Member]) -> None:
         """Begin a hand-over to these workers. One rank calls it, before any calls `load`."""
-        self._to_all(members, "weights/start", b"")
+        self._delivery.start(members)
+
+    def takes_turns(self, members: Sequence[Member]) -> bool:
+        return self._delivery.takes_turns(members)
 
     def load(self, members: Sequence[Member], tensors: NamedTensors) -> None:
-        """Hand over one bucket. One rank of each pipeline stage calls it."""
-        bucket = self._writer.write(tensors)
-        shared = [member for member in members if member.shares_memory]
-        apart = [member for member in members if not member.shares_memory]
-        if shared:
-            self._to_all(shared, "weights/load", encode(Load(bucket=bucket)))
-        if apart:
-            whole = Load(bucket=bucket, contents=bytes(self._writer.contents(bucket)))
-            self._to_all(apart, "weights/load", encode(whole))
+        """Hand over one bucket; it is under way until `settle`. One rank of each pipeline stage."""
+        self._delivery.load(members, tensors)
+
+    def settle(self) -> None:
+        self._delivery.settle()
 
     def finish(self, members: Sequence[Member], version: int) -> None:
-        """End a hand-over. One rank calls it, after all have called `load`."""
-        self._to_all(members, "weights/finish", encode(Version(version=version)))
+        """End a hand-over. One rank calls it, after all have called `settle`."""
+        self._delivery.finish(members, version)
 
     @property
     def failed(self) -> set[str]:
         """Addresses that this rank could not hand the weights to."""
-        return self._failed
+        return self._delivery.failed
 
     def enlist(self, members: Sequence[Member], version: int) -> None:
         """These workers hold the weights `version` and answer from now on. Every rank calls it."""
-        self.version, self._failed = version, set()
+        self.version = version
+        self._delivery.forget_failures()
         self._link.call(self._enlisted(members))
 
     def checksums(self) -> dict[str, dict[str, str]]:
@@ -196,8 +189,8 @@ class WorkerPool:
         }
 
     def close(self) -> None:
+        self._delivery.close()
         self._link.close()
-        self._writer.close()
 
     async def _gathered(self, at_least: int) -> list[Member]:
         deadline = self._link.loop.time() + self._cfg.patience_s
@@ -208,8 +201,7 @@ class WorkerPool:
             for address, health in well.items():
                 self._check_identity(address, health)
             if len(well) >= at_least:
-                here = machine()
-                return [Member(a, h.instance, h.machine == here) for a, h in well.items()]
+                return [Member(a, h.instance, h.machine, h.gpus) for a, h in well.items()]
             if self._link.loop.time() > deadline:
                 seen = "; ".join(f"{a}: {s}" for a, s in zip(addresses, states, strict=True))
                 raise RolloutError(
@@ -228,23 +220,6 @@ class WorkerPool:
                     f"The worker at {address} serves {name} {theirs}, the trainer {ours}: start it "
                     "with the trainer's config."
                 )
-
-    def _to_all(self, members: Sequence[Member], path: str, body: bytes) -> None:
-        async def to_all() -> list[Any]:
-            posts = [
-                asyncio.wait_for(self._link.post(m.address, path, body), HAND_OVER_TIMEOUT_S)
-                for m in members
-                if m.address not in self._failed
-            ]
-            return await asyncio.gather(*posts, return_exceptions=True)
-
-        asked = [m for m in members if m.address not in self._failed]
-        for member, outcome in zip(asked, self._link.call(to_all()), strict=True):
-            if isinstance(outcome, RolloutError):
-                raise outcome
-            if isinstance(outcome, BaseException):
-                self._failed.add(member.address)
-                _say(f"{member.address} takes no weights ({outcome})")
 
     async def _enlisted(self, members: Sequence[Member]) -> None:
         for worker in list(self._workers.values()):
@@ -288,7 +263,7 @@ class WorkerPool:
             worker.lost.set()
             if self._workers.get(worker.member.address) is worker:
                 del self._workers[worker.member.address]
-            _say(f"lost {worker.member.address}: {reason}")
+            say(f"lost {worker.member.address}: {reason}")
             self._announce_change()
 
     async def _health(self, address: str) -> "Health | Fault":
@@ -323,8 +298,3 @@ def _keep(task: "asyncio.Task[Any]") -> None:
 
 async def _new_event() -> asyncio.Event:
     return asyncio.Event()
-
-
-def _say(sentence: str) -> None:
-    with suppress(OSError):
-        print(f"rollout: {sentence}", file=sys.stderr, flush=True)

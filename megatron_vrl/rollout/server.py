@@ -6,11 +6,12 @@ arrive in the midst of an answer. The HTTP side only reads, waits and writes.
 
     GET  /health           -> Health
     POST /generate    Ask  -> Answered
-    POST /weights/start, /weights/load (Load), /weights/finish (Version)
+    POST /weights/start, /weights/join (Join), /weights/load (Load), /weights/finish (Version)
     POST /checksums        -> Checksums
 
 Answers other than 200 carry one sentence: 401 the token is wrong; 409 the worker's state does not
-allow it (no weights, older weights); 422 the request cannot be answered by any worker.
+allow it (no weights, older weights); 422 the request cannot be answered by any worker; 424 a
+broadcast broke, and the weights must come another way.
 """
 
 import asyncio
@@ -23,15 +24,18 @@ import traceback
 import uuid
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any, TypeVar
 
+import torch
 from starlette.applications import Starlette
 from starlette.requests import Request as HttpRequest
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from megatron_vrl.errors import RolloutError
-from megatron_vrl.rollout.buckets import BucketWriter
+from megatron_vrl.rollout.broadcast import Broken, Group, Join, own_host
+from megatron_vrl.rollout.buckets import Bucket, BucketWriter, visible_gpus
 from megatron_vrl.rollout.engine import ColocatedEngine
 from megatron_vrl.rollout.identity import Health, Identity, machine
 from megatron_vrl.rollout.wire import (
@@ -47,6 +51,7 @@ from megatron_vrl.rollout.wire import (
 from megatron_vrl.types import Rollout
 
 BROKEN = 3  # exit code: start me again
+BROADCAST_TIMEOUT_S = 300  # for one bucket
 
 Answer = TypeVar("Answer")
 
@@ -63,7 +68,8 @@ class EngineThread:
         self._calls: queue.Queue[tuple[Callable[[], Any], Future[Any]]] = queue.Queue()
         self._groups: dict[str, Future[list[Rollout]]] = {}
         self._updating = False
-        self._inbox = BucketWriter(engine.dtype)  # for weights that come over a network
+        self._inboxes: dict[str, BucketWriter] = {}  # for weights that come over a network
+        self._broadcasts: dict[str, tuple[Join, Group]] = {}  # by sender
         threading.Thread(target=self._run, name="engine", daemon=True).start()
 
     def call(self, function: Callable[[], Any]) -> "Future[Any]":
@@ -100,9 +106,42 @@ class EngineThread:
         self._updating = True
         self.engine.start_update()
 
+    def join(self, join: Join) -> None:
+        """Raises Broken."""
+        if join.sender in self._broadcasts:
+            self._broadcasts.pop(join.sender)[1].close()
+        device = self.engine.device if join.backend == "nccl" else torch.device("cpu")
+        here = replace(join, device=str(device))
+        self._broadcasts[join.sender] = here, Group(here, own_host(f"{join.host}:{join.port}"))
+
     def load(self, load: Load) -> None:
-        here = self._inbox.hold(load.bucket, load.contents) if load.contents else load.bucket
-        self.engine.load(here)
+        """Raises Broken."""
+        bucket = load.bucket
+        if load.contents:
+            bucket, memory = self._inbox("cpu").hold(bucket)
+            memory.copy_(torch.frombuffer(bytearray(load.contents), dtype=torch.uint8))
+        elif load.group:
+            bucket = self._received(load.group, bucket)
+        self.engine.load(bucket)
+
+    def _received(self, name: str, bucket: Bucket) -> Bucket:
+        for sender, (join, group) in self._broadcasts.items():
+            if join.name == name:
+                here, memory = self._inbox(join.device).hold(bucket)
+                try:
+                    group.finish(group.start(memory), BROADCAST_TIMEOUT_S)
+                except Broken:
+                    group.close()
+                    del self._broadcasts[sender]
+                    raise
+                return here
+        raise Broken("it is not in that group")
+
+    def _inbox(self, device: str) -> BucketWriter:
+        if device not in self._inboxes:
+            on = None if device == "cpu" else torch.device(device)
+            self._inboxes[device] = BucketWriter(self.engine.dtype, on)
+        return self._inboxes[device]
 
     def finish_update(self, version: int) -> None:
         self.engine.finish_update(version)
@@ -144,11 +183,15 @@ class EngineThread:
 
 def make_app(engine: ColocatedEngine, identity: Identity, token: str) -> Starlette:
     """`token` "": none is asked for."""
-    thread, instance = EngineThread(engine), uuid.uuid4().hex
+    thread, instance, gpus = EngineThread(engine), uuid.uuid4().hex, visible_gpus()
 
     async def health(_: bytes) -> Health:
         return Health(
-            instance=instance, machine=machine(), identity=identity, version=engine.version
+            instance=instance,
+            machine=machine(),
+            gpus=gpus,
+            identity=identity,
+            version=engine.version,
         )
 
     async def generate(body: bytes) -> Answered:
@@ -157,6 +200,10 @@ def make_app(engine: ColocatedEngine, identity: Identity, token: str) -> Starlet
 
     async def start(_: bytes) -> None:
         await asyncio.wrap_future(thread.call(thread.start_update))
+
+    async def join(body: bytes) -> None:
+        message = decode(body, Join)
+        await asyncio.wrap_future(thread.call(lambda: thread.join(message)))
 
     async def load(body: bytes) -> None:
         message = decode(body, Load)
@@ -172,6 +219,7 @@ def make_app(engine: ColocatedEngine, identity: Identity, token: str) -> Starlet
     posts = {
         "/generate": generate,
         "/weights/start": start,
+        "/weights/join": join,
         "/weights/load": load,
         "/weights/finish": finish,
         "/checksums": checksums,
@@ -208,6 +256,8 @@ def _endpoint(
             return PlainTextResponse(str(error), 409)
         except (RolloutError, Garbage) as error:
             return PlainTextResponse(str(error), 422)
+        except Broken as error:
+            return PlainTextResponse(str(error), 424)
 
     return endpoint
 

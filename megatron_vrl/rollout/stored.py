@@ -147,7 +147,13 @@ class Stored:
     def start(self, members: Sequence[Member]) -> None:
         """Nothing takes weights here."""
 
+    def takes_turns(self, members: Sequence[Member]) -> bool:
+        return False
+
     def load(self, members: Sequence[Member], tensors: NamedTensors) -> None:
+        """Nothing takes weights here."""
+
+    def settle(self) -> None:
         """Nothing takes weights here."""
 
     def finish(self, members: Sequence[Member], version: int) -> None:

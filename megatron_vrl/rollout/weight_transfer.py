@@ -4,10 +4,11 @@ A bucket is tensors of this very process (a colocated engine) or a piece of anot
 memory (a rollout worker).
 
 The worker half of a weight update: vLLM creates one of these in every worker process and drives
-it with start_weight_update, update_weights (once per bucket), finish_weight_update. In between,
-vLLM's layer-wise reload collects a layer's pieces, packs them as the kernels want and copies the
-result over the live weights. A bucket holds whole layers, so nothing of it is needed once it has
-been loaded. The trainer half is `rollouts.Rollouts.hand_over`.
+it with start_weight_update, update_weights (once per bucket), finish_weight_update. Where the
+kernels multiply with the weights as they are, each tensor is copied once, into its place. Where
+they do not (quantised, or packed for a CPU), vLLM's layer-wise reload collects a layer's pieces,
+makes what the kernels want and copies the result over what was there. A bucket holds whole layers,
+so nothing of it is needed once it has been loaded. The trainer half is `rollouts.Rollouts`.
 
 Engines start with zeros (load format "zeros"), since real weights always arrive by an update.
 vLLM's own "dummy" format will not do: it also randomises buffers that no update brings, among
@@ -15,11 +16,12 @@ them the pixel mean and deviation of the vision tower (vLLM 0.32.0).
 """
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from vllm.config import ModelConfig
+from vllm import _custom_ops
+from vllm.config import ModelConfig, VllmConfig
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -49,6 +51,12 @@ def register() -> None:
 
 
 class ZerosLoader(BaseModelLoader):
+    def load_model(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        # vLLM has no option for it: with its oneDNN out of sight, CPU kernels take plain weights.
+        options: Any = vllm_config.additional_config
+        _custom_ops._supports_onednn &= bool(options["pack_weights"])
+        return super().load_model(vllm_config, *args, **kwargs)
+
     def download_model(self, model_config: ModelConfig) -> None:
         pass
 
@@ -64,7 +72,7 @@ class SharedMemoryInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):
-    bucket: dict[str, Any] = field(default_factory=dict)  # fields of `Bucket`, or {}: see `tensors`
+    bucket: Bucket | None = None
     tensors: NamedTensors = ()  # of this process
     complete: bool = False  # nothing more will come
 
@@ -84,28 +92,40 @@ class SharedMemoryWeightTransferEngine(
 
     def start_weight_update(self) -> None:
         self._missing = {name for name, _ in self.model.named_parameters()}
-        initialize_layerwise_reload(self.model)
+        self._in_place = self.vllm_config.quant_config is None and not _packed(self.model)
+        if not self._in_place:
+            initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         # Not the base class's: that ends in torch.accelerator.synchronize(), absent on a CPU.
         self.receive_weights(self.parse_update_info(update_info))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the bucket may be filled anew when this returns
 
     def receive_weights(self, update_info: SharedMemoryUpdateInfo) -> None:
         model: Any = self.model
         tensors = update_info.tensors
-        if update_info.bucket:
-            tensors = self._reader.read(Bucket(**update_info.bucket))
+        if update_info.bucket is not None:
+            tensors = self._reader.read(update_info.bucket)
         self._missing -= model.load_weights(tensors)
         if update_info.complete and self._missing:
             # Said here and not at the end: vLLM takes back an update that fails before it.
-            finalize_layerwise_reload(self.model, self.model_config)
+            self.finish_weight_update()
             raise RolloutError(
                 f"The weight update left out {len(self._missing)} tensors of the engine, the first "
                 f"is {min(self._missing)}. Export every tensor of the checkpoint."
             )
 
     def finish_weight_update(self) -> None:
-        finalize_layerwise_reload(self.model, self.model_config)
+        if not self._in_place:
+            finalize_layerwise_reload(self.model, self.model_config)
+        self._reader.end_update()
 
     def shutdown(self) -> None:
         pass
+
+
+def _packed(model: torch.nn.Module) -> bool:
+    """Whether a CPU kernel holds its matrix in a form of its own: it closes over it."""
+    kernels = (vars(module).get("cpu_linear") for module in model.modules())
+    return any(getattr(kernel, "__closure__", None) for kernel in kernels)

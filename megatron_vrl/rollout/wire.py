@@ -37,6 +37,7 @@ class Answered:
 class Load:
     bucket: Bucket
     contents: bytes = b""  # of a bucket whose memory cannot be shared
+    group: str = ""  # which the contents come from by broadcast
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

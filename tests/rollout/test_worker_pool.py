@@ -47,7 +47,7 @@ def folder(checkpoint, tmp_path_factory):
             "max_sequences": 16,
             "kv_cache_mib": 64,
             "silent_s": 3.0,
-            "patience_s": 100.0,
+            "patience_s": 200.0,
         },
         "evaluation": {"max_response_tokens": 8},
     }
@@ -85,7 +85,8 @@ def made_pool(folder, tokenizer, monkeypatch, dtype="float32", **rollout):
     monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
     cfg = load_config(folder / "config.yaml")
     served = identity(cfg, cfg.model.checkpoint, banned_token_ids(tokenizer, 512))
-    pool = WorkerPool(cfg.rollout.model_copy(update=rollout), replace(served, dtype=dtype))
+    cfg_of_pool = cfg.rollout.model_copy(update=rollout)
+    pool = WorkerPool(cfg_of_pool, replace(served, dtype=dtype), torch.device("cpu"))
     yield pool
     pool.close()
 
@@ -93,15 +94,20 @@ def made_pool(folder, tokenizer, monkeypatch, dtype="float32", **rollout):
 def hand_over(pool, weights, version, at_least=2):
     members = pool.gather(at_least)
     pool.start(members)
-    items = list(weights.items())
-    layers = {}
-    for name, tensor in items:  # a layer's tensors come together
-        layers.setdefault(name.rpartition(".")[0].rpartition(".")[0], []).append((name, tensor))
-    for layer in layers.values():
+    for layer in layers_of(weights):
         pool.load(members, layer)
+    pool.settle()
     pool.finish(members, version)
     pool.enlist([m for m in members if m.address not in pool.failed], version)
     return members
+
+
+def layers_of(weights):
+    """A layer's tensors come together."""
+    layers = {}
+    for name, tensor in weights.items():
+        layers.setdefault(name.rpartition(".")[0].rpartition(".")[0], []).append((name, tensor))
+    return layers.values()
 
 
 def process_of(address):
@@ -148,6 +154,54 @@ def test_workers_answer_as_an_engine_in_this_process(pool, engine, weights, make
             assert gap.abs().max() < 1e-5
     expected_sums = tensor_checksums(weights.items(), torch.float32)
     assert list(pool.checksums().values()) == [expected_sums, expected_sums]
+
+
+@pytest.mark.parametrize("transport", ["shared_memory", "broadcast", "http"])
+def test_every_transport_brings_the_same_weights(
+    folder, workers, tokenizer, weights, monkeypatch, transport
+):
+    with made_pool(folder, tokenizer, monkeypatch, transport=transport) as pool:
+        for version in (1, 2):
+            changed = {name: tensor * (1 + version / 8) for name, tensor in weights.items()}
+            hand_over(pool, changed, version)
+            sums = tensor_checksums(changed.items(), torch.float32)
+            assert list(pool.checksums().values()) == [sums, sums]
+            assert not pool.failed
+
+
+def test_a_broadcast_that_loses_a_worker_goes_on_as_bytes(
+    folder, workers, tokenizer, weights, monkeypatch, capfd
+):
+    with made_pool(folder, tokenizer, monkeypatch, transport="broadcast") as pool:
+        members = pool.gather(2)
+        layers = list(layers_of(weights))
+        pool.start(members)
+        for layer in layers[:3]:
+            pool.load(members, layer)
+        pool.settle()
+        os.kill(process_of(members[0].address), signal.SIGKILL)
+        for layer in layers[3:]:
+            pool.load(members, layer)
+        pool.settle()
+        assert pool.failed == {members[0].address}
+        pool.finish(members, 3)
+        pool.enlist(members[1:], 3)
+        sums = tensor_checksums(weights.items(), torch.float32)
+        assert pool.checksums() == {members[1].address: sums}
+        assert "broadcast of weights given up, the rest goes by http" in capfd.readouterr().err
+        hand_over(pool, weights, version=4)  # with the one that is started again, by broadcast
+        assert list(pool.checksums().values()) == [sums, sums]
+        assert "given up" not in capfd.readouterr().err
+
+
+def test_a_transport_that_does_not_lead_there_is_refused(
+    folder, workers, tokenizer, weights, monkeypatch
+):
+    with (
+        made_pool(folder, tokenizer, monkeypatch, transport="cuda_ipc") as pool,
+        pytest.raises(RolloutError, match=r"rollout.transport=cuda_ipc: the worker at 127.0.0.1:"),
+    ):
+        pool.takes_turns(pool.gather(1))
 
 
 def test_a_killed_worker_s_groups_go_to_the_other_and_it_comes_back(pool, weights, make_prompt):

@@ -1,42 +1,46 @@
 """A hand-over of weights to a vLLM engine, beside a plain copy of the same bytes into memory that
 is there already, in turns. Paths: `colocated`, the trainer's tensors in the engine's own process;
-`shared-memory`, through the buckets that a worker on the same machine reads. Stages: export (what
-the trainer gathers), write (into the bucket), load (into the engine's layers; on a CPU vLLM packs
-each for its kernels), finish (the rest, and the caches)."""
+the others to a rollout worker on this machine, by each `rollout.transport` that leads there.
+Stages: export (what the trainer gathers), load (fill a bucket, wait for the one before), settle
+(wait for the last one), finish (versions and caches)."""
 
 import argparse
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-STAGES = ("export", "write", "load", "finish")
+STAGES = ("export", "load", "settle", "finish")
+TRANSPORTS = ("shared_memory", "cuda_ipc", "broadcast", "http")
 TOOLS = Path(__file__).resolve().parents[1]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hidden", type=int, default=1024, help="of the language model")
     parser.add_argument("--layers", type=int, default=10, help="of the language model")
+    parser.add_argument(
+        "--packed", action="store_true", help="with rollout.pack_weights, which packs for oneDNN"
+    )
 
 
 def run(arguments: argparse.Namespace) -> Iterator[Row]:
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = checkpoint_of(Path(folder) / "hf", arguments.hidden, arguments.layers)
-        export, engine, writer = _sides(checkpoint)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        cfg = _config(folder, arguments)
+        stack.enter_context(_worker(folder, cfg))
+        export, paths = _sides(cfg)
         num_bytes, copy = _plain_copy(export)
-        rounds: dict[str, list[Row]] = {"colocated": [], "shared-memory": []}
+        rounds: dict[str, list[Row]] = {path: [] for path in paths}
         copies: list[float] = []
         for number in range(1 + arguments.rounds):  # the first warms up
             seconds = _timed(copy)
-            measured = {
-                "colocated": _hand_over(export, engine, None, number),
-                "shared-memory": _hand_over(export, engine, writer, number),
-            }
+            measured = {path: _hand_over(export, engine, number) for path, engine in paths.items()}
             if number > 0:
                 copies.append(seconds)
                 for path, row in measured.items():
@@ -68,23 +72,77 @@ def checkpoint_of(folder: Path, hidden: int, layers: int) -> Path:
     return folder
 
 
-def _sides(checkpoint: Path) -> tuple[Any, Any, Any]:
-    from megatron_vrl.config import Model, Parallel, Rollout
+def _config(folder: Path, arguments: argparse.Namespace) -> Any:
+    import torch
+    import yaml
+
+    from megatron_vrl.config import load_config
+
+    on_gpu = torch.cuda.is_available()
+    checkpoint = checkpoint_of(folder / "hf", arguments.hidden, arguments.layers)
+    tree = {
+        "run": {"out_dir": str(folder / "run")},
+        "model": {"checkpoint": str(checkpoint), "dtype": "bfloat16" if on_gpu else "float32"},
+        "data": {"max_prompt_tokens": 128},
+        "rollout": {
+            "rendezvous": str(folder / "found"),
+            "max_sequences": 8,
+            "max_response_tokens": 64,
+            "kv_cache_mib": 64,
+            "gpu_memory_share": 0.3,  # two engines and the trainer
+            "pack_weights": arguments.packed,
+        },
+        "evaluation": {"max_response_tokens": 64},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    return load_config(folder / "config.yaml")
+
+
+@contextmanager
+def _worker(folder: Path, cfg: Any) -> Iterator[None]:
+    """A rollout worker in a process of its own."""
+    command = [sys.executable, "-m", "megatron_vrl.rollout_worker"]
+    process = subprocess.Popen(
+        [*command, "--config", str(folder / "config.yaml")], stdout=sys.stderr
+    )
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _sides(cfg: Any) -> tuple[Any, dict[str, Any]]:
+    """The trainer's export, and by path whatever takes its weights."""
+    from megatron_vrl.config import Parallel
+    from megatron_vrl.errors import RolloutError
     from megatron_vrl.model.architecture import read_architecture
     from megatron_vrl.model.export import WeightExport
     from megatron_vrl.model.weights import load_published
     from megatron_vrl.parallel.mesh import init_mesh
-    from megatron_vrl.rollout.buckets import BucketWriter
-    from megatron_vrl.rollout.engine import ColocatedEngine
+    from megatron_vrl.rollout.colocated import Colocated
+    from megatron_vrl.rollout.pool import WorkerPool
+    from megatron_vrl.rollout.start import identity, start_engine
     from megatron_vrl.training.policy import Policy
 
+    checkpoint = Path(cfg.model.checkpoint)
     mesh = init_mesh(Parallel(), seed=1)
-    cfg = Model(checkpoint=str(checkpoint), dtype="float32")
-    policy = Policy(read_architecture(checkpoint), cfg, Parallel(), mesh)
+    policy = Policy(read_architecture(checkpoint), cfg.model, Parallel(), mesh)
     load_published(policy.chunks, checkpoint)
-    rollout = Rollout(max_sequences=8, kv_cache_mib=64)
-    engine = ColocatedEngine(str(checkpoint), rollout, dtype="float32", seed=1, max_model_len=256)
-    return WeightExport(policy.chunks), engine, BucketWriter(engine.dtype)
+    engine = start_engine(cfg, checkpoint)
+    served = identity(cfg, checkpoint, engine.banned_token_ids)
+    paths: dict[str, Any] = {"colocated": Colocated(engine)}
+    for transport in TRANSPORTS:
+        rollout = cfg.rollout.model_copy(update={"transport": transport})
+        pool = WorkerPool(rollout, served, mesh.device)
+        try:
+            pool.takes_turns(pool.gather(1))
+        except RolloutError as error:
+            print(f"bench: {error}", file=sys.stderr)
+            pool.close()
+        else:
+            paths[transport] = pool
+    return WeightExport(policy.chunks, engine.dtype), paths
 
 
 def _plain_copy(export: Any) -> tuple[int, Callable[[], None]]:
@@ -100,25 +158,26 @@ def _plain_copy(export: Any) -> tuple[int, Callable[[], None]]:
     return sum(tensor.nbytes for tensor in source), copy
 
 
-def _hand_over(export: Any, engine: Any, writer: Any, version: int) -> dict[str, float]:
+def _hand_over(export: Any, engine: Any, version: int) -> dict[str, float]:
     spent = dict.fromkeys(STAGES, 0.0)
-    engine.start_update()
+    members = engine.gather(1)
+    spent["finish"] += _timed(lambda: engine.start(members))
     for bucket in export.buckets():
-        begin = time.perf_counter()
-        weights: Any = list(bucket)
-        exported = time.perf_counter()
-        if writer is not None:
-            weights = writer.write(weights)
-        written = time.perf_counter()
-        engine.load(weights)
-        spent["export"] += exported - begin
-        spent["write"] += written - exported
-        spent["load"] += time.perf_counter() - written
-    spent["finish"] = _timed(lambda: engine.finish_update(version))
+        weights: Any = []
+        spent["export"] += _timed(lambda of=bucket, into=weights: into.extend(of))
+        spent["load"] += _timed(lambda weights=weights: engine.load(members, weights))
+    spent["settle"] = _timed(engine.settle)
+    spent["finish"] += _timed(lambda: engine.finish(members, version))
+    engine.enlist(members, version)
+    assert not engine.failed, engine.failed
     return spent
 
 
 def _timed(does: Callable[[], None]) -> float:
+    import torch
+
     begin = time.perf_counter()
     does()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - begin
