@@ -137,8 +137,9 @@ def sentence(stderr: str) -> str:
     """What a process said last, or our own word for the mistake if it said one."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     ours = [line.partition("error: ")[2] for line in lines if line.startswith("error: ")]
-    errors = [line for line in lines if "Error" in line.partition(":")[0]]
-    return (ours or errors[-1:] or lines[-1:] or ["ended without a word"])[0]
+    errors = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception"))]
+    # A rank's comes before its launcher's, which only says that one has failed.
+    return (ours or errors or lines[-1:] or ["ended without a word"])[0]
 
 
 def load() -> float:
