@@ -195,13 +195,13 @@ def _tell(
 def _fitted(
     study: Study, archs: dict[str, Architecture], rows: list[Row], gpu: Gpu
 ) -> dict[str, float]:
-    """Size -> mfu of its one-rank cell, of the first mode that has one."""
-    by_name = {row["cell"]: row for row in rows if "seconds" in row and row["ranks"] == 1}
+    """Size -> mfu of the fastest round of its cells with one rank."""
+    one = {row["cell"]: row["min_s"] for row in rows if "seconds" in row and row["ranks"] == 1}
     mfus: dict[str, float] = {}
     for cell in cells(study):
-        if cell.size not in mfus and cell.name in by_name:
-            seconds = by_name[cell.name]["seconds"]
-            mfus[cell.size] = fitted_mfu(cell, study.work, archs[cell.size], gpu, seconds)
+        if cell.name in one:
+            mfu = fitted_mfu(cell, study.work, archs[cell.size], gpu, one[cell.name])
+            mfus[cell.size] = max(mfu, mfus.get(cell.size, 0.0))
     return mfus
 
 

@@ -1,7 +1,7 @@
 """The planner's seconds of a cell, on the machine that was measured.
 
-One number is fitted, for each size and mode: `mfu`, the share of the measured matrix product's rate
-that the update of the cell with one rank reached. All else is the planner's arithmetic with the
+One number is fitted, for each size: `mfu`, the share of the measured matrix product's rate that the
+fastest update of one rank reached. All else is the planner's arithmetic with the
 measured bandwidths and latency. Ranks that share a core share its rate, in which the planner knows
 no bubble: a core that one stage leaves idle computes for another.
 """
