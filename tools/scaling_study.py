@@ -74,7 +74,7 @@ def _rank(spec: Row) -> int:
         from scaling.rank import run_cell
 
         numbers = run_cell(spec, Path(spec["path"]))
-    if os.environ["RANK"] == "0":
+    if os.environ["LOCAL_RANK"] == "0":  # torchrun's first rank may be on any node
         print(json.dumps(numbers), flush=True)
     return 0
 
