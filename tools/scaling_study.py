@@ -50,7 +50,6 @@ def main() -> int:
     try:
         if arguments.rank:
             return _rank(json.loads(arguments.rank))
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and a cell's ranks with it
         if arguments.out is None:
             raise ConfigError("--out is missing: name the folder of the study.")
         study = read_study(arguments.config, arguments.overrides)
@@ -106,6 +105,7 @@ def _nodes(arguments: argparse.Namespace, study: Study) -> Nodes:
 
 def _study(study: Study, out: Path, nodes: Nodes, retry: bool) -> None:
     simulated_gpu = find_gpu(study.simulate.gpu) if study.simulate.configs else None
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and a cell's ranks with it
     out.mkdir(parents=True, exist_ok=True)
     sizes = study.grid.sizes
     paths = {size: model_path(size, given, out, nodes) for size, given in sizes.items()}
