@@ -58,6 +58,8 @@ class Model(Section):
     rounded); vision tower, embedding and head stay in `dtype`."""
     fp8_spares: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] = (0, 0)
     """Language layers at the start and at the end that stay in `dtype` all the same."""
+    fused_gradients: Literal["auto", "none"] = "auto"
+    """auto: weight gradients are added up inside their products where NVIDIA apex is, on a GPU."""
 
 
 class Parallel(Section):

@@ -105,7 +105,7 @@ def test_without_workers_the_run_stops_with_a_sentence(quickstart):
     ],
 )
 def test_quantised_answers_want_importance_weights():
-    with pytest.raises(ConfigError, match="rollout.quantization=rounded samples from other"):
+    with pytest.raises(ConfigError, match=r"rollout\.quantization=rounded samples from other"):
         check_off_policy(load_config(CONFIG, ["rollout.quantization=rounded"]))
 
 

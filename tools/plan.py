@@ -27,7 +27,9 @@ def main() -> int:
     )
     parser.add_argument("config", metavar="CONFIG", help="YAML, see configs/")
     parser.add_argument("--gpus", type=int, metavar="N", help="default: parallel.processes")
-    parser.add_argument("--gpu", default="h100", choices=list(GPUS))
+    parser.add_argument(
+        "--gpu", default="h100", help=f"{', '.join(GPUS)}, or a measured machine's .json"
+    )
     parser.add_argument("--mfu", type=float, help="share of the peak that products reach")
     parser.add_argument("--prompt-tokens", type=int, metavar="P")
     parser.add_argument("--response-tokens", type=int, metavar="R")

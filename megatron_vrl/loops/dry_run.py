@@ -3,12 +3,15 @@
 from itertools import chain
 from pathlib import Path
 
+import torch
+
 from megatron_vrl.config import RunConfig, Source, check_batches, check_off_policy
 from megatron_vrl.data.mix import load, open_pool
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.loops.stream import check_records
 from megatron_vrl.model.architecture import Architecture, padded_vocab, read_architecture
 from megatron_vrl.model.chunks import all_chunks, check_divides
+from megatron_vrl.model.fusion import gradient_fusion
 from megatron_vrl.parallel.mesh import check_layout
 from megatron_vrl.rewards import weights_of
 from megatron_vrl.rollout.stored import check_stored
@@ -46,6 +49,7 @@ def check(cfg: RunConfig, world: int) -> list[str]:
         _layout(world, replicas, cfg),
         *_stages(arch, cfg),
         *padding_notes(arch, cfg),
+        f"weight gradients: {gradient_fusion(cfg.model, torch.cuda.is_available()).words}",
         f"a GRPO step: {cfg.rollout.prompts_per_step} prompts, {answers} answers, "
         f"{updates} update{'s' if updates > 1 else ''}",
         *notes,

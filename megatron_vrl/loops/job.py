@@ -25,6 +25,7 @@ from megatron_vrl.loops.state import (
     restored,
     save,
 )
+from megatron_vrl.model.fusion import gradient_fusion
 from megatron_vrl.model.weights import save_published
 from megatron_vrl.observe.clock import peak_rss_bytes
 from megatron_vrl.observe.metrics import StepMetrics
@@ -142,6 +143,9 @@ def _conclude(parts: Parts, state: RunState, splits: Splits) -> Path:
                     "warm_up_restarts": state.attempt,
                     "peak_rss_bytes_all_ranks": sum(peaks),
                     "ranks": parts.mesh.world,
+                    "weight_gradients": gradient_fusion(
+                        cfg.model, parts.mesh.device.type == "cuda"
+                    ).words,
                 },
             )
             build_report(out_dir)

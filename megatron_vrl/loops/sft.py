@@ -69,6 +69,7 @@ def _attempt(parts: Parts, state: RunState, sinks: Sinks, dev: list[VideoSample]
         state.stream = stream.state
         state.version += 1
         values = {"loss": update.loss, "grad_norm": update.grad_norm, "lr": update.lr}
+        values |= {k: v for k, v in update.metrics.items() if k.startswith("fp8/")}
         values |= draws.numbers()
         reached = _evaluate_if_due(parts, state, sinks, dev)
         spent = clock.take()

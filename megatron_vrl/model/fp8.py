@@ -21,32 +21,67 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from torch import Tensor
 
 Recipe = Literal["delayed", "current", "blockwise"]
+Operand = Literal["input", "weight", "gradient"]
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 BLOCK = 128
 
 
 class Rounding:
-    """What one linear layer rounds with, and the largest values that it saw last."""
+    """What one linear layer rounds with, the largest values that it saw last, and what rounding did
+    to its operands since the last `taken`."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.gradient = E4M3 if recipe == "blockwise" else E5M2
         self.amax: dict[str, Tensor] = {}  # operand -> scalar, of the call before; delayed only
+        self._seen: dict[str, Tensor] = {}  # operand -> [5], see `seen_of`
 
-    def __call__(self, values: Tensor, operand: Literal["input", "weight", "gradient"]) -> Tensor:
+    def __call__(self, values: Tensor, operand: Operand) -> Tensor:
         """values [T, K] or weight [N, K], summed over K in the product -> the same, rounded."""
         kind = self.gradient if operand == "gradient" else E4M3
+        scale = self._scale_of(values, operand, kind)
+        rounded = _cast(values, scale, kind)
+        seen = seen_of(values.detach(), rounded.detach(), scale, kind)
+        before = self._seen.get(operand)
+        self._seen[operand] = seen if before is None else joined(before, seen)
+        return rounded
+
+    def _scale_of(self, values: Tensor, operand: Operand, kind: torch.dtype) -> Tensor:
         if self.recipe == "blockwise":
-            return _cast(
-                values, _block_scale(values, kind, BLOCK if operand == "weight" else 1), kind
-            )
+            return _block_scale(values, kind, BLOCK if operand == "weight" else 1)
         largest = values.detach().abs().amax().float()
-        if self.recipe == "delayed":
-            before = self.amax.get(operand)
-            self.amax[operand] = largest
-            scale = torch.ones_like(largest) if before is None else _scale(before, kind)
-            return _cast(values, scale, kind)
-        return _cast(values, _scale(largest, kind), kind)
+        if self.recipe == "current":
+            return _scale(largest, kind)
+        before = self.amax.get(operand)
+        self.amax[operand] = largest
+        return torch.ones_like(largest) if before is None else _scale(before, kind)
+
+    def taken(self) -> dict[str, Tensor]:
+        """Operand -> [5] since the last call."""
+        seen, self._seen = self._seen, {}
+        return seen
+
+
+def seen_of(values: Tensor, rounded: Tensor, scale: Tensor, kind: torch.dtype) -> Tensor:
+    """[5]: values; those beyond the format's range under `scale`, which were cut; those that became
+    0 and were not; those that are not finite; the largest finite one."""
+    size = values.float().abs()
+    finite = size.isfinite()
+    limit = torch.finfo(kind).max * (1 + 2**-20)  # a scale's own rounding cuts nothing
+    counts = (
+        size.new_tensor(size.numel()),
+        ((size * scale > limit) & finite).sum(),
+        ((rounded == 0) & (size > 0)).sum(),
+        (~finite).sum(),
+        torch.where(finite, size, 0.0).amax(),
+    )
+    return torch.stack([count.double() for count in counts])
+
+
+def joined(one: Tensor, other: Tensor) -> Tensor:
+    """[..., 5] of both: counts added, the larger of the largest."""
+    largest = torch.maximum(one[..., 4:], other[..., 4:])
+    return torch.cat([one[..., :4] + other[..., :4], largest], dim=-1)
 
 
 def _scale(largest: Tensor, kind: torch.dtype) -> Tensor:

@@ -30,8 +30,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-# TransformerConfig of language model and vision tower alike. Megatron's fusions are off: they need
-# CUDA kernels, or compile for seconds on a CPU.
+# TransformerConfig of language model and vision tower alike. These fusions of Megatron's are off:
+# they need CUDA kernels, or compile for seconds on a CPU.
 BOTH_TOWERS: dict[str, Any] = {
     "normalization": "RMSNorm",
     "gated_linear_unit": True,
@@ -43,7 +43,6 @@ BOTH_TOWERS: dict[str, Any] = {
     "bias_dropout_fusion": False,
     "masked_softmax_fusion": False,
     "apply_rope_fusion": False,
-    "gradient_accumulation_fusion": False,
     "persist_layer_norm": False,
 }
 

@@ -27,6 +27,7 @@ from megatron_vrl.batching.pack import MicroBatch
 from megatron_vrl.config import Model, Parallel
 from megatron_vrl.model.architecture import Architecture, padded_vocab
 from megatron_vrl.model.chunks import Chunk, all_chunks, stage_chunks
+from megatron_vrl.model.fusion import gradient_fusion
 from megatron_vrl.model.head import Distribution, token_logprobs
 from megatron_vrl.model.layers import BOTH_TOWERS, layer_spec, packed
 from megatron_vrl.model.plans import language_plan, varlen_plan
@@ -57,6 +58,7 @@ def language_config(arch: Architecture, cfg: Model, parallel: Parallel) -> Trans
         layernorm_epsilon=arch.norm_eps,
         add_bias_linear=False,
         **BOTH_TOWERS,
+        gradient_accumulation_fusion=gradient_fusion(cfg, torch.cuda.is_available()).on,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         **_pipeline(arch, cfg, parallel),
@@ -119,7 +121,10 @@ class Qwen25VL(MegatronModule):
         self.post_process = self.chunk.ends
         self.vp_stage = virtual if parallel.virtual > 1 else None
         self.share_embeddings_and_output_weights = arch.tied_head
-        self.vision = VisionTower(arch, mesh, config.params_dtype) if self.pre_process else None
+        self.vision: VisionTower | None = None
+        if self.pre_process:
+            fused = config.gradient_accumulation_fusion
+            self.vision = VisionTower(arch, mesh, config.params_dtype, fused)
         self._sees_always = parallel.overlap
         in_buckets = attention_of(cfg, mesh.device) == "sdpa"
         self._plan = language_plan if in_buckets else varlen_plan

@@ -34,7 +34,9 @@ from megatron_vrl.parallel.mesh import Mesh
 Grid = tuple[int, int, int]  # temporal steps; height and width in patches
 
 
-def vision_config(arch: VisionArchitecture, dtype: torch.dtype) -> TransformerConfig:
+def vision_config(
+    arch: VisionArchitecture, dtype: torch.dtype, fused_gradients: bool
+) -> TransformerConfig:
     return TransformerConfig(
         num_layers=arch.layers,
         hidden_size=arch.hidden,
@@ -43,6 +45,7 @@ def vision_config(arch: VisionArchitecture, dtype: torch.dtype) -> TransformerCo
         layernorm_epsilon=1e-6,
         add_bias_linear=True,
         **BOTH_TOWERS,
+        gradient_accumulation_fusion=fused_gradients,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         perform_initialization=False,
@@ -52,8 +55,10 @@ def vision_config(arch: VisionArchitecture, dtype: torch.dtype) -> TransformerCo
 class VisionTower(MegatronModule):
     """Patches of any number of videos and images -> one embedding for each vision token."""
 
-    def __init__(self, arch: Architecture, mesh: Mesh, dtype: torch.dtype) -> None:
-        config = vision_config(arch.vision, dtype)
+    def __init__(
+        self, arch: Architecture, mesh: Mesh, dtype: torch.dtype, fused_gradients: bool
+    ) -> None:
+        config = vision_config(arch.vision, dtype, fused_gradients)
         super().__init__(config=config)
         self.arch = arch.vision
         self.mesh = mesh

@@ -1,4 +1,4 @@
-"""GPUs a layout can be planned for: memory and speeds, from NVIDIA's data sheets.
+"""GPUs a layout can be planned for: memory and speeds, from NVIDIA's data sheets or measured.
 
 Bandwidths are per GPU and in one direction: data sheets print NVLink's two together. Memory is the
 data sheet's GB taken as GiB, which is what the driver reports up to 1.5 % (the reserve of
@@ -7,12 +7,23 @@ NVIDIA's own machine with this GPU (DGX: one 400 Gbit/s port per GPU, A100 200);
 less.
 """
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
 
+from pydantic import BaseModel, Field
+
+from megatron_vrl.config_base import SECTION, Positive
+from megatron_vrl.config_tree import checked
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.observe.hardware import peak_flops
 
 GIB = 2**30
+LINK_SHARE = 0.7  # of a data sheet's link that a collective reaches; an assumption
+HBM_SHARE = 0.8  # of a data sheet's HBM that reading a matrix once reaches; an assumption
+Speed = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +36,10 @@ class Gpu:
     network: float  # bytes per second to other nodes
     host: float  # bytes per second to host memory
     per_node: int = 8
+    link_share: float = LINK_SHARE
+    hbm_share: float = HBM_SHARE
+    latency: float = 0.0  # seconds of an empty message; of a collective, times log2 of its ranks
+    flops: Mapping[str, float] = field(default_factory=dict)  # measured, by dtype; else data sheet
 
     def peak(self, dtype: str) -> float | None:
         """FLOP/s in "bfloat16", "float32" or "fp8"; None: it has no such units.
@@ -32,6 +47,8 @@ class Gpu:
         float32 is without tensor cores, as torch computes it: a sixteenth of bfloat16 (H100: 67 of
         989 TFLOP/s, A100: 19.5 of 312).
         """
+        if self.flops:
+            return self.flops.get(dtype)
         if dtype == "float32":
             return (peak_flops(self.driver_name, "bfloat16") or 0.0) / 16
         return peak_flops(self.driver_name, dtype)
@@ -65,8 +82,70 @@ GPUS = {
 }
 
 
+class MeasuredMachine(BaseModel):
+    """A machine by what was measured on it: FLOP/s, bytes, bytes per second, seconds."""
+
+    model_config = SECTION
+
+    name: str
+    flops: dict[str, Speed]
+    """FLOP/s of a matrix product on one rank while all ranks compute, by dtype."""
+    memory: Positive
+    """Bytes that one rank may hold."""
+    hbm: Speed
+    """Bytes per second that one rank reads and writes."""
+    link: Speed
+    """Bytes per second that a rank sends in a large all-reduce within a node."""
+    network: Speed
+    """The same between nodes."""
+    host: Speed
+    """Bytes per second to host memory."""
+    latency: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    """Seconds of a small all-reduce over log2 of its ranks."""
+    per_node: Positive
+    """Ranks of a node."""
+
+    def as_gpu(self) -> Gpu:
+        return Gpu(
+            name=self.name,
+            driver_name=self.name,
+            memory=self.memory,
+            hbm=self.hbm,
+            nvlink=self.link,
+            network=self.network,
+            host=self.host,
+            per_node=self.per_node,
+            link_share=1.0,
+            hbm_share=1.0,
+            latency=self.latency,
+            flops=self.flops,
+        )
+
+
+def read_machine(path: Path) -> Gpu:
+    """Of a JSON file with the keys of MeasuredMachine. Raises ConfigError."""
+    try:
+        tree = json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot read the machine {path}: {error.strerror}; tools/scaling_study.py writes one."
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"The machine {path} is not JSON: {error}; measure it again.") from None
+    known = MeasuredMachine.model_fields
+    if isinstance(tree, dict):  # beside these it says when and how it was measured
+        tree = {name: value for name, value in tree.items() if name in known}
+    return checked(MeasuredMachine, tree, str(path), "measure it again.").as_gpu()
+
+
 def find_gpu(name: str) -> Gpu:
-    """Raises ConfigError naming those that are known."""
+    """A row of the table, or the measured machine of a .json file. Raises ConfigError naming
+    those that are known."""
+    if name.endswith(".json"):
+        return read_machine(Path(name))
     if name not in GPUS:
-        raise ConfigError(f"--gpu {name} is not in the table: choose one of {', '.join(GPUS)}.")
+        raise ConfigError(
+            f"--gpu {name} is not in the table: choose one of {', '.join(GPUS)}, or give the .json "
+            "of a measured machine."
+        )
     return GPUS[name]

@@ -100,7 +100,7 @@ def refusals(cfg: RunConfig, arch: Architecture, gpu: Gpu, gpus: int) -> list[st
         lambda: check_divides(arch, cfg.model, parallel),
         lambda: check_batches(cfg, max(1, replicas)),
         lambda: check_off_policy(cfg),
-        lambda: _check_fp8_units(cfg, gpu),
+        lambda: _check_units(cfg, gpu),
     )
     found = []
     for rule in rules:
@@ -111,11 +111,16 @@ def refusals(cfg: RunConfig, arch: Architecture, gpu: Gpu, gpus: int) -> list[st
     return found
 
 
-def _check_fp8_units(cfg: RunConfig, gpu: Gpu) -> None:
+def _check_units(cfg: RunConfig, gpu: Gpu) -> None:
     if cfg.model.fp8 != "none" and gpu.peak("fp8") is None:
         raise ConfigError(
             f"model.fp8={cfg.model.fp8}, but --gpu {gpu.name} has no FP8 units: set "
             "model.fp8=none, or plan for another GPU."
+        )
+    if gpu.peak(cfg.model.dtype) is None:
+        raise ConfigError(
+            f"model.dtype={cfg.model.dtype}, but the measured machine {gpu.name} has no rate for "
+            f"it: set model.dtype to one of {', '.join(gpu.flops)}."
         )
 
 

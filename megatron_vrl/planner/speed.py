@@ -9,6 +9,7 @@ of this has been measured by us on a GPU.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import ceil, log2
 
 from megatron_vrl.config import RunConfig
 from megatron_vrl.model.architecture import Architecture
@@ -21,8 +22,6 @@ from megatron_vrl.planner.parameters import Numbers
 from megatron_vrl.planner.workload import Packed
 
 DEFAULT_MFU = 0.40
-LINK_SHARE = 0.7  # of a link's speed that a collective reaches; an assumption
-HBM_SHARE = 0.8  # of HBM's speed that reading a matrix once reaches; an assumption
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,14 +51,19 @@ class Machine:
         assert peak is not None, f"{self.gpu.name} has no {dtype}"  # refused before
         return flops / (peak * self.mfu)
 
-    def link(self, num_bytes: float, span: int) -> tuple[str, float]:
-        """Name and seconds of the link that joins ranks within `span` neighbours."""
+    def link(
+        self, num_bytes: float, span: int, calls: float = 0, ranks: int = 1
+    ) -> tuple[str, float]:
+        """Name and seconds of the link that joins ranks within `span` neighbours: `calls` messages
+        of `num_bytes` together, among `ranks`, each at least the latency of a tree of them."""
         inside = span <= self.gpu.per_node
         speed = self.gpu.nvlink if inside else self.gpu.network
-        return "NVLink" if inside else "network", num_bytes / (speed * LINK_SHARE)
+        waits = calls * ceil(log2(ranks)) * self.gpu.latency
+        seconds = num_bytes / (speed * self.gpu.link_share) + waits
+        return "NVLink" if inside else "network", seconds
 
     def hbm(self, num_bytes: float) -> float:
-        return num_bytes / (self.gpu.hbm * HBM_SHARE)
+        return num_bytes / (self.gpu.hbm * self.gpu.hbm_share)
 
 
 def batch_work_of(arch: Architecture, batch: Packed) -> Work:
@@ -141,16 +145,28 @@ def _of_stage(
         flops(linear), model.dtype if model.fp8 == "none" else "fp8"
     )
     layers = sum(len(c.layers) for c in stage_chunks(arch, model, parallel, stage))
-    messages = [
-        (_tensor_bytes(cfg, arch, batch, layers, backward), parallel.tensor),
-        (_context_bytes(cfg, arch, batch, layers, backward), parallel.tensor * parallel.context),
+    tensor, context = parallel.tensor, parallel.context
+    messages = [  # bytes, span, calls, ranks
+        (
+            _tensor_bytes(cfg, arch, batch, layers, backward),
+            tensor,
+            layers * _tensor_passes(cfg, backward),
+            tensor,
+        ),
+        (
+            _context_bytes(cfg, arch, batch, layers, backward),
+            tensor * context,
+            layers * _context_passes(cfg, backward),
+            context,
+        ),
     ]
     if parallel.pipeline > 1:
         rows = batch.rows / parallel.context / (parallel.tensor if parallel.sequence else 1)
-        handed = (1 + backward) * parallel.virtual * rows * arch.hidden * number_bytes(model)
-        messages.append((handed, machine.gpus // parallel.pipeline + 1))
-    for num_bytes, span in messages:
-        name, seconds = machine.link(num_bytes, span)
+        handings = (1 + backward) * parallel.virtual
+        handed = handings * rows * arch.hidden * number_bytes(model)
+        messages.append((handed, machine.gpus // parallel.pipeline + 1, handings, 2))
+    for num_bytes, span, calls, ranks in messages:
+        name, seconds = machine.link(num_bytes, span, calls, ranks)
         parts[name] = parts.get(name, 0.0) + seconds
     return parts
 
@@ -158,25 +174,32 @@ def _of_stage(
 def _tensor_bytes(
     cfg: RunConfig, arch: Architecture, batch: Packed, layers: int, backward: bool
 ) -> float:
-    """Sent by a rank: two all-reduces of [rows, hidden] a layer and pass, or a gather and a
-    scatter each; with sequence parallelism the backward pass gathers the inputs again."""
+    """Sent by a rank in its `_tensor_passes`."""
     parallel = cfg.parallel
-    passes = 2.0
-    if backward:
-        passes += 2 + 2 * (cfg.model.recompute == "full") + parallel.sequence
     whole = batch.rows / parallel.context * arch.hidden * number_bytes(cfg.model)
-    return layers * passes * 2 * (1 - 1 / parallel.tensor) * whole
+    return layers * _tensor_passes(cfg, backward) * 2 * (1 - 1 / parallel.tensor) * whole
+
+
+def _tensor_passes(cfg: RunConfig, backward: bool) -> float:
+    """Two all-reduces of [rows, hidden] a layer and pass, or a gather and a scatter each; with
+    sequence parallelism the backward pass gathers the inputs again."""
+    again = 2 + 2 * (cfg.model.recompute == "full") + cfg.parallel.sequence
+    return 2.0 + again * backward
 
 
 def _context_bytes(
     cfg: RunConfig, arch: Architecture, batch: Packed, layers: int, backward: bool
 ) -> float:
-    """Keys and values gathered, and their gradients scattered."""
+    """Sent by a rank in its `_context_passes`."""
     parallel = cfg.parallel
-    passes = 1 + backward * (1 + (cfg.model.recompute != "none"))
     width = 2 * arch.kv_heads * arch.head_dim / parallel.tensor
     whole = batch.rows * width * number_bytes(cfg.model)
-    return layers * passes * (1 - 1 / parallel.context) * whole
+    return layers * _context_passes(cfg, backward) * (1 - 1 / parallel.context) * whole
+
+
+def _context_passes(cfg: RunConfig, backward: bool) -> int:
+    """Keys and values of a layer gathered, and their gradients scattered."""
+    return 1 + backward * (1 + (cfg.model.recompute != "none"))
 
 
 def optimizer_phase(cfg: RunConfig, numbers: Numbers, sharers: int, machine: Machine) -> Phase:
@@ -193,7 +216,7 @@ def optimizer_phase(cfg: RunConfig, numbers: Numbers, sharers: int, machine: Mac
     sent = 0 if parallel.overlap else summed
     sent += number * trained if parallel.distributed_optimizer else 0
     span = parallel.tensor * sharers
-    name, seconds = machine.link(sent * (1 - 1 / sharers), span)
+    name, seconds = machine.link(sent * (1 - 1 / sharers), span, calls=2, ranks=sharers)
     if sharers > 1:
         parts[name] = seconds
     if parallel.tensor > 1:  # each tensor rank saw its own steps of a video

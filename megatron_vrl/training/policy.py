@@ -27,6 +27,7 @@ from megatron_vrl.algorithms.tokens import Tokens, local_sequence_sum
 from megatron_vrl.batching.pack import MicroBatch
 from megatron_vrl.config import Model, Optimizer, Parallel
 from megatron_vrl.model.architecture import Architecture
+from megatron_vrl.model.fp8_monitor import forget, fp8_metrics
 from megatron_vrl.model.head import Distribution
 from megatron_vrl.model.patches import patchify
 from megatron_vrl.model.precision import check_available
@@ -49,7 +50,7 @@ class Update:
     applied: bool  # False: a gradient was not finite and the update was left out
     suspects: tuple[str, ...]  # then: the answers, on any rank, that it may have come from
     lr: float
-    metrics: dict[str, float]  # token means; names that end in "_max" are maxima
+    metrics: dict[str, float]  # token means; "_max": maxima; "fp8/": see model/fp8_monitor.py
 
 
 class Policy:
@@ -148,7 +149,10 @@ class Policy:
             )
         ]
         self._zero_gradients()
+        forget(self.chunks)
         metrics = self._reduce(self._run(self._ddp, jobs, of))
+        if self._model_cfg.fp8 != "none":
+            metrics |= fp8_metrics(self.chunks, self.mesh.device)
         lr = learning_rate(self._optimizer_cfg, step, self._num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr

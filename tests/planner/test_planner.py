@@ -12,6 +12,7 @@ from megatron_vrl.errors import ConfigError
 from megatron_vrl.model.architecture import read_architecture
 from megatron_vrl.planner.hardware import GPUS, find_gpu
 from megatron_vrl.planner.plan import Question, make_plan, refusals
+from megatron_vrl.planner.speed import Machine
 from megatron_vrl.planner.workload import TEXT_TOKENS, step_sizes, video_grid
 from tests.conftest import ROOT
 from tools import plan as program
@@ -172,3 +173,42 @@ def test_sizes_of_a_prompt():
     assert sizes.rows == sizes.prompt + 8 * 1023
     small = step_sizes(cfg, prompt=700)
     assert small.vision_tokens <= 700 - TEXT_TOKENS
+
+
+MEASURED = {
+    "name": "box",
+    "flops": {"float32": 1e11},
+    "memory": 2**34,
+    "hbm": 1e10,
+    "link": 1e9,
+    "network": 1e8,
+    "host": 1e10,
+    "latency": 1e-4,
+    "per_node": 4,
+}
+
+
+def test_a_measured_machine_is_planned_for(tmp_path, plan):
+    path = tmp_path / "box.json"
+    path.write_text(json.dumps(MEASURED | {"measured": "beside these, when and how"}))
+    box = find_gpu(str(path))
+    assert (box.peak("float32"), box.peak("bfloat16")) == (1e11, None)
+    code, _, err = plan("qwen2.5-vl-3b-8gpu", "--gpu", path)
+    assert code == 2 and "the measured machine box has no rate for it" in err
+    machine = Machine(gpu=box, gpus=8, mfu=1.0)
+    near = machine.link(1e9, span=4, calls=10, ranks=4)
+    far = machine.link(1e9, span=8, calls=10, ranks=8)
+    assert near == ("NVLink", pytest.approx(1.0 + 10 * 2 * 1e-4))
+    assert far == ("network", pytest.approx(10.0 + 10 * 3 * 1e-4))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"link": 0}, "link=0"), ({"latency": None}, "latency"), ({"hbm": "absent"}, "'hbm'")],
+)
+def test_a_machine_that_was_not_measured_is_refused(tmp_path, change, named):
+    path = tmp_path / "box.json"
+    given = MEASURED | change
+    path.write_text(json.dumps({k: v for k, v in given.items() if v != "absent"}))
+    with pytest.raises(ConfigError, match=named):
+        find_gpu(str(path))

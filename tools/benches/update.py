@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> Iterator[Row]:
     )
     mesh = init_mesh(Parallel(), seed=1)
     policy = Policy(arch, cfg, Parallel(), mesh)
-    _draw_weights(policy)
+    draw_weights(policy)
     policy.start_phase(Optimizer(lr=1e-6), num_steps=10**6)
     whole = group(arch, arguments)
     batches = {
@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> Iterator[Row]:
 
 
 @torch.no_grad()
-def _draw_weights(policy: Policy) -> None:
+def draw_weights(policy: Policy) -> None:
     """Normal with deviation 0.02, as Qwen2.5 begins (`initializer_range`); norms are ones."""
     for chunk in policy.chunks:
         for name, parameter in chunk.named_parameters():
