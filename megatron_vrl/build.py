@@ -77,19 +77,19 @@ class Parts:
         with agreed(self.mesh):
             return open_pool(sources, self.cfg.run.seed, self.reader.duration_s)
 
-    def encode(self, samples: Sequence[VideoSample]) -> list[Prompt]:
-        """Decode and tokenise; every rank calls it, each with its own samples.
-
-        Raises on every rank if a video of any rank cannot be read.
-        """
-        prompts: list[Prompt] = []
+    def encode(self, samples: Sequence[VideoSample]) -> list[Prompt | VideoError]:
+        """Decode and tokenise; every rank calls it, each with its own samples. An error stands for
+        a video that cannot be read."""
+        made: list[Prompt | VideoError] = []
         with agreed(self.mesh):
             videos = self.reader.encode([sample.footage for sample in samples])
             for sample, video in zip(samples, videos, strict=True):
                 if isinstance(video, VideoError):
-                    raise video
-                prompts.append(self.encoder.prompt(sample, video))
-        return self.look(prompts)
+                    made.append(video)
+                else:
+                    made.append(self.encoder.prompt(sample, video))
+        looked = iter(self.look([one for one in made if isinstance(one, Prompt)]))
+        return [next(looked) if isinstance(one, Prompt) else one for one in made]
 
 
 def interleave(shares: Sequence[Sequence[Item]]) -> list[Item]:

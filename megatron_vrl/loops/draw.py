@@ -4,8 +4,7 @@ A sample whose video cannot be used is written to quarantine.jsonl and replaced 
 of the stream, at the same place of the same rank, so groups stay as many and as large as they were.
 All ranks hear of every bad sample before any draws again, and all draw the same; how far the stream
 has come is saved with the run, so a restarted one goes on in the same order. What the next step
-will need is decoded in the background. Left out: evaluation, whose samples are fixed; there a bad
-video ends the run.
+will need is decoded in the background. (Evaluations have fixed samples: see evaluation.py.)
 """
 
 from collections.abc import Callable
