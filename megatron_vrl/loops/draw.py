@@ -44,9 +44,10 @@ class Draws:
             if parts.mesh.rank == 0:
                 self._file = RowFile(path, resume=state.next_row)
         self._written = {(row["sample"], row["video"]) for row in read_rows(path)}
-        self._bad: list[Problem] = []
-        self._num_drawn = self._bad_before = 0
+        self._bad: list[Problem] = []  # since this start
+        self._bad_before = state.bad_samples
         self._again = list(state.under_way)
+        self._num_drawn = state.stream - len(self._again)
         self._counts_before = dict.fromkeys(parts.reader.counts, 0)
 
     @property
@@ -85,13 +86,14 @@ class Draws:
         counts = dict(self._parts.reader.counts)
         own = {name: count - self._counts_before[name] for name, count in counts.items()}
         self._counts_before = counts
-        bad, self._bad_before = len(self._bad) - self._bad_before, len(self._bad)
+        bad_in_all = self._state.bad_samples
+        bad, self._bad_before = bad_in_all - self._bad_before, bad_in_all
         everywhere = gather_objects(world_axis(self._parts.mesh), own)
         names = {"decoded": "videos_decoded", "store": "videos_from_store"}
         names["retried"] = "videos_retried"
         return {
             "bad_samples": float(bad),
-            "bad_sample_share": len(self._bad) / max(self._num_drawn, 1),
+            "bad_sample_share": bad_in_all / max(self._num_drawn, 1),
         } | {title: float(sum(o[name] for o in everywhere)) for name, title in names.items()}
 
     def _draw(self, num: int) -> list[tuple[int, VideoSample | Problem]]:
@@ -128,6 +130,7 @@ class Draws:
     def _note(self, bad: list[Problem]) -> None:
         """Every rank holds the same `bad`; rank 0 writes."""
         self._bad += bad
+        self._state.bad_samples += len(bad)
         new = [problem for problem in bad if (problem.sample, problem.video) not in self._written]
         self._written |= {(problem.sample, problem.video) for problem in new}
         with agreed(self._parts.mesh):
@@ -137,9 +140,9 @@ class Draws:
                     when = {"phase": self._state.stage, "step": self._state.step + 1}
                     self._file.append(when | problem.row())
         most = self._parts.cfg.video.max_bad_share
-        if len(self._bad) > most * max(self._num_drawn, FEWEST_DRAWN):
+        if self._state.bad_samples > most * max(self._num_drawn, FEWEST_DRAWN):
             raise UserError(
-                f"{len(self._bad)} of the {self._num_drawn} samples drawn have bad videos, over "
-                f"video.max_bad_share={most}: {summary(self._bad)}; see quarantine.jsonl, check "
-                "the data with tools/check_data.py, or raise the limit."
+                f"{self._state.bad_samples} of the {self._num_drawn} samples drawn have bad "
+                f"videos, over video.max_bad_share={most}: since this start {summary(self._bad)}; "
+                "see quarantine.jsonl, check the data with tools/check_data.py, or raise the limit."
             )

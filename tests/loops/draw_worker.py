@@ -97,7 +97,9 @@ def check(folder: Path, published: Path) -> None:
     mesh = init_mesh(Parallel(), seed=1)
     parts = parts_of(mesh, folder, published, max_bad_share=0.5)
     want = expected(folder)
-    assert draw_steps(parts, folder, RunState(stage="grpo"), STEPS) == want
+    undisturbed = RunState(stage="grpo")
+    assert draw_steps(parts, folder, undisturbed, STEPS) == want
+    bad_at_once = undisturbed.bad_samples
     rows = read_rows(folder / "quarantine.jsonl")
     gather_objects(world_axis(mesh), None)  # all have read it before it is begun anew
     assert {int(row["sample"][1:]) for row in rows} == BAD and len(rows) == len(BAD)
@@ -108,6 +110,7 @@ def check(folder: Path, published: Path) -> None:
     again = parts_of(mesh, folder, published, max_bad_share=0.5)
     state.under_way = []
     assert first + draw_steps(again, folder, state, STEPS - 2) == want
+    assert state.bad_samples == bad_at_once  # counted on, not anew
     state.step -= 1
     assert draw_steps(again, folder, state, 1) == want[-1:]
     kept = read_rows(folder / "quarantine.jsonl")
