@@ -6,6 +6,7 @@ from pathlib import Path
 from megatron_vrl.config import RunConfig, Source, check_batches, check_overlap
 from megatron_vrl.data.mix import load, open_pool
 from megatron_vrl.errors import ConfigError
+from megatron_vrl.loops.reselect import check_reselection
 from megatron_vrl.loops.stream import check_records
 from megatron_vrl.model.architecture import Architecture, padded_vocab, read_architecture
 from megatron_vrl.model.chunks import all_chunks, check_divides
@@ -25,6 +26,7 @@ def check(cfg: RunConfig, world: int) -> list[str]:
     check_overlap(cfg)
     check_stored(cfg)
     check_visual_input(cfg)
+    check_reselection(cfg)
     weights_of(cfg.rewards)
     for function in cfg.rewards.functions.values():
         load_function(function)

@@ -22,13 +22,15 @@ class RunState:
     step: int = 0  # finished steps of it
     stream: int = 0  # samples handed out in it
     under_way: list[int] = field(default_factory=list)  # places of those not yet trained on
+    selections: list[list[int]] = field(default_factory=list)  # [epoch, place] each begins with
     attempt: int = 0  # restarts of the warm-up so far
     version: int = 0  # updates since the start: names the weights
     results: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)  # of each part of the job, all tries
 
     def begin(self, stage: Stage) -> None:
-        self.stage, self.step, self.stream, self.under_way = stage, 0, 0, []
+        self.stage, self.step, self.stream = stage, 0, 0
+        self.under_way, self.selections = [], []
 
     @property
     def next_row(self) -> tuple[Phase, int] | None:
