@@ -1,11 +1,10 @@
 """Selection between epochs on the command line: killed in its midst, and gone on to the bit."""
 
 import json
-import os
-import signal
 import subprocess
 import time
 
+import psutil
 import pytest
 
 from megatron_vrl.rollout.records import read_rollouts
@@ -34,12 +33,15 @@ def test_killed_in_the_midst_of_a_selection_it_goes_on_as_if_nothing_had_happene
     folder = killed / "selection" / "epoch-0001"  # begins at step 5: four steps draw the pool once
     command = train_command(*OPTIONS, f"run.out_dir=runs/{killed.name}", ranks=2)
     with subprocess.Popen(
-        command, cwd=quickstart, env=ENVIRONMENT, start_new_session=True, stderr=subprocess.DEVNULL
+        command, cwd=quickstart, env=ENVIRONMENT, stderr=subprocess.DEVNULL
     ) as process:
         while not (folder / "answers-0.jsonl").exists() or not _rows(folder / "answers-0.jsonl"):
             assert process.poll() is None, "finished or failed before it could be killed"
             time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGKILL)
+        ranks = psutil.Process(process.pid).children(recursive=True)
+        for one in (*ranks, process):  # ranks have sessions of their own and outlive their launcher
+            one.kill()
+        psutil.wait_procs(ranks)
     assert not (folder / "kept.jsonl").exists()
     assert (killed / "checkpoints" / "latest").read_text() == "grpo-0-000004"
     answered = _rows(folder / "answers-0.jsonl")
