@@ -263,6 +263,8 @@ class Selection(Section):
     """Least mean of their temporal IoU."""
     budget: Annotated[int, Field(ge=0)] = 0
     """Most samples to keep, shared out over the tasks by what passes their rules; 0: all."""
+    every_epochs: Annotated[int, Field(ge=0)] = 0
+    """Select anew inside a run, after every k epochs of GRPO, what the next ones draw; 0: never."""
 
 
 class Batch(Section):

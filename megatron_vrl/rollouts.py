@@ -94,12 +94,14 @@ class Rollouts:
             if self._engine.takes_weights and self._cfg.quantization != "fp8":
                 self._check_now_and_then()
 
-    def generate(self, prompts: Sequence[Prompt], spec: SamplingSpec) -> list[list[Rollout]]:
-        """`spec.n` answers to each of this rank's prompts.
+    def generate(
+        self, prompts: Sequence[Prompt], spec: SamplingSpec, numbers: Sequence[int] | None = None
+    ) -> list[list[Rollout]]:
+        """`spec.n` answers to each of this rank's prompts; `numbers` as in `ask`.
 
         Raises RolloutError on every rank if a prompt of any rank cannot be answered.
         """
-        asked = self.ask(prompts, spec, range(len(prompts)))
+        asked = self.ask(prompts, spec, range(len(prompts)) if numbers is None else numbers)
         self.first(asked, required=len(asked), count=len(asked))
         return self.results(asked)
 

@@ -4,7 +4,8 @@ OUT/answers-I.jsonl has every raw answer with its reward parts, a line for each 
 block at a time, so that stopped work goes on and gives what it would have given. From these files
 alone come OUT/stats.jsonl (means, spreads and verdict of every sample), OUT/kept.jsonl (for
 data.selection), OUT/summary.json and OUT/report.html: other rules cost no inference. The pool may
-be shared out over several processes, each with its own I.
+be shared out over several processes, each with its own I. The same inside a run, between epochs,
+is megatron_vrl/loops/reselect.py.
 """
 
 import json
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vrl.config import RunConfig
+from megatron_vrl.config import RunConfig, Selection
 from megatron_vrl.data.mix import open_pool
 from megatron_vrl.errors import DataError, VideoError
 from megatron_vrl.inference import Answerer, InferenceConfig
@@ -94,20 +95,26 @@ def apply_rules(cfg: RunConfig, samples: Sequence[VideoSample], out: Path) -> li
             f"{out} has no answers to the samples of data.train; leave out --rules-only."
         )
     chosen = select(found, cfg.selection)
+    write_selection(out, chosen, len(samples), cfg.selection)
+    return chosen
+
+
+def write_selection(
+    out: Path, chosen: Sequence[Candidate], pool_size: int, rule: Selection
+) -> None:
+    """stats.jsonl, kept.jsonl, summary.json and report.html."""
     kept = sorted((c for c in chosen if c.verdict == KEPT), key=lambda c: -c.rank)
     _write_rows(out / "stats.jsonl", [c.row() for c in chosen])
     _write_rows(out / "kept.jsonl", [{"id": c.id, "task": c.task, "rank": c.rank} for c in kept])
-    counts = _counts(chosen)
     summary = {
-        "pool": len(samples),
+        "pool": pool_size,
         "answered": len(chosen),
         "kept": len(kept),
-        "rules": cfg.selection.model_dump(),
-        "verdicts": counts,
+        "rules": rule.model_dump(),
+        "verdicts": _counts(chosen),
     }
     write_file(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     write_file(out / "report.html", selection_report(summary, [c.row() for c in chosen]))
-    return chosen
 
 
 def _answered(
@@ -127,13 +134,16 @@ def _answered(
         if isinstance(answers, VideoError):
             yield row | {"problem": str(answers), "answers": []}
             continue
-        parts = judge.parts(sample, answers)
-        for name, failed in judge.take_failures().items():
-            raise DataError(f"The reward function {name!r} {failed[0]}: correct it and go on.")
-        yield row | {
-            "seconds_into_block": round(time.perf_counter() - began, 3),
-            "answers": [_row(sample, *pair) for pair in zip(answers, parts, strict=True)],
-        }
+        seconds = round(time.perf_counter() - began, 3)
+        yield row | {"seconds_into_block": seconds, "answers": judged(judge, sample, answers)}
+
+
+def judged(judge: Judge, sample: VideoSample, rollouts: Sequence[Rollout]) -> list[Row]:
+    """What is kept of each answer. Raises DataError if a function of the user's cannot grade it."""
+    parts = judge.parts(sample, rollouts)
+    for name, failed in judge.take_failures().items():
+        raise DataError(f"The reward function {name!r} {failed[0]}: correct it and go on.")
+    return [_row(sample, *pair) for pair in zip(rollouts, parts, strict=True)]
 
 
 def _row(sample: VideoSample, rollout: Rollout, parts: dict[str, float]) -> Row:
@@ -180,10 +190,10 @@ def _settings(cfg: RunConfig, share: Share) -> dict[str, Any]:
 
 def _counts(chosen: Sequence[Candidate]) -> dict[str, dict[str, int]]:
     """task -> verdict -> samples."""
-    counts: dict[str, Counter[str]] = {}
-    for found in chosen:
-        counts.setdefault(found.task, Counter())[found.verdict] += 1
-    return {task: dict(of_task.most_common()) for task, of_task in sorted(counts.items())}
+    found: dict[str, Counter[str]] = {}
+    for one in chosen:
+        found.setdefault(one.task, Counter())[one.verdict] += 1
+    return {task: dict(of_task.most_common()) for task, of_task in sorted(found.items())}
 
 
 def _write_rows(path: Path, rows: Sequence[Row]) -> None:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import settings
 
@@ -42,6 +43,15 @@ def train_command(*overrides: str, ranks: int = 1) -> list[str]:
         torchrun = str(ROOT / "launch" / "torchrun.py")
         program = [torchrun, "--standalone", "--nproc-per-node", str(ranks), *program]
     return [sys.executable, *program]
+
+
+def kill_job(launcher: subprocess.Popen) -> None:
+    """SIGKILL for torchrun and its ranks, which have sessions of their own and would outlive it."""
+    processes = [*psutil.Process(launcher.pid).children(recursive=True), launcher]
+    for process in processes:
+        process.kill()
+    psutil.wait_procs(processes[:-1])
+    launcher.wait()
 
 
 @pytest.fixture(scope="session")

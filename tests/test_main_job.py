@@ -1,10 +1,8 @@
 """The main job from the command line, small: in three layouts, killed and continued, its files."""
 
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -16,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from megatron_vrl.rollout.records import read_rollouts
-from tests.conftest import ENVIRONMENT, ROOT, run_python, train_command
+from tests.conftest import ENVIRONMENT, ROOT, kill_job, run_python, train_command
 
 SMALL = (
     "sft.stop_metric=''",
@@ -231,7 +229,7 @@ def test_killed_run_continues_as_if_nothing_had_happened(job, run, quickstart):
         while not (out / "checkpoints" / "grpo-0-000002").exists():
             assert process.poll() is None, "finished or failed before it could be killed"
             time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGKILL)
+        kill_job(process)
     assert "done" not in (out / "checkpoints" / "latest").read_text()
     job("killed", *overrides)
     ours, theirs = rows_of(out, "grpo"), rows_of(run, "grpo")

@@ -97,6 +97,11 @@ def test_without_workers_the_run_stops_with_a_sentence(quickstart):
     ) in done.stderr
 
 
+def test_quantised_answers_want_importance_weights():
+    with pytest.raises(ConfigError, match=r"rollout\.quantization=rounded samples from other"):
+        check_off_policy(load_config(CONFIG, ["rollout.quantization=rounded"]))
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
@@ -104,11 +109,6 @@ def test_without_workers_the_run_stops_with_a_sentence(quickstart):
         ("algorithm.importance=none", "set algorithm.importance=token (or sequence)"),
     ],
 )
-def test_quantised_answers_want_importance_weights():
-    with pytest.raises(ConfigError, match=r"rollout\.quantization=rounded samples from other"):
-        check_off_policy(load_config(CONFIG, ["rollout.quantization=rounded"]))
-
-
 def test_old_answers_want_workers_and_importance_weights(override, sentence):
     cfg = load_config(CONFIG, [*OPTIONS, override])
     with pytest.raises(ConfigError) as refused:

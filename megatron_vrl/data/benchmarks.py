@@ -192,6 +192,12 @@ def tempcompass(
 ) -> Iterator[VideoSample]:
     seen: Counter[str] = Counter()
     for form, videos in records:
+        if form == "captioning":
+            raise DataError(
+                f"{source.json_path}: captioning.json asks for free captions, which a language "
+                "model has to judge: give a folder with multi-choice.json, yes_no.json and "
+                "caption_matching.json alone."
+            )
         for video, dimensions in videos.items():
             for dimension, questions in dimensions.items():
                 for record in questions:

@@ -6,8 +6,9 @@ same samples in the same order, and an integer says how far a stream has come.
 
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import chain
 
@@ -94,6 +95,19 @@ def order(num_samples: int, epoch: int, seed: int) -> NDArray[np.int64]:
     return np.random.default_rng([seed, epoch]).permutation(num_samples)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Round:
+    """What a stream draws from between two selections."""
+
+    samples: Sequence[Drawn]
+    schedule: Schedule
+    start: int  # place in the stream
+    before: int  # samples in the schedule's epochs that were over by then
+
+    def locate(self, place: int) -> tuple[int, int]:
+        return self.schedule.locate(place - self.start + self.before)
+
+
 class SampleStream:
     """Shuffled epochs without end; a batch may reach over the end of one.
 
@@ -107,14 +121,22 @@ class SampleStream:
         """Without a schedule an epoch is a permutation of the samples."""
         if not len(samples):
             raise DataError("There are no samples to train on; check the sources of `data`.")
-        self._samples = samples
-        self._schedule = schedule or Schedule([len(samples)], [1.0], seed)
-        self._order = self._schedule.epoch(0)
-        self._epoch = 0
+        self._rounds: list[_Round] = []
+        self._shuffled: tuple[_Round, int, NDArray[np.int64]] | None = None
+        self.turn(samples, schedule or Schedule([len(samples)], [1.0], seed), start=0, epoch=0)
         self.state = 0
+
+    def turn(self, samples: Sequence[Drawn], schedule: Schedule, start: int, epoch: int) -> None:
+        """Draw from these from the place `start` on, beginning with the schedule's `epoch`."""
+        self._rounds.append(_Round(samples, schedule, start, schedule.before(epoch)))
 
     def restore(self, state: int) -> None:
         self.state = state
+
+    @property
+    def epoch(self) -> int:
+        """Which the next sample belongs to."""
+        return self._round.locate(self.state)[0]
 
     def take(self, num_samples: int) -> list[VideoSample]:
         """The next `num_samples` samples. Raises VideoError if one cannot be made."""
@@ -144,12 +166,18 @@ class SampleStream:
         finally:
             self.state = state
 
+    @property
+    def _round(self) -> _Round:
+        after = bisect_right(self._rounds, self.state, key=lambda one: one.start)
+        return self._rounds[after - 1]
+
     def _next(self) -> VideoSample | Problem:
-        for _ in range(len(self._samples)):
-            epoch, index = self._schedule.locate(self.state)
-            if epoch != self._epoch:
-                self._epoch, self._order = epoch, self._schedule.epoch(epoch)
+        for _ in range(len(self._round.samples)):
+            now = self._round
+            epoch, index = now.locate(self.state)
+            if self._shuffled is None or self._shuffled[:2] != (now, epoch):
+                self._shuffled = now, epoch, now.schedule.epoch(epoch)
             self.state += 1
-            if (drawn := self._samples[int(self._order[index])]) is not None:
+            if (drawn := now.samples[int(self._shuffled[2][index])]) is not None:
                 return drawn
         raise DataError("No record of `data` has a question that can be asked; check its sources.")

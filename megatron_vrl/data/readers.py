@@ -2,7 +2,8 @@
 
 charades_sta    {video id: {duration, timestamps [[s, e], ...], sentences}}: Charades-STA and
                 ActivityNet Captions; a video id without an ending is an .mp4
-next_gqa        [{id, video, question, options, duration, glue [[s, e], ...], answer "(C)"}]
+next_gqa        [{id, video, question, options, duration, glue [[s, e], ...], answer "(C)"}], or
+                the authors' CSV, see megatron_vrl/data/nextgqa_csv.py
 multiple_choice the same without `glue`
 temporal_r1     [{dataset, video, problem, solution [s, e] in [0, 1], video_length}], as released
                 with Temporal-R1, where the tag "charades_train" comes without `video_length`
@@ -29,6 +30,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from megatron_vrl.config import Source
 from megatron_vrl.data.benchmarks import BENCHMARK_READERS
+from megatron_vrl.data.nextgqa_csv import load_csv
 from megatron_vrl.data.records import (
     VIDEO_SUFFIXES,
     HeaderDuration,
@@ -113,6 +115,8 @@ def load_records(source: Source) -> Any:
     """The annotations' JSON: of a form with several files, by their names."""
     if READERS[source.format].by_file:
         return _by_file(source.json_path)
+    if source.format == "next_gqa" and source.json_path.endswith(".csv"):
+        return load_csv(source.json_path)
     return _load(source.json_path)
 
 

@@ -47,8 +47,8 @@ class Schedule:
     def locate(self, position: int) -> tuple[int, int]:
         """(epoch, index in it) of a position in the endless row."""
         most = int(Fraction(position + 1 + len(self._sizes)) / sum(self._per_epoch)) + 2
-        epoch = bisect_right(range(most), position, key=self._before) - 1
-        return epoch, position - self._before(epoch)
+        epoch = bisect_right(range(most), position, key=self.before) - 1
+        return epoch, position - self.before(epoch)
 
     def epoch(self, number: int) -> NDArray[np.int64]:
         """Indices of samples in the epoch's order."""
@@ -60,7 +60,8 @@ class Schedule:
             return shuffled
         return shuffled[np.argsort(self._stages[shuffled], kind="stable")]
 
-    def _before(self, epoch: int) -> int:
+    def before(self, epoch: int) -> int:
+        """Samples of the epochs before this one."""
         return sum(int(share * epoch) for share in self._per_epoch)
 
     def _dealt(self, source: int, epoch: int) -> NDArray[np.int64]:

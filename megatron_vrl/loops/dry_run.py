@@ -8,6 +8,7 @@ import torch
 from megatron_vrl.config import RunConfig, Source, check_batches, check_off_policy
 from megatron_vrl.data.mix import load, open_pool
 from megatron_vrl.errors import ConfigError
+from megatron_vrl.loops.reselect import check_reselection
 from megatron_vrl.loops.stream import check_records
 from megatron_vrl.model.architecture import Architecture, padded_vocab, read_architecture
 from megatron_vrl.model.chunks import all_chunks, check_divides
@@ -28,6 +29,7 @@ def check(cfg: RunConfig, world: int) -> list[str]:
     check_off_policy(cfg)
     check_stored(cfg)
     check_visual_input(cfg)
+    check_reselection(cfg)
     weights_of(cfg.rewards)
     for function in cfg.rewards.functions.values():
         load_function(function)

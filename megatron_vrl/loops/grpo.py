@@ -16,9 +16,10 @@ from megatron_vrl.loops.flights import Flights
 from megatron_vrl.loops.learn import Learned, learn
 from megatron_vrl.loops.numbers import step_numbers
 from megatron_vrl.loops.record import evaluate_dev, record
+from megatron_vrl.loops.reselect import Reselection
 from megatron_vrl.loops.rollout_files import RolloutFiles
 from megatron_vrl.loops.state import RunState, keep_reference, save_if_due, start_phase
-from megatron_vrl.loops.stream import training_stream
+from megatron_vrl.loops.stream import training_pool, training_stream
 from megatron_vrl.observe.metrics import StepMetrics
 from megatron_vrl.observe.sinks import Sinks
 from megatron_vrl.training.policy import Update
@@ -32,6 +33,7 @@ def train_grpo(parts: Parts, state: RunState, sinks: Sinks, dev: list[VideoSampl
     while state.step < cfg.grpo.steps:
         with clock("sync"):
             parts.rollouts.hand_over(state.version)
+        going.reselection.make_if_due()
         collected = collect(parts, going.flights)
         going.files.write(collected, state.step + 1, state.version)
         if state.step + 1 < cfg.grpo.steps:
@@ -48,19 +50,23 @@ class Going:
     draws: Draws
     flights: Flights
     files: RolloutFiles
+    reselection: Reselection
 
 
 def begin(parts: Parts, state: RunState, sinks: Sinks) -> Going:
     """Set the policy and the data to where the run stands."""
     cfg = parts.cfg
-    stream = training_stream(parts)
+    pool = training_pool(parts)
+    stream = training_stream(parts, pool)
     stream.restore(state.stream)
+    reselection = Reselection(parts, state, pool, stream, sinks.say)
     draws = Draws(parts, stream, state, sinks.say)
     if cfg.algorithm.kl > 0:
         keep_reference(parts, state)
     start_phase(parts, state, cfg.grpo.optimizer, cfg.grpo.steps)
     sinks.begin("grpo", cfg.grpo.steps, state.step)
-    return Going(draws, Flights(parts, state, draws), RolloutFiles(parts, state.step))
+    flights, files = Flights(parts, state, draws), RolloutFiles(parts, state.step)
+    return Going(draws, flights, files, reselection)
 
 
 def end_step(

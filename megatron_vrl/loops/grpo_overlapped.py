@@ -22,6 +22,7 @@ def train_overlapped(parts: Parts, state: RunState, sinks: Sinks, dev: list[Vide
     while state.step < cfg.grpo.steps:
         with clock("sync"):
             parts.rollouts.hand_over(state.version)
+        going.reselection.make_if_due()
         steps = min(1 + cfg.rollout.max_staleness, cfg.grpo.steps - state.step)
         going.flights.fill(steps * cfg.rollout.prompts_per_step)
         collected = collect(parts, going.flights)

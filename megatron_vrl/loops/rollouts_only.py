@@ -20,10 +20,11 @@ from megatron_vrl.loops.flights import Flights
 from megatron_vrl.loops.grpo import Going, warn
 from megatron_vrl.loops.numbers import answer_numbers
 from megatron_vrl.loops.record import record
+from megatron_vrl.loops.reselect import Reselection
 from megatron_vrl.loops.rollout_files import RolloutFiles
 from megatron_vrl.loops.run_dir import PROGRESS, check_run_dir
 from megatron_vrl.loops.state import RunState
-from megatron_vrl.loops.stream import training_stream
+from megatron_vrl.loops.stream import training_pool, training_stream
 from megatron_vrl.observe.files import write_file
 from megatron_vrl.observe.metrics import StepMetrics
 from megatron_vrl.observe.sinks import Sinks, open_sinks
@@ -67,6 +68,11 @@ def _check(cfg: RunConfig) -> None:
             f"{cfg.rollout.engine} and rollout.save={cfg.rollout.save} it cannot: set "
             "rollout.engine=colocated (or workers) and rollout.save=true."
         )
+    if cfg.selection.every_epochs:
+        raise ConfigError(
+            f"selection.every_epochs={cfg.selection.every_epochs} selects by weights that "
+            "--rollouts-only does not train: set 0."
+        )
     check_run_dir(cfg, trains=False)
     check(cfg, int(os.environ.get("WORLD_SIZE", "1")))
 
@@ -94,10 +100,16 @@ def _steps(parts: Parts, state: RunState, sinks: Sinks, progress: Path) -> None:
 
 
 def _begin(parts: Parts, state: RunState, sinks: Sinks) -> Going:
-    stream = training_stream(parts)
+    pool = training_pool(parts)
+    stream = training_stream(parts, pool)
     stream.restore(state.stream)
     draws = Draws(parts, stream, state, sinks.say)
     if parts.cfg.algorithm.kl > 0 and parts.cfg.algorithm.kl_in == "reward":
         parts.policy.keep_reference()
     sinks.begin("grpo", parts.cfg.grpo.steps, state.step)
-    return Going(draws, Flights(parts, state, draws), RolloutFiles(parts, state.step))
+    return Going(
+        draws,
+        Flights(parts, state, draws),
+        RolloutFiles(parts, state.step),
+        Reselection(parts, state, pool, stream, sinks.say),
+    )

@@ -23,6 +23,7 @@ class RunState:
     stream: int = 0  # samples handed out in it
     under_way: list[int] = field(default_factory=list)  # places of those not yet trained on
     bad_samples: int = 0  # of those handed out, replaced for their videos
+    selections: list[list[int]] = field(default_factory=list)  # [epoch, place] each begins with
     attempt: int = 0  # restarts of the warm-up so far
     version: int = 0  # updates since the start: names the weights
     results: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
@@ -30,7 +31,7 @@ class RunState:
 
     def begin(self, stage: Stage) -> None:
         self.stage, self.step, self.stream = stage, 0, 0
-        self.under_way, self.bad_samples = [], 0
+        self.under_way, self.selections, self.bad_samples = [], [], 0
 
     @property
     def next_row(self) -> tuple[Phase, int] | None:

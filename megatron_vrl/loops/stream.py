@@ -4,7 +4,7 @@ A selection and a curriculum go by ids, so with one of them every record of a po
 the start; without, none before its turn.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,24 +18,42 @@ from megatron_vrl.errors import ConfigError, DataError
 from megatron_vrl.parallel.mesh import agreed
 
 
-def training_stream(parts: Parts) -> SampleStream:
-    """Every rank calls it and gets the same stream, at its start."""
-    cfg = parts.cfg
-    pool = parts.pool(cfg.data.train)
+def training_pool(parts: Parts) -> Pool:
+    """What GRPO may draw. Every rank calls it and gets the same."""
+    pool = parts.pool(parts.cfg.data.train)
     with agreed(parts.mesh):
-        return stream_of(pool, cfg.data, cfg.run.seed)
+        return selected(pool, parts.cfg.data)
+
+
+def training_stream(parts: Parts, pool: Pool) -> SampleStream:
+    """Of `training_pool`, at its start. Every rank calls it."""
+    with agreed(parts.mesh):
+        return ordered(pool, parts.cfg.data, parts.cfg.run.seed)
 
 
 def stream_of(pool: Pool, data: Data, seed: int) -> SampleStream:
+    return ordered(selected(pool, data), data, seed)
+
+
+def selected(pool: Pool, data: Data) -> Pool:
+    """As far as data.selection keeps it."""
     check_records(data)
     if data.selection:
         ids = read_ids(data.selection)
-        pool = pool.only(np.array([name in ids for name in pool.names()], dtype=bool))
+        pool = only(pool, ids)
         if not len(pool):
             raise DataError(
                 f"data.selection={data.selection} keeps none of the samples of data.train: make it "
                 "from the same sources."
             )
+    return pool
+
+
+def only(pool: Pool, ids: Set[str]) -> Pool:
+    return pool.only(np.array([name in ids for name in pool.names()], dtype=bool))
+
+
+def ordered(pool: Pool, data: Data, seed: int) -> SampleStream:
     stages = None
     if data.curriculum != "none":
         rewards = read_mean_rewards(data.difficulty)
@@ -47,8 +65,13 @@ def weighted(
     pool: Pool, sources: Sequence[Source], seed: int, stages: NDArray[np.int64] | None = None
 ) -> SampleStream:
     """A stream in which each source comes as often as its weight says."""
-    weights = [source.weight for source in sources]
-    return SampleStream(pool, seed, Schedule(pool.sizes, weights, seed, stages))
+    return SampleStream(pool, seed, schedule_of(pool, sources, seed, stages))
+
+
+def schedule_of(
+    pool: Pool, sources: Sequence[Source], seed: int, stages: NDArray[np.int64] | None = None
+) -> Schedule:
+    return Schedule(pool.sizes, [source.weight for source in sources], seed, stages)
 
 
 def check_records(data: Data) -> None:

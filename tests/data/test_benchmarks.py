@@ -179,6 +179,17 @@ def test_one_file_of_several(tmp_path):
         read(Source(json_path=str(tmp_path.parent / "x"), data_folder="", format="mvbench"))
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_captions_want_a_judge(alone, tmp_path):
+    question = "Which fits?\nInformation A: {'action': 'sit'}\nGenerated Caption:"
+    content = {"12": {"action": [{"question": question, "answer": "A. sit"}]}}
+    (tmp_path / "captioning.json").write_text(json.dumps(content))
+    (tmp_path / "yes_no.json").write_text(json.dumps(TEMPCOMPASS["yes_no"]))
+    path = tmp_path / "captioning.json" if alone else tmp_path
+    with pytest.raises(DataError, match=r"captioning\.json asks for free captions, which a"):
+        read(Source(json_path=str(path), data_folder="", format="tempcompass"))
+
+
 def test_an_evaluation_sees_every_question_as_published(tmp_path):
     assert [sample.id for sample in read_whole(source_of("mmvu", tmp_path))] == [
         "validation_1",

@@ -140,11 +140,12 @@ def held():
 
 before, start = held(), time.process_time()
 source = Source(json_path={str(path)!r}, data_folder="/data", format="multiple_choice")
-stream = SampleStream(open_pool([source], seed=1), seed=1)
+pool = open_pool([source], seed=1)
+stream = SampleStream(pool, seed=1)
 stream.take(16)
 seconds, held_then = time.process_time() - start, held()
 stream.take(20_000)
-print(len(stream._samples), seconds, held_then - before, held() - held_then)
+print(len(pool), seconds, held_then - before, held() - held_then)
 """
     done = subprocess.run(
         [sys.executable, "-c", program], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True

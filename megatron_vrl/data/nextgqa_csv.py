@@ -1,0 +1,82 @@
+"""NExT-GQA as its authors release it: NAME.csv, with gsub_NAME.json beside it, as records.
+
+NAME.csv           video_id, question, answer (its text), qid, type, a0 .. a4, and the video's sizes
+gsub_NAME.json     {video_id: {duration, location {qid: [[s, e], ...]}, fps}}
+map_vid_vidorID.json, if it is there: {video_id: folder/video_id}; without it the videos lie flat
+
+https://github.com/doc-doc/NExT-GQA, datasets/nextgqa. The records are those of the format
+`next_gqa` in readers.py, ids VIDEO_QID. A question without a location has no interval; train.csv
+has no gsub file, and is refused.
+"""
+
+import csv
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_vrl.errors import DataError
+
+LETTERS = "ABCDE"
+MAP = "map_vid_vidorID.json"
+
+
+def load_csv(json_path: str) -> list[dict[str, Any]]:
+    """Raises DataError naming file, line and field."""
+    path = Path(json_path)
+    located = _json(path.with_name(f"gsub_{path.stem}.json"))
+    folders = _json(path.with_name(MAP)) if path.with_name(MAP).exists() else {}
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = csv.DictReader(file)
+            return [_record(row, rows.line_num, json_path, located, folders) for row in rows]
+    except OSError as error:
+        raise DataError(f"Cannot read the annotations {json_path}: {error.strerror}.") from None
+
+
+def _record(
+    row: Mapping[str, str | None],
+    line: int,
+    json_path: str,
+    located: Mapping[str, Any],
+    folders: Mapping[str, str],
+) -> dict[str, Any]:
+    where = f"{json_path}, line {line}"
+    names = ("video_id", "qid", "question", "answer", *(f"a{i}" for i in range(len(LETTERS))))
+    lacking = [name for name in names if row.get(name) is None]
+    if lacking:
+        raise DataError(f"{where}: no field {lacking[0]!r}; give NExT-GQA's CSV as released.")
+    field = {name: value or "" for name, value in row.items()}
+    video, answer = field["video_id"], field["answer"]
+    options = [field[f"a{i}"] for i in range(len(LETTERS))]
+    if answer not in options:
+        raise DataError(
+            f"{where}: field 'answer' is {answer!r:.80}, expected the text of a0 to a4."
+        )
+    if video not in located:
+        raise DataError(f"{where}: gsub_{Path(json_path).stem}.json has no video {video!r}.")
+    return {
+        "id": f"{video}_{field['qid']}",
+        "video": f"{folders.get(video, video)}.mp4",
+        "question": field["question"],
+        "options": [f"({x}) {text}" for x, text in zip(LETTERS, options, strict=True)],
+        "duration": located[video].get("duration"),
+        "glue": located[video].get("location", {}).get(field["qid"], []),
+        "type": field.get("type", ""),
+        "answer": f"({LETTERS[options.index(answer)]})",
+    }
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read ({error.strerror}): NExT-GQA's CSV needs the intervals of this "
+            "file beside it."
+        ) from None
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}.") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path} holds a {type(content).__name__}, expected an object by video id.")
+    return content
