@@ -26,6 +26,7 @@ fi
 stage "lint" ruff check .
 stage "format" ruff format --check .
 stage "types" mypy
-stage "fast tests" pytest -m "not slow and not gpu"
+# Two files at a time: most of a fast test is one busy core, or a wait for a process.
+stage "fast tests" pytest -m "not slow and not gpu" -n 2 --dist loadfile
 stage "slow tests" pytest -m "slow and not gpu" --durations 10
 echo "test: all stages passed in $SECONDS s"

@@ -11,6 +11,7 @@ import torch
 from megatron_vrl.errors import RolloutError
 from megatron_vrl.rollout.buckets import BucketReader, BucketWriter, views
 from megatron_vrl.rollout.checksums import tensor_checksums
+from megatron_vrl.rollout.wire import encode
 
 
 @pytest.fixture
@@ -82,3 +83,33 @@ def test_checksums_use_published_names_and_one_zero():
     assert tensor_checksums(zero.items(), torch.float32) == tensor_checksums(
         other.items(), torch.float32
     )
+
+
+@pytest.mark.gpu
+def test_another_process_can_open_a_bucket_on_the_gpu(tensors):
+    """By CUDA IPC; the reader keeps what it opened, and the next bucket lies in it."""
+    writer, codec = BucketWriter(torch.bfloat16, torch.device("cuda", 0)), "megatron_vrl.rollout"
+    code = (
+        "import sys\n"
+        f"from {codec}.buckets import Bucket, BucketReader\n"
+        f"from {codec}.wire import decode\n"
+        "reader = BucketReader()\n"
+        "for line in sys.stdin:\n"
+        "    bucket = decode(bytes.fromhex(line), Bucket)\n"
+        "    total = sum(t.double().sum().item() for _, t in reader.read(bucket))\n"
+        "    print(total, len(reader._open), flush=True)\n"
+    )
+    reader = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    for factor in (1, 2):
+        scaled = {name: (tensor * factor).bfloat16() for name, tensor in tensors.items()}
+        bucket = writer.write(scaled.items())
+        assert dict(BucketReader().read(bucket))["t1"].equal(scaled["t1"].cuda())  # in-process
+        reader.stdin.write(encode(bucket).hex() + "\n")
+        reader.stdin.flush()
+        total, opened = reader.stdout.readline().split()
+        assert float(total) == pytest.approx(sum(t.double().sum() for t in scaled.values()))
+        assert opened == "1"
+    reader.stdin.close()
+    assert reader.wait() == 0
