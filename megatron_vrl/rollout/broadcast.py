@@ -59,7 +59,10 @@ class Group:
                 wait_for_workers=False,
                 master_listen_fd=None if listener is None else listener.detach(),
             )
-            self._group = _make(dist.PrefixStore(join.name, store), join, own_host, timeout)
+            named = dist.PrefixStore(join.name, store)
+            named.set(f"rank {join.rank}", "here")  # NCCL would wait for ever for one who is not
+            named.wait([f"rank {rank}" for rank in range(join.size)], timeout)
+            self._group = _make(named, join, own_host, timeout)
         except (RuntimeError, OSError) as error:
             raise Broken(_first_line(error)) from None
         self._store = store  # lives as long as the group
