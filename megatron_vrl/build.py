@@ -6,6 +6,7 @@ dealt over all ranks for decoding and rollout, and each model replica ends up wi
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,7 +31,7 @@ from megatron_vrl.rollout.start import identity, start_engine
 from megatron_vrl.rollout.stored import Stored, StoredFiles
 from megatron_vrl.rollouts import Engine, Rollouts
 from megatron_vrl.training.checkpoint import load_weights
-from megatron_vrl.training.eyes import Eyes
+from megatron_vrl.training.eyes import Eyes, look_across
 from megatron_vrl.training.layout import published_files
 from megatron_vrl.training.policy import Policy
 from megatron_vrl.training.saver import Saver
@@ -136,7 +137,9 @@ ENGINES: dict[str, Callable[[RunConfig, Path, tuple[int, ...], torch.device], En
 def _look(cfg: RunConfig, policy: Policy) -> Callable[[Sequence[Prompt]], list[Prompt]]:
     if cfg.rollout.visual_input == "pixels":
         return list
-    return Eyes(policy, cfg.rollout.embeddings_mib).look
+    first = policy.mesh.pipeline.rank == 0
+    eyes = Eyes(policy, cfg.rollout.embeddings_mib) if first else None
+    return partial(look_across, eyes, policy.mesh)
 
 
 def build(cfg: RunConfig) -> Parts:

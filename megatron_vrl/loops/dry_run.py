@@ -60,18 +60,13 @@ def check(cfg: RunConfig, world: int) -> list[str]:
 
 
 def check_visual_input(cfg: RunConfig) -> None:
-    """Raises ConfigError if the vision tower's results cannot be kept, or are not everywhere."""
+    """Raises ConfigError if the vision tower's results cannot be kept."""
     if cfg.rollout.visual_input == "pixels":
         return
     if not (cfg.model.freeze_vision and cfg.model.freeze_merger):
         raise ConfigError(
             "rollout.visual_input=embeddings keeps what the vision tower computes, which must not "
             "be trained then: set model.freeze_vision=true and model.freeze_merger=true."
-        )
-    if cfg.parallel.pipeline > 1:
-        raise ConfigError(
-            "rollout.visual_input=embeddings needs the vision tower on every rank, and with "
-            f"parallel.pipeline={cfg.parallel.pipeline} only the first stage has it: set 1."
         )
 
 

@@ -4,8 +4,8 @@ Tokens are kept in host memory, dropped when they were used longest ago, and bel
 epoch: the tower's parameters as they are until one of them is written to (torch counts that; a
 write through `.data` it does not see). Of a new epoch nothing old is kept.
 
-Left out: pipeline stages, of which only the first has the tower; the warm-up, which shows the tower
-its pixels at every step.
+With pipeline stages the first one, which alone has the tower, looks for the others. Left out: the
+warm-up, which shows the tower its pixels at every step.
 """
 
 from collections import OrderedDict
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from megatron_vrl.model.patches import patchify
 from megatron_vrl.parallel.arrays import as_array
+from megatron_vrl.parallel.mesh import Mesh, gather_objects
 from megatron_vrl.training.policy import Policy
 from megatron_vrl.types import EncodedVideo, Prompt, Visual
 
@@ -25,8 +26,20 @@ MIB = 1 << 20
 Key = tuple[Any, ...]
 
 
+def look_across(eyes: "Eyes | None", mesh: Mesh, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """`Eyes.look` for each pipeline stage's own prompts; `eyes` are those of the first stage, and
+    None elsewhere. All stages call it together."""
+    if mesh.pipeline.size == 1:
+        assert eyes is not None
+        return eyes.look(prompts)
+    of_stages = gather_objects(mesh.pipeline, list(prompts))
+    seen = [[p.seen for p in eyes.look(own)] for own in of_stages] if eyes else []
+    own_seen = gather_objects(mesh.pipeline, seen)[0][mesh.pipeline.rank]
+    return [replace(p, seen=tokens) for p, tokens in zip(prompts, own_seen, strict=True)]
+
+
 class Eyes:
-    """One for each process; ranks need not call it together."""
+    """One for each process of the first pipeline stage; ranks need not call it together."""
 
     def __init__(self, policy: Policy, memory_mib: int) -> None:
         assert policy.chunks[0].vision is not None, "not the first pipeline stage"

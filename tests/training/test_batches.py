@@ -124,6 +124,14 @@ def two_ranks(tmp_path_factory):
 
 
 @pytest.mark.slow
+def test_the_first_stage_looks_for_the_others(two_ranks):
+    first, second = (rank["seen"] for rank in two_ranks)
+    assert (len(first), len(second)) == (1, 2)
+    for seen, tokens in (*first, *second):
+        assert seen == tokens  # each prompt's own
+
+
+@pytest.mark.slow
 def test_two_ranks_share_weights_fill_up_and_fail_together(two_ranks):
     """Three groups on one rank, one on the other, each a micro-batch; then an error of one."""
     first, second = (rank["alone"] for rank in two_ranks)

@@ -123,24 +123,16 @@ def test_what_was_seen_before_is_no_work(policy):
     assert batch_work(arch, pixels).vision > 0 and batch_work(arch, batch).flops >= ideal
 
 
-@pytest.mark.parametrize(
-    ("model", "parallel", "sentence"),
-    [
-        ({"freeze_vision": True}, {}, "must not be trained then: set model.freeze_vision=true and"),
-        ({"freeze_vision": True, "freeze_merger": True}, {"pipeline": 2}, "the first stage has it"),
-    ],
-)
-def test_a_tower_that_is_trained_or_elsewhere_is_refused(model, parallel, sentence):
+def test_a_tower_that_is_trained_is_refused():
     def config(visual_input):
         return RunConfig(
             run={"out_dir": "out"},
-            model={"checkpoint": "c", **model},
-            parallel=parallel,
+            model={"checkpoint": "c", "freeze_vision": True},
             rollout={"visual_input": visual_input},
         )
 
     check_visual_input(config("pixels"))
-    with pytest.raises(ConfigError, match=sentence):
+    with pytest.raises(ConfigError, match=r"must not be trained then: set model\.freeze"):
         check_visual_input(config("embeddings"))
 
 

@@ -5,8 +5,10 @@ Usage: two_ranks_worker.py OUT
 
 import json
 import sys
-from dataclasses import fields, is_dataclass
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,8 @@ from megatron_vrl.config import Batch, Parallel
 from megatron_vrl.errors import VideoError
 from megatron_vrl.parallel.mesh import Mesh, agreed, exchange_objects, init_mesh
 from megatron_vrl.training.batches import plan_batches, rebalance, tokens
+from megatron_vrl.training.eyes import look_across
+from megatron_vrl.types import Prompt
 from tests.tiny import GROUPS
 
 
@@ -31,6 +35,7 @@ def main() -> None:
         "finer": summary(finer),
         "rebalanced": rebalanced(mine, mesh),
         "exchanged": exchanged(mesh),
+        "seen": seen(mesh),
     }
     try:
         with agreed(mesh):
@@ -41,6 +46,19 @@ def main() -> None:
     with agreed(mesh):  # and both are still there
         result["survived"] = True
     (Path(sys.argv[1]) / f"{mesh.rank}.json").write_text(json.dumps(result))
+
+
+def seen(mesh: Mesh) -> list[list[float]]:
+    """As if the ranks were two pipeline stages: what the first one's eyes saw of own prompts."""
+    prompts = [group.prompt for group in (GROUPS[:1] if mesh.rank == 0 else GROUPS[1:3])]
+
+    def look(of_stage: Sequence[Prompt]) -> list[Prompt]:
+        return [replace(p, seen=(np.full(1, float(len(p.token_ids))),)) for p in of_stage]
+
+    eyes: Any = SimpleNamespace(look=look) if mesh.rank == 0 else None
+    stages: Any = SimpleNamespace(pipeline=mesh.data)
+    looked = look_across(eyes, stages, prompts)
+    return [[float(one.seen[0][0]), float(len(one.token_ids))] for one in looked]
 
 
 def summary(planned: list[MicroBatch]) -> dict[str, Any]:
