@@ -6,6 +6,8 @@ from pydantic import BaseModel, Field
 
 from megatron_vrl.config_base import SECTION, Positive, Share
 
+Transport = Literal["auto", "shared_memory", "cuda_ipc", "broadcast", "http"]
+
 
 class Rollout(BaseModel):
     model_config = SECTION
@@ -53,7 +55,7 @@ class Rollout(BaseModel):
     """Share of a GPU's memory that a colocated engine may take."""
     check_weights_every: Positive = 50
     """Compare checksums of engine and trainer at the first and every k-th hand-over."""
-    transport: Literal["auto", "shared_memory", "cuda_ipc", "broadcast", "http"] = "auto"
+    transport: Transport = "auto"
     """How workers get the weights. auto: through memory that both see (the GPU's, if both use the
     same one, or the machine's), else by broadcast (NCCL between GPUs, gloo without); http: as
     bytes, over the worker's one port."""

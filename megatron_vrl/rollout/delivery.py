@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import torch
 
+from megatron_vrl.config_rollout import Transport
 from megatron_vrl.errors import RolloutError
 from megatron_vrl.rollout.broadcast import Broken, Group, invitation
 from megatron_vrl.rollout.buckets import Bucket, BucketWriter, NamedTensors, visible_gpus
@@ -33,7 +34,6 @@ from megatron_vrl.rollout.wire import Load, Version, encode
 
 HAND_OVER_TIMEOUT_S = 300
 
-Transport = Literal["auto", "shared_memory", "cuda_ipc", "broadcast", "http"]
 Way = Literal["shared_memory", "cuda_ipc", "broadcast", "http"]
 Posts = dict[Member, "Future[bytes]"]
 Filled = dict[bool, tuple[BucketWriter, Bucket]]  # on the GPU? -> the bucket there
