@@ -8,7 +8,7 @@ the epoch stays drawn. What was dropped is asked about again the next time, and 
 OUT/selection/epoch-NNNN has the tool's files. Before the first answer the run is saved, so a killed
 one goes on with these very weights and infers no finished part again; each answer's seed comes from
 epoch and place in the pool. A selection that was made after the checkpoint from which a run goes on
-is removed.
+is removed, unless the key is 0 by then: answers that are there stay.
 """
 
 import json
@@ -83,8 +83,9 @@ class Reselection:
         valid = {self._folder(epoch) for epoch, _ in state.selections}
         if self._is_due:
             valid.add(self._folder(stream.epoch))  # of these weights: it was begun
+        cleans = parts.mesh.rank == 0 and parts.cfg.selection.every_epochs > 0
         with agreed(parts.mesh):
-            for folder in self._root.glob("epoch-*") if parts.mesh.rank == 0 else ():
+            for folder in self._root.glob("epoch-*") if cleans else ():
                 if folder not in valid:
                     shutil.rmtree(folder)
 
