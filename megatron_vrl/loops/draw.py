@@ -141,8 +141,9 @@ class Draws:
                     self._file.append(when | problem.row())
         most = self._parts.cfg.video.max_bad_share
         if self._state.bad_samples > most * max(self._num_drawn, FEWEST_DRAWN):
+            since = "since this start " if len(self._bad) < self._state.bad_samples else ""
             raise UserError(
                 f"{self._state.bad_samples} of the {self._num_drawn} samples drawn have bad "
-                f"videos, over video.max_bad_share={most}: since this start {summary(self._bad)}; "
-                "see quarantine.jsonl, check the data with tools/check_data.py, or raise the limit."
+                f"videos, over video.max_bad_share={most}: {since}{summary(self._bad)}; see "
+                "quarantine.jsonl, check the data with tools/check_data.py, or raise the limit."
             )
