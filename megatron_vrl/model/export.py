@@ -19,7 +19,7 @@ from megatron_vrl.model.weight_map import Row, chunk_rows
 from megatron_vrl.parallel.mesh import gather_objects
 
 NamedTensors = Iterator[tuple[str, Tensor]]
-DEFAULT_BUCKET_BYTES = 256 << 20
+DEFAULT_BUCKET_BYTES = 128 << 20
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,7 +102,7 @@ class BucketWriter:
         return self._memory[: bucket.num_bytes]
 
     def contents(self, bucket: Bucket) -> memoryview:
-        """The same, to be sent to another machine."""
+        """The same in this machine's memory, to be sent or filled where it lies there."""
         return self.flat(bucket).cpu().numpy().data
 
     def close(self) -> None:

@@ -5,7 +5,7 @@ Each worker gets them by the quickest way that it and this rank have, or by `rol
     cuda_ipc       both use one GPU: the worker reads the trainer's bucket there
     shared_memory  one machine: the worker maps the trainer's bucket
     broadcast      different machines: NCCL between GPUs, gloo without
-    http           the bytes of the bucket in a message
+    http           the bytes of the bucket behind a message
 
 Two buckets exist at a time: one is filled while the workers load the other. When a broadcast
 breaks, since one of its workers died, the others get that bucket and the rest as bytes; the next
@@ -30,7 +30,7 @@ from megatron_vrl.rollout.broadcast import Broken, Group, invitation
 from megatron_vrl.rollout.buckets import Bucket, BucketWriter, NamedTensors, visible_gpus
 from megatron_vrl.rollout.identity import Member, machine
 from megatron_vrl.rollout.link import Fault, Link, Undelivered
-from megatron_vrl.rollout.wire import Load, Version, encode
+from megatron_vrl.rollout.wire import Load, Version, encode, framed
 
 HAND_OVER_TIMEOUT_S = 300
 
@@ -144,18 +144,16 @@ class Delivery:
         return way == "cuda_ipc" or (way == "broadcast" and bool(self._gpu))
 
     def _begin(self, members: Sequence[Member], filled: Filled) -> _Sent:
-        posts, bodies, work = Posts(), dict[Way, bytes](), None
+        posts, bodies, work = Posts(), dict[Way, tuple[bytes, memoryview | None]](), None
         for member in members:
             way = self._way(member)
             writer, bucket = filled.get(self._on_gpu(way)) or next(iter(filled.values()))
             if way not in bodies:
-                load = Load(bucket=bucket)
-                if way == "http":
-                    load = replace(load, contents=bytes(writer.contents(bucket)))
-                elif way == "broadcast":
-                    load = replace(load, group=self._group_name)
-                bodies[way] = encode(load)
-            posts[member] = self._post(member, "weights/load", bodies[way])
+                follows = writer.contents(bucket) if way == "http" else None
+                group = self._group_name if way == "broadcast" else ""
+                load = Load(bucket=bucket, follows=follows is not None, group=group)
+                bodies[way] = framed(load), follows
+            posts[member] = self._post(member, "weights/load", *bodies[way])
         if "broadcast" in bodies and self._group is not None:
             writer, bucket = filled[self._on_gpu("broadcast")]
             work = self._group.start(writer.flat(bucket))
@@ -212,9 +210,11 @@ class Delivery:
     def _to_all(self, members: Sequence[Member], path: str, body: bytes) -> None:
         self._outcomes({m: self._post(m, path, body) for m in self._well(members)})
 
-    def _post(self, member: Member, path: str, body: bytes) -> "Future[bytes]":
+    def _post(
+        self, member: Member, path: str, body: bytes, follows: memoryview | None = None
+    ) -> "Future[bytes]":
         async def post() -> bytes:
-            answer = self._link.post(member.address, path, body)
+            answer = self._link.post(member.address, path, body, follows)
             return await asyncio.wait_for(answer, HAND_OVER_TIMEOUT_S)
 
         return self._link.start(post())

@@ -3,7 +3,7 @@
 import asyncio
 import os
 import threading
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from megatron_vrl.rollout.rendezvous import TOKEN_VARIABLE
 from megatron_vrl.rollout.wire import Garbage, decode
 
 CONNECT_S = 2.0
+PIECE_BYTES = 1 << 20
 
 Result = TypeVar("Result")
 
@@ -57,10 +58,22 @@ class Link:
             raise _fault(error) from None
         return decode_or_fault(_checked(response), Health)
 
-    async def post(self, address: str, path: str, body: bytes) -> bytes:
-        """Raises Fault, or RolloutError where the worker says that the request is at fault."""
+    async def post(
+        self, address: str, path: str, body: bytes, follows: memoryview | None = None
+    ) -> bytes:
+        """`follows`: bytes behind the body, sent from where they lie.
+
+        Raises Fault, or RolloutError where the worker says that the request is at fault.
+        """
+        content: bytes | AsyncIterator[bytes] = body
+        headers = {}
+        if follows is not None:
+            content = _pieces(body, follows)
+            headers["Content-Length"] = str(len(body) + len(follows))
         try:
-            response = await self._http.post(f"http://{address}/{path}", content=body)
+            response = await self._http.post(
+                f"http://{address}/{path}", content=content, headers=headers
+            )
         except (httpx.HTTPError, OSError) as error:
             raise _fault(error) from None
         if response.status_code == 422:
@@ -78,6 +91,12 @@ class Link:
             limits=httpx.Limits(max_connections=None),
             trust_env=False,  # workers are near: no proxy
         )
+
+
+async def _pieces(body: bytes, follows: memoryview) -> AsyncIterator[bytes]:
+    yield body
+    for start in range(0, len(follows), PIECE_BYTES):
+        yield bytes(follows[start : start + PIECE_BYTES])
 
 
 def decode_or_fault(data: bytes, kind: type[Result]) -> Result:

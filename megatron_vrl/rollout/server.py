@@ -6,7 +6,8 @@ arrive in the midst of an answer. The HTTP side only reads, waits and writes.
 
     GET  /health           -> Health
     POST /generate    Ask  -> Answered
-    POST /weights/start, /weights/join (Join), /weights/load (Load), /weights/finish (Version)
+    POST /weights/start, /weights/join (Join), /weights/finish (Version)
+    POST /weights/load     framed Load, and the bucket's bytes if they follow
     POST /checksums        -> Checksums
 
 Answers other than 200 carry one sentence: 401 the token is wrong; 409 the worker's state does not
@@ -22,7 +23,7 @@ import sys
 import threading
 import traceback
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -47,6 +48,7 @@ from megatron_vrl.rollout.wire import (
     Version,
     decode,
     encode,
+    read_framed,
 )
 from megatron_vrl.types import Rollout
 
@@ -54,6 +56,7 @@ BROKEN = 3  # exit code: start me again
 BROADCAST_TIMEOUT_S = 300  # for one bucket
 
 Answer = TypeVar("Answer")
+Message = TypeVar("Message")
 
 
 class StateConflict(Exception):
@@ -68,7 +71,7 @@ class EngineThread:
         self._calls: queue.Queue[tuple[Callable[[], Any], Future[Any]]] = queue.Queue()
         self._groups: dict[str, Future[list[Rollout]]] = {}
         self._updating = False
-        self._inboxes: dict[str, BucketWriter] = {}  # for weights that come over a network
+        self._inboxes: dict[str, BucketWriter] = {}  # for broadcasts, by device
         self._broadcasts: dict[str, tuple[Join, Group]] = {}  # by sender
         threading.Thread(target=self._run, name="engine", daemon=True).start()
 
@@ -117,12 +120,7 @@ class EngineThread:
     def load(self, load: Load) -> None:
         """Raises Broken."""
         bucket = load.bucket
-        if load.contents:
-            bucket, memory = self._inbox("cpu").hold(bucket)
-            memory.copy_(torch.frombuffer(bytearray(load.contents), dtype=torch.uint8))
-        elif load.group:
-            bucket = self._received(load.group, bucket)
-        self.engine.load(bucket)
+        self.engine.load(self._received(load.group, bucket) if load.group else bucket)
 
     def _received(self, name: str, bucket: Bucket) -> Bucket:
         for sender, (join, group) in self._broadcasts.items():
@@ -184,6 +182,7 @@ class EngineThread:
 def make_app(engine: ColocatedEngine, identity: Identity, token: str) -> Starlette:
     """`token` "": none is asked for."""
     thread, instance, gpus = EngineThread(engine), uuid.uuid4().hex, visible_gpus()
+    inboxes: list[BucketWriter] = []  # that nothing is received into
 
     async def health(_: bytes) -> Health:
         return Health(
@@ -205,9 +204,26 @@ def make_app(engine: ColocatedEngine, identity: Identity, token: str) -> Starlet
         message = decode(body, Join)
         await asyncio.wrap_future(thread.call(lambda: thread.join(message)))
 
-    async def load(body: bytes) -> None:
-        message = decode(body, Load)
-        await asyncio.wrap_future(thread.call(lambda: thread.load(message)))
+    async def load(received: tuple[Load, BucketWriter | None]) -> None:
+        message, inbox = received
+        loaded = thread.call(lambda: thread.load(message))
+        if inbox is not None:
+            loaded.add_done_callback(lambda _: inboxes.append(inbox))
+        await asyncio.wrap_future(loaded)
+
+    async def receive(request: HttpRequest) -> tuple[Load, BucketWriter | None]:
+        pieces = request.stream()
+        message, begin = await read_framed(pieces, Load)
+        if not message.follows:
+            return message, None
+        inbox = inboxes.pop() if inboxes else BucketWriter(engine.dtype)
+        try:
+            bucket, _ = inbox.hold(message.bucket)
+            await _fill(inbox.contents(bucket), begin, pieces)
+        except BaseException:
+            inboxes.append(inbox)
+            raise
+        return replace(message, bucket=bucket), inbox
 
     async def finish(body: bytes) -> None:
         version = decode(body, Version).version
@@ -216,19 +232,29 @@ def make_app(engine: ColocatedEngine, identity: Identity, token: str) -> Starlet
     async def checksums(_: bytes) -> Checksums:
         return Checksums(by_name=await asyncio.wrap_future(thread.call(engine.weights_checksum)))
 
-    posts = {
-        "/generate": generate,
-        "/weights/start": start,
-        "/weights/join": join,
-        "/weights/load": load,
-        "/weights/finish": finish,
-        "/checksums": checksums,
-    }
-    routes = [Route("/health", _endpoint(health, token))]
-    routes += [
-        Route(path, _endpoint(does, token), methods=["POST"]) for path, does in posts.items()
+    whole = HttpRequest.body
+    routes = [
+        Route("/health", _endpoint(whole, health, token)),
+        _post("/generate", _endpoint(whole, generate, token)),
+        _post("/weights/start", _endpoint(whole, start, token)),
+        _post("/weights/join", _endpoint(whole, join, token)),
+        _post("/weights/load", _endpoint(receive, load, token)),
+        _post("/weights/finish", _endpoint(whole, finish, token)),
+        _post("/checksums", _endpoint(whole, checksums, token)),
     ]
     return Starlette(routes=routes)
+
+
+async def _fill(memory: memoryview, begin: bytearray, pieces: AsyncIterator[bytes]) -> None:
+    """Raises Garbage if the pieces are fewer or more than the memory."""
+    end = len(begin)
+    memory[:end] = begin[: len(memory)]
+    async for piece in pieces:
+        start, end = end, end + len(piece)
+        if end <= len(memory):
+            memory[start:end] = piece
+    if end != len(memory):
+        raise Garbage(f"a bucket of {len(memory)} bytes came with {end}")
 
 
 async def _or_gone(http: HttpRequest, work: Awaitable[Answer]) -> Answer:
@@ -241,8 +267,14 @@ async def _or_gone(http: HttpRequest, work: Awaitable[Answer]) -> Answer:
     return await task
 
 
+def _post(path: str, endpoint: Callable[[HttpRequest], Awaitable[Response]]) -> Route:
+    return Route(path, endpoint, methods=["POST"])
+
+
 def _endpoint(
-    does: Callable[[bytes], Awaitable[Any]], token: str
+    read: Callable[[HttpRequest], Awaitable[Message]],
+    does: Callable[[Message], Awaitable[Any]],
+    token: str,
 ) -> Callable[[HttpRequest], Awaitable[Response]]:
     wanted = f"Bearer {token}"
 
@@ -251,7 +283,8 @@ def _endpoint(
         if token and not hmac.compare_digest(given.encode(), wanted.encode()):
             return PlainTextResponse("The worker asks for its token.", 401)
         try:
-            return Response(encode(await _or_gone(request, does(await request.body()))))
+            message = await read(request)
+            return Response(encode(await _or_gone(request, does(message))))
         except StateConflict as error:
             return PlainTextResponse(str(error), 409)
         except (RolloutError, Garbage) as error:

@@ -4,6 +4,7 @@ Nothing is ever unpickled, and a message is checked against its type as it is re
 not fit is `Garbage`.
 """
 
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from megatron_vrl.rollout.requests import Request, SamplingSpec
 from megatron_vrl.types import Rollout
 
 Message = TypeVar("Message")
+LENGTH_BYTES = 8  # of a message that more bytes follow
 
 
 class Garbage(ValueError):
@@ -36,8 +38,8 @@ class Answered:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
     bucket: Bucket
-    contents: bytes = b""  # of a bucket whose memory cannot be shared
-    group: str = ""  # which the contents come from by broadcast
+    follows: bool = False  # the bucket's bytes, behind the message
+    group: str = ""  # which the bytes come from by broadcast
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +62,25 @@ def decode(data: bytes, kind: type[Message]) -> Message:
         return msgspec.msgpack.decode(data, type=kind, dec_hook=_array_from_wire)
     except (msgspec.DecodeError, ValueError, TypeError, KeyError) as error:
         raise Garbage(f"not a {kind.__name__}: {error}") from None
+
+
+def framed(message: Any) -> bytes:
+    """With its length before it, so that other bytes may follow."""
+    data = encode(message)
+    return len(data).to_bytes(LENGTH_BYTES) + data
+
+
+async def read_framed(
+    pieces: AsyncIterator[bytes], kind: type[Message]
+) -> tuple[Message, bytearray]:
+    """The message that begins a stream, and what was read beyond it. Raises Garbage."""
+    data = bytearray()
+    async for piece in pieces:
+        data += piece
+        end = LENGTH_BYTES + int.from_bytes(data[:LENGTH_BYTES])
+        if len(data) >= max(end, LENGTH_BYTES):
+            return decode(bytes(data[LENGTH_BYTES:end]), kind), data[end:]
+    raise Garbage(f"not a {kind.__name__}: it breaks off")
 
 
 def _array_to_wire(value: Any) -> Any:

@@ -18,12 +18,14 @@ import yaml
 
 from megatron_vrl.config import load_config
 from megatron_vrl.errors import RolloutError
+from megatron_vrl.rollout.buckets import BucketWriter
 from megatron_vrl.rollout.checksums import tensor_checksums
 from megatron_vrl.rollout.pool import WorkerPool
 from megatron_vrl.rollout.rendezvous import TOKEN_VARIABLE
 from megatron_vrl.rollout.requests import SamplingSpec
 from megatron_vrl.rollout.special_tokens import banned_token_ids
 from megatron_vrl.rollout.start import identity
+from megatron_vrl.rollout.wire import Load, framed
 from tests.conftest import ENVIRONMENT, ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -192,6 +194,22 @@ def test_a_broadcast_that_loses_a_worker_goes_on_as_bytes(
         hand_over(pool, weights, version=4)  # with the one that is started again, by broadcast
         assert list(pool.checksums().values()) == [sums, sums]
         assert "given up" not in capfd.readouterr().err
+
+
+def test_a_bucket_that_is_cut_short_is_refused_and_another_may_come(pool, weights):
+    members = pool.gather(2)
+    writer = BucketWriter(torch.float32)
+    bucket = writer.write(weights.items())
+    contents = bytes(writer.contents(bucket))
+    with httpx.Client(trust_env=False, headers={"Authorization": f"Bearer {TOKEN}"}) as client:
+        for wrong in (contents[:-1], contents + b"!", b""):
+            body = framed(Load(bucket=bucket, follows=True)) + wrong
+            answer = client.post(f"http://{members[0].address}/weights/load", content=body)
+            assert answer.status_code == 422
+            assert answer.text == f"a bucket of {len(contents)} bytes came with {len(wrong)}"
+    hand_over(pool, weights, version=5)
+    sums = tensor_checksums(weights.items(), torch.float32)
+    assert list(pool.checksums().values()) == [sums, sums]
 
 
 def test_a_transport_that_does_not_lead_there_is_refused(
