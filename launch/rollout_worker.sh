@@ -3,7 +3,7 @@
 #   launch/rollout_worker.sh --config configs/NAME.yaml [--host H] [--port P] [section.key=value ...]
 # The config is the trainer's own. A worker that dies is started again, up to RESTARTS times; one
 # that refuses its config or was told to stop is not. To listen anywhere but on 127.0.0.1, set
-# MEGATRON_VRL_ROLLOUT_TOKEN here and for the trainer.
+# MEGATRON_VRL_ROLLOUT_TOKEN here and for the trainer. PYTHON names another interpreter.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -17,7 +17,7 @@ refused=2 # megatron_vrl.errors.EXIT_CODE
 worker=
 trap 'trap - TERM INT; [[ -z "$worker" ]] || kill -TERM "$worker"; wait || true; exit 0' TERM INT
 for ((start = 0; start <= RESTARTS; start++)); do
-    python3 -m megatron_vrl.rollout_worker "$@" &
+    "${PYTHON:-python3}" -m megatron_vrl.rollout_worker "$@" &
     worker=$!
     code=0
     wait "$worker" || code=$?

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.conftest import ROOT, run_python
+from tests.running import ROOT, run_python
 from tests.video.conftest import write_clip
 
 BENCH = ROOT / "tools" / "bench.py"

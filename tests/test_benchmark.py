@@ -12,8 +12,8 @@ from megatron_vrl.benchmark import items_of, questions, read_predictions, table,
 from megatron_vrl.errors import DataError
 from megatron_vrl.rewards import seed_evaluation
 from megatron_vrl.rewards.benchmarks import BENCHMARKS, FAILURES, interval_of_mean
-from tests.conftest import run_python
 from tests.data.test_benchmarks import RECORDS, source_of
+from tests.running import run_python
 
 RNG = random.Random(3)
 CAPTIONS = {

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import CONFIG, ROOT, run_python
+from tests.running import CONFIG, ROOT, run_python
 from tests.video.conftest import write_clip
 
 GQA = {

@@ -15,7 +15,7 @@ from megatron_vrl.model.published import PublishedCheckpoint, PublishedWriter
 from megatron_vrl.model.shapes import published_shapes
 from megatron_vrl.training.convert import compare, convert_to_megatron, convert_to_published
 from megatron_vrl.training.torch_dist import TorchDistReader, TorchDistWriter
-from tests.conftest import ROOT, run_python
+from tests.running import ROOT, run_python
 from tests.tiny_models import published_model, save
 
 TOOL = ROOT / "tools" / "convert_checkpoint.py"

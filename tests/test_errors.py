@@ -22,7 +22,7 @@ from megatron_vrl.model.chunks import check_divides
 from megatron_vrl.model.precision import check_available
 from megatron_vrl.model.published import PublishedCheckpoint
 from megatron_vrl.rewards import weights_of
-from tests.conftest import CONFIG, ENVIRONMENT, ROOT, run_python, train_command
+from tests.running import CONFIG, ENVIRONMENT, ROOT, run_python, train_command
 from tests.tiny_models import published_model, save
 
 SHORT = ("sft.steps=0", "grpo.steps=3", "grpo.evaluate_every=0", "rollout.prompts_per_step=2")

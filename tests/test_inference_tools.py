@@ -16,7 +16,7 @@ from megatron_vrl.observe.marked import MARK, marked_strip
 from megatron_vrl.predict import predict
 from megatron_vrl.rewards.selection import KEPT
 from megatron_vrl.selection import apply_rules, collect_answers, pool
-from tests.conftest import CONFIG
+from tests.running import CONFIG
 
 pytestmark = pytest.mark.slow
 SMALL = ("rollout.kv_cache_mib=64", "video.decoder=pyav", "evaluation.max_response_tokens=16")

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import CONFIG, ENVIRONMENT, ROOT
+from tests.running import CONFIG, ENVIRONMENT, ROOT
 
 SMALL = (
     "sft.stop_metric=''",

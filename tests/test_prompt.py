@@ -9,7 +9,7 @@ import pytest
 from megatron_vrl.data.prompt import PromptEncoder, VisionTokens
 from megatron_vrl.errors import CheckpointError, ConfigError
 from megatron_vrl.tasks import SYSTEM_PROMPTS, TASKS
-from tests.conftest import ROOT
+from tests.running import ROOT
 from tests.tiny import video
 
 SAMPLE = {

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from megatron_vrl.rollout.records import read_rollouts
-from tests.conftest import ENVIRONMENT, kill_job, train_command
+from tests.running import ENVIRONMENT, kill_job, train_command
 from tests.test_main_job import numbers, rows_of, stored_answers
 from tests.test_stored_job import OPTIONS as SMALL
 

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_vrl.model.architecture import read_architecture
 from megatron_vrl.planner.hardware import GPUS, Gpu
-from tests.conftest import ROOT, run_python
+from tests.running import ROOT, run_python
 
 sys.path.append(str(ROOT / "tools"))
 

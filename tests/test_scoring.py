@@ -18,7 +18,7 @@ from megatron_vrl.rollout.torchvision_shim import declare_missing_ops
 from megatron_vrl.scoring import SAMPLES_AT_A_TIME, score_config, score_file
 from megatron_vrl.video import VideoReader
 from megatron_vrl.video.image import read_image, read_image_rules
-from tests.conftest import ROOT, run_python
+from tests.running import ROOT, run_python
 
 TOOL = ROOT / "tools" / "score_responses.py"
 VIDEO = ("video.decoder=pyav", "video.min_pixels=784", "video.max_pixels=6272")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vrl.rollout.records import read_rollouts
-from tests.conftest import ENVIRONMENT, ROOT, train_command
+from tests.running import ENVIRONMENT, ROOT, train_command
 from tests.test_main_job import numbers, rows_of
 
 BRIEF = "{format: 0.5, brief: 0.5}"  # answers earn something before any warm-up

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_vrl.config import check_off_policy, load_config
 from megatron_vrl.errors import ConfigError
-from tests.conftest import CONFIG, ENVIRONMENT, ROOT, train_command
+from tests.running import CONFIG, ENVIRONMENT, ROOT, train_command
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 STEPS, PROMPTS = 6, 4

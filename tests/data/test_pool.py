@@ -15,7 +15,7 @@ from megatron_vrl.data.pool import IndexedSource, index_records
 from megatron_vrl.data.problems import Problem
 from megatron_vrl.data.readers import read
 from megatron_vrl.errors import DataError, VideoError
-from tests.conftest import ENVIRONMENT, ROOT
+from tests.running import ENVIRONMENT, ROOT
 
 RECORD = {
     "id": "0",

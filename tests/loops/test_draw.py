@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, run_python
 from tests.loops.draw_worker import BAD, NUM_FILES, check
+from tests.running import ROOT, run_python
 from tests.video.conftest import write_clip
 
 

@@ -19,8 +19,8 @@ from megatron_vrl.loops.stream import ordered
 from megatron_vrl.observe.clock import Clock
 from megatron_vrl.parallel.mesh import close_mesh, init_mesh
 from megatron_vrl.types import Rollout as Answered
-from tests.conftest import CONFIG
 from tests.data.test_mix import sample
+from tests.running import CONFIG
 from tests.tiny import video
 
 SOURCE = {"json_path": "a", "data_folder": "b"}

@@ -10,7 +10,7 @@ from megatron_vrl.model.architecture import read_architecture
 from megatron_vrl.model.fusion import FUSED_GRADIENT, GradientFusion, gradient_fusion, importable
 from megatron_vrl.model.qwen25vl import language_config
 from megatron_vrl.model.vision import vision_config
-from tests.conftest import ROOT
+from tests.running import ROOT
 
 ARCH = read_architecture(ROOT / "configs" / "models" / "qwen2.5-vl-3b.json")
 

@@ -1,18 +1,15 @@
 """Every layout equals the single process: loss, every gradient, and the weights after updates."""
 
 import functools
-import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests.model.layout_worker import LAYOUTS, train
+from tests.running import ENVIRONMENT, ROOT, python
 from tests.tiny_models import MODELS, published_model, save
 
-ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # a launch trains all its layouts
 CASES = [(name, model) for name, layout in LAYOUTS.items() for model in layout.models]
 LANGUAGE, VISION, MERGER = "language", "vision", "merger"
@@ -27,12 +24,12 @@ def trained(tmp_path_factory):
 
     @functools.cache
     def launch(processes: int) -> None:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command = [python(), "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", str(processes), "-m", "tests.model.layout_worker"]
         done = subprocess.run(
             [*command, str(directory)],
             cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"},
+            env=ENVIRONMENT,
             capture_output=True,
             text=True,
             timeout=800,

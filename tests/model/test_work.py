@@ -23,7 +23,7 @@ from megatron_vrl.model.work import (
     plain_tokens,
     update_flops,
 )
-from tests.conftest import ROOT
+from tests.running import ROOT
 from tests.tiny import GROUPS, VIDEO_TOKEN, prompt, video
 from tests.tiny_models import published_model, save
 

@@ -7,7 +7,6 @@ found is in docs/planner.md.
 
 import json
 import subprocess
-import sys
 from itertools import product
 
 import pytest
@@ -17,8 +16,8 @@ from megatron_vrl.model.chunks import stage_chunks
 from megatron_vrl.planner.activations import Kernels, head_kept, language_layer
 from megatron_vrl.planner.memory import in_flight, stage_memory
 from megatron_vrl.planner.workload import Packed, Sizes
-from tests.conftest import ENVIRONMENT, ROOT
 from tests.planner.measured import ARCHITECTURES, measure
+from tests.running import ENVIRONMENT, ROOT, python
 
 WORKER = ROOT / "tests" / "planner" / "measured.py"
 WITHIN = 0.10
@@ -65,7 +64,7 @@ def measured(tmp_path, cases, ranks=1):
         torchrun = str(ROOT / "launch" / "torchrun.py")
         program = [torchrun, "--standalone", "--nproc-per-node", str(ranks), *program]
     run = subprocess.run(
-        [sys.executable, *program], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+        [python(), *program], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(out.read_text())

@@ -14,7 +14,7 @@ from megatron_vrl.planner.hardware import GPUS, find_gpu
 from megatron_vrl.planner.plan import Question, make_plan, refusals
 from megatron_vrl.planner.speed import Machine
 from megatron_vrl.planner.workload import TEXT_TOKENS, step_sizes, video_grid
-from tests.conftest import ROOT
+from tests.running import ROOT
 from tools import plan as program
 
 READY = {  # parameters, and the GPU that the config is for

@@ -13,7 +13,7 @@ from megatron_vrl.planner.hardware import GPUS
 from megatron_vrl.planner.memory import optimizer_bytes
 from megatron_vrl.planner.parameters import Numbers
 from megatron_vrl.planner.plan import Question, make_plan
-from tests.conftest import ROOT
+from tests.running import ROOT
 
 QWEN = read_architecture(ROOT / "configs" / "models" / "qwen2.5-vl-7b.json")
 LLAMA3_8B = replace(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from megatron_vrl.config import Rewards
 from megatron_vrl.errors import DataError
 from megatron_vrl.rewards.grading import Grader
-from tests.conftest import ENVIRONMENT, ROOT
+from tests.running import ENVIRONMENT, ROOT
 
 GROUNDING = {"id": "a", "duration_s": 30.0, "intervals_s": [[6.0, 15.0]]}
 RIGHT = '<think>x</think><answer>{"start_time": "6.0", "end_time": "15.0"}</answer>'

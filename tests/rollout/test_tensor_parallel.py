@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from megatron_vrl.rollout.checksums import tensor_checksums
-from tests.conftest import run_python
 from tests.rollout.tensor_worker import SPEC
+from tests.running import run_python
 
 pytestmark = pytest.mark.slow
 FACTOR = 1.05  # of the second hand-over

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.conftest import run_python
+from tests.running import run_python
 
 
 @pytest.mark.slow

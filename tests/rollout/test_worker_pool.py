@@ -26,7 +26,7 @@ from megatron_vrl.rollout.requests import SamplingSpec
 from megatron_vrl.rollout.special_tokens import banned_token_ids
 from megatron_vrl.rollout.start import identity
 from megatron_vrl.rollout.wire import Load, framed
-from tests.conftest import ENVIRONMENT, ROOT
+from tests.running import ENVIRONMENT, ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 TOKEN = "open sesame"

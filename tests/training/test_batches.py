@@ -11,7 +11,7 @@ from megatron_vrl.config import Batch, Parallel
 from megatron_vrl.parallel.mesh import close_mesh, init_mesh
 from megatron_vrl.training.batches import plan_batches, rebalance
 from megatron_vrl.training.batches import tokens as num_tokens
-from tests.conftest import run_python
+from tests.running import run_python
 from tests.tiny import GROUPS
 
 

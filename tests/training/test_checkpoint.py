@@ -23,7 +23,7 @@ from megatron_vrl.training.convert import convert_to_megatron, convert_to_publis
 from megatron_vrl.training.layout import published_files
 from megatron_vrl.training.policy import Policy
 from megatron_vrl.training.saver import Saver, latest, newest_sound
-from tests.conftest import run_python
+from tests.running import run_python
 from tests.tiny_models import published_model, save
 from tests.training.checkpoint_worker import OPTIMIZER, RESHARDED, SAVED, step
 

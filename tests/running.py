@@ -1,0 +1,54 @@
+"""How tests start programs: the main job, tools, anything in Python."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+from tests import warm
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "configs" / "quickstart.yaml"
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": str(ROOT),
+}
+
+
+def python() -> str:
+    """What runs Python programs in ENVIRONMENT."""
+    return ENVIRONMENT.get("PYTHON", sys.executable)
+
+
+def run_python(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """`python ARGUMENTS` with its output caught."""
+    return subprocess.run(
+        [python(), *map(str, arguments)],
+        cwd=cwd,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+
+
+def train_command(*overrides: str, ranks: int = 1) -> list[str]:
+    """The command line of README over the quickstart's config; torchrun for several ranks."""
+    program = ["-m", "megatron_vrl.train", "--config", str(CONFIG), *overrides]
+    if ranks > 1:
+        torchrun = str(ROOT / "launch" / "torchrun.py")
+        program = [torchrun, "--standalone", "--nproc-per-node", str(ranks), *program]
+    return [python(), *program]
+
+
+def kill_job(launcher: subprocess.Popen) -> None:
+    """SIGKILL for torchrun and its ranks, which have sessions of their own and would outlive it."""
+    job = warm.family(launcher.pid)
+    for process in job:
+        process.kill()
+    psutil.wait_procs(job[1:])
+    launcher.wait()

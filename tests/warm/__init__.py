@@ -1,0 +1,43 @@
+"""Programs that tests start need not each import torch, Megatron and vLLM."""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from shlex import quote
+
+import psutil
+
+HERE = Path(__file__).parent
+
+
+def start(environment: dict[str, str]) -> None:
+    """Start a server for programs with this environment, and name it there for `client.py`, and
+    that as PYTHON for tests and scripts, PYTHON_EXEC for torchrun. It ends with this process."""
+    folder = Path(tempfile.mkdtemp(prefix="warm-"))
+    python = folder / "python"
+    python.write_text(
+        f'#!/bin/sh\nexec {quote(sys.executable)} -IS {quote(f"{HERE}/client.py")} "$@"\n'
+    )
+    python.chmod(0o755)
+    server = subprocess.Popen(
+        [sys.executable, HERE / "server.py", folder / "socket"],
+        env=environment,
+        stdin=subprocess.PIPE,  # closed when this process ends, which ends the server
+        stderr=(folder / "server.log").open("w"),
+    )
+    while not (folder / "socket").exists():
+        assert server.poll() is None
+    environment |= {"WARM_SOCKET": f"{folder}/socket"}
+    environment |= dict.fromkeys(("PYTHON", "PYTHON_EXEC"), str(python))
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """A process and its descendants, with the programs that clients stand for."""
+    found = [psutil.Process(pid)]
+    for process in found:
+        found += process.children()
+        kind, _, program = process.name().partition(" ")
+        if kind == "warm":
+            found.append(psutil.Process(int(program)))
+    return found
