@@ -56,17 +56,24 @@ class Going:
 def begin(parts: Parts, state: RunState, sinks: Sinks) -> Going:
     """Set the policy and the data to where the run stands."""
     cfg = parts.cfg
-    pool = training_pool(parts)
-    stream = training_stream(parts, pool)
-    stream.restore(state.stream)
-    reselection = Reselection(parts, state, pool, stream, sinks.say)
-    draws = Draws(parts, stream, state, sinks.say)
     if cfg.algorithm.kl > 0:
         keep_reference(parts, state)
     start_phase(parts, state, cfg.grpo.optimizer, cfg.grpo.steps)
-    sinks.begin("grpo", cfg.grpo.steps, state.step)
-    flights, files = Flights(parts, state, draws), RolloutFiles(parts, state.step)
-    return Going(draws, flights, files, reselection)
+    return begin_data(parts, state, sinks)
+
+
+def begin_data(parts: Parts, state: RunState, sinks: Sinks) -> Going:
+    pool = training_pool(parts)
+    stream = training_stream(parts, pool)
+    stream.restore(state.stream)
+    draws = Draws(parts, stream, state, sinks.say)
+    sinks.begin("grpo", parts.cfg.grpo.steps, state.step)
+    return Going(
+        draws,
+        Flights(parts, state, draws),
+        RolloutFiles(parts, state.step),
+        Reselection(parts, state, pool, stream, sinks.say),
+    )
 
 
 def end_step(

@@ -13,18 +13,13 @@ from pathlib import Path
 from megatron_vrl.build import Parts, build
 from megatron_vrl.config import RunConfig
 from megatron_vrl.errors import ConfigError, UserError
-from megatron_vrl.loops.draw import Draws
 from megatron_vrl.loops.dry_run import check
 from megatron_vrl.loops.experience import collect
-from megatron_vrl.loops.flights import Flights
-from megatron_vrl.loops.grpo import Going, warn
+from megatron_vrl.loops.grpo import begin_data, warn
 from megatron_vrl.loops.numbers import answer_numbers
 from megatron_vrl.loops.record import record
-from megatron_vrl.loops.reselect import Reselection
-from megatron_vrl.loops.rollout_files import RolloutFiles
 from megatron_vrl.loops.run_dir import PROGRESS, check_run_dir
 from megatron_vrl.loops.state import RunState
-from megatron_vrl.loops.stream import training_pool, training_stream
 from megatron_vrl.observe.files import write_file
 from megatron_vrl.observe.metrics import StepMetrics
 from megatron_vrl.observe.sinks import Sinks, open_sinks
@@ -79,7 +74,9 @@ def _check(cfg: RunConfig) -> None:
 
 def _steps(parts: Parts, state: RunState, sinks: Sinks, progress: Path) -> None:
     cfg, clock = parts.cfg, parts.clock
-    going = _begin(parts, state, sinks)
+    if cfg.algorithm.kl > 0 and cfg.algorithm.kl_in == "reward":
+        parts.policy.keep_reference()
+    going = begin_data(parts, state, sinks)
     with clock("sync"):
         parts.rollouts.hand_over(state.version)
     while state.step < cfg.grpo.steps:
@@ -97,19 +94,3 @@ def _steps(parts: Parts, state: RunState, sinks: Sinks, progress: Path) -> None:
         with agreed(parts.mesh):  # every rank has written the step
             if parts.mesh.rank == 0:
                 write_file(progress, json.dumps(asdict(state)))
-
-
-def _begin(parts: Parts, state: RunState, sinks: Sinks) -> Going:
-    pool = training_pool(parts)
-    stream = training_stream(parts, pool)
-    stream.restore(state.stream)
-    draws = Draws(parts, stream, state, sinks.say)
-    if parts.cfg.algorithm.kl > 0 and parts.cfg.algorithm.kl_in == "reward":
-        parts.policy.keep_reference()
-    sinks.begin("grpo", parts.cfg.grpo.steps, state.step)
-    return Going(
-        draws,
-        Flights(parts, state, draws),
-        RolloutFiles(parts, state.step),
-        Reselection(parts, state, pool, stream, sinks.say),
-    )

@@ -10,6 +10,7 @@ its other two scalings keep nothing and there is no metric. Over all ranks; a va
 makes twice counts twice, and a weight as often as ranks hold it.
 """
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -76,11 +77,17 @@ def _named(
 
 def _engine_maxima(module: torch.nn.Module) -> dict[str, Tensor]:
     """Operand -> [5] of a layer of Transformer Engine; {} of any other."""
+    return maxima(module.fp8_meta) if isinstance(module, _engine_layers()) else {}
+
+
+@functools.cache
+def _engine_layers() -> Any:
+    """Their class; (), which nothing is an instance of, without Transformer Engine."""
     if find_spec("transformer_engine") is None:
-        return {}
+        return ()
     from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 
-    return maxima(module.fp8_meta) if isinstance(module, TransformerEngineBaseModule) else {}
+    return TransformerEngineBaseModule
 
 
 def maxima(meta: Mapping[str, Any]) -> dict[str, Tensor]:
