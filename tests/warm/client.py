@@ -42,9 +42,8 @@ def follow(pid: int, server: socket.socket) -> None:
     """Hand signals on; end as the program ends. Is called `warm PID` meanwhile."""
     with open("/proc/self/comm", "w") as name:
         name.write(f"warm {pid}")
-    for number in FORWARDED:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda number, _: hand_on(pid, number))
+    for number in FORWARDED:  # what is ignored here, the program ignores until it decides otherwise
+        signal.signal(number, lambda number, _: hand_on(pid, number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
     code = os.waitstatus_to_exitcode(told(server))
     if code < 0:

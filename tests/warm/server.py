@@ -27,6 +27,7 @@ import socket
 import sys
 import threading
 import traceback
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ def import_everything() -> None:
         importlib.import_module(name)
     for module in pkgutil.walk_packages([str(ROOT / "megatron_vrl")], "megatron_vrl."):
         importlib.import_module(module.name)
+    warnings.filterwarnings("ignore", "'.*' found in sys.modules", RuntimeWarning)  # they all are
     gc.freeze()
     threads = len(os.listdir("/proc/self/task"))
     if threads > 1:
@@ -236,7 +238,6 @@ def run_main(program: Program) -> None:
     sys.dont_write_bytecode |= "-B" in options
     if kind == "-m":
         sys.path[0], sys.argv = program.cwd, rest
-        sys.modules.pop(rest[0], None)
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     elif kind == "-c":
         sys.path[0], sys.argv = "", ["-c", *rest[1:]]
