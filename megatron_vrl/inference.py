@@ -61,10 +61,11 @@ class Answerer:
     def __init__(self, cfg: InferenceConfig, max_response_tokens: int) -> None:
         """Starts the engine and loads the weights. Raises UserError."""
         directory = published_files(cfg.model.checkpoint)
+        arch = read_architecture(directory)
         self._reader = VideoReader(cfg.video)
         self._encoder = PromptEncoder(
             directory,
-            vision_tokens(read_architecture(directory)),
+            vision_tokens(arch),
             cfg.data.system_prompt,
             cfg.data.max_prompt_tokens,
             cfg.data.question,
@@ -74,7 +75,7 @@ class Answerer:
             cfg.rollout,
             dtype=cfg.model.dtype,
             seed=0,
-            max_model_len=cfg.data.max_prompt_tokens + max_response_tokens,
+            max_model_len=min(cfg.data.max_prompt_tokens + max_response_tokens, arch.max_positions),
         )
         self._engine.push_weights(stored_tensors(Path(cfg.model.checkpoint)), 0)
 

@@ -12,15 +12,6 @@ settings.register_profile("untimed", deadline=None)  # a busy machine is not a f
 settings.load_profile("untimed")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that may take longest begin first: two at a time, they end together."""
-    longest: dict[Path, float] = {}
-    for item in items:
-        limit = item.get_closest_marker("timeout")
-        longest[item.path] = max(longest.get(item.path, 0.0), limit.args[0] if limit else 0.0)
-    items.sort(key=lambda item: -longest[item.path])
-
-
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Slow tests start many programs."""
     if any(item.get_closest_marker("slow") for item in session.items):

@@ -12,6 +12,7 @@ import torch
 
 from megatron_vrl.config import Source, load_config
 from megatron_vrl.data.readers import VIDEO_SUFFIXES, read
+from megatron_vrl.errors import ConfigError
 from megatron_vrl.loops.dry_run import check
 from megatron_vrl.model.architecture import read_architecture
 from megatron_vrl.video.rules import plan_frames
@@ -67,6 +68,13 @@ def test_the_recipe_takes_every_size(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     cfg = load_config(RECIPE, [f"model.architecture={path}", "parallel.tensor=2"])
     assert any("replicas of tensor 2" in note for note in check(cfg, 8))
+
+
+def test_a_dry_run_refuses_more_tokens_than_the_model_has_positions(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    cfg = load_config(RECIPE, ["data.max_prompt_tokens=128000", "rollout.max_response_tokens=4096"])
+    with pytest.raises(ConfigError, match=r"are 132096 tokens, the model reads 128000: lower"):
+        check(cfg, 8)
 
 
 def test_a_dry_run_says_how_the_model_is_cut(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from megatron_vrl.observe.marked import MARK, marked_strip
 from megatron_vrl.predict import predict
 from megatron_vrl.rewards.selection import KEPT
 from megatron_vrl.selection import apply_rules, collect_answers, pool
-from tests.running import CONFIG
+from tests.running import CONFIG, ROOT, run_python
 
 pytestmark = pytest.mark.slow
 SMALL = ("rollout.kv_cache_mib=64", "video.decoder=pyav", "evaluation.max_response_tokens=16")
@@ -112,6 +112,20 @@ def test_one_question(folder, cfg, engine, tmp_path):
     assert found["failure"] and found["interval_s"] is None  # the weights are random
     assert "not read" in told(found)
     assert Image.open(tmp_path / "strip.png").width == 1280
+
+
+def test_one_question_from_the_command_line_with_nothing_configured(folder, tmp_path):
+    """A model of 4,096 positions, fewer than the default prompt and answer."""
+    video = next((folder / "runs/quickstart/data/videos").glob("*.mp4"))
+    shutil.copy(video, tmp_path / "clip.mp4")
+    done = run_python(
+        *(ROOT / "tools/ask.py", "--checkpoint", folder / "runs/quickstart/model-hf", "--json"),
+        *("--video", "clip.mp4", "--question", "a red square", "evaluation.max_response_tokens=8"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert found["question"] == "a red square" and (tmp_path / found["strip"]).exists()
 
 
 def test_the_interval_is_marked_where_it_is():

@@ -15,6 +15,7 @@ from megatron_vrl.model.chunks import all_chunks, check_divides
 from megatron_vrl.model.fusion import gradient_fusion
 from megatron_vrl.parallel.mesh import check_layout
 from megatron_vrl.rewards import weights_of
+from megatron_vrl.rollout.start import max_model_len
 from megatron_vrl.rollout.stored import check_stored
 from megatron_vrl.training.layout import published_files
 from megatron_vrl.user_functions import load_function
@@ -34,6 +35,12 @@ def check(cfg: RunConfig, world: int) -> list[str]:
     for function in cfg.rewards.functions.values():
         load_function(function)
     arch, notes = _architecture(cfg)
+    if (longest := max_model_len(cfg)) > arch.max_positions:
+        raise ConfigError(
+            f"data.max_prompt_tokens={cfg.data.max_prompt_tokens} and the longest answer are "
+            f"{longest} tokens, the model reads {arch.max_positions}: lower "
+            "data.max_prompt_tokens, rollout.max_response_tokens or evaluation.max_response_tokens."
+        )
     check_divides(arch, cfg.model, cfg.parallel)
     evaluated = list(chain(*cfg.data.evaluation.values()))
     sources = [*cfg.data.sft, *cfg.data.train, *evaluated]

@@ -13,17 +13,17 @@ def start_engine(cfg: RunConfig, published_dir: Path, tensor: int = 1) -> Coloca
         cfg.rollout,
         dtype=cfg.model.dtype,
         seed=cfg.run.seed,
-        max_model_len=_max_model_len(cfg),
+        max_model_len=max_model_len(cfg),
         tensor=tensor,
     )
 
 
 def identity(cfg: RunConfig, published_dir: Path, banned: tuple[int, ...]) -> Identity:
     """What a worker for this config serves."""
-    return identity_of(published_dir, cfg.model.dtype, _max_model_len(cfg), banned)
+    return identity_of(published_dir, cfg.model.dtype, max_model_len(cfg), banned)
 
 
-def _max_model_len(cfg: RunConfig) -> int:
+def max_model_len(cfg: RunConfig) -> int:
     """Tokens of the longest prompt with the longest answer."""
     answer = max(cfg.rollout.max_response_tokens, cfg.evaluation.max_response_tokens)
     return cfg.data.max_prompt_tokens + answer
