@@ -3,7 +3,8 @@
 #   launch/rollout_worker.sh --config configs/NAME.yaml [--host H] [--port P] [section.key=value ...]
 # The config is the trainer's own. A worker that dies is started again, up to RESTARTS times; one
 # that refuses its config or was told to stop is not. To listen anywhere but on 127.0.0.1, set
-# MEGATRON_VRL_ROLLOUT_TOKEN here and for the trainer. PYTHON names another interpreter.
+# MEGATRON_VRL_ROLLOUT_TOKEN here and for the trainer. PYTHON_EXEC names another interpreter, as it
+# does for the ranks of torchrun.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -17,7 +18,7 @@ refused=2 # megatron_vrl.errors.EXIT_CODE
 worker=
 trap 'trap - TERM INT; [[ -z "$worker" ]] || kill -TERM "$worker"; wait || true; exit 0' TERM INT
 for ((start = 0; start <= RESTARTS; start++)); do
-    "${PYTHON:-python3}" -m megatron_vrl.rollout_worker "$@" &
+    "${PYTHON_EXEC:-python3}" -m megatron_vrl.rollout_worker "$@" &
     worker=$!
     code=0
     wait "$worker" || code=$?

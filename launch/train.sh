@@ -48,7 +48,9 @@ else
 fi
 
 # A mistake in the config is one sentence here; inside torchrun it would be one per rank.
-WORLD_SIZE=$((NNODES * NPROC)) "${PYTHON:-python3}" -m megatron_vrl.train "$@" --dry-run >/dev/null || exit $?
+# PYTHON_EXEC is torchrun's name for the interpreter of the ranks.
+WORLD_SIZE=$((NNODES * NPROC)) "${PYTHON_EXEC:-python3}" -m megatron_vrl.train "$@" --dry-run \
+    >/dev/null || exit $?
 
 python3 "$root/launch/torchrun.py" "${rendezvous[@]}" --max-restarts "$RESTARTS" \
     --nproc-per-node "$NPROC" -m megatron_vrl.train "$@" &

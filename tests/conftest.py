@@ -14,7 +14,8 @@ settings.load_profile("untimed")
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Slow tests start many programs."""
-    if any(item.get_closest_marker("slow") for item in session.items):
+    slow = any(item.get_closest_marker("slow") for item in session.items)
+    if slow and not session.config.option.collectonly:
         warm.start(ENVIRONMENT)
 
 

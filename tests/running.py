@@ -21,7 +21,7 @@ ENVIRONMENT = os.environ | {
 
 def python() -> str:
     """What runs Python programs in ENVIRONMENT."""
-    return ENVIRONMENT.get("PYTHON", sys.executable)
+    return ENVIRONMENT.get("PYTHON_EXEC", sys.executable)
 
 
 def run_python(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:

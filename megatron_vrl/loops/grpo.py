@@ -63,6 +63,7 @@ def begin(parts: Parts, state: RunState, sinks: Sinks) -> Going:
 
 
 def begin_data(parts: Parts, state: RunState, sinks: Sinks) -> Going:
+    """The data alone, for a policy that stands where it should."""
     pool = training_pool(parts)
     stream = training_stream(parts, pool)
     stream.restore(state.stream)

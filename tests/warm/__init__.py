@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from shlex import quote
 
@@ -12,8 +13,8 @@ HERE = Path(__file__).parent
 
 
 def start(environment: dict[str, str]) -> None:
-    """Start a server for programs with this environment, and name it there for `client.py`, and
-    that as PYTHON for tests and scripts, PYTHON_EXEC for torchrun. It ends with this process."""
+    """Start a server for programs with this environment. WARM_SOCKET names it there for
+    `client.py`, which PYTHON_EXEC names for tests, scripts and torchrun. It ends with this one."""
     folder = Path(tempfile.mkdtemp(prefix="warm-"))
     python = folder / "python"
     python.write_text(
@@ -28,8 +29,8 @@ def start(environment: dict[str, str]) -> None:
     )
     while not (folder / "socket").exists():
         assert server.poll() is None
-    environment |= {"WARM_SOCKET": f"{folder}/socket"}
-    environment |= dict.fromkeys(("PYTHON", "PYTHON_EXEC"), str(python))
+        time.sleep(0.01)
+    environment |= {"WARM_SOCKET": f"{folder}/socket", "PYTHON_EXEC": str(python)}
 
 
 def family(pid: int) -> list[psutil.Process]:

@@ -203,7 +203,7 @@ def run(program: Program) -> None:
     os.environ.clear()
     os.environ.update(program.environment)
     os.chdir(program.cwd)
-    multiprocessing.set_executable(os.environ["PYTHON"])
+    multiprocessing.set_executable(os.environ["PYTHON_EXEC"])
     try:
         run_main(program)
         code = 0
