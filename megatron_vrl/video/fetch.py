@@ -1,8 +1,10 @@
 """Local copies of videos in an object store: any URL that fsspec opens, in a bounded directory.
 
 A copy is named by its URL and by the version that the store reports, written beside its name and
-renamed, so processes and runs may share the directory. What was used longest ago goes first.
-Nothing here lists a bucket. Left out: credentials, which fsspec takes from the environment.
+renamed, so processes and runs may share the directory. What was used longest ago goes first: room
+is made before a copy is begun, and again when it is whole, for others may have come meanwhile.
+Beyond the limit there are only copies that are being written, one a process. Nothing here lists a
+bucket. Left out: credentials, which fsspec takes from the environment.
 """
 
 import hashlib
@@ -35,15 +37,22 @@ class LocalCopies:
             if copy.exists():
                 os.utime(copy)  # used now
             else:
-                self._directory.mkdir(parents=True, exist_ok=True)
-                evict(self._directory, self._limit - system.size(inside))
-                self._write(system, inside, copy)
+                self._fetch(system, inside, copy)
         except FileNotFoundError:
             raise VideoError("is not there; check data_folder.", "missing") from None
         except (OSError, ValueError, ImportError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise VideoError(f"cannot be fetched ({reason}); check it.", "missing") from None
         return str(copy)
+
+    def _fetch(self, system: fsspec.AbstractFileSystem, inside: str, copy: Path) -> None:
+        size = system.size(inside)
+        if size > self._limit:
+            raise ValueError(f"{size / MIB:.1f} MiB and video.fetch_mib is {self._limit // MIB}")
+        self._directory.mkdir(parents=True, exist_ok=True)
+        evict(self._directory, self._limit - size)
+        self._write(system, inside, copy)
+        evict(self._directory, self._limit)
 
     def _write(self, system: fsspec.AbstractFileSystem, inside: str, copy: Path) -> None:
         descriptor, unfinished = tempfile.mkstemp(dir=self._directory, suffix=".tmp")

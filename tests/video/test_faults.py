@@ -2,6 +2,7 @@
 
 import os
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
@@ -91,6 +92,21 @@ def test_videos_behind_urls_are_copied_once_and_bounded(make_clip, tmp_path):
     with pytest.raises(VideoError, match="is not there; check data_folder") as error:
         local.path("memory://bucket/gone.mp4")
     assert error.value.kind == "missing"
+
+
+def test_copies_stay_bounded_when_many_come_at_once(tmp_path):
+    store, copies = fsspec.filesystem("memory"), tmp_path / "copies"
+    urls = [f"memory://at-once/{number}.mp4" for number in range(12)]
+    for url in urls:
+        store.pipe_file(url, bytes(300_000))
+    with ThreadPoolExecutor(len(urls)) as threads:  # each with its own view of the directory
+        list(threads.map(lambda url: LocalCopies(str(copies), 1).path(url), urls))
+    held = list(copies.iterdir())
+    assert 0 < len(held) <= 3  # of 300,000 bytes in 1 MiB
+    store.pipe_file("memory://at-once/long.mp4", bytes(1_500_000))
+    with pytest.raises(VideoError, match=r"\(1\.4 MiB and video\.fetch_mib is 1\)"):
+        LocalCopies(str(copies), 1).path("memory://at-once/long.mp4")
+    assert list(copies.iterdir()) == held  # nothing went for its sake
 
 
 def test_a_url_is_decoded_like_a_file(make_clip, tmp_path):
