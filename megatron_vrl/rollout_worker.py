@@ -76,13 +76,19 @@ def _serve(cfg: RunConfig, listener: socket.socket, token: str) -> None:
 
     from megatron_vrl.rollout.server import make_app
     from megatron_vrl.rollout.start import identity, start_engine
+    from megatron_vrl.rollout.wire import IDLE_S
     from megatron_vrl.training.layout import published_files
 
     published_dir = published_files(cfg.model.checkpoint)
     engine = start_engine(cfg, published_dir, cfg.rollout.tensor)
     app = make_app(engine, identity(cfg, published_dir, engine.banned_token_ids), token)
     server = uvicorn.Server(
-        uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE_S)
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            timeout_graceful_shutdown=GRACE_S,
+            timeout_keep_alive=2 * IDLE_S,
+        )
     )
     address = _address(listener)
     with announced(cfg.rollout.rendezvous, address):

@@ -12,7 +12,7 @@ import httpx
 from megatron_vrl.errors import RolloutError
 from megatron_vrl.rollout.identity import Health
 from megatron_vrl.rollout.rendezvous import TOKEN_VARIABLE
-from megatron_vrl.rollout.wire import Garbage, decode
+from megatron_vrl.rollout.wire import IDLE_S, Garbage, decode
 
 CONNECT_S = 2.0
 PIECE_BYTES = 1 << 20
@@ -88,7 +88,7 @@ class Link:
         return httpx.AsyncClient(
             headers=self._headers,
             timeout=None,  # each call has its own
-            limits=httpx.Limits(max_connections=None),
+            limits=httpx.Limits(max_connections=None, keepalive_expiry=IDLE_S),
             trust_env=False,  # workers are near: no proxy
         )
 

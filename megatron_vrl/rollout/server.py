@@ -71,6 +71,7 @@ class EngineThread:
         self._calls: queue.Queue[tuple[Callable[[], Any], Future[Any]]] = queue.Queue()
         self._groups: dict[str, Future[list[Rollout]]] = {}
         self._updating = False
+        self._late: list[Callable[[], None]] = []  # groups that came in the midst of an update
         self._inboxes: dict[str, BucketWriter] = {}  # for broadcasts, by device
         self._broadcasts: dict[str, tuple[Join, Group]] = {}  # by sender
         threading.Thread(target=self._run, name="engine", daemon=True).start()
@@ -82,10 +83,16 @@ class EngineThread:
         return future
 
     def generate(self, ask: Ask) -> "Future[list[Rollout]]":
+        """What comes in the midst of an update is answered with the weights that it brings."""
         group: Future[list[Rollout]] = Future()
         key = uuid.uuid4().hex
 
         def submit() -> None:
+            if self._updating:
+                self._late.append(begin)
+                return
+            if group.cancelled():
+                return
             if self.engine.version is None or self.engine.version < ask.version:
                 raise StateConflict(
                     f"The worker holds weights {self.engine.version}, not {ask.version}."
@@ -98,7 +105,10 @@ class EngineThread:
             if error is not None and not group.cancelled():
                 group.set_exception(error)
 
-        self.call(submit).add_done_callback(failed)
+        def begin() -> None:
+            self.call(submit).add_done_callback(failed)
+
+        begin()
         group.add_done_callback(lambda _: self._forget(key) if group.cancelled() else None)
         return group
 
@@ -144,6 +154,9 @@ class EngineThread:
     def finish_update(self, version: int) -> None:
         self.engine.finish_update(version)
         self._updating = False
+        late, self._late = self._late, []
+        for begin in late:
+            begin()
 
     def _forget(self, key: str) -> None:
         """Whoever asked has gone."""

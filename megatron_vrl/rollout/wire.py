@@ -17,6 +17,9 @@ from megatron_vrl.types import Rollout
 
 Message = TypeVar("Message")
 LENGTH_BYTES = 8  # of a message that more bytes follow
+# After so long unused a trainer closes a connection. A worker waits twice as long: were it the
+# first, it could close one that is just being used, and would look lost.
+IDLE_S = 30
 
 
 class Garbage(ValueError):

@@ -1,6 +1,7 @@
 """Rollout workers as processes of their own: asked, killed, stopped, started anew."""
 
 import asyncio
+import http.client
 import os
 import signal
 import socket
@@ -194,6 +195,41 @@ def test_a_broadcast_that_loses_a_worker_goes_on_as_bytes(
         hand_over(pool, weights, version=4)  # with the one that is started again, by broadcast
         assert list(pool.checksums().values()) == [sums, sums]
         assert "given up" not in capfd.readouterr().err
+
+
+def test_a_group_that_comes_in_the_midst_of_an_update_waits_for_it(
+    pool, weights, make_prompt, capfd
+):
+    hand_over(pool, weights, version=1)
+    capfd.readouterr()
+    members, changed = pool.gather(2), {name: tensor * 1.05 for name, tensor in weights.items()}
+    pool.start(members)
+    during = ask(pool, [make_prompt(seed) for seed in range(6)], SPEC)
+    time.sleep(0.5)
+    for layer in layers_of(changed):
+        pool.load(members, layer)
+    pool.settle()
+    assert not any(one.done for one in during)
+    pool.finish(members, 2)
+    pool.enlist(members, 2)
+    assert answered(pool, during)
+    assert "lost" not in capfd.readouterr().err
+    assert {r.weight_version for group in results(during) for r in group} == {2}
+    after = ask(pool, [make_prompt(seed) for seed in range(6)], SPEC)
+    assert answered(pool, after)
+    assert tokens(results(during)) == tokens(results(after))
+
+
+def test_a_connection_may_be_idle_between_steps(pool):
+    """One that the worker closes as the trainer takes it up again makes a worker look lost."""
+    host, port = pool.gather(2)[0].address.split(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=10)
+    connection.auto_open = 0  # or it would connect anew
+    connection.connect()
+    for _ in range(2):
+        connection.request("GET", "/health", headers={"Authorization": f"Bearer {TOKEN}"})
+        assert connection.getresponse().read()
+        time.sleep(8)
 
 
 def test_a_bucket_that_is_cut_short_is_refused_and_another_may_come(pool, weights):
