@@ -163,14 +163,32 @@ def _hand_over(export: Any, engine: Any, version: int) -> dict[str, float]:
     members = engine.gather(1)
     spent["finish"] += _timed(lambda: engine.start(members))
     for bucket in export.buckets():
-        weights: Any = []
-        spent["export"] += _timed(lambda of=bucket, into=weights: into.extend(of))
-        spent["load"] += _timed(lambda weights=weights: engine.load(members, weights))
+        exported = _Timed(bucket)
+        spent["load"] += _timed(lambda of=exported: engine.load(members, of)) - exported.seconds
+        spent["export"] += exported.seconds
     spent["settle"] = _timed(engine.settle)
     spent["finish"] += _timed(lambda: engine.finish(members, version))
     engine.enlist(members, version)
     assert not engine.failed, engine.failed
     return spent
+
+
+class _Timed:
+    """An iterator, and the seconds that were spent in it."""
+
+    def __init__(self, iterator: Iterator[Any]) -> None:
+        self.seconds = 0.0
+        self._iterator = iterator
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        begin = time.perf_counter()
+        try:
+            return next(self._iterator)
+        finally:
+            self.seconds += time.perf_counter() - begin
 
 
 def _timed(does: Callable[[], None]) -> float:
