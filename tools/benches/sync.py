@@ -1,8 +1,8 @@
 """A hand-over of weights to a vLLM engine, beside a plain copy of the same bytes into memory that
-is there already, in turns. Paths: `colocated`, the trainer's tensors in the engine's own process;
-the others to a rollout worker on this machine, by each `rollout.transport` that leads there.
-Stages: export (what the trainer gathers), load (fill a bucket, wait for the one before), settle
-(wait for the last one), finish (versions and caches)."""
+is there already: in turns, one path after another. Paths: `colocated`, the trainer's tensors in the
+engine's own process; the others to a rollout worker on this machine, by each `rollout.transport`
+that leads there. Stages: export (what the trainer gathers), load (fill a bucket, wait for the one
+before), settle (wait for the last one), finish (versions and caches)."""
 
 import argparse
 import statistics
@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, closing, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -34,30 +34,34 @@ def run(arguments: argparse.Namespace) -> Iterator[Row]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         cfg = _config(folder, arguments)
         stack.enter_context(_worker(folder, cfg))
-        export, paths = _sides(cfg)
+        export, sides = _sides(cfg)
         num_bytes, copy = _plain_copy(export)
-        rounds: dict[str, list[Row]] = {path: [] for path in paths}
-        copies: list[float] = []
-        for number in range(1 + arguments.rounds):  # the first warms up
-            seconds = _timed(copy)
-            measured = {path: _hand_over(export, engine, number) for path, engine in paths.items()}
-            if number > 0:
-                copies.append(seconds)
-                for path, row in measured.items():
-                    rounds[path].append(row)
-    base = statistics.median(copies)
-    for path, rows in rounds.items():
-        seconds = statistics.median(sum(row.values()) for row in rows)
-        stages = {f"{s}_s": statistics.median(row[s] for row in rows) for s in STAGES}
-        yield {
-            "bench": "sync",
-            "path": path,
-            "bytes": num_bytes,
-            **stages,
-            "median_s": seconds,
-            "copy_s": base,
-            "ratio_to_copy": seconds / base,
-        }
+        for path, side in sides:
+            with side as engine:
+                copies, rows = _in_turns(copy, export, engine, arguments.rounds)
+            base = statistics.median(copies)
+            seconds = statistics.median(sum(row.values()) for row in rows)
+            stages = {f"{s}_s": statistics.median(row[s] for row in rows) for s in STAGES}
+            yield {
+                "bench": "sync",
+                "path": path,
+                "bytes": num_bytes,
+                **stages,
+                "median_s": seconds,
+                "copy_s": base,
+                "ratio_to_copy": seconds / base,
+            }
+
+
+def _in_turns(
+    copy: Callable[[], None], export: Any, engine: Any, rounds: int
+) -> tuple[list[float], list[Row]]:
+    """Seconds of copies and of hand-overs; the first round warms up."""
+    measured = [
+        (_timed(copy), _hand_over(export, engine, version)) for version in range(1 + rounds)
+    ]
+    copies, rows = zip(*measured[1:], strict=True)
+    return list(copies), list(rows)
 
 
 def checkpoint_of(folder: Path, hidden: int, layers: int) -> Path:
@@ -112,8 +116,9 @@ def _worker(folder: Path, cfg: Any) -> Iterator[None]:
         process.wait()
 
 
-def _sides(cfg: Any) -> tuple[Any, dict[str, Any]]:
-    """The trainer's export, and by path whatever takes its weights."""
+def _sides(cfg: Any) -> tuple[Any, Iterator[tuple[str, Any]]]:
+    """The trainer's export; and by path a context of whatever takes its weights, one at a time as
+    in a run."""
     from megatron_vrl.config import Parallel
     from megatron_vrl.errors import RolloutError
     from megatron_vrl.model.architecture import read_architecture
@@ -131,18 +136,21 @@ def _sides(cfg: Any) -> tuple[Any, dict[str, Any]]:
     load_published(policy.chunks, checkpoint)
     engine = start_engine(cfg, checkpoint)
     served = identity(cfg, checkpoint, engine.banned_token_ids)
-    paths: dict[str, Any] = {"colocated": Colocated(engine)}
-    for transport in TRANSPORTS:
-        rollout = cfg.rollout.model_copy(update={"transport": transport})
-        pool = WorkerPool(rollout, served, mesh.device)
-        try:
-            pool.takes_turns(pool.gather(1))
-        except RolloutError as error:
-            print(f"bench: {error}", file=sys.stderr)
-            pool.close()
-        else:
-            paths[transport] = pool
-    return WeightExport(policy.chunks, engine.dtype), paths
+
+    def sides() -> Iterator[tuple[str, Any]]:
+        yield "colocated", nullcontext(Colocated(engine))
+        for transport in TRANSPORTS:
+            rollout = cfg.rollout.model_copy(update={"transport": transport})
+            pool = WorkerPool(rollout, served, mesh.device)
+            try:
+                pool.takes_turns(pool.gather(1))
+            except RolloutError as error:
+                print(f"bench: {error}", file=sys.stderr)
+                pool.close()
+            else:
+                yield transport, closing(pool)
+
+    return WeightExport(policy.chunks, engine.dtype), sides()
 
 
 def _plain_copy(export: Any) -> tuple[int, Callable[[], None]]:
