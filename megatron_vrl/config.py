@@ -330,6 +330,19 @@ def check_batches(cfg: RunConfig, replicas: int) -> None:
         )
 
 
+def check_dev(cfg: RunConfig) -> None:
+    """Raises ConfigError if a stage will look at a split that is not named."""
+    looks = {
+        "sft.stop_metric": cfg.sft.steps > 0 and bool(cfg.sft.stop_metric),
+        "grpo.evaluate_every": 0 < cfg.grpo.evaluate_every <= cfg.grpo.steps,
+    }
+    for key, looks_at_dev in looks.items():
+        if looks_at_dev and not cfg.data.evaluation.get("dev"):
+            raise ConfigError(
+                f"{key} needs the split data.evaluation.dev: name its sources, or leave {key} out."
+            )
+
+
 def check_off_policy(cfg: RunConfig) -> None:
     """Raises ConfigError if answers of other weights are wanted and cannot be made or weighed."""
     staleness, quantization = cfg.rollout.max_staleness, cfg.rollout.quantization

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from megatron_vrl.config import Model, Parallel, Rewards, check_batches, load_config
+from megatron_vrl.config import Model, Parallel, Rewards, check_batches, check_dev, load_config
 from megatron_vrl.errors import CheckpointError, ConfigError
 from megatron_vrl.loops.state import RunState
 from megatron_vrl.model.architecture import read_architecture
@@ -85,6 +85,17 @@ def test_a_step_smaller_than_the_replicas():
     check_batches(cfg, 3)
     with pytest.raises(ConfigError, match="prompts_per_step=3 is less than the 4 model replicas"):
         check_batches(cfg, 4)
+
+
+@pytest.mark.parametrize("key", ["sft.stop_metric", "grpo.evaluate_every"])
+def test_a_look_at_a_split_that_is_not_there(key):
+    without = ["data.evaluation.dev=[]", "sft.stop_metric=''", "grpo.evaluate_every=0"]
+    values = {"sft.stop_metric": "temporal_grounding/miou", "grpo.evaluate_every": 30}
+    config = ROOT / "configs/quickstart.yaml"
+    check_dev(load_config(config, [*without, "grpo.steps=29", "grpo.evaluate_every=30"]))
+    cfg = load_config(config, [*without, f"{key}={values[key]}"])
+    with pytest.raises(ConfigError, match=rf"{key} needs the split data\.evaluation\.dev: name"):
+        check_dev(cfg)
 
 
 def test_a_weight_for_a_part_no_task_has():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_vrl.config import RunConfig, Source, check_batches, check_off_policy
+from megatron_vrl.config import RunConfig, Source, check_batches, check_dev, check_off_policy
 from megatron_vrl.data.mix import load, open_pool
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.loops.reselect import check_reselection
@@ -27,6 +27,7 @@ def check(cfg: RunConfig, world: int) -> list[str]:
     parallel = cfg.parallel
     replicas = world // (parallel.tensor * parallel.context * parallel.pipeline)
     check_batches(cfg, replicas)
+    check_dev(cfg)
     check_off_policy(cfg)
     check_stored(cfg)
     check_visual_input(cfg)

@@ -26,8 +26,6 @@ from megatron_vrl.types import VideoSample
 def train_sft(parts: Parts, state: RunState, sinks: Sinks, dev: list[VideoSample]) -> None:
     """Run the warm-up to its end. Every rank calls it. Raises UserError if it never gets there."""
     cfg = parts.cfg.sft
-    if cfg.stop_metric and not dev:
-        raise ConfigError("sft.stop_metric needs the split data.evaluation.dev: name its sources.")
     while not _attempt(parts, state, sinks, dev):
         if state.attempt == cfg.restarts:
             raise UserError(
