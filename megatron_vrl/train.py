@@ -7,6 +7,7 @@ user's is one sentence and exit code 2.
 
 import argparse
 import os
+import signal
 import sys
 
 import yaml
@@ -51,10 +52,10 @@ def main() -> int:
 
 
 def _job(cfg: RunConfig) -> str:
+    # Asks to stop, see loops/stop.py. Before the imports: threads inherit it, too.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     from megatron_vrl.loops.job import run_job
-    from megatron_vrl.loops.stop import listen
 
-    listen()
     return f"report: {run_job(cfg)}"
 
 

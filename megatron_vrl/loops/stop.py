@@ -2,6 +2,10 @@
 
 The step under way is finished, a checkpoint is written, and the processes end with exit code 0; the
 same command goes on from there. One rank that heard it is enough.
+
+The signal is blocked and looked for, not handled: Slurm sends it to every process of a job step,
+and a handler would be the rank's alone, while its children (decoders, the writers of a checkpoint)
+would end of it. They inherit the block.
 """
 
 import signal
@@ -12,22 +16,11 @@ import torch.distributed as dist
 from megatron_vrl.errors import StopRequested
 from megatron_vrl.parallel.mesh import Mesh
 
-_heard = False
-
-
-def listen() -> None:
-    """From now on the signal asks to stop. Called once, in the main thread."""
-    signal.signal(signal.SIGUSR1, _hear)
-
-
-def _hear(*_: object) -> None:
-    global _heard
-    _heard = True
-
 
 def stop_if_asked(mesh: Mesh, step: int) -> None:
     """Raises StopRequested on every rank if any has heard the signal. Every rank calls it."""
-    flag = torch.tensor(float(_heard), device=mesh.device)
+    heard = signal.SIGUSR1 in signal.sigpending()
+    flag = torch.tensor(float(heard), device=mesh.device)
     dist.all_reduce(flag, dist.ReduceOp.MAX)
     if flag.item():
         raise StopRequested(
