@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests import warm
 from tests.running import CONFIG, ENVIRONMENT, ROOT
 
 SMALL = (
@@ -146,7 +147,8 @@ def test_nodes_that_lose_a_rank_and_are_stopped_give_the_curve_of_one(quickstart
         nodes.wait_for(step=7)
         os.kill(nodes.rank_of(1), signal.SIGKILL)  # the launchers start both again
         nodes.wait_for(step=12)
-        nodes.scripts[0].send_signal(signal.SIGUSR1)
+        for process in warm.family(nodes.scripts[0].pid):  # as Slurm does: to all, helpers too
+            process.send_signal(signal.SIGUSR1)
         nodes.finish()
     assert "as asked; the same command goes on from its checkpoint." in nodes.words()
     stopped_at = max(row["step"] for row in rows(nodes.metrics))
