@@ -1,7 +1,7 @@
 """Errors a user can cause. Each message says what is wrong, the value seen, and what to do.
 
-`python -m megatron_vrl.train` and the tools print the message alone, without a traceback, and
-exit with `EXIT_CODE`. Anything else that is raised is our bug and keeps its traceback.
+Every program prints the message alone, without a traceback, and exits with `EXIT_CODE`
+(program.py). Anything else that is raised is our bug and keeps its traceback.
 """
 
 EXIT_CODE = 2

@@ -10,19 +10,19 @@ import argparse
 import ipaddress
 import os
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from megatron_vrl.config import RunConfig, load_config
-from megatron_vrl.errors import EXIT_CODE, ConfigError, UserError
+from megatron_vrl.errors import ConfigError
 from megatron_vrl.observe.quiet import hush_libraries
+from megatron_vrl.program import run_program
 from megatron_vrl.rollout.rendezvous import TOKEN_VARIABLE, announced
 
 GRACE_S = 2  # for answers under way when the worker is told to stop
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(
         prog="megatron_vrl.rollout_worker", description=__doc__.splitlines()[0]
     )
@@ -31,16 +31,11 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=0, help="0: a free one")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
-    try:
-        cfg = load_config(arguments.config, arguments.overrides)
-        token = os.environ.get(TOKEN_VARIABLE, "")
-        _check_token(arguments.host, token)
-        with _listening(arguments.host, arguments.port) as listener:
-            _serve(cfg, listener, token)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_CODE
-    return 0
+    cfg = load_config(arguments.config, arguments.overrides)
+    token = os.environ.get(TOKEN_VARIABLE, "")
+    _check_token(arguments.host, token)
+    with _listening(arguments.host, arguments.port) as listener:
+        _serve(cfg, listener, token)
 
 
 def _check_token(host: str, token: str) -> None:
@@ -105,4 +100,4 @@ def _address(listener: socket.socket) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -8,16 +8,16 @@ user's is one sentence and exit code 2.
 import argparse
 import os
 import signal
-import sys
 
 import yaml
 
 from megatron_vrl.config import RunConfig, load_config
-from megatron_vrl.errors import EXIT_CODE, StopRequested, UserError
+from megatron_vrl.errors import StopRequested
 from megatron_vrl.observe.quiet import hush_libraries
+from megatron_vrl.program import run_program
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(
         prog="megatron_vrl.train",
         description="Tune a video language model: SFT warm-up, then GRPO with dual rewards.",
@@ -34,21 +34,17 @@ def main() -> int:
         "overrides", nargs="*", metavar="section.key=value", help="replace a value of the file"
     )
     arguments = parser.parse_intermixed_args()
-    is_first = int(os.environ.get("RANK", "0")) == 0
+    cfg = load_config(arguments.config, arguments.overrides)
+    hush_libraries()
     try:
-        cfg = load_config(arguments.config, arguments.overrides)
-        hush_libraries()
         if arguments.dry_run:
-            _dry_run(cfg, is_first)
-            return 0
-        made = _rollouts(cfg) if arguments.rollouts_only else _job(cfg)
+            made = _dry_run(cfg)
+        else:
+            made = _rollouts(cfg) if arguments.rollouts_only else _job(cfg)
     except StopRequested as stop:
         made = str(stop)
-    except UserError as error:
-        return _fail(str(error), is_first)
-    if is_first:
+    if os.environ.get("RANK", "0") == "0":
         print(made)
-    return 0
 
 
 def _job(cfg: RunConfig) -> str:
@@ -65,21 +61,14 @@ def _rollouts(cfg: RunConfig) -> str:
     return f"rollouts: {run_rollouts(cfg)}"
 
 
-def _dry_run(cfg: RunConfig, is_first: bool) -> None:
+def _dry_run(cfg: RunConfig) -> str:
     from megatron_vrl.loops.dry_run import check
 
     world = int(os.environ.get("WORLD_SIZE", "0")) or cfg.parallel.processes or 1
     notes = check(cfg, world)
-    if is_first:
-        print(yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False), end="")
-        print("\n".join(f"# {note}" for note in notes))
-
-
-def _fail(sentence: str, is_first: bool) -> int:
-    if is_first:
-        print(f"error: {sentence}", file=sys.stderr)
-    return EXIT_CODE
+    resolved = yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False)
+    return resolved + "\n".join(f"# {note}" for note in notes)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

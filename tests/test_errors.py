@@ -330,3 +330,13 @@ def test_launcher_passes_the_sentence_on(tmp_path):
         text=True,
     )
     assert "Cannot read the config" in sentence_of(done)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = [sys.executable, str(ROOT / "tools/config_reference.py")]
+    with subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as program:
+        program.stdout.close()  # long before the first line
+        assert program.stderr.read() == b""
+    assert program.returncode == 0

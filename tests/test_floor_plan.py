@@ -56,6 +56,7 @@ FLOORS = {
     "megatron_vrl.config_errors": 0,
     "megatron_vrl.algorithm_values": 0,
     "megatron_vrl.errors": 0,
+    "megatron_vrl.program": 0,
 }
 SIBLINGS = {("training", "model")}  # on floor 3: who may import whom
 OWNERS = {

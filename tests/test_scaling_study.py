@@ -8,6 +8,7 @@ import pytest
 
 from megatron_vrl.model.architecture import read_architecture
 from megatron_vrl.planner.hardware import GPUS, Gpu
+from megatron_vrl.program import run_program
 from tests.running import ROOT, run_python
 
 sys.path.append(str(ROOT / "tools"))
@@ -160,7 +161,9 @@ def test_wrong_input_is_one_sentence(tmp_path, monkeypatch, capsys, arguments, w
 
     out = ["--out", str(tmp_path / "out")] if arguments else []
     monkeypatch.setattr(sys, "argv", ["scaling_study.py", *out, *arguments])
-    assert scaling_study.main() == 2
+    with pytest.raises(SystemExit) as end:
+        run_program(scaling_study.main)
+    assert end.value.code == 2
     told = capsys.readouterr().err
     assert told.startswith("error: ") and words in told and told.count("\n") == 1
     assert not (tmp_path / "out").exists()

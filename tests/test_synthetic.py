@@ -170,7 +170,7 @@ def test_refusals_are_one_sentence(folder, tmp_path):
     ]:
         done = make(out, argument)
         assert done.returncode == 2
-        assert re.match("make_synthetic: .+", done.stderr) and done.stderr.count("\n") == 1
+        assert re.match("error: .+", done.stderr) and done.stderr.count("\n") == 1
         assert names in done.stderr
     assert (tmp_path / "notes.txt").read_text() == "mine"
 

@@ -12,16 +12,16 @@ without thinking; --config takes the sections video, data and rollout of a run's
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_vrl.errors import EXIT_CODE, ConfigError, UserError
+from megatron_vrl.errors import ConfigError
 from megatron_vrl.observe.quiet import hush_libraries
+from megatron_vrl.program import run_program
 from megatron_vrl.tasks import TASKS
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -36,13 +36,8 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
-    try:
-        found, text = _ask(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_CODE
+    found, text = _ask(arguments)
     print(json.dumps(found, indent=1) if arguments.json else text)
-    return 0
 
 
 def _ask(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -72,4 +67,4 @@ def _ask(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -16,11 +16,12 @@ import argparse
 import json
 import os
 import platform
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from benches import convert, decode, generate, head, step, sync, update
+
+from megatron_vrl.program import run_program
 
 BENCHES = {
     "convert": convert,
@@ -34,7 +35,7 @@ BENCHES = {
 Row = dict[str, Any]
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -48,7 +49,6 @@ def main() -> int:
     arguments = parser.parse_args()
     run: Callable[[argparse.Namespace], Iterator[Row]] = arguments.run
     _print(list(run(arguments)), as_json=arguments.json)
-    return 0
 
 
 def _print(rows: Sequence[Row], as_json: bool) -> None:
@@ -68,4 +68,4 @@ def _words(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -9,7 +9,6 @@ config or an annotation file cannot be read.
 
 import argparse
 import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from megatron_vrl.checking import DatasetCheck, distinct_sources, num_records
 from megatron_vrl.config import load_config
 from megatron_vrl.data.problems import Problem, summary
-from megatron_vrl.errors import EXIT_CODE, UserError
+from megatron_vrl.program import run_program
 
 
 def main() -> int:
@@ -31,22 +30,18 @@ def main() -> int:
     parser.add_argument("--decode", action="store_true", help="also decode every video")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args()
-    try:
-        cfg = load_config(arguments.config, arguments.overrides)
-        check, problems = DatasetCheck(cfg, arguments.decode), list[Problem]()
-        with open(arguments.out, "w") as report:
-            for source in distinct_sources(cfg):
-                name = Path(source.json_path).name
-                records = tqdm(
-                    check.problems(source), total=num_records(source), unit=" records", desc=name
-                )
-                for found in records:
-                    problems += found
-                    report.writelines(_line(problem) for problem in found)
-                    records.set_postfix(problems=len(problems), refresh=False)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_CODE
+    cfg = load_config(arguments.config, arguments.overrides)
+    check, problems = DatasetCheck(cfg, arguments.decode), list[Problem]()
+    with open(arguments.out, "w") as report:
+        for source in distinct_sources(cfg):
+            name = Path(source.json_path).name
+            records = tqdm(
+                check.problems(source), total=num_records(source), unit=" records", desc=name
+            )
+            for found in records:
+                problems += found
+                report.writelines(_line(problem) for problem in found)
+                records.set_postfix(problems=len(problems), refresh=False)
     _print_summary(check, problems, arguments.out)
     return 1 if problems else 0
 
@@ -65,4 +60,4 @@ def _print_summary(check: DatasetCheck, problems: Iterable[Problem], out: Path) 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from megatron_vrl.config import Optimizer, RunConfig, Source
+from megatron_vrl.program import run_program
 
 HEAD = """# Configuration
 
@@ -84,4 +85,4 @@ def _section(field: FieldInfo) -> type[BaseModel]:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -10,17 +10,16 @@ Runs in one process and holds one tensor at a time. A Megatron checkpoint is wha
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
-from megatron_vrl.errors import EXIT_CODE, UserError
+from megatron_vrl.program import run_program
 
 # A tensor's memory is asked for and given back row by row; in huge pages that costs a third less
 # of the whole conversion.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -31,18 +30,13 @@ def main() -> int:
     from megatron_vrl.training.convert import compare, convert_to_megatron, convert_to_published
 
     source, target = arguments.source, arguments.target
-    try:
-        if arguments.direction == "verify":
-            print(f"{compare(source, target)} tensors are bit-equal")
-            return 0
-        to_megatron = arguments.direction == "hf-to-megatron"
-        arch = (convert_to_megatron if to_megatron else convert_to_published)(source, target)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_CODE
+    if arguments.direction == "verify":
+        print(f"{compare(source, target)} tensors are bit-equal")
+        return
+    to_megatron = arguments.direction == "hf-to-megatron"
+    arch = (convert_to_megatron if to_megatron else convert_to_published)(source, target)
     print(f"{target}: {arch.num_parameters:,} parameters")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -22,7 +22,6 @@ exit code 2.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +33,14 @@ from megatron_vrl.benchmark import (
     table,
     write_results,
 )
-from megatron_vrl.errors import EXIT_CODE, ConfigError, UserError
+from megatron_vrl.errors import ConfigError
 from megatron_vrl.observe.quiet import hush_libraries
+from megatron_vrl.program import run_program
 from megatron_vrl.rewards.benchmarks import BENCHMARKS
 from megatron_vrl.types import VideoSample
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -56,13 +56,8 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
-    try:
-        found, text = _evaluate(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_CODE
+    found, text = _evaluate(arguments)
     print(json.dumps(found, indent=1) if arguments.json else text)
-    return 0
 
 
 def _evaluate(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -104,4 +99,4 @@ def _predict(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -21,6 +21,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_vrl.program import run_program
+
 Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (
@@ -172,4 +174,4 @@ def _markdown(report: Row) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

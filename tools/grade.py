@@ -23,12 +23,12 @@ before it stay written.
 
 import argparse
 import json
-import os
 import sys
 
 from megatron_vrl.config import Rewards, Section
 from megatron_vrl.config_tree import overridden
-from megatron_vrl.errors import EXIT_CODE, DataError, UserError
+from megatron_vrl.errors import DataError
+from megatron_vrl.program import run_program
 from megatron_vrl.rewards import weights_of
 from megatron_vrl.rewards.grading import Grader
 from megatron_vrl.tasks import TASKS
@@ -38,7 +38,7 @@ class GradeConfig(Section):
     rewards: Rewards = Rewards()
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -46,16 +46,9 @@ def main() -> int:
     parser.add_argument("--mode", default="strict", choices=["strict", "seed"])
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
-    try:
-        rewards = overridden(GradeConfig, {}, arguments.overrides, "command line").rewards
-        weights_of(rewards)
-        _grade_all(Grader(task=arguments.task, mode=arguments.mode, rewards=rewards))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_CODE
-    except BrokenPipeError:  # whoever reads has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    rewards = overridden(GradeConfig, {}, arguments.overrides, "command line").rewards
+    weights_of(rewards)
+    _grade_all(Grader(task=arguments.task, mode=arguments.mode, rewards=rewards))
 
 
 def _grade_all(grader: Grader) -> None:
@@ -72,4 +65,4 @@ def _grade_all(grader: Grader) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

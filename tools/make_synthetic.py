@@ -21,14 +21,14 @@ import json
 import math
 import multiprocessing
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_vrl.errors import EXIT_CODE, ConfigError, UserError
+from megatron_vrl.errors import ConfigError
+from megatron_vrl.program import run_program
 
 if TYPE_CHECKING:  # numpy and av are imported where they are used: --help answers at once
     import numpy as np
@@ -370,8 +370,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"make_synthetic: {error}", file=sys.stderr)
-        sys.exit(EXIT_CODE)
+    run_program(main)

@@ -14,14 +14,14 @@ import argparse
 import json
 import os
 import shutil
-import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from make_synthetic import COLOURS, KINDS
 
-from megatron_vrl.errors import EXIT_CODE, ConfigError, UserError
+from megatron_vrl.errors import ConfigError
+from megatron_vrl.program import run_program
 from megatron_vrl.tasks import SYSTEM_PROMPTS, TASKS
 from megatron_vrl.types import VideoSample
 
@@ -266,8 +266,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"make_tiny_model: {error}", file=sys.stderr)
-        sys.exit(EXIT_CODE)
+    run_program(main)

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vrl.config import RunConfig, load_config
-from megatron_vrl.errors import EXIT_CODE, ConfigError, UserError
+from megatron_vrl.errors import EXIT_CODE, ConfigError
 from megatron_vrl.planner.hardware import GPUS
+from megatron_vrl.program import run_program
 
 
 def main() -> int:
@@ -38,12 +39,8 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
-    try:
-        cfg = load_config(arguments.config, arguments.overrides)
-        values, text = _search(arguments, cfg) if arguments.search else _plan(arguments, cfg)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_CODE
+    cfg = load_config(arguments.config, arguments.overrides)
+    values, text = _search(arguments, cfg) if arguments.search else _plan(arguments, cfg)
     print(json.dumps(values, indent=1) if arguments.json else text)
     for sentence in values["refused"]:
         print(f"error: {sentence}", file=sys.stderr)
@@ -126,4 +123,4 @@ def _question(arguments: argparse.Namespace, cfg: RunConfig) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

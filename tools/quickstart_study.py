@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_vrl.program import run_program
+
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = {
     "temporal_grounding/miou": "mIoU",
@@ -155,4 +157,4 @@ def tool(name: str, *arguments: object) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

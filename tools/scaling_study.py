@@ -25,14 +25,15 @@ from scaling.launch import Nodes, check_cell, launch, load, model_path
 from scaling.predict import fitted_mfu, predicted, update_parts
 from scaling.tell import plot_measured, plot_simulated, table, with_efficiency
 
-from megatron_vrl.errors import EXIT_CODE, ConfigError, UserError
+from megatron_vrl.errors import ConfigError, UserError
 from megatron_vrl.model.architecture import Architecture, read_architecture
 from megatron_vrl.planner.hardware import Gpu, find_gpu
+from megatron_vrl.program import run_program
 
 Row = dict[str, Any]
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -47,24 +48,20 @@ def main() -> int:
     parser.add_argument("--rank", help=argparse.SUPPRESS)  # under torchrun: a cell's spec
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
-    try:
-        if arguments.rank:
-            return _rank(json.loads(arguments.rank))
-        if arguments.out is None:
-            raise ConfigError("--out is missing: name the folder of the study.")
-        study = read_study(arguments.config, arguments.overrides)
-        _study(study, arguments.out, _nodes(arguments, study), retry=arguments.retry)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_CODE
-    return 0
+    if arguments.rank:
+        _rank(json.loads(arguments.rank))
+        return
+    if arguments.out is None:
+        raise ConfigError("--out is missing: name the folder of the study.")
+    study = read_study(arguments.config, arguments.overrides)
+    _study(study, arguments.out, _nodes(arguments, study), retry=arguments.retry)
 
 
 def _env(name: str, default: int) -> int:
     return int(os.environ.get(name) or default)
 
 
-def _rank(spec: Row) -> int:
+def _rank(spec: Row) -> None:
     if "machine" in spec:
         from scaling.machine import measure
 
@@ -75,7 +72,6 @@ def _rank(spec: Row) -> int:
         numbers = run_cell(spec, Path(spec["path"]))
     if os.environ["LOCAL_RANK"] == "0":  # torchrun's first rank may be on any node
         print(json.dumps(numbers), flush=True)
-    return 0
 
 
 def _nodes(arguments: argparse.Namespace, study: Study) -> Nodes:
@@ -246,4 +242,4 @@ def _simulations(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

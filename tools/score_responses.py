@@ -32,14 +32,13 @@ and exit code 2.
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
-from megatron_vrl.errors import EXIT_CODE, UserError
 from megatron_vrl.observe.quiet import hush_libraries
+from megatron_vrl.program import run_program
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -50,21 +49,14 @@ def main() -> int:
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="JSON lines")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
-    is_first = int(os.environ.get("RANK", "0")) == 0
-    try:
-        hush_libraries()
-        from megatron_vrl.scoring import score_config, score_file
+    hush_libraries()
+    from megatron_vrl.scoring import score_config, score_file
 
-        cfg = score_config(arguments.checkpoint, arguments.overrides)
-        summary = score_file(cfg, arguments.samples, arguments.out)
-    except UserError as error:
-        if is_first:
-            print(f"error: {error}", file=sys.stderr)
-        return EXIT_CODE
-    if is_first:
+    cfg = score_config(arguments.checkpoint, arguments.overrides)
+    summary = score_file(cfg, arguments.samples, arguments.out)
+    if os.environ.get("RANK", "0") == "0":
         print(summary)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

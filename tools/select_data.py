@@ -16,17 +16,17 @@ processes can share it; then call once with --rules-only. docs/selection.md has 
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from tqdm import tqdm
 
 from megatron_vrl.config import load_config
-from megatron_vrl.errors import EXIT_CODE, ConfigError, UserError
+from megatron_vrl.errors import ConfigError
 from megatron_vrl.observe.quiet import hush_libraries
+from megatron_vrl.program import run_program
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -37,12 +37,7 @@ def main() -> int:
     parser.add_argument("--share", default="0/1", metavar="I/N")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
-    try:
-        print(_select(arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_CODE
-    return 0
+    print(_select(arguments))
 
 
 def _select(arguments: argparse.Namespace) -> str:
@@ -76,4 +71,4 @@ def _share(text: str) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -31,6 +31,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_vrl.program import run_program
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from tools.make_synthetic import DURATION_S, INTERVAL_S  # noqa: E402
@@ -266,4 +268,4 @@ def environment() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

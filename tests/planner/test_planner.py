@@ -14,6 +14,7 @@ from megatron_vrl.planner.hardware import GPUS, find_gpu
 from megatron_vrl.planner.plan import Question, make_plan, refusals
 from megatron_vrl.planner.speed import Machine
 from megatron_vrl.planner.workload import TEXT_TOKENS, step_sizes, video_grid
+from megatron_vrl.program import run_program
 from tests.running import ROOT
 from tools import plan as program
 
@@ -35,8 +36,9 @@ def plan(monkeypatch, capsys):
     def run(name, *arguments):
         path = f"configs/{name}.yaml"
         monkeypatch.setattr(sys, "argv", ["plan.py", path, *map(str, arguments)])
-        code = program.main()
-        return code, *capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            run_program(program.main)
+        return end.value.code, *capsys.readouterr()
 
     return run
 
@@ -50,7 +52,7 @@ def as_json(answer):
 def test_ready_configs_pass_a_dry_run_and_fit(plan, name, monkeypatch, capsys):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(sys, "argv", ["train", "--config", f"configs/{name}.yaml", "--dry-run"])
-    assert train.main() == 0
+    train.main()
     said = capsys.readouterr().out
     cfg = load_config(f"configs/{name}.yaml")
     assert f"# model: {READY[name]:,} parameters" in said
