@@ -45,7 +45,7 @@ class Model(Section):
     """Do not train the language model."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What the backward pass computes again instead of keeping it: selective, the attention of
-    each language layer; full, the whole layer."""
+    each language layer; full, every layer of the language model and the vision tower."""
     layers: Literal["megatron", "transformer_engine", "rounded"] = "megatron"
     """Whose linear layers and norms the language model has. Transformer Engine needs a GPU;
     rounded: Megatron's, whose products see operands rounded to FP8, a slow proof anywhere."""

@@ -45,7 +45,15 @@ BOTH_TOWERS: dict[str, Any] = {
     "apply_rope_fusion": False,
     "persist_layer_norm": False,
 }
-
+RECOMPUTE: dict[str, dict[str, Any]] = {  # its fields for `model.recompute`
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+}
 
 # torch 2.11 takes fewer key heads than query heads without being told so.
 FEWER_KEY_HEADS: dict[str, Any] = (

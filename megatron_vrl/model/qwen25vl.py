@@ -29,22 +29,12 @@ from megatron_vrl.model.architecture import Architecture, padded_vocab
 from megatron_vrl.model.chunks import Chunk, all_chunks, stage_chunks
 from megatron_vrl.model.fusion import gradient_fusion
 from megatron_vrl.model.head import Distribution, token_logprobs
-from megatron_vrl.model.layers import BOTH_TOWERS, layer_spec, packed
+from megatron_vrl.model.layers import BOTH_TOWERS, RECOMPUTE, layer_spec, packed
 from megatron_vrl.model.plans import language_plan, varlen_plan
 from megatron_vrl.model.precision import attention_of, layer_parts, number_formats
 from megatron_vrl.model.vision import VisionTower
 from megatron_vrl.parallel.arrays import as_tensor
 from megatron_vrl.parallel.mesh import Mesh
-
-RECOMPUTE: dict[str, dict[str, Any]] = {
-    "none": {},
-    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-    "full": {
-        "recompute_granularity": "full",
-        "recompute_method": "uniform",
-        "recompute_num_layers": 1,
-    },
-}
 
 
 def language_config(arch: Architecture, cfg: Model, parallel: Parallel) -> TransformerConfig:
@@ -123,8 +113,7 @@ class Qwen25VL(MegatronModule):
         self.share_embeddings_and_output_weights = arch.tied_head
         self.vision: VisionTower | None = None
         if self.pre_process:
-            fused = config.gradient_accumulation_fusion
-            self.vision = VisionTower(arch, mesh, config.params_dtype, fused)
+            self.vision = VisionTower(arch, mesh, config)
         self._sees_always = parallel.overlap
         in_buckets = attention_of(cfg, mesh.device) == "sdpa"
         self._plan = language_plan if in_buckets else varlen_plan

@@ -27,16 +27,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_vrl.model.architecture import Architecture, VisionArchitecture
-from megatron_vrl.model.layers import BOTH_TOWERS, RMSNorm, layer_spec, packed
+from megatron_vrl.model.layers import BOTH_TOWERS, RECOMPUTE, RMSNorm, layer_spec, packed
 from megatron_vrl.model.plans import vision_plans
 from megatron_vrl.parallel.mesh import Mesh
 
 Grid = tuple[int, int, int]  # temporal steps; height and width in patches
 
 
-def vision_config(
-    arch: VisionArchitecture, dtype: torch.dtype, fused_gradients: bool
-) -> TransformerConfig:
+def vision_config(arch: VisionArchitecture, language: TransformerConfig) -> TransformerConfig:
+    recompute = "full" if language.recompute_granularity == "full" else "none"
     return TransformerConfig(
         num_layers=arch.layers,
         hidden_size=arch.hidden,
@@ -45,9 +44,10 @@ def vision_config(
         layernorm_epsilon=1e-6,
         add_bias_linear=True,
         **BOTH_TOWERS,
-        gradient_accumulation_fusion=fused_gradients,
-        params_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
+        **RECOMPUTE[recompute],
+        gradient_accumulation_fusion=language.gradient_accumulation_fusion,
+        params_dtype=language.params_dtype,
+        bf16=language.params_dtype == torch.bfloat16,
         perform_initialization=False,
     )
 
@@ -55,10 +55,8 @@ def vision_config(
 class VisionTower(MegatronModule):
     """Patches of any number of videos and images -> one embedding for each vision token."""
 
-    def __init__(
-        self, arch: Architecture, mesh: Mesh, dtype: torch.dtype, fused_gradients: bool
-    ) -> None:
-        config = vision_config(arch.vision, dtype, fused_gradients)
+    def __init__(self, arch: Architecture, mesh: Mesh, language: TransformerConfig) -> None:
+        config = vision_config(arch.vision, language)
         super().__init__(config=config)
         self.arch = arch.vision
         self.mesh = mesh
@@ -66,7 +64,7 @@ class VisionTower(MegatronModule):
             tp=mesh.alone, pp=mesh.alone, cp=mesh.alone, dp=mesh.alone, tp_cp=mesh.alone
         )
         self.patch_embed = torch.nn.Linear(
-            self.arch.patch_values, self.arch.hidden, bias=False, dtype=dtype
+            self.arch.patch_values, self.arch.hidden, bias=False, dtype=config.params_dtype
         )
         spec = layer_spec()
         self.blocks = TransformerBlock(
@@ -75,7 +73,7 @@ class VisionTower(MegatronModule):
             post_layer_norm=False,
             pg_collection=alone,
         )
-        self.merger = PatchMerger(config, self.arch, arch.hidden, dtype)
+        self.merger = PatchMerger(config, self.arch, arch.hidden, config.params_dtype)
         for param in self.parameters():
             param.tensor_model_parallel = False  # a full copy per rank
             param.sequence_parallel = False

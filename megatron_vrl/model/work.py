@@ -111,7 +111,8 @@ def hardware_flops(work: Work, cfg: Model) -> float:
     The head computes its logits again, and the gradient of its weight even when that is frozen.
     What an attention kernel computes again inside itself is not counted.
     """
-    again = {"none": 0.0, "selective": work.attention, "full": work.linear + work.attention}
+    layers = work.linear + work.attention + work.vision * (not cfg.freeze_vision)
+    again = {"none": 0.0, "selective": work.attention, "full": layers}
     head = (2 if cfg.freeze_language else 1) * work.head
     return update_flops(work, cfg) + again[cfg.recompute] + head
 

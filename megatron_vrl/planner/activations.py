@@ -169,6 +169,11 @@ def _attention(batch: Packed, context: int, masks: bool) -> Attention:
     return Attention(queries=queries, keys=keys, mask=mask)
 
 
+def recompute_of_tower(model: Model) -> str:
+    """`selective` leaves it alone, and what is frozen goes back through nothing."""
+    return "full" if model.recompute == "full" and not model.freeze_vision else "none"
+
+
 def vision_layer(
     arch: Architecture, model: Model, cfg: Parallel, batch: Packed, kernels: Kernels
 ) -> Layer:
@@ -198,17 +203,25 @@ def vision_kept(
     if not batch.of.patches:
         return 0
     layer = vision_layer(arch, model, cfg, batch, kernels)
-    tokens = batch.groups * batch.of.vision_tokens // cfg.context
-    patch_channels = layer.number * layer.rows * arch.vision.hidden
-    kept = 0
-    if not (model.freeze_vision and model.freeze_merger):
-        kept += layer.number * tokens * arch.hidden
-        kept += 3 * patch_channels  # norm's output; before and after the GELU
+    kept = merger_kept(arch, model, cfg, batch, layer)
     if not model.freeze_vision:
-        kept += arch.vision.layers * layer.whole() + layer.norm()
+        kept += arch.vision.layers * layer.kept(recompute_of_tower(model))
         # A rank reads a slice of them, and a slice holds all.
         kept += layer.number * batch.groups * batch.of.patches * arch.vision.patch_values
     return kept
+
+
+def merger_kept(
+    arch: Architecture, model: Model, cfg: Parallel, batch: Packed, block: Layer
+) -> int:
+    """Of that what is gone when the tower's blocks go back."""
+    if model.freeze_vision and model.freeze_merger:
+        return 0
+    tokens = batch.groups * batch.of.vision_tokens // cfg.context
+    patch_channels = block.number * block.rows * arch.vision.hidden
+    kept = 3 * patch_channels  # norm's output; before and after the GELU
+    kept += block.norm() * (not model.freeze_vision)
+    return kept + block.number * tokens * arch.hidden
 
 
 def head_kept(arch: Architecture, model: Model, batch: Packed, layer: Layer, context: int) -> int:

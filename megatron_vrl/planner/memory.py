@@ -20,8 +20,10 @@ from megatron_vrl.planner.activations import (
     head_kept,
     head_working,
     language_layer,
+    merger_kept,
     number_bytes,
     plan_bytes,
+    recompute_of_tower,
     vision_kept,
     vision_layer,
 )
@@ -45,7 +47,7 @@ class StageMemory:
     activations: int  # language layers, all micro-batches in flight
     vision: int  # tower and merger, likewise
     log_probs: int  # the head: logits of a chunk, its gradient, the rows it reads
-    working: int  # what one layer's backward pass needs besides
+    working: int  # what one layer's backward pass needs besides, at the most
     stepping: int  # what the optimizer's update needs for a moment
     runtime: int
 
@@ -99,7 +101,7 @@ def _case(
     model, parallel = cfg.model, cfg.parallel
     chunks = stage_chunks(arch, model, parallel, stage)
     layer = language_layer(arch, model, parallel, batch, kernels)
-    language = [_kept_by(chunk, layer, model.recompute) for chunk in chunks]
+    language = [kept_by(chunk, layer, model.recompute) for chunk in chunks]
     tower = vision_kept(arch, model, parallel, batch, kernels) if chunks[0].embeds else 0
     activations, vision = max(
         (
@@ -112,7 +114,10 @@ def _case(
     words = padded_vocab(arch, parallel) // parallel.tensor
     working = layer.working() + layer.again(model.recompute)
     if chunks[0].embeds and not model.freeze_vision:
-        working = max(working, vision_layer(arch, model, parallel, batch, kernels).working())
+        block = vision_layer(arch, model, parallel, batch, kernels)
+        at_block = block.working() + block.again(recompute_of_tower(model))
+        gone = language[0] + merger_kept(arch, model, parallel, batch, block)
+        working = max(working, at_block - gone)
     head = 0
     if ends:
         head = head_working(words, arch, model, batch, parallel.context)
@@ -152,7 +157,7 @@ def stepping_bytes(cfg: RunConfig, numbers: Numbers, sharers: int, kernels: Kern
     return lists * FLOAT32 * -(-numbers.trained(cfg.model) // shares)
 
 
-def _kept_by(chunk: Chunk, layer: Layer, recompute: str) -> int:
+def kept_by(chunk: Chunk, layer: Layer, recompute: str) -> int:
     """Of one micro-batch. The schedule holds a chunk's output until its backward pass."""
     output = 0 if chunk.ends else layer.full()
     return len(chunk.layers) * layer.kept(recompute) + plan_bytes(layer) + output

@@ -72,7 +72,7 @@ def _nearest(cfg: RunConfig, arch: Architecture, asked: Question) -> Found | Non
     for _, members in groupby(sorted(needed, key=_cost), key=_cost):
         fits = [f for each in members if (f := _fitting(cfg, arch, asked, each)) is not None]
         if fits:
-            return min(fits, key=lambda f: f.plan.seconds)
+            return min(fits, key=lambda f: (f.plan.seconds, len(f.changes)))
     return None
 
 

@@ -51,5 +51,5 @@ def test_an_extension_that_cannot_be_loaded_is_not_here(tmp_path, monkeypatch):
 def test_both_towers_are_told(monkeypatch, on):
     monkeypatch.setattr(qwen25vl, "gradient_fusion", lambda *_: GradientFusion(on, ""))
     config = language_config(ARCH, asked(), Parallel())
-    vision = vision_config(ARCH.vision, config.params_dtype, config.gradient_accumulation_fusion)
+    vision = vision_config(ARCH.vision, config)
     assert (config.gradient_accumulation_fusion, vision.gradient_accumulation_fusion) == (on, on)

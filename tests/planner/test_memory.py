@@ -13,8 +13,15 @@ import pytest
 
 from megatron_vrl.config import Algorithm, Batch, Model, Parallel, Run, RunConfig
 from megatron_vrl.model.chunks import stage_chunks
-from megatron_vrl.planner.activations import Kernels, head_kept, language_layer
-from megatron_vrl.planner.memory import in_flight, stage_memory
+from megatron_vrl.planner.activations import (
+    Kernels,
+    head_kept,
+    language_layer,
+    merger_kept,
+    recompute_of_tower,
+    vision_layer,
+)
+from megatron_vrl.planner.memory import in_flight, kept_by, stage_memory
 from megatron_vrl.planner.workload import Packed, Sizes
 from tests.planner.measured import ARCHITECTURES, measure
 from tests.running import ENVIRONMENT, ROOT, python
@@ -98,9 +105,15 @@ def planned(case, ranks, row):
     memory = stage_memory(cfg, arch, stage, sharers, [batch], row["micro_batches"], kernels)
     layer = language_layer(arch, cfg.model, parallel, batch, kernels)
     head = 0  # it is gone when the first layer is computed again
-    if any(chunk.ends for chunk in stage_chunks(arch, cfg.model, parallel, stage)):
+    chunks = stage_chunks(arch, cfg.model, parallel, stage)
+    if any(chunk.ends for chunk in chunks):
         head = head_kept(arch, cfg.model, batch, layer, parallel.context)
     again = layer.again(cfg.model.recompute)
+    if (first := chunks[0]).embeds and not cfg.model.freeze_vision:
+        block = vision_layer(arch, cfg.model, parallel, batch, kernels)
+        gone = kept_by(first, layer, cfg.model.recompute)
+        gone += merger_kept(arch, cfg.model, parallel, batch, block)
+        again = max(again, block.again(recompute_of_tower(cfg.model)) - gone)
     return memory, memory.activations + memory.vision + max(head, again)
 
 
