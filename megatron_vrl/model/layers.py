@@ -159,11 +159,15 @@ class PlannedAttention(MegatronModule):
         return flat.index_select(0, plan.place).unsqueeze(1)
 
 
-class FlashAttention(MegatronModule):
-    """`core_attention`: follows a VarlenPlan by torch's FlashAttention."""
+class VarlenAttention(MegatronModule):
+    """`core_attention`: follows a VarlenPlan by the kernel of a subclass."""
 
     def __init__(self, config: TransformerConfig, layer_number: int, **_: object) -> None:
         super().__init__(config=config)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan) -> Tensor:
+        """query [sum Q, H, D], key and value [sum S, K, D] -> [sum Q, H * D]."""
+        raise NotImplementedError
 
     def forward(
         self,
@@ -181,10 +185,23 @@ class FlashAttention(MegatronModule):
         key, value = _of_all_ranks(key, value, packed_seq_params.context)
         if not len(plan.queries):
             return _nothing(query, key, value)
-        attended: Any = varlen_attn(
+        flat = self.attend(
             query.index_select(0, plan.queries),
             key.index_select(0, plan.keys),
             value.index_select(0, plan.keys),
+            plan,
+        )
+        return flat.index_select(0, plan.place).unsqueeze(1)
+
+
+class FlashAttention(VarlenAttention):
+    """torch's FlashAttention."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan) -> Tensor:
+        attended: Any = varlen_attn(
+            query,
+            key,
+            value,
             plan.query_ends,
             plan.key_ends,
             plan.longest_query,
@@ -192,15 +209,14 @@ class FlashAttention(MegatronModule):
             window_size=(-1, 0),  # causal from the bottom right
             **FEWER_KEY_HEADS,
         )  # [sum Q, H, D]
-        return attended.flatten(1).index_select(0, plan.place).unsqueeze(1)
+        return attended.flatten(1)
 
 
-class TransformerEngineAttention(MegatronModule):
-    """`core_attention`: follows a VarlenPlan by Transformer Engine's DotProductAttention, which
-    chooses FlashAttention or cuDNN."""
+class TransformerEngineAttention(VarlenAttention):
+    """Transformer Engine's DotProductAttention, which chooses FlashAttention or cuDNN."""
 
     def __init__(self, config: TransformerConfig, layer_number: int, **_: object) -> None:
-        super().__init__(config=config)
+        super().__init__(config, layer_number)
         from transformer_engine.pytorch import DotProductAttention
 
         tensor_ranks = config.tensor_model_parallel_size
@@ -214,32 +230,17 @@ class TransformerEngineAttention(MegatronModule):
             layer_number=layer_number,
         )
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        *,
-        packed_seq_params: PlannedSeqParams,
-        **_: object,
-    ) -> Tensor:
-        """query [L, H, D], key and value [L, K, D] -> [L, 1, H * D]."""
-        plan = packed_seq_params.plan
-        assert isinstance(plan, VarlenPlan)
-        key, value = _of_all_ranks(key, value, packed_seq_params.context)
-        if not len(plan.queries):
-            return _nothing(query, key, value)
-        flat = self.kernel(
-            query.index_select(0, plan.queries),
-            key.index_select(0, plan.keys),
-            value.index_select(0, plan.keys),
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan) -> Tensor:
+        flat: Tensor = self.kernel(
+            query,
+            key,
+            value,
             cu_seqlens_q=plan.query_ends,
             cu_seqlens_kv=plan.key_ends,
             max_seqlen_q=plan.longest_query,
             max_seqlen_kv=plan.longest_key,
-        )  # [sum Q, H * D]
-        return flat.index_select(0, plan.place).unsqueeze(1)
+        )
+        return flat
 
 
 def _of_all_ranks(

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_vrl.batching.pack import Answer, Group, MicroBatch, pack, share_context
-from megatron_vrl.model.layers import PlannedAttention, packed
+from megatron_vrl.model.layers import PlannedAttention, VarlenAttention, packed
 from megatron_vrl.model.plans import language_plan, varlen_plan
 from tests.tiny import prompt
 
@@ -50,37 +50,40 @@ def visible(batch: MicroBatch) -> np.ndarray:
     return mask
 
 
-def attend(batch: MicroBatch, query, key, value):
+class ByDefinition(VarlenAttention):
+    """What VarlenPlan says, sequence after sequence."""
+
+    def attend(self, query, key, value, plan):
+        outputs = []
+        for i in range(len(plan.query_ends) - 1):
+            q = query[plan.query_ends[i] : plan.query_ends[i + 1]]
+            k, v = (
+                x[plan.key_ends[i] : plan.key_ends[i + 1]].repeat_interleave(HEADS // KV_HEADS, 1)
+                for x in (key, value)
+            )
+            sees = torch.ones(len(q), len(k), dtype=bool).tril(len(k) - len(q))
+            assert len(q) <= plan.longest_query and len(k) <= plan.longest_key
+            scores = torch.einsum("qhd,khd->hqk", q, k) / CHANNELS**0.5
+            shares = scores.masked_fill(~sees, -torch.inf).softmax(-1)
+            outputs.append(torch.einsum("hqk,khd->qhd", shares, v).flatten(1))
+        return torch.cat(outputs)
+
+
+def attend(kind, plan_of, batch: MicroBatch, query, key, value):
     """The plan's output for the rows of `batch`, keys in the order in which ranks gather them."""
     rows, keys = torch.from_numpy(batch.rows), torch.from_numpy(batch.key_rows)
-    layer = PlannedAttention.__new__(PlannedAttention)
-    params = packed(len(rows), CPU, plan=language_plan(batch, CPU))
-    return PlannedAttention.forward(
-        layer, query[rows], key[keys], value[keys], None, packed_seq_params=params
+    params = packed(len(rows), CPU, plan=plan_of(batch, CPU))
+    return kind.forward(
+        kind.__new__(kind), query[rows], key[keys], value[keys], None, packed_seq_params=params
     )[:, 0]
 
 
-def attend_varlen(batch: MicroBatch, query, key, value):
-    """The same by the definition of VarlenPlan, sequence after sequence."""
-    plan = varlen_plan(batch, CPU)
-    query, key, value = query[batch.rows], key[batch.key_rows], value[batch.key_rows]
-    outputs = [torch.zeros(0, HEADS * CHANNELS)]
-    for i in range(len(plan.query_ends) - 1):
-        q = query[plan.queries[plan.query_ends[i] : plan.query_ends[i + 1]]]
-        rows = plan.keys[plan.key_ends[i] : plan.key_ends[i + 1]]
-        sees = torch.ones(len(q), len(rows), dtype=bool).tril(len(rows) - len(q))
-        assert len(q) <= plan.longest_query and len(rows) <= plan.longest_key
-        k, v = (x[rows].repeat_interleave(HEADS // KV_HEADS, 1) for x in (key, value))
-        scores = torch.einsum("qhd,khd->hqk", q, k) / CHANNELS**0.5
-        shares = scores.masked_fill(~sees, -torch.inf).softmax(-1)
-        outputs.append(torch.einsum("hqk,khd->qhd", shares, v).flatten(1))
-    return torch.cat(outputs)[plan.place]
-
-
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("attends", [attend, attend_varlen])
+@pytest.mark.parametrize(
+    "kind, plan_of", [(PlannedAttention, language_plan), (ByDefinition, varlen_plan)]
+)
 @given(groups=batches)
-def test_every_rank_attends_as_a_dense_mask_says(ranks, attends, groups):
+def test_every_rank_attends_as_a_dense_mask_says(ranks, kind, plan_of, groups):
     batch = pack(groups, multiple=2 * ranks)
     total = len(batch.token_ids)
     noise = torch.Generator().manual_seed(total)
@@ -95,7 +98,7 @@ def test_every_rank_attends_as_a_dense_mask_says(ranks, attends, groups):
         part = share_context(batch, rank, ranks)
         if (part.rows < used).any():
             real = torch.from_numpy(part.rows < used)
-            got = attends(part, query, key, value)
+            got = attend(kind, plan_of, part, query, key, value)
             torch.testing.assert_close(got[real], wanted[part.rows][real], atol=1e-5, rtol=1e-5)
 
 
