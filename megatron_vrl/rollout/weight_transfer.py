@@ -5,10 +5,11 @@ memory (a rollout worker).
 
 The worker half of a weight update: vLLM creates one of these in every worker process and drives
 it with start_weight_update, update_weights (once per bucket), finish_weight_update. Where the
-kernels multiply with the weights as they are, each tensor is copied once, into its place. Where
-they do not (quantised, or packed for a CPU), vLLM's layer-wise reload collects a layer's pieces,
-makes what the kernels want and copies the result over what was there. A bucket holds whole layers,
-so nothing of it is needed once it has been loaded. The trainer half is `rollouts.Rollouts`.
+kernels multiply with the weights as they are, each tensor is copied once, into its place
+(places.py). Where they do not (quantised, or packed for a CPU), vLLM's layer-wise reload collects
+a layer's pieces, makes what the kernels want and copies the result over what was there. A bucket
+holds whole layers, so nothing of it is needed once it has been loaded. The trainer half is
+`rollouts.Rollouts`.
 
 Engines start with zeros (load format "zeros"), since real weights always arrive by an update.
 vLLM's own "dummy" format will not do: it also randomises buffers that no update brings, among
@@ -36,6 +37,7 @@ from vllm.model_executor.model_loader.reload import (
 
 from megatron_vrl.errors import RolloutError
 from megatron_vrl.rollout.buckets import Bucket, BucketReader, NamedTensors
+from megatron_vrl.rollout.places import Places
 from megatron_vrl.rollout.torchvision_shim import declare_missing_ops
 
 BACKEND = "shared_memory"
@@ -83,6 +85,8 @@ class SharedMemoryWeightTransferEngine(
     init_info_cls = SharedMemoryInitInfo
     update_info_cls = SharedMemoryUpdateInfo
 
+    _places: Places | None = None  # None: weights are not copied into their places
+
     def init_transfer_engine(self, init_info: SharedMemoryInitInfo) -> None:
         pass
 
@@ -92,9 +96,10 @@ class SharedMemoryWeightTransferEngine(
 
     def start_weight_update(self) -> None:
         self._missing = {name for name, _ in self.model.named_parameters()}
-        self._in_place = self.vllm_config.quant_config is None and not _packed(self.model)
-        if not self._in_place:
+        if self.vllm_config.quant_config is not None or _packed(self.model):
             initialize_layerwise_reload(self.model)
+        elif self._places is None or not self._places.still_hold():
+            self._places = Places(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         # Not the base class's: that ends in torch.accelerator.synchronize(), absent on a CPU.
@@ -103,11 +108,11 @@ class SharedMemoryWeightTransferEngine(
             torch.cuda.synchronize(self.device)  # the bucket may be filled anew when this returns
 
     def receive_weights(self, update_info: SharedMemoryUpdateInfo) -> None:
-        model: Any = self.model
         tensors = update_info.tensors
         if update_info.bucket is not None:
             tensors = self._reader.read(update_info.bucket)
-        self._missing -= model.load_weights(tensors)
+        model: Any = self.model
+        self._missing -= (self._places or model).load_weights(tensors)
         if update_info.complete and self._missing:
             # Said here and not at the end: vLLM takes back an update that fails before it.
             self.finish_weight_update()
@@ -117,7 +122,7 @@ class SharedMemoryWeightTransferEngine(
             )
 
     def finish_weight_update(self) -> None:
-        if not self._in_place:
+        if self._places is None:
             finalize_layerwise_reload(self.model, self.model_config)
         self._reader.end_update()
 

@@ -175,6 +175,19 @@ def test_checksums_read_the_live_weights(engine, weights):
         assert {key for key in live if live[key] != expected[key]} == {name}
 
 
+def test_vllm_looks_for_a_tensors_place_only_once(engine, weights):
+    """From the second update on weights go where vLLM's loader put them in the first."""
+    changed = {name: tensor * 1.5 for name, tensor in weights.items()}
+    calls = []
+    engine._llm.apply_model(lambda model: setattr(model, "load_weights", calls.append))
+    try:
+        engine.push_weights(changed.items(), version=2)
+    finally:
+        engine._llm.apply_model(lambda model: delattr(model, "load_weights"))
+    assert not calls
+    assert engine.weights_checksum() == tensor_checksums(changed.items(), torch.float32)
+
+
 def test_one_vision_pass_per_prompt(engine, make_prompt):
     prompts = [make_prompt(0), make_prompt(1, (2, 4, 4))]
     rows = []
