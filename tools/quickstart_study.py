@@ -23,18 +23,19 @@ COLUMNS = {
     "temporal_grounding/r1@0.3": "R@0.3",
     "temporal_grounding/r1@0.5": "R@0.5",
     "temporal_grounding/r1@0.7": "R@0.7",
-    "grounded_qa/miou": "QA mIoU",
-    "grounded_qa/accuracy": "QA acc.",
     "multiple_choice/accuracy": "MC acc.",
+    "grounded_qa/accuracy": "QA acc.",
+    "grounded_qa/miou": "QA mIoU",
     "format_rate": "format",
     "reward": "reward",
 }
 ARMS = {
-    "base": "before training",
-    "sft": "warm-up (SFT)",
+    "base": "base",
+    "sft": "warm-up",
     "grpo": "warm-up, then GRPO",
-    "more_sft": "warm-up, then SFT for GRPO's seconds",
+    "more_sft": "warm-up, then more SFT",
 }
+SPLITS = {"heldout": "held-out", "ood": "out of domain"}
 
 
 def main() -> None:
@@ -59,7 +60,7 @@ def main() -> None:
     )
     summaries = [run_seed(out, seed, arguments.overrides) for seed in arguments.seeds]
     (out / "study.json").write_text(json.dumps(summaries, indent=1) + "\n")
-    table = "\n".join(line for split in ("heldout", "ood") for line in rows(summaries, split))
+    table = "\n".join(line for split in SPLITS for line in rows(summaries, split))
     (out / "table.md").write_text(table + "\n")
     print(table)
 
@@ -104,20 +105,25 @@ def equal_steps(job: Path) -> int:
 
 
 def rows(summaries: list[dict[str, Any]], split: str) -> list[str]:
-    """Markdown: mean and range over the seeds of every metric."""
+    """Markdown: mean and range over the seeds of every metric, in percent (reward apart)."""
     found = [name for name in COLUMNS if name in summaries[0]["results"]["base"][split]]
-    lines = ["", f"| {split} | " + " | ".join(COLUMNS[name] for name in found) + " |"]
-    lines.append("|---" * (len(found) + 1) + "|")
-    for label, metrics in summaries[0]["trivial"][split].items():
-        lines.append(f"| {label} | " + " | ".join(f"{metrics[n]:.3f}" for n in found) + " |")
+    lines = ["", f"| {SPLITS[split]} | " + " | ".join(COLUMNS[name] for name in found) + " |"]
+    lines.append("|" + "-|" * (len(found) + 1))
+    measured = {label: [metrics] for label, metrics in summaries[0]["trivial"][split].items()}
     for arm, label in ARMS.items():
-        cells = [cell([s["results"][arm][split][name] for s in summaries]) for name in found]
+        measured[label] = [summary["results"][arm][split] for summary in summaries]
+    for label, seeds in measured.items():
+        cells = [cell(name, [metrics[name] for metrics in seeds]) for name in found]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return lines
 
 
-def cell(values: list[float]) -> str:
-    return f"{statistics.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})"
+def cell(name: str, values: list[float]) -> str:
+    mean, low, high = (
+        f"{value:.3f}" if name == "reward" else f"{100 * value:.1f}"
+        for value in (statistics.mean(values), min(values), max(values))
+    )
+    return mean if low == high else f"{mean} ({low}-{high})"
 
 
 def train(out: Path, run_dir: Path, overrides: list[str]) -> dict[str, Any]:
