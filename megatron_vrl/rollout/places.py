@@ -51,6 +51,7 @@ class Places:
         """Whether the model's parameters lie where they lay."""
         return self._parameters == _parameters(self._model)
 
+    @torch.no_grad()
     def load_weights(self, tensors: NamedTensors) -> set[str]:
         """Into the model -> names of the parameters that these tensors filled, wholly or partly."""
         filled: set[str] = set()
