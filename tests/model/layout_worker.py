@@ -63,7 +63,9 @@ LAYOUTS = {
         model={"recompute": "full"},
         models=("tied",),
     ),
-    "dp2-overlap": Layout(processes=2, parallel={"overlap": True}, models=("tied",)),
+    "dp2-overlap-recompute": Layout(
+        processes=2, parallel={"overlap": True}, model={"recompute": "full"}, models=("tied",)
+    ),
     "tp4": Layout(processes=4, parallel=PLAIN_DDP | {"tensor": 4}, models=("four-kv-heads",)),
     "pp4": Layout(processes=4, parallel=PLAIN_DDP | {"pipeline": 4}, models=("tied",)),
     "tp2-cp2": Layout(
