@@ -23,6 +23,7 @@ from megatron_vrl.model.chunks import check_divides
 from megatron_vrl.model.export import WeightExport
 from megatron_vrl.model.precision import DTYPES
 from megatron_vrl.observe.clock import Clock
+from megatron_vrl.observe.traces import Traces
 from megatron_vrl.parallel.mesh import Mesh, agreed, gather_objects, init_mesh
 from megatron_vrl.rollout.colocated import Colocated
 from megatron_vrl.rollout.pool import WorkerPool
@@ -46,6 +47,7 @@ class Parts:
     cfg: RunConfig
     mesh: Mesh
     clock: Clock
+    traced: Traces  # around a step
     arch: Architecture
     policy: Policy
     saver: Saver
@@ -167,6 +169,7 @@ def build(cfg: RunConfig) -> Parts:
         cfg=cfg,
         mesh=mesh,
         clock=Clock(),
+        traced=Traces(Path(cfg.run.out_dir), cfg.observe, mesh.rank),
         arch=arch,
         policy=policy,
         saver=Saver(

@@ -292,6 +292,11 @@ class Observe(Section):
     project: str = "megatron_vrl"
     cards_per_step: Annotated[int, Field(ge=0)] = 1
     """Groups of each step kept whole for the report's cards."""
+    trace_steps: list[Annotated[int, Field(gt=0)]] = []
+    """Steps of the warm-up and of GRPO, from 1, of which torch.profiler writes a trace into
+    OUT/traces, for ui.perfetto.dev. A traced step is slower."""
+    trace_ranks: list[Annotated[int, Field(ge=0)]] = [0]
+    """Ranks whose steps are traced."""
 
 
 class RunConfig(Section):

@@ -1,5 +1,6 @@
 """The main job from the command line, small: in three layouts, killed and continued, its files."""
 
+import gzip
 import json
 import re
 import shutil
@@ -28,6 +29,8 @@ SMALL = (
     "algorithm.kl=0.01",
     "algorithm.refill_rounds=2",
     "checkpoint.every_steps=1000",
+    "observe.trace_steps=[3]",
+    "observe.trace_ranks=[1]",
 )
 ONE_STEP = (  # without a warm-up no answer earns a reward: all groups are uniform
     "sft.steps=0",
@@ -114,6 +117,15 @@ def test_metrics_of_every_step_and_evaluation(run):
         *[("grpo", 4, split) for split in ("heldout", "ood")],
     ]
     assert rows_of(run, "sft")[-1]["loss"] < rows_of(run, "sft")[0]["loss"] / 3
+
+
+def test_a_traced_step_shows_its_phases(run):
+    """Of rank 1 alone; vLLM and Megatron work in the same process."""
+    names = {file.name for file in (run / "traces").iterdir()}
+    assert names == {f"{phase}-000003-rank0001.json.gz" for phase in ("sft", "grpo")}
+    with gzip.open(run / "traces" / "grpo-000003-rank0001.json.gz") as trace:
+        events = {event.get("name") for event in json.load(trace)["traceEvents"]}
+    assert events >= {"sync", "rollout", "score", "update", "aten::mm"}
 
 
 def test_summary_names_results_versions_and_seed(run):

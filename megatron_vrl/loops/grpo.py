@@ -31,15 +31,16 @@ def train_grpo(parts: Parts, state: RunState, sinks: Sinks, dev: list[VideoSampl
     cfg, clock = parts.cfg, parts.clock
     going = begin(parts, state, sinks)
     while state.step < cfg.grpo.steps:
-        with clock("sync"):
-            parts.rollouts.hand_over(state.version)
-        going.reselection.make_if_due()
-        collected = collect(parts, going.flights)
-        going.files.write(collected, state.step + 1, state.version)
-        if state.step + 1 < cfg.grpo.steps:
-            going.draws.prefetch(cfg.rollout.prompts_per_step)
-        with clock("update"):
-            learned = learn(parts, collected, state.step)
+        with parts.traced("grpo", state.step + 1):
+            with clock("sync"):
+                parts.rollouts.hand_over(state.version)
+            going.reselection.make_if_due()
+            collected = collect(parts, going.flights)
+            going.files.write(collected, state.step + 1, state.version)
+            if state.step + 1 < cfg.grpo.steps:
+                going.draws.prefetch(cfg.rollout.prompts_per_step)
+            with clock("update"):
+                learned = learn(parts, collected, state.step)
         end_step(parts, state, sinks, going, collected, learned, dev)
 
 

@@ -20,13 +20,14 @@ def train_overlapped(parts: Parts, state: RunState, sinks: Sinks, dev: list[Vide
     cfg, clock = parts.cfg, parts.clock
     going = begin(parts, state, sinks)
     while state.step < cfg.grpo.steps:
-        with clock("sync"):
-            parts.rollouts.hand_over(state.version)
-        going.reselection.make_if_due()
-        steps = min(1 + cfg.rollout.max_staleness, cfg.grpo.steps - state.step)
-        going.flights.fill(steps * cfg.rollout.prompts_per_step)
-        collected = collect(parts, going.flights)
-        going.files.write(collected, state.step + 1, state.version)
-        with clock("update"):
-            learned = learn(parts, collected, state.step)
+        with parts.traced("grpo", state.step + 1):
+            with clock("sync"):
+                parts.rollouts.hand_over(state.version)
+            going.reselection.make_if_due()
+            steps = min(1 + cfg.rollout.max_staleness, cfg.grpo.steps - state.step)
+            going.flights.fill(steps * cfg.rollout.prompts_per_step)
+            collected = collect(parts, going.flights)
+            going.files.write(collected, state.step + 1, state.version)
+            with clock("update"):
+                learned = learn(parts, collected, state.step)
         end_step(parts, state, sinks, going, collected, learned, dev)

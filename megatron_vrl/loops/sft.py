@@ -51,18 +51,19 @@ def _attempt(parts: Parts, state: RunState, sinks: Sinks, dev: list[VideoSample]
     start_phase(parts, state, cfg.sft.optimizer, cfg.sft.steps)
     sinks.begin("sft", cfg.sft.steps, state.step)
     while state.step < cfg.sft.steps:
-        with clock("encode"):
-            groups = parts.gather_replica(
-                [
-                    Group(prompt=prompt, answers=(_target(parts, sample),))
-                    for sample, prompt, _ in draws.take(cfg.sft.batch_size)
-                ]
-            )
-        if state.step + 1 < cfg.sft.steps:
-            draws.prefetch(cfg.sft.batch_size)
-        with clock("update"):
-            batches = plan_batches(groups, groups[0], cfg.batch, parts.mesh)
-            update = parts.policy.update(batches, token_loss, Distribution(), state.step)
+        with parts.traced("sft", state.step + 1):
+            with clock("encode"):
+                groups = parts.gather_replica(
+                    [
+                        Group(prompt=prompt, answers=(_target(parts, sample),))
+                        for sample, prompt, _ in draws.take(cfg.sft.batch_size)
+                    ]
+                )
+            if state.step + 1 < cfg.sft.steps:
+                draws.prefetch(cfg.sft.batch_size)
+            with clock("update"):
+                batches = plan_batches(groups, groups[0], cfg.batch, parts.mesh)
+                update = parts.policy.update(batches, token_loss, Distribution(), state.step)
         state.step += 1
         state.stream = stream.state
         state.version += 1

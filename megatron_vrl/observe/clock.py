@@ -9,10 +9,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from torch.profiler import record_function
+
 
 class Clock:
     """`with clock("rollout"): ...` adds to that phase. Nested phases count once, for the inner one;
-    time outside any is "other", so the phases of `take` add up to the time since the last one."""
+    time outside any is "other", so the phases of `take` add up to the time since the last one. In
+    a trace they are ranges."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
@@ -23,7 +26,8 @@ class Clock:
         outer = self._phase
         self._switch(phase)
         try:
-            yield
+            with record_function(phase):
+                yield
         finally:
             self._switch(outer)
 
