@@ -5,19 +5,20 @@ run did not write is left out of the page. Build it again at any time, also whil
 `python -m megatron_vrl.observe.report RUN_DIR`.
 """
 
+import argparse
 import base64
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from megatron_vrl.errors import EXIT_CODE, UserError
+from megatron_vrl.errors import UserError
 from megatron_vrl.observe.charts import Curve, svg
 from megatron_vrl.observe.files import read_rows, write_file
 from megatron_vrl.observe.metrics import MEANINGS, meaning
+from megatron_vrl.program import run_program
 
 CARDS = 12  # shown, evenly spread over the steps
 CURVES = (  # phase and metric, in the order of the page
@@ -161,17 +162,11 @@ def _cell(found: dict[str, float], name: str) -> str:
     return f"{100 * found[name]:.1f}" if meaning(name).unit == "%" else f"{found[name]:.3f}"
 
 
-def main() -> int:
-    if len(sys.argv) != 2:
-        print("Usage: python -m megatron_vrl.observe.report RUN_DIR", file=sys.stderr)
-        return EXIT_CODE
-    try:
-        print(build_report(Path(sys.argv[1])))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return EXIT_CODE
-    return 0
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="megatron_vrl.observe.report")
+    parser.add_argument("run", metavar="RUN_DIR", type=Path)
+    print(build_report(parser.parse_args().run))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

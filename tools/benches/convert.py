@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_vrl.errors import UserError
+
 Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -85,7 +87,7 @@ def _measured(command: Sequence[str]) -> tuple[float, float]:
     seconds = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise SystemExit(f"{' '.join(command)} failed")
+        raise UserError(f"{' '.join(command)} failed; its words stand above.")
     return seconds, _peak_bytes(usage) / 2**30
 
 

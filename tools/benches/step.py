@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benches.worker import Worker
+from megatron_vrl.errors import ConfigError
 
 Row = dict[str, Any]
 OURS, TRL = (Path(__file__).with_name(name) for name in ("step_side.py", "trl_side.py"))
@@ -41,7 +42,7 @@ def run(arguments: argparse.Namespace) -> Iterator[Row]:
     layouts = arguments.layouts.split(",")
     unknown = [name for name in layouts if name not in LAYOUTS]
     if unknown:
-        raise SystemExit(f"--layouts {','.join(unknown)}: choose of {', '.join(LAYOUTS)}.")
+        raise ConfigError(f"--layouts {','.join(unknown)}: choose of {', '.join(LAYOUTS)}.")
     options = (*shape, arguments.micro_batch)
     workers = {name: Worker(LAYOUTS[name], (name, *options)) for name in layouts}
     rounds: dict[str, list[Row]] = {name: [] for name in layouts}

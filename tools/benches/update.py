@@ -22,6 +22,7 @@ from megatron_vrl.algorithms import token_loss
 from megatron_vrl.batching.pack import Answer, Group, MicroBatch
 from megatron_vrl.batching.positions import VisionBlock, mrope_positions
 from megatron_vrl.config import Algorithm, Batch, Model, Optimizer, Parallel
+from megatron_vrl.errors import ConfigError
 from megatron_vrl.model.architecture import Architecture, read_architecture
 from megatron_vrl.model.head import Distribution
 from megatron_vrl.model.precision import FP8_FORMATS, FP8_RECIPES
@@ -58,9 +59,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Iterator[Row]:
     formats = {*arguments.formats.split(",")}
     if unknown := formats - {"bfloat16", *FP8_RECIPES}:
-        raise SystemExit(f"--formats {','.join(sorted(unknown))}: no such number format.")
+        raise ConfigError(
+            f"--formats {','.join(sorted(unknown))}: choose of {', '.join(FP8_FORMATS)}, bfloat16."
+        )
     if arguments.layers != "transformer_engine" and formats != {"bfloat16"}:
-        raise SystemExit("--formats of FP8 need --layers transformer_engine, on a GPU.")
+        raise ConfigError("--formats of FP8 need --layers transformer_engine, on a GPU.")
     hush_libraries()
     arch = read_architecture(arguments.model)
     cfg = Model(

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_vrl.errors import UserError
+
 Row = dict[str, Any]
 
 
@@ -36,7 +38,7 @@ class Worker:
         for line in self._process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
-        raise SystemExit(f"{' '.join(map(str, self._process.args))} ended before its round.")  # type: ignore[arg-type]
+        raise UserError(f"{' '.join(map(str, self._process.args))} ended before its round.")  # type: ignore[arg-type]
 
     def close(self) -> None:
         assert self._process.stdin
@@ -80,4 +82,4 @@ def resident(what: str = "VmRSS") -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(what):
             return int(line.split()[1]) * 1024
-    raise SystemExit(f"/proc/self/status has no {what}: this bench needs Linux.")
+    raise UserError(f"/proc/self/status has no {what}: this bench needs Linux.")
