@@ -28,7 +28,6 @@ from megatron_vrl.model.head import Distribution
 from megatron_vrl.model.precision import FP8_FORMATS, FP8_RECIPES
 from megatron_vrl.model.work import batch_work, update_flops
 from megatron_vrl.observe.hardware import forget_peak, peak_bytes, peak_flops
-from megatron_vrl.observe.quiet import hush_libraries
 from megatron_vrl.parallel.mesh import close_mesh, init_mesh
 from megatron_vrl.training.batches import plan_batches
 from megatron_vrl.training.policy import Policy
@@ -64,7 +63,6 @@ def run(arguments: argparse.Namespace) -> Iterator[Row]:
         )
     if arguments.layers != "transformer_engine" and formats != {"bfloat16"}:
         raise ConfigError("--formats of FP8 need --layers transformer_engine, on a GPU.")
-    hush_libraries()
     arch = read_architecture(arguments.model)
     cfg = Model(
         checkpoint="none",
