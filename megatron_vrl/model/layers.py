@@ -45,7 +45,8 @@ BOTH_TOWERS: dict[str, Any] = {
     "apply_rope_fusion": False,
     "persist_layer_norm": False,
 }
-RECOMPUTE: dict[str, dict[str, Any]] = {  # its fields for `model.recompute`
+# Its fields for each value of `model.recompute`.
+RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
     "full": {

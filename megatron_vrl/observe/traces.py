@@ -27,6 +27,6 @@ class Traces:
             return
         with profile() as trace:  # of all that this machine has: CPU, and GPU where there is one
             yield
-        self._folder.mkdir(exist_ok=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
         name = f"{phase}-{step:06}-rank{self._rank:04}.json.gz"
         trace.export_chrome_trace(str(self._folder / name))

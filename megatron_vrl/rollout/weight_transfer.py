@@ -97,6 +97,7 @@ class SharedMemoryWeightTransferEngine(
     def start_weight_update(self) -> None:
         self._missing = {name for name, _ in self.model.named_parameters()}
         if self.vllm_config.quant_config is not None or _packed(self.model):
+            self._places = None
             initialize_layerwise_reload(self.model)
         elif self._places is None or not self._places.still_hold():
             self._places = Places(self.model)
