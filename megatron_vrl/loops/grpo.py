@@ -96,6 +96,14 @@ def end_step(
     state.add_seconds(spent)
     values = step_numbers(parts, collected, learned, spent, version) | going.draws.numbers()
     warn(sinks, state.step, collected, learned.updates)
+    if not learned.updates and values.get("uniform_groups") == 1:
+        sinks.say_once(
+            "no update",
+            f"Step {state.step}: nothing was learned, for in every group all answers earned the "
+            f"same reward ({values['reward']:.3f} on average; the form was kept by "
+            f"{100 * values['format_rate']:.0f} %). Later steps without an update are counted by "
+            "the metric updates_left_out alone.",
+        )
     record(parts, sinks, StepMetrics(phase="grpo", step=state.step, values=values, seconds=spent))
     write_cards(parts, sinks, collected.experiences[: cfg.observe.cards_per_step], state.step)
     if cfg.grpo.evaluate_every and state.step % cfg.grpo.evaluate_every == 0:

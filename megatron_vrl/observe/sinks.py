@@ -29,6 +29,7 @@ class Writer(Protocol):
 class Sinks:
     def __init__(self, writers: list[Writer], cards: CardFile | None) -> None:
         self._writers, self._cards = writers, cards
+        self._said: set[str] = set()
 
     def begin(self, phase: Phase, steps: int, done: int = 0) -> None:
         """A phase of `steps` steps starts, `done` of them by an earlier process."""
@@ -44,6 +45,12 @@ class Sinks:
         """Tell the person who watches, without breaking a progress bar."""
         if self._writers:
             tqdm.write(sentence, file=sys.stderr)
+
+    def say_once(self, kind: str, sentence: str) -> None:
+        """The first of its kind alone."""
+        if kind not in self._said:
+            self._said.add(kind)
+            self.say(sentence)
 
     def card(
         self, card: Card, frames: NDArray[np.uint8], timestamps_s: NDArray[np.float64]

@@ -153,6 +153,17 @@ def test_the_bar_names_phase_step_and_reward(
     assert "grpo" in last and "4/8" in last and "reward 4.000" in last
 
 
+def test_what_is_said_once_is_not_said_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sinks = opened(tmp_path)
+    for step in (1, 2):
+        sinks.say_once("no update", f"Step {step}: nothing was learned.")
+    sinks.say_once("other", "Something else.")
+    sinks.close()
+    assert capsys.readouterr().err == "Step 1: nothing was learned.\nSomething else.\n"
+
+
 def test_wandb_writes_offline_into_the_run_directory(tmp_path: Path) -> None:
     sinks = opened(tmp_path, cfg=Observe(wandb="offline"))
     write(sinks, "grpo", range(1, 3))
