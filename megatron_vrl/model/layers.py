@@ -10,6 +10,7 @@ sequences of a call over different lengths.
 """
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,15 +161,23 @@ class PlannedAttention(MegatronModule):
         return flat.index_select(0, plan.place).unsqueeze(1)
 
 
+Kernel = Callable[[Tensor, Tensor, Tensor, VarlenPlan], Tensor]
+"""query [sum Q, H, D], key and value [sum S, K, D] and their plan -> [sum Q, H * D]"""
+
+
 class VarlenAttention(MegatronModule):
-    """`core_attention`: follows a VarlenPlan by the kernel of a subclass."""
+    """`core_attention`: follows a VarlenPlan by a kernel, made for its layer."""
 
-    def __init__(self, config: TransformerConfig, layer_number: int, **_: object) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        *,
+        kernel: Callable[[TransformerConfig, int], Kernel],
+        **_: object,
+    ) -> None:
         super().__init__(config=config)
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan) -> Tensor:
-        """query [sum Q, H, D], key and value [sum S, K, D] -> [sum Q, H * D]."""
-        raise NotImplementedError
+        self.kernel = kernel(config, layer_number)
 
     def forward(
         self,
@@ -186,7 +195,7 @@ class VarlenAttention(MegatronModule):
         key, value = _of_all_ranks(key, value, packed_seq_params.context)
         if not len(plan.queries):
             return _nothing(query, key, value)
-        flat = self.attend(
+        flat = self.kernel(
             query.index_select(0, plan.queries),
             key.index_select(0, plan.keys),
             value.index_select(0, plan.keys),
@@ -195,33 +204,35 @@ class VarlenAttention(MegatronModule):
         return flat.index_select(0, plan.place).unsqueeze(1)
 
 
-class FlashAttention(VarlenAttention):
+def flash_kernel(config: TransformerConfig, layer_number: int) -> Kernel:
     """torch's FlashAttention."""
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan) -> Tensor:
-        attended: Any = varlen_attn(
-            query,
-            key,
-            value,
-            plan.query_ends,
-            plan.key_ends,
-            plan.longest_query,
-            plan.longest_key,
-            window_size=(-1, 0),  # causal from the bottom right
-            **FEWER_KEY_HEADS,
-        )  # [sum Q, H, D]
-        return attended.flatten(1)
+    return _flash
 
 
-class TransformerEngineAttention(VarlenAttention):
+def _flash(query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan) -> Tensor:
+    attended: Any = varlen_attn(
+        query,
+        key,
+        value,
+        plan.query_ends,
+        plan.key_ends,
+        plan.longest_query,
+        plan.longest_key,
+        window_size=(-1, 0),  # causal from the bottom right
+        **FEWER_KEY_HEADS,
+    )  # [sum Q, H, D]
+    return attended.flatten(1)
+
+
+class TransformerEngineKernel(torch.nn.Module):
     """Transformer Engine's DotProductAttention, which chooses FlashAttention or cuDNN."""
 
-    def __init__(self, config: TransformerConfig, layer_number: int, **_: object) -> None:
-        super().__init__(config, layer_number)
+    def __init__(self, config: TransformerConfig, layer_number: int) -> None:
+        super().__init__()
         from transformer_engine.pytorch import DotProductAttention
 
         tensor_ranks = config.tensor_model_parallel_size
-        self.kernel = DotProductAttention(
+        self.attention = DotProductAttention(
             config.num_attention_heads // tensor_ranks,
             config.kv_channels,
             num_gqa_groups=config.num_query_groups // tensor_ranks,
@@ -231,8 +242,8 @@ class TransformerEngineAttention(VarlenAttention):
             layer_number=layer_number,
         )
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan) -> Tensor:
-        flat: Tensor = self.kernel(
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan) -> Tensor:
+        flat: Tensor = self.attention(
             query,
             key,
             value,

@@ -6,6 +6,7 @@ built.
 """
 
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,17 +19,18 @@ from megatron_vrl.model.chunks import check_fp8
 from megatron_vrl.model.fp8 import RoundedColumnParallelLinear, RoundedRowParallelLinear
 from megatron_vrl.model.layers import (
     MEGATRON,
-    FlashAttention,
     LayerParts,
     PlannedAttention,
     RMSNorm,
-    TransformerEngineAttention,
+    TransformerEngineKernel,
+    VarlenAttention,
+    flash_kernel,
 )
 
 ATTENTION = {
     "sdpa": PlannedAttention,
-    "flash": FlashAttention,
-    "transformer_engine": TransformerEngineAttention,
+    "flash": partial(VarlenAttention, kernel=flash_kernel),
+    "transformer_engine": partial(VarlenAttention, kernel=TransformerEngineKernel),
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Our words for where an FP8 scale comes from -> Megatron's: the history of maxima, the tensor

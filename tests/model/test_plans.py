@@ -1,15 +1,19 @@
 """Attention plans against a dense mask, for one rank and for context-parallel ones."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vrl.batching.pack import Answer, Group, MicroBatch, pack, share_context
 from megatron_vrl.model.layers import PlannedAttention, VarlenAttention, packed
 from megatron_vrl.model.plans import language_plan, varlen_plan
 from tests.tiny import prompt
+from tests.varlen import kernel_by_definition
 
 CPU = torch.device("cpu")
 HEADS, KV_HEADS, CHANNELS = 4, 2, 8
@@ -50,40 +54,24 @@ def visible(batch: MicroBatch) -> np.ndarray:
     return mask
 
 
-class ByDefinition(VarlenAttention):
-    """What VarlenPlan says, sequence after sequence."""
-
-    def attend(self, query, key, value, plan):
-        outputs = []
-        for i in range(len(plan.query_ends) - 1):
-            q = query[plan.query_ends[i] : plan.query_ends[i + 1]]
-            k, v = (
-                x[plan.key_ends[i] : plan.key_ends[i + 1]].repeat_interleave(HEADS // KV_HEADS, 1)
-                for x in (key, value)
-            )
-            sees = torch.ones(len(q), len(k), dtype=bool).tril(len(k) - len(q))
-            assert len(q) <= plan.longest_query and len(k) <= plan.longest_key
-            scores = torch.einsum("qhd,khd->hqk", q, k) / CHANNELS**0.5
-            shares = scores.masked_fill(~sees, -torch.inf).softmax(-1)
-            outputs.append(torch.einsum("hqk,khd->qhd", shares, v).flatten(1))
-        return torch.cat(outputs)
-
-
-def attend(kind, plan_of, batch: MicroBatch, query, key, value):
+def attend(core, plan_of, batch: MicroBatch, query, key, value):
     """The plan's output for the rows of `batch`, keys in the order in which ranks gather them."""
     rows, keys = torch.from_numpy(batch.rows), torch.from_numpy(batch.key_rows)
     params = packed(len(rows), CPU, plan=plan_of(batch, CPU))
-    return kind.forward(
-        kind.__new__(kind), query[rows], key[keys], value[keys], None, packed_seq_params=params
-    )[:, 0]
+    layer = core(TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1), 1)
+    return layer(query[rows], key[keys], value[keys], None, packed_seq_params=params)[:, 0]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize(
-    "kind, plan_of", [(PlannedAttention, language_plan), (ByDefinition, varlen_plan)]
+    "core, plan_of",
+    [
+        (PlannedAttention, language_plan),
+        (partial(VarlenAttention, kernel=kernel_by_definition), varlen_plan),
+    ],
 )
 @given(groups=batches)
-def test_every_rank_attends_as_a_dense_mask_says(ranks, kind, plan_of, groups):
+def test_every_rank_attends_as_a_dense_mask_says(ranks, core, plan_of, groups):
     batch = pack(groups, multiple=2 * ranks)
     total = len(batch.token_ids)
     noise = torch.Generator().manual_seed(total)
@@ -98,7 +86,7 @@ def test_every_rank_attends_as_a_dense_mask_says(ranks, kind, plan_of, groups):
         part = share_context(batch, rank, ranks)
         if (part.rows < used).any():
             real = torch.from_numpy(part.rows < used)
-            got = attend(kind, plan_of, part, query, key, value)
+            got = attend(core, plan_of, part, query, key, value)
             torch.testing.assert_close(got[real], wanted[part.rows][real], atol=1e-5, rtol=1e-5)
 
 

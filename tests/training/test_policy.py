@@ -12,12 +12,15 @@ from megatron_vrl.algorithms import token_loss as loss_of
 from megatron_vrl.config import Algorithm, Batch, Model, Optimizer, Parallel
 from megatron_vrl.model.architecture import read_architecture
 from megatron_vrl.model.head import Distribution
+from megatron_vrl.model.layers import VarlenAttention
+from megatron_vrl.model.precision import ATTENTION
 from megatron_vrl.model.weights import load_published, published_tensors
 from megatron_vrl.parallel.mesh import close_mesh, init_mesh
 from megatron_vrl.training.batches import plan_batches
 from megatron_vrl.training.policy import Policy
 from tests.tiny import GROUPS, token_loss
 from tests.tiny_models import published_model, save
+from tests.varlen import kernel_by_definition
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +56,22 @@ def test_accumulated_gradients_are_those_of_one_batch(checkpoint, mesh):
     assert many.loss == pytest.approx(one.loss, rel=1e-5)
     assert many.grad_norm == pytest.approx(one.grad_norm, rel=1e-5)
     for (name, ours), theirs in zip(weights(cut).items(), weights(whole).values(), strict=True):
+        assert (ours - theirs).norm() < 1e-4 * theirs.norm(), name
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_an_update_over_sequences_of_any_length(checkpoint, mesh, monkeypatch, recompute):
+    """The way of `flash`, with a kernel that runs here, gives what buckets give."""
+    by_definition = partial(VarlenAttention, kernel=kernel_by_definition)
+    buckets, one = updated(checkpoint, mesh)
+    monkeypatch.setitem(ATTENTION, "flash", by_definition)
+    monkeypatch.setattr("megatron_vrl.training.policy.check_available", lambda *_: None)
+    varlen, other = updated(checkpoint, mesh, attention="flash", recompute=recompute)
+    assert other.loss == pytest.approx(one.loss, rel=1e-5)
+    assert other.grad_norm == pytest.approx(one.grad_norm, rel=1e-5)
+    for (name, ours), theirs in zip(
+        weights(varlen).items(), weights(buckets).values(), strict=True
+    ):
         assert (ours - theirs).norm() < 1e-4 * theirs.norm(), name
 
 

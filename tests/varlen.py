@@ -1,0 +1,25 @@
+"""Attention over a VarlenPlan by its definition, sequence after sequence, anywhere."""
+
+import torch
+
+
+def kernel_by_definition(config, layer_number):
+    return _attend
+
+
+def _attend(query, key, value, plan):
+    outputs = []
+    for i in range(len(plan.query_ends) - 1):
+        q = query[plan.query_ends[i] : plan.query_ends[i + 1]]
+        k, v = (
+            x[plan.key_ends[i] : plan.key_ends[i + 1]].repeat_interleave(
+                q.shape[1] // x.shape[1], 1
+            )
+            for x in (key, value)
+        )
+        sees = torch.ones(len(q), len(k), dtype=bool).tril(len(k) - len(q))
+        assert len(q) <= plan.longest_query and len(k) <= plan.longest_key
+        scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[2] ** 0.5
+        shares = scores.masked_fill(~sees, -torch.inf).softmax(-1)
+        outputs.append(torch.einsum("hqk,khd->qhd", shares, v).flatten(1))
+    return torch.cat(outputs)
