@@ -1,6 +1,7 @@
 """How every program ends: a mistake is one sentence and exit code 2."""
 
 import os
+import select
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -22,6 +23,15 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
             print(f"error: {error}", file=sys.stderr)
         code = EXIT_CODE
     except BrokenPipeError:
+        if not _nobody_reads():  # another pipe, to a process of ours
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     sys.exit(code)
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe without a reader."""
+    stdout = select.poll()
+    stdout.register(sys.stdout, 0)
+    return any(event & select.POLLERR for _, event in stdout.poll(0))

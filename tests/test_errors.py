@@ -341,3 +341,11 @@ def test_a_reader_that_has_seen_enough_is_no_error():
         program.stdout.close()  # long before the first line
         assert program.stderr.read() == b""
     assert program.returncode == 0
+
+
+def test_another_broken_pipe_is_an_error():
+    """For example to a process that decodes."""
+    program = "def main(): raise BrokenPipeError('of a worker')\n"
+    program += "from megatron_vrl.program import run_program; run_program(main)"
+    done = run_python("-c", program)
+    assert done.returncode == 1 and "BrokenPipeError: of a worker" in done.stderr
