@@ -1,5 +1,6 @@
 """A small quickstart to run the main job on."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,19 @@ from tests.running import ENVIRONMENT, ROOT, run_python
 
 settings.register_profile("untimed", deadline=None)  # a busy machine is not a failure
 settings.load_profile("untimed")
+
+
+def pytest_report_header() -> str:
+    """Name the kernels that this machine computes with: last bits differ between them."""
+    import torch
+
+    openblas = os.environ.get("OPENBLAS_CORETYPE", "not set")
+    capability = torch.backends.cpu.get_cpu_capability()
+    return (
+        f"kernels: torch {torch.__version__} {capability}, oneDNN "
+        f"{torch.backends.mkldnn.is_available()}, {torch.get_num_threads()} threads, "
+        f"OPENBLAS_CORETYPE {openblas}"
+    )
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -1,14 +1,15 @@
-"""Between two epochs of GRPO: which samples of the pool still teach something, and only those next.
+"""Selection between epochs of GRPO: answer the pool again and train on what still teaches.
 
-With `selection.every_epochs: k` the first step that begins k epochs after the last selection first
-answers the whole pool with the weights of that moment, on the run's own engines, a step's number of
-prompts at a time, and applies the rules of tools/select_data.py. What a step drew across the end of
-the epoch stays drawn. What was dropped is asked about again the next time, and may come back.
+With `selection.every_epochs: k` a selection is due at the first step that begins k epochs after the
+last one. It answers the whole pool with the weights of that moment, on the run's own engines, in
+blocks of `rollout.prompts_per_step` prompts, and applies the rules of tools/select_data.py. Samples
+that a step drew across the end of the epoch stay drawn. Dropped samples are answered again at the
+next selection and may come back.
 
-OUT/selection/epoch-NNNN has the tool's files. Before the first answer the run is saved, so a killed
-one goes on with these very weights and infers no finished part again; each answer's seed comes from
-epoch and place in the pool. A selection that was made after the checkpoint from which a run goes on
-is removed, unless the key is 0 by then: answers that are there stay.
+OUT/selection/epoch-NNNN holds the tool's files. The run is saved before the first answer, so a
+killed run goes on with the same weights and answers no finished block again; the seed of an answer
+comes from the epoch and the sample's place in the pool. A resumed run removes selections that were
+made after its checkpoint, unless `selection.every_epochs` is 0.
 """
 
 import json
@@ -146,33 +147,42 @@ class Reselection:
         parts, folder, spec = self._parts, self._folder(epoch), _spec(self._parts.cfg, epoch)
         with agreed(parts.mesh):
             places = _places(self._pool)
-            begun = self._begun(folder, spec) if parts.mesh.rank == 0 else {}
+            names, size = list(places), parts.cfg.rollout.prompts_per_step
+            blocks = [names[begin : begin + size] for begin in range(0, len(names), size)]
+            begun = self._begun(folder, spec, blocks) if parts.mesh.rank == 0 else {}
         known = gather_objects(world_axis(parts.mesh), begun)[0]
-        names, at_a_time = list(places), parts.cfg.rollout.prompts_per_step
-        for begin in range(0, len(names), at_a_time):
-            left = [name for name in names[begin : begin + at_a_time] if name not in known]
-            if not left:
+        for block in blocks:
+            if block[0] in known:
                 continue
             stop_if_asked(parts.mesh, self._state.step)
-            own = self._answered([places[name] for name in parts.rank_share(left)], spec)
+            own = self._answered([places[name] for name in parts.rank_share(block)], spec)
             of_all = dict(chain(*gather_objects(world_axis(parts.mesh), own)))
-            rows = [of_all[places[name]] for name in left]
+            rows = [of_all[places[name]] for name in block]
             with agreed(parts.mesh):
                 if parts.mesh.rank == 0:
                     _append(folder / ANSWERS, rows)
             known |= {row["id"]: self._candidate(row) for row in rows}
         return [known[name] for name in names]
 
-    def _begun(self, folder: Path, spec: SamplingSpec) -> dict[str, Candidate]:
-        """What an earlier process was answered by these weights. Rank 0 calls it."""
-        settings = {"version": self._state.version} | asdict(spec)
+    def _begun(
+        self, folder: Path, spec: SamplingSpec, blocks: Sequence[Sequence[str]]
+    ) -> dict[str, Candidate]:
+        """Return the candidates that an earlier process answered with these weights.
+
+        A block that is there in part is dropped: its other prompts alone would be another batch,
+        which the engine's kernels may round otherwise. Rank 0 calls it.
+        """
+        prompts = self._parts.cfg.rollout.prompts_per_step
+        settings = {"version": self._state.version, "prompts_per_step": prompts} | asdict(spec)
         path = folder / "settings.json"
         if folder.exists() and (not path.exists() or json.loads(path.read_text()) != settings):
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_file(path, json.dumps(settings, indent=1) + "\n")
-        rows = read_rows(folder / ANSWERS)
-        write_file(folder / ANSWERS, _lines(rows))  # without a torn last line
+        found = {row["id"]: row for row in read_rows(folder / ANSWERS)}
+        whole = [block for block in blocks if all(name in found for name in block)]
+        rows = [found[name] for block in whole for name in block]
+        write_file(folder / ANSWERS, _lines(rows))
         return {row["id"]: self._candidate(row) for row in rows}
 
     def _candidate(self, row: Row) -> Candidate:

@@ -131,7 +131,11 @@ class ColocatedEngine:
         }
 
     def generate(self, prompts: Sequence[Prompt], spec: SamplingSpec) -> list[list[Rollout]]:
-        """`spec.n` answers per prompt, in order; equal weights, prompts and spec repeat them."""
+        """Return `spec.n` answers per prompt, in order.
+
+        Equal weights, prompts and spec give equal tokens and log-probs, to the bit, whatever the
+        engine answered before: each call starts with empty caches.
+        """
         return self.answer(prompts, [spec.of_prompt(index) for index in range(len(prompts))])
 
     def answer(
@@ -156,11 +160,16 @@ class ColocatedEngine:
     def submit(self, key: str, request: Request, spec: SamplingSpec) -> None:
         """Queue a group under a key of its own; `spec` is of this prompt alone.
 
-        Raises RolloutError if it cannot be answered, and then holds nothing of it.
+        An idle engine drops its caches first. A cached prefix changes which rows a kernel computes
+        together, and some kernels round by that: a resumed run, whose caches are empty, would get
+        other last bits. Raises RolloutError if the prompt cannot be answered, and then holds
+        nothing of it.
         """
         if self.version is None:
             raise RolloutError("The engine has no weights yet; call push_weights first.")
         check_length(request, spec, self.max_model_len)
+        if not self.busy:
+            self._clear_caches()
         engine = self._llm.llm_engine
         (engine_input,) = engine.renderer.render_cmpl([vllm_prompt(request, self._cache_name)])
         try:
@@ -228,13 +237,11 @@ class ColocatedEngine:
         with trainer_state_kept():
             self._llm.collective_rpc("update_weights", args=({"complete": True},))
             self._llm.collective_rpc("finish_weight_update")
-            engine = self._llm.llm_engine
             if self.busy:
                 self._cache_name = str(version)
             else:
-                engine.reset_prefix_cache()
-                engine.reset_encoder_cache()
-            engine.set_weight_version(str(version))
+                self._clear_caches()
+            self._llm.llm_engine.set_weight_version(str(version))
         self.version = version
 
     def weights_checksum(self) -> dict[str, str]:
@@ -257,6 +264,16 @@ class ColocatedEngine:
         if self._asleep:
             self._llm.wake_up()
             self._asleep = False
+
+    def _clear_caches(self) -> None:
+        """Empty the prefix cache and the vision encoder cache of an idle engine."""
+        engine = self._llm.llm_engine
+        if not engine.reset_prefix_cache():
+            raise RolloutError(
+                "vLLM kept its prefix cache although no request is under way: check that vllm is "
+                "the pinned version."
+            )
+        engine.reset_encoder_cache()
 
     def _sampling_params(self, spec: SamplingSpec) -> Any:
         return self._vllm.SamplingParams(

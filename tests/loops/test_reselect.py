@@ -163,6 +163,20 @@ def test_a_restarted_one_asks_what_is_left_and_keeps_the_same(mesh, tmp_path):
     assert complete.asked == [] and complete.state == going_on.state
 
 
+def test_a_block_that_is_there_in_part_is_asked_again_as_a_whole(mesh, tmp_path):
+    """Its other prompts alone would be another batch, which kernels may round otherwise."""
+    whole = Run(mesh, tmp_path, at_the_end_of_an_epoch())
+    whole.reselection.make_if_due()
+    answers = tmp_path / "selection" / "epoch-0001" / "answers-0.jsonl"
+    complete = answers.read_text()
+    for lines in range(complete.count("\n")):
+        answers.write_text("".join(complete.splitlines(keepends=True)[:lines]))
+        again = Run(mesh, tmp_path, at_the_end_of_an_epoch())
+        again.reselection.make_if_due()
+        assert again.asked == whole.asked[lines // 4 :]  # of four prompts a block, the last of two
+        assert answers.read_text() == complete
+
+
 def test_answers_of_other_weights_or_another_number_are_not_used(mesh, tmp_path):
     first = Run(mesh, tmp_path, at_the_end_of_an_epoch())
     first.reselection.make_if_due()

@@ -13,6 +13,7 @@ from megatron_vrl.rollout.engine import ColocatedEngine
 from megatron_vrl.rollout.requests import SamplingSpec, request_of
 
 pytestmark = pytest.mark.slow
+BATCH_TOLERANCE = 1e-5  # of a float32 log-prob, see docs/rollouts.md
 
 
 def spec(n=4, temperature=1.0, top_p=1.0, max_tokens=16, seed=0):
@@ -223,6 +224,50 @@ def test_a_seed_repeats_and_the_trainer_keeps_its_state(engine, weights, make_pr
     assert tokens(4) != first
     assert len({tuple(answer) for answer in first}) == len(first)
     assert state() == before
+
+
+def test_earlier_answers_change_no_bit_of_later_ones(engine, make_prompt):
+    """A cached prefix or video would leave fewer rows to compute, which some kernels round by."""
+    rows = []
+
+    def count(_, inputs):
+        rows.append(len(inputs[0]))
+
+    parts = [engine._llm.apply_model(get)[0] for get in (_vision_tower, _first_norm)]
+    hooks = [part.register_forward_pre_hook(count) for part in parts]
+
+    def answered():
+        rows.clear()
+        groups = engine.generate([make_prompt(0), make_prompt(1)], spec(n=2, seed=7))
+        said = [(r.token_ids.tolist(), r.logprobs.tolist()) for group in groups for r in group]
+        return said, list(rows)
+
+    fresh = answered()
+    engine.generate([make_prompt(1), make_prompt(2)], spec(n=3))  # shares text and a video
+    assert answered() == fresh
+    engine.submit("dropped", request_of(make_prompt(0)), spec())
+    engine.step()
+    engine.abort(["dropped"])
+    assert answered() == fresh
+    assert sum(fresh[1]) > 100
+    for hook in hooks:
+        hook.remove()
+
+
+def _vision_tower(model):
+    return model.visual
+
+
+def _first_norm(model):
+    return model.language_model.model.layers[0].input_layernorm
+
+
+def test_other_prompts_beside_it_change_an_answer_by_rounding_only(engine, make_prompt):
+    [alone] = engine.generate([make_prompt(0)], spec(seed=7))
+    beside, _, _ = engine.generate([make_prompt(i) for i in range(3)], spec(seed=7))
+    assert [r.token_ids.tolist() for r in beside] == [r.token_ids.tolist() for r in alone]
+    for one, other in zip(alone, beside, strict=True):
+        np.testing.assert_allclose(other.logprobs, one.logprobs, atol=BATCH_TOLERANCE)
 
 
 def test_greedy_takes_the_likeliest(engine, published, weights, make_prompt):
