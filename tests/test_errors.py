@@ -227,7 +227,7 @@ def test_missing_and_damaged_shards(tmp_path):
         PublishedCheckpoint(directory, arch)
     aside.rename(shards[1])
     (directory / "model.safetensors.index.json").unlink()
-    with pytest.raises(CheckpointError, match="but no model.safetensors, and no model.safeten"):
+    with pytest.raises(CheckpointError, match=r"but no model\.safetensors, and no model"):
         PublishedCheckpoint(directory, arch)
 
 
