@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 
@@ -22,6 +22,7 @@ from megatron_vrl.model.architecture import Architecture, read_architecture
 from megatron_vrl.model.chunks import check_divides
 from megatron_vrl.model.export import WeightExport
 from megatron_vrl.model.precision import DTYPES
+from megatron_vrl.model.vocabulary import check_tokenizer
 from megatron_vrl.observe.clock import Clock
 from megatron_vrl.observe.traces import Traces
 from megatron_vrl.parallel.mesh import Mesh, agreed, gather_objects, init_mesh
@@ -110,6 +111,22 @@ def vision_tokens(arch: Architecture) -> VisionTokens:
     )
 
 
+def prompt_encoder(
+    published_dir: Path,
+    arch: Architecture,
+    system_prompt: str,
+    max_tokens: int,
+    wording: Literal["default", "seed"] = "default",
+) -> PromptEncoder:
+    """Return the encoder of a checkpoint.
+
+    Raises CheckpointError if its tokenizer does not load or has tokens without an embedding.
+    """
+    encoder = PromptEncoder(published_dir, vision_tokens(arch), system_prompt, max_tokens, wording)
+    check_tokenizer(encoder.tokenizer, arch, published_dir)
+    return encoder
+
+
 def _colocated(
     cfg: RunConfig, published_dir: Path, banned: tuple[int, ...], device: torch.device
 ) -> Engine:
@@ -153,16 +170,16 @@ def build(cfg: RunConfig) -> Parts:
     check_batches(cfg, mesh.data.size)
     with agreed(mesh):
         judge = Judge(cfg.rewards)
+        encoder = prompt_encoder(
+            published_dir,
+            arch,
+            cfg.data.system_prompt,
+            cfg.data.max_prompt_tokens,
+            cfg.data.question,
+        )
     torch.use_deterministic_algorithms(cfg.run.deterministic)
     policy = Policy(arch, cfg.model, cfg.parallel, mesh)
     load_weights(cfg.model.checkpoint, policy)
-    encoder = PromptEncoder(
-        published_dir,
-        vision_tokens(arch),
-        cfg.data.system_prompt,
-        cfg.data.max_prompt_tokens,
-        cfg.data.question,
-    )
     banned = banned_token_ids(encoder.tokenizer, arch.vocab)
     dtype = DTYPES[cfg.model.dtype]
     return Parts(

@@ -4,17 +4,16 @@ The prompts, decoders and engine of training in one process. A video that cannot
 own questions. Left out: several processes; a tool is started once for each share of the work.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_vrl import config
-from megatron_vrl.build import vision_tokens
+from megatron_vrl.build import prompt_encoder
 from megatron_vrl.config_tree import overridden, read_tree
-from megatron_vrl.data.prompt import PromptEncoder
 from megatron_vrl.errors import CheckpointError, VideoError
-from megatron_vrl.model.architecture import read_architecture
+from megatron_vrl.model.architecture import config_dtype, read_architecture
+from megatron_vrl.model.no_checkpoint import advice
 from megatron_vrl.rollout.engine import ColocatedEngine
 from megatron_vrl.rollout.requests import SamplingSpec
 from megatron_vrl.training.convert import stored_tensors
@@ -44,10 +43,12 @@ def inference_config(
     """`defaults` < the sections of a run's YAML < overrides. The checkpoint's own type computes."""
     directory = published_files(checkpoint)
     if not Path(checkpoint).is_dir():
-        raise CheckpointError(f"There is no checkpoint {checkpoint}: give a directory.")
+        known = (
+            advice(Path(checkpoint)) or f"There is no checkpoint {checkpoint}: give a directory."
+        )
+        raise CheckpointError(known)
     read_architecture(directory)  # says what is wrong with it, if something is
-    published = json.loads((directory / "config.json").read_text())
-    dtype = published.get("dtype") or published.get("torch_dtype") or "float32"
+    dtype = config_dtype(directory) or "float32"
     tree: dict[str, dict[str, Any]] = {name: dict(keys) for name, keys in (defaults or {}).items()}
     if run_config:
         given = read_tree(run_config)
@@ -63,9 +64,9 @@ class Answerer:
         directory = published_files(cfg.model.checkpoint)
         arch = read_architecture(directory)
         self._reader = VideoReader(cfg.video)
-        self._encoder = PromptEncoder(
+        self._encoder = prompt_encoder(
             directory,
-            vision_tokens(arch),
+            arch,
             cfg.data.system_prompt,
             cfg.data.max_prompt_tokens,
             cfg.data.question,

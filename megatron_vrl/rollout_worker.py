@@ -69,12 +69,15 @@ def _serve(cfg: RunConfig, listener: socket.socket, token: str) -> None:
     hush_libraries()
     import uvicorn
 
+    from megatron_vrl.model.architecture import read_architecture
+    from megatron_vrl.model.vocabulary import check_tokenizer_files
     from megatron_vrl.rollout.server import make_app
     from megatron_vrl.rollout.start import identity, start_engine
     from megatron_vrl.rollout.wire import IDLE_S
     from megatron_vrl.training.layout import published_files
 
     published_dir = published_files(cfg.model.checkpoint)
+    check_tokenizer_files(published_dir, read_architecture(published_dir))
     engine = start_engine(cfg, published_dir, cfg.rollout.tensor)
     app = make_app(engine, identity(cfg, published_dir, engine.banned_token_ids), token)
     server = uvicorn.Server(

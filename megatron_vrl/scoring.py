@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from megatron_vrl.batching.pack import Answer, Group, MicroBatch
-from megatron_vrl.build import interleave, vision_tokens
+from megatron_vrl.build import interleave, prompt_encoder
 from megatron_vrl.config import (
     Batch,
     Model,
@@ -32,7 +32,7 @@ from megatron_vrl.config import (
 from megatron_vrl.config_tree import checked, overridden
 from megatron_vrl.data.prompt import PromptEncoder
 from megatron_vrl.errors import ConfigError, DataError, VideoError
-from megatron_vrl.model.architecture import Architecture, read_architecture
+from megatron_vrl.model.architecture import Architecture, config_dtype, read_architecture
 from megatron_vrl.model.chunks import check_divides
 from megatron_vrl.model.head import Distribution
 from megatron_vrl.parallel.mesh import Mesh, agreed, gather_objects, init_mesh, world_axis
@@ -80,8 +80,7 @@ def score_config(checkpoint: str, overrides: Sequence[str]) -> ScoreConfig:
     """Computes in the checkpoint's own type unless `model.dtype` is overridden."""
     directory = published_files(checkpoint)
     read_architecture(directory)  # says what is wrong with the checkpoint, if something is
-    published = json.loads((directory / "config.json").read_text())
-    dtype = published.get("dtype") or published.get("torch_dtype") or "float32"
+    dtype = config_dtype(directory) or "float32"
     tree = {"model": {"checkpoint": checkpoint, "dtype": dtype}}
     cfg = overridden(ScoreConfig, tree, overrides, "command line")
     if cfg.model.checkpoint != checkpoint:
@@ -102,7 +101,7 @@ def score_file(cfg: ScoreConfig, samples: Path, out: Path) -> str:
     check_divides(arch, cfg.model, cfg.parallel)
     mesh = init_mesh(cfg.parallel, seed=0)
     limit = cfg.data.max_prompt_tokens
-    encoder = PromptEncoder(directory, vision_tokens(arch), "none", limit)
+    encoder = prompt_encoder(directory, arch, "none", limit)
     pads = encoder.tokenizer.convert_ids_to_tokens([arch.video_token, arch.image_token])
     with agreed(mesh):
         count = _check(samples, pads)

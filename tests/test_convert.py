@@ -90,7 +90,8 @@ def test_bfloat16_in_shards_under_the_names_of_either_generation(tmp_path, monke
         assert len(list((tmp_path / f"{name}-megatron" / "weights").glob("*.distcp"))) > 2
         convert_to_published(tmp_path / f"{name}-megatron", tmp_path / f"{name}-back")
         assert_same(tmp_path / "hf", tmp_path / f"{name}-back")
-        PublishedCheckpoint(tmp_path / f"{name}-back")  # its index is right
+        back = tmp_path / f"{name}-back"
+        PublishedCheckpoint(back, read_architecture(back))  # its index is right
     assert compare(tmp_path / "hf", tmp_path / "in-memory-megatron") == len(tensors_of(in_memory))
 
 

@@ -213,19 +213,22 @@ def test_checkpoints_that_are_not_there_or_of_another_model(checkpoint, tmp_path
 def test_missing_and_damaged_shards(tmp_path):
     directory = tmp_path / "sharded"
     published_model().save_pretrained(directory, max_shard_size="200KB")
+    arch = read_architecture(directory)
     shards = sorted(directory.glob("*.safetensors"))
     assert len(shards) > 2
-    PublishedCheckpoint(directory)
-    shards[1].rename(tmp_path / "aside")
-    with pytest.raises(CheckpointError, match=f"lacks its shard {shards[1].name}"):
-        PublishedCheckpoint(directory)
-    (directory / "model.safetensors.index.json").unlink()
-    lacking = PublishedCheckpoint(directory)
+    whole = PublishedCheckpoint(directory, arch)
     with pytest.raises(CheckpointError, match=r"lacks the tensor visual\.nothing"):
-        lacking.tensor("visual.nothing")
+        whole.tensor("visual.nothing")
+    aside = shards[1].rename(tmp_path / "aside")
+    with pytest.raises(CheckpointError, match=f"lacks its shard {shards[1].name}"):
+        PublishedCheckpoint(directory, arch)
     shards[1].write_bytes(b"not safetensors")
     with pytest.raises(CheckpointError, match=f"{shards[1].name} is damaged"):
-        PublishedCheckpoint(directory)
+        PublishedCheckpoint(directory, arch)
+    aside.rename(shards[1])
+    (directory / "model.safetensors.index.json").unlink()
+    with pytest.raises(CheckpointError, match=r"but no model\.safetensors, and no model"):
+        PublishedCheckpoint(directory, arch)
 
 
 # ---- a run that was stopped

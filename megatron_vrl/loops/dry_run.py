@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_vrl.build import prompt_encoder
 from megatron_vrl.config import RunConfig, Source, check_batches, check_dev, check_off_policy
 from megatron_vrl.data.mix import load, open_pool
 from megatron_vrl.errors import ConfigError
@@ -13,11 +14,12 @@ from megatron_vrl.loops.stream import check_records
 from megatron_vrl.model.architecture import Architecture, padded_vocab, read_architecture
 from megatron_vrl.model.chunks import all_chunks, check_divides
 from megatron_vrl.model.fusion import gradient_fusion
+from megatron_vrl.model.published import PublishedCheckpoint
 from megatron_vrl.parallel.mesh import check_layout
 from megatron_vrl.rewards import weights_of
 from megatron_vrl.rollout.start import max_model_len
 from megatron_vrl.rollout.stored import check_stored
-from megatron_vrl.training.layout import published_files
+from megatron_vrl.training.layout import is_megatron, published_files
 from megatron_vrl.user_functions import load_function
 
 
@@ -43,6 +45,7 @@ def check(cfg: RunConfig, world: int) -> list[str]:
             "data.max_prompt_tokens, rollout.max_response_tokens or evaluation.max_response_tokens."
         )
     check_divides(arch, cfg.model, cfg.parallel)
+    _check_checkpoint(cfg, arch)
     evaluated = list(chain(*cfg.data.evaluation.values()))
     sources = [*cfg.data.sft, *cfg.data.train, *evaluated]
     missing = [note for source in sources for note in _missing(source)]
@@ -117,6 +120,16 @@ def _architecture(cfg: RunConfig) -> tuple[Architecture, list[str]]:
         return read_architecture(checkpoint), []
     note = f"not on this machine: checkpoint {cfg.model.checkpoint}"
     return read_architecture(cfg.model.architecture), [note]
+
+
+def _check_checkpoint(cfg: RunConfig, arch: Architecture) -> None:
+    """Raises CheckpointError for a checkpoint at hand whose weights or tokenizer do not fit."""
+    directory = published_files(cfg.model.checkpoint)
+    if not (directory / "config.json").exists():
+        return
+    prompt_encoder(directory, arch, cfg.data.system_prompt, cfg.data.max_prompt_tokens)
+    if not is_megatron(Path(cfg.model.checkpoint)):
+        PublishedCheckpoint(directory, arch)
 
 
 def _missing(source: Source) -> list[str]:

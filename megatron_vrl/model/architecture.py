@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_vrl.config import Parallel
 from megatron_vrl.errors import CheckpointError
+from megatron_vrl.model.no_checkpoint import advice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +81,8 @@ def read_architecture(path: str | Path) -> Architecture:
     try:
         raw = json.loads(file.read_text())
     except OSError as error:
+        if known := advice(file.parent if file.name == "config.json" else file):
+            raise CheckpointError(known) from None
         raise CheckpointError(f"Cannot read {file}: {error.strerror}. Give a checkpoint.") from None
     except json.JSONDecodeError as error:
         raise CheckpointError(
@@ -90,12 +93,34 @@ def read_architecture(path: str | Path) -> Architecture:
             f"{file} describes model_type={raw.get('model_type')!r}, not 'qwen2_5_vl': "
             "give a Qwen2.5-VL checkpoint."
         )
+    _check_not_quantised(file, raw)
     try:
         return _parse(raw)
     except KeyError as error:
         raise CheckpointError(
             f"{file} lacks the key {error}: take the published config.json."
         ) from None
+
+
+def config_dtype(directory: str | Path) -> str | None:
+    """Return the type of the weights that DIR/config.json names, for example "bfloat16"."""
+    raw = json.loads((Path(directory) / "config.json").read_text())
+    text = raw.get("text_config") or {}
+    keys = ("dtype", "torch_dtype")
+    found = (part[key] for part in (raw, text) for key in keys if part.get(key))
+    return next(found, None)
+
+
+def _check_not_quantised(file: Path, raw: dict[str, Any]) -> None:
+    for part in (raw, raw.get("text_config") or {}):
+        for key in ("quantization_config", "compression_config"):
+            if part.get(key):
+                values = part[key] if isinstance(part[key], dict) else {}
+                method = values.get("quant_method", "an unnamed method")
+                raise CheckpointError(
+                    f"{file} has a {key} ({method}): quantised weights are not read, give the "
+                    "checkpoint in bfloat16, float16 or float32."
+                )
 
 
 def _parse(raw: dict[str, Any]) -> Architecture:

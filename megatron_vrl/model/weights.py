@@ -5,13 +5,14 @@ export.py: every rank yields the whole model, a bucket at a time.
 """
 
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_vrl.errors import CheckpointError, UserError
+from megatron_vrl.errors import UserError
 from megatron_vrl.model.export import WeightExport
 from megatron_vrl.model.published import PublishedCheckpoint, PublishedWriter, copy_side_files
 from megatron_vrl.model.qwen25vl import Qwen25VL
@@ -25,8 +26,11 @@ def load_published(chunks: Sequence[Qwen25VL], directory: str | Path) -> None:
 
     Raises CheckpointError on every rank, naming file and tensor.
     """
-    with agreed(chunks[0].mesh):
-        source = PublishedCheckpoint(directory)
+    mesh, arch = chunks[0].mesh, chunks[0].arch
+    with agreed(mesh):
+        source = PublishedCheckpoint(directory, arch)
+        if mesh.rank == 0 and (note := source.type_note()):
+            print(f"warning: {note}", file=sys.stderr)
         for model in chunks:
             _load_chunk(model, source)
 
@@ -36,19 +40,10 @@ def _load_chunk(model: Qwen25VL, source: PublishedCheckpoint) -> None:
     mesh = model.mesh
     params = dict(model.named_parameters())
     for row in chunk_rows(model.arch, model.chunk):
-        tensors = [source.tensor(name) for name in row.published]
+        whole = row.layout.join([source.tensor(name) for name in row.published])
         param = params.pop(row.megatron)
-        try:
-            whole = row.layout.join(tensors)
-            shard = row.layout.shard(whole, mesh.tensor.rank, mesh.tensor.size)
-        except RuntimeError:  # torch's word for shapes that do not go together
-            shard = None
-        if shard is None or shard.shape != param.shape:
-            raise CheckpointError(
-                f"{source.file_of(row.published[0])}: {', '.join(row.published)} of shape "
-                f"{', '.join(str(list(t.shape)) for t in tensors)} do not make the model's "
-                f"{list(param.shape)}: config.json is of another model."
-            )
+        shard = row.layout.shard(whole, mesh.tensor.rank, mesh.tensor.size)
+        assert shard.shape == param.shape, row.megatron  # `source` has compared with config.json
         param.copy_(shard)
     assert not params, f"parameters without a row in the table: {sorted(params)}"
 

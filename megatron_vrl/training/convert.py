@@ -6,6 +6,7 @@ write, into a directory that takes its name when it is whole.
 """
 
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from megatron_vrl.errors import CheckpointError
 from megatron_vrl.model.architecture import Architecture, read_architecture
 from megatron_vrl.model.chunks import whole
+from megatron_vrl.model.no_checkpoint import advice
 from megatron_vrl.model.published import PublishedCheckpoint, PublishedWriter, copy_side_files
 from megatron_vrl.model.shapes import Shape, megatron_shape, published_shapes
 from megatron_vrl.model.weight_map import Row, chunk_rows
@@ -25,9 +27,6 @@ from megatron_vrl.observe.files import full_disk_named
 from megatron_vrl.training.checksums import check_sums_alone, write_sums
 from megatron_vrl.training.layout import STATE, is_megatron, published_files
 from megatron_vrl.training.torch_dist import TorchDistReader, TorchDistWriter
-
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-
 
 Writer = TypeVar("Writer", TorchDistWriter, PublishedWriter)
 
@@ -46,21 +45,8 @@ class Source(Protocol):
 
 class _Published:
     def __init__(self, directory: Path, arch: Architecture) -> None:
-        self._files = PublishedCheckpoint(directory)
-        shapes = published_shapes(arch)
-        for name, shape in shapes.items():
-            _same_shape(self._files.file_of(name), name, self._files.shapes[name], shape)
-        for name in sorted(self._files.shapes.keys() - shapes.keys()):
-            self._check_extra(name)
-
-    def _check_extra(self, name: str) -> None:
-        """Only a tied head may be there twice; anything else would be lost."""
-        if name == HEAD and _equal(self._files.tensor(HEAD), self._files.tensor(EMBEDDING)):
-            return
-        raise CheckpointError(
-            f"{self._files.file_of(name)} holds {name}, which the model of config.json does not "
-            "have: config.json is of another model."
-        )
+        self._files = PublishedCheckpoint(directory, arch)
+        self.type_note = self._files.type_note
 
     def published(self, row: Row) -> list[Tensor]:
         return [self._files.tensor(name) for name in row.published]
@@ -129,7 +115,7 @@ def compare(first: Path, second: Path, progress: bool | None = None) -> int:
     Bit for bit: a NaN equals itself and -0 is not 0. A Megatron checkpoint must also agree with
     its CHECKSUMS.
     """
-    arch = read_architecture(published_files(first))
+    arch, _ = (read_architecture(published_files(path)) for path in (first, second))
     sources = [_opened(path, arch) for path in (first, second)]
     count = 0
     for row in _rows(arch, progress):
@@ -147,6 +133,8 @@ def stored_tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
     """(published name, whole tensor) of a checkpoint of either kind, one row at a time."""
     arch = read_architecture(published_files(checkpoint))
     tensors = _opened(checkpoint, arch)
+    if isinstance(tensors, _Published) and (note := tensors.type_note()):
+        print(f"warning: {note}", file=sys.stderr)
     for row in _rows(arch, progress=False):
         yield from zip(row.published, tensors.published(row), strict=True)
 
@@ -157,12 +145,14 @@ def _opened(path: Path, arch: Architecture) -> Source:
 
 def _architecture(source: Path, wants_megatron: bool) -> Architecture:
     if not source.is_dir():
-        raise CheckpointError(f"There is no checkpoint {source}: give a directory.")
+        known = advice(source) or f"There is no checkpoint {source}: give a directory."
+        raise CheckpointError(known)
+    arch = read_architecture(published_files(source))
     if is_megatron(source) != wants_megatron:
         found, other = ("a Megatron", "megatron-to-hf"), ("no Megatron", "hf-to-megatron")
         kind, hint = found if is_megatron(source) else other
         raise CheckpointError(f"{source} is {kind} checkpoint: did you mean {hint}?")
-    return read_architecture(published_files(source))
+    return arch
 
 
 def _rows(arch: Architecture, progress: bool | None) -> Iterator[Row]:

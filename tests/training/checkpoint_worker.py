@@ -42,7 +42,7 @@ def started(checkpoint: Path, converted: Path, parallel: Parallel) -> Policy:
     arch = read_architecture(checkpoint)
     policy = Policy(arch, Model(checkpoint=str(checkpoint), dtype="float32"), parallel, mesh)
     load_weights(converted, policy)
-    source = PublishedCheckpoint(checkpoint)
+    source = PublishedCheckpoint(checkpoint, arch)
     for name, tensor in published_tensors(policy.chunks):
         assert torch.equal(tensor, source.tensor(name)), name
     policy.start_phase(OPTIMIZER, num_steps=8)
