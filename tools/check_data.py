@@ -42,6 +42,8 @@ def main() -> int:
                 problems += found
                 report.writelines(_line(problem) for problem in found)
                 records.set_postfix(problems=len(problems), refresh=False)
+            problems += check.of_file()
+            report.writelines(_line(problem) for problem in check.of_file())
     _print_summary(check, problems, arguments.out)
     return 1 if problems else 0
 
@@ -56,6 +58,9 @@ def _print_summary(check: DatasetCheck, problems: Iterable[Problem], out: Path) 
     if tokens:
         low, middle, high = np.percentile(tokens, [0, 50, 100]).astype(int)
         print(f"tokens of a video: {low} to {high}, median {middle}")
+    for problem in problems:
+        if problem.kind == "unit":
+            print(problem.reason)
     print(f"problems: {summary(problems) or 'none'}; all of them: {out}")
 
 

@@ -30,6 +30,7 @@ from pydantic import TypeAdapter
 from megatron_vrl.config import Source
 from megatron_vrl.data.records import (
     HeaderDuration,
+    Name,
     Options,
     Reader,
     Record,
@@ -80,7 +81,7 @@ class TvgBench(Record):
 
 
 class ActivityNetRtl(Record):
-    question_id: str | int
+    question_id: Name | int
     vid: str
     question: str
     answer: str
@@ -100,7 +101,7 @@ class TempCompass(Record):
 
 
 class VideoMme(Record):
-    question_id: str
+    question_id: Name
     videoID: str
     duration: str
     domain: str
@@ -115,7 +116,7 @@ class MmvuMetadata(Record):
 
 
 class Mmvu(Record):
-    id: str
+    id: Name
     video: str
     question_type: str
     metadata: MmvuMetadata

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from string import ascii_uppercase
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
@@ -29,6 +29,7 @@ LETTER_STYLES = [  # (letter, text) of "(A) red", "A. red", "A) red", "A: red" a
 
 HeaderDuration = Callable[[str], float]  # path of a video -> its own duration, seconds
 
+Name = Annotated[str, Field(min_length=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Time = Annotated[float, Field(allow_inf_nan=False)]
 Span = Annotated[list[Time], Field(min_length=2, max_length=2)]
@@ -46,6 +47,7 @@ class Reader:
     form: TypeAdapter[Any]  # of the whole file
     samples: Callable[[Any, Source, HeaderDuration | None], Iterator[VideoSample]]  # (key, record)s
     is_list: bool  # of one record for each sample
+    unit: Literal["seconds", "shares"] = "seconds"  # of its times; shares: of the video, 0 to 1
     by_file: bool = False  # the form is {name of the file: its content}; a folder has several
 
 
@@ -128,6 +130,11 @@ def option_texts(options: Sequence[str]) -> tuple[str, ...]:
 
 def video_path(name: str, source: Source, record: str | int) -> str:
     """By the name alone, without looking at the disk: there may be half a million records."""
+    if "\0" in name:
+        raise DataError(
+            f"{source.json_path}: record {record!r}: video {name!r} holds a NUL character, which "
+            "no file name may."
+        )
     inside = os.path.normpath(name)
     if os.path.isabs(inside) or inside in (".", "..") or inside.startswith(f"..{os.sep}"):
         raise DataError(
