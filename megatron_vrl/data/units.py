@@ -13,7 +13,8 @@ from megatron_vrl.config import Source
 Unit = Literal["seconds", "shares"]
 UNIT_WORDS = {"seconds": "seconds", "shares": "shares of the video (0 to 1)"}
 SLACK_S, SLACK_SHARE = 1.0, 0.05  # published intervals run past the end by the larger one
-SHARE_PAST = 0.3  # of a file's intervals past the end, from which its unit is doubted
+SHARE_PAST = 0.3  # of a file's intervals past the end, over which its unit is doubted
+SHARE_PAST_OF_FEW, FEW = 0.5, 10  # the same of a file with fewer intervals
 SHORTEST_S = 2.0  # an interval of a shorter video may well end within its first second
 MOST_FPS = 61.0  # frames of a second, at most
 NUM_FIRST = 3  # ids named
@@ -86,7 +87,8 @@ class FileTimes:
             if self.shortest_s > SHORTEST_S:
                 yield UNIT_WORDS["shares"]
             return
-        if len(self.past) <= SHARE_PAST * self.count:
+        most = SHARE_PAST if self.count >= FEW else SHARE_PAST_OF_FEW
+        if len(self.past) <= most * self.count:
             return
         if self.unit == "shares" and self.all_in_duration:
             yield "seconds"
