@@ -134,18 +134,22 @@ def _elements(path: str) -> Iterator[Found]:
         begin = opened.tell()
     with open(path, encoding="latin-1", newline="") as file:
         file.seek(begin)
-        for start, stop, text in _spans(file, begin, path):
+        for start, stop, text, record in _spans(file, begin, path):
             content = text.encode("latin-1")
             try:
-                record = parse(content)
+                if not text.isascii() or _SURROGATE.search(text):
+                    record = parse(content)
             except ValueError as error:
                 _refuse_at(path, start, content, error)
             yield Found(record, start, stop, 0)
 
 
-def _spans(file: TextIO, before: int, path: str) -> Iterator[tuple[int, int, str]]:
-    """(first byte, byte after the last one, text) of each element; `before` bytes are passed."""
-    parse_at = json.JSONDecoder().raw_decode
+def _spans(file: TextIO, before: int, path: str) -> Iterator[tuple[int, int, str, Any]]:
+    """(first byte, byte after the last one, text, value) of each element of a Latin-1 text.
+
+    `before` bytes of the file are passed.
+    """
+    parse_at = _DECODER.raw_decode
     text = file.read(BLOCK_BYTES)
     is_last = not text
     at = _skip(text, 0)
@@ -160,7 +164,7 @@ def _spans(file: TextIO, before: int, path: str) -> Iterator[tuple[int, int, str
         if text[at : at + 1] == "]" and not comma:
             break
         try:
-            _, stop = parse_at(text, at)
+            value, stop = parse_at(text, at)
             after = _skip(text, stop)
             if after == len(text):
                 raise json.JSONDecodeError("The list does not end", text, after)
@@ -176,7 +180,9 @@ def _spans(file: TextIO, before: int, path: str) -> Iterator[tuple[int, int, str
             is_last = not block
             text, before, at = text[at:] + block, before + at, 0
             continue
-        yield before + at, before + stop, text[at:stop]
+        except ValueError as error:  # a key that stands twice
+            _refuse_at(path, before + at, b"", error)
+        yield before + at, before + stop, text[at:stop], value
         comma = text[after] == ","
         at = after + comma
     _check_end(file, path, before + at + 1, text[at + 1 :])

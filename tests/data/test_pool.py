@@ -165,4 +165,4 @@ print(len(pool), seconds, held_then - before, held() - held_then)
     number, seconds, held, grown = map(float, done.stdout.split())
     print(f"{path.stat().st_size / 1e6:.0f} MB, {seconds:.1f} s, {held / 1e6:.0f} MB held")
     assert number == 490_000
-    assert seconds < 15 and held < 64e6 and grown < 8e6
+    assert seconds < 20 and held < 64e6 and grown < 8e6
