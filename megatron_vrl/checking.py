@@ -74,6 +74,7 @@ class DatasetCheck:
         records = _records(source)
         self._times = FileTimes(source, READERS[source.format].unit)
         self._ids.clear()
+        self._seen_before = self.seen.samples
         self._has_own_ids = not READERS[source.format].by_file
         while some := list(islice(records, AT_A_TIME)):
             read = [self._read(*one, source) for one in some]
@@ -83,8 +84,14 @@ class DatasetCheck:
 
     def of_file(self) -> list[Problem]:
         """Of the source whose records `problems` has gone through, as a whole."""
-        sentence = self._times.problem()
-        return [Problem(sample="", video="", kind="unit", reason=sentence)] if sentence else []
+        found = {"unit": self._times.problem()}
+        if self.seen.samples == self._seen_before:
+            found["annotation"] = f"{self._times.source.json_path} holds no sample."
+        return [
+            Problem(sample="", video="", kind=kind, reason=sentence)
+            for kind, sentence in found.items()
+            if sentence
+        ]
 
     def _read(
         self, key: str | int, record: Any, line: int, source: Source

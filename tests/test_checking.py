@@ -129,7 +129,7 @@ def test_what_training_refuses_is_one_sentence_and_what_it_reads_is_read(tmp_pat
     content = b"\xef\xbb\xbf" + b"\r\n".join([odd, b"null", same_id, blank])
     code, rows, _ = _check(tmp_path, content, "next_gqa", "a.jsonl")
     assert code == 1 and [row["kind"] for row in rows] == ["annotation", "duplicate", "annotation"]
-    assert rows[0]["reason"].endswith("a.jsonl, line 2 is None, expected an object.")
+    assert rows[0]["reason"].endswith("a.jsonl, line 2 is null, expected an object.")
     assert rows[1]["reason"] == "1: an earlier question of the file has the same id."
 
 

@@ -222,7 +222,7 @@ def _refused_line(path: str, number: int, line: bytes, error: ValueError) -> Dat
         return _not_utf8(path, number)
     what = str(error)
     if isinstance(error, json.JSONDecodeError):
-        what = f"{error.msg} at column {error.colno}"
+        what = f"{_words(error)} at column {error.pos + 1}"
     listed = "; a file that holds one list is named .json" if line.lstrip()[:1] in b"[]" else ""
     return DataError(f"{path}, line {number} is not JSON: {what}{listed}.")
 
@@ -240,8 +240,12 @@ def _refuse_at(path: str, byte: int, content: bytes, error: ValueError) -> NoRet
     if isinstance(error, UnicodeDecodeError):
         raise _not_utf8(path, line)
     many = "; a file with one record a line is named .jsonl" if _is_extra(error) else ""
-    what = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+    what = _words(error) if isinstance(error, json.JSONDecodeError) else str(error)
     raise DataError(f"{path}, line {line} is not JSON: {what}{many}.")
+
+
+def _words(error: json.JSONDecodeError) -> str:
+    return error.msg.removesuffix(" starting at")
 
 
 def _is_extra(error: ValueError) -> bool:

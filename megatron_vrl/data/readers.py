@@ -8,8 +8,8 @@ multiple_choice the same without `glue`
 temporal_r1     [{dataset, video, problem, solution [s, e] in [0, 1], video_length}], as released
                 with Temporal-R1, where the tag "charades_train" comes without `video_length`
 
-The forms of further benchmarks are in megatron_vrl/data/benchmarks.py. .json, and .jsonl for the
-lists. Any record may also have `clip` [s, e], the part of its video that is shown; its other times
+The forms of further benchmarks are in megatron_vrl/data/benchmarks.py, .json and .jsonl in
+megatron_vrl/data/json_files.py. Any record may also have `clip` [s, e], the part of its video that is shown; its other times
 are the video's, and those of its samples count from s. Fields not named here are passed over. No
 video is touched, except where the record keeps no duration. `read` cuts intervals at the video's
 ends (in Charades-STA many run past them). A question that is then left without an interval, or that

@@ -49,7 +49,7 @@ class OtherForm(DataError):
 
 def shown(value: Any) -> str:
     """Return at most 80 characters of a value, however large or deep it is."""
-    return f"{_REPR.repr(value):.80}"
+    return "null" if value is None else f"{_REPR.repr(value):.80}"
 
 
 def validated(form: TypeAdapter[Any], content: Any, source: Source, place: str = "") -> Any:

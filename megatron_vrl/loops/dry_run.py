@@ -67,8 +67,8 @@ def _opened(cfg: RunConfig, here: bool) -> list[str]:
 
     Raises UserError naming the config's key and the file.
     """
-    named = {f"data.evaluation.{name}": part for name, part in cfg.data.evaluation.items()}
-    named |= {"data.sft": cfg.data.sft, "data.train": cfg.data.train}
+    named = {"data.sft": cfg.data.sft, "data.train": cfg.data.train}
+    named |= {f"data.evaluation.{name}": part for name, part in cfg.data.evaluation.items()}
     missing = []
     for key, sources in named.items():
         read_all = load if key.startswith("data.evaluation.") else open_pool

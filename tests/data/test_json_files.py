@@ -74,7 +74,7 @@ def test_marks_and_line_ends_are_read(samples_of, name, content):
         ("a.jsonl", f"{LINE}\n\n{LINE[:-3]}", ", line 3 is not JSON: Unterminated string"),
         ("a.jsonl", f"[{LINE},\n{NEXT}]\n", ", line 1 is not JSON: .* one list is named .json"),
         ("a.jsonl", f"{LINE},\n{NEXT}\n", ", line 1 is not JSON: Extra data at column"),
-        ("a.jsonl", f"{LINE}\nnull\n", ", line 2 is None, expected an object"),
+        ("a.jsonl", f"{LINE}\nnull\n", ", line 2 is null, expected an object"),
         ("a.jsonl", f"{LINE}\n{LINE.encode()}\n", ", line 2 is not JSON: Expecting value"),
         ("a.jsonl", LINE + "\n" + "[" * 100_000, ", line 2 is not JSON: it is nested too deeply"),
         ("a.jsonl", LINE + "\n" + '{"id": 1, "id": 2}', "line 2 is not JSON: the key 'id' stands"),

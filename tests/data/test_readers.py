@@ -204,7 +204,7 @@ def test_questions_that_cannot_be_asked_are_left_out_and_warned_of(read_records,
         ("charades_sta", {"a": {"duration": 9, "timestamps": [[0, 1]], "sentences": [" "]}},
          "records.json holds no sample that can be asked: all 1 questions have no text, no "
          "interval within the video or no options."),
-        ("next_gqa", [GQA, None], "records.json: record 1 is None, expected an object."),
+        ("next_gqa", [GQA, None], "records.json: record 1 is null, expected an object."),
         ("next_gqa", [GQA, GQA | {"id": ""}], "records.json: record 1: field 'id' is '', refused: "
          "String should have at least 1 character."),
         ("next_gqa", [GQA, GQA | {"video": ["a.mp4"]}], "records.json: record 1: field 'video' is "
