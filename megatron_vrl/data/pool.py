@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_vrl.config import Source
-from megatron_vrl.data.json_files import parse, version
+from megatron_vrl.data.json_files import parse, version, without_collector
 from megatron_vrl.data.problems import Problem
 from megatron_vrl.data.readers import (
     HeaderDuration,
@@ -28,7 +28,6 @@ from megatron_vrl.data.readers import (
     read,
     read_record,
     refuse_none,
-    without_collector,
 )
 from megatron_vrl.errors import DataError, VideoError
 from megatron_vrl.types import VideoSample

@@ -9,28 +9,34 @@ temporal_r1     [{dataset, video, problem, solution [s, e] in [0, 1], video_leng
                 with Temporal-R1, where the tag "charades_train" comes without `video_length`
 
 The forms of further benchmarks are in megatron_vrl/data/benchmarks.py, .json and .jsonl in
-megatron_vrl/data/json_files.py. Any record may also have `clip` [s, e], the part of its video that is shown; its other times
-are the video's, and those of its samples count from s. Fields not named here are passed over. No
-video is touched, except where the record keeps no duration. `read` cuts intervals at the video's
-ends (in Charades-STA many run past them). A question that is then left without an interval, or that
-has no text or no options, is left out and warned of, since the published files hold a few. Anything
-else that is wrong is refused.
+megatron_vrl/data/json_files.py. Any record may also have `clip` [s, e], the part of its video that
+is shown; its other times are the video's, and those of its samples count from s. Fields not named
+here are passed over. No video is touched, except where the record keeps no duration. `read` cuts
+intervals at the video's ends (in Charades-STA many run past them). A question that is then left
+without an interval, or that has no text or no options, is left out and warned of, since the
+published files hold a few. Anything else that is wrong is refused, and so is a file of another form
+or without samples.
 """
 
-import gc
 import logging
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from megatron_vrl.config import Source
 from megatron_vrl.data.benchmarks import BENCHMARK_READERS
-from megatron_vrl.data.json_files import Found, begins_a_list, is_lines, load, records
+from megatron_vrl.data.json_files import (
+    Found,
+    begins_a_list,
+    is_lines,
+    load,
+    load_by_file,
+    records,
+    without_collector,
+)
 from megatron_vrl.data.nextgqa_csv import load_csv
 from megatron_vrl.data.records import (
     VIDEO_SUFFIXES,
@@ -152,7 +158,7 @@ def list_records(source: Source) -> Iterator[Found]:
 def load_records(source: Source) -> Any:
     """Return the JSON of annotations that are no JSON list: of several files, by their names."""
     if READERS[source.format].by_file:
-        return _by_file(source.json_path)
+        return load_by_file(source.json_path)
     if source.format == "next_gqa" and source.json_path.endswith(".csv"):
         return load_csv(source.json_path)
     return load(source.json_path)
@@ -371,25 +377,3 @@ def _other_form(source: Source, found: DataError) -> OtherForm | None:
 def _within(intervals_s: Iterable[Interval], duration_s: float) -> tuple[Interval, ...]:
     cut = [(max(start_s, 0.0), min(end_s, duration_s)) for start_s, end_s in intervals_s]
     return tuple((start_s, end_s) for start_s, end_s in cut if start_s < end_s)
-
-
-@contextmanager
-def without_collector() -> Iterator[None]:
-    """Records hold no cycles; the collector would only walk half a million of them again and
-    again, which takes most of the time of reading them."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _by_file(json_path: str) -> Any:
-    """{name without ending: content} of a folder's .json files, or of the one file."""
-    path = Path(json_path)
-    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
-    if not files:
-        raise DataError(f"The folder {json_path} holds no .json file; give the annotations.")
-    return {file.stem: load(str(file)) for file in files}
