@@ -50,7 +50,7 @@ def read_predictions(path: Path, samples: Sequence[VideoSample]) -> list[Predict
     known = {sample.id for sample in samples}
     found: dict[str, Prediction] = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # U+2028 may be in a response
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"The predictions {path} cannot be read: {error}.") from None
     for number, line in enumerate(lines, start=1):

@@ -5,7 +5,6 @@ in a run, so what hangs there is found here. Left out: whether answers are right
 the compressed pictures, unless everything is decoded too.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -14,9 +13,17 @@ from typing import Any
 import numpy as np
 
 from megatron_vrl.config import RunConfig, Source
-from megatron_vrl.data.pool import index_records
 from megatron_vrl.data.problems import Problem
-from megatron_vrl.data.readers import READERS, load_records, samples_of
+from megatron_vrl.data.readers import (
+    READERS,
+    is_list,
+    list_records,
+    load_records,
+    refuse_other_form,
+    samples_of,
+    within,
+)
+from megatron_vrl.data.units import FileTimes, wrong_with
 from megatron_vrl.errors import DataError, VideoError
 from megatron_vrl.types import Footage, VideoSample
 from megatron_vrl.video import VideoReader
@@ -41,10 +48,12 @@ def distinct_sources(cfg: RunConfig) -> list[Source]:
 
 
 def num_records(source: Source) -> int:
-    """Raises DataError if the file cannot be read."""
-    if READERS[source.format].is_list:
-        return len(index_records(source.json_path))
-    return len(_whole(source))
+    """Raises DataError if the file cannot be read, is of another form or holds no record."""
+    refuse_other_form(source)
+    count = sum(1 for _ in _records(source))
+    if not count:
+        raise DataError(f"{source.json_path} holds no sample.")
+    return count
 
 
 class DatasetCheck:
@@ -58,22 +67,37 @@ class DatasetCheck:
         self._reader = VideoReader(video)
         self._durations_s: dict[Footage, float] = {}
         self._questions: set[int] = set()
+        self._ids: set[str] = set()  # of one source
 
     def problems(self, source: Source) -> Iterator[list[Problem]]:
         """Of each record, in order. Raises DataError if the file cannot be read at all."""
         records = _records(source)
+        self._times = FileTimes(source, READERS[source.format].unit)
+        self._ids.clear()
+        self._seen_before = self.seen.samples
+        self._has_own_ids = not READERS[source.format].by_file
         while some := list(islice(records, AT_A_TIME)):
-            read = [self._read(record, key, source) for key, record in some]
+            read = [self._read(*one, source) for one in some]
             files = self._files([sample for samples, _ in read for sample in samples])
-            for (_, record), (samples, found) in zip(some, read, strict=True):
-                spans = [] if found else _spans(record, source)
-                yield [*found, *self._of_samples(samples, spans, files)]
+            for samples, found in read:
+                yield [*found, *self._of_samples(samples, files)]
+
+    def of_file(self) -> list[Problem]:
+        """Of the source whose records `problems` has gone through, as a whole."""
+        found = {"unit": self._times.problem()}
+        if self.seen.samples == self._seen_before:
+            found["annotation"] = f"{self._times.source.json_path} holds no sample."
+        return [
+            Problem(sample="", video="", kind=kind, reason=sentence)
+            for kind, sentence in found.items()
+            if sentence
+        ]
 
     def _read(
-        self, record: Any, key: str | int, source: Source
+        self, key: str | int, record: Any, line: int, source: Source
     ) -> tuple[list[VideoSample], list[Problem]]:
         try:
-            read = samples_of(record, key, source, self._reader.duration_s)
+            read = samples_of(record, key, source, self._reader.duration_s, line)
         except DataError as error:
             return [], [Problem(sample="", video="", kind="annotation", reason=str(error))]
         except VideoError as error:
@@ -100,34 +124,35 @@ class DatasetCheck:
         return bad
 
     def _of_samples(
-        self,
-        samples: Sequence[VideoSample],
-        spans: Sequence[Sequence[float]],
-        bad: dict[Footage, VideoError],
+        self, samples: Sequence[VideoSample], bad: dict[Footage, VideoError]
     ) -> Iterator[Problem]:
         for sample in samples:
             of = {"sample": sample.id, "video": sample.video}
             if error := bad.pop(sample.footage, None):
                 yield Problem(**of, kind=error.kind, reason=str(error))
-            for kind, reason in self._of_sample(sample):
+            for kind, reason in (*self._of_sample(within(sample)), *self._of_times(sample)):
                 yield Problem(**of, kind=kind, reason=f"{sample.id}: {reason}")
-        for start_s, end_s in spans:
-            duration_s = samples[0].duration_s if samples else 0.0
-            if not 0 <= start_s < end_s <= duration_s + 1e-6:
-                yield Problem(
-                    sample=samples[0].id if samples else "",
-                    video=samples[0].video if samples else "",
-                    kind="interval",
-                    reason=f"the annotated interval {start_s:.2f} to {end_s:.2f} s is not within "
-                    f"the annotated {duration_s:.2f} s; readers cut it there.",
-                )
+
+    def _of_times(self, sample: VideoSample) -> Iterator[tuple[str, str]]:
+        """(kind, what is wrong) of the intervals as they are written."""
+        if sample.window_s is not None or not sample.duration_s:
+            return
+        for start_s, end_s in sample.intervals_s:
+            self._times.add(sample.id, start_s, end_s, sample.duration_s)
+            yield from wrong_with(start_s, end_s, sample.duration_s)
 
     def _of_sample(self, sample: VideoSample) -> Iterator[tuple[str, str]]:
         """(kind, what is wrong)"""
         question = hash((sample.task, sample.video, sample.window_s, sample.query, sample.options))
         if question in self._questions:
             yield "duplicate", "the same question about the same video was asked before."
+        elif sample.id in self._ids:
+            yield "duplicate", "an earlier question of the file has the same id."
         self._questions.add(question)
+        if self._has_own_ids:
+            self._ids.add(sample.id)
+        if any(not option for option in sample.options):
+            yield "annotation", "an option has no text."
         if not sample.query:
             yield "annotation", "the question has no text; it is left out."
         if sample.task != "multiple_choice" and not sample.intervals_s:
@@ -155,27 +180,13 @@ def _durations(sample: VideoSample, file_s: float) -> Iterator[tuple[str, str]]:
             )
 
 
-def _records(source: Source) -> Iterator[tuple[str | int, Any]]:
-    if not READERS[source.format].is_list:
-        yield from _whole(source).items()
+def _records(source: Source) -> Iterator[tuple[str | int, Any, int]]:
+    """(key or number, record, line of a .jsonl file or 0)"""
+    if is_list(source):
+        for number, found in enumerate(list_records(source)):
+            yield number, found.record, found.line
         return
-    spans = index_records(source.json_path)
-    with open(source.json_path, "rb") as file:
-        for number, (start, stop) in enumerate(spans.tolist()):
-            file.seek(start)
-            yield number, json.loads(file.read(stop - start))
-
-
-def _whole(source: Source) -> dict[str, Any]:
-    records = load_records(source)
-    if not isinstance(records, dict):
-        raise DataError(
-            f"{source.json_path} holds a {type(records).__name__}; expected records by video."
-        )
-    return records
-
-
-def _spans(record: Any, source: Source) -> list[Sequence[float]]:
-    """Intervals in seconds as they are written, before readers cut them."""
-    field = {"charades_sta": "timestamps", "next_gqa": "glue"}.get(source.format)
-    return record[field] if field and not record.get("clip") else []
+    content = load_records(source)
+    keyed = content.items() if isinstance(content, dict) else enumerate(content)
+    for key, record in keyed:
+        yield key, record, 0

@@ -277,7 +277,7 @@ def _check(path: Path, pads: Sequence[str]) -> int:
 def _parsed(line: bytes, origin: str) -> ScoredSample:
     try:
         tree = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{origin} is not JSON ({error}); write one object a line.") from None
     if not isinstance(tree, dict):
         raise DataError(f"{origin} holds {type(tree).__name__}; write one object a line.")

@@ -80,6 +80,59 @@ def test_every_problem_is_found(dataset, tmp_path):
     assert "problems: none" in sound.stdout
 
 
+def _check(tmp_path, records, form: str, name: str = "a.json"):
+    """(exit code, rows of the report, screen) of check_data.py on one file about clips of 4 s."""
+    videos = tmp_path / "videos"
+    if not videos.exists():
+        videos.mkdir()
+        write_clip(str(videos / "a.mp4"), num_frames=64, fps=16, size=(56, 56))
+    path = tmp_path / name
+    path.write_bytes(records if isinstance(records, bytes) else json.dumps(records).encode())
+    source = {"json_path": str(path), "data_folder": str(videos), "format": form}
+    out = tmp_path / "problems.jsonl"
+    tool = (ROOT / "tools" / "check_data.py", "--config", CONFIG, "--out", out)
+    done = run_python(
+        *tool, "data.evaluation={}", "data.sft=[]", f"data.train={json.dumps([source])}"
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    return done.returncode, rows, done.stdout + done.stderr
+
+
+def test_times_in_another_unit_are_told(tmp_path):
+    shares = [
+        {"dataset": "x", "video": "a.mp4", "problem": str(i), "solution": [0.5, 3.0 + i / 10]}
+        | {"video_length": 4.0}
+        for i in range(5)
+    ]
+    code, rows, screen = _check(tmp_path, shares, "temporal_r1")
+    assert code == 1
+    assert [row["kind"] for row in rows] == ["interval"] * 5 + ["unit"]
+    assert "5 of 5 intervals end past their video's end (first 'a.mp4/0', 'a.mp4/1', " in screen
+    assert "5 interval (first a.mp4/0, a.mp4/1, a.mp4/2), 1 unit" in screen
+    tvg = [{"path": "x/a.mp4", "question": "q", "answer": "3.5-1.0", "duration": 4.0}]
+    code, rows, _ = _check(tmp_path, tvg, "tvgbench")
+    assert (code, [row["kind"] for row in rows]) == (1, ["interval", "reversed"])
+
+
+def test_what_training_refuses_is_one_sentence_and_what_it_reads_is_read(tmp_path):
+    record = GQA | {"id": "1", "video": "a.mp4"}
+    line = json.dumps(record).encode()
+    code, rows, screen = _check(tmp_path, line + b"\n" + line[:-20], "next_gqa", "a.jsonl")
+    assert (code, rows) == (2, []) and "a.jsonl, line 2 is not JSON: " in screen
+    code, rows, screen = _check(tmp_path, {"a": {"duration": 4.0}}, "next_gqa")
+    assert (code, rows) == (2, [])
+    assert "a.json does not look like next_gqa (a list): it holds an object." in screen
+    odd = json.dumps(record | {"question": "a\u2028b"}, ensure_ascii=False).encode()
+    same_id = json.dumps(record | {"question": "another"}).encode()
+    blank = json.dumps(record | {"id": "2", "question": " "}).encode()
+    content = b"\xef\xbb\xbf" + b"\r\n".join([odd, b"null", same_id, blank])
+    code, rows, _ = _check(tmp_path, content, "next_gqa", "a.jsonl")
+    assert code == 1 and [row["kind"] for row in rows] == ["annotation", "duplicate", "annotation"]
+    assert rows[0]["reason"].endswith("a.jsonl, line 2 is null, expected an object.")
+    assert rows[1]["reason"] == "1: an earlier question of the file has the same id."
+
+
 def _only_first(path: Path) -> Path:
     records = json.loads(path.read_text())
     path.write_text(json.dumps(dict(list(records.items())[:1])))

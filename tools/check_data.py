@@ -2,9 +2,10 @@
 
     check_data.py --config configs/NAME.yaml [--out problems.jsonl] [--decode] [section.key=value]
 
-Every source that the config names is read from end to end. Problems are written one a line in the
-form of a run's quarantine.jsonl and summed up on the screen. Exit code 0: none; 1: some; 2: the
-config or an annotation file cannot be read.
+Every source that the config names is read from end to end, by the readers of a run. Problems are
+written one a line in the form of a run's quarantine.jsonl and summed up on the screen. Exit code 0:
+none; 1: some; 2: the config or an annotation file cannot be read, or a file has another form than
+its `format`.
 """
 
 import argparse
@@ -42,6 +43,9 @@ def main() -> int:
                 problems += found
                 report.writelines(_line(problem) for problem in found)
                 records.set_postfix(problems=len(problems), refresh=False)
+            of_file = check.of_file()
+            problems += of_file
+            report.writelines(_line(problem) for problem in of_file)
     _print_summary(check, problems, arguments.out)
     return 1 if problems else 0
 
@@ -56,6 +60,9 @@ def _print_summary(check: DatasetCheck, problems: Iterable[Problem], out: Path) 
     if tokens:
         low, middle, high = np.percentile(tokens, [0, 50, 100]).astype(int)
         print(f"tokens of a video: {low} to {high}, median {middle}")
+    for problem in problems:
+        if problem.kind == "unit":
+            print(problem.reason)
     print(f"problems: {summary(problems) or 'none'}; all of them: {out}")
 
 

@@ -8,7 +8,8 @@ A line in has the fields its task needs (others are passed over, blank lines are
      "option": "B"}
 
 temporal_grounding needs duration_s and intervals_s, multiple_choice needs option, grounded_qa all
-three. "options", the texts, may be given too; without them an option is read by its letter alone.
+three. "options", the texts, may be given too; without them an option is read by its letter alone,
+whatever text follows ("D. small dog").
 
 A line out:
 

@@ -22,6 +22,7 @@ tables that are not JSON (`pandas.read_parquet(FILE).to_json(OUT, orient="record
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from string import ascii_uppercase
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -29,12 +30,14 @@ from pydantic import TypeAdapter
 from megatron_vrl.config import Source
 from megatron_vrl.data.records import (
     HeaderDuration,
+    Name,
     Options,
     Reader,
     Record,
     Seconds,
     choice,
     clipped,
+    option_texts,
     spans,
     video_path,
 )
@@ -43,7 +46,6 @@ from megatron_vrl.types import VideoSample
 
 _RANGE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*-\s*([0-9]+(?:\.[0-9]+)?)\s*")
 _STAMP = re.compile(r"<([0-9]*\.?[0-9]+|[0-9]+\.)>")
-_OPTION_LINE = re.compile(r"(?:[A-Z]\.|(?:Option|Sentence|Caption) [A-Z0-9]:)\s*(.+)")
 
 FOLDERS = {  # of MVBench's sub-tasks
     "action_antonym": "ssv2_video_mp4",
@@ -79,7 +81,7 @@ class TvgBench(Record):
 
 
 class ActivityNetRtl(Record):
-    question_id: str | int
+    question_id: Name | int
     vid: str
     question: str
     answer: str
@@ -99,7 +101,7 @@ class TempCompass(Record):
 
 
 class VideoMme(Record):
-    question_id: str
+    question_id: Name
     videoID: str
     duration: str
     domain: str
@@ -114,7 +116,7 @@ class MmvuMetadata(Record):
 
 
 class Mmvu(Record):
-    id: str
+    id: Name
     video: str
     question_type: str
     metadata: MmvuMetadata
@@ -179,7 +181,7 @@ def mvbench(
                 video=folder + record.video,
                 question=record.question,
                 options=record.candidates,
-                answer=record.answer,
+                answer=_letter_of(record),
                 labels=(f"sub_task/{sub_task}",),
             )
             yield clipped(sample, record, source)
@@ -201,14 +203,14 @@ def tempcompass(
         for video, dimensions in videos.items():
             for dimension, questions in dimensions.items():
                 for record in questions:
-                    question, options, answer = _in_lines(record)
+                    question, options = _in_lines(record)
                     yield choice(
                         source,
                         _numbered(video, seen),
                         video=f"{video}.mp4",
                         question=question,
                         options=options,
-                        answer=answer,
+                        answer=record.answer,
                         labels=(f"dimension/{dimension}", f"form/{form}"),
                     )
 
@@ -310,14 +312,21 @@ def _numbered(video: str, seen: Counter[str]) -> str:
     return f"{video}/{index}"
 
 
-def _in_lines(record: TempCompass) -> tuple[str, list[str], str]:
-    """(question, options, answer) of a question whose options stand in its last lines."""
-    question, *lines = record.question.splitlines()
-    options = [match[1] for line in lines if (match := _OPTION_LINE.fullmatch(line.strip()))]
-    if not options:
-        return record.question, ["yes", "no"], record.answer
-    answer = _OPTION_LINE.fullmatch(record.answer.strip())
-    return question, options, answer[1] if answer else record.answer
+def _letter_of(record: MvBench) -> str:
+    """Letter of the candidate that the answer repeats: a candidate may itself be a letter."""
+    if record.candidates.count(record.answer) == 1:
+        return ascii_uppercase[record.candidates.index(record.answer)]
+    return record.answer
+
+
+def _in_lines(record: TempCompass) -> tuple[str, list[str]]:
+    """(question, options with their letters) of a question whose last lines are its options."""
+    lines = record.question.strip().splitlines()
+    for first in range(1, len(lines) - 1):
+        options = [line.strip() for line in lines[first:]]
+        if option_texts(options) != tuple(options):
+            return "\n".join(lines[:first]), options
+    return record.question, ["yes", "no"]
 
 
 def _refused(source: Source, record: Any, answer: str, expected: str) -> DataError:

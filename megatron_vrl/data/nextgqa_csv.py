@@ -10,11 +10,12 @@ has no gsub file, and is refused.
 """
 
 import csv
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_vrl.data.json_files import load
+from megatron_vrl.data.validation import shown
 from megatron_vrl.errors import DataError
 
 LETTERS = "ABCDE"
@@ -27,11 +28,15 @@ def load_csv(json_path: str) -> list[dict[str, Any]]:
     located = _json(path.with_name(f"gsub_{path.stem}.json"))
     folders = _json(path.with_name(MAP)) if path.with_name(MAP).exists() else {}
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file)
             return [_record(row, rows.line_num, json_path, located, folders) for row in rows]
     except OSError as error:
         raise DataError(f"Cannot read the annotations {json_path}: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{json_path} is not UTF-8: save the file as UTF-8.") from None
+    except csv.Error as error:
+        raise DataError(f"{json_path} is not CSV: {error}.") from None
 
 
 def _record(
@@ -55,28 +60,31 @@ def _record(
         )
     if video not in located:
         raise DataError(f"{where}: gsub_{Path(json_path).stem}.json has no video {video!r}.")
+    of_video = located[video] if isinstance(located[video], dict) else {}
+    of_question = of_video.get("location", {})
+    if not isinstance(of_question, dict) or "duration" not in of_video:
+        raise DataError(
+            f"{where}: gsub_{Path(json_path).stem}.json: video {video!r} is "
+            f"{shown(located[video])}, expected an object of duration and location."
+        )
     return {
         "id": f"{video}_{field['qid']}",
         "video": f"{folders.get(video, video)}.mp4",
         "question": field["question"],
         "options": [f"({x}) {text}" for x, text in zip(LETTERS, options, strict=True)],
-        "duration": located[video].get("duration"),
-        "glue": located[video].get("location", {}).get(field["qid"], []),
+        "duration": of_video["duration"],
+        "glue": of_question.get(field["qid"], []),
         "type": field.get("type", ""),
         "answer": f"({LETTERS[options.index(answer)]})",
     }
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+    if not path.is_file():
         raise DataError(
-            f"{path} cannot be read ({error.strerror}): NExT-GQA's CSV needs the intervals of this "
-            "file beside it."
-        ) from None
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}.") from None
+            f"{path} is not there: NExT-GQA's CSV needs the intervals of this file beside it."
+        )
+    content = load(str(path))
     if not isinstance(content, dict):
         raise DataError(f"{path} holds a {type(content).__name__}, expected an object by video id.")
     return content

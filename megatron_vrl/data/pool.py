@@ -1,17 +1,17 @@
 """A pool of training samples too large to hold: a record is parsed when it is drawn.
 
-Annotations that are lists, .json or .jsonl, are indexed: one pass over the file in blocks finds
-where each record begins and ends, 16 bytes a record are kept, and no record and no video is opened
-before its turn. What is wrong with a record is therefore told when it is drawn; tools/check_data.py
-tells it beforehand. Left out: unique ids (a second "a" keeps its name), and annotations keyed by
+Annotations that are lists, .json or .jsonl, are indexed: one pass over the file in blocks checks
+each record and finds where it begins and ends, 16 bytes a record are kept, and no video is opened
+before its turn. Left out: unique ids (a second "a" keeps its name), and annotations keyed by
 video, which are read whole.
 """
 
-import json
 import os
+from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 
@@ -19,20 +19,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_vrl.config import Source
+from megatron_vrl.data.json_files import parse, version, without_collector
 from megatron_vrl.data.problems import Problem
-from megatron_vrl.data.readers import READERS, HeaderDuration, read, read_record
+from megatron_vrl.data.readers import (
+    HeaderDuration,
+    is_list,
+    list_records,
+    read,
+    read_record,
+    refuse_none,
+)
 from megatron_vrl.errors import DataError, VideoError
 from megatron_vrl.types import VideoSample
 
 READ_WHOLE_BYTES = 16 << 20  # smaller files are checked from end to end at the start
-BLOCK_BYTES = 4 << 20
 
 Drawn = VideoSample | Problem | None  # Problem: its video is bad; None: a question without use
 
 
 def is_indexed(source: Source) -> bool:
     """Whether its records are parsed one by one, when they are drawn."""
-    if not READERS[source.format].is_list:
+    if not is_list(source):
         return False
     if source.format == "temporal_r1":  # durations are in the videos, which may not all be opened
         return True
@@ -90,19 +97,28 @@ def open_part(source: Source, header_duration_s: HeaderDuration | None) -> Seque
 
 class IndexedSource(Sequence[Drawn]):
     def __init__(self, source: Source, header_duration_s: HeaderDuration | None):
+        """Check every record. Raises DataError naming file, record or line, and field."""
         self._source = source
         self._header_duration_s = header_duration_s
-        self._spans = index_records(source.json_path)
+        self._spans = _index(
+            source.format, source.json_path, source.data_folder, version(source.json_path)
+        )
 
     def __len__(self) -> int:
         return len(self._spans)
 
     def __getitem__(self, number):  # of an int alone, no slices
-        """Raises DataError naming file, record and field."""
+        """Raises DataError naming the file if it was changed since it was indexed."""
         start, stop = self._spans[number].tolist()
         with open(self._source.json_path, "rb") as file:
             content = os.pread(file.fileno(), stop - start, start)
-        record = json.loads(content)
+        try:
+            record = parse(content)
+        except ValueError:
+            raise DataError(
+                f"{self._source.json_path} was changed during the run: record {number} is no "
+                "longer where it was. Start the same command again."
+            ) from None
         try:
             return read_record(record, number, self._source, self._header_duration_s)
         except VideoError as error:
@@ -111,62 +127,28 @@ class IndexedSource(Sequence[Drawn]):
             return Problem(sample=name, video=video, kind=error.kind, reason=f"{video} {error}")
 
 
-def index_records(path: str) -> NDArray[np.int64]:
-    """[N, 2] first byte of each record and the byte after its last one.
+@lru_cache(maxsize=32)
+def _index(
+    form: str, json_path: str, data_folder: str, file_version: tuple[int, int]
+) -> NDArray[np.int64]:
+    """[N, 2] first byte of each record and the byte after its last one, all of them checked.
 
-    Raises DataError if the file cannot be read or is not a list of records.
+    A run and the checks before it ask for the same file several times.
     """
-    spans = _lines if path.endswith(".jsonl") else _elements
-    try:
-        found = np.fromiter((at for span in spans(path) for at in span), np.int64)
-    except OSError as error:
-        raise DataError(f"Cannot read the annotations {path}: {error.strerror}.") from None
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}.") from None
-    return found.reshape(-1, 2)
+    source = Source.model_validate(
+        {"format": form, "json_path": json_path, "data_folder": data_folder}
+    )
+    places, num_kept = array("q"), 0
+    with without_collector():
+        for number, (record, start, stop, line) in enumerate(list_records(source)):
+            sample = read_record(record, number, source, _one_second, line)
+            num_kept += sample is not None
+            places.extend((start, stop))
+    spans = np.frombuffer(places, np.int64).reshape(-1, 2)
+    refuse_none(source, num_kept, len(spans))
+    return spans
 
 
-def _lines(path: str) -> Iterator[tuple[int, int]]:
-    start = 0
-    with open(path, "rb") as file:
-        for line in file:
-            if line.strip():
-                yield start, start + len(line)
-            start += len(line)
-
-
-def _elements(path: str) -> Iterator[tuple[int, int]]:
-    """Of a JSON list. Latin-1 gives every byte one character, so that places are bytes."""
-    parse = json.JSONDecoder().raw_decode
-    with open(path, encoding="latin-1", newline="") as file:
-        text, before, at, is_last = file.read(BLOCK_BYTES), 0, 0, False
-        at = _skip(text, 0)
-        if text[at : at + 1] != "[":
-            raise ValueError("expected a list of records")
-        at += 1
-        while True:
-            at = _skip(text, at)
-            if text[at : at + 1] == "]":
-                return
-            try:
-                _, stop = parse(text, at)
-                after = _skip(text, stop)
-                if after == len(text):
-                    raise ValueError("the list does not end")
-            except ValueError:
-                if is_last:
-                    raise
-                block = file.read(BLOCK_BYTES)
-                is_last = not block
-                text, before, at = text[at:] + block, before + at, 0
-                continue
-            yield before + at, before + stop
-            if text[after] not in ",]":
-                raise ValueError(f"expected a comma at byte {before + after}")
-            at = after + (text[after] == ",")
-
-
-def _skip(text: str, at: int) -> int:
-    while at < len(text) and text[at] in " \t\r\n":
-        at += 1
-    return at
+def _one_second(path: str) -> float:
+    """Stands in for the duration in a video's header: an index opens no video."""
+    return 1.0

@@ -3,12 +3,17 @@
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
+ANNOTATION_KINDS = {
+    *("annotation", "unit", "interval", "zero_length", "reversed", "before_start", "duplicate")
+}
+NUM_FIRST = 3  # named in a summary
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
     sample: str  # its id; "" if the problem is the file's or the record's
     video: str  # path or URL; "" if it is not known
-    kind: str  # a kind of VideoError; or annotation, duration, interval, duplicate
+    kind: str  # of VideoError, of ANNOTATION_KINDS, or duration, tokens
     reason: str  # one sentence
 
     def row(self) -> dict[str, str]:
@@ -16,12 +21,21 @@ class Problem:
 
 
 def summary(problems: Iterable[Problem]) -> str:
-    """ "3 missing (first a.mp4), 1 cut_off (first b.mp4)", the most frequent kind first."""
+    """ "2 missing (first a.mp4, c.mp4), 1 cut_off (first b.mp4)", the most frequent kind first.
+
+    Each kind names its first three videos, or samples where the annotation is at fault.
+    """
     of_kind: dict[str, list[Problem]] = {}
     for problem in problems:
         of_kind.setdefault(problem.kind, []).append(problem)
     by_number = sorted(of_kind.items(), key=lambda item: -len(item[1]))
     return ", ".join(
-        f"{len(found)} {kind} (first {found[0].video or found[0].sample})"
+        f"{len(found)} {kind} (first {', '.join(dict.fromkeys(map(_name, found[:NUM_FIRST])))})"
         for kind, found in by_number
     )
+
+
+def _name(problem: Problem) -> str:
+    of_annotation = problem.kind in ANNOTATION_KINDS
+    names = (problem.sample, problem.video) if of_annotation else (problem.video, problem.sample)
+    return next(filter(None, names), problem.reason)

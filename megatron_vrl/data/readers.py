@@ -8,32 +8,40 @@ multiple_choice the same without `glue`
 temporal_r1     [{dataset, video, problem, solution [s, e] in [0, 1], video_length}], as released
                 with Temporal-R1, where the tag "charades_train" comes without `video_length`
 
-The forms of further benchmarks are in megatron_vrl/data/benchmarks.py. .json, and .jsonl for the
-lists. Any record may also have `clip` [s, e], the part of its video that is shown; its other times
-are the video's, and those of its samples count from s. Fields not named here are passed over. No
-video is touched, except where the record keeps no duration. `read` cuts intervals at the video's
-ends (in Charades-STA many run past them). A question that is then left without an interval, or that
-has no text or no options, is left out and warned of, since the published files hold a few. Anything
-else that is wrong is refused.
+The forms of further benchmarks are in megatron_vrl/data/benchmarks.py, .json and .jsonl in
+megatron_vrl/data/json_files.py. Any record may also have `clip` [s, e], the part of its video that
+is shown; its other times are the video's, and those of its samples count from s. Fields not named
+here are passed over. No video is touched, except where the record keeps no duration. `read` cuts
+intervals at the video's ends (in Charades-STA many run past them). A question that is then left
+without an interval, or that has no text or no options, is left out and warned of, since the
+published files hold a few. Anything else that is wrong is refused, and so is a file of another form
+or without samples.
 """
 
-import gc
-import json
 import logging
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from megatron_vrl.config import Source
 from megatron_vrl.data.benchmarks import BENCHMARK_READERS
+from megatron_vrl.data.json_files import (
+    Found,
+    begins_a_list,
+    is_lines,
+    load,
+    load_by_file,
+    records,
+    without_collector,
+)
 from megatron_vrl.data.nextgqa_csv import load_csv
 from megatron_vrl.data.records import (
     VIDEO_SUFFIXES,
     HeaderDuration,
+    Name,
     Options,
     Reader,
     Record,
@@ -44,6 +52,7 @@ from megatron_vrl.data.records import (
     spans,
     video_path,
 )
+from megatron_vrl.data.validation import Misshapen, OtherForm, looks_like, validated
 from megatron_vrl.errors import DataError
 from megatron_vrl.tasks import can_be_asked
 from megatron_vrl.tasks.temporal_grounding import QUESTION
@@ -59,7 +68,7 @@ class CharadesSta(Record):
 
 
 class MultipleChoice(Record):
-    id: str
+    id: Name
     video: str
     question: str
     options: Options
@@ -81,16 +90,18 @@ class TemporalR1(Record):
 
 
 def read(source: Source, header_duration_s: HeaderDuration | None = None) -> list[VideoSample]:
-    """All samples of one source that can be asked, in the file's order, with their intervals cut.
+    """Return the samples of one source that can be asked, in the file's order, intervals cut.
 
     `header_duration_s` reads a video's own duration, for records that keep none.
-    Raises DataError naming file, record, field, the value seen and what is expected.
+    Raises DataError naming file, record, field, the value seen and what is expected, and if no
+    sample can be asked.
     """
     kept: list[VideoSample] = []
     left_out: list[VideoSample] = []
     for sample in read_whole(source, header_duration_s):
         cut = within(sample)
         (kept if can_be_asked(cut) else left_out).append(cut)
+    refuse_none(source, len(kept), len(kept) + len(left_out))
     if left_out:
         logger.warning(
             f"{source.json_path}: {len(left_out)} of {len(kept) + len(left_out)} questions have no "
@@ -100,24 +111,57 @@ def read(source: Source, header_duration_s: HeaderDuration | None = None) -> lis
     return kept
 
 
+def refuse_none(source: Source, num_kept: int, num_read: int) -> None:
+    """Raise DataError if no sample of the source can be asked."""
+    if not num_read:
+        raise DataError(f"{source.json_path} holds no sample.")
+    if not num_kept:
+        raise DataError(
+            f"{source.json_path} holds no sample that can be asked: all {num_read} questions have "
+            "no text, no interval within the video or no options."
+        )
+
+
 def read_whole(
     source: Source, header_duration_s: HeaderDuration | None = None
 ) -> list[VideoSample]:
     """Every question of the file, with its intervals as published: for an evaluation."""
     reader = READERS[source.format]
-    with _without_collector():
-        records = _validated(reader.form, load_records(source), source.json_path)
-        numbered = records.items() if isinstance(records, dict) else enumerate(records)
-        return list(reader.samples(numbered, source, header_duration_s))
+    with without_collector():
+        if is_list(source):
+            numbered = list_records(source)
+            keyed: Iterable[Any] = (
+                (number, checked_record(record, number, source, line))
+                for number, (record, _, _, line) in enumerate(numbered)
+            )
+        else:
+            checked = _checked_whole(source)
+            keyed = checked.items() if isinstance(checked, dict) else enumerate(checked)
+        return list(reader.samples(keyed, source, header_duration_s))
+
+
+def is_list(source: Source) -> bool:
+    """Return whether the source's records are read one by one from a JSON list."""
+    return READERS[source.format].is_list and not source.json_path.endswith(".csv")
+
+
+def list_records(source: Source) -> Iterator[Found]:
+    """Yield the records of a source for which `is_list` holds, as JSON. Raises DataError."""
+    if not is_lines(source.json_path) and not begins_a_list(source.json_path):
+        if not (content := load(source.json_path)):
+            refuse_none(source, 0, 0)
+        misshapen = Misshapen(source, "a list", content)
+        raise _other_form(source, misshapen) or misshapen
+    return records(source.json_path)
 
 
 def load_records(source: Source) -> Any:
-    """The annotations' JSON: of a form with several files, by their names."""
+    """Return the JSON of annotations that are no JSON list: of several files, by their names."""
     if READERS[source.format].by_file:
-        return _by_file(source.json_path)
+        return load_by_file(source.json_path)
     if source.format == "next_gqa" and source.json_path.endswith(".csv"):
         return load_csv(source.json_path)
-    return _load(source.json_path)
+    return load(source.json_path)
 
 
 def within(sample: VideoSample) -> VideoSample:
@@ -127,28 +171,65 @@ def within(sample: VideoSample) -> VideoSample:
 
 
 def read_record(
-    record: Any, number: int, source: Source, header_duration_s: HeaderDuration | None = None
+    record: Any,
+    number: int,
+    source: Source,
+    header_duration_s: HeaderDuration | None = None,
+    line: int = 0,
 ) -> VideoSample | None:
     """The sample of one record of a list, its `number` counted from 0; None if it cannot be asked.
 
     Raises DataError as `read` does, and whatever `header_duration_s` raises.
     """
-    [sample] = samples_of(record, number, source, header_duration_s)
-    return sample if can_be_asked(sample) else None
+    [sample] = samples_of(record, number, source, header_duration_s, line)
+    cut = within(sample)
+    return cut if can_be_asked(cut) else None
 
 
 def samples_of(
-    record: Any, key: str | int, source: Source, header_duration_s: HeaderDuration | None = None
+    record: Any,
+    key: str | int,
+    source: Source,
+    header_duration_s: HeaderDuration | None = None,
+    line: int = 0,
 ) -> list[VideoSample]:
-    """All of one record, also those that cannot be asked; its key, or its number in a list."""
+    """All of one record, also those that cannot be asked, with their intervals as published.
+
+    `key` is the record's key, or its number in a list, which lies in `line` of a .jsonl file.
+    """
     reader = READERS[source.format]
     if isinstance(key, str):
-        checked = _validated(reader.form, {key: record}, source.json_path)[key]
+        checked = validated(reader.form, {key: record}, source)[key]
     else:
-        [checked] = _validated(reader.form, [record], source.json_path, key)
-    return [
-        within(sample) for sample in reader.samples([(key, checked)], source, header_duration_s)
-    ]
+        checked = checked_record(record, key, source, line)
+    return list(reader.samples([(key, checked)], source, header_duration_s))
+
+
+def refuse_other_form(source: Source) -> None:
+    """Raise DataError if a file is of another form than its source's, by its first record."""
+    try:
+        if is_list(source):
+            for found in islice(list_records(source), 1):
+                checked_record(found.record, 0, source, found.line)
+        else:
+            _checked_whole(source)
+    except (OtherForm, Misshapen):
+        raise
+    except DataError:
+        return  # of one record, or of a file that no one can read: told when it is read whole
+
+
+def checked_record(record: Any, number: int, source: Source, line: int = 0) -> Record:
+    """Return a list's record in the source's form. Raises DataError.
+
+    If it is the file's first and the file looks like another form, the sentence says so.
+    """
+    place = f"line {line}" if line else f"record {number}"
+    try:
+        [checked] = validated(READERS[source.format].form, [record], source, place)
+    except DataError as error:
+        raise ((number == 0 and _other_form(source, error)) or error) from None
+    return checked
 
 
 def charades_sta(
@@ -244,7 +325,9 @@ READERS: dict[str, Reader] = {
     "multiple_choice": Reader(
         form=TypeAdapter(list[MultipleChoice]), samples=multiple_choice, is_list=True
     ),
-    "temporal_r1": Reader(form=TypeAdapter(list[TemporalR1]), samples=temporal_r1, is_list=True),
+    "temporal_r1": Reader(
+        form=TypeAdapter(list[TemporalR1]), samples=temporal_r1, is_list=True, unit="shares"
+    ),
     **BENCHMARK_READERS,
 }
 
@@ -269,69 +352,28 @@ def _choice(
     )
 
 
+def _checked_whole(source: Source) -> Any:
+    """Annotations that are no JSON list, in their form. Raises DataError."""
+    content = load_records(source)
+    if not content:
+        refuse_none(source, 0, 0)
+    try:
+        return validated(READERS[source.format].form, content, source)
+    except DataError as error:
+        raise _other_form(source, error) or error from None
+
+
+def _other_form(source: Source, found: DataError) -> OtherForm | None:
+    """Return the error for a file that looks like another form, if it does; `found` is what its
+    own form refuses."""
+    others = looks_like(source, READERS)
+    if not others:
+        return None
+    own = str(found).removeprefix(source.json_path).strip(" ,:.")
+    reason = found.wanted if isinstance(found, Misshapen) else own
+    return OtherForm(source, reason, others)
+
+
 def _within(intervals_s: Iterable[Interval], duration_s: float) -> tuple[Interval, ...]:
     cut = [(max(start_s, 0.0), min(end_s, duration_s)) for start_s, end_s in intervals_s]
     return tuple((start_s, end_s) for start_s, end_s in cut if start_s < end_s)
-
-
-@contextmanager
-def _without_collector() -> Iterator[None]:
-    """Records hold no cycles; the collector would only walk half a million of them again and
-    again, which takes most of the time of reading them."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _by_file(json_path: str) -> Any:
-    """{name without ending: content} of a folder's .json files, or of the one file."""
-    path = Path(json_path)
-    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
-    if not files:
-        raise DataError(f"The folder {json_path} holds no .json file; give the annotations.")
-    return {file.stem: _load(str(file)) for file in files}
-
-
-def _load(json_path: str) -> Any:
-    try:
-        text = Path(json_path).read_text(encoding="utf-8")
-        if json_path.endswith(".jsonl"):
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-        return json.loads(text, object_pairs_hook=_unique_keys)
-    except OSError as error:
-        raise DataError(f"Cannot read the annotations {json_path}: {error.strerror}.") from None
-    except ValueError as error:
-        raise DataError(f"{json_path} is not JSON: {error}.") from None
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in record if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
-    return record
-
-
-def _validated(form: TypeAdapter[Any], records: Any, json_path: str, first: int = 0) -> Any:
-    """`records` in their form; a list's are counted from `first` in messages."""
-    try:
-        return form.validate_python(records)
-    except ValidationError as error:
-        wrong = error.errors(include_url=False)[0]
-    if not wrong["loc"]:
-        raise DataError(
-            f"{json_path} holds a {type(records).__name__}: {wrong['msg']}. "
-            f"The forms are described in megatron_vrl/data/readers.py."
-        )
-    record, *field = wrong["loc"]
-    if isinstance(record, int):
-        record += first
-    where = f"{json_path}: record {record!r}: field {'.'.join(map(str, field))!r}"
-    if wrong["type"] == "missing":
-        raise DataError(f"{where} is missing.")
-    raise DataError(f"{where} is {wrong['input']!r:.80}, refused: {wrong['msg']}.")

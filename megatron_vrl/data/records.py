@@ -4,7 +4,8 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from string import ascii_uppercase
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
@@ -15,9 +16,20 @@ from megatron_vrl.types import Interval, VideoSample
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi")
 MAX_OPTIONS = 26  # letters A to Z
+LETTER_STYLES = [  # (letter, text) of "(A) red", "A. red", "A) red", "A: red" and "Option 1: red"
+    re.compile(rf"{style}(\S.*)", re.DOTALL | re.IGNORECASE)
+    for style in (
+        r"\(([A-Z])\)\s*",
+        r"([A-Z])\.\s+",
+        r"([A-Z])\)\s+",
+        r"([A-Z]):\s+",
+        r"(?:Option|Sentence|Caption) ([A-Z0-9]):\s*",
+    )
+]
 
 HeaderDuration = Callable[[str], float]  # path of a video -> its own duration, seconds
 
+Name = Annotated[str, Field(min_length=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Time = Annotated[float, Field(allow_inf_nan=False)]
 Span = Annotated[list[Time], Field(min_length=2, max_length=2)]
@@ -35,6 +47,7 @@ class Reader:
     form: TypeAdapter[Any]  # of the whole file
     samples: Callable[[Any, Source, HeaderDuration | None], Iterator[VideoSample]]  # (key, record)s
     is_list: bool  # of one record for each sample
+    unit: Literal["seconds", "shares"] = "seconds"  # of its times; shares: of the video, 0 to 1
     by_file: bool = False  # the form is {name of the file: its content}; a folder has several
 
 
@@ -56,11 +69,11 @@ def choice(
     intervals_s: tuple[Interval, ...] = (),
     labels: tuple[str, ...] = (),
 ) -> VideoSample:
-    """A question with options, whose texts may begin with "(A)" or "A."."""
-    texts = tuple(unlettered(option) for option in options)
+    """A question with options, whose texts may carry their letters."""
+    texts = option_texts(options)
     option, failure = read_option(answer, texts)
-    if failure:
-        option, failure = read_option(unlettered(answer), texts)
+    if failure:  # "(A)red" is read neither by its letter nor by its text alone
+        option, failure = read_option(answer, tuple(options))
     if failure:
         raise DataError(
             f"{source.json_path}: record {record!r}: field 'answer' is {answer!r}, "
@@ -98,12 +111,30 @@ def clipped(sample: VideoSample, record: Record, source: Source) -> VideoSample:
     )
 
 
-def unlettered(option: str) -> str:
-    return re.sub(r"^(?:\([A-Z]\)|[A-Z]\.\s)", "", option).strip()
+def option_texts(options: Sequence[str]) -> tuple[str, ...]:
+    """Return the stripped texts of the options, without their letters if they carry any.
+
+    Options carry letters if every one begins with its own, A, B, C in order, all in one of
+    LETTER_STYLES. So "E. coli" among other names keeps its E.
+    """
+    texts = tuple(option.strip() for option in options)
+    for style in LETTER_STYLES:
+        found = [style.fullmatch(text) for text in texts]
+        plain = [match[2] for match in found if match]
+        letters = "".join(match[1] for match in found if match)
+        in_order = (ascii_uppercase[: len(texts)], "123456789"[: len(texts)])
+        if len(plain) == len(texts) and letters.upper() in in_order:
+            return tuple(plain)
+    return texts
 
 
 def video_path(name: str, source: Source, record: str | int) -> str:
     """By the name alone, without looking at the disk: there may be half a million records."""
+    if "\0" in name:
+        raise DataError(
+            f"{source.json_path}: record {record!r}: video {name!r} holds a NUL character, which "
+            "no file name may."
+        )
     inside = os.path.normpath(name)
     if os.path.isabs(inside) or inside in (".", "..") or inside.startswith(f"..{os.sep}"):
         raise DataError(

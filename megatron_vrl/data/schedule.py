@@ -115,11 +115,11 @@ def read_ids(path: str) -> set[str]:
 
 def _rows(path: str) -> list[tuple[int, dict]]:
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
         return [(n, json.loads(line)) for n, line in enumerate(lines, start=1) if line.strip()]
     except OSError as error:
         raise DataError(
             f"{path} cannot be read ({error.strerror}): give what tools/select_data.py wrote."
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON lines: {error}.") from None

@@ -1,6 +1,5 @@
 """Everything that can be checked without training: layout, architecture, rewards, annotations."""
 
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -8,7 +7,7 @@ import torch
 from megatron_vrl.build import prompt_encoder
 from megatron_vrl.config import RunConfig, Source, check_batches, check_dev, check_off_policy
 from megatron_vrl.data.mix import load, open_pool
-from megatron_vrl.errors import ConfigError
+from megatron_vrl.errors import ConfigError, DataError
 from megatron_vrl.loops.reselect import check_reselection
 from megatron_vrl.loops.stream import check_records
 from megatron_vrl.model.architecture import Architecture, padded_vocab, read_architecture
@@ -23,8 +22,11 @@ from megatron_vrl.training.layout import is_megatron, published_files
 from megatron_vrl.user_functions import load_function
 
 
-def check(cfg: RunConfig, world: int) -> list[str]:
-    """Raises UserError for what cannot work; returns notes on what is not on this machine."""
+def check(cfg: RunConfig, world: int, here: bool = False) -> list[str]:
+    """Raises UserError for what cannot work; returns notes on what is not on this machine.
+
+    `here`: the run starts on this machine, so every annotation file must be there.
+    """
     check_layout(cfg.parallel, world)
     parallel = cfg.parallel
     replicas = world // (parallel.tensor * parallel.context * parallel.pipeline)
@@ -46,14 +48,7 @@ def check(cfg: RunConfig, world: int) -> list[str]:
         )
     check_divides(arch, cfg.model, cfg.parallel)
     _check_checkpoint(cfg, arch)
-    evaluated = list(chain(*cfg.data.evaluation.values()))
-    sources = [*cfg.data.sft, *cfg.data.train, *evaluated]
-    missing = [note for source in sources for note in _missing(source)]
-    for part in (evaluated, cfg.data.sft, cfg.data.train):
-        here = [source for source in part if Path(source.json_path).exists()]
-        read_all = load if part is evaluated else open_pool
-        if here:
-            read_all(here, cfg.run.seed, _unknown)
+    missing = _opened(cfg, here)
     check_records(cfg.data)
     answers = cfg.rollout.prompts_per_step * cfg.rollout.group_size
     updates = cfg.grpo.mini_batches * cfg.grpo.epochs
@@ -68,6 +63,32 @@ def check(cfg: RunConfig, world: int) -> list[str]:
         *notes,
         *dict.fromkeys(missing),
     ]
+
+
+def _opened(cfg: RunConfig, here: bool) -> list[str]:
+    """Read or index every annotation file; return notes on what is not on this machine.
+
+    Raises UserError naming the config's key and the file.
+    """
+    named = {"data.sft": cfg.data.sft, "data.train": cfg.data.train}
+    named |= {f"data.evaluation.{name}": part for name, part in cfg.data.evaluation.items()}
+    missing = []
+    for key, sources in named.items():
+        read_all = load if key.startswith("data.evaluation.") else open_pool
+        for source in sources:
+            missing += _missing(source)
+            if not here and _is_elsewhere(source):
+                continue
+            try:
+                read_all([source], cfg.run.seed, _unknown)
+            except DataError as error:
+                raise DataError(f"{key}: {error}") from None
+    return missing
+
+
+def _is_elsewhere(source: Source) -> bool:
+    """Whether even the folder of its annotations is not on this machine: no mistyped name."""
+    return not Path(source.json_path).parent.exists()
 
 
 def check_visual_input(cfg: RunConfig) -> None:

@@ -44,7 +44,8 @@ def run_job(cfg: RunConfig) -> Path:
     check_run_dir(cfg, trains=True)
     if is_done(cfg.run.out_dir) and (out_dir / "report.html").exists():
         return out_dir / "report.html"
-    check(cfg, int(os.environ.get("WORLD_SIZE", "1")))  # mistakes cost seconds, not an engine start
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    check(cfg, world, here=True)  # mistakes cost seconds, not an engine start
     parts = build(cfg)
     state = restored(parts)
     load_stage_weights(parts, state)

@@ -69,7 +69,7 @@ def _check(cfg: RunConfig) -> None:
             "--rollouts-only does not train: set 0."
         )
     check_run_dir(cfg, trains=False)
-    check(cfg, int(os.environ.get("WORLD_SIZE", "1")))
+    check(cfg, int(os.environ.get("WORLD_SIZE", "1")), here=True)
 
 
 def _steps(parts: Parts, state: RunState, sinks: Sinks, progress: Path) -> None:

@@ -26,7 +26,7 @@ LETTER = "[A-Z]"
 
 _NO_TAGS = r"[^<]*(?:<(?!/?(?:think|answer)>)[^<]*)*"
 _NUMBER = re.compile("-?" + SECONDS)
-_LETTERED = re.compile(r"(?:\(([A-Za-z])\)|([A-Za-z])[.:)]?)(?:\s+(.+))?", re.DOTALL)
+_LETTERED = re.compile(r"(?:\(([A-Za-z])\)|([A-Za-z])([.:)])?)(?:\s+(.+))?", re.DOTALL)
 
 
 def template(**fields: str) -> re.Pattern[str]:
@@ -48,10 +48,17 @@ def read_block(response: str) -> tuple[str, str]:
 
 
 def read_json(body: str) -> tuple[Any, str]:
-    """One JSON value; integers come as floats, so that no literal is too long to hold."""
+    """One JSON value; integers come as floats, so that no literal is too long to hold.
+
+    A number with an exponent comes as its text, which no field of an answer takes.
+    """
     try:
         value = json.loads(
-            body, parse_int=float, parse_constant=_refuse, object_pairs_hook=_unique_keys
+            body,
+            parse_int=float,
+            parse_float=_plain,
+            parse_constant=_refuse,
+            object_pairs_hook=_unique_keys,
         )
     except (ValueError, RecursionError):  # a long row of "[" is too deep for the json module
         return None, "the answer is not JSON"
@@ -84,18 +91,21 @@ def read_interval(fields: dict[str, Any], duration_s: float) -> tuple[Interval |
 
 
 def read_option(text: Any, options: tuple[str, ...]) -> tuple[str, str]:
-    """Letter of the one option that `text` names; a single letter is always read as a letter."""
+    """Letter of the one option that `text` names; a single letter is always read as a letter.
+
+    An option "" stands for one whose text is not known: any text may follow its marked letter.
+    """
     if not isinstance(text, str):
         return "", f"option {text!r:.40} is not a letter"
     text = text.strip()
     named = {letter for letter, option in lettered(options) if _same(option, text)}
     match = _LETTERED.fullmatch(text)
     if match:
-        letter, rest = (match[1] or match[2]).upper(), match[3]
+        letter, marked, rest = (match[1] or match[2]).upper(), match[1] or match[3], match[4]
         option = dict(lettered(options)).get(letter)
         if rest is None:
             named = {letter} if option is not None else set()
-        elif option is not None and _same(option, rest):
+        elif (option == "" and marked) or (option and _same(option, rest)):
             named.add(letter)
     if len(named) != 1:
         return "", f"option {text!r:.40} does not name one of {len(options)} options"
@@ -115,6 +125,10 @@ def _seconds(value: Any) -> float | None:
 
 def _same(left: str, right: str) -> bool:
     return left.strip().rstrip(".").casefold() == right.strip().rstrip(".").casefold()
+
+
+def _plain(literal: str) -> float | str:
+    return literal if "e" in literal.lower() else float(literal)
 
 
 def _refuse(constant: str) -> float:

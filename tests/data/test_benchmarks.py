@@ -7,6 +7,7 @@ import pytest
 from megatron_vrl.config import Source
 from megatron_vrl.data.benchmarks import BENCHMARK_READERS
 from megatron_vrl.data.readers import read, read_whole
+from megatron_vrl.data.records import option_texts
 from megatron_vrl.errors import DataError
 from megatron_vrl.tasks import TASKS
 
@@ -212,3 +213,65 @@ def test_what_is_wrong_is_named(form, changed, sentence, tmp_path):
     with pytest.raises(DataError) as error:
         read(source_of(form, tmp_path, [RECORDS[form][0] | changed]))
     assert sentence in str(error.value)
+
+
+def test_a_candidate_of_mvbench_may_be_a_letter(tmp_path):
+    record = {"video": "a.mp4", "question": "Which?", "candidates": ["b", "a", "d"], "answer": "b"}
+    (sample,) = read(source_of("mvbench", tmp_path, {"character_order": [record]}))
+    assert (sample.options, sample.option) == (("b", "a", "d"), "A")
+
+
+NAMES = ("E. coli", "C. elegans", "S. cerevisiae", "(R) label")
+
+
+@pytest.mark.parametrize("form", ["multiple_choice", "mvbench", "tempcompass", "video_mme", "mmvu"])
+@pytest.mark.parametrize("style", ["{}. {}", "{}) {}", "({}) {}", "({}){}", "{}: {}", "{1}"])
+def test_only_letters_of_its_own_leave_an_option(form, style, tmp_path):
+    lettered = [style.format(letter, name) for letter, name in zip("ABCD", NAMES, strict=True)]
+    if form == "tempcompass" and style == "{1}":
+        return  # without letters its lines are no options
+    choice = {"id": "1", "video": "a.mp4", "question": "Which?", "duration": 9.0}
+    records = {
+        "multiple_choice": [choice | {"options": lettered, "answer": "B"}],
+        "mvbench": {
+            "state_change": [
+                {"video": "a.mp4", "question": "?", "candidates": lettered, "answer": lettered[1]}
+            ]
+        },
+        "tempcompass": {
+            "multi-choice": {
+                "1": {
+                    "action": [
+                        {"question": "\n".join(["Which?", *lettered]), "answer": lettered[1]}
+                    ]
+                }
+            }
+        },
+        "video_mme": [VIDEO_MME[0] | {"options": lettered, "answer": "B"}],
+        "mmvu": [MMVU[0] | {"choices": dict(zip("ABCD", lettered, strict=True)), "answer": "B"}],
+    }[form]
+    if form == "multiple_choice":
+        (tmp_path / "all.json").write_text(json.dumps(records))
+        source = Source(json_path=str(tmp_path / "all.json"), data_folder="/data", format=form)
+    else:
+        source = source_of(form, tmp_path, records)
+    (sample,) = read(source)
+    assert (sample.options, sample.option) == (NAMES, "B")
+    assert sample.rationale == "C. elegans"
+
+
+@pytest.mark.parametrize(
+    ("options", "texts"),
+    [
+        (["A. red", "C. blue"], ["A. red", "C. blue"]),  # not in order
+        (["A. red", "blue"], ["A. red", "blue"]),  # not every one
+        (["A. red", "B) blue"], ["A. red", "B) blue"]),  # two styles
+        (["A.M.", "B.C."], ["A.M.", "B.C."]),
+        (["A", "B"], ["A", "B"]),
+        (["A. ", "B. "], ["A.", "B."]),
+        ([" a. red ", "b. blue"], ["red", "blue"]),
+        (["Option 1: A. red", "Option 2: B. blue"], ["A. red", "B. blue"]),
+    ],
+)
+def test_letters_leave_all_options_or_none(options, texts):
+    assert option_texts(options) == tuple(texts)

@@ -82,5 +82,5 @@ def test_what_is_wrong_is_named(released, name, content, sentence):
 
 def test_the_intervals_file_must_be_there(released):
     (released / "gsub_test.json").unlink()
-    with pytest.raises(DataError, match=r"gsub_test\.json cannot be read .* needs the intervals"):
+    with pytest.raises(DataError, match=r"gsub_test\.json is not there: .* needs the intervals"):
         read(source(released / "test.csv"))

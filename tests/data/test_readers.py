@@ -184,10 +184,33 @@ def test_questions_that_cannot_be_asked_are_left_out_and_warned_of(read_records,
          "double quotes: line 1 column 2 (char 1)."),
         ("charades_sta", '{"a": {}, "a": {}}', "records.json is not JSON: the key 'a' stands "
          "twice in one object."),
-        ("charades_sta", [], "records.json holds a list: Input should be a valid dictionary. "
-         "The forms are described in megatron_vrl/data/readers.py."),
-        ("next_gqa", {}, "records.json holds a dict: Input should be a valid list. "
-         "The forms are described in megatron_vrl/data/readers.py."),
+        ("charades_sta", [], "records.json holds no sample."),
+        ("charades_sta", {}, "records.json holds no sample."),
+        ("next_gqa", {}, "records.json holds no sample."),
+        ("next_gqa", [], "records.json holds no sample."),
+        ("charades_sta", " ", "records.json is empty; give the annotations."),
+        ("charades_sta", [1], "records.json does not look like charades_sta (an object): it holds "
+         "a list. docs/tasks.md has the forms."),
+        ("next_gqa", {"a": 1}, "records.json does not look like next_gqa (a list): it holds an "
+         "object. docs/tasks.md has the forms."),
+        ("mvbench", CHARADES, "records.json does not look like mvbench (a list); it looks like "
+         "charades_sta."),
+        ("temporal_r1", CHARADES, "records.json does not look like temporal_r1 (a list); it looks "
+         "like charades_sta."),
+        ("charades_sta", [GQA], "records.json does not look like charades_sta (an object); it "
+         "looks like next_gqa or multiple_choice."),
+        ("temporal_r1", [GQA], "records.json does not look like temporal_r1 (record 0: field "
+         "'dataset' is missing); it looks like next_gqa or multiple_choice."),
+        ("charades_sta", {"a": {"duration": 9, "timestamps": [[0, 1]], "sentences": [" "]}},
+         "records.json holds no sample that can be asked: all 1 questions have no text, no "
+         "interval within the video or no options."),
+        ("next_gqa", [GQA, None], "records.json: record 1 is null, expected an object."),
+        ("next_gqa", [GQA, GQA | {"id": ""}], "records.json: record 1: field 'id' is '', refused: "
+         "String should have at least 1 character."),
+        ("next_gqa", [GQA, GQA | {"video": ["a.mp4"]}], "records.json: record 1: field 'video' is "
+         "['a.mp4'], refused: Input should be a valid string."),
+        ("next_gqa", [GQA | {"video": "a\0.mp4"}], "records.json: record '2574374895_8': video "
+         "'a\\x00.mp4' holds a NUL character, which no file name may."),
         ("charades_sta", {"a": {"timestamps": [], "sentences": []}},
          "records.json: record 'a': field 'duration' is missing."),
         ("charades_sta", {"a": {"duration": "30", "timestamps": [], "sentences": []}},
@@ -211,7 +234,9 @@ def test_questions_that_cannot_be_asked_are_left_out_and_warned_of(read_records,
         ("multiple_choice", [CHOICE | {"video": "x/../../a.mp4"}],
          "records.json: record '2574374895_8': video 'x/../../a.mp4' is not inside the data "
          "folder '/data'; expected a path relative to it."),
-        ("next_gqa", [CHOICE], "records.json: record 0: field 'glue' is missing."),
+        ("next_gqa", [GQA, CHOICE], "records.json: record 1: field 'glue' is missing."),
+        ("next_gqa", [CHOICE], "records.json does not look like next_gqa (record 0: field 'glue' "
+         "is missing); it looks like multiple_choice."),
         ("next_gqa", [GQA, GQA | {"options": ["(A) x"]}],
          "records.json: record 1: field 'options' is ['(A) x'], refused: List should have at "
          "least 2 items after validation, not 1."),

@@ -116,7 +116,16 @@ def test_strict_mode_closes_the_holes(response, form, iou):
 @pytest.mark.parametrize("option", ["B", "b", "(B)"])
 @pytest.mark.parametrize(
     ("answer", "right"),
-    [('{"option": "B"}', 1), ("(b)", 1), ('{"option": "A"}', 0), ('{"option": "A or B"}', 0)],
+    [
+        ('{"option": "B"}', 1),
+        ("(b)", 1),
+        ('{"option": "B. small dog"}', 1),
+        ("(B) small dog", 1),
+        ('{"option": "D. small dog"}', 0),
+        ('{"option": "B small dog"}', 0),  # the letter is not marked: "A dog" names nothing
+        ('{"option": "A"}', 0),
+        ('{"option": "A or B"}', 0),
+    ],
 )
 def test_an_option_needs_no_texts(option, answer, right):
     response = f"<think></think><answer>{answer}</answer>"
