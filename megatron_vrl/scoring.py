@@ -30,7 +30,7 @@ from megatron_vrl.config import (
     Video,
 )
 from megatron_vrl.config_tree import checked, overridden
-from megatron_vrl.data.prompt import PromptEncoder
+from megatron_vrl.data.prompt import PromptEncoder, check_text
 from megatron_vrl.errors import ConfigError, DataError, VideoError
 from megatron_vrl.model.architecture import Architecture, read_architecture
 from megatron_vrl.model.chunks import check_divides
@@ -103,9 +103,8 @@ def score_file(cfg: ScoreConfig, samples: Path, out: Path) -> str:
     mesh = init_mesh(cfg.parallel, seed=0)
     limit = cfg.data.max_prompt_tokens
     encoder = PromptEncoder(directory, vision_tokens(arch), "none", limit)
-    pads = encoder.tokenizer.convert_ids_to_tokens([arch.video_token, arch.image_token])
     with agreed(mesh):
-        count = _check(samples, pads)
+        count = _check(samples)
     tokens, total = 0, 0.0
     with _rows_into(out, mesh) as write:
         scorer = Scorer(cfg, arch, encoder, mesh)
@@ -251,7 +250,7 @@ def _joined(block: Sequence[ScoredSample], everywhere: Sequence[tuple[dict, list
     return [{**rows[n], "logprobs": values[n].tolist()} for n in range(len(block))]
 
 
-def _check(path: Path, pads: Sequence[str]) -> int:
+def _check(path: Path) -> int:
     """The number of samples. Raises DataError for the first line that cannot be scored."""
     count = 0
     for number, sample in read_samples(path):
@@ -263,12 +262,7 @@ def _check(path: Path, pads: Sequence[str]) -> int:
                     f"{where}: there is no file {absent}; correct {kind!r} (paths count from the "
                     "working directory)."
                 )
-        text = "\n".join((sample.system or "", sample.question, sample.response))
-        held = next((pad for pad in pads if pad in text), None)
-        if held is not None:
-            raise DataError(
-                f"{where}: its text holds {held}; name files in 'videos' and 'images' instead."
-            )
+        check_text(f"{sample.id} ({where})", sample.system or "", sample.question, sample.response)
         count += 1
     if not count:
         raise DataError(f"{path} holds no samples; write one JSON object a line.")

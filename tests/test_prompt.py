@@ -38,8 +38,9 @@ def published(tmp_path_factory):
 def encoder(published, system_prompt="think", max_tokens=4096, wording="default"):
     from transformers import AutoTokenizer
 
-    pad = AutoTokenizer.from_pretrained(published).convert_tokens_to_ids("<|video_pad|>")
-    vision = VisionTokens(video_token=pad, image_token=-1, merge=2, tokens_per_second=2.0)
+    tokenizer = AutoTokenizer.from_pretrained(published)
+    pad, image = tokenizer.convert_tokens_to_ids(["<|video_pad|>", "<|image_pad|>"])
+    vision = VisionTokens(video_token=pad, image_token=image, merge=2, tokens_per_second=2.0)
     return PromptEncoder(published, vision, system_prompt, max_tokens, wording), pad
 
 
