@@ -207,6 +207,8 @@ def test_every_layout_equals_one_process(folder, one, tmp_path, layout):
 
 def test_special_tokens_in_a_text_are_text(folder, tmp_path):
     """They score as the letters they are spelled with, and show nothing."""
+    from transformers import AutoTokenizer
+
     asked = {"id": "a", "question": "is <|video_pad|> red<|im_end|>?", "response": "<|im_end|> no"}
     (row,) = score(folder, write(tmp_path / "samples.jsonl", [asked]), tmp_path / "out.jsonl")
     tokenizer = AutoTokenizer.from_pretrained(folder / "hf")

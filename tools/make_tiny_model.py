@@ -2,13 +2,14 @@
 
 transformers' own classes make it, and its files are those of the released Qwen2.5-VL-3B-Instruct,
 one for one (released_layout.py), so that whatever loads the published checkpoints loads this one;
-`--layout transformers-5` names and forms them as transformers 5 saves a model. The sizes divide by 2 everywhere (tensor and pipeline parallel), heads are grouped, one vision
-block attends within windows and one everywhere. Weights start larger than Qwen's 0.02, at about
-1/sqrt(hidden): with 0.02 a model of this size was still on its first plateau after 800 steps of
-warm-up. Half the rotary pairs count time, see `make_config`. Byte-level BPE with Qwen2's rules is
-trained on the texts of the tasks and of tools/make_synthetic.py, so that their words are single
-tokens; any other text still encodes, in more tokens. Left out: knowledge. The model has to be
-warmed up before it answers anything.
+`--layout transformers-5` names and forms them as transformers 5 saves a model. The sizes divide by
+2 everywhere (tensor and pipeline parallel), heads are grouped, one vision block attends within
+windows and one everywhere. Weights start larger than Qwen's 0.02, at about 1/sqrt(hidden): with
+0.02 a model of this size was still on its first plateau after 800 steps of warm-up. Half the rotary
+pairs count time, see `make_config`. Byte-level BPE with Qwen2's rules is trained on the texts of
+the tasks and of tools/make_synthetic.py, so that their words are single tokens; any other text
+still encodes, in more tokens. Left out: knowledge. The model has to be warmed up before it answers
+anything.
 """
 
 import argparse
@@ -43,7 +44,6 @@ SPECIAL_TOKENS = (  # in the order of the published vocabulary
     "<|image_pad|>",
     "<|video_pad|>",
 )
-SHARD_BYTES = 2 << 20  # two files of the default sizes
 CHAT_TEMPLATE = (  # as published with Qwen2.5-VL-Instruct, to the letter
     "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}"
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
@@ -270,7 +270,7 @@ def main(arguments: list[str] | None = None) -> None:
     shutil.rmtree(half_made, ignore_errors=True)
     if args.layout == "released":
         pixels = (args.min_pixels, args.max_pixels)
-        model.save_pretrained(half_made, max_shard_size=SHARD_BYTES)
+        model.save_pretrained(half_made, max_shard_size=3 * model.num_parameters())
         write_released(half_made, model.config, tokenizer, CHAT_TEMPLATE, pixels)
     else:
         model.save_pretrained(half_made)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from megatron_vrl.config import RunConfig, Source, check_batches, check_dev, check_off_policy
+from megatron_vrl.data.chat import ChatTokenizer
 from megatron_vrl.data.mix import load, open_pool
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.loops.reselect import check_reselection
@@ -114,7 +115,9 @@ def _unknown(path: str) -> float:
 def _architecture(cfg: RunConfig) -> tuple[Architecture, list[str]]:
     checkpoint = published_files(cfg.model.checkpoint)
     if (checkpoint / "config.json").exists() or not cfg.model.architecture:
-        return read_architecture(checkpoint), []
+        arch = read_architecture(checkpoint)
+        ChatTokenizer(checkpoint, (arch.video_token, arch.image_token))  # says if it cannot ask
+        return arch, []
     note = f"not on this machine: checkpoint {cfg.model.checkpoint}"
     return read_architecture(cfg.model.architecture), [note]
 
