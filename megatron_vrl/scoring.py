@@ -29,6 +29,7 @@ from megatron_vrl.config import (
     Section,
     Video,
 )
+from megatron_vrl.config_inference import read_inference
 from megatron_vrl.config_tree import checked, overridden
 from megatron_vrl.data.prompt import PromptEncoder, check_text
 from megatron_vrl.errors import ConfigError, DataError, VideoError
@@ -77,12 +78,19 @@ class ScoredSample(Section):
 
 
 def score_config(checkpoint: str, overrides: Sequence[str]) -> ScoreConfig:
-    """Computes in the checkpoint's own type unless `model.dtype` is overridden."""
+    """The checkpoint's `inference.yaml` < overrides.
+
+    Computes in the checkpoint's own type unless `model.dtype` is overridden.
+    """
     directory = published_files(checkpoint)
     read_architecture(directory)  # says what is wrong with the checkpoint, if something is
     published = json.loads((directory / "config.json").read_text())
     dtype = published.get("dtype") or published.get("torch_dtype") or "float32"
-    tree = {"model": {"checkpoint": checkpoint, "dtype": dtype}}
+    kept = read_inference(directory)
+    tree: dict[str, Any] = {name: kept[name] for name in ("video",) if name in kept}
+    if "max_prompt_tokens" in kept.get("data", {}):
+        tree["data"] = {"max_prompt_tokens": kept["data"]["max_prompt_tokens"]}
+    tree["model"] = {"checkpoint": checkpoint, "dtype": dtype}
     cfg = overridden(ScoreConfig, tree, overrides, "command line")
     if cfg.model.checkpoint != checkpoint:
         raise ConfigError(
