@@ -17,6 +17,7 @@ from transformers import AddedToken, AutoTokenizer
 from transformers.processing_utils import ProcessorMixin
 
 from megatron_vrl.errors import CheckpointError
+from megatron_vrl.types import STRUCTURE_TOKENS
 
 Message = dict[str, Any]
 
@@ -81,12 +82,12 @@ class ChatTokenizer:
                 yield token, begin, end
 
     def _special_ids(self, pads: Sequence[int]) -> set[int]:
-        """Ids of all special tokens; pads and the stop token are marked as such where the files
-        do not say so."""
+        """Ids of all special tokens; those of the turns and of vision are marked as such where the
+        files do not say so."""
         tokenizer = self.tokenizer
-        words = [STOP, *(w for w in tokenizer.convert_ids_to_tokens(list(pads)) if w is not None)]
+        words = {*STRUCTURE_TOKENS, *tokenizer.convert_ids_to_tokens(list(pads))}
         known = {token.content for token in tokenizer.added_tokens_decoder.values()}
-        marked = [AddedToken(w, special=True, normalized=False) for w in words if w in known]
+        marked = [AddedToken(w, special=True, normalized=False) for w in sorted(words & known)]
         tokenizer.add_tokens(marked, special_tokens=True)
         added = tokenizer.added_tokens_decoder.items()
         return set(tokenizer.all_special_ids) | {id for id, token in added if token.special}
@@ -113,7 +114,7 @@ class ChatTokenizer:
         if shown != 1:
             raise CheckpointError(
                 f"{self.directory}: its chat template renders {shown} vision tokens for a message "
-                f"with one video; {_TAKE_THE_PUBLISHED}"
+                f"with one video (video_token_id={video_pad}); {_TAKE_THE_PUBLISHED}"
             )
 
 

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from megatron_vrl.data.chat import ChatTokenizer
 from megatron_vrl.errors import CheckpointError
+from megatron_vrl.rollout.special_tokens import banned_token_ids, stop_token_ids
 from megatron_vrl.rollout.torchvision_shim import declare_missing_ops
+from megatron_vrl.types import STRUCTURE_TOKENS
 from tests.running import ROOT
 
 declare_missing_ops()
@@ -141,7 +143,10 @@ def test_the_template_is_that_of_vllm(released, tmp_path, name):
     [
         ({}, "has no chat template; take chat_template.json"),
         ({TOKENIZER: TEXT_TEMPLATE}, "does not render a message with a video (can only concat"),
-        ({JINJA: BLIND}, "renders 0 vision tokens for a message with one video; take"),
+        (
+            {JINJA: BLIND},
+            "renders 0 vision tokens for a message with one video (video_token_id=511); ",
+        ),
         ({JSON: TEXT_TEMPLATE, TOKENIZER: MARKED}, "does not render a message with a video"),
         ({JINJA: MARKED + "<|video_pad|>"}, "renders 2 vision tokens for a message with one"),
         ({JINJA: "{% for %}"}, "does not render a message with a video (Expected an expression"),
@@ -286,7 +291,10 @@ def test_pads_and_stop_are_special_whatever_the_files_say(released, tmp_path):
     del config["additional_special_tokens"]
     path.write_text(json.dumps(config))
     chat = ChatTokenizer(directory, PADS)
-    assert not {511, 510, 500} & set(chat.text_ids("<|video_pad|><|image_pad|><|im_end|>"))
-    asked = "<|video_pad|><|image_pad|><|im_end|>"
+    asked = "".join(STRUCTURE_TOKENS)
+    structure = set(chat.tokenizer.convert_tokens_to_ids(list(STRUCTURE_TOKENS)))
+    assert {511, 510, 500} < structure and not structure & set(chat.text_ids(asked))
+    unmarked = AutoTokenizer.from_pretrained(directory)  # as the engine has it
+    assert structure - set(stop_token_ids(unmarked)) <= set(banned_token_ids(unmarked, 512))
     ids = chat.turn_ids(turn(None, asked, 1))
     assert (ids.count(511), ids.count(510), ids.count(500)) == (1, 0, 2)
