@@ -13,6 +13,7 @@ from typing import Literal, TypeVar
 import torch
 
 from megatron_vrl.config import RunConfig, Source, check_batches
+from megatron_vrl.config_inference import inference_files
 from megatron_vrl.data.mix import load, open_pool
 from megatron_vrl.data.pool import Pool
 from megatron_vrl.data.prompt import PromptEncoder, VisionTokens
@@ -195,6 +196,7 @@ def build(cfg: RunConfig) -> Parts:
             published_dir,
             keep=cfg.checkpoint.keep,
             asynchronous=cfg.checkpoint.asynchronous,
+            files=inference_files(cfg),
         ),
         rollouts=Rollouts(
             cfg.rollout,

@@ -29,8 +29,9 @@ from megatron_vrl.config import (
     Section,
     Video,
 )
+from megatron_vrl.config_inference import read_inference
 from megatron_vrl.config_tree import checked, overridden
-from megatron_vrl.data.prompt import PromptEncoder
+from megatron_vrl.data.prompt import PromptEncoder, check_text
 from megatron_vrl.errors import ConfigError, DataError, VideoError
 from megatron_vrl.model.architecture import Architecture, config_dtype, read_architecture
 from megatron_vrl.model.chunks import check_divides
@@ -77,11 +78,18 @@ class ScoredSample(Section):
 
 
 def score_config(checkpoint: str, overrides: Sequence[str]) -> ScoreConfig:
-    """Computes in the checkpoint's own type unless `model.dtype` is overridden."""
+    """The checkpoint's `inference.yaml` < overrides.
+
+    Computes in the checkpoint's own type unless `model.dtype` is overridden.
+    """
     directory = published_files(checkpoint)
     read_architecture(directory)  # says what is wrong with the checkpoint, if something is
     dtype = config_dtype(directory) or "float32"
-    tree = {"model": {"checkpoint": checkpoint, "dtype": dtype}}
+    kept = read_inference(directory)
+    tree: dict[str, Any] = {name: kept[name] for name in ("video",) if name in kept}
+    if "max_prompt_tokens" in kept.get("data", {}):
+        tree["data"] = {"max_prompt_tokens": kept["data"]["max_prompt_tokens"]}
+    tree["model"] = {"checkpoint": checkpoint, "dtype": dtype}
     cfg = overridden(ScoreConfig, tree, overrides, "command line")
     if cfg.model.checkpoint != checkpoint:
         raise ConfigError(
@@ -102,9 +110,8 @@ def score_file(cfg: ScoreConfig, samples: Path, out: Path) -> str:
     mesh = init_mesh(cfg.parallel, seed=0)
     limit = cfg.data.max_prompt_tokens
     encoder = prompt_encoder(directory, arch, "none", limit)
-    pads = encoder.tokenizer.convert_ids_to_tokens([arch.video_token, arch.image_token])
     with agreed(mesh):
-        count = _check(samples, pads)
+        count = _check(samples)
     tokens, total = 0, 0.0
     with _rows_into(out, mesh) as write:
         scorer = Scorer(cfg, arch, encoder, mesh)
@@ -250,7 +257,7 @@ def _joined(block: Sequence[ScoredSample], everywhere: Sequence[tuple[dict, list
     return [{**rows[n], "logprobs": values[n].tolist()} for n in range(len(block))]
 
 
-def _check(path: Path, pads: Sequence[str]) -> int:
+def _check(path: Path) -> int:
     """The number of samples. Raises DataError for the first line that cannot be scored."""
     count = 0
     for number, sample in read_samples(path):
@@ -262,12 +269,7 @@ def _check(path: Path, pads: Sequence[str]) -> int:
                     f"{where}: there is no file {absent}; correct {kind!r} (paths count from the "
                     "working directory)."
                 )
-        text = "\n".join((sample.system or "", sample.question, sample.response))
-        held = next((pad for pad in pads if pad in text), None)
-        if held is not None:
-            raise DataError(
-                f"{where}: its text holds {held}; name files in 'videos' and 'images' instead."
-            )
+        check_text(f"{sample.id} ({where})", sample.system or "", sample.question, sample.response)
         count += 1
     if not count:
         raise DataError(f"{path} holds no samples; write one JSON object a line.")

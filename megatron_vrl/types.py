@@ -12,6 +12,17 @@ from numpy.typing import NDArray
 
 Interval = tuple[float, float]  # (start, end) in seconds
 
+STRUCTURE_TOKENS = (  # of Qwen2.5-VL: special even where a tokenizer's files do not mark them
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+
 
 class Footage(NamedTuple):
     """What is to be decoded: a whole file or a window of it."""

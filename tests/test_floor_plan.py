@@ -50,6 +50,7 @@ FLOORS = {
     "megatron_vrl.types": 0,
     "megatron_vrl.config": 0,
     "megatron_vrl.config_base": 0,
+    "megatron_vrl.config_inference": 0,
     "megatron_vrl.config_rollout": 0,
     "megatron_vrl.config_video": 0,
     "megatron_vrl.config_tree": 0,

@@ -10,6 +10,7 @@ from PIL import Image
 from megatron_vrl.ask import Question, ask, told
 from megatron_vrl.benchmark import items_of, questions, read_predictions
 from megatron_vrl.config import load_config
+from megatron_vrl.config_inference import inference_files
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.inference import Answerer, inference_config
 from megatron_vrl.observe.marked import MARK, marked_strip
@@ -126,6 +127,45 @@ def test_one_question_from_the_command_line_with_nothing_configured(folder, tmp_
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
     assert found["question"] == "a red square" and (tmp_path / found["strip"]).exists()
+
+
+def test_an_export_brings_its_prompt_and_video_rules(folder, tmp_path):
+    """Asked with the defaults, the clip and the longest answer do not fit; no engine starts."""
+    model = tmp_path / "export"
+    shutil.copytree(folder / "runs/quickstart/model-hf", model)
+    video = next((folder / "runs/quickstart/data/videos").glob("*.mp4"))
+    words = ("--checkpoint", model, "--video", video, "--question", "<|video_pad|>", "--json")
+    refused = run_python(ROOT / "tools/ask.py", *words, "video.decoder=pyav", cwd=tmp_path)
+    assert refused.returncode == 2
+    (sentence,) = refused.stderr.splitlines()
+    assert "the answer may take 2048, the model reads 4096: pass the training config" in sentence
+    for name, text in inference_files(load_config(CONFIG)).items():
+        (model / name).write_text(text)
+    done = run_python(ROOT / "tools/ask.py", *words, "rollout.kv_cache_mib=64", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout)["question"] == "<|video_pad|>"
+
+
+def test_a_checkpoint_for_text_is_refused_before_an_engine_starts(folder, tmp_path):
+    model = tmp_path / "text"
+    shutil.copytree(folder / "runs/quickstart/model-hf", model)
+    (model / "chat_template.json").unlink()
+    run = tmp_path / "run"
+    asked = ("--checkpoint", model, "--video", __file__, "--question", "when?")
+    (tmp_path / "one.jsonl").write_text('{"id": "a", "question": "q", "response": "r"}\n')
+    scored = ("--checkpoint", model, "--samples", "one.jsonl", "--out", "out.jsonl")
+    for command in (
+        (ROOT / "tools/ask.py", *asked),
+        (ROOT / "tools/score_responses.py", *scored),
+        ("-m", "megatron_vrl.train", "--config", CONFIG, f"model.checkpoint={model}", "--dry-run"),
+        ("-m", "megatron_vrl.train", "--config", CONFIG, f"model.checkpoint={model}",
+         f"run.out_dir={run}", "parallel.processes=1"),
+    ):  # fmt: skip
+        done = run_python(*command, cwd=tmp_path)
+        assert done.returncode == 2, done.stderr[-3000:]
+        (sentence,) = done.stderr.splitlines()
+        assert sentence.startswith(f"error: {model}: its chat template does not render a message")
+    assert not (run / "config.yaml").exists()
 
 
 def test_the_interval_is_marked_where_it_is():

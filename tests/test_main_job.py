@@ -166,7 +166,12 @@ def test_export_loads_in_transformers_and_is_the_trained_model(run):
     done = run_python(ROOT / "tools" / "convert_checkpoint.py", "verify", run / "export", newest)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("tensors are bit-equal\n")
-    start = load_file(run.parent / "quickstart" / "model-hf" / "model.safetensors")
+    asked = yaml.safe_load((run / "config.yaml").read_text())
+    for directory in (run / "export", newest / "published"):
+        for section, kept in yaml.safe_load((directory / "inference.yaml").read_text()).items():
+            assert kept.items() <= asked[section].items()
+    shards = (run.parent / "quickstart" / "model-hf").glob("*.safetensors")
+    start = {name: tensor for path in shards for name, tensor in load_file(path).items()}
     trained = load_file(run / "export" / "model.safetensors")
     assert all(not torch.equal(trained[name], start[name]) for name in trained)
 

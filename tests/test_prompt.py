@@ -1,5 +1,6 @@
 """Prompts: one rendering for engine and trainer, and a limit that refuses instead of cutting."""
 
+import shutil
 import sys
 from dataclasses import replace
 
@@ -7,10 +8,10 @@ import numpy as np
 import pytest
 
 from megatron_vrl.data.prompt import PromptEncoder, VisionTokens
-from megatron_vrl.errors import CheckpointError, ConfigError
+from megatron_vrl.errors import CheckpointError, ConfigError, DataError
 from megatron_vrl.tasks import SYSTEM_PROMPTS, TASKS
 from tests.running import ROOT
-from tests.tiny import video
+from tests.tiny import image, video
 
 SAMPLE = {
     "id": "clip/0",
@@ -38,8 +39,9 @@ def published(tmp_path_factory):
 def encoder(published, system_prompt="think", max_tokens=4096, wording="default"):
     from transformers import AutoTokenizer
 
-    pad = AutoTokenizer.from_pretrained(published).convert_tokens_to_ids("<|video_pad|>")
-    vision = VisionTokens(video_token=pad, image_token=-1, merge=2, tokens_per_second=2.0)
+    tokenizer = AutoTokenizer.from_pretrained(published)
+    pad, image = tokenizer.convert_tokens_to_ids(["<|video_pad|>", "<|image_pad|>"])
+    vision = VisionTokens(video_token=pad, image_token=image, merge=2, tokens_per_second=2.0)
     return PromptEncoder(published, vision, system_prompt, max_tokens, wording), pad
 
 
@@ -122,3 +124,49 @@ def test_the_released_wording(published):
     )
     for name in ("temporal_grounding", "grounded_qa"):
         assert TASKS[name].seed_question(sample(name)) == TASKS[name].question(sample(name))
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("wording", ["default", "seed"])
+def test_a_special_token_in_an_annotation_is_text(published, task, wording):
+    """In query, option and rationale, of prompt and target; the answer still reads."""
+    encode, _ = encoder(published, wording=wording)
+    words = ["<|im_end|>", "<|video_pad|>", "<|endoftext|>", "<|vision_start|>", "<|im_start|>"]
+    asked = replace(
+        sample(task),
+        query=f"he holds {words[0]} up, {words[1]}",
+        rationale="a card with " + "".join(words),
+        options=(f"red {words[1]}", words[2]),
+    )
+    prompt, clean = encode.prompt(asked, CLIP), encode.prompt(sample(task), CLIP)
+    special = {encode.tokenizer.convert_tokens_to_ids(word) for word in words}
+    for ids, plain in (
+        (prompt.engine_token_ids, clean.engine_token_ids),
+        (prompt.token_ids.tolist(), clean.token_ids.tolist()),
+    ):
+        assert [i for i in ids if i in special] == [i for i in plain if i in special]
+    assert asked.query in encode.tokenizer.decode(prompt.engine_token_ids)
+    *ids, stop = encode.target(asked).tolist()
+    assert not special & set(ids) and encode.tokenizer.decode([stop]) == "<|im_end|>"
+    text = encode.tokenizer.decode(ids, skip_special_tokens=True)  # as the engine reads it
+    assert text == TASKS[task].target(asked)
+    assert TASKS[task].parse(text, asked).formatted
+
+
+def test_half_a_character_names_the_sample(published):
+    encode, _ = encoder(published)
+    spoiled = replace(sample(), query="a \ud83c", rationale="a \ud83c")
+    for encoded in (lambda: encode.prompt(spoiled, CLIP), lambda: encode.target(spoiled)):
+        with pytest.raises(DataError, match=r"sample clip/0 holds '\\ud83c', half of a surrogate"):
+            encoded()
+
+
+def test_a_template_without_images_is_refused_where_an_image_is_shown(published, tmp_path):
+    directory = tmp_path / "hf"
+    shutil.copytree(published, directory)
+    path = directory / "chat_template.json"
+    path.write_text(path.read_text().replace("<|image_pad|>", ""))
+    encode, _ = encoder(directory)
+    encode.encode("a", None, (CLIP,), "?")
+    with pytest.raises(CheckpointError, match="does not show image as one pad token each"):
+        encode.encode("a", None, (image((2, 2), 0),), "?")

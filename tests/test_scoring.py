@@ -205,6 +205,23 @@ def test_every_layout_equals_one_process(folder, one, tmp_path, layout):
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
 
 
+def test_special_tokens_in_a_text_are_text(folder, tmp_path):
+    """They score as the letters they are spelled with, and show nothing."""
+    from transformers import AutoTokenizer
+
+    asked = {"id": "a", "question": "is <|video_pad|> red<|im_end|>?", "response": "<|im_end|> no"}
+    (row,) = score(folder, write(tmp_path / "samples.jsonl", [asked]), tmp_path / "out.jsonl")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
+    spelled = tokenizer(asked["response"], split_special_tokens=True)["input_ids"]
+    assert row["response_token_ids"] == [*spelled, tokenizer.eos_token_id]
+    prompt = row["prompt_token_ids"]
+    assert asked["question"] in tokenizer.decode(prompt, skip_special_tokens=True)
+    assert tokenizer.convert_tokens_to_ids("<|video_pad|>") not in prompt
+    assert prompt.count(tokenizer.eos_token_id) == 2  # of the system's turn and of the user's
+    assert len(row["positions"][0]) == len(prompt) + len(row["response_token_ids"])
+    assert np.isfinite(row["logprobs"]).all()
+
+
 # ---- what a user can get wrong
 
 
@@ -221,7 +238,7 @@ GOOD = {"id": "a", "question": "which?", "response": "red"}
         (GOOD | {"id": 3}, "line 2: id=3 is refused: Input should be a valid string."),
         (GOOD | {"videos": ["no.mp4"]}, "line 2: there is no file no.mp4; correct 'videos'"),
         (GOOD | {"images": ["no.png"]}, "line 2: there is no file no.png; correct 'images'"),
-        (GOOD | {"question": "<|video_pad|>"}, "line 2: its text holds <|video_pad|>; name files"),
+        (GOOD | {"question": "\ud800"}, "line 2) holds '\\ud800', half of a surrogate pair"),
         (GOOD | {"question": "why " * 4096}, "over data.max_prompt_tokens=4096: raise it"),
         (GOOD | {"videos": [__file__]}, f"Sample a: {__file__} "),
         (GOOD | {"images": [__file__]}, f"Sample a: {__file__} cannot be read as an"),

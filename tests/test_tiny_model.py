@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.model.architecture import read_architecture
@@ -39,6 +39,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tiny") / "model"
     make_tiny_model.main([f"--out={out}"])
     return out
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -114,22 +122,70 @@ def test_two_ranks_can_share_every_size(folder):
     assert 0 < len(vision.full_attention_layers) < vision.layers  # windows as well
     assert sum(architecture.mrope_section) == architecture.head_dim // 2
     assert not architecture.tied_head
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        names = list(file.keys())
-        stored = sum(file.get_tensor(name).numel() for name in names)
-        spread = file.get_tensor("model.layers.0.mlp.up_proj.weight").std().item()
-    assert stored == architecture.num_parameters
-    assert "visual.merger.mlp.0.weight" in names  # the published names
+    tensors = stored(folder)
+    assert sum(tensor.numel() for tensor in tensors.values()) == architecture.num_parameters
+    assert "visual.merger.mlp.0.weight" in tensors  # the published names
+    spread = tensors["model.layers.0.mlp.up_proj.weight"].std().item()
     assert spread == pytest.approx(0.09, rel=0.05)
 
 
 def test_the_seed_decides_the_weights(folder, tmp_path):
-    weights = [folder / "model.safetensors"]
+    weights = [stored(folder)]
     for name, seed in (("same", 1), ("other", 2)):
         make_tiny_model.main([f"--out={tmp_path / name}", f"--seed={seed}"])
-        weights.append(tmp_path / name / "model.safetensors")
-    first, same, other = (path.read_bytes() for path in weights)
-    assert first == same and first != other
+        weights.append(stored(tmp_path / name))
+    first, same, other = weights
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
+
+
+RELEASED = [  # of Qwen/Qwen2.5-VL-3B-Instruct, without its README and LICENSE
+    "chat_template.json",
+    "config.json",
+    "generation_config.json",
+    "merges.txt",
+    "model-00001-of-00002.safetensors",
+    "model-00002-of-00002.safetensors",
+    "model.safetensors.index.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+]
+
+
+def test_the_files_are_those_that_were_released(folder):
+    assert sorted(path.name for path in folder.iterdir()) == RELEASED
+    config = json.loads((folder / "config.json").read_text())
+    assert "text_config" not in config and config["rope_scaling"]["type"] == "mrope"
+    template = json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]
+    assert "video" not in template
+    vocab = json.loads((folder / "vocab.json").read_text())
+    merges = (folder / "merges.txt").read_text().splitlines()
+    assert len(vocab) == 498 and not set(make_tiny_model.SPECIAL_TOKENS) & set(vocab)
+    assert {"".join(merge.split()) for merge in merges[1:]} < set(vocab)
+
+
+def test_both_layouts_are_one_model(folder, processor, tmp_path):
+    """transformers reads the same numbers, tokens and pixel limits from either."""
+    other = tmp_path / "other"
+    make_tiny_model.main([f"--out={other}", "--layout=transformers-5"])
+    assert (other / "chat_template.jinja").exists() and not (other / "vocab.json").exists()
+    assert read_architecture(other) == read_architecture(folder)
+    ours, theirs = stored(folder), stored(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    again = Qwen2_5_VLProcessor.from_pretrained(other)
+    assert again.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+    assert again.chat_template == processor.chat_template
+    assert again.image_processor.size == processor.image_processor.size
+    ids = torch.tensor([processor.tokenizer("<|im_start|>user\nwhen?<|im_end|>")["input_ids"]])
+    with torch.no_grad():
+        first, second = (
+            Qwen2_5_VLForConditionalGeneration.from_pretrained(d).eval()(input_ids=ids).logits
+            for d in (folder, other)
+        )
+    assert torch.equal(first, second)
 
 
 def test_refusals(tmp_path):

@@ -7,7 +7,8 @@ T is temporal_grounding (the default: when does TEXT happen?), multiple_choice o
 latter two choose among the --option texts. The checkpoint, Hugging Face or Megatron, answers
 greedily on vLLM. Prints the thinking, the interval in seconds and the option as they are read, and
 writes a strip of frames with the interval marked (by default ask.png). --plain asks for an answer
-without thinking; --config takes the sections video, data and rollout of a run's configuration.
+without thinking. The export of a run is asked as the run asked (its inference.yaml); --config takes
+the sections video, data, rollout and evaluation of a run's configuration and goes before it.
 """
 
 import argparse

@@ -10,9 +10,10 @@ mmvu, tvgbench; FILE is as published (docs/evaluation.md). A prediction is a lin
 set's own elsewhere.
 
 A checkpoint, Hugging Face or Megatron, answers greedily on vLLM. --plain asks it to answer without
-thinking. --config takes the sections video, data and rollout of a run's configuration; overrides
-come after it. A run that was stopped goes on when the same command is given again. --protocol seed
-asks and reads as the released evaluation of Temporal-R1 does.
+thinking. The export of a run is asked as the run asked (its inference.yaml). --config takes the
+sections video, data and rollout of a run's configuration; overrides come after it. A run that was
+stopped goes on when the same command is given again. --protocol seed asks and reads as the released
+evaluation of Temporal-R1 does.
 
 Writes items.jsonl (a record of every question), summary.json and, with a checkpoint,
 predictions.jsonl into --out, by default runs/evaluation/NAME-WHAT. Prints a table in percent with

@@ -1,13 +1,15 @@
 """Make a tiny Qwen2.5-VL with random weights: a whole Hugging Face checkpoint, about 3 MB.
 
-transformers' own classes write it, so that whatever loads the published checkpoints loads this
-one. The sizes divide by 2 everywhere (tensor and pipeline parallel), heads are grouped, one vision
-block attends within windows and one everywhere. Weights start larger than Qwen's 0.02, at about
-1/sqrt(hidden): with 0.02 a model of this size was still on its first plateau after 800 steps of
-warm-up. Half the rotary pairs count time, see `make_config`. Byte-level BPE with Qwen2's rules is
-trained on the texts of the tasks and of tools/make_synthetic.py, so that their words are single
-tokens; any other text still encodes, in more tokens. Left out: knowledge. The model has to be
-warmed up before it answers anything.
+transformers' own classes make it, and its files are those of the released Qwen2.5-VL-3B-Instruct,
+one for one (released_layout.py), so that whatever loads the published checkpoints loads this one;
+`--layout transformers-5` names and forms them as transformers 5 saves a model. The sizes divide by
+2 everywhere (tensor and pipeline parallel), heads are grouped, one vision block attends within
+windows and one everywhere. Weights start larger than Qwen's 0.02, at about 1/sqrt(hidden): with
+0.02 a model of this size was still on its first plateau after 800 steps of warm-up. Half the rotary
+pairs count time, see `make_config`. Byte-level BPE with Qwen2's rules is trained on the texts of
+the tasks and of tools/make_synthetic.py, so that their words are single tokens; any other text
+still encodes, in more tokens. Left out: knowledge. The model has to be warmed up before it answers
+anything.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from make_synthetic import COLOURS, KINDS
+from released_layout import write_released
 
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.program import run_program
@@ -226,6 +229,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     }
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    parser.add_argument(
+        "--layout",
+        default="released",
+        choices=["released", "transformers-5"],
+        help="names and forms of the files; default released",
+    )
     parser.add_argument("--init-std", type=float, default=0.09, help="default 0.09")
     parser.add_argument("--rope-base", type=float, default=10000.0, help="default 10000")
     return parser.parse_args(arguments)
@@ -259,8 +268,13 @@ def main(arguments: list[str] | None = None) -> None:
     model = make_model(make_config(args, tokenizer), args.seed)
     half_made = args.out.with_name(args.out.name + ".part")
     shutil.rmtree(half_made, ignore_errors=True)
-    model.save_pretrained(half_made)
-    make_processor(tokenizer, args.min_pixels, args.max_pixels).save_pretrained(half_made)
+    if args.layout == "released":
+        pixels = (args.min_pixels, args.max_pixels)
+        model.save_pretrained(half_made, max_shard_size=3 * model.num_parameters())
+        write_released(half_made, model.config, tokenizer, CHAT_TEMPLATE, pixels)
+    else:
+        model.save_pretrained(half_made)
+        make_processor(tokenizer, args.min_pixels, args.max_pixels).save_pretrained(half_made)
     os.replace(half_made, args.out)
     print(f"{args.out}: {model.num_parameters():,} parameters, {len(tokenizer)} tokens")
 

@@ -24,6 +24,9 @@ One pad token stands for each vision cell in prompt_token_ids. "positions" are t
 height and width, over prompt_token_ids and then response_token_ids. "logprobs" has one number, in
 nats, for each of response_token_ids: temperature 1, no token banned.
 
+The export of a run brings its video rules and max_prompt_tokens (its inference.yaml). A special
+token that is spelled in a text is scored as its letters.
+
 Overrides are keys of the sections model, parallel, video and batch, and data.max_prompt_tokens
 (docs/config.md). The model computes in the type that the checkpoint's config.json names, else
 float32; model.dtype overrides it. OUT takes its name when it is whole. A mistake is one sentence

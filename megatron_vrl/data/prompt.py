@@ -1,21 +1,21 @@
 """Sample + encoded video -> Prompt: the one place where a question becomes tokens.
 
-The chat template of the checkpoint renders it, video first, text second; the same ids feed the
-engine (one pad token, which it expands itself) and the trainer (one per vision cell). A prompt
-that is too long is refused: cutting it would drop vision tokens and break the match with the
+The chat template of the checkpoint renders it (`chat.py`), video first, text second; the same ids
+feed the engine (one pad token, which it expands itself) and the trainer (one per vision cell). A
+prompt that is too long is refused: cutting it would drop vision tokens and break the match with the
 video's grid.
 """
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import AutoTokenizer
 
 from megatron_vrl.batching.positions import VisionBlock, mrope_positions
-from megatron_vrl.errors import CheckpointError, ConfigError
+from megatron_vrl.data.chat import STOP, ChatTokenizer, Message
+from megatron_vrl.errors import CheckpointError, ConfigError, DataError
 from megatron_vrl.tasks import SYSTEM_PROMPTS, TASKS
 from megatron_vrl.types import EncodedVideo, Prompt, VideoSample, Visual
 
@@ -41,18 +41,15 @@ class PromptEncoder:
         max_tokens: int,
         wording: Literal["default", "seed"] = "default",
     ) -> None:
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(published_dir)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise CheckpointError(
-                f"{published_dir} has no tokenizer that loads: {reason}"
-            ) from None
+        """Raises CheckpointError if tokenizer or chat template do not serve."""
+        self._pads = (vision.video_token, vision.image_token)
+        self._chat = ChatTokenizer(published_dir, self._pads)
+        self.tokenizer = self._chat.tokenizer
         self._vision = vision
         self._system_prompt = system_prompt
         self._max_tokens = max_tokens
         self._wording = wording
-        self._stop = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        self._stop = self.tokenizer.convert_tokens_to_ids(STOP)
 
     def prompt(self, sample: VideoSample, video: EncodedVideo) -> Prompt:
         """Raises ConfigError if the prompt exceeds data.max_prompt_tokens."""
@@ -67,15 +64,16 @@ class PromptEncoder:
     ) -> Prompt:
         """Visuals first, in their order, then the question; `system` None: the template's own.
 
-        Raises ConfigError, naming the sample, if the prompt exceeds data.max_prompt_tokens.
+        Raises ConfigError if the prompt exceeds data.max_prompt_tokens, and DataError if a text
+        has no encoding; both name the sample.
         """
         vision = self._vision
+        check_text(name, system or "", question)
         compact = self._render(system, visuals, question)
-        pads = (vision.video_token, vision.image_token)
         blocks = [VisionBlock.of(visual) for visual in visuals]
         cells = [block.num_tokens(vision.merge) for block in blocks]
         repeats = iter(cells)
-        token_ids = np.repeat(compact, [next(repeats) if t in pads else 1 for t in compact])
+        token_ids = np.repeat(compact, [next(repeats) if t in self._pads else 1 for t in compact])
         if len(token_ids) > self._max_tokens:
             raise ConfigError(
                 f"The prompt of sample {name} has {len(token_ids)} tokens, {sum(cells)} of them "
@@ -89,7 +87,7 @@ class PromptEncoder:
             engine_token_ids=tuple(compact),
             positions=mrope_positions(
                 token_ids,
-                pads,
+                self._pads,
                 blocks,
                 merge=vision.merge,
                 tokens_per_second=vision.tokens_per_second,
@@ -97,25 +95,44 @@ class PromptEncoder:
         )
 
     def target(self, sample: VideoSample) -> NDArray[np.int64]:
-        """Tokens [R] of the ideal answer, stop token included: what the warm-up imitates."""
+        """Tokens [R] of the ideal answer, stop token included: what the warm-up imitates.
+
+        Raises DataError, naming the sample, if its text has no encoding.
+        """
         if self._system_prompt == "answer":
             sample = replace(sample, rationale="")
-        return self.answer(TASKS[sample.task].target(sample))
+        text = TASKS[sample.task].target(sample)
+        check_text(sample.id, text)
+        return self.answer(text)
 
     def answer(self, text: str) -> NDArray[np.int64]:
-        """Tokens [R] of an answer, stop token included."""
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return np.array([*ids, self._stop], dtype=np.int64)
+        """Tokens [R] of an answer, stop token included; no other token is special."""
+        return np.array([*self._chat.text_ids(text), self._stop], dtype=np.int64)
 
     def _render(self, system: str | None, visuals: tuple[Visual, ...], question: str) -> list[int]:
         """Token ids with one single pad per visual."""
         kinds = ["video" if isinstance(visual, EncodedVideo) else "image" for visual in visuals]
         content = [{"type": kind} for kind in kinds] + [{"type": "text", "text": question}]
-        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        messages: list[Message] = [{"role": "user", "content": content}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
-        text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self._chat.turn_ids(messages)
+        pads = dict(zip(("video", "image"), self._pads, strict=True))
+        if [token for token in ids if token in self._pads] != [pads[kind] for kind in kinds]:
+            raise CheckpointError(
+                f"{self._chat.directory}: its chat template does not show {', '.join(kinds)} as "
+                "one pad token each, in their order; take the published one."
+            )
         return ids
+
+
+def check_text(name: str, *texts: str) -> None:
+    """Raises DataError, naming the sample, if a text holds half a character."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"The text of sample {name} holds {text[error.start]!r}, half of a surrogate pair "
+                "and no character: correct the annotation."
+            ) from None

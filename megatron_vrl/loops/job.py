@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_vrl.build import Parts, build
 from megatron_vrl.config import RunConfig
+from megatron_vrl.config_inference import inference_files
 from megatron_vrl.errors import CheckpointError, UserError
 from megatron_vrl.evaluation import evaluate, trivial_answers
 from megatron_vrl.loops.dry_run import check, padding_notes
@@ -97,7 +98,8 @@ def _stages(parts: Parts, state: RunState, sinks: Sinks, splits: Splits) -> None
             save(parts, state)
             _evaluate_stage(parts, state, sinks, splits)
         state.begin("done")
-    save_published(parts.policy.chunks, parts.published_dir, Path(cfg.run.out_dir) / "export")
+    export = Path(cfg.run.out_dir) / "export"
+    save_published(parts.policy.chunks, parts.published_dir, export, inference_files(cfg))
     save(parts, state)
 
 

@@ -6,7 +6,7 @@ export.py: every rank yields the whole model, a bucket at a time.
 
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -59,11 +59,17 @@ def published_tensors(
     return WeightExport(chunks, value=value).tensors()
 
 
-def save_published(chunks: Sequence[Qwen25VL], template: str | Path, directory: str | Path) -> None:
+def save_published(
+    chunks: Sequence[Qwen25VL],
+    template: str | Path,
+    directory: str | Path,
+    files: Mapping[str, str] | None = None,
+) -> None:
     """Write a Hugging Face checkpoint that stock transformers and vLLM load.
 
-    `template` is a directory whose config, tokenizer and processor files are copied. Every rank
-    calls it; rank 0 writes, into a temporary directory that takes the name when it is complete.
+    `template` is a directory whose config, tokenizer and processor files are copied; `files` are
+    more of them, name -> text. Every rank calls it; rank 0 writes, into a temporary directory that
+    takes the name when it is complete.
     """
     directory = Path(directory)
     partial = directory.with_name(directory.name + ".partial")
@@ -72,6 +78,8 @@ def save_published(chunks: Sequence[Qwen25VL], template: str | Path, directory: 
         if writer:
             shutil.rmtree(partial, ignore_errors=True)
             copy_side_files(template, partial)
+            for name, text in (files or {}).items():
+                (partial / name).write_text(text)
     shards = PublishedWriter(partial) if writer else None
     failure: UserError | None = None
     for name, tensor in published_tensors(chunks):  # to its end, whatever happens to the disk

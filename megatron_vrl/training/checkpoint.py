@@ -10,7 +10,7 @@ Which of a run's checkpoints is written when, and which are kept: `saver.py`.
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -54,15 +54,24 @@ def save_checkpoint(
 
 
 def begin_save(
-    directory: Path, policy: Policy, state: dict[str, Any], template: str | Path
+    directory: Path,
+    policy: Policy,
+    state: dict[str, Any],
+    template: str | Path,
+    files: Mapping[str, str] | None = None,
 ) -> AsyncRequest:
-    """Prepare DIRECTORY.partial; what the request says is then to be done on every rank."""
+    """Prepare DIRECTORY.partial; what the request says is then to be done on every rank.
+
+    `files`: name -> text of what lies beside the files of `template`.
+    """
     partial = _partial(directory)
     with agreed(policy.mesh), full_disk_named(directory):
         if policy.mesh.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             (partial / "weights").mkdir(parents=True)
             copy_side_files(template, partial / "published")
+            for name, text in (files or {}).items():
+                (partial / "published" / name).write_text(text)
             (partial / STATE).write_text(json.dumps(state, indent=1))
     with write_failure_named(directory, policy.mesh):
         request = dist_checkpointing.save(

@@ -8,6 +8,7 @@ replaced atomically, and only then are older ones removed. So the only good copy
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,11 @@ class Saver:
         *,
         keep: int,
         asynchronous: bool = True,
+        files: Mapping[str, str] | None = None,
     ) -> None:
+        """`files`: name -> text of what lies beside the files of `template`."""
         self.root = Path(root)
-        self._policy, self._template = policy, template
+        self._policy, self._template, self._files = policy, template, files
         self._keep, self._asynchronous = keep, asynchronous
         self._calls = AsyncCallsQueue(persistent=False)  # a persistent one needs a GPU
         self._in_flight: tuple[str, str] | None = None  # name, pinned
@@ -53,7 +56,7 @@ class Saver:
         When it is published, `pinned` and the `keep` newest stay alone.
         """
         self.finish()
-        request = begin_save(self.root / name, self._policy, state, self._template)
+        request = begin_save(self.root / name, self._policy, state, self._template, self._files)
         self._in_flight = (name, pinned)
         self._calls.schedule_async_request(request)
         if not self._asynchronous:

@@ -55,8 +55,9 @@ def expected(folder: Path) -> list[list[str]]:
 
 
 def parts_of(mesh: Mesh, folder: Path, published: Path, max_bad_share: float) -> SimpleNamespace:
-    pad = AutoTokenizer.from_pretrained(published).convert_tokens_to_ids("<|video_pad|>")
-    vision = VisionTokens(video_token=pad, image_token=-1, merge=2, tokens_per_second=2.0)
+    tokenizer = AutoTokenizer.from_pretrained(published)
+    pad, image = tokenizer.convert_tokens_to_ids(["<|video_pad|>", "<|image_pad|>"])
+    vision = VisionTokens(video_token=pad, image_token=image, merge=2, tokens_per_second=2.0)
     video = Video(
         decoder="pyav", num_frames=2, min_pixels=784, max_pixels=784, max_bad_share=max_bad_share
     )
