@@ -4,7 +4,8 @@ On the CPU: the decoders compiled into DALI 2.1.0, and only colours it reads rig
 bytes do not depend on the decoder. On a GPU: what NVDEC of that generation decodes, by NVIDIA's
 "Video Encode and Decode GPU Support Matrix"; colours are put right afterwards. On both: no file
 whose packets DALI would miscount, none with a second video stream, of which DALI may take another
-than FFmpeg would, and none whose pictures change their size or pixel format. The GPU column has not been run.
+than FFmpeg, and none whose pictures change their size or pixel format. The GPU column has not been
+run.
 """
 
 from typing import Literal
