@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_vrl.data.records import video_file
 from megatron_vrl.errors import DataError
 
 LETTERS = "ABCDE"
@@ -57,7 +58,7 @@ def _record(
         raise DataError(f"{where}: gsub_{Path(json_path).stem}.json has no video {video!r}.")
     return {
         "id": f"{video}_{field['qid']}",
-        "video": f"{folders.get(video, video)}.mp4",
+        "video": video_file(folders.get(video, video)),
         "question": field["question"],
         "options": [f"({x}) {text}" for x, text in zip(LETTERS, options, strict=True)],
         "duration": located[video].get("duration"),

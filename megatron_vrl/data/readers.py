@@ -32,7 +32,6 @@ from megatron_vrl.config import Source
 from megatron_vrl.data.benchmarks import BENCHMARK_READERS
 from megatron_vrl.data.nextgqa_csv import load_csv
 from megatron_vrl.data.records import (
-    VIDEO_SUFFIXES,
     HeaderDuration,
     Options,
     Reader,
@@ -42,6 +41,7 @@ from megatron_vrl.data.records import (
     choice,
     clipped,
     spans,
+    video_file,
     video_path,
 )
 from megatron_vrl.errors import DataError
@@ -162,8 +162,7 @@ def charades_sta(
                 f"{source.json_path}: record {video!r} has {len(record.timestamps)} timestamps and "
                 f"{len(record.sentences)} sentences; expected one sentence for each."
             )
-        name = video if video.endswith(VIDEO_SUFFIXES) else f"{video}.mp4"
-        path = video_path(name, source, video)
+        path = video_path(video_file(video), source, video)
         for index, (span, sentence) in enumerate(
             zip(record.timestamps, record.sentences, strict=True)
         ):
