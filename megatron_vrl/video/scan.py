@@ -17,6 +17,7 @@ from megatron_vrl.video.picture_format import PictureFormats
 # Streams of packets that may be cut and joined anywhere: FFmpeg marks the packet before a joint as
 # damaged and takes the duration from the first and last time stamps, so neither tells a cut.
 JOINABLE = {"mpegts", "mpeg"}
+REORDERED = {"h264", "hevc"}  # codecs whose packets are not in the order of presentation
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,9 @@ def scan(container: Any, stream: Any) -> Scan:
     codec = stream.codec.canonical_name
     formats = PictureFormats(codec, bytes(stream.codec_context.extradata or b""))
     found, clock, first_frame = Scan(), _Clock(), None
-    before_key, key_pts = list[Packet](), None
+    before_key, key_pts, has_pts = list[Packet](), None, True
+    # AVI keeps the order of decoding alone; what FFmpeg gives as times of presentation is a guess.
+    found.has_pts = container.format.name != "avi" or codec not in REORDERED
     for packet, time in _timed(container, found):
         if packet.stream_index != stream.index:
             continue
@@ -58,7 +61,7 @@ def scan(container: Any, stream: Any) -> Scan:
         if packet.is_discard or (codec == "vp8" and not bytes(packet)[0] & 0x10):
             found.num_hidden += 1  # cut away by an edit list, or a VP8 frame that is never shown
             continue
-        found.has_pts &= packet.pts is not None
+        has_pts &= packet.pts is not None
         shown = Packet(clock(packet, time, container), packet.duration or 0, packet.is_keyframe)
         (found.packets if key_pts is not None else before_key).append(shown)
     if key_pts is None:
@@ -67,7 +70,7 @@ def scan(container: Any, stream: Any) -> Scan:
         whole = [packet for packet in found.packets if packet.pts >= key_pts]
         found.num_hidden += len(before_key) + len(found.packets) - len(whole)
         found.packets = whole
-    found.has_pts &= not clock.restarts
+    found.has_pts &= has_pts and not clock.restarts
     found.format_changes |= formats.changes
     _of_first_frame(found, stream, first_frame)
     return found
@@ -76,7 +79,7 @@ def scan(container: Any, stream: Any) -> Scan:
 def _timed(container: Any, found: Scan) -> Iterator[tuple[Any, int]]:
     """Packets of all streams that have a time, with it."""
     for packet in container.demux():
-        time = packet.dts if packet.pts is None else packet.pts
+        time = packet.pts if packet.pts is not None and found.has_pts else packet.dts
         if not packet.size or time is None:
             continue
         found.begin_s = min(found.begin_s, float(time * packet.time_base))
