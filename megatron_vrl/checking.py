@@ -20,6 +20,7 @@ from megatron_vrl.data.readers import READERS, load_records, samples_of
 from megatron_vrl.errors import DataError, VideoError
 from megatron_vrl.types import Footage, VideoSample
 from megatron_vrl.video import VideoReader
+from megatron_vrl.video.time_axis import problems_of_times
 
 AT_A_TIME = 256  # samples whose files are probed together
 SLACK_S, SLACK_SHARE = 1.0, 0.05  # annotated and real durations may differ by the larger one
@@ -57,6 +58,7 @@ class DatasetCheck:
         self._cfg, self._decode = cfg, decode
         self._reader = VideoReader(video)
         self._durations_s: dict[Footage, float] = {}
+        self._time_faults: dict[Footage, list[str]] = {}  # that were not told yet
         self._questions: set[int] = set()
 
     def problems(self, source: Source) -> Iterator[list[Problem]]:
@@ -93,6 +95,7 @@ class DatasetCheck:
             else:
                 self._durations_s[footage] = plan.file.duration_s
                 self.seen.tokens[footage] = plan.plan.num_tokens
+                self._time_faults[footage] = list(problems_of_times(plan))
         if self._decode:
             good = [footage for footage in new if footage not in bad]
             decoded = zip(good, self._reader.encode(good), strict=True)
@@ -109,6 +112,8 @@ class DatasetCheck:
             of = {"sample": sample.id, "video": sample.video}
             if error := bad.pop(sample.footage, None):
                 yield Problem(**of, kind=error.kind, reason=str(error))
+            for sentence in self._time_faults.pop(sample.footage, ()):
+                yield Problem(**of, kind="times", reason=f"{sample.video}: {sentence}")
             for kind, reason in self._of_sample(sample):
                 yield Problem(**of, kind=kind, reason=f"{sample.id}: {reason}")
         for start_s, end_s in spans:

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vrl.checking import DatasetCheck
+from megatron_vrl.config import load_config
 from tests.running import CONFIG, ROOT, run_python
 from tests.video.conftest import write_clip
+from tests.video.oddities import mux, packets
 
 GQA = {
     "question": "what is shown",
@@ -78,6 +81,21 @@ def test_every_problem_is_found(dataset, tmp_path):
     sound = run_python(*tool, "--decode", *others, f"data.train={json.dumps([sound_source])}")
     assert sound.returncode == 0, sound.stdout + sound.stderr
     assert "problems: none" in sound.stdout
+
+
+def test_pictures_that_start_late_are_told_once(tmp_path):
+    mux(str(tmp_path / "late.mp4"), ["audio", list(packets("libx264"))], seconds=2.0)
+    record = {"duration": 2.5, "timestamps": [[0, 1], [1, 2]], "sentences": ["a", "b"]}
+    (tmp_path / "late.json").write_text(json.dumps({"late": record}))
+    source = {
+        "json_path": str(tmp_path / "late.json"),
+        "data_folder": str(tmp_path),
+        "format": "charades_sta",
+    }
+    cfg = load_config(str(CONFIG), [f"data.train={json.dumps([source])}"])
+    problems = [p for of in DatasetCheck(cfg, False).problems(cfg.data.train[0]) for p in of]
+    assert [(p.sample, p.kind) for p in problems] == [("late/0", "times")]
+    assert "late.mp4: its first picture is shown 2." in problems[0].reason
 
 
 def _only_first(path: Path) -> Path:

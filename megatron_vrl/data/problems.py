@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 class Problem:
     sample: str  # its id; "" if the problem is the file's or the record's
     video: str  # path or URL; "" if it is not known
-    kind: str  # a kind of VideoError; or annotation, duration, interval, duplicate
+    kind: str  # a kind of VideoError; or annotation, duration, times, interval, duplicate
     reason: str  # one sentence
 
     def row(self) -> dict[str, str]:

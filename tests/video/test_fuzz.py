@@ -16,9 +16,18 @@ from tests.video.oddities import ODDITIES
 
 RULE = {"min_pixels": 28 * 28, "max_pixels": 28 * 28, "num_frames": 2, "decoder": "pyav"}
 TINY = {  # name -> codec, of a few KB each
-    **{"a.mp4": "libx264", "b.mp4": "libx265", "c.mkv": "libx264", "d.webm": "libvpx-vp9"},
-    **{"e.webm": "libvpx", "f.avi": "mjpeg", "g.avi": "mpeg4", "h.ts": "libx264"},
-    **{"i.flv": "libx264", "j.mpg": "mpeg2video", "k.mov": "mjpeg", "l.ts": "mpeg2video"},
+    "a.mp4": "libx264",
+    "b.mp4": "libx265",
+    "c.mkv": "libx264",
+    "d.webm": "libvpx-vp9",
+    "e.webm": "libvpx",
+    "f.avi": "mjpeg",
+    "g.avi": "mpeg4",
+    "h.ts": "libx264",
+    "i.flv": "libx264",
+    "j.mpg": "mpeg2video",
+    "k.mov": "mjpeg",
+    "l.ts": "mpeg2video",
 }
 ODD = {"two_streams.mkv": "libvpx", "cover_first.mp4": "libx264", "late.mp4": "libx264"}
 
