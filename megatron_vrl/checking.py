@@ -27,6 +27,7 @@ from megatron_vrl.data.units import FileTimes, wrong_with
 from megatron_vrl.errors import DataError, VideoError
 from megatron_vrl.types import Footage, VideoSample
 from megatron_vrl.video import VideoReader
+from megatron_vrl.video.time_axis import problems_of_times
 
 AT_A_TIME = 256  # samples whose files are probed together
 SLACK_S, SLACK_SHARE = 1.0, 0.05  # annotated and real durations may differ by the larger one
@@ -66,6 +67,7 @@ class DatasetCheck:
         self._cfg, self._decode = cfg, decode
         self._reader = VideoReader(video)
         self._durations_s: dict[Footage, float] = {}
+        self._time_faults: dict[Footage, list[str]] = {}  # that were not told yet
         self._questions: set[int] = set()
         self._ids: set[str] = set()  # of one source
 
@@ -117,6 +119,7 @@ class DatasetCheck:
             else:
                 self._durations_s[footage] = plan.file.duration_s
                 self.seen.tokens[footage] = plan.plan.num_tokens
+                self._time_faults[footage] = list(problems_of_times(plan))
         if self._decode:
             good = [footage for footage in new if footage not in bad]
             decoded = zip(good, self._reader.encode(good), strict=True)
@@ -130,6 +133,8 @@ class DatasetCheck:
             of = {"sample": sample.id, "video": sample.video}
             if error := bad.pop(sample.footage, None):
                 yield Problem(**of, kind=error.kind, reason=str(error))
+            for sentence in self._time_faults.pop(sample.footage, ()):
+                yield Problem(**of, kind="times", reason=f"{sample.video}: {sentence}")
             for kind, reason in (*self._of_sample(within(sample)), *self._of_times(sample)):
                 yield Problem(**of, kind=kind, reason=f"{sample.id}: {reason}")
 

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vrl.checking import DatasetCheck
+from megatron_vrl.config import load_config
 from tests.running import CONFIG, ROOT, run_python
 from tests.video.conftest import write_clip
+from tests.video.oddities import mux, packets
 
 GQA = {
     "question": "what is shown",
@@ -131,6 +134,21 @@ def test_what_training_refuses_is_one_sentence_and_what_it_reads_is_read(tmp_pat
     assert code == 1 and [row["kind"] for row in rows] == ["annotation", "duplicate", "annotation"]
     assert rows[0]["reason"].endswith("a.jsonl, line 2 is null, expected an object.")
     assert rows[1]["reason"] == "1: an earlier question of the file has the same id."
+
+
+def test_pictures_that_start_late_are_told_once(tmp_path):
+    mux(str(tmp_path / "late.mp4"), ["audio", list(packets("libx264"))], seconds=2.0)
+    record = {"duration": 2.5, "timestamps": [[0, 1], [1, 2]], "sentences": ["a", "b"]}
+    (tmp_path / "late.json").write_text(json.dumps({"late": record}))
+    source = {
+        "json_path": str(tmp_path / "late.json"),
+        "data_folder": str(tmp_path),
+        "format": "charades_sta",
+    }
+    cfg = load_config(str(CONFIG), [f"data.train={json.dumps([source])}"])
+    problems = [p for of in DatasetCheck(cfg, False).problems(cfg.data.train[0]) for p in of]
+    assert [(p.sample, p.kind) for p in problems] == [("late/0", "times")]
+    assert "late.mp4: its first picture is shown 2." in problems[0].reason
 
 
 def _only_first(path: Path) -> Path:

@@ -39,6 +39,7 @@ from megatron_vrl.data.records import (
     clipped,
     option_texts,
     spans,
+    video_file,
     video_path,
 )
 from megatron_vrl.errors import DataError
@@ -158,7 +159,7 @@ def activitynet_rtl(
             raise _refused(source, index, record.answer, 'two times such as "<3.2>"')
         sample = _grounding(
             str(record.question_id),
-            video_path(f"v_{record.vid}.mp4", source, index),
+            video_path(video_file(f"v_{record.vid}"), source, index),
             record.duration,
             record.question,
             (min(stamps), max(stamps)),
@@ -207,7 +208,7 @@ def tempcompass(
                     yield choice(
                         source,
                         _numbered(video, seen),
-                        video=f"{video}.mp4",
+                        video=video_file(video),
                         question=question,
                         options=options,
                         answer=record.answer,
@@ -226,7 +227,7 @@ def video_mme(
         yield choice(
             source,
             record.question_id,
-            video=f"{record.videoID}.mp4",
+            video=video_file(record.videoID),
             question=record.question,
             options=record.options,
             answer=record.answer,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vrl.data.json_files import load
+from megatron_vrl.data.records import video_file
 from megatron_vrl.data.validation import shown
 from megatron_vrl.errors import DataError
 
@@ -69,7 +70,7 @@ def _record(
         )
     return {
         "id": f"{video}_{field['qid']}",
-        "video": f"{folders.get(video, video)}.mp4",
+        "video": video_file(folders.get(video, video)),
         "question": field["question"],
         "options": [f"({x}) {text}" for x, text in zip(LETTERS, options, strict=True)],
         "duration": of_video["duration"],

@@ -13,7 +13,7 @@ NUM_FIRST = 3  # named in a summary
 class Problem:
     sample: str  # its id; "" if the problem is the file's or the record's
     video: str  # path or URL; "" if it is not known
-    kind: str  # of VideoError, of ANNOTATION_KINDS, or duration, tokens
+    kind: str  # of VideoError, of ANNOTATION_KINDS, or duration, times, tokens
     reason: str  # one sentence
 
     def row(self) -> dict[str, str]:

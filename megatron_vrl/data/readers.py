@@ -39,7 +39,6 @@ from megatron_vrl.data.json_files import (
 )
 from megatron_vrl.data.nextgqa_csv import load_csv
 from megatron_vrl.data.records import (
-    VIDEO_SUFFIXES,
     HeaderDuration,
     Name,
     Options,
@@ -50,6 +49,7 @@ from megatron_vrl.data.records import (
     choice,
     clipped,
     spans,
+    video_file,
     video_path,
 )
 from megatron_vrl.data.validation import Misshapen, OtherForm, looks_like, validated
@@ -243,8 +243,7 @@ def charades_sta(
                 f"{source.json_path}: record {video!r} has {len(record.timestamps)} timestamps and "
                 f"{len(record.sentences)} sentences; expected one sentence for each."
             )
-        name = video if video.endswith(VIDEO_SUFFIXES) else f"{video}.mp4"
-        path = video_path(name, source, video)
+        path = video_path(video_file(video), source, video)
         for index, (span, sentence) in enumerate(
             zip(record.timestamps, record.sentences, strict=True)
         ):

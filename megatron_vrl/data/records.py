@@ -14,7 +14,11 @@ from megatron_vrl.errors import DataError
 from megatron_vrl.tasks.answer import read_option
 from megatron_vrl.types import Interval, VideoSample
 
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi")
+VIDEO_SUFFIXES = (  # in lower case; a name may have them in any
+    *(".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".mkv", ".webm", ".avi", ".divx", ".flv"),
+    *(".f4v", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".m2v", ".vob", ".wmv", ".asf", ".ogv"),
+    *(".ogg", ".ogm", ".mxf", ".rm", ".rmvb", ".dv", ".nut", ".gif"),
+)
 MAX_OPTIONS = 26  # letters A to Z
 LETTER_STYLES = [  # (letter, text) of "(A) red", "A. red", "A) red", "A: red" and "Option 1: red"
     re.compile(rf"{style}(\S.*)", re.DOTALL | re.IGNORECASE)
@@ -126,6 +130,11 @@ def option_texts(options: Sequence[str]) -> tuple[str, ...]:
         if len(plain) == len(texts) and letters.upper() in in_order:
             return tuple(plain)
     return texts
+
+
+def video_file(video: str) -> str:
+    """Return the name of a video's file: `video` with its ending, or an id with ".mp4"."""
+    return video if video.lower().endswith(VIDEO_SUFFIXES) else f"{video}.mp4"
 
 
 def video_path(name: str, source: Source, record: str | int) -> str:

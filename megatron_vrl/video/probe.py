@@ -1,12 +1,11 @@
 """What is in a video file, from its header and its packets; no picture but the first is decoded.
 
 `probe` keeps the pts of every frame, so frame numbers and times are right for variable frame rates
-and for headers that name no count. The first picture is decoded for its display matrix, which PyAV
-shows nowhere else: sizes here are those a file is shown at, turned by multiples of 90 degrees.
-Left out: mirrored display matrices and pixels that are not square.
+and for headers that name no count. Times count from the first frame that is shown. Sizes are those
+a file is shown at, turned by multiples of 90 degrees. Left out: mirrored display matrices and
+pixels that are not square.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +16,12 @@ from numpy.typing import NDArray
 from megatron_vrl.config import Video
 from megatron_vrl.errors import VideoError
 from megatron_vrl.types import Interval
+from megatron_vrl.video.faults import faults_of_file
 from megatron_vrl.video.rules import SamplingPlan, plan_frames
+from megatron_vrl.video.scan import JOINABLE, Scan, scan
 
 MAX_SIDE = 16384  # pixels; no codec here allows more, and one frame would fill the memory
+STARTS_AT_0 = ("mov", "matroska")  # players show their clock from 0, not from the first packet
 ROUNDING_S = 1e-3  # containers round times to a millisecond, annotations to less
 
 
@@ -43,6 +45,9 @@ class VideoFile:
     keyframes: NDArray[np.int64]  # rising frame numbers one can seek to
     has_pts: bool  # False: only decoding times are known, frames are counted instead
     has_hidden_packets: bool  # packets that show no frame; decoders that count packets miscount
+    has_other_pictures: bool  # another video stream, or a cover, which is one too
+    format_changes: bool  # size or pixel format, inside the stream or beside its header
+    late_s: float  # from the start of the file's clock to the first frame
 
     @property
     def num_frames(self) -> int:
@@ -86,88 +91,62 @@ class DecodeJob:
     plan: SamplingPlan
 
 
-@dataclass(frozen=True, slots=True)
-class _Packet:
-    pts: int
-    duration: int
-    is_keyframe: bool
-
-
 def planned(path: str, window_s: Interval | None, cfg: Video) -> DecodeJob:
     """Which frames will be decoded at what size, and so `plan.num_tokens`, before any of it is.
 
     Raises VideoError, whose message does not name the file.
     """
-    file = probe(path)
-    first, count, fps = file.within(window_s)
-    return DecodeJob(file, plan_frames(count, fps, file.height, file.width, cfg, first))
+    with faults_of_file("cannot be read as a video", "unreadable"):
+        file = probe(path)
+        first, count, fps = file.within(window_s)
+        return DecodeJob(file, plan_frames(count, fps, file.height, file.width, cfg, first))
 
 
 def probe(path: str) -> VideoFile:
     """Scan a file. Raises VideoError, whose message does not name the file."""
-    try:
-        with av.open(path) as container:
-            stream: Any = container.streams.best("video")
-            if stream is None:
-                raise VideoError("has no video stream; give a file with pictures.", "no_pictures")
-            if max(stream.width, stream.height) > MAX_SIDE:
-                raise VideoError(
-                    f"has frames of {stream.width}x{stream.height}, wider or higher than "
-                    f"{MAX_SIDE} pixels; replace it.",
-                    "too_large",
-                )
-            return _scan(path, container, stream)
-    except av.FFmpegError as error:
+    with (
+        faults_of_file("cannot be opened as a video", "unreadable"),
+        open_video(path) as container,
+    ):
+        stream: Any = container.streams.best("video")
+        if stream is None:
+            raise VideoError("has no video stream; give a file with pictures.", "no_pictures")
+        _check_stream(stream)
+        found = scan(container, stream)
+        if not found.packets:
+            raise VideoError(
+                "has a video stream without frames that have a time; replace it, or put a raw "
+                "stream into a container.",
+                "no_pictures",
+            )
+        file = _index(path, container, stream, found)
+        _check_complete(container, found.end_s, file)
+        return file
+
+
+def open_video(path: str) -> Any:
+    """PyAV's container. A tag that is not UTF-8 is no reason to refuse a file."""
+    return av.open(path, metadata_errors="replace")
+
+
+def _check_stream(stream: Any) -> None:
+    if stream.codec_context is None:
         raise VideoError(
-            f"cannot be opened as a video ({error.strerror}); replace it.", "unreadable"
-        ) from None
+            "has a codec that FFmpeg does not know; encode it again, with H.264 for example.",
+            "unreadable",
+        )
+    if max(stream.width, stream.height) > MAX_SIDE:
+        raise VideoError(
+            f"has frames of {stream.width}x{stream.height}, wider or higher than "
+            f"{MAX_SIDE} pixels; replace it.",
+            "too_large",
+        )
+    if min(stream.width, stream.height) < 1:
+        raise VideoError("does not say how large its frames are; replace it.", "unreadable")
 
 
-def _scan(path: str, container: Any, stream: Any) -> VideoFile:
-    codec = stream.codec.canonical_name
-    packets: list[_Packet] = []
-    has_pts, hidden, end_s, degrees = True, 0, 0.0, None
-    for packet in container.demux():
-        time = packet.dts if packet.pts is None else packet.pts
-        if not packet.size or time is None:
-            continue
-        end_s = max(end_s, float((time + (packet.duration or 0)) * packet.time_base))
-        if packet.stream.index != stream.index:
-            continue
-        if packet.is_corrupt:
-            raise VideoError(f"is cut off after {end_s:.2f} s; replace it.", "cut_off")
-        if degrees is None:
-            degrees = _rotation(packet)
-        if packet.is_discard or (codec == "vp8" and not bytes(packet)[0] & 0x10):
-            hidden += 1  # cut away by an edit list, or a VP8 reference frame that is never shown
-            continue
-        has_pts &= packet.pts is not None
-        packets.append(_Packet(time, packet.duration or 0, packet.is_keyframe))
-    if not packets:
-        raise VideoError("has a video stream without frames; replace it.", "no_pictures")
-    file = _index(path, codec, stream, packets, round((degrees or 0) / 90) % 4, has_pts, hidden)
-    _check_complete(container, end_s, file)
-    return file
-
-
-def _rotation(packet: Any) -> int | None:
-    """Degrees by which a packet's frame is to be turned counterclockwise; None if it gives none."""
-    try:
-        return next((frame.rotation for frame in packet.decode()), None)
-    except av.FFmpegError:
-        return None  # what is damaged is told by the decoder, by name and time
-
-
-def _index(
-    path: str,
-    codec: str,
-    stream: Any,
-    packets: Sequence[_Packet],
-    quarter_turns: int,
-    has_pts: bool,
-    hidden: int,
-) -> VideoFile:
-    packets = sorted(packets, key=lambda packet: packet.pts)
+def _index(path: str, container: Any, stream: Any, found: Scan) -> VideoFile:
+    packets = sorted(found.packets, key=lambda packet: packet.pts)
     pts, first = np.unique(np.array([packet.pts for packet in packets]), return_index=True)
     if len(packets) > 1 and len(pts) == 1:
         raise VideoError("has a duration of 0 s; replace it.", "no_duration")
@@ -179,12 +158,12 @@ def _index(
     if not last_s:
         last_s = timestamps_s[-1] / (len(pts) - 1) if len(pts) > 1 else 1 / (nominal_fps or 1)
     duration_s = float(timestamps_s[-1] + last_s)
-    context = stream.codec_context
+    context, quarter_turns = stream.codec_context, round(found.degrees / 90) % 4
     size = (stream.height, stream.width)
     height, width = size[::-1] if quarter_turns % 2 else size
     return VideoFile(
         path=path,
-        codec=codec,
+        codec=stream.codec.canonical_name,
         stream=stream.index,
         height=height,
         width=width,
@@ -199,8 +178,11 @@ def _index(
         timestamps_s=timestamps_s,
         pts=pts,
         keyframes=np.flatnonzero([packets[i].is_keyframe for i in first]),
-        has_pts=has_pts,
-        has_hidden_packets=hidden > 0 or len(pts) < len(packets),
+        has_pts=found.has_pts,
+        has_hidden_packets=found.num_hidden > 0 or len(pts) < len(packets),
+        has_other_pictures=len(container.streams.video) > 1,
+        format_changes=found.format_changes,
+        late_s=float(pts[0]) * seconds - _clock_start_s(container, found),
     )
 
 
@@ -208,11 +190,20 @@ def _rounded_to(exact: float, measured: float) -> float:
     return exact if abs(exact - measured) < 0.01 * measured else measured
 
 
+def _clock_start_s(container: Any, found: Scan) -> float:
+    """Where a player starts: at 0 in containers that say so, else at the first packet of all."""
+    is_absolute = not {*container.format.name.split(",")}.isdisjoint(STARTS_AT_0)
+    return min(found.begin_s, 0.0) if is_absolute else found.begin_s
+
+
 def _check_complete(container: Any, end_s: float, file: VideoFile) -> None:
     """A container cut between two packets reads without an error; its header still knows."""
-    if container.duration is None:
+    name = container.format.name
+    if container.duration is None or name in JOINABLE:
         return
-    promised_s = (container.duration + max(container.start_time or 0, 0)) / av.time_base
+    # Matroska's duration is counted from 0 by FFmpeg, from the first packet by others.
+    before = 0 if "matroska" in name else max(container.start_time or 0, 0)
+    promised_s = (container.duration + before) / av.time_base
     if promised_s - end_s > min(1.0, 0.1 * promised_s) + 1 / file.native_fps:
         raise VideoError(
             f"is cut off after {end_s:.2f} of {promised_s:.2f} s; replace it.", "cut_off"

@@ -22,9 +22,11 @@ from numpy.typing import NDArray
 
 from megatron_vrl.config import Video
 from megatron_vrl.errors import ConfigError, VideoError
-from megatron_vrl.video.probe import DecodeJob, VideoFile
+from megatron_vrl.video.faults import faults_of_file
+from megatron_vrl.video.probe import DecodeJob, VideoFile, open_video
 from megatron_vrl.video.resize import resize, turned
 from megatron_vrl.video.rules import SamplingPlan
+from megatron_vrl.video.scan import JOINABLE
 
 SWSCALE_FLAGS = 0x2 | 0x2000 | 0x40000  # BILINEAR | FULL_CHR_H_INT | ACCURATE_RND, as in DALI
 FRAMES_AT_A_TIME = 32  # full-size frames held before they are resized
@@ -51,11 +53,10 @@ class PyavDecoder:
 
 def _decode_or_error(job: DecodeJob) -> NDArray[np.uint8] | VideoError:
     try:
-        return decode_frames(job.file, job.plan)
+        with faults_of_file("is damaged", "damaged"):
+            return decode_frames(job.file, job.plan)
     except VideoError as error:
         return error
-    except (av.FFmpegError, OSError) as error:
-        return VideoError(f"is damaged ({error.strerror}); replace it.")
 
 
 def decode_frames(file: VideoFile, plan: SamplingPlan, seek: bool = True) -> NDArray[np.uint8]:
@@ -86,7 +87,7 @@ def _pictures(file: VideoFile, wanted: list[int], seek: bool) -> Iterator[NDArra
     """[H, W, 3] of each wanted frame, as coded; `wanted` rises."""
     to_rgb = _RgbConverter(file)
     skips = {int(file.pts[i]) for i in wanted} if seek and file.codec in SKIPPING else None
-    with av.open(file.path) as container:
+    with open_video(file.path) as container:
         stream: Any = container.streams[file.stream]
         stream.codec_context.thread_count = 1  # videos are the unit of parallel work
         frames = _numbered(container, stream, file, skips)
@@ -111,8 +112,13 @@ def _numbered(
     Of the frames that no other refers to, only those with a pts in `skip_all_but` are decoded.
     """
     numbers = {pts: number for number, pts in enumerate(file.pts.tolist())}
-    count = 0
+    count, is_decodable = 0, not len(file.keyframes)
     for packet in container.demux(stream):
+        is_decodable |= packet.is_keyframe or not packet.size
+        if not is_decodable:
+            continue  # the file begins inside a group of pictures
+        if container.format.name in JOINABLE:
+            packet.is_corrupt = False  # the demuxer's mark of a joint; the decoder's own stays
         if skip_all_but is not None:
             wanted = packet.pts is None or packet.pts in skip_all_but
             stream.codec_context.skip_frame = "DEFAULT" if wanted else "NONREF"

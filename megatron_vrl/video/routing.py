@@ -3,7 +3,9 @@
 On the CPU: the decoders compiled into DALI 2.1.0, and only colours it reads right, so that a file's
 bytes do not depend on the decoder. On a GPU: what NVDEC of that generation decodes, by NVIDIA's
 "Video Encode and Decode GPU Support Matrix"; colours are put right afterwards. On both: no file
-whose packets DALI would miscount. The GPU column has not been run.
+whose packets DALI would miscount, none with a second video stream, of which DALI may take another
+than FFmpeg, and none whose pictures change their size or pixel format. The GPU column has not been
+run.
 """
 
 from typing import Literal
@@ -47,6 +49,8 @@ def dali_reads(
 ) -> bool:
     """`capability` of the card that decodes; not asked for on the CPU."""
     if file.has_hidden_packets or not file.has_pts:
+        return False
+    if file.has_other_pictures or file.format_changes:
         return False
     if device == "gpu":
         since = NVDEC.get(file.codec, {}).get(file.pixel_format)

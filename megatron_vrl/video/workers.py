@@ -8,8 +8,11 @@ of decoding them.
 """
 
 import multiprocessing
+import multiprocessing.util
+import os
 import queue
 import signal
+import tempfile
 import threading
 import traceback
 import weakref
@@ -18,10 +21,15 @@ from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from typing import Any
 
-from megatron_vrl.errors import UserError, VideoError
+from megatron_vrl.errors import ConfigError, UserError, VideoError
 
 START_S = 300.0  # a process that has not loaded its libraries by then never will
 PRELOADED = ["megatron_vrl.video.pyav"]
+# A socket's address holds 107 bytes; multiprocessing adds "/pymp-xxxxxxxx/listener-xxxxxxxx".
+OWN_NAME = len("/pymp-") + 8
+MAX_TMPDIR = 107 - OWN_NAME - len("/listener-") - 8
+SHORT_TMPDIR = "/tmp"
+_socket_lock = threading.Lock()
 
 
 class Workers:
@@ -83,6 +91,7 @@ class _Worker:
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
+        _make_room_for_socket()
         self._pipe, other = context.Pipe()
         self._process = context.Process(target=_work, args=(other, self._make), daemon=True)
         self._process.start()
@@ -111,6 +120,29 @@ class _Worker:
         if error is not None:
             raise error
         return result
+
+
+def _make_room_for_socket() -> None:
+    """Give multiprocessing a directory in which the fork server's socket has a name short enough.
+
+    It takes the first one it makes for the whole process, so under a long TMPDIR that one is made
+    in a short directory. Raises ConfigError if there is none.
+    """
+    with _socket_lock:
+        if len(os.fsencode(tempfile.gettempdir())) <= MAX_TMPDIR:
+            return
+        chosen, tempfile.tempdir = tempfile.tempdir, SHORT_TMPDIR
+        try:
+            if len(os.fsencode(multiprocessing.util.get_temp_dir())) > MAX_TMPDIR + OWN_NAME:
+                raise OSError("another part of this process chose it")
+        except OSError as error:
+            raise ConfigError(
+                f"TMPDIR={chosen} is longer than the {MAX_TMPDIR} characters that the socket of "
+                f"the decoding processes allows, and {SHORT_TMPDIR} cannot take its place "
+                f"({error.strerror or error}); set TMPDIR to a shorter directory."
+            ) from None
+        finally:
+            tempfile.tempdir = chosen
 
 
 def _work(pipe: Connection, make: Callable[[], Any]) -> None:

@@ -74,6 +74,16 @@ def test_charades_sta(read_records):
     assert third.video == "/data/AMT7R.webm"
 
 
+@pytest.mark.parametrize(
+    "name", ["b.mov", "C.MP4", "d.flv", "e.m4v", "f.ts", "G.Mkv", "h.wmv", "i.mpg", "j.3gp"]
+)
+def test_a_name_with_a_videos_ending_is_taken_as_it_is(read_records, name):
+    record = {"duration": 16.0, "timestamps": [[1.0, 3.0]], "sentences": ["x"]}
+    ids = {name: f"/data/{name}", f"{name}.part": f"/data/{name}.part.mp4", "v.2": "/data/v.2.mp4"}
+    samples = read_records("charades_sta", dict.fromkeys(ids, record))
+    assert [sample.video for sample in samples] == list(ids.values())
+
+
 def test_next_gqa(read_records):
     (sample,) = read_records("next_gqa", [GQA])
     assert sample == VideoSample(

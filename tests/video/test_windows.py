@@ -35,6 +35,9 @@ def file_of(timestamps_s: np.ndarray, fps: float) -> VideoFile:
         keyframes=np.zeros(1, np.int64),
         has_pts=True,
         has_hidden_packets=False,
+        has_other_pictures=False,
+        format_changes=False,
+        late_s=0.0,
     )
 
 

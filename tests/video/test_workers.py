@@ -2,8 +2,13 @@
 
 import gc
 import os
+import shutil
+import subprocess
+import sys
+import tempfile
 import time
 from functools import partial
+from pathlib import Path
 
 import av
 import numpy as np
@@ -17,6 +22,7 @@ from megatron_vrl.video.workers import Workers
 
 SMALL = {"decoder": "pyav", "min_pixels": 28 * 28, "num_frames": 4}
 LONG_S = 60.0
+ROOT = Path(__file__).parents[2]
 
 
 def add(made: int, number: int) -> int:
@@ -151,3 +157,28 @@ def test_memory_is_flat_over_two_thousand_videos(make_clip, tmp_path):
 def resident_bytes() -> int:
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+READ_ONE = """
+import sys
+from megatron_vrl.config import Video
+from megatron_vrl.video import VideoReader
+if __name__ == "__main__":
+    print(type(VideoReader(Video(decoder="pyav", workers=2)).encode([sys.argv[1]])[0]).__name__)
+"""
+
+
+@pytest.mark.parametrize("length", [75, 76, 200])
+def test_a_long_tmpdir(make_clip, tmp_path, length):
+    """The address of a Unix socket holds 107 bytes, also under MAX_TMPDIR and over it."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    long = folder / ("x" * (length - len(str(folder)) - 1))
+    long.mkdir()
+    program = tmp_path / "one.py"
+    program.write_text(READ_ONE)
+    environment = os.environ | {"TMPDIR": str(long), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(program), make_clip("clip.mp4", num_frames=4)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "EncodedVideo", done.stderr
+    assert not any(long.iterdir())
+    shutil.rmtree(folder)

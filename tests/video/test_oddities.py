@@ -1,0 +1,87 @@
+"""Containers x codecs x oddities: both decoders give the bytes of a plain read by PyAV."""
+
+import av
+import numpy as np
+import pytest
+
+from megatron_vrl.config import Video
+from megatron_vrl.types import EncodedVideo, Footage
+from megatron_vrl.video.encode import Encoder
+from megatron_vrl.video.probe import probe
+from megatron_vrl.video.pyav import SWSCALE_FLAGS
+from megatron_vrl.video.resize import resize, turned
+from tests.video.oddities import IMPOSSIBLE, MATRIX, ODDITIES, ONLY
+
+RULE = {"min_pixels": 28 * 28, "max_pixels": 56 * 56, "fps": 4.0}
+
+
+@pytest.fixture(scope="module")
+def encoders() -> dict[str, Encoder]:
+    return {name: Encoder(Video(decoder=name, **RULE)) for name in ("dali", "pyav")}
+
+
+def plain_read(path: str) -> list[np.ndarray]:
+    """[H, W, 3] of each frame from the first keyframe on, at the size that the file names."""
+    frames = []
+    with av.open(path) as container:
+        stream = container.streams.best("video")
+        height, width = stream.height, stream.width
+        is_decodable = False
+        for packet in container.demux(stream):
+            is_decodable |= packet.is_keyframe or not packet.size
+            for frame in packet.decode() if is_decodable else ():
+                rgb = with_centred_chroma(frame).reformat(
+                    width, height, "rgb24", interpolation=SWSCALE_FLAGS, threads=1
+                )
+                frames.append(rgb.to_ndarray())
+    return frames
+
+
+def with_centred_chroma(frame: av.VideoFrame) -> av.VideoFrame:
+    """The frame without the tag that says where chroma lies."""
+    graph = av.filter.Graph()
+    centre = graph.add("setparams", "chroma_location=unspecified")
+    graph.link_nodes(
+        graph.add_buffer(
+            width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base
+        ),
+        centre,
+        graph.add("buffersink"),
+    ).configure()
+    graph.push(frame)
+    return graph.pull()
+
+
+def cases() -> list:
+    return [
+        (container, codec, oddity)
+        for container, codec in MATRIX
+        for oddity in ODDITIES
+        if codec in ONLY.get(oddity, {codec}) and (container, oddity) not in IMPOSSIBLE
+    ]
+
+
+@pytest.mark.parametrize("container", dict(MATRIX))
+def test_decoders_give_the_bytes_of_a_plain_read(encoders, tmp_path, container):
+    wrong = []
+    for _, codec, oddity in (case for case in cases() if case[0] == container):
+        path = str(tmp_path / f"{oddity}_{codec}.{container}")
+        ODDITIES[oddity](path, codec)
+        videos = {}
+        for name, encoder in encoders.items():
+            (videos[name],) = encoder.encode([Footage(path)], ["digest"])
+        if not all(isinstance(video, EncodedVideo) for video in videos.values()):
+            wrong.append((codec, oddity, *map(str, videos.values())))
+            continue
+        file, shown = probe(path), plain_read(path)
+        if len(shown) != file.num_frames:
+            wrong.append((codec, oddity, "plain", len(shown), "ours", file.num_frames))
+            continue
+        video = videos["pyav"]
+        height, width = (14 * side for side in video.grid_thw[1:])
+        chosen = np.stack([shown[i] for i in video.frame_indices])
+        want = resize(turned(chosen, file.quarter_turns), height, width)
+        for name in videos:
+            if not np.array_equal(videos[name].frames, want):
+                wrong.append((codec, oddity, name, int((videos[name].frames != want).sum())))
+    assert not wrong, "\n".join(map(str, wrong))
