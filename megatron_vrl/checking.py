@@ -192,6 +192,8 @@ def _records(source: Source) -> Iterator[tuple[str | int, Any, int]]:
             yield number, found.record, found.line
         return
     content = load_records(source)
+    if not isinstance(content, dict | list):
+        raise DataError(f"{source.json_path} holds no sample.")
     keyed = content.items() if isinstance(content, dict) else enumerate(content)
     for key, record in keyed:
         yield key, record, 0

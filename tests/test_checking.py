@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vrl.checking import DatasetCheck
-from megatron_vrl.config import load_config
+from megatron_vrl.checking import DatasetCheck, num_records
+from megatron_vrl.config import Source, load_config
+from megatron_vrl.errors import DataError
 from tests.running import CONFIG, ROOT, run_python
 from tests.video.conftest import write_clip
 from tests.video.oddities import mux, packets
@@ -100,6 +101,16 @@ def _check(tmp_path, records, form: str, name: str = "a.json"):
     assert "Traceback" not in done.stderr, done.stderr
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     return done.returncode, rows, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("content", ["null", "{}", "[]", "false", '""'])
+def test_a_file_without_records_is_one_sentence(tmp_path, content):
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    for form in ("charades_sta", "temporal_r1"):
+        source = Source(json_path=str(path), data_folder="/data", format=form)
+        with pytest.raises(DataError, match=r"a\.json holds no sample\."):
+            num_records(source)
 
 
 def test_times_in_another_unit_are_told(tmp_path):
