@@ -89,6 +89,7 @@ def test_no_mutant_raises_but_a_video_error(contents, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # about 40 s of one free core
 def test_ten_thousand_mutants(contents, tmp_path):
     found = results(contents, 10_000, 1, tmp_path)
     assert found["read"] > 1000, found
