@@ -17,7 +17,6 @@ export MEGATRON_VRL_PARENT=$$ # the launcher of the ranks ends with this script
 
 # A stage has a process group of its own (set -m): a terminal's Ctrl-C reaches this script alone,
 # which hands it on, so that the stage hears every signal once.
-set -m
 group=
 signalled=
 hand_on() { # hand_on SIGNAL CODE
@@ -32,12 +31,14 @@ stage() { # stage NAME COMMAND...: run it and say how long it took
     local name="$1" began=$SECONDS code=0
     shift
     echo "quickstart: $name"
+    set -m
     "$@" &
     group=$!
-    wait "$group" || code=$?
+    set +m
+    wait "$group" 2>/dev/null || code=$?
     while kill -0 -- "-$group" 2>/dev/null; do # a signal ended the wait, not the stage
         code=0
-        wait "$group" || code=$?
+        wait "$group" 2>/dev/null || code=$?
     done
     group=
     if [[ -n "$signalled" ]]; then
