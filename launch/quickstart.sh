@@ -13,15 +13,48 @@ model_hf=$run/model-hf             # a Hugging Face checkpoint
 model_megatron=$run/model-megatron # the same, as the trainer reads it
 ranks=2
 
+export MEGATRON_VRL_PARENT=$$ # the launcher of the ranks ends with this script
+
+# A stage has a process group of its own (set -m): a terminal's Ctrl-C reaches this script alone,
+# which hands it on, so that the stage hears every signal once.
+group=
+signalled=
+hand_on() { # hand_on SIGNAL CODE
+    signalled="$2"
+    [[ -z "$group" ]] || kill -"$1" -- "-$group" 2>/dev/null || true
+}
+trap 'hand_on INT 130' INT
+trap 'hand_on TERM 143' TERM
+trap 'hand_on USR1 0' USR1
+
 stage() { # stage NAME COMMAND...: run it and say how long it took
-    local name="$1" began=$SECONDS
+    local name="$1" began=$SECONDS code=0
     shift
     echo "quickstart: $name"
-    "$@" || {
+    set -m
+    "$@" &
+    group=$!
+    set +m
+    wait "$group" 2>/dev/null || code=$?
+    while kill -0 -- "-$group" 2>/dev/null; do # a signal ended the wait, not the stage
+        code=0
+        wait "$group" 2>/dev/null || code=$?
+    done
+    group=
+    if [[ -n "$signalled" ]]; then
+        echo "quickstart: '$name' was stopped after $((SECONDS - began)) s; the same command goes on" >&2
+        exit "$code"
+    fi
+    ((code == 0)) || {
         echo "quickstart: stopped at '$name' after $((SECONDS - began)) s" >&2
         exit 2
     }
-    echo "quickstart: $name took $((SECONDS - began)) s"
+    [[ "$name" == training && "$(trained)" == "$trained_before" ]] ||
+        echo "quickstart: $name took $((SECONDS - began)) s"
+}
+
+trained() { # when the last row of numbers was written
+    stat -c %Y "$run/metrics.jsonl" 2>/dev/null || true
 }
 
 make_once() { # make_once PATH COMMAND...: skipped when an earlier call completed PATH
@@ -34,6 +67,7 @@ make_once() { # make_once PATH COMMAND...: skipped when an earlier call complete
 }
 
 mkdir -p "$run"
+trained_before="$(trained)"
 stage "install" launch/install.sh
 source .venv/bin/activate
 stage "synthetic clips" make_once "$data" python tools/make_synthetic.py --out "$data" --num 3200 --seed 1

@@ -7,18 +7,22 @@
 # does for the ranks of torchrun.
 set -euo pipefail
 
+fail() {
+    echo "worker: $1" >&2
+    exit 2
+}
+
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$root/launch/env.sh"
-if [[ -f "$root/.venv/bin/activate" ]]; then
-    source "$root/.venv/bin/activate"
-fi
+source "$root/launch/python.sh"
+export MEGATRON_VRL_PARENT=$$ # the worker ends with this script
 RESTARTS="${RESTARTS:-100}"
 refused=2 # megatron_vrl.errors.EXIT_CODE
 
 worker=
 trap 'trap - TERM INT; [[ -z "$worker" ]] || kill -TERM "$worker"; wait || true; exit 0' TERM INT
 for ((start = 0; start <= RESTARTS; start++)); do
-    "${PYTHON_EXEC:-python3}" -m megatron_vrl.rollout_worker "$@" &
+    "$PYTHON_EXEC" -m megatron_vrl.rollout_worker "$@" &
     worker=$!
     code=0
     wait "$worker" || code=$?

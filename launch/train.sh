@@ -4,15 +4,19 @@
 # say where the nodes meet. NPROC is the number of ranks on this node; its default is the number of
 # GPUs, or 1. RESTARTS (default 0): when a rank dies, all start again from the newest checkpoint, at
 # most so often; a node that is lost may be started again by the same call. LOCAL_ADDR is this
-# node's address where its host name is not one. SIGUSR1 to this script, or to a rank, finishes the
-# step, saves and ends with exit code 0.
+# node's address where its host name is not one. PYTHON is the interpreter; its default is that of an
+# active environment, then that of .venv. SIGUSR1, Ctrl-C or SIGTERM to this script finishes the step,
+# saves and ends with exit code 0; a second Ctrl-C or SIGTERM ends all at once.
 set -euo pipefail
+
+fail() {
+    echo "train: $1" >&2
+    exit 2
+}
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$root/launch/env.sh"
-if [[ -f "$root/.venv/bin/activate" ]]; then
-    source "$root/.venv/bin/activate"
-fi
+source "$root/launch/python.sh"
 # Ranks that start again meet in a store of their own: in the launchers' store lie the addresses of
 # those that have died, and gloo waits for them for ever (torch 2.13).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
@@ -22,13 +26,8 @@ NNODES="${NNODES:-1}"
 NODE_RANK="${NODE_RANK:-0}"
 RESTARTS="${RESTARTS:-0}"
 
-fail() {
-    echo "train: $1" >&2
-    exit 2
-}
-
 port_is_free() { # the same bind that torchrun's store would do
-    python3 -c 'import socket, sys
+    "$PYTHON" -c 'import socket, sys
 with socket.socket() as s:
     s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     s.bind(("", int(sys.argv[1])))' "$1" 2>/dev/null
@@ -47,20 +46,24 @@ else
     [[ -z "${LOCAL_ADDR:-}" ]] || rendezvous+=(--local-addr "$LOCAL_ADDR")
 fi
 
-# A mistake in the config is one sentence here; inside torchrun it would be one per rank.
-# PYTHON_EXEC is torchrun's name for the interpreter of the ranks.
-WORLD_SIZE=$((NNODES * NPROC)) "${PYTHON_EXEC:-python3}" -m megatron_vrl.train "$@" --dry-run \
-    >/dev/null || exit $?
+# A mistake is one sentence here, before an engine starts. In the background, so that the traps are
+# run at once. PYTHON_EXEC is torchrun's name for the interpreter of the ranks.
+leave() { # leave CODE
+    trap '' INT TERM USR1
+    kill -KILL "$check" 2>/dev/null || true
+    echo "Interrupted before the first step: nothing was trained." >&2
+    exit "$1"
+}
+check=
+trap 'leave 130' INT
+trap 'leave 143' TERM
+trap 'leave 0' USR1
+WORLD_SIZE=$((NNODES * NPROC)) "$PYTHON_EXEC" -m megatron_vrl.train "$@" --dry-run --strict \
+    >/dev/null &
+check=$!
+wait "$check" || exit $?
+trap - INT TERM USR1
 
-python3 "$root/launch/torchrun.py" "${rendezvous[@]}" --max-restarts "$RESTARTS" \
-    --nproc-per-node "$NPROC" -m megatron_vrl.train "$@" &
-agent=$!
-trap 'pkill -USR1 -P "$agent" || true' USR1 # its children are the ranks
-trap 'kill -TERM "$agent" 2>/dev/null || true' TERM INT
-code=0
-wait "$agent" || code=$?
-while kill -0 "$agent" 2>/dev/null; do # a signal ended the wait, not the agent
-    code=0
-    wait "$agent" || code=$?
-done
-exit "$code"
+# In this process, so that a signal has one receiver and ranks end with it, however it is ended.
+exec "$PYTHON" "$root/launch/torchrun.py" "${rendezvous[@]}" --max-restarts "$RESTARTS" \
+    --nproc-per-node "$NPROC" -m megatron_vrl.train "$@"

@@ -26,6 +26,8 @@ class Run(Section):
     """Everything this run writes lies here."""
     seed: int = 1
     """Seeds data order, sampling and initialisation."""
+    lock_timeout_s: float = Field(60.0, ge=0)
+    """Seconds to wait for an earlier run in `out_dir` to end before this one is refused."""
     deterministic: bool = False
     """Only operations whose result does not depend on the order of threads; slower on a GPU."""
 

@@ -39,5 +39,9 @@ class RolloutError(UserError):
     """The rollout engine refused to start or answered something impossible."""
 
 
+class RunInUse(UserError):
+    """Another run holds the run directory; names its host and process."""
+
+
 class StopRequested(UserError):
     """Not a mistake: the run was asked to stop, and did so between two steps on all ranks."""

@@ -1,27 +1,48 @@
-"""How every program ends: a mistake is one sentence and exit code 2."""
+"""How every program ends: a mistake is one sentence and exit code 2, Ctrl-C one line and 130."""
 
 import os
 import select
+import signal
 import sys
+import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from megatron_vrl.errors import EXIT_CODE, UserError
 
+LEAVE_S = 5.0
 
-def run_program(main: Callable[[], int | None]) -> NoReturn:
+
+def run_program(
+    main: Callable[[], int | None], unblocked: frozenset[int] = frozenset({signal.SIGINT})
+) -> NoReturn:
     """Exit with the code that `main` returns (None: 0).
 
-    A UserError is printed by the first rank alone. A reader that closes stdout early has seen
-    enough; that is no mistake.
+    `unblocked` are signals that launch/torchrun.py blocks until a rank is ready for them.
+
+    A UserError is printed by the first rank of a node that raises one. A reader that closes stdout
+    early has seen enough; that is no mistake. Nothing that libraries say follows the line
+    of an interrupted process, which ends within LEAVE_S.
     """
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, unblocked)
         code = main() or 0
         sys.stdout.flush()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if _is_first_to_fail():
             print(f"error: {error}", file=sys.stderr)
         code = EXIT_CODE
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends what is left
+        if _is_first_to_fail():
+            newline = "\n" if sys.stderr.isatty() else ""  # below a progress bar
+            print(f"{newline}Interrupted.", file=sys.stderr, flush=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+        code = 128 + signal.SIGINT
+        leaving = threading.Timer(LEAVE_S, os._exit, (code,))
+        leaving.daemon = True
+        leaving.start()
     except BrokenPipeError:
         if not _nobody_reads():  # another pipe, to a process of ours
             raise
@@ -35,3 +56,21 @@ def _nobody_reads() -> bool:
     stdout = select.poll()
     stdout.register(sys.stdout, 0)
     return any(event & select.POLLERR for _, event in stdout.poll(0))
+
+
+def _is_first_to_fail() -> bool:
+    """Whether no other rank of this node has said why it ends.
+
+    torchrun gives each rank of a start a folder for an error report; the file that marks the first
+    lies beside those folders.
+    """
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
+    if Path(report).name != "error.json":
+        return os.environ.get("RANK", "0") == "0"
+    try:
+        (Path(report).parent.parent / "said").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # a launcher without such folders
+        return os.environ.get("RANK", "0") == "0"
+    return True

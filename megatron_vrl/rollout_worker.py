@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from megatron_vrl.config import RunConfig, load_config
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.observe.quiet import hush_libraries
+from megatron_vrl.parent import end_with_parent
 from megatron_vrl.program import run_program
 from megatron_vrl.rollout.rendezvous import TOKEN_VARIABLE, announced
 
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0, help="0: a free one")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
+    end_with_parent()
     cfg = load_config(arguments.config, arguments.overrides)
     token = os.environ.get(TOKEN_VARIABLE, "")
     _check_token(arguments.host, token)

@@ -1,8 +1,8 @@
 """Train: `torchrun --nproc-per-node N -m megatron_vrl.train --config FILE [section.key=value ...]`.
 
 Without torchrun it is one process. `--dry-run` checks the config, the layout and the files and
-prints the resolved config; `--rollouts-only` makes rollouts and trains nothing. A mistake of the
-user's is one sentence and exit code 2.
+prints the resolved config; with `--strict` a missing file is a mistake. `--rollouts-only` makes
+rollouts and trains nothing. A mistake of the user's is one sentence and exit code 2.
 """
 
 import argparse
@@ -13,7 +13,9 @@ import yaml
 
 from megatron_vrl.config import RunConfig, load_config
 from megatron_vrl.errors import StopRequested
+from megatron_vrl.interrupts import take_signals
 from megatron_vrl.observe.quiet import hush_libraries
+from megatron_vrl.parent import end_with_parent, end_with_starter
 from megatron_vrl.program import run_program
 
 
@@ -26,6 +28,11 @@ def main() -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML, see configs/")
     parser.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
     parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="with --dry-run: what is not on this machine is a mistake",
+    )
+    parser.add_argument(
         "--rollouts-only",
         action="store_true",
         help="answer and score the prompts of GRPO's steps into OUT/rollouts, train nothing",
@@ -34,11 +41,16 @@ def main() -> None:
         "overrides", nargs="*", metavar="section.key=value", help="replace a value of the file"
     )
     arguments = parser.parse_intermixed_args()
+    if arguments.dry_run:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    else:
+        take_signals()  # before the imports: threads inherit what is blocked
+        end_with_parent()
     cfg = load_config(arguments.config, arguments.overrides)
     hush_libraries()
     try:
         if arguments.dry_run:
-            made = _dry_run(cfg)
+            made = _dry_run(cfg, arguments.strict)
         else:
             made = _rollouts(cfg) if arguments.rollouts_only else _job(cfg)
     except StopRequested as stop:
@@ -48,11 +60,13 @@ def main() -> None:
 
 
 def _job(cfg: RunConfig) -> str:
-    # Asks to stop, see loops/stop.py. Before the imports: threads inherit it, too.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-    from megatron_vrl.loops.job import run_job
+    from megatron_vrl.loops.job import is_finished, run_job
 
-    return f"report: {run_job(cfg)}"
+    words = ""
+    if is_finished(cfg):
+        steps = cfg.grpo.steps or cfg.sft.steps
+        words = f"{cfg.run.out_dir} is finished ({steps} of {steps} steps); nothing was trained.\n"
+    return f"{words}report: {run_job(cfg)}"
 
 
 def _rollouts(cfg: RunConfig) -> str:
@@ -61,14 +75,20 @@ def _rollouts(cfg: RunConfig) -> str:
     return f"rollouts: {run_rollouts(cfg)}"
 
 
-def _dry_run(cfg: RunConfig) -> str:
-    from megatron_vrl.loops.dry_run import check
+def _dry_run(cfg: RunConfig, strict: bool) -> str:
+    from megatron_vrl.loops.dry_run import check, refuse_missing
+    from megatron_vrl.loops.run_dir import check_writable
 
     world = int(os.environ.get("WORLD_SIZE", "0")) or cfg.parallel.processes or 1
     notes = check(cfg, world)
+    check_writable(cfg.run.out_dir, keep=False)
+    if strict:
+        refuse_missing(notes)
     resolved = yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False)
     return resolved + "\n".join(f"# {note}" for note in notes)
 
 
+if __name__ == "__mp_main__":  # a process that multiprocessing spawned, as Megatron's writer is
+    end_with_starter()
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, unblocked=frozenset())

@@ -10,6 +10,7 @@ out: keeping a function's state over a replacement; functions that need the trai
 import importlib
 import math
 import multiprocessing
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 from megatron_vrl.errors import ConfigError
+from megatron_vrl.parent import end_with_starter
 from megatron_vrl.types import VideoSample
 
 START_S = 120.0  # a process may import as much as the function's module asks for
@@ -149,7 +151,10 @@ class _Busy:
 
 
 def _serve(connection: Connection, paths: Mapping[str, str]) -> None:
-    """The life of a worker: it ends with its connection."""
+    """The life of a worker: it ends with its connection, and in the midst of a call with its
+    parent, whose main thread must have started it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt ends
+    end_with_starter()
     try:
         functions = {name: load_function(path) for name, path in paths.items()}
     except ConfigError as error:

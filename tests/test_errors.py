@@ -352,3 +352,40 @@ def test_another_broken_pipe_is_an_error():
     program += "from megatron_vrl.program import run_program; run_program(main)"
     done = run_python("-c", program)
     assert done.returncode == 1 and "BrokenPipeError: of a worker" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_folder_without_the_videos_is_one_sentence_while_a_checkpoint_is_written(copy):
+    """The checkpoint before GRPO is in flight: its writer must not end in a traceback."""
+    sources = yaml.safe_load(CONFIG.read_text())["data"]["train"]
+    train = json.dumps([source | {"data_folder": "nowhere"} for source in sources])
+    done = run_in(copy, "data.evaluation={}", f"data.train={train}", "observe.wandb=offline")
+    line = sentence_of(done)
+    assert "samples drawn have bad videos, over video.max_bad_share" in line
+    assert done.stderr.splitlines()[-1] == line
+    said = [line for line in done.stderr.splitlines() if line.startswith("Quarantined ")]
+    assert "nowhere" in said[0] and len(said) == len(set(said)) <= 50
+    assert all(" more: " in words for words in said[1:])
+    assert (copy / "runs/quickstart/checkpoints/latest").read_text() == "grpo-0-000000"
+
+
+def test_a_strict_dry_run_refuses_what_is_not_on_this_machine(tmp_path):
+    save(published_model(), tmp_path / "hf")
+    options = ("model.checkpoint=hf", "sft.steps=0", "video.device=gpu", "--dry-run")
+    done = run_in(tmp_path, *options)
+    assert done.returncode == 0, done.stderr
+    notes = [line for line in done.stdout.splitlines() if "not on this machine" in line]
+    assert "# not on this machine: a GPU, which video.device=gpu needs" in notes
+    assert "# not on this machine: annotation file" in "\n".join(notes)
+    line = sentence_of(run_in(tmp_path, *options, "--strict"))
+    assert line.startswith("error: not on this machine: annotation file runs/quickstart/data/")
+    assert line.endswith(", a GPU, which video.device=gpu needs.")
+
+
+@pytest.mark.parametrize("out", ["taken", "taken/run", "/proc/run"])
+def test_an_output_folder_that_cannot_be_written_is_named_by_the_dry_run(tmp_path, out):
+    (tmp_path / "taken").touch()
+    save(published_model(), tmp_path / "hf")
+    options = ("model.checkpoint=hf", f"run.out_dir={out}", "--dry-run")
+    line = sentence_of(run_in(tmp_path, *options))
+    assert line.startswith(f"error: run.out_dir={out} cannot be written (")

@@ -58,6 +58,8 @@ FLOORS = {
     "megatron_vrl.algorithm_values": 0,
     "megatron_vrl.errors": 0,
     "megatron_vrl.program": 0,
+    "megatron_vrl.parent": 0,
+    "megatron_vrl.interrupts": 0,
 }
 SIBLINGS = {("training", "model")}  # on floor 3: who may import whom
 OWNERS = {

@@ -50,7 +50,7 @@ def fake_bin(folder: Path, *tools: str) -> Path:
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_script_parses_and_stops_at_errors(script: Path) -> None:
     assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
-    if script.name != "env.sh":  # sourced: it takes the caller's settings
+    if script.name not in ("env.sh", "python.sh"):  # sourced: they take the caller's settings
         assert os.access(script, os.X_OK)
         assert "\nset -euo pipefail\n" in script.read_text()
 
@@ -112,3 +112,37 @@ def test_train_asks_for_the_address_of_the_first_node() -> None:
     done = run(ROOT / "launch" / "train.sh", env={"NNODES": "2", "MASTER_PORT": ""})
     assert done.returncode == 2
     assert "MASTER_ADDR" in done.stderr and "NNODES=2" in done.stderr
+
+
+def test_train_takes_the_active_python_and_does_not_hide_a_gpu_environment(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "launch", tmp_path / "tree" / "launch")
+    venv = tmp_path / "tree" / ".venv"
+    path = fake_bin(tmp_path / "bin", "bash", "dirname", "grep", "wc")
+    for folder in (venv / "bin", tmp_path / "active" / "bin", path):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "python3").write_text(f"#!/bin/bash\necho {folder}/python3 >&2\n")
+        (folder / "python3").chmod(0o755)
+    (path / "nvidia-smi").write_text("#!/bin/bash\necho 'GPU 0: one'\n")
+    (path / "nvidia-smi").chmod(0o755)
+    bare = {"PATH": str(path), "VIRTUAL_ENV": "", "CONDA_PREFIX": "", "PYTHON": ""}
+    bare |= {"PYTHON_EXEC": "", "MASTER_PORT": ""}
+
+    def used(**chosen: str) -> str:
+        done = run(tmp_path / "tree" / "launch" / "train.sh", env={**bare, **chosen})
+        assert done.returncode == 0, done.stderr
+        (word,) = set(done.stderr.splitlines())
+        return word
+
+    assert used() == f"{venv}/bin/python3"
+    assert used(VIRTUAL_ENV=str(tmp_path / "active")) == f"{tmp_path}/active/bin/python3"
+    assert used(CONDA_PREFIX=str(tmp_path / "active")) == f"{tmp_path}/active/bin/python3"
+    assert used(PYTHON=str(path / "python3")) == f"{path}/python3"
+    (venv / "lib/python3.11/site-packages/torch-2.13.0+cpu.dist-info").mkdir(parents=True)
+    done = run(tmp_path / "tree" / "launch" / "train.sh", env=bare)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "has a GPU and" in done.stderr and "PYTHON=" in done.stderr
+    assert used(VIRTUAL_ENV=str(tmp_path / "active")) == f"{tmp_path}/active/bin/python3"
+    (path / "nvidia-smi").write_text("#!/bin/bash\nexit 9\n")
+    assert used() == f"{venv}/bin/python3"
+    (venv / "bin" / "python3").unlink()
+    assert used() == f"{path}/python3"

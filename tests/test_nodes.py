@@ -106,9 +106,8 @@ class Nodes:
             time.sleep(0.2)
 
     def rank_of(self, node: int) -> int:
-        """Process id of the node's rank: the child of the launcher that train.sh started."""
-        (launcher,) = children(self.scripts[node].pid, "torchrun.py")
-        (rank,) = children(launcher, "megatron_vrl.train")
+        """Process id of the node's rank: the child of the launcher that train.sh became."""
+        (rank,) = children(self.scripts[node].pid, "megatron_vrl.train")
         return rank
 
     def finish(self) -> None:

@@ -21,6 +21,7 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -306,7 +307,9 @@ def claim(out: Path, spec: dict[str, Any]) -> None:
 def encode(clips: list[Clip], folder: Path, workers: int) -> None:
     from tqdm import tqdm
 
+    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the pool: Ctrl-C ends this process
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        signal.signal(signal.SIGINT, heard)
         done = pool.imap_unordered(partial(write_clip, folder=folder), clips, chunksize=8)
         for _ in tqdm(done, total=len(clips), unit="clip", desc=str(folder)):
             pass

@@ -45,6 +45,7 @@ class Draws:
                 self._file = RowFile(path, resume=state.next_row)
         self._written = {(row["sample"], row["video"]) for row in read_rows(path)}
         self._bad: list[Problem] = []  # since this start
+        self._told: set[str] = set()  # kinds of problems
         self._bad_before = state.bad_samples
         self._again = list(state.under_way)
         self._num_drawn = state.stream - len(self._again)
@@ -135,10 +136,10 @@ class Draws:
         self._written |= {(problem.sample, problem.video) for problem in new}
         with agreed(self._parts.mesh):
             for problem in new:
-                self._say(f"Quarantined {problem.sample}: {problem.reason}")
                 if self._file:
                     when = {"phase": self._state.stage, "step": self._state.step + 1}
                     self._file.append(when | problem.row())
+        self._tell(new)
         most = self._parts.cfg.video.max_bad_share
         if self._state.bad_samples > most * max(self._num_drawn, FEWEST_DRAWN):
             since = "since this start " if len(self._bad) < self._state.bad_samples else ""
@@ -147,3 +148,15 @@ class Draws:
                 f"videos, over video.max_bad_share={most}: {since}{summary(self._bad)}; see "
                 "quarantine.jsonl, check the data with tools/check_data.py, or raise the limit."
             )
+
+    def _tell(self, new: list[Problem]) -> None:
+        """The first of each kind in full; of the others of a batch how many they are."""
+        others = []
+        for problem in new:
+            if problem.kind in self._told:
+                others.append(problem)
+            else:
+                self._told.add(problem.kind)
+                self._say(f"Quarantined {problem.sample}: {problem.reason}")
+        if others:
+            self._say(f"Quarantined {len(others)} more: {summary(others)}; see quarantine.jsonl.")

@@ -21,6 +21,8 @@ from megatron_vrl.rollout.stored import check_stored
 from megatron_vrl.training.layout import is_megatron, published_files
 from megatron_vrl.user_functions import load_function
 
+MISSING = "not on this machine: "
+
 
 def check(cfg: RunConfig, world: int, here: bool = False) -> list[str]:
     """Raises UserError for what cannot work; returns notes on what is not on this machine.
@@ -62,6 +64,7 @@ def check(cfg: RunConfig, world: int, here: bool = False) -> list[str]:
         f"{updates} update{'s' if updates > 1 else ''}",
         *notes,
         *dict.fromkeys(missing),
+        *_gpu_notes(cfg),
     ]
 
 
@@ -89,6 +92,25 @@ def _opened(cfg: RunConfig, here: bool) -> list[str]:
 def _is_elsewhere(source: Source) -> bool:
     """Whether even the folder of its annotations is not on this machine: no mistyped name."""
     return not Path(source.json_path).parent.exists()
+
+
+def _gpu_notes(cfg: RunConfig) -> list[str]:
+    """What asks for a GPU where there is none."""
+    asked = {
+        "video.device=gpu": cfg.video.device == "gpu",
+        "model.layers=transformer_engine": cfg.model.layers == "transformer_engine",
+    }
+    keys = [key for key, wanted in asked.items() if wanted]
+    if torch.cuda.is_available() or not keys:
+        return []
+    return [f"{MISSING}a GPU, which {' and '.join(keys)} needs"]
+
+
+def refuse_missing(notes: list[str]) -> None:
+    """Raises ConfigError if a note of `check` names something that is not on this machine."""
+    missing = [note.removeprefix(MISSING) for note in notes if note.startswith(MISSING)]
+    if missing:
+        raise ConfigError(f"{MISSING}{', '.join(missing)}.")
 
 
 def check_visual_input(cfg: RunConfig) -> None:
@@ -139,7 +161,7 @@ def _architecture(cfg: RunConfig) -> tuple[Architecture, list[str]]:
     checkpoint = published_files(cfg.model.checkpoint)
     if (checkpoint / "config.json").exists() or not cfg.model.architecture:
         return read_architecture(checkpoint), []
-    note = f"not on this machine: checkpoint {cfg.model.checkpoint}"
+    note = f"{MISSING}checkpoint {cfg.model.checkpoint}"
     return read_architecture(cfg.model.architecture), [note]
 
 
@@ -157,4 +179,4 @@ def _missing(source: Source) -> list[str]:
     paths = {"annotation file": source.json_path, "video folder": source.data_folder}
     if "://" in source.data_folder:
         del paths["video folder"]  # a URL is not asked before its first video is wanted
-    return [f"not on this machine: {n} {p}" for n, p in paths.items() if not Path(p).exists()]
+    return [f"{MISSING}{n} {p}" for n, p in paths.items() if not Path(p).exists()]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_vrl.build import Parts
+from megatron_vrl.interrupts import begin_steps
 from megatron_vrl.loops.cards import write_cards
 from megatron_vrl.loops.draw import Draws
 from megatron_vrl.loops.experience import Collected, collect
@@ -70,6 +71,7 @@ def begin_data(parts: Parts, state: RunState, sinks: Sinks) -> Going:
     stream.restore(state.stream)
     draws = Draws(parts, stream, state, sinks.say)
     sinks.begin("grpo", parts.cfg.grpo.steps, state.step)
+    begin_steps()
     return Going(
         draws,
         Flights(parts, state, draws),

@@ -10,13 +10,14 @@ from pathlib import Path
 from megatron_vrl.build import Parts, build
 from megatron_vrl.config import RunConfig
 from megatron_vrl.config_inference import inference_files
-from megatron_vrl.errors import CheckpointError, UserError
+from megatron_vrl.errors import CheckpointError, RunInUse, UserError
 from megatron_vrl.evaluation import evaluate, trivial_answers
 from megatron_vrl.loops.dry_run import check, padding_notes
 from megatron_vrl.loops.grpo import train_grpo
 from megatron_vrl.loops.grpo_overlapped import train_overlapped
+from megatron_vrl.loops.owner import Owner
 from megatron_vrl.loops.record import record
-from megatron_vrl.loops.run_dir import check_run_dir
+from megatron_vrl.loops.run_dir import check_run_dir, check_writable
 from megatron_vrl.loops.sft import train_sft
 from megatron_vrl.loops.state import (
     RunState,
@@ -26,6 +27,7 @@ from megatron_vrl.loops.state import (
     restored,
     save,
 )
+from megatron_vrl.loops.stop import stop_if_asked
 from megatron_vrl.model.fusion import gradient_fusion
 from megatron_vrl.model.weights import save_published
 from megatron_vrl.observe.clock import peak_rss_bytes
@@ -43,11 +45,14 @@ def run_job(cfg: RunConfig) -> Path:
     """Do what is left of the run and return its report. Every rank calls it."""
     out_dir = Path(cfg.run.out_dir)
     check_run_dir(cfg, trains=True)
-    if is_done(cfg.run.out_dir) and (out_dir / "report.html").exists():
+    if is_finished(cfg):
         return out_dir / "report.html"
     world = int(os.environ.get("WORLD_SIZE", "1"))
     check(cfg, world, here=True)  # mistakes cost seconds, not an engine start
+    check_writable(cfg.run.out_dir, keep=True)
+    owner = Owner(out_dir, int(os.environ.get("RANK", "0")), cfg.run.lock_timeout_s)
     parts = build(cfg)
+    owner.join()
     state = restored(parts)
     load_stage_weights(parts, state)
     splits = {name: parts.samples(sources) for name, sources in cfg.data.evaluation.items()}
@@ -60,6 +65,7 @@ def run_job(cfg: RunConfig) -> Path:
             rank=parts.mesh.rank,
             resume=state.next_row,
         )
+    sinks.say(f"Output lies in {out_dir}{_resuming(state)}.")
     for note in padding_notes(parts.arch, cfg):
         sinks.say(note)
     state.add_seconds(parts.clock.take())
@@ -69,14 +75,31 @@ def run_job(cfg: RunConfig) -> Path:
         finish_saving(parts)
     except UserError as error:
         failure = error
-        if state.step > 0 and not isinstance(error, CheckpointError):
-            save(parts, state)  # every rank raises it together: keep what was learned
+        if not isinstance(error, CheckpointError | RunInUse):
+            if state.step > 0:
+                save(parts, state)  # every rank raises it together: keep what was learned
             finish_saving(parts)
+    finally:
+        parts.saver.abandon()  # unless all is written, the run ends of something else
     with agreed(parts.mesh):  # torchrun ends all ranks when one has gone, and closing takes time
         sinks.close()
+        owner.release()
     if failure is not None:
         raise failure
     return _conclude(parts, state, splits)
+
+
+def is_finished(cfg: RunConfig) -> bool:
+    """Whether the run has nothing left to do and has its report."""
+    return is_done(cfg.run.out_dir) and (Path(cfg.run.out_dir) / "report.html").exists()
+
+
+def _resuming(state: RunState) -> str:
+    if state.stage == "base":
+        return ""
+    if state.stage == "done":
+        return "; resuming after the last step"
+    return f"; resuming at step {state.step + 1} of {state.stage}"
 
 
 def _stages(parts: Parts, state: RunState, sinks: Sinks, splits: Splits) -> None:
@@ -91,6 +114,7 @@ def _stages(parts: Parts, state: RunState, sinks: Sinks, splits: Splits) -> None
             _evaluate_stage(parts, state, sinks, splits)
         state.begin("grpo")
         save(parts, state)
+        stop_if_asked(parts.mesh, state.step)
     if state.stage == "grpo":
         if cfg.grpo.steps:
             train = train_overlapped if cfg.rollout.max_staleness else train_grpo

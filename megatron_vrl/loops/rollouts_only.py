@@ -17,9 +17,11 @@ from megatron_vrl.loops.dry_run import check
 from megatron_vrl.loops.experience import collect
 from megatron_vrl.loops.grpo import begin_data, warn
 from megatron_vrl.loops.numbers import answer_numbers
+from megatron_vrl.loops.owner import Owner
 from megatron_vrl.loops.record import record
-from megatron_vrl.loops.run_dir import PROGRESS, check_run_dir
+from megatron_vrl.loops.run_dir import PROGRESS, check_run_dir, check_writable
 from megatron_vrl.loops.state import RunState
+from megatron_vrl.loops.stop import stop_if_asked
 from megatron_vrl.observe.files import write_file
 from megatron_vrl.observe.metrics import StepMetrics
 from megatron_vrl.observe.sinks import Sinks, open_sinks
@@ -30,7 +32,9 @@ def run_rollouts(cfg: RunConfig) -> Path:
     """Make what is left of `grpo.steps` steps and return their folder. Every rank calls it."""
     out_dir = Path(cfg.run.out_dir)
     _check(cfg)
+    owner = Owner(out_dir, int(os.environ.get("RANK", "0")), cfg.run.lock_timeout_s)
     parts = build(cfg)
+    owner.join()
     progress = out_dir / PROGRESS
     with agreed(parts.mesh):
         begun = progress.exists()
@@ -51,6 +55,7 @@ def run_rollouts(cfg: RunConfig) -> Path:
         failure = error
     with agreed(parts.mesh):
         sinks.close()
+        owner.release()
     if failure is not None:
         raise failure
     return progress.parent
@@ -70,6 +75,7 @@ def _check(cfg: RunConfig) -> None:
         )
     check_run_dir(cfg, trains=False)
     check(cfg, int(os.environ.get("WORLD_SIZE", "1")), here=True)
+    check_writable(cfg.run.out_dir, keep=True)
 
 
 def _steps(parts: Parts, state: RunState, sinks: Sinks, progress: Path) -> None:
@@ -94,3 +100,5 @@ def _steps(parts: Parts, state: RunState, sinks: Sinks, progress: Path) -> None:
         with agreed(parts.mesh):  # every rank has written the step
             if parts.mesh.rank == 0:
                 write_file(progress, json.dumps(asdict(state)))
+        if state.step < cfg.grpo.steps:
+            stop_if_asked(parts.mesh, state.step)

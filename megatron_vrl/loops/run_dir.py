@@ -1,5 +1,8 @@
 """What a run directory holds already, and whether this run may go on in it."""
 
+import os
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -28,11 +31,34 @@ def check_run_dir(cfg: RunConfig, trains: bool) -> None:
         _check_same(cfg, out_dir, (*sections, "sft", "grpo") if trains else sections)
 
 
+def check_writable(out_dir: str, keep: bool) -> None:
+    """Raises ConfigError unless run.out_dir can be made and a file be written there.
+
+    Folders that were made for the trial are removed again, unless `keep`: other ranks use them.
+    """
+    folder = Path(out_dir)
+    made = [parent for parent in (folder, *folder.parents) if not os.path.lexists(parent)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"tried")
+    except OSError as error:
+        raise ConfigError(
+            f"run.out_dir={out_dir} cannot be written ({error.strerror}): choose another folder."
+        ) from None
+    finally:
+        for parent in () if keep else made:
+            with suppress(OSError):  # not made, or in use by now
+                parent.rmdir()
+
+
 def _check_same(cfg: RunConfig, out_dir: Path, sections: tuple[str, ...]) -> None:
     before = yaml.safe_load((out_dir / "config.yaml").read_text())
     now = cfg.model_dump(mode="json")
     for section in sections:
         for key, value in now[section].items():
+            if f"{section}.{key}" == "run.lock_timeout_s":
+                continue
             if before[section].get(key) != value:
                 raise ConfigError(
                     f"{out_dir} holds a run with {section}.{key}="

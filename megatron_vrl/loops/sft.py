@@ -11,6 +11,7 @@ from megatron_vrl.algorithms.sft import token_loss
 from megatron_vrl.batching.pack import Answer, Group
 from megatron_vrl.build import Parts
 from megatron_vrl.errors import ConfigError, UserError
+from megatron_vrl.interrupts import begin_steps
 from megatron_vrl.loops.draw import Draws
 from megatron_vrl.loops.record import evaluate_dev, record
 from megatron_vrl.loops.state import RunState, save_if_due, start_phase
@@ -50,6 +51,7 @@ def _attempt(parts: Parts, state: RunState, sinks: Sinks, dev: list[VideoSample]
     draws = Draws(parts, stream, state, sinks.say)
     start_phase(parts, state, cfg.sft.optimizer, cfg.sft.steps)
     sinks.begin("sft", cfg.sft.steps, state.step)
+    begin_steps()
     while state.step < cfg.sft.steps:
         with parts.traced("sft", state.step + 1):
             with clock("encode"):

@@ -1,28 +1,30 @@
-"""A run that is asked to stop: SIGUSR1, which schedulers send some time before a job's limit.
+"""A run that is asked to stop, by SIGUSR1, Ctrl-C or SIGTERM (see megatron_vrl/interrupts.py).
 
 The step under way is finished, a checkpoint is written, and the processes end with exit code 0; the
 same command goes on from there. One rank that heard it is enough.
-
-The signal is blocked and looked for, not handled: Slurm sends it to every process of a job step,
-and a handler would be the rank's alone, while its children (decoders, the writers of a checkpoint)
-would end of it. They inherit the block.
 """
-
-import signal
 
 import torch
 import torch.distributed as dist
 
-from megatron_vrl.errors import StopRequested
+from megatron_vrl.errors import RunInUse, StopRequested
+from megatron_vrl.interrupts import stop_asked
+from megatron_vrl.loops.owner import ownership_lost
 from megatron_vrl.parallel.mesh import Mesh
 
 
 def stop_if_asked(mesh: Mesh, step: int) -> None:
-    """Raises StopRequested on every rank if any has heard the signal. Every rank calls it."""
-    heard = signal.SIGUSR1 in signal.sigpending()
-    flag = torch.tensor(float(heard), device=mesh.device)
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    if flag.item():
+    """Raises StopRequested on every rank if any has heard the signal, RunInUse if a run on another
+    host has taken the run directory. Every rank calls it."""
+    flags = torch.tensor([float(stop_asked()), float(ownership_lost())], device=mesh.device)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    asked, lost = flags.tolist()
+    if lost:
+        raise RunInUse(
+            f"Ended after step {step}: a run on another host has taken the run directory, since "
+            "this one showed no sign of life for some time."
+        )
+    if asked:
         raise StopRequested(
             f"Stopped after step {step} as asked; the same command goes on from its checkpoint."
         )

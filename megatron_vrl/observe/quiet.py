@@ -13,6 +13,7 @@ import warnings
 def hush_libraries() -> None:
     """Call it before the libraries are imported; some speak while they load."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # vLLM's word about NUMA nodes
+    os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")  # its advertisement
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.|megatron\.")
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.|megatron\.")
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # absent, and not missed

@@ -70,6 +70,15 @@ class Saver:
         """Wait for what is in flight, and publish it."""
         self._finalise(blocking=True)
 
+    def abandon(self) -> None:
+        """End the writer of what is in flight; for a run that ends of an error. Any rank may call
+        it alone. The checkpoint stays NAME.partial, which the next save removes."""
+        for call in self._calls.async_calls:
+            writer = call.async_caller.process
+            if writer is not None:
+                writer.kill()
+                writer.join()
+
     def _finalise(self, blocking: bool) -> None:
         if self._in_flight is None:
             return

@@ -22,6 +22,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from megatron_vrl.errors import ConfigError, UserError, VideoError
+from megatron_vrl.parent import end_with_starter
 
 START_S = 300.0  # a process that has not loaded its libraries by then never will
 PRELOADED = ["megatron_vrl.video.pyav"]
@@ -148,6 +149,7 @@ def _make_room_for_socket() -> None:
 def _work(pipe: Connection, make: Callable[[], Any]) -> None:
     """The process: it says that it is ready, then answers task after task."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt ends
+    end_with_starter()  # the fork server ends with the parent; a hanging decoder sees no pipe
     made = None
     answer = _attempt(make)
     if answer[0] is None:

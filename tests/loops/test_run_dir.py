@@ -7,7 +7,7 @@ import yaml
 
 from megatron_vrl.config import RunConfig
 from megatron_vrl.errors import ConfigError
-from megatron_vrl.loops.run_dir import PROGRESS, check_run_dir
+from megatron_vrl.loops.run_dir import PROGRESS, check_run_dir, check_writable
 
 
 def configured(out_dir, seed=1, **grpo) -> RunConfig:
@@ -43,3 +43,21 @@ def test_rollouts_without_training_may_become_more_and_are_not_overwritten(tmp_p
         check_run_dir(configured(tmp_path, steps=3), trains=True)
     with pytest.raises(ConfigError, match=r"a run with run.seed=1, not 5"):
         check_run_dir(configured(tmp_path, seed=5, steps=3), trains=False)
+
+
+def test_a_directory_that_cannot_be_written_is_named_and_a_trial_leaves_nothing(tmp_path):
+    check_writable(str(tmp_path / "a" / "b"), keep=False)
+    assert not list(tmp_path.iterdir())
+    check_writable(str(tmp_path / "a" / "b"), keep=True)
+    assert (tmp_path / "a" / "b").is_dir() and not list((tmp_path / "a" / "b").iterdir())
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "x")
+    for wrong in (
+        tmp_path / "file",
+        tmp_path / "file" / "x",
+        tmp_path / "dangling",
+        "/proc/x",
+        "/sys",
+    ):
+        with pytest.raises(ConfigError, match=rf"run\.out_dir={wrong} cannot be written \(.+\): "):
+            check_writable(str(wrong), keep=False)

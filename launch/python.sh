@@ -1,0 +1,24 @@
+# shellcheck shell=bash
+# Sourced by the other scripts, which set `root` and `fail`: PYTHON, the interpreter. The user's
+# choice comes first: PYTHON, PYTHON_EXEC, an active virtual or conda environment. Then .venv.
+
+cpu_only() { # cpu_only FOLDER: whether the environment holds a torch without CUDA
+    compgen -G "$1/lib/python3*/site-packages/torch-*+cpu.dist-info" >/dev/null
+}
+
+if [[ -n "${PYTHON:-}" ]]; then
+    command -v "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON is no program: name an interpreter."
+elif [[ -n "${VIRTUAL_ENV:-}" && -x "$VIRTUAL_ENV/bin/python3" ]]; then
+    PYTHON="$VIRTUAL_ENV/bin/python3"
+elif [[ -n "${CONDA_PREFIX:-}" && "${CONDA_DEFAULT_ENV:-}" != base && -x "$CONDA_PREFIX/bin/python3" ]]; then
+    PYTHON="$CONDA_PREFIX/bin/python3"
+elif [[ -x "$root/.venv/bin/python3" ]]; then
+    if cpu_only "$root/.venv" && nvidia-smi --list-gpus 2>/dev/null | grep -q .; then
+        fail "this machine has a GPU and $root/.venv holds torch for CPUs: activate the environment of the GPU (pip install -e '.[gpu]'), or name its interpreter, PYTHON=...; PYTHON=$root/.venv/bin/python3 trains on the CPU."
+    fi
+    PYTHON="$root/.venv/bin/python3"
+else
+    PYTHON=python3
+fi
+[[ "$PYTHON" != */* ]] || export PATH="$(dirname "$PYTHON"):$PATH" # its programs, too
+export PYTHON PYTHON_EXEC="${PYTHON_EXEC:-$PYTHON}"

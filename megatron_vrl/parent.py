@@ -1,0 +1,82 @@
+"""End this process, and what it forks, when the process that started it has gone.
+
+torchrun gives every rank a session of its own, so the ranks of a launcher that was killed would go
+on alone, beside the run that the same command starts next. The kernel ends them instead
+(PR_SET_PDEATHSIG); it asks for no thread and no signal handler. Left out: programs that helpers
+execute (wandb, vLLM's own processes), which watch their parent themselves.
+
+Source: prctl(2). The kernel watches the thread that started the child, so children that must
+outlive a thread are to be forked by the main one.
+"""
+
+import ctypes
+import os
+import select
+import signal
+from dataclasses import dataclass
+
+PARENT = "MEGATRON_VRL_PARENT"  # process id; set by launch/ for the process that it starts
+_PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent() -> None:
+    """Be killed with the process that starts this one, if a launcher did. Forked children too.
+
+    A process that a person starts by hand is left alone: it may outlive its shell.
+    """
+    expected = launcher()
+    if expected:
+        _Watched.parent = _opened(expected)
+        _ask_kernel()
+        if parent_is_gone():  # before the kernel was asked
+            os._exit(128 + signal.SIGKILL)
+    _Watched.process = os.getpid()
+    os.register_at_fork(after_in_child=_end_with_forking_process)
+
+
+def end_with_starter() -> None:
+    """Be killed with the process that started this one, whoever it is. For helpers."""
+    _ask_kernel()
+
+
+def launcher() -> int:
+    """Process id of the launcher: ours, or a stock torchrun; 0 without one."""
+    if PARENT in os.environ:
+        return int(os.environ[PARENT])
+    return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0
+
+
+def parent_is_gone() -> bool:
+    """Whether the launcher that `end_with_parent` found has ended."""
+    if _Watched.parent is None:
+        return False
+    watched = select.poll()
+    watched.register(_Watched.parent, select.POLLIN)
+    return bool(watched.poll(0))
+
+
+@dataclass(slots=True)
+class _State:
+    parent: int | None = None  # a pidfd, which no later process can be mistaken for
+    process: int = 0
+
+
+_Watched = _State()
+
+
+def _opened(process: int) -> int:
+    try:
+        return os.pidfd_open(process)
+    except ProcessLookupError:
+        os._exit(128 + signal.SIGKILL)
+
+
+def _ask_kernel() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _end_with_forking_process() -> None:
+    expected, _Watched.process = _Watched.process, os.getpid()
+    _ask_kernel()
+    if os.getppid() != expected:
+        os._exit(128 + signal.SIGKILL)

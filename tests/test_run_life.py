@@ -1,0 +1,161 @@
+"""The life of a run as processes: launcher, ranks and the whole group are ended at random moments,
+and the same call is made again at once; interrupts; two runs in one directory."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.running import CONFIG, ENVIRONMENT, ROOT
+
+SMALL = (
+    "sft.stop_metric=''",
+    "sft.steps=100000",
+    "sft.batch_size=4",
+    "grpo.steps=0",
+    "checkpoint.every_steps=3",
+    "data.evaluation={}",
+    "rollout.engine=stored",  # no engine is started for a warm-up
+    "rollout.stored=runs/none",
+    "grpo.evaluate_every=0",
+)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+class Call:
+    """One call of launch/train.sh in a session of its own, with real Python processes."""
+
+    def __init__(self, folder: Path, *overrides: str) -> None:
+        self.out = folder / "runs" / "life"
+        stored = folder / "runs" / "none"
+        stored.mkdir(exist_ok=True)
+        (stored / "none.jsonl.zst").touch()
+        self.log = folder / f"call-{time.monotonic_ns()}.log"
+        command = ["bash", ROOT / "launch" / "train.sh", "--config", CONFIG, *SMALL]
+        environment = ENVIRONMENT | {"WARM_SOCKET": "", "PYTHON_EXEC": "", "NPROC": "2"}
+        with self.log.open("w") as output:
+            self.script = subprocess.Popen(
+                [*command, "run.out_dir=runs/life", *overrides],
+                cwd=folder,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def words(self) -> str:
+        return self.log.read_text()
+
+    def ranks(self) -> list[psutil.Process]:
+        return psutil.Process(self.script.pid).children()
+
+    def tree(self) -> list[psutil.Process]:
+        return psutil.Process(self.script.pid).children(recursive=True)
+
+    def wait_for(self, more_steps: int) -> None:
+        """Of its own."""
+        deadline = time.monotonic() + 200
+        while "sft:" not in self.words():
+            assert self.script.poll() is None and time.monotonic() < deadline, self.words()
+            time.sleep(0.1)
+        until = last_step(self.out) + more_steps
+        while last_step(self.out) < until:
+            assert self.script.poll() is None and time.monotonic() < deadline, self.words()
+            time.sleep(0.05)
+
+    def end(self) -> None:
+        if self.script.poll() is None:
+            self.script.kill()
+        self.script.wait()
+
+
+def last_step(out: Path) -> int:
+    metrics = out / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    """Within some seconds."""
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    return all(process.status() == psutil.STATUS_ZOMBIE for process in alive)
+
+
+@pytest.fixture
+def call(quickstart):
+    calls = []
+
+    def start(*overrides: str) -> Call:
+        calls.append(Call(quickstart, *overrides))
+        return calls[-1]
+
+    yield start
+    for one in calls:
+        one.end()
+
+
+def test_a_run_that_is_killed_is_taken_up_at_once_by_one_run_alone(call):
+    chance = random.Random(time.time_ns())
+    running = call()
+    for victim in ("launcher", f"rank {chance.randrange(2)}", "group"):
+        running.wait_for(more_steps=4)
+        while not (running.out / "checkpoints" / "latest").exists():
+            time.sleep(0.1)
+        time.sleep(chance.uniform(0, 1.5))
+        helpers, ranks = running.tree(), running.ranks()
+        if victim == "launcher":
+            running.script.kill()
+        elif victim == "group":
+            for process in [*helpers, psutil.Process(running.script.pid)]:
+                process.kill()
+        else:
+            ranks[int(victim[-1])].kill()
+        following = call()
+        running.script.wait(60)
+        assert gone(helpers), victim
+        following.wait_for(more_steps=1)
+        assert "; resuming at step " in following.words(), following.words()
+        holder = json.loads((running.out / "lock" / "holder.json").read_text())
+        assert holder["pid"] in [rank.pid for rank in following.ranks()]
+        running = following
+    refused = call("run.lock_timeout_s=0.5")
+    assert refused.script.wait(120) == 2
+    (line,) = [line for line in refused.words().splitlines() if line.startswith("error: ")]
+    assert f"process {holder['pid']}, since {holder['since']}" in line
+    os.killpg(running.script.pid, signal.SIGINT)  # as a terminal's Ctrl-C
+    assert running.script.wait(60) == 0
+    assert "Traceback" not in running.words()
+    assert running.words().splitlines()[-1].startswith("Stopped after step ")
+    steps = [json.loads(line)["step"] for line in (running.out / "metrics.jsonl").open()]
+    assert steps == list(range(1, len(steps) + 1))  # one run wrote
+    newest = running.out / "checkpoints" / (running.out / "checkpoints" / "latest").read_text()
+    assert json.loads((newest / "state.json").read_text())["step"] == steps[-1]
+
+
+def test_an_interrupt_before_the_first_step_and_a_second_one_end_at_once(call):
+    for wait_s in (0.5, 6.0):
+        early = call()
+        time.sleep(wait_s)
+        os.killpg(early.script.pid, signal.SIGINT)
+        assert early.script.wait(10) == 130
+        assert early.words() == "Interrupted before the first step: nothing was trained.\n"
+    twice = call()
+    twice.wait_for(more_steps=1)
+    tree = twice.tree()
+    for process in twice.ranks():
+        process.suspend()  # a step that does not end
+    os.killpg(twice.script.pid, signal.SIGTERM)
+    time.sleep(1)
+    os.killpg(twice.script.pid, signal.SIGTERM)
+    assert twice.script.wait(10) == 143
+    assert gone(tree)
+    assert twice.words().endswith(
+        "Ended at once; the same command goes on from the newest checkpoint.\n"
+    )
+    assert "Traceback" not in twice.words()
