@@ -8,9 +8,11 @@ from typing import Any
 from megatron_vrl.errors import VideoError
 from megatron_vrl.inference import Answerer, InferenceConfig
 from megatron_vrl.observe.marked import marked_strip
+from megatron_vrl.observe.progress import say_engine_starts
 from megatron_vrl.rollout.requests import SamplingSpec
 from megatron_vrl.tasks import TASKS
 from megatron_vrl.types import Rollout, VideoSample
+from megatron_vrl.video import VideoReader
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,11 +31,14 @@ def ask(
 ) -> dict[str, Any]:
     """What the checkpoint answers, ready for JSON; the strip of frames is written to `picture`.
 
-    Raises VideoError if the video cannot be read.
+    Raises VideoError if the video cannot be read, before an engine starts.
     """
+    (video,) = VideoReader(cfg.video).encode([question.video])
+    if isinstance(video, VideoError):
+        raise video
     longest = cfg.evaluation.max_response_tokens
+    say_engine_starts(cfg.model.checkpoint)
     answerer = start(cfg, longest)
-    video = answerer.show(question.video)
     sample = VideoSample(
         id=question.video,
         task=question.task,

@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_vrl.errors import ConfigError
+from megatron_vrl.errors import ConfigError, VideoError
 from megatron_vrl.observe.quiet import hush_libraries
 from megatron_vrl.program import run_program
 from megatron_vrl.tasks import TASKS
@@ -49,6 +49,8 @@ def _ask(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         )
     if arguments.strip.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise ConfigError(f"--strip {arguments.strip} is no picture; name a .png file.")
+    if "://" not in arguments.video and not Path(arguments.video).is_file():
+        raise VideoError(f"--video {arguments.video} is not a file: correct it.", "missing")
     hush_libraries()
     from megatron_vrl.ask import Question, ask, told
     from megatron_vrl.inference import inference_config

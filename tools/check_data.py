@@ -9,7 +9,7 @@ config or an annotation file cannot be read.
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from megatron_vrl.checking import DatasetCheck, distinct_sources, num_records
 from megatron_vrl.config import load_config
 from megatron_vrl.data.problems import Problem, summary
+from megatron_vrl.errors import counted
 from megatron_vrl.program import run_program
 
 
@@ -42,6 +43,8 @@ def main() -> int:
                 problems += found
                 report.writelines(_line(problem) for problem in found)
                 records.set_postfix(problems=len(problems), refresh=False)
+    if not problems:
+        arguments.out.unlink()
     _print_summary(check, problems, arguments.out)
     return 1 if problems else 0
 
@@ -50,13 +53,17 @@ def _line(problem: Problem) -> str:
     return json.dumps({"phase": "check", "step": 0} | problem.row()) + "\n"
 
 
-def _print_summary(check: DatasetCheck, problems: Iterable[Problem], out: Path) -> None:
+def _print_summary(check: DatasetCheck, problems: Sequence[Problem], out: Path) -> None:
     tokens = list(check.seen.tokens.values())
-    print(f"{check.seen.samples} samples, {len(tokens)} videos that can be read")
+    samples, videos = counted(check.seen.samples, "sample"), counted(len(tokens), "video")
+    print(f"{samples}, {videos} that can be read")
     if tokens:
         low, middle, high = np.percentile(tokens, [0, 50, 100]).astype(int)
         print(f"tokens of a video: {low} to {high}, median {middle}")
-    print(f"problems: {summary(problems) or 'none'}; all of them: {out}")
+    if problems:
+        print(f"problems: {summary(problems)}; all of them: {out}")
+    else:
+        print(f"No problems in {counted(check.seen.samples, 'sample')}.")
 
 
 if __name__ == "__main__":
