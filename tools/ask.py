@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Ask a checkpoint one question about one video.
 
     ask.py --checkpoint DIR --video FILE --question TEXT [--task T] [--option TEXT ...] [--json]

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Look a dataset over before a run: annotations, files, durations, ground truth, duplicates.
 
     check_data.py --config configs/NAME.yaml [--out problems.jsonl] [--decode] [section.key=value]
@@ -43,7 +44,7 @@ def main() -> int:
                 problems += found
                 report.writelines(_line(problem) for problem in found)
                 records.set_postfix(problems=len(problems), refresh=False)
-    if not problems:
+    if not problems and arguments.out.is_file():
         arguments.out.unlink()
     _print_summary(check, problems, arguments.out)
     return 1 if problems else 0

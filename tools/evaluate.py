@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Evaluate a checkpoint, or predictions made elsewhere, on a published benchmark.
 
     evaluate.py --benchmark NAME --annotations FILE --videos DIR --checkpoint DIR [--plain]

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Make a tiny Qwen2.5-VL with random weights: a whole Hugging Face checkpoint, about 3 MB.
 
 transformers' own classes write it, so that whatever loads the published checkpoints loads this

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Variance-aware selection of training data.
 
     select_data.py --config RUN.yaml [--pool POOL.yaml] --out DIR [--rules-only] [--share I/N]
