@@ -43,6 +43,8 @@ def main() -> int:
 
 
 def _select(arguments: argparse.Namespace) -> int:
+    if arguments.pool and not Path(arguments.pool).is_file():
+        raise ConfigError(f"--pool {arguments.pool} is not a file: correct it.")
     pool_override = [f"data.train={json.dumps(arguments.pool)}"] if arguments.pool else []
     cfg = load_config(arguments.config, [*arguments.overrides, *pool_override])
     share = _share(arguments.share)
