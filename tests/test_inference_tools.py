@@ -16,6 +16,7 @@ from megatron_vrl.observe.marked import MARK, marked_strip
 from megatron_vrl.predict import predict, too_many_bad
 from megatron_vrl.rewards.selection import KEPT
 from megatron_vrl.selection import apply_rules, collect_answers, pool
+from megatron_vrl.video import VideoReader
 from tests.running import CONFIG, ROOT, run_python
 
 pytestmark = pytest.mark.slow
@@ -86,6 +87,7 @@ def test_a_question_is_asked_again_when_its_video_can_be_read(folder, cfg, engin
     first = predict(cfg, samples, tmp_path / "out", {}, engine)
     assert [bool(p.problem) for p in first] == [False, True]
     assert predict(cfg, samples, tmp_path / "out", {}, never) == first
+    engine(cfg, 0)._reader = VideoReader(cfg.video)  # as a later process has; one remembers
     shutil.copy(clips[1], tmp_path / "two.mp4")
     second = predict(cfg, samples, tmp_path / "out", {}, engine)
     assert [p.id for p in second] == [p.id for p in first] and second[0] == first[0]

@@ -43,6 +43,21 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in _whole_lines(path)]
 
 
+def write_error(out_dir: Path, sentence: str) -> None:
+    """Keep the sentence that ended a run in OUT/error.txt; "" removes it when a run starts."""
+    path = out_dir / "error.txt"
+    if sentence and out_dir.is_dir():
+        write_file(path, sentence + "\n")
+    elif not sentence:
+        path.unlink(missing_ok=True)
+
+
+def read_error(out_dir: Path) -> str:
+    """Return the sentence that ended the run; "" if it keeps none."""
+    path = out_dir / "error.txt"
+    return path.read_text().strip() if path.is_file() else ""
+
+
 class RowFile:
     """Appends JSON rows. Unbuffered: a row has left the process when `append` returns."""
 
