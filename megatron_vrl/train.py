@@ -8,11 +8,14 @@ user's is one sentence and exit code 2.
 import argparse
 import os
 import signal
+from contextlib import nullcontext
+from pathlib import Path
 
 import yaml
 
 from megatron_vrl.config import RunConfig, load_config
 from megatron_vrl.errors import StopRequested
+from megatron_vrl.observe.files import error_kept
 from megatron_vrl.observe.quiet import hush_libraries
 from megatron_vrl.program import run_program
 
@@ -52,7 +55,9 @@ def _job(cfg: RunConfig) -> str:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     from megatron_vrl.loops.job import run_job
 
-    return f"report: {run_job(cfg)}"
+    first = os.environ.get("RANK", "0") == "0"
+    with error_kept(Path(cfg.run.out_dir)) if first else nullcontext():
+        return f"report: {run_job(cfg)}"
 
 
 def _rollouts(cfg: RunConfig) -> str:

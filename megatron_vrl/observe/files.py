@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_vrl.errors import UserError
+from megatron_vrl.errors import StopRequested, UserError
 
 
 @contextmanager
@@ -50,6 +50,23 @@ def write_error(out_dir: Path, sentence: str) -> None:
         write_file(path, sentence + "\n")
     elif not sentence:
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def error_kept(out_dir: Path) -> Iterator[None]:
+    """Keep in OUT/error.txt what ends the run, and remove what ended an earlier one.
+
+    Rank 0 alone calls it. A run that was asked to stop has no error.
+    """
+    write_error(out_dir, "")
+    try:
+        yield
+    except StopRequested:
+        raise
+    except Exception as error:
+        known = isinstance(error, UserError)
+        write_error(out_dir, str(error) if known else f"{type(error).__name__}: {error}")
+        raise
 
 
 def read_error(out_dir: Path) -> str:
