@@ -29,7 +29,7 @@ def ask(
 ) -> dict[str, Any]:
     """What the checkpoint answers, ready for JSON; the strip of frames is written to `picture`.
 
-    Raises VideoError if the video cannot be read.
+    Raises VideoError if the video cannot be read, before an engine starts.
     """
     longest = cfg.evaluation.max_response_tokens
     answerer = start(cfg, longest)

@@ -7,6 +7,11 @@ Every program prints the message alone, without a traceback, and exits with `EXI
 EXIT_CODE = 2
 
 
+def counted(number: int, noun: str) -> str:
+    """Return the number and the noun, whose plural takes an s: "1 video", "2 videos"."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
 class UserError(Exception):
     """Base of every error whose cause lies in the user's input or machine."""
 

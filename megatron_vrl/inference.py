@@ -16,6 +16,7 @@ from megatron_vrl.config_tree import overridden, read_tree
 from megatron_vrl.errors import CheckpointError, ConfigError, VideoError
 from megatron_vrl.model.architecture import config_dtype, read_architecture
 from megatron_vrl.model.no_checkpoint import advice
+from megatron_vrl.observe.progress import say_engine_starts
 from megatron_vrl.rollout.engine import ColocatedEngine
 from megatron_vrl.rollout.requests import SamplingSpec
 from megatron_vrl.training.convert import stored_tensors
@@ -87,6 +88,7 @@ class Answerer:
 
     @cached_property
     def _engine(self) -> ColocatedEngine:
+        say_engine_starts(self._cfg.model.checkpoint)
         engine = ColocatedEngine(
             str(self._directory),
             self._cfg.rollout,

@@ -8,7 +8,6 @@ a prompt's computation; each sample is a group of one.
 
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -17,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from megatron_vrl.batching.pack import Answer, Group, MicroBatch
 from megatron_vrl.build import interleave, prompt_encoder
@@ -32,10 +30,11 @@ from megatron_vrl.config import (
 from megatron_vrl.config_inference import read_inference
 from megatron_vrl.config_tree import checked, overridden
 from megatron_vrl.data.prompt import PromptEncoder, check_text
-from megatron_vrl.errors import ConfigError, DataError, VideoError
+from megatron_vrl.errors import ConfigError, DataError, VideoError, counted
 from megatron_vrl.model.architecture import Architecture, config_dtype, read_architecture
 from megatron_vrl.model.chunks import check_divides
 from megatron_vrl.model.head import Distribution
+from megatron_vrl.observe.progress import progress_bar
 from megatron_vrl.parallel.mesh import Mesh, agreed, gather_objects, init_mesh, world_axis
 from megatron_vrl.training.batches import plan_batches
 from megatron_vrl.training.checkpoint import load_weights
@@ -116,14 +115,15 @@ def score_file(cfg: ScoreConfig, samples: Path, out: Path) -> str:
     with _rows_into(out, mesh) as write:
         scorer = Scorer(cfg, arch, encoder, mesh)
         stream = (sample for _, sample in read_samples(samples))
-        with _bar(count, mesh) as bar:
+        with progress_bar("score", count, "samples", disable=mesh.rank != 0 or None) as bar:
             while block := list(islice(stream, SAMPLES_AT_A_TIME * mesh.data.size)):
                 rows = scorer.score(block)
                 write(rows)
                 tokens += sum(len(row["logprobs"]) for row in rows)
                 total += sum(sum(row["logprobs"]) for row in rows)
                 bar.update(len(block))
-    return f"{out}: {count} responses, {tokens} tokens, mean log-prob {total / max(tokens, 1):.4f}"
+    numbers = f"{counted(count, 'response')}, {counted(tokens, 'token')}"
+    return f"{out}: {numbers}, mean log-prob {total / max(tokens, 1):.4f}"
 
 
 def read_samples(path: Path) -> Iterator[tuple[int, ScoredSample]]:
@@ -324,15 +324,3 @@ def _named(path: Path) -> Iterator[None]:
             f"{path} cannot be written ({error.strerror}); give --out FILE in a directory that "
             "exists and has room."
         ) from None
-
-
-def _bar(count: int, mesh: Mesh) -> tqdm:
-    interval_s = 0.1 if sys.stderr.isatty() else 30.0
-    return tqdm(
-        desc="score",
-        total=count,
-        unit="sample",
-        mininterval=interval_s,
-        dynamic_ncols=True,
-        disable=mesh.rank != 0,
-    )

@@ -24,8 +24,9 @@ from megatron_vrl.errors import DataError, VideoError
 from megatron_vrl.inference import Answerer, InferenceConfig
 from megatron_vrl.judge import Judge
 from megatron_vrl.observe.files import full_disk_named, read_rows, write_file
+from megatron_vrl.observe.progress import progress_bar
 from megatron_vrl.observe.selection_report import selection_report
-from megatron_vrl.predict import check_settings
+from megatron_vrl.predict import check_settings, check_videos, readable
 from megatron_vrl.rewards import weights_of
 from megatron_vrl.rewards.selection import KEPT, Candidate, candidate, select
 from megatron_vrl.rollout.requests import SamplingSpec
@@ -50,9 +51,13 @@ def collect_answers(
     out: Path,
     share: Share = (0, 1),
     start: Callable[[InferenceConfig, int], Answerer] = Answerer,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Answer this share of the pool, as far as `out` does not have it."""
+    """Answer this share of the pool, as far as `out` does not have it.
+
+    A block with a video that could not be read and now can is answered anew. Raises UserError,
+    before an engine starts if no video of the pool is there.
+    """
+    check_videos(samples, "the data_folder of the pool")
     out.mkdir(parents=True, exist_ok=True)
     which, of = share
     check_settings(out / f"settings-{which}.json", _settings(cfg, share))
@@ -60,20 +65,27 @@ def collect_answers(
     blocks = [samples[i : i + BLOCK] for i in range(0, len(samples), BLOCK)]
     mine = list(range(which, len(blocks), of))
     rows = {row["id"]: row for row in read_rows(path)}
-    whole = [number for number in mine if all(s.id in rows for s in blocks[number])]
+    bad = [s for s in samples if rows.get(s.id, {}).get("problem")]
+    again = readable(cfg.video, bad)
+    whole = [n for n in mine if all(s.id in rows and s.id not in again for s in blocks[n])]
     kept = [rows[sample.id] for number in whole for sample in blocks[number]]
     write_file(path, "".join(json.dumps(row) + "\n" for row in kept))
     left = [number for number in mine if number not in set(whole)]
     if not left:
         return
     answerer = start(_inference(cfg), cfg.rollout.max_response_tokens)
-    with closing(Judge(cfg.rewards)) as judge, path.open("a", encoding="utf-8") as file:
+    total = sum(len(blocks[number]) for number in mine)
+    with (
+        closing(Judge(cfg.rewards)) as judge,
+        path.open("a", encoding="utf-8") as file,
+        progress_bar("select", total, "samples", len(kept)) as bar,
+    ):
         for number in left:
             lines = list(_answered(cfg, blocks[number], number, answerer, judge))
             with full_disk_named(path):
                 file.write("".join(json.dumps(row) + "\n" for row in lines))
                 file.flush()
-            progress(len(mine) - len(left) + left.index(number) + 1, len(mine))
+            bar.update(len(lines))
 
 
 def apply_rules(cfg: RunConfig, samples: Sequence[VideoSample], out: Path) -> list[Candidate]:

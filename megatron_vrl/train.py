@@ -8,12 +8,15 @@ rollouts and trains nothing. A mistake of the user's is one sentence and exit co
 import argparse
 import os
 import signal
+from contextlib import nullcontext
+from pathlib import Path
 
 import yaml
 
 from megatron_vrl.config import RunConfig, load_config
 from megatron_vrl.errors import StopRequested
 from megatron_vrl.interrupts import take_signals
+from megatron_vrl.observe.files import error_kept
 from megatron_vrl.observe.quiet import hush_libraries
 from megatron_vrl.parent import end_with_parent, end_with_starter
 from megatron_vrl.program import run_program
@@ -66,7 +69,9 @@ def _job(cfg: RunConfig) -> str:
     if is_finished(cfg):
         steps = cfg.grpo.steps or cfg.sft.steps
         words = f"{cfg.run.out_dir} is finished ({steps} of {steps} steps); nothing was trained.\n"
-    return f"{words}report: {run_job(cfg)}"
+    first = os.environ.get("RANK", "0") == "0"
+    with error_kept(Path(cfg.run.out_dir)) if first else nullcontext():
+        return f"{words}report: {run_job(cfg)}"
 
 
 def _rollouts(cfg: RunConfig) -> str:

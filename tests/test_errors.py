@@ -14,7 +14,16 @@ import pytest
 import torch
 import yaml
 
-from megatron_vrl.config import Model, Parallel, Rewards, check_batches, check_dev, load_config
+from megatron_vrl.config import (
+    Model,
+    Parallel,
+    Rewards,
+    RunConfig,
+    check_batches,
+    check_dev,
+    load_config,
+)
+from megatron_vrl.config_foreign import FOREIGN
 from megatron_vrl.errors import CheckpointError, ConfigError
 from megatron_vrl.loops.state import RunState
 from megatron_vrl.model.architecture import read_architecture
@@ -54,10 +63,18 @@ def run_in(folder: Path, *overrides: str, ranks: int = 1) -> subprocess.Complete
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("grpo.stpes=3", "unknown key 'grpo.stpes'; did you mean 'steps'?"),
+        ("grpo.stpes=3", "Command line: unknown key 'grpo.stpes'; did you mean 'grpo.steps'?"),
         ("gpro.steps=3", "unknown key 'gpro'; did you mean 'grpo'?"),
-        ("grpo.steps=three", "grpo.steps='three' is refused: Input should be a valid integer"),
-        ("rollout.group_size=0", "rollout.group_size=0 is refused"),
+        ("grpo.steps=three", "Command line: grpo.steps must be a whole number, not 'three'."),
+        ("rollout.group_size=0", "Command line: rollout.group_size must be more than 0, not 0."),
+        ("model.freeze_vision=7", "model.freeze_vision must be true or false, not 7."),
+        ("grpo.optimizer.lr=x", "Command line: grpo.optimizer.lr must be a number, not 'x'."),
+        ("video.decoder=pyva", "must be 'dali' or 'pyav', not 'pyva'; did you mean 'pyav'?"),
+        ("algorithm.adv_estimator=grpo", "the key here is 'algorithm.name'."),
+        ("actor_rollout_ref.rollout.n=4", "the key here is 'rollout.group_size'."),
+        ("grpo.num_generations=4", "the key here is 'rollout.group_size'."),
+        ("num_generations=4", "Write rollout.group_size=4."),
+        ("data.train=nope.yaml", "nope.yaml cannot be read (No such file or directory)."),
         ("grpo", "Override 'grpo' is not of the form section.key=value."),
         ("grpo.steps=[", "Override 'grpo.steps=[': the value is not YAML."),
         ("model.checkpoint.x=1", "model.checkpoint is not a section."),
@@ -76,8 +93,25 @@ def test_config_file_that_is_missing_or_not_yaml(tmp_path):
     with pytest.raises(ConfigError, match="is not YAML"):
         load_config(tmp_path / "c.yaml")
     (tmp_path / "c.yaml").write_text("- a")
-    with pytest.raises(ConfigError, match="holds list, not sections"):
+    with pytest.raises(ConfigError, match="holds a list, not sections"):
         load_config(tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text("")
+    with pytest.raises(ConfigError, match=r"c\.yaml is empty\. See"):
+        load_config(tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text("run:\n\tout_dir: x\n")
+    with pytest.raises(ConfigError, match="line 2 is indented with a tab; use spaces"):
+        load_config(tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text(CONFIG.read_text().replace("grpo:", "grpo:\n  stpes: 1", 1))
+    with pytest.raises(ConfigError, match=r"c\.yaml: unknown key 'grpo\.stpes'"):
+        load_config(tmp_path / "c.yaml", ["grpo.steps=3"])
+
+
+def test_every_foreign_name_leads_to_a_key_of_ours():
+    for ours in FOREIGN.values():
+        section = RunConfig
+        for name in ours.split(".")[:-1]:
+            section = section.model_fields[name].annotation
+        assert ours.split(".")[-1] in section.model_fields
 
 
 def test_a_step_smaller_than_the_replicas():
@@ -106,7 +140,9 @@ def test_a_weight_for_a_part_no_task_has():
 def test_program_prints_the_sentence_alone():
     done = run_python("-m", "megatron_vrl.train", "--config", CONFIG, "grpo.stpes=3", "--dry-run")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"error: {CONFIG}: unknown key 'grpo.stpes'; did you mean 'steps'?\n"
+    assert done.stderr == (
+        "error: Command line: unknown key 'grpo.stpes'; did you mean 'grpo.steps'?\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,7 @@ FLOORS = {
     "megatron_vrl.config_video": 0,
     "megatron_vrl.config_tree": 0,
     "megatron_vrl.config_errors": 0,
+    "megatron_vrl.config_foreign": 0,
     "megatron_vrl.algorithm_values": 0,
     "megatron_vrl.errors": 0,
     "megatron_vrl.program": 0,

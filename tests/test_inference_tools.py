@@ -11,12 +11,13 @@ from megatron_vrl.ask import Question, ask, told
 from megatron_vrl.benchmark import items_of, questions, read_predictions
 from megatron_vrl.config import load_config
 from megatron_vrl.config_inference import inference_files
-from megatron_vrl.errors import ConfigError
+from megatron_vrl.errors import ConfigError, DataError
 from megatron_vrl.inference import Answerer, inference_config
 from megatron_vrl.observe.marked import MARK, marked_strip
-from megatron_vrl.predict import predict
+from megatron_vrl.predict import predict, too_many_bad
 from megatron_vrl.rewards.selection import KEPT
 from megatron_vrl.selection import apply_rules, collect_answers, pool
+from megatron_vrl.video import VideoReader
 from tests.running import CONFIG, ROOT, run_python
 
 pytestmark = pytest.mark.slow
@@ -73,6 +74,59 @@ def test_every_question_is_answered_once_and_a_stopped_run_goes_on(folder, cfg, 
     failures = [item.failure for item in items]
     assert failures[-1] == "undecodable" and "absent.mp4" in items[-1].reason
     assert set(failures[:-1]) <= {"cut_off", "unparsable"}  # the weights are random
+
+
+def test_a_question_is_asked_again_when_its_video_can_be_read(folder, cfg, engine, tmp_path):
+    clips = sorted((folder / "runs/quickstart/data/videos").glob("*.mp4"))[:2]
+    record = {"timestamps": [[0, 2]], "sentences": ["a red square"], "duration": 10.0}
+    (tmp_path / "a.json").write_text(json.dumps({"one": record, "two": record}))
+    samples = questions("charades_sta", str(tmp_path / "a.json"), str(tmp_path), "strict")
+    with pytest.raises(DataError, match=r"None of the 2 videos is there .*: correct --videos"):
+        predict(cfg, samples, tmp_path / "out", {}, never)
+    shutil.copy(clips[0], tmp_path / "one.mp4")
+    (tmp_path / "two.mp4").write_bytes(b"no film")
+    first = predict(cfg, samples, tmp_path / "out", {}, engine)
+    assert [bool(p.problem) for p in first] == [False, True]
+    assert predict(cfg, samples, tmp_path / "out", {}, never) == first
+    engine(cfg, 0)._reader = VideoReader(cfg.video)  # as a later process has; one remembers
+    shutil.copy(clips[1], tmp_path / "two.mp4")
+    second = predict(cfg, samples, tmp_path / "out", {}, engine)
+    assert [p.id for p in second] == [p.id for p in first] and second[0] == first[0]
+    assert isinstance(second[1].response, str)
+
+
+@pytest.mark.parametrize(("bad", "said"), [(0, False), (1, False), (2, True)])
+def test_a_share_of_bad_videos_over_the_limit_is_said(bad, said):
+    assert bool(too_many_bad(["x cannot be read"] * bad, 20, 0.05)) == said
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "sentence"),
+    [
+        (
+            "evaluate.py",
+            (
+                "--benchmark",
+                "mvbench",
+                "--annotations",
+                "a",
+                "--videos",
+                "vid",
+                "--checkpoint",
+                "c",
+            ),
+            "error: --videos vid is not a folder: correct it.",
+        ),
+        (
+            "ask.py",
+            ("--checkpoint", "c", "--video", "no.mp4", "--question", "q"),
+            "error: --video no.mp4 is not a file: correct it.",
+        ),
+    ],
+)
+def test_what_is_not_there_is_said_before_anything_is_loaded(tmp_path, tool, arguments, sentence):
+    done = run_python(ROOT / "tools" / tool, *arguments, cwd=tmp_path)
+    assert (done.returncode, done.stderr.strip()) == (2, sentence)
 
 
 def test_a_selection_goes_on_and_its_rules_apply_anew(folder, engine, tmp_path):

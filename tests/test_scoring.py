@@ -277,7 +277,7 @@ def test_files_that_are_not_there(folder, tmp_path):
         ("parallel.tensr=2", "command line: unknown key 'parallel.tensr'; did you mean 'tensor'?"),
         ("data.train=[]", "unknown key 'data.train'; known: max_prompt_tokens."),
         ("rollout.temperature=2", "unknown key 'rollout'; known: batch, data, model, parallel"),
-        ("batch.tokens=0", "command line: batch.tokens=0 is refused"),
+        ("batch.tokens=0", "Command line: batch.tokens must be more than 0, not 0."),
         ("model.checkpoint=b", "model.checkpoint=b is not --checkpoint"),
         ("parallel.tensor=2", "needs a multiple of 2 processes, not 1"),
     ],

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Ask a checkpoint one question about one video.
 
     ask.py --checkpoint DIR --video FILE --question TEXT [--task T] [--option TEXT ...] [--json]
@@ -16,7 +17,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_vrl.errors import ConfigError
+from megatron_vrl.errors import ConfigError, VideoError
 from megatron_vrl.observe.quiet import hush_libraries
 from megatron_vrl.program import run_program
 from megatron_vrl.tasks import TASKS
@@ -50,6 +51,8 @@ def _ask(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         )
     if arguments.strip.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise ConfigError(f"--strip {arguments.strip} is no picture; name a .png file.")
+    if "://" not in arguments.video and not Path(arguments.video).is_file():
+        raise VideoError(f"--video {arguments.video} is not a file: correct it.", "missing")
     hush_libraries()
     from megatron_vrl.ask import Question, ask, told
     from megatron_vrl.inference import inference_config

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Measure parts of the program, each beside what it is held against, on this machine.
 
     bench.py step [--prompt-tokens 2048 --answer-tokens 128 --group 8 --layouts shared,plain]

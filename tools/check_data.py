@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Look a dataset over before a run: annotations, files, durations, ground truth, duplicates.
 
     check_data.py --config configs/NAME.yaml [--out problems.jsonl] [--decode] [section.key=value]
@@ -10,7 +11,7 @@ its `format`.
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from megatron_vrl.checking import DatasetCheck, distinct_sources, num_records
 from megatron_vrl.config import load_config
 from megatron_vrl.data.problems import Problem, summary
+from megatron_vrl.errors import counted
 from megatron_vrl.program import run_program
 
 
@@ -46,6 +48,8 @@ def main() -> int:
             of_file = check.of_file()
             problems += of_file
             report.writelines(_line(problem) for problem in of_file)
+    if not problems and arguments.out.is_file():
+        arguments.out.unlink()
     _print_summary(check, problems, arguments.out)
     return 1 if problems else 0
 
@@ -54,16 +58,20 @@ def _line(problem: Problem) -> str:
     return json.dumps({"phase": "check", "step": 0} | problem.row()) + "\n"
 
 
-def _print_summary(check: DatasetCheck, problems: Iterable[Problem], out: Path) -> None:
+def _print_summary(check: DatasetCheck, problems: Sequence[Problem], out: Path) -> None:
     tokens = list(check.seen.tokens.values())
-    print(f"{check.seen.samples} samples, {len(tokens)} videos that can be read")
+    samples, videos = counted(check.seen.samples, "sample"), counted(len(tokens), "video")
+    print(f"{samples}, {videos} that can be read")
     if tokens:
         low, middle, high = np.percentile(tokens, [0, 50, 100]).astype(int)
         print(f"tokens of a video: {low} to {high}, median {middle}")
     for problem in problems:
         if problem.kind == "unit":
             print(problem.reason)
-    print(f"problems: {summary(problems) or 'none'}; all of them: {out}")
+    if problems:
+        print(f"problems: {summary(problems)}; all of them: {out}")
+    else:
+        print(f"No problems in {counted(check.seen.samples, 'sample')}.")
 
 
 if __name__ == "__main__":

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Print docs/config.md: every key, its type, its default and its help, taken from config.py.
 
 python tools/config_reference.py > docs/config.md

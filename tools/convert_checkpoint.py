@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Convert checkpoints between Hugging Face and Megatron, or compare two of them bit for bit.
 
     convert_checkpoint.py hf-to-megatron SRC DST

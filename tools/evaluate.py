@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Evaluate a checkpoint, or predictions made elsewhere, on a published benchmark.
 
     evaluate.py --benchmark NAME --annotations FILE --videos DIR --checkpoint DIR [--plain]
@@ -12,19 +13,21 @@ set's own elsewhere.
 A checkpoint, Hugging Face or Megatron, answers greedily on vLLM. --plain asks it to answer without
 thinking. The export of a run is asked as the run asked (its inference.yaml). --config takes the
 sections video, data and rollout of a run's configuration; overrides come after it. A run that was
-stopped goes on when the same command is given again. --protocol seed asks and reads as the released
+stopped goes on when the same command is given again, and asks again where a video could not be read
+and now can. --protocol seed asks and reads as the released
 evaluation of Temporal-R1 does.
 
 Writes items.jsonl (a record of every question), summary.json and, with a checkpoint,
 predictions.jsonl into --out, by default runs/evaluation/NAME-WHAT. Prints a table in percent with
-95 % bootstrap intervals; --json prints summary.json (shares) instead. A mistake is one sentence and
-exit code 2.
+95 % bootstrap intervals; --json prints summary.json (shares) instead. Exit code 1: the table is
+printed, but more than video.max_bad_share of the questions have a video that cannot be read; 2: a
+mistake, in one sentence.
 """
 
 import argparse
 import json
+import sys
 from pathlib import Path
-from typing import Any
 
 from megatron_vrl.benchmark import (
     Prediction,
@@ -35,13 +38,14 @@ from megatron_vrl.benchmark import (
     write_results,
 )
 from megatron_vrl.errors import ConfigError
+from megatron_vrl.observe.progress import say
 from megatron_vrl.observe.quiet import hush_libraries
 from megatron_vrl.program import run_program
 from megatron_vrl.rewards.benchmarks import BENCHMARKS
 from megatron_vrl.types import VideoSample
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -57,36 +61,48 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
-    found, text = _evaluate(arguments)
-    print(json.dumps(found, indent=1) if arguments.json else text)
+    _check(arguments)
+    return _evaluate(arguments)
 
 
-def _evaluate(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise ConfigError for arguments that cannot work, before anything is read."""
     if bool(arguments.checkpoint) == bool(arguments.predictions):
         raise ConfigError("Give either --checkpoint DIR (with --videos DIR) or --predictions FILE.")
     if arguments.checkpoint and not arguments.videos:
         raise ConfigError(
             f"--checkpoint {arguments.checkpoint} needs --videos DIR to answer about."
         )
+    if arguments.videos and "://" not in arguments.videos and not Path(arguments.videos).is_dir():
+        raise ConfigError(f"--videos {arguments.videos} is not a folder: correct it.")
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
     name, protocol = arguments.benchmark, arguments.protocol
     checkpoint, predicted = Path(arguments.checkpoint).resolve(), Path(arguments.predictions)
     what = checkpoint.name if arguments.checkpoint else predicted.stem
     out = Path(arguments.out or f"runs/evaluation/{name}-{what}")
     samples = questions(name, arguments.annotations, arguments.videos, protocol)
+    complaint = ""
     if arguments.predictions:
         predictions = read_predictions(predicted, samples)
     else:
-        predictions = _predict(arguments, samples, out)
+        predictions, complaint = _predict(arguments, samples, out)
     found = write_results(out, name, protocol, items_of(samples, predictions, protocol))
-    return found, table(found)
+    print(json.dumps(found, indent=1) if arguments.json else table(found), flush=True)
+    if complaint:
+        print(f"error: {complaint}", file=sys.stderr)
+    say(f"Written: {out}/summary.json, items.jsonl")
+    return 1 if complaint else 0
 
 
 def _predict(
     arguments: argparse.Namespace, samples: list[VideoSample], out: Path
-) -> list[Prediction]:
+) -> tuple[list[Prediction], str]:
+    """Return the predictions, and a sentence if too many videos cannot be read."""
     hush_libraries()
     from megatron_vrl.inference import inference_config
-    from megatron_vrl.predict import SEED_DEFAULTS, predict
+    from megatron_vrl.predict import SEED_DEFAULTS, predict, too_many_bad
 
     plain = ["data.system_prompt=answer"] if arguments.plain else []
     cfg = inference_config(
@@ -96,7 +112,11 @@ def _predict(
         SEED_DEFAULTS if arguments.protocol == "seed" else {},
     )
     settings = {name: vars(arguments)[name] for name in ("benchmark", "annotations", "protocol")}
-    return predict(cfg, samples, out, settings)
+    remote = "://" in arguments.videos
+    settings["videos"] = arguments.videos if remote else str(Path(arguments.videos).resolve())
+    predictions = predict(cfg, samples, out, settings)
+    bad = [one.problem for one in predictions if one.problem]
+    return predictions, too_many_bad(bad, len(samples), cfg.video.max_bad_share)
 
 
 if __name__ == "__main__":

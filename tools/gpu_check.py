@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Everything that only a GPU can show, in one go: the tests marked `gpu` and every bench.
 
     launch/gpu_check.sh [--out runs/gpu-check] [--only tests,update] [--model configs/models/X.json]

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Grade stored responses: JSON lines in, JSON lines out, one for one and in order.
 
     grade.py --task T [--mode strict|seed] [rewards.KEY=VALUE ...] < responses.jsonl > scores.jsonl

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Make a small labelled video set: coloured shapes that appear, move and vanish, as H.264 files.
 
 Everything a run needs without a download. A clip lasts 16 s at 4 frames/s and 112x112 px; each

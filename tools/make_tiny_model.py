@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Make a tiny Qwen2.5-VL with random weights: a whole Hugging Face checkpoint, about 3 MB.
 
 transformers' own classes make it, and its files are those of the released Qwen2.5-VL-3B-Instruct,

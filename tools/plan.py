@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """What a run would need and how long a step would take, on GPUs that need not be here.
 
     plan.py CONFIG [--gpus N] [--gpu h200] [--search] [--json] [section.key=value ...]

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """The quickstart over several seeds, beside an equal time of more SFT: the README's table.
 
     quickstart_study.py --out runs/study --seeds 1 2 3 [--objects 1] [section.key=value ...]

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Strong and weak scaling of the trainer's update, measured, planned and simulated.
 
     scaling_study.py --out DIR [--config FILE] [section.key=value ...]

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Write the log-prob of every token of given responses: compare layouts, engines and checkpoints.
 
     score_responses.py --checkpoint DIR --samples IN.jsonl --out OUT.jsonl [section.key=value ...]

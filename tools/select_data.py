@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Variance-aware selection of training data.
 
     select_data.py --config RUN.yaml [--pool POOL.yaml] --out DIR [--rules-only] [--share I/N]
@@ -11,14 +12,15 @@ Train on what was kept with data.selection=DIR/kept.jsonl.
 DIR/answers-*.jsonl keep every raw answer. The same command goes on where it was stopped; when all
 answers are there, and with --rules-only, it applies the rules of section `selection` (and
 rewards' weights) anew without inference. --share 0/4 answers a quarter of the pool, so that four
-processes can share it; then call once with --rules-only. docs/selection.md has the rules.
+processes can share it; then call once with --rules-only. docs/selection.md has the rules. Exit code
+1: everything is written, but more than video.max_bad_share of the samples have a video that cannot
+be read; 2: a mistake, in one sentence.
 """
 
 import argparse
 import json
+import sys
 from pathlib import Path
-
-from tqdm import tqdm
 
 from megatron_vrl.config import load_config
 from megatron_vrl.errors import ConfigError
@@ -26,7 +28,7 @@ from megatron_vrl.observe.quiet import hush_libraries
 from megatron_vrl.program import run_program
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -37,30 +39,34 @@ def main() -> None:
     parser.add_argument("--share", default="0/1", metavar="I/N")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
-    print(_select(arguments))
+    return _select(arguments)
 
 
-def _select(arguments: argparse.Namespace) -> str:
+def _select(arguments: argparse.Namespace) -> int:
+    if arguments.pool and not Path(arguments.pool).is_file():
+        raise ConfigError(f"--pool {arguments.pool} is not a file: correct it.")
     pool_override = [f"data.train={json.dumps(arguments.pool)}"] if arguments.pool else []
     cfg = load_config(arguments.config, [*arguments.overrides, *pool_override])
     share = _share(arguments.share)
     hush_libraries()
+    from megatron_vrl.predict import too_many_bad
+    from megatron_vrl.rewards.selection import UNDECODABLE
     from megatron_vrl.selection import apply_rules, collect_answers, pool
 
     samples = pool(cfg)
     if not arguments.rules_only:
-        with tqdm(desc="blocks", disable=None) as bar:
-
-            def progress(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
-            collect_answers(cfg, samples, arguments.out, share, progress=progress)
+        collect_answers(cfg, samples, arguments.out, share)
     if share[1] > 1 and not arguments.rules_only:
-        return f"{arguments.out}: share {arguments.share} is answered"
+        print(f"{arguments.out}: share {arguments.share} is answered")
+        return 0
     chosen = apply_rules(cfg, samples, arguments.out)
     kept = sum(found.verdict == "kept" for found in chosen)
-    return f"{arguments.out}: kept {kept} of {len(chosen)} samples; see report.html"
+    bad = [found.id for found in chosen if found.verdict == UNDECODABLE]
+    complaint = too_many_bad(bad, len(chosen), cfg.video.max_bad_share)
+    if complaint:
+        print(f"error: {complaint}", file=sys.stderr)
+    print(f"{arguments.out}: kept {kept} of {len(chosen)} samples; see report.html")
+    return 1 if complaint else 0
 
 
 def _share(text: str) -> tuple[int, int]:

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Does training on the selected clips beat an equal random share of them? docs/selection.md.
 
     selection_study.py --out runs/selection-study [--seeds 1 2 3] [--steps 60] [--wrong 0.5 0.0]

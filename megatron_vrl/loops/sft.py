@@ -37,7 +37,7 @@ def train_sft(parts: Parts, state: RunState, sinks: Sinks, dev: list[VideoSample
         state.begin("sft")
         load_weights(parts.cfg.model.checkpoint, parts.policy)
         sinks.say(
-            f"The warm-up's plateau did not break within {cfg.steps} steps; "
+            f"SFT did not reach {cfg.stop_metric} {cfg.stop_at} in {cfg.steps} steps; "
             f"starting over with seed {parts.cfg.run.seed + state.attempt}."
         )
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_vrl.errors import UserError
+from megatron_vrl.errors import RunInUse, StopRequested, UserError
 
 
 @contextmanager
@@ -41,6 +41,39 @@ def write_file(path: Path, content: str) -> None:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a file, oldest first; none when it does not exist."""
     return [json.loads(line) for line in _whole_lines(path)]
+
+
+def write_error(out_dir: Path, sentence: str) -> None:
+    """Keep the sentence that ended a run in OUT/error.txt; "" removes it when a run starts."""
+    path = out_dir / "error.txt"
+    if sentence and out_dir.is_dir():
+        write_file(path, sentence + "\n")
+    elif not sentence:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def error_kept(out_dir: Path) -> Iterator[None]:
+    """Keep in OUT/error.txt what ends the run, and remove what ended an earlier one.
+
+    Rank 0 alone calls it. A run that was asked to stop has no error, and a start that was refused
+    since another process owns the directory leaves that one's file alone.
+    """
+    write_error(out_dir, "")
+    try:
+        yield
+    except (StopRequested, RunInUse):
+        raise
+    except Exception as error:
+        known = isinstance(error, UserError)
+        write_error(out_dir, str(error) if known else f"{type(error).__name__}: {error}")
+        raise
+
+
+def read_error(out_dir: Path) -> str:
+    """Return the sentence that ended the run; "" if it keeps none."""
+    path = out_dir / "error.txt"
+    return path.read_text().strip() if path.is_file() else ""
 
 
 class RowFile:

@@ -8,6 +8,7 @@ run did not write is left out of the page. Build it again at any time, also whil
 import argparse
 import base64
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from megatron_vrl.errors import UserError
 from megatron_vrl.observe.charts import Curve, svg
-from megatron_vrl.observe.files import read_rows, write_file
+from megatron_vrl.observe.files import read_error, read_rows, write_file
 from megatron_vrl.observe.metrics import MEANINGS, meaning
 from megatron_vrl.program import run_program
 
+RUNNING_S = 600.0  # a run that wrote a row within this time is taken to be running
 CARDS = 12  # shown, evenly spread over the steps
 CURVES = (  # phase and metric, in the order of the page
     ("grpo", "reward"),
@@ -50,7 +52,9 @@ def build_report(out_dir: Path) -> Path:
         name=out_dir.resolve().name,
         steps={phase: _last_step(rows, phase) for phase in ("sft", "grpo")},
         summary=summary,
-        tables=result_tables(summary),
+        tables=result_tables(summary or {"results": results_so_far(rows)}),
+        state=run_state(out_dir),
+        error=read_error(out_dir) if not summary else "",
         charts=[(curve, svg(curve)) for curve in curves(rows)],
         budgets=time_budgets(rows),
         config=config_path.read_text() if config_path.is_file() else "",
@@ -58,6 +62,27 @@ def build_report(out_dir: Path) -> Path:
     )
     write_file(out_dir / "report.html", page)
     return out_dir / "report.html"
+
+
+def results_so_far(rows: Rows) -> dict[str, dict[str, dict[str, float]]]:
+    """Return stage -> split -> metrics of the evaluations that a run has written to its rows."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for row in rows:
+        stage, split = row.get("during"), row.get("split")
+        if row["phase"] == "eval" and stage in STAGES and split not in (None, "dev"):
+            numbers = {name: value for name, value in row.items() if isinstance(value, float)}
+            found.setdefault(str(stage), {})[str(split)] = numbers
+    return found
+
+
+def run_state(out_dir: Path) -> str:
+    """Return what a run without a summary does: it crashed, is running, or stopped early."""
+    if read_error(out_dir):
+        return "ended by an error"
+    age_s = time.time() - (out_dir / "metrics.jsonl").stat().st_mtime
+    if age_s < RUNNING_S:
+        return f"running (last row {age_s:.0f} s ago)"
+    return f"stopped early or at a long step (last row {age_s / 60:.0f} minutes ago)"
 
 
 @dataclass(frozen=True, slots=True)

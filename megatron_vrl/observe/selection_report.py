@@ -8,7 +8,12 @@ from typing import Any
 from matplotlib.figure import Figure
 
 STYLE = (
-    "body{font:16px/1.5 Georgia,serif;max-width:46rem;margin:2rem auto;padding:0 1rem}"
+    ":root{color-scheme:light dark;--paper:#fdfcf9;--ink:#26241f}"
+    "@media(prefers-color-scheme:dark){:root{--paper:#191816;--ink:#e4e0d8}"
+    "svg{filter:invert(.9) hue-rotate(180deg)}}"
+    "body{font:16px/1.55 Charter,Georgia,serif;max-width:58rem;margin:0 auto;"
+    "padding:3.5rem 1.25rem 5rem;background:var(--paper);color:var(--ink)}"
+    "h1{font-size:2rem;font-weight:500}h2{font-size:1.2rem;font-weight:500;margin-top:3.5rem}"
     "table{border-collapse:collapse}td,th{padding:.15rem .8rem;text-align:left}"
     "td:last-child{text-align:right}svg{max-width:100%;height:auto}"
 )
@@ -24,7 +29,9 @@ def selection_report(summary: dict[str, Any], rows: Sequence[dict[str, Any]]) ->
         for verdict, count in verdicts.items()
     )
     return (
-        f"<!doctype html><meta charset=utf-8><title>Selection</title><style>{STYLE}</style>"
+        f"<!doctype html><html lang=en><meta charset=utf-8>"
+        "<meta name=viewport content='width=device-width, initial-scale=1'>"
+        f"<title>Selection</title><style>{STYLE}</style>"
         f"<h1>Kept {summary['kept']} of {summary['answered']} samples</h1>"
         f"<p>{summary['pool']} samples in the pool. Rules: {escape(rules)}.</p>"
         f"{_svg(_bars(summary['verdicts']))}"
@@ -45,7 +52,7 @@ def _bars(verdicts: dict[str, dict[str, int]]) -> Figure:
         axes.barh(list(verdicts), counts, left=list(left.values()), label=name)
         left = {task: left[task] + n for task, n in zip(verdicts, counts, strict=True)}
     axes.set_xlabel("samples")
-    axes.legend(fontsize=7, ncols=3, loc="upper left", bbox_to_anchor=(0, -0.25))
+    figure.legend(fontsize=7, ncols=3, loc="outside lower left")
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -11,6 +12,7 @@ from PIL import Image
 from megatron_vrl.config import Observe
 from megatron_vrl.errors import UserError
 from megatron_vrl.observe.cards import CELL_PX, CELLS, Answer, Card, strip
+from megatron_vrl.observe.files import write_error
 from megatron_vrl.observe.metrics import StepMetrics
 from megatron_vrl.observe.report import CARDS, build_report
 from megatron_vrl.observe.sinks import open_sinks
@@ -147,9 +149,23 @@ def test_text_of_a_model_cannot_become_markup(tmp_path: Path) -> None:
 
 def test_a_run_that_stopped_early_still_has_a_page(tmp_path: Path) -> None:
     page = build_report(made_run(tmp_path)).read_text()
-    assert "still running or stopped early" in page
+    assert "running (last row" in page
     assert "<table" not in page and "<svg" in page
     assert "rollout 90.0 s" in page and "sync 30.0 s" in page
+
+
+def test_a_run_that_an_error_ended_shows_it_and_its_results(tmp_path: Path) -> None:
+    made_run(tmp_path)
+    row = {"phase": "eval", "during": "base", "split": "test", "step": 0, "seconds": {}}
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row | {"temporal_grounding/miou": 0.123}) + "\n")
+    write_error(tmp_path, "The disk is <full>.")
+    page = build_report(tmp_path).read_text()
+    assert "ended by an error" in page and "The disk is &lt;full&gt;." in page
+    assert "before training" in page and "12.3" in page
+    write_error(tmp_path, "")
+    os.utime(tmp_path / "metrics.jsonl", (0, 0))
+    assert "stopped early" in build_report(tmp_path).read_text()
 
 
 def test_many_cards_are_thinned_from_first_to_last(tmp_path: Path) -> None:
