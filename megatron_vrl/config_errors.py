@@ -13,6 +13,7 @@ COMPARED = {  # pydantic's type of mistake -> the words, and the limit's name in
     "greater_than_equal": ("at least", "ge"),
     "less_than": ("less than", "lt"),
     "less_than_equal": ("at most", "le"),
+    "multiple_of": ("a multiple of", "multiple_of"),
 }
 WANTED = {  # beginning of pydantic's type of mistake -> what the value must be
     "int_": "a whole number",

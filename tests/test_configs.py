@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from megatron_vrl.config import Source, load_config
-from megatron_vrl.data.readers import VIDEO_SUFFIXES, read
+from megatron_vrl.data.readers import read
+from megatron_vrl.data.records import VIDEO_SUFFIXES
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.loops.dry_run import check
 from megatron_vrl.model.architecture import read_architecture

@@ -179,6 +179,15 @@ def checkpoint(tmp_path_factory):
     return save(published_model(), tmp_path_factory.mktemp("errors") / "hf")
 
 
+@pytest.fixture(scope="module")
+def with_tokenizer(tmp_path_factory):
+    """A whole checkpoint: a dry run reads its tokenizer and chat template, too."""
+    directory = tmp_path_factory.mktemp("errors") / "whole"
+    done = run_python(ROOT / "tools" / "make_tiny_model.py", "--out", directory)
+    assert done.returncode == 0, done.stderr
+    return directory
+
+
 @pytest.mark.parametrize(
     ("layout", "sentence"),
     [
@@ -405,9 +414,8 @@ def test_a_folder_without_the_videos_is_one_sentence_while_a_checkpoint_is_writt
     assert (copy / "runs/quickstart/checkpoints/latest").read_text() == "grpo-0-000000"
 
 
-def test_a_strict_dry_run_refuses_what_is_not_on_this_machine(tmp_path):
-    save(published_model(), tmp_path / "hf")
-    options = ("model.checkpoint=hf", "sft.steps=0", "video.device=gpu", "--dry-run")
+def test_a_strict_dry_run_refuses_what_is_not_on_this_machine(with_tokenizer, tmp_path):
+    options = (f"model.checkpoint={with_tokenizer}", "sft.steps=0", "video.device=gpu", "--dry-run")
     done = run_in(tmp_path, *options)
     assert done.returncode == 0, done.stderr
     notes = [line for line in done.stdout.splitlines() if "not on this machine" in line]
@@ -419,9 +427,10 @@ def test_a_strict_dry_run_refuses_what_is_not_on_this_machine(tmp_path):
 
 
 @pytest.mark.parametrize("out", ["taken", "taken/run", "/proc/run"])
-def test_an_output_folder_that_cannot_be_written_is_named_by_the_dry_run(tmp_path, out):
+def test_an_output_folder_that_cannot_be_written_is_named_by_the_dry_run(
+    with_tokenizer, tmp_path, out
+):
     (tmp_path / "taken").touch()
-    save(published_model(), tmp_path / "hf")
-    options = ("model.checkpoint=hf", f"run.out_dir={out}", "--dry-run")
+    options = (f"model.checkpoint={with_tokenizer}", f"run.out_dir={out}", "--dry-run")
     line = sentence_of(run_in(tmp_path, *options))
     assert line.startswith(f"error: run.out_dir={out} cannot be written (")

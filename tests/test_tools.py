@@ -10,7 +10,7 @@ import pytest
 
 from tests.running import ENVIRONMENT, ROOT
 
-TOOLS = sorted((ROOT / "tools").glob("*.py"))
+TOOLS = [f for f in sorted((ROOT / "tools").glob("*.py")) if "__main__" in f.read_text()]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 BESIDE_PYTHON = ENVIRONMENT | {"PATH": f"{Path(sys.executable).parent}:{ENVIRONMENT['PATH']}"}
 

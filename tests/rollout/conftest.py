@@ -28,7 +28,8 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="session")
 def weights(checkpoint):
     """Published name -> tensor."""
-    return load_file(checkpoint / "model.safetensors")
+    shards = [load_file(shard) for shard in checkpoint.glob("*.safetensors")]
+    return {name: tensor for shard in shards for name, tensor in shard.items()}
 
 
 @pytest.fixture(scope="session")
