@@ -144,7 +144,7 @@ def test_ready_configs_are_simulated_up_to_1024_gpus(monkeypatch):
         (["grid.modes=[stong]"], "did you mean 'strong'?"),
         (["grid.layouts=[]"], "grid.layouts is empty"),
         (["grid.sizes={a/b: {}}"], "grid.sizes has the name 'a/b'"),
-        (["work.promts=3"], "did you mean 'prompts'?"),
+        (["work.promts=3"], "did you mean 'work.prompts'?"),
         (["work.height=50"], "work.height must be a multiple of 28, not 50"),
         (["simulate.mfu=0.3"], "say where it was measured"),
         (["simulate.configs=[x.yaml]"], "simulate.size='' is not a size of the grid"),

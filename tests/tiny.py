@@ -1,9 +1,12 @@
 """Small prompts, answers and micro-batches for tests."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from safetensors.torch import load_file
+from torch import Tensor
 
 from megatron_vrl.batching.pack import Answer, Group, MicroBatch
 from megatron_vrl.batching.positions import VisionBlock, mrope_positions
@@ -113,3 +116,9 @@ def token_loss(tokens):
         metrics["reference_gap_max"] = (tokens.logprob.detach() - tokens.reference).abs()
     of_answer = 1 + 0.1 * tokens.sequence_sum(tokens.logprob).tanh()  # also over context ranks
     return -tokens.logprob * tokens.advantage * of_answer - 0.01 * tokens.entropy, metrics
+
+
+def sharded_tensors(directory: Path) -> dict[str, Tensor]:
+    """Return every tensor of a Hugging Face folder by its name in the files."""
+    shards = [load_file(shard) for shard in sorted(directory.glob("*.safetensors"))]
+    return {name: tensor for shard in shards for name, tensor in shard.items()}

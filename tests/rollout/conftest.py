@@ -5,11 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file
 
 from megatron_vrl import config
 from megatron_vrl.types import Prompt
-from tests.tiny import video
+from tests.tiny import sharded_tensors, video
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 
@@ -28,8 +27,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="session")
 def weights(checkpoint):
     """Published name -> tensor."""
-    shards = [load_file(shard) for shard in checkpoint.glob("*.safetensors")]
-    return {name: tensor for shard in shards for name, tensor in shard.items()}
+    return sharded_tensors(checkpoint)
 
 
 @pytest.fixture(scope="session")

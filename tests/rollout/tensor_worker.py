@@ -4,13 +4,12 @@ import json
 import sys
 from pathlib import Path
 
-from safetensors.torch import load_file
-
 from megatron_vrl import config
 from megatron_vrl.rollout.buckets import BucketWriter
 from megatron_vrl.rollout.engine import ColocatedEngine
 from megatron_vrl.rollout.requests import SamplingSpec
 from tests.rollout.conftest import MAX_MODEL_LEN, prompt_maker
+from tests.tiny import sharded_tensors
 
 SPEC = SamplingSpec(n=4, temperature=1.0, top_p=1.0, max_tokens=16, seed=3)
 
@@ -24,7 +23,7 @@ def main(checkpoint: Path, factor: float) -> None:
         max_model_len=MAX_MODEL_LEN,
         tensor=2,
     )
-    weights = load_file(checkpoint / "model.safetensors")
+    weights = sharded_tensors(checkpoint)
     writer = BucketWriter(engine.dtype)
     for version, scale in enumerate((1.0, factor)):
         engine.start_update()

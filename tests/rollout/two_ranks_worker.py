@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
-from safetensors.torch import load_file
 
 from megatron_vrl import config
 from megatron_vrl.rollout.engine import ColocatedEngine, SamplingSpec
 from tests.rollout.conftest import MAX_MODEL_LEN, prompt_maker
+from tests.tiny import sharded_tensors
 
 
 def groups_work() -> bool:
@@ -28,7 +28,7 @@ def main(checkpoint: Path) -> None:
         str(checkpoint), cfg, dtype="float32", seed=1, max_model_len=MAX_MODEL_LEN
     )
     make_prompt = prompt_maker(checkpoint)
-    weights = load_file(checkpoint / "model.safetensors")
+    weights = sharded_tensors(checkpoint)
     spec = SamplingSpec(n=2, temperature=1.0, top_p=1.0, max_tokens=8, seed=5)
     for version in range(1 + 2 * rank):
         engine.push_weights(weights.items(), version)
