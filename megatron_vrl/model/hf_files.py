@@ -1,7 +1,8 @@
 """Files of a Hugging Face folder that hold its weights, and what their headers say.
 
 model.safetensors.index.json decides which files are read, and which tensor comes from which file.
-Without it the weights are model.safetensors alone. Every other .safetensors file is left over from
+A copy of a tensor in another shard is not read. Without an index the weights are model.safetensors
+alone. Every other .safetensors file is left over from
 an earlier save and is not opened. (transformers prefers model.safetensors to the index; the two
 rules differ only where a folder holds both.) Reads headers, no tensor.
 """
@@ -102,14 +103,12 @@ def _indexed(directory: Path) -> list[StoredTensor]:
                 f"{directory / shard} lacks the tensor {lost[0]}, which {INDEX} expects there: "
                 "the files are of different saves, restore them."
             )
-        if more := sorted(held - named):
-            place = assigned.get(more[0])
-            expected = f"expects in {place}" if place else "does not name"
+        if unknown := sorted(held - assigned.keys()):
             raise CheckpointError(
-                f"{directory / shard} holds {more[0]}, which {INDEX} {expected}: "
+                f"{directory / shard} holds {unknown[0]}, which {INDEX} does not name: "
                 "the files are of different saves, restore them."
             )
-        stored += entries
+        stored += [entry for entry in entries if entry.name in named]
     return stored
 
 
