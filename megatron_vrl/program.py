@@ -1,6 +1,8 @@
 """How every program ends: a mistake is one sentence and exit code 2, Ctrl-C one line and 130."""
 
+import argparse
 import os
+import re
 import select
 import signal
 import sys
@@ -12,6 +14,20 @@ from typing import NoReturn
 from megatron_vrl.errors import EXIT_CODE, UserError
 
 LEAVE_S = 5.0
+_OPTION = re.compile(r"--\w+\.[\w.]+(=.*)?")  # a key of the configuration, written like an option
+
+
+class OverrideParser(argparse.ArgumentParser):
+    """Argument parser that answers `--grpo.steps 5` with the right form, `grpo.steps=5`."""
+
+    def error(self, message: str) -> NoReturn:
+        words = sys.argv[1:]
+        for word, following in zip(words, [*words[1:], ""], strict=True):
+            if _OPTION.fullmatch(word):
+                key, _, value = word.removeprefix("--").partition("=")
+                value = value or ("VALUE" if following.startswith("-") else following or "VALUE")
+                self.exit(EXIT_CODE, f"error: {word} is not an option: write {key}={value}.\n")
+        super().error(message)
 
 
 def run_program(

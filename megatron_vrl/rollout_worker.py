@@ -6,7 +6,6 @@ the token in MEGATRON_VRL_ROLLOUT_TOKEN, which it must have to listen anywhere e
 trainer hands them over.
 """
 
-import argparse
 import ipaddress
 import os
 import socket
@@ -17,16 +16,14 @@ from megatron_vrl.config import RunConfig, load_config
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.observe.quiet import hush_libraries
 from megatron_vrl.parent import end_with_parent
-from megatron_vrl.program import run_program
+from megatron_vrl.program import OverrideParser, run_program
 from megatron_vrl.rollout.rendezvous import TOKEN_VARIABLE, announced
 
 GRACE_S = 2  # for answers under way when the worker is told to stop
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="megatron_vrl.rollout_worker", description=__doc__.splitlines()[0]
-    )
+    parser = OverrideParser(prog="megatron_vrl.rollout_worker", description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML, the trainer's own")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=0, help="0: a free one")

@@ -5,7 +5,6 @@ prints the resolved config; with `--strict` a missing file is a mistake. `--roll
 rollouts and trains nothing. A mistake of the user's is one sentence and exit code 2.
 """
 
-import argparse
 import os
 import signal
 from contextlib import nullcontext
@@ -19,11 +18,11 @@ from megatron_vrl.interrupts import take_signals
 from megatron_vrl.observe.files import error_kept
 from megatron_vrl.observe.quiet import hush_libraries
 from megatron_vrl.parent import end_with_parent, end_with_starter
-from megatron_vrl.program import run_program
+from megatron_vrl.program import OverrideParser, run_program
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = OverrideParser(
         prog="megatron_vrl.train",
         description="Tune a video language model: SFT warm-up, then GRPO with dual rewards.",
         epilog="Every key, its default and its meaning: docs/config.md.",

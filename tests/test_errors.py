@@ -426,6 +426,20 @@ def test_a_strict_dry_run_refuses_what_is_not_on_this_machine(with_tokenizer, tm
     assert line.endswith(", a GPU, which video.device=gpu needs.")
 
 
+@pytest.mark.parametrize(
+    ("words", "right"),
+    [
+        (("--grpo.steps", "5"), "grpo.steps=5"),
+        (("--grpo.steps=5",), "grpo.steps=5"),
+        (("--run.out_dir", "--dry-run"), "run.out_dir=VALUE"),
+    ],
+)
+def test_an_override_written_as_an_option_is_told_its_form(words, right):
+    done = run_python("-m", "megatron_vrl.train", "--config", CONFIG, *words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {words[0]} is not an option: write {right}.\n"
+
+
 @pytest.mark.parametrize("out", ["taken", "taken/run", "/proc/run"])
 def test_an_output_folder_that_cannot_be_written_is_named_by_the_dry_run(
     with_tokenizer, tmp_path, out

@@ -19,12 +19,12 @@ from typing import Any
 
 from megatron_vrl.errors import ConfigError, VideoError
 from megatron_vrl.observe.quiet import hush_libraries
-from megatron_vrl.program import run_program
+from megatron_vrl.program import OverrideParser, run_program
 from megatron_vrl.tasks import TASKS
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = OverrideParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", required=True, metavar="DIR")

@@ -21,11 +21,11 @@ from megatron_vrl.checking import DatasetCheck, distinct_sources, num_records
 from megatron_vrl.config import load_config
 from megatron_vrl.data.problems import Problem, summary
 from megatron_vrl.errors import counted
-from megatron_vrl.program import run_program
+from megatron_vrl.program import OverrideParser, run_program
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    parser = OverrideParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML, see configs/")

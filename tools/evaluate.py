@@ -40,13 +40,13 @@ from megatron_vrl.benchmark import (
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.observe.progress import say
 from megatron_vrl.observe.quiet import hush_libraries
-from megatron_vrl.program import run_program
+from megatron_vrl.program import OverrideParser, run_program
 from megatron_vrl.rewards.benchmarks import BENCHMARKS
 from megatron_vrl.types import VideoSample
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    parser = OverrideParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--benchmark", required=True, choices=list(BENCHMARKS))

@@ -30,7 +30,7 @@ import sys
 from megatron_vrl.config import Rewards, Section
 from megatron_vrl.config_tree import overridden
 from megatron_vrl.errors import DataError
-from megatron_vrl.program import run_program
+from megatron_vrl.program import OverrideParser, run_program
 from megatron_vrl.rewards import weights_of
 from megatron_vrl.rewards.grading import Grader
 from megatron_vrl.tasks import TASKS
@@ -41,7 +41,7 @@ class GradeConfig(Section):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = OverrideParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--task", required=True, choices=list(TASKS))

@@ -20,11 +20,11 @@ from typing import Any
 from megatron_vrl.config import RunConfig, load_config
 from megatron_vrl.errors import EXIT_CODE, ConfigError
 from megatron_vrl.planner.hardware import GPUS
-from megatron_vrl.program import run_program
+from megatron_vrl.program import OverrideParser, run_program
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    parser = OverrideParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config", metavar="CONFIG", help="YAML, see configs/")

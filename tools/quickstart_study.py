@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_vrl.program import run_program
+from megatron_vrl.program import OverrideParser, run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = {
@@ -40,7 +40,7 @@ SPLITS = {"heldout": "held-out", "ood": "out of domain"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = OverrideParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)

@@ -29,13 +29,13 @@ from scaling.tell import plot_measured, plot_simulated, table, with_efficiency
 from megatron_vrl.errors import ConfigError, UserError
 from megatron_vrl.model.architecture import Architecture, read_architecture
 from megatron_vrl.planner.hardware import Gpu, find_gpu
-from megatron_vrl.program import run_program
+from megatron_vrl.program import OverrideParser, run_program
 
 Row = dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = OverrideParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, help="folder of the study, shared by all nodes")

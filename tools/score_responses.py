@@ -39,11 +39,11 @@ import os
 from pathlib import Path
 
 from megatron_vrl.observe.quiet import hush_libraries
-from megatron_vrl.program import run_program
+from megatron_vrl.program import OverrideParser, run_program
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = OverrideParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(

@@ -25,11 +25,11 @@ from pathlib import Path
 from megatron_vrl.config import load_config
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.observe.quiet import hush_libraries
-from megatron_vrl.program import run_program
+from megatron_vrl.program import OverrideParser, run_program
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    parser = OverrideParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, metavar="FILE")

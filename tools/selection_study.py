@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vrl.program import run_program
+from megatron_vrl.program import OverrideParser, run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -57,7 +57,7 @@ class Measured:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = OverrideParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)

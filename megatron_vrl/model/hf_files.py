@@ -2,9 +2,9 @@
 
 model.safetensors.index.json decides which files are read, and which tensor comes from which file.
 A copy of a tensor in another shard is not read. Without an index the weights are model.safetensors
-alone. Every other .safetensors file is left over from
-an earlier save and is not opened. (transformers prefers model.safetensors to the index; the two
-rules differ only where a folder holds both.) Reads headers, no tensor.
+alone. Every other .safetensors file is left over from an earlier save and is not opened.
+(transformers prefers model.safetensors to the index; the two rules differ only where a folder holds
+both.) This module reads headers and no tensor.
 """
 
 import json
