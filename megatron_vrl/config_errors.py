@@ -54,7 +54,7 @@ def _wanted(kind: str, limits: dict[str, Any]) -> str:
     """Return what a value must be where pydantic found the mistake `kind`; "" if unknown."""
     if kind in COMPARED:
         word, limit = COMPARED[kind]
-        return f"{word} {limits[limit]}"
+        return f"{word} {limits[limit]:g}"
     if kind == "literal_error":
         return str(limits["expected"])
     return next((text for prefix, text in WANTED.items() if kind.startswith(prefix)), "")

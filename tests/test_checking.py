@@ -81,7 +81,7 @@ def test_every_problem_is_found(dataset, tmp_path):
     sound_source = sources[1] | {"json_path": str(_only_first(grounding))}
     sound = run_python(*tool, "--decode", *others, f"data.train={json.dumps([sound_source])}")
     assert sound.returncode == 0, sound.stdout + sound.stderr
-    assert "problems: none" in sound.stdout
+    assert "No problems in 1 sample." in sound.stdout
 
 
 def _check(tmp_path, records, form: str, name: str = "a.json"):

@@ -57,9 +57,9 @@ def test_without_the_file_the_defaults_hold(export, tmp_path):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("video: {fsp: 1}", "unknown key 'video.fsp'; did you mean 'fps'?"),
-        ("video: {fps: -1}", "video.fps=-1"),
-        ("[]", "holds list, not sections"),
+        ("video: {fsp: 1}", "unknown key 'video.fsp'; did you mean 'video.fps'?"),
+        ("video: {fps: -1}", "video.fps must be more than 0, not -1"),
+        ("[]", "holds a list, not sections"),
         ("a: [", "is not YAML"),
         ("model: {}", "unknown"),
     ],

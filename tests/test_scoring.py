@@ -273,8 +273,11 @@ def test_files_that_are_not_there(folder, tmp_path):
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("paralel.tensor=2", "command line: unknown key 'paralel'; did you mean 'parallel'?"),
-        ("parallel.tensr=2", "command line: unknown key 'parallel.tensr'; did you mean 'tensor'?"),
+        ("paralel.tensor=2", "Command line: unknown key 'paralel'; did you mean 'parallel'?"),
+        (
+            "parallel.tensr=2",
+            "Command line: unknown key 'parallel.tensr'; did you mean 'parallel.tensor'?",
+        ),
         ("data.train=[]", "unknown key 'data.train'; known: max_prompt_tokens."),
         ("rollout.temperature=2", "unknown key 'rollout'; known: batch, data, model, parallel"),
         ("batch.tokens=0", "Command line: batch.tokens must be more than 0, not 0."),

@@ -208,7 +208,11 @@ def test_a_measured_machine_is_planned_for(tmp_path, plan):
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"link": 0}, "link=0"), ({"latency": None}, "latency"), ({"hbm": "absent"}, "'hbm'")],
+    [
+        ({"link": 0}, "link must be more than 0, not 0"),
+        ({"latency": None}, "latency"),
+        ({"hbm": "absent"}, "'hbm'"),
+    ],
 )
 def test_a_machine_that_was_not_measured_is_refused(tmp_path, change, named):
     path = tmp_path / "box.json"
