@@ -59,7 +59,7 @@ def check(cfg: RunConfig, world: int, here: bool = False) -> list[str]:
         _layout(world, replicas, cfg),
         *_stages(arch, cfg),
         *padding_notes(arch, cfg),
-        f"weight gradients: {gradient_fusion(cfg.model, torch.cuda.is_available()).words}",
+        f"gradient accumulation fusion: {gradient_fusion(cfg.model, torch.cuda.is_available()).words}",
         f"a GRPO step: {cfg.rollout.prompts_per_step} prompts, {answers} answers, "
         f"{updates} update{'s' if updates > 1 else ''}",
         *notes,

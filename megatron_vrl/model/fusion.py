@@ -40,13 +40,12 @@ def gradient_fusion(
     Megatron's linear layers do it with apex's extension, Transformer Engine's by themselves; but
     the head of a model with those is still Megatron's and refuses to be built without apex's.
     """
-    apart = "added after their products, "
     if cfg.fused_gradients == "none":
-        return GradientFusion(False, apart + "as model.fused_gradients=none asks")
+        return GradientFusion(False, "off (model.fused_gradients=none)")
     if cfg.layers == "rounded":
-        return GradientFusion(False, apart + "for model.layers=rounded has products of its own")
+        return GradientFusion(False, "off (model.layers=rounded has matrix products of its own)")
     if not on_gpu:
-        return GradientFusion(False, apart + "for this machine has no GPU")
+        return GradientFusion(False, "off (no GPU)")
     if not probe(FUSED_GRADIENT):
-        return GradientFusion(False, apart + f"for NVIDIA apex's {FUSED_GRADIENT} is not here")
-    return GradientFusion(True, f"added inside their products by NVIDIA apex's {FUSED_GRADIENT}")
+        return GradientFusion(False, f"off (NVIDIA apex's {FUSED_GRADIENT} is not here)")
+    return GradientFusion(True, f"on (NVIDIA apex's {FUSED_GRADIENT})")

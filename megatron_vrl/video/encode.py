@@ -139,7 +139,7 @@ class Encoder:
         except OSError as error:
             raise _cannot_be_read(error) from None
         if not stat.S_ISREG(status.st_mode):
-            raise VideoError("is not a file; check data_folder.", "unreadable")
+            raise VideoError("is not a file; check the path.", "unreadable")
         if not status.st_size:
             raise VideoError("is empty; replace it.", "empty")
         return path, status
@@ -166,7 +166,7 @@ class Encoder:
 
 def _cannot_be_read(error: OSError) -> VideoError:
     kind = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
-    return VideoError(f"cannot be read ({error.strerror}); check data_folder.", kind)
+    return VideoError(f"cannot be read ({error.strerror}); check the path.", kind)
 
 
 def _encoded(

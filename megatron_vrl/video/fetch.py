@@ -39,7 +39,7 @@ class LocalCopies:
             else:
                 self._fetch(system, inside, copy)
         except FileNotFoundError:
-            raise VideoError("is not there; check data_folder.", "missing") from None
+            raise VideoError("is not there; check the path.", "missing") from None
         except (OSError, ValueError, ImportError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise VideoError(f"cannot be fetched ({reason}); check it.", "missing") from None

@@ -53,7 +53,7 @@ def test_no_duration(make_clip, tmp_path):
 def test_a_fifo_is_not_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe.mp4")
     (error,) = VideoReader(Video(**SMALL)).encode([str(tmp_path / "pipe.mp4")])
-    assert error.kind == "unreadable" and str(error).endswith("is not a file; check data_folder.")
+    assert error.kind == "unreadable" and str(error).endswith("is not a file; check the path.")
 
 
 @pytest.mark.parametrize("inside", [True, False])
@@ -89,7 +89,7 @@ def test_videos_behind_urls_are_copied_once_and_bounded(make_clip, tmp_path):
         local.path(f"memory://bucket/{number}.mp4")
     held = sum(path.stat().st_size for path in copies.iterdir())
     assert held <= 1 << 20 and not Path(first).exists()
-    with pytest.raises(VideoError, match="is not there; check data_folder") as error:
+    with pytest.raises(VideoError, match="is not there; check the path") as error:
         local.path("memory://bucket/gone.mp4")
     assert error.value.kind == "missing"
 

@@ -13,7 +13,8 @@ FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signa
 def main() -> None:
     path = os.environ.get("WARM_SOCKET")
     if path:
-        signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # until there is somebody to tell
+        # Until there is somebody to tell.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
         ignored = [number for number in FORWARDED if signal.getsignal(number) == signal.SIG_IGN]
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
             server.connect(path)
@@ -23,12 +24,13 @@ def main() -> None:
                 "cwd": os.getcwd(),
                 "environment": dict(os.environ),
                 "ignored_signals": ignored,
+                "blocked_signals": sorted(blocked),
                 "files": files,
             }
             socket.send_fds(server, [json.dumps(message).encode()], files)
             if pid := told(server):
                 follow(pid, server)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 
 

@@ -50,6 +50,7 @@ class Program:
     cwd: str
     environment: dict[str, str]
     ignored_signals: list[int]
+    blocked_signals: list[int]
     files: list[int]  # as the client numbers them
     received: list[int] = field(default_factory=list)  # the same as numbered here
 
@@ -199,6 +200,7 @@ def run(program: Program) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in program.ignored_signals:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, program.blocked_signals)
     take(program.received, program.files)
     os.environ.clear()
     os.environ.update(program.environment)
