@@ -23,6 +23,7 @@ from multiprocessing import resource_tracker
 from typing import NoReturn
 
 from megatron_vrl.parent import PARENT, launcher, parent_is_gone
+from megatron_vrl.program import a_rank_has_failed
 
 INTERRUPTS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 TAKEN = INTERRUPTS | {signal.SIGUSR1}
@@ -79,8 +80,9 @@ def _heed(number: signal.Signals, sender: int) -> None:
 
 def _interrupt(number: signal.Signals, sender: int) -> None:
     under_launcher = PARENT in os.environ
-    if under_launcher and number == signal.SIGTERM and sender == launcher():
-        os._exit(128 + number)  # another rank has failed
+    ended = sender == launcher() or a_rank_has_failed()
+    if under_launcher and number == signal.SIGTERM and ended:
+        os._exit(128 + number)  # the launcher says why, or the rank that failed has
     now = time.monotonic()
     again = _state.interrupted_s and now - _state.interrupted_s > SAME_S
     _state.interrupted_s = _state.interrupted_s or now

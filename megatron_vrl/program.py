@@ -74,17 +74,28 @@ def _nobody_reads() -> bool:
     return any(event & select.POLLERR for _, event in stdout.poll(0))
 
 
-def _is_first_to_fail() -> bool:
-    """Whether no other rank of this node has said why it ends.
+def a_rank_has_failed() -> bool:
+    """Return whether a rank of this node has said why it ends."""
+    mark = _failure_mark()
+    return mark is not None and mark.exists()
 
-    torchrun gives each rank of a start a folder for an error report; the file that marks the first
-    lies beside those folders.
+
+def _failure_mark() -> Path | None:
+    """Return the file that marks that a rank has said why it ends; None without torchrun.
+
+    torchrun gives each rank of a start a folder for an error report. The file lies beside them.
     """
-    report = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
-    if Path(report).name != "error.json":
+    report = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", ""))
+    return report.parent.parent / "said" if report.name == "error.json" else None
+
+
+def _is_first_to_fail() -> bool:
+    """Return whether no other rank of this node has said why it ends; mark that this one has."""
+    mark = _failure_mark()
+    if mark is None:
         return os.environ.get("RANK", "0") == "0"
     try:
-        (Path(report).parent.parent / "said").touch(exist_ok=False)
+        mark.touch(exist_ok=False)
     except FileExistsError:
         return False
     except OSError:  # a launcher without such folders

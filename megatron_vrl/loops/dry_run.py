@@ -54,12 +54,13 @@ def check(cfg: RunConfig, world: int, here: bool = False) -> list[str]:
     check_records(cfg.data)
     answers = cfg.rollout.prompts_per_step * cfg.rollout.group_size
     updates = cfg.grpo.mini_batches * cfg.grpo.epochs
+    fusion = gradient_fusion(cfg.model, torch.cuda.is_available())
     return [
         f"model: {arch.num_parameters:,} parameters",
         _layout(world, replicas, cfg),
         *_stages(arch, cfg),
         *padding_notes(arch, cfg),
-        f"gradient accumulation fusion: {gradient_fusion(cfg.model, torch.cuda.is_available()).words}",
+        f"gradient accumulation fusion: {fusion.words}",
         f"a GRPO step: {cfg.rollout.prompts_per_step} prompts, {answers} answers, "
         f"{updates} update{'s' if updates > 1 else ''}",
         *notes,
