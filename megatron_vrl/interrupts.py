@@ -19,7 +19,8 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
+from multiprocessing import active_children, resource_tracker
+from multiprocessing.util import Finalize
 from typing import NoReturn
 
 from megatron_vrl.parent import PARENT, launcher, parent_is_gone
@@ -51,6 +52,17 @@ def take_signals() -> None:
     for number in taken:  # should a library unblock one
         signal.signal(number, lambda number, _: _heed(signal.Signals(number), sender=0))
     threading.Thread(target=_take, args=(taken,), daemon=True).start()
+    Finalize(None, _kill_helpers, exitpriority=0)
+
+
+def _kill_helpers() -> None:
+    """End daemonic children when this process ends.
+
+    multiprocessing would send them SIGTERM, which they block, and wait for ever.
+    """
+    for child in active_children():
+        if child.daemon:
+            child.kill()
 
 
 def begin_steps() -> None:
