@@ -85,7 +85,7 @@ class DatasetCheck:
                 yield [*found, *self._of_samples(samples, files)]
 
     def of_file(self) -> list[Problem]:
-        """Of the source whose records `problems` has gone through, as a whole."""
+        """Return the problems of a whole file, after `problems` has yielded its last record."""
         found = {"unit": self._times.problem()}
         if self.seen.samples == self._seen_before:
             found["annotation"] = f"{self._times.source.json_path} holds no sample."

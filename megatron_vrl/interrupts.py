@@ -1,4 +1,4 @@
-"""What a training process does about SIGINT, SIGTERM, SIGHUP and SIGUSR1.
+"""Handling of SIGINT, SIGTERM, SIGHUP and SIGUSR1 in a training process.
 
 SIGUSR1, which schedulers send some time before a job's limit, asks the run to stop after the step
 under way. An interrupt (any of the others) asks the same once steps have begun, and ends the
@@ -66,7 +66,7 @@ def _kill_helpers() -> None:
 
 
 def begin_steps() -> None:
-    """From now on an interrupt waits for the end of the step."""
+    """Make later interrupts wait for the end of the step."""
     _state.steps_begun = True
 
 

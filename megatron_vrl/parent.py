@@ -47,7 +47,7 @@ def launcher() -> int:
 
 
 def parent_is_gone() -> bool:
-    """Whether the launcher that `end_with_parent` found has ended."""
+    """Return whether the launcher that `end_with_parent` found has ended."""
     if _Watched.parent is None:
         return False
     watched = select.poll()

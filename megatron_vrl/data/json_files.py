@@ -156,7 +156,7 @@ def _lines(path: str) -> Iterator[Found]:
 
 
 def _elements(path: str) -> Iterator[Found]:
-    """Of a JSON list. Latin-1 gives every byte one character, so that places are bytes."""
+    """Yield the records of a JSON list. Latin-1 decodes each byte to one character."""
     with _opened(path) as opened:
         begin = opened.tell()
     with open(path, encoding="latin-1", newline="") as file:
@@ -216,7 +216,7 @@ def _spans(file: TextIO, before: int, path: str) -> Iterator[tuple[int, int, str
 
 
 def _may_go_on(error: json.JSONDecodeError, size: int) -> bool:
-    """Whether the text is wrong only because the block of `size` characters ended."""
+    """Return whether the text is wrong only because a block of `size` characters ended."""
     return error.msg.startswith("Unterminated string") or error.pos + CUT_TOKEN > size
 
 
@@ -237,7 +237,7 @@ def _skip(text: str, at: int) -> int:
 
 
 def _refused(path: str, content: bytes, error: ValueError) -> DataError:
-    """Of a whole .json file."""
+    """Yield the records of a whole .json file."""
     if isinstance(error, UnicodeDecodeError):
         return _not_utf8(path, content.count(b"\n", 0, error.start) + 1)
     many = "; a file with one record a line is named .jsonl" if _is_extra(error) else ""

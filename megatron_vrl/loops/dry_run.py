@@ -91,12 +91,12 @@ def _opened(cfg: RunConfig, here: bool) -> list[str]:
 
 
 def _is_elsewhere(source: Source) -> bool:
-    """Whether even the folder of its annotations is not on this machine: no mistyped name."""
+    """Return whether even the folder of the annotations is missing on this machine."""
     return not Path(source.json_path).parent.exists()
 
 
 def _gpu_notes(cfg: RunConfig) -> list[str]:
-    """What asks for a GPU where there is none."""
+    """Return a note on the keys that need a GPU, if this machine has none."""
     asked = {
         "video.device=gpu": cfg.video.device == "gpu",
         "model.layers=transformer_engine": cfg.model.layers == "transformer_engine",

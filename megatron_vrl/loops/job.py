@@ -90,7 +90,7 @@ def run_job(cfg: RunConfig) -> Path:
 
 
 def is_finished(cfg: RunConfig) -> bool:
-    """Whether the run has nothing left to do and has its report."""
+    """Return whether the run has finished and has its report."""
     return is_done(cfg.run.out_dir) and (Path(cfg.run.out_dir) / "report.html").exists()
 
 

@@ -147,7 +147,7 @@ class _Silence:
 
 
 def _locked(file: int, kind: int) -> bool:
-    """Whether the lock is had now; True, too, where there are no locks and the lease decides."""
+    """Take the lock; return False if another process holds it, True if there is no flock."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -159,7 +159,7 @@ def _locked(file: int, kind: int) -> bool:
 
 
 def _has_locks(file: int) -> bool:
-    """Whether the file system has flock."""
+    """Return whether the file system supports flock."""
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -173,7 +173,7 @@ def _has_locks(file: int) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """None where no run has left a lease; one that cannot be read now is nobody's known."""
+    """Return the lease: None if there is none, "unknown" fields if it cannot be read now."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What a user who waits is told, on stderr: lines always, progress bars on a terminal alone."""
+"""Progress on stderr: lines always, bars only on a terminal."""
 
 import sys
 
