@@ -237,7 +237,7 @@ def _skip(text: str, at: int) -> int:
 
 
 def _refused(path: str, content: bytes, error: ValueError) -> DataError:
-    """Yield the records of a whole .json file."""
+    """Return the error for a whole .json file that cannot be parsed."""
     if isinstance(error, UnicodeDecodeError):
         return _not_utf8(path, content.count(b"\n", 0, error.start) + 1)
     many = "; a file with one record a line is named .jsonl" if _is_extra(error) else ""
