@@ -71,7 +71,7 @@ def test_what_the_user_says_wins():
         ),
         (
             "algorithm.importance_limit=1",
-            "algorithm.importance_limit must be more than 1.0, not 1.",
+            "algorithm.importance_limit must be more than 1, not 1.",
         ),
         ("algorithm.refill_rounds=-1", "algorithm.refill_rounds must be at least 0, not -1."),
     ],
