@@ -86,10 +86,10 @@ main() {
     done
     echo "install: megatron_vrl itself, editable"
     run_pip --no-build-isolation --editable "$root"
-    # For every Python of this environment, see megatron_vrl/rollout/torchvision_shim.py.
+    # For every Python of this environment, see megatron_vrl/rollout/vllm/torchvision_shim.py.
     "$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' | {
         read -r site
-        echo "import megatron_vrl.rollout.torchvision_shim as s; s.install_hook()" >"$site/zz_megatron_vrl.pth"
+        echo "import megatron_vrl.rollout.vllm.torchvision_shim as s; s.install_hook()" >"$site/zz_megatron_vrl.pth"
     }
     tee "${stamps[@]}" <<<"$wanted" >/dev/null
     echo "install: done in $((SECONDS - began)) s"

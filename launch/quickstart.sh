@@ -75,5 +75,5 @@ stage "tiny model" make_once "$model_hf" python tools/make_tiny_model.py --out "
 stage "checkpoint conversion" make_once "$model_megatron" \
     python tools/convert_checkpoint.py hf-to-megatron "$model_hf" "$model_megatron"
 stage "training" python launch/torchrun.py --standalone --nproc-per-node "$ranks" \
-    -m megatron_vrl.train --config "$config" "$@"
+    -m megatron_vrl.cli.train --config "$config" "$@"
 echo "quickstart: all in $SECONDS s; open $root/$run/report.html"

@@ -22,7 +22,7 @@ refused=2 # megatron_vrl.errors.EXIT_CODE
 worker=
 trap 'trap - TERM INT; [[ -z "$worker" ]] || kill -TERM "$worker"; wait || true; exit 0' TERM INT
 for ((start = 0; start <= RESTARTS; start++)); do
-    "$PYTHON_EXEC" -m megatron_vrl.rollout_worker "$@" &
+    "$PYTHON_EXEC" -m megatron_vrl.cli.worker "$@" &
     worker=$!
     code=0
     wait "$worker" || code=$?

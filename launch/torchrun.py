@@ -8,8 +8,8 @@ Same arguments and behaviour, except for signals and errors:
   first SIGINT, SIGTERM or SIGHUP is handed to the ranks, which finish the step and save. A second
   one, or one before ranks have begun a step, ends all at once.
 - SIGUSR1 is handed to the ranks: finish the step and stop.
-- Ranks end with this process (megatron_vrl/parent.py), and this process ends with the one that
-  MEGATRON_VRL_PARENT names.
+- Ranks end with this process (megatron_vrl/process/parent_death.py), and this process ends with
+  the one that MEGATRON_VRL_PARENT names.
 """
 
 import os
@@ -25,8 +25,8 @@ from typing import NoReturn
 import psutil
 
 from megatron_vrl.errors import EXIT_CODE
-from megatron_vrl.interrupts import END_ALL, INTERRUPTS, SAME_S
-from megatron_vrl.parent import PARENT, end_with_parent
+from megatron_vrl.process.parent_death import PARENT, end_with_parent
+from megatron_vrl.process.signals import END_ALL, INTERRUPTS, SAME_S
 
 
 @dataclass(slots=True)

@@ -58,7 +58,7 @@ check=
 trap 'leave 130' INT
 trap 'leave 143' TERM
 trap 'leave 0' USR1
-WORLD_SIZE=$((NNODES * NPROC)) "$PYTHON_EXEC" -m megatron_vrl.train "$@" --dry-run --strict \
+WORLD_SIZE=$((NNODES * NPROC)) "$PYTHON_EXEC" -m megatron_vrl.cli.train "$@" --dry-run --strict \
     >/dev/null &
 check=$!
 wait "$check" || exit $?
@@ -66,4 +66,4 @@ trap - INT TERM USR1
 
 # In this process, so that a signal has one receiver and ranks end with it, however it is ended.
 exec "$PYTHON" "$root/launch/torchrun.py" "${rendezvous[@]}" --max-restarts "$RESTARTS" \
-    --nproc-per-node "$NPROC" -m megatron_vrl.train "$@"
+    --nproc-per-node "$NPROC" -m megatron_vrl.cli.train "$@"

@@ -38,7 +38,7 @@ def run_python(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProc
 
 def train_command(*overrides: str, ranks: int = 1) -> list[str]:
     """The command line of README over the quickstart's config; torchrun for several ranks."""
-    program = ["-m", "megatron_vrl.train", "--config", str(CONFIG), *overrides]
+    program = ["-m", "megatron_vrl.cli.train", "--config", str(CONFIG), *overrides]
     if ranks > 1:
         torchrun = str(ROOT / "launch" / "torchrun.py")
         program = [torchrun, "--standalone", "--nproc-per-node", str(ranks), *program]

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from megatron_vrl.checkpoint.hf_reader import PublishedCheckpoint
 from megatron_vrl.config import (
     Model,
     Parallel,
@@ -23,14 +24,13 @@ from megatron_vrl.config import (
     check_dev,
     load_config,
 )
-from megatron_vrl.config_foreign import FOREIGN
+from megatron_vrl.config.foreign_keys import FOREIGN
 from megatron_vrl.errors import CheckpointError, ConfigError
-from megatron_vrl.loops.state import RunState
-from megatron_vrl.model.architecture import read_architecture
-from megatron_vrl.model.chunks import check_divides
-from megatron_vrl.model.precision import check_available
-from megatron_vrl.model.published import PublishedCheckpoint
+from megatron_vrl.models.architecture import read_architecture
+from megatron_vrl.models.pipeline_split import check_divides
+from megatron_vrl.models.precision import check_available
 from megatron_vrl.rewards import weights_of
+from megatron_vrl.trainer.state import RunState
 from tests.running import CONFIG, ENVIRONMENT, ROOT, run_python, train_command
 from tests.tiny_models import published_model, save
 
@@ -138,7 +138,9 @@ def test_a_weight_for_a_part_no_task_has():
 
 
 def test_program_prints_the_sentence_alone():
-    done = run_python("-m", "megatron_vrl.train", "--config", CONFIG, "grpo.stpes=3", "--dry-run")
+    done = run_python(
+        "-m", "megatron_vrl.cli.train", "--config", CONFIG, "grpo.stpes=3", "--dry-run"
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         "error: Command line: unknown key 'grpo.stpes'; did you mean 'grpo.steps'?\n"
@@ -148,7 +150,7 @@ def test_program_prints_the_sentence_alone():
 @pytest.mark.parametrize(
     "program",
     [
-        "megatron_vrl/train.py",
+        "megatron_vrl/cli/train.py",
         "tools/make_synthetic.py",
         "tools/make_tiny_model.py",
         "tools/convert_checkpoint.py",
@@ -394,7 +396,7 @@ def test_a_reader_that_has_seen_enough_is_no_error():
 def test_another_broken_pipe_is_an_error():
     """For example to a process that decodes."""
     program = "def main(): raise BrokenPipeError('of a worker')\n"
-    program += "from megatron_vrl.program import run_program; run_program(main)"
+    program += "from megatron_vrl.process.entry import run_program; run_program(main)"
     done = run_python("-c", program)
     assert done.returncode == 1 and "BrokenPipeError: of a worker" in done.stderr
 
@@ -435,7 +437,7 @@ def test_a_strict_dry_run_refuses_what_is_not_on_this_machine(with_tokenizer, tm
     ],
 )
 def test_an_override_written_as_an_option_is_told_its_form(words, right):
-    done = run_python("-m", "megatron_vrl.train", "--config", CONFIG, *words)
+    done = run_python("-m", "megatron_vrl.cli.train", "--config", CONFIG, *words)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"error: {words[0]} is not an option: write {right}.\n"
 

@@ -14,57 +14,52 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "megatron_vrl"
 FLOORS = {
     # 5 programs
-    "megatron_vrl.train": 5,
-    "megatron_vrl.rollout_worker": 5,
+    "megatron_vrl.cli": 5,
     # 4 composition
-    "megatron_vrl.build": 4,
-    "megatron_vrl.ask": 4,
-    "megatron_vrl.benchmark": 4,
-    "megatron_vrl.inference": 4,
-    "megatron_vrl.predict": 4,
-    "megatron_vrl.loops": 4,
+    "megatron_vrl.context": 4,
+    "megatron_vrl.trainer": 4,
     "megatron_vrl.evaluation": 4,
-    "megatron_vrl.rollouts": 4,
-    "megatron_vrl.judge": 4,
-    "megatron_vrl.scoring": 4,
-    "megatron_vrl.checking": 4,
     "megatron_vrl.selection": 4,
     "megatron_vrl.planner": 4,
+    "megatron_vrl.rollout.manager": 4,
+    "megatron_vrl.data.dataset_check": 4,
     # 3 engines; siblings do not import each other, see SIBLINGS
     "megatron_vrl.video": 3,
     "megatron_vrl.data": 3,
-    "megatron_vrl.model": 3,
-    "megatron_vrl.training": 3,
+    "megatron_vrl.models": 3,
+    "megatron_vrl.policy": 3,
+    "megatron_vrl.checkpoint": 3,
     "megatron_vrl.rollout": 3,
     # 2 services
     "megatron_vrl.parallel": 2,
     "megatron_vrl.observe": 2,
-    "megatron_vrl.user_functions": 2,
+    "megatron_vrl.rewards.manager": 2,
+    "megatron_vrl.rewards.user_functions": 2,
     # 1 pure logic
     "megatron_vrl.tasks": 1,
     "megatron_vrl.rewards": 1,
     "megatron_vrl.algorithms": 1,
     "megatron_vrl.batching": 1,
     "megatron_vrl.video.rules": 1,
-    # 0 words
+    "megatron_vrl.evaluation.grading": 1,
+    "megatron_vrl.evaluation.metrics": 1,
+    "megatron_vrl.evaluation.protocols": 1,
+    "megatron_vrl.evaluation.temporal_r1": 1,
+    "megatron_vrl.selection.rules": 1,
+    # 0 foundations
     "megatron_vrl.types": 0,
-    "megatron_vrl.config": 0,
-    "megatron_vrl.config_base": 0,
-    "megatron_vrl.config_inference": 0,
-    "megatron_vrl.config_rollout": 0,
-    "megatron_vrl.config_video": 0,
-    "megatron_vrl.config_tree": 0,
-    "megatron_vrl.config_errors": 0,
-    "megatron_vrl.config_foreign": 0,
-    "megatron_vrl.algorithm_values": 0,
     "megatron_vrl.errors": 0,
-    "megatron_vrl.program": 0,
-    "megatron_vrl.parent": 0,
-    "megatron_vrl.interrupts": 0,
+    "megatron_vrl.config": 0,
+    "megatron_vrl.storage": 0,
+    "megatron_vrl.process": 0,
 }
-SIBLINGS = {("training", "model")}  # on floor 3: who may import whom
+SIBLINGS = {  # on floor 3: who may import whom
+    ("policy", "models"),
+    ("checkpoint", "models"),
+    ("checkpoint", "policy"),
+}
 OWNERS = {
-    "megatron": {"model", "training", "parallel"},
+    "megatron": {"models", "policy", "checkpoint", "parallel"},
     "vllm": {"rollout"},
     "nvidia": {"video"},
     "wandb": {"observe"},
@@ -113,13 +108,13 @@ def complaint(module: str, imported: str) -> str:
 
 
 def test_the_rule_itself():
-    assert complaint("megatron_vrl.rewards.seed", "megatron_vrl.training.step")
+    assert complaint("megatron_vrl.rewards.temporal_r1", "megatron_vrl.policy.policy")
     assert complaint("megatron_vrl.video.rules", "megatron_vrl.video.dali")
-    assert complaint("megatron_vrl.rollout.engine", "megatron_vrl.model.weights")
-    assert complaint("megatron_vrl.model.layers", "megatron_vrl.training.step")
-    assert not complaint("megatron_vrl.training.step", "megatron_vrl.model.layers")
-    assert not complaint("megatron_vrl.data.prompts", "megatron_vrl.video.rules")
-    assert not complaint("megatron_vrl.train", "megatron_vrl.build")
+    assert complaint("megatron_vrl.rollout.vllm.engine", "megatron_vrl.checkpoint.hf_load")
+    assert complaint("megatron_vrl.models.layers", "megatron_vrl.policy.policy")
+    assert not complaint("megatron_vrl.policy.policy", "megatron_vrl.models.layers")
+    assert not complaint("megatron_vrl.data.prompt", "megatron_vrl.video.rules")
+    assert not complaint("megatron_vrl.cli.train", "megatron_vrl.context")
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)

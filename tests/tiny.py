@@ -12,7 +12,7 @@ from megatron_vrl.batching.pack import Answer, Group, MicroBatch
 from megatron_vrl.batching.positions import VisionBlock, mrope_positions
 from megatron_vrl.config import Batch
 from megatron_vrl.parallel.mesh import Mesh
-from megatron_vrl.training.batches import plan_batches
+from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.types import EncodedImage, EncodedVideo, Prompt, Visual
 
 VIDEO_TOKEN, IMAGE_TOKEN, VISION_START, VISION_END = 90, 91, 92, 93

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_vrl.rollout.torchvision_shim import declare_missing_ops
+from megatron_vrl.rollout.vllm.torchvision_shim import declare_missing_ops
 from tests.tiny import IMAGE_TOKEN, VIDEO_TOKEN, VISION_END, VISION_START
 
 declare_missing_ops()

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vrl.errors import ConfigError, VideoError
-from megatron_vrl.observe.quiet import hush_libraries
-from megatron_vrl.program import OverrideParser, run_program
+from megatron_vrl.observe.silence_logs import hush_libraries
+from megatron_vrl.process.entry import OverrideParser, run_program
 from megatron_vrl.tasks import TASKS
 
 
@@ -54,8 +54,8 @@ def _ask(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if "://" not in arguments.video and not Path(arguments.video).is_file():
         raise VideoError(f"--video {arguments.video} is not a file: correct it.", "missing")
     hush_libraries()
-    from megatron_vrl.ask import Question, ask, told
-    from megatron_vrl.inference import inference_config
+    from megatron_vrl.evaluation.ask import Question, ask, told
+    from megatron_vrl.evaluation.generate import inference_config
 
     plain = ["data.system_prompt=answer"] if arguments.plain else []
     overrides = [*plain, *arguments.overrides]

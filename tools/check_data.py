@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from megatron_vrl.checking import DatasetCheck, distinct_sources, num_records
 from megatron_vrl.config import load_config
+from megatron_vrl.data.dataset_check import DatasetCheck, distinct_sources, num_records
 from megatron_vrl.data.problems import Problem, summary
 from megatron_vrl.errors import counted
-from megatron_vrl.program import OverrideParser, run_program
+from megatron_vrl.process.entry import OverrideParser, run_program
 
 
 def main() -> int:

@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from megatron_vrl.config import Optimizer, RunConfig, Source
-from megatron_vrl.program import run_program
+from megatron_vrl.process.entry import run_program
 
 HEAD = """# Configuration
 

@@ -13,7 +13,7 @@ import argparse
 import os
 from pathlib import Path
 
-from megatron_vrl.program import run_program
+from megatron_vrl.process.entry import run_program
 
 # A tensor's memory is asked for and given back row by row; in huge pages that costs a third less
 # of the whole conversion.
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
     arguments = parser.parse_args()
-    from megatron_vrl.training.convert import compare, convert_to_megatron, convert_to_published
+    from megatron_vrl.checkpoint.convert import compare, convert_to_megatron, convert_to_published
 
     source, target = arguments.source, arguments.target
     if arguments.direction == "verify":

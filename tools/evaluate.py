@@ -29,7 +29,8 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_vrl.benchmark import (
+from megatron_vrl.errors import ConfigError
+from megatron_vrl.evaluation.benchmark import (
     Prediction,
     items_of,
     questions,
@@ -37,11 +38,10 @@ from megatron_vrl.benchmark import (
     table,
     write_results,
 )
-from megatron_vrl.errors import ConfigError
+from megatron_vrl.evaluation.protocols import BENCHMARKS
 from megatron_vrl.observe.progress import say
-from megatron_vrl.observe.quiet import hush_libraries
-from megatron_vrl.program import OverrideParser, run_program
-from megatron_vrl.rewards.benchmarks import BENCHMARKS
+from megatron_vrl.observe.silence_logs import hush_libraries
+from megatron_vrl.process.entry import OverrideParser, run_program
 from megatron_vrl.types import VideoSample
 
 
@@ -101,8 +101,8 @@ def _predict(
 ) -> tuple[list[Prediction], str]:
     """Return the predictions, and a sentence if too many videos cannot be read."""
     hush_libraries()
-    from megatron_vrl.inference import inference_config
-    from megatron_vrl.predict import SEED_DEFAULTS, predict, too_many_bad
+    from megatron_vrl.evaluation.generate import inference_config
+    from megatron_vrl.evaluation.predict import SEED_DEFAULTS, predict, too_many_bad
 
     plain = ["data.system_prompt=answer"] if arguments.plain else []
     cfg = inference_config(

@@ -22,7 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_vrl.program import run_program
+from megatron_vrl.process.entry import run_program
 
 Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[1]

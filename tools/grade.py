@@ -28,11 +28,11 @@ import json
 import sys
 
 from megatron_vrl.config import Rewards, Section
-from megatron_vrl.config_tree import overridden
+from megatron_vrl.config.loader import overridden
 from megatron_vrl.errors import DataError
-from megatron_vrl.program import OverrideParser, run_program
+from megatron_vrl.evaluation.grading import Grader
+from megatron_vrl.process.entry import OverrideParser, run_program
 from megatron_vrl.rewards import weights_of
-from megatron_vrl.rewards.grading import Grader
 from megatron_vrl.tasks import TASKS
 
 

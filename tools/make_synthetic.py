@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_vrl.errors import ConfigError
-from megatron_vrl.program import run_program
+from megatron_vrl.process.entry import run_program
 
 if TYPE_CHECKING:  # numpy and av are imported where they are used: --help answers at once
     import numpy as np

@@ -25,7 +25,7 @@ from make_synthetic import COLOURS, KINDS
 from released_layout import write_released
 
 from megatron_vrl.errors import ConfigError
-from megatron_vrl.program import run_program
+from megatron_vrl.process.entry import run_program
 from megatron_vrl.tasks import SYSTEM_PROMPTS, TASKS
 from megatron_vrl.types import VideoSample
 
@@ -262,7 +262,7 @@ def main(arguments: list[str] | None = None) -> None:
     check(args)
     if args.out.exists() and any(args.out.iterdir()):
         raise ConfigError(f"{args.out} is not empty; give another --out or remove it.")
-    from megatron_vrl.rollout.torchvision_shim import declare_missing_ops
+    from megatron_vrl.rollout.vllm.torchvision_shim import declare_missing_ops
 
     declare_missing_ops()
     tokenizer = train_tokenizer(args.vocab)

@@ -20,7 +20,7 @@ from typing import Any
 from megatron_vrl.config import RunConfig, load_config
 from megatron_vrl.errors import EXIT_CODE, ConfigError
 from megatron_vrl.planner.hardware import GPUS
-from megatron_vrl.program import OverrideParser, run_program
+from megatron_vrl.process.entry import OverrideParser, run_program
 
 
 def main() -> int:
@@ -50,8 +50,8 @@ def main() -> int:
 
 def _plan(arguments: argparse.Namespace, cfg: RunConfig) -> tuple[dict[str, Any], str]:
     from megatron_vrl.planner.plan import make_plan, refusals
+    from megatron_vrl.planner.render import found_values, heading, told, values
     from megatron_vrl.planner.search import nearest
-    from megatron_vrl.planner.tell import found_values, heading, told, values
 
     arch, asked = _architecture(cfg), _question(arguments, cfg)
     refused = refusals(cfg, arch, asked.gpu, asked.gpus)
@@ -78,8 +78,8 @@ def _told_nearest(near: dict[str, Any] | None) -> str:
 
 
 def _search(arguments: argparse.Namespace, cfg: RunConfig) -> tuple[dict[str, Any], str]:
+    from megatron_vrl.planner.render import found_values, heading, search_table
     from megatron_vrl.planner.search import ranked
-    from megatron_vrl.planner.tell import found_values, heading, search_table
 
     arch, asked = _architecture(cfg), _question(arguments, cfg)
     found, tried = ranked(cfg, arch, asked)
@@ -93,8 +93,8 @@ def _search(arguments: argparse.Namespace, cfg: RunConfig) -> tuple[dict[str, An
 
 
 def _architecture(cfg: RunConfig) -> Any:
-    from megatron_vrl.model.architecture import read_architecture
-    from megatron_vrl.training.layout import published_files
+    from megatron_vrl.checkpoint.layout import published_files
+    from megatron_vrl.models.architecture import read_architecture
 
     checkpoint = published_files(cfg.model.checkpoint)
     if (checkpoint / "config.json").exists() or not cfg.model.architecture:

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_vrl.program import OverrideParser, run_program
+from megatron_vrl.process.entry import OverrideParser, run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = {
@@ -134,7 +134,13 @@ def train(out: Path, run_dir: Path, overrides: list[str]) -> dict[str, Any]:
         for part, sources in quickstart_data().items()
     ]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    command += ["2", "-m", "megatron_vrl.train", "--config", str(ROOT / "configs/quickstart.yaml")]
+    command += [
+        "2",
+        "-m",
+        "megatron_vrl.cli.train",
+        "--config",
+        str(ROOT / "configs/quickstart.yaml"),
+    ]
     subprocess.run([*command, f"run.out_dir={run_dir}", *data, *overrides], check=True)
     return json.loads((run_dir / "summary.json").read_text())  # type: ignore[no-any-return]
 

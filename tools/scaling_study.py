@@ -27,9 +27,9 @@ from scaling.predict import fitted_mfu, predicted, update_parts
 from scaling.tell import plot_measured, plot_simulated, table, with_efficiency
 
 from megatron_vrl.errors import ConfigError, UserError
-from megatron_vrl.model.architecture import Architecture, read_architecture
+from megatron_vrl.models.architecture import Architecture, read_architecture
 from megatron_vrl.planner.hardware import Gpu, find_gpu
-from megatron_vrl.program import OverrideParser, run_program
+from megatron_vrl.process.entry import OverrideParser, run_program
 
 Row = dict[str, Any]
 

@@ -38,8 +38,8 @@ import argparse
 import os
 from pathlib import Path
 
-from megatron_vrl.observe.quiet import hush_libraries
-from megatron_vrl.program import OverrideParser, run_program
+from megatron_vrl.observe.silence_logs import hush_libraries
+from megatron_vrl.process.entry import OverrideParser, run_program
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
     hush_libraries()
-    from megatron_vrl.scoring import score_config, score_file
+    from megatron_vrl.evaluation.logprobs import score_config, score_file
 
     cfg = score_config(arguments.checkpoint, arguments.overrides)
     summary = score_file(cfg, arguments.samples, arguments.out)

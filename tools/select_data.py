@@ -24,8 +24,8 @@ from pathlib import Path
 
 from megatron_vrl.config import load_config
 from megatron_vrl.errors import ConfigError
-from megatron_vrl.observe.quiet import hush_libraries
-from megatron_vrl.program import OverrideParser, run_program
+from megatron_vrl.observe.silence_logs import hush_libraries
+from megatron_vrl.process.entry import OverrideParser, run_program
 
 
 def main() -> int:
@@ -49,9 +49,9 @@ def _select(arguments: argparse.Namespace) -> int:
     cfg = load_config(arguments.config, [*arguments.overrides, *pool_override])
     share = _share(arguments.share)
     hush_libraries()
-    from megatron_vrl.predict import too_many_bad
-    from megatron_vrl.rewards.selection import UNDECODABLE
-    from megatron_vrl.selection import apply_rules, collect_answers, pool
+    from megatron_vrl.evaluation.predict import too_many_bad
+    from megatron_vrl.selection.rules import UNDECODABLE
+    from megatron_vrl.selection.select import apply_rules, collect_answers, pool
 
     samples = pool(cfg)
     if not arguments.rules_only:

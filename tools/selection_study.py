@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vrl.program import OverrideParser, run_program
+from megatron_vrl.process.entry import OverrideParser, run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -237,7 +237,7 @@ def run_arm(
 def train(run_dir: Path, seed: int, *overrides: str) -> None:
     """One job of one process; a finished one is not repeated."""
     options = (f"run.out_dir={run_dir}", f"run.seed={seed}", "observe.wandb=disabled", *overrides)
-    program = ["-m", "megatron_vrl.train", "--config", str(CONFIG), *options]
+    program = ["-m", "megatron_vrl.cli.train", "--config", str(CONFIG), *options]
     subprocess.run([sys.executable, *program], check=True, env=environment())
 
 

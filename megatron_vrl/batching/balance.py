@@ -1,10 +1,10 @@
 """Even work: which data rank trains which group, and which groups share a micro-batch.
 
-Costs are numbers of one unit, not negative (`model/work.py` has FLOPs); sizes are tokens, of which
-a micro-batch holds a budget. Everything is by the longest-processing-time rule (Graham 1969: the
-heaviest first, each to the lightest bin), whose heaviest bin is at most a third above the best. It
-is deterministic: ranks that know the same numbers come to the same answer without a word. Left
-out: splitting one item, and an exact optimum.
+Costs are numbers of one unit, not negative (`models/qwen2_5_vl/flops.py` has FLOPs); sizes are
+tokens, of which a micro-batch holds a budget. Everything is by the longest-processing-time rule
+(Graham 1969: the heaviest first, each to the lightest bin), whose heaviest bin is at most a third
+above the best. It is deterministic: ranks that know the same numbers come to the same answer
+without a word. Left out: splitting one item, and an exact optimum.
 """
 
 from collections import Counter

@@ -19,9 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_vrl.config import Source
-from megatron_vrl.data.json_files import parse, version, without_collector
-from megatron_vrl.data.problems import Problem
-from megatron_vrl.data.readers import (
+from megatron_vrl.data.formats.json_files import parse, version, without_collector
+from megatron_vrl.data.formats.training import (
     HeaderDuration,
     is_list,
     list_records,
@@ -29,6 +28,7 @@ from megatron_vrl.data.readers import (
     read_record,
     refuse_none,
 )
+from megatron_vrl.data.problems import Problem
 from megatron_vrl.errors import DataError, VideoError
 from megatron_vrl.types import VideoSample
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_vrl.batching.positions import VisionBlock, mrope_positions
-from megatron_vrl.data.chat import STOP, ChatTokenizer, Message
+from megatron_vrl.data.chat_template import STOP, ChatTokenizer, Message
 from megatron_vrl.errors import CheckpointError, ConfigError, DataError
 from megatron_vrl.tasks import SYSTEM_PROMPTS, TASKS
 from megatron_vrl.types import EncodedVideo, Prompt, VideoSample, Visual

@@ -17,9 +17,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from megatron_vrl.errors import UserError
 from megatron_vrl.observe.charts import Curve, svg
-from megatron_vrl.observe.files import read_error, read_rows, write_file
 from megatron_vrl.observe.metrics import MEANINGS, meaning
-from megatron_vrl.program import run_program
+from megatron_vrl.process.entry import run_program
+from megatron_vrl.storage.files import read_error, read_rows, write_file
 
 RUNNING_S = 600.0  # a run that wrote a row within this time is taken to be running
 CARDS = 12  # shown, evenly spread over the steps

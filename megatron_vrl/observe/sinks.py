@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from megatron_vrl.config import Observe
 from megatron_vrl.errors import UserError
-from megatron_vrl.observe.cards import Card, CardFile
-from megatron_vrl.observe.files import RowFile, write_file
 from megatron_vrl.observe.metrics import Phase, StepMetrics
+from megatron_vrl.observe.samples import Card, CardFile
+from megatron_vrl.storage.files import RowFile, write_file
 
 
 class Writer(Protocol):

@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from megatron_vrl.observe.files import write_file
+from megatron_vrl.storage.files import write_file
 
 PACKAGES = (
     "megatron_vrl",

@@ -19,9 +19,9 @@ import numpy as np
 
 from megatron_vrl.batching.pack import Answer, Group, pack, share_context
 from megatron_vrl.config import Model, Parallel
-from megatron_vrl.model.architecture import Architecture
-from megatron_vrl.model.head import CHUNK_BYTES
-from megatron_vrl.model.segments import exact_sizes, padded_sizes
+from megatron_vrl.models.architecture import Architecture
+from megatron_vrl.models.logprob_head import CHUNK_BYTES
+from megatron_vrl.models.segments import exact_sizes, padded_sizes
 from megatron_vrl.planner.workload import Packed
 from megatron_vrl.types import Prompt
 

@@ -8,8 +8,8 @@ model is the longest. Speculation and quantised weights are left out.
 from dataclasses import dataclass
 
 from megatron_vrl.config import RunConfig
-from megatron_vrl.model.architecture import Architecture
-from megatron_vrl.model.work import work_of_sizes
+from megatron_vrl.models.architecture import Architecture
+from megatron_vrl.models.qwen2_5_vl.flops import work_of_sizes
 from megatron_vrl.planner.activations import number_bytes
 from megatron_vrl.planner.hardware import GIB
 from megatron_vrl.planner.parameters import count_all

@@ -15,8 +15,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field
 
-from megatron_vrl.config_base import SECTION, Positive
-from megatron_vrl.config_tree import checked
+from megatron_vrl.config.base import SECTION, Positive
+from megatron_vrl.config.loader import checked
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.observe.hardware import peak_flops
 

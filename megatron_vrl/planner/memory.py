@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_vrl.config import RunConfig
-from megatron_vrl.model.architecture import Architecture, padded_vocab
-from megatron_vrl.model.chunks import Chunk, stage_chunks
+from megatron_vrl.models.architecture import Architecture, padded_vocab
+from megatron_vrl.models.pipeline_split import Chunk, stage_chunks
 from megatron_vrl.planner.activations import (
     FLOAT32,
     Kernels,

@@ -10,10 +10,10 @@ from functools import cache
 from math import prod
 
 from megatron_vrl.config import Model, Parallel
-from megatron_vrl.model.architecture import Architecture, padded_vocab
-from megatron_vrl.model.chunks import Chunk, stage_chunks, whole
-from megatron_vrl.model.shapes import published_shapes
-from megatron_vrl.model.weight_map import EMBEDDING, HEAD, Row, chunk_rows
+from megatron_vrl.models.architecture import Architecture, padded_vocab
+from megatron_vrl.models.pipeline_split import Chunk, stage_chunks, whole
+from megatron_vrl.models.qwen2_5_vl.hf_shapes import published_shapes
+from megatron_vrl.models.qwen2_5_vl.weight_map import EMBEDDING, HEAD, Row, chunk_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from megatron_vrl.config import RunConfig, check_batches, check_off_policy
 from megatron_vrl.errors import ConfigError
-from megatron_vrl.model.architecture import Architecture
-from megatron_vrl.model.chunks import check_divides
-from megatron_vrl.model.work import hardware_flops, update_flops
+from megatron_vrl.models.architecture import Architecture
+from megatron_vrl.models.pipeline_split import check_divides
+from megatron_vrl.models.qwen2_5_vl.flops import hardware_flops, update_flops
 from megatron_vrl.parallel.mesh import check_layout
 from megatron_vrl.planner.activations import Kernels
 from megatron_vrl.planner.generation import (
@@ -30,7 +30,7 @@ from megatron_vrl.planner.speed import (
     training_pass,
 )
 from megatron_vrl.planner.workload import Packed, Sizes, pack_step, step_sizes, worst_batches
-from megatron_vrl.training.batches import TILE_ROWS
+from megatron_vrl.policy.micro_batches import TILE_ROWS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,14 +211,14 @@ def _times(phase: Phase, count: int) -> Phase:
 
 
 def _passes_before(cfg: RunConfig) -> list[str]:
-    """Forward passes over a step's groups before its first update, as `loops/learn.py` makes."""
+    """Forward passes over a step's groups before its first update, as `trainer/update.py` makes."""
     several = cfg.grpo.mini_batches * cfg.grpo.epochs > 1
     refers = cfg.algorithm.kl > 0 and cfg.algorithm.kl_in == "loss"
     return ["old log-probs"] * several + ["reference"] * refers
 
 
 def _multiple(cfg: RunConfig) -> int:
-    """Rows that a micro-batch is padded to on GPUs, as `training/batches.py` does."""
+    """Rows that a micro-batch is padded to on GPUs, as `policy/micro_batches.py` does."""
     context = cfg.parallel.context
     return cfg.parallel.tensor * (2 * context if context > 1 else 1) * TILE_ROWS
 

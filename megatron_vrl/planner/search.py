@@ -12,7 +12,7 @@ from itertools import groupby, product
 from typing import Any
 
 from megatron_vrl.config import RunConfig
-from megatron_vrl.model.architecture import Architecture
+from megatron_vrl.models.architecture import Architecture
 from megatron_vrl.planner.plan import Plan, Question, make_plan, plan_memory, refusals
 
 RECOMPUTE = ("none", "selective", "full")

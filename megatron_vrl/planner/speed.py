@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from math import ceil, log2
 
 from megatron_vrl.config import RunConfig
-from megatron_vrl.model.architecture import Architecture
-from megatron_vrl.model.chunks import stage_chunks
-from megatron_vrl.model.work import hardware_flops, work_of_sizes
-from megatron_vrl.observe.meters import Work
+from megatron_vrl.models.architecture import Architecture
+from megatron_vrl.models.pipeline_split import stage_chunks
+from megatron_vrl.models.qwen2_5_vl.flops import hardware_flops, work_of_sizes
+from megatron_vrl.observe.throughput import Work
 from megatron_vrl.planner.activations import FLOAT32, number_bytes
 from megatron_vrl.planner.hardware import Gpu
 from megatron_vrl.planner.parameters import Numbers

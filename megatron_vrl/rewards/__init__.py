@@ -3,7 +3,7 @@
 A part is in [0, 1]; a task names its parts, the configuration weighs them. Every part of the task
 is computed and logged, and so is every part of `OPTIONAL` and every function of the user's that
 the task's weights name; a weight of 0 makes a part that is logged and counts nothing. What needs
-more than the text of one response is added by `megatron_vrl.judge`.
+more than the text of one response is added by `megatron_vrl.rewards.manager`.
 """
 
 import difflib
@@ -13,7 +13,7 @@ from typing import Literal
 
 from megatron_vrl.config import Rewards
 from megatron_vrl.errors import ConfigError
-from megatron_vrl.rewards import accuracy, boundary_iou, format, seed, temporal_iou
+from megatron_vrl.rewards import accuracy, boundary_iou, format, temporal_iou, temporal_r1
 from megatron_vrl.tasks import TASKS, Parsed
 from megatron_vrl.types import VideoSample
 
@@ -26,7 +26,10 @@ PARTS: dict[str, Callable[[VideoSample, Parsed], float]] = {
 LENGTH = "length"
 OPTIONAL = {"boundary_iou": "temporal_iou", LENGTH: "format"}  # part -> the task's part it needs
 SEED_PARTS: dict[str, dict[str, Callable[[VideoSample, str], float]]] = {
-    "temporal_grounding": {"format": seed.format_score, "temporal_iou": seed.temporal_iou},
+    "temporal_grounding": {
+        "format": temporal_r1.format_score,
+        "temporal_iou": temporal_r1.temporal_iou,
+    },
 }
 
 

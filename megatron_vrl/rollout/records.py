@@ -1,7 +1,7 @@
 """Stored rollouts: what a line of OUT/rollouts/*.jsonl.zst holds, and how to read them.
 
-A line is a group, an append is a step of one rank (`observe/compressed.py`). Everything that an
-answer was is in it, so that training can go on from the file alone (`rollout/stored.py`) and other
+A line is a group, an append is a step of one rank (`storage/compressed.py`). Everything that an
+answer was is in it, so that training can go on from the file alone (`rollout/replay.py`) and other
 programs can read it; the frames of its video are not.
 """
 
@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_vrl.errors import DataError
-from megatron_vrl.observe.compressed import frames
-from megatron_vrl.rollout.requests import SamplingSpec
+from megatron_vrl.rollout.request import SamplingSpec
+from megatron_vrl.storage.compressed import frames
 from megatron_vrl.types import Prompt, Rollout, ScoredGroup
 
 PATTERN = "*.jsonl.zst"

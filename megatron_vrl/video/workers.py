@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from megatron_vrl.errors import ConfigError, UserError, VideoError
-from megatron_vrl.parent import end_with_starter
+from megatron_vrl.process.parent_death import end_with_starter
 
 START_S = 300.0  # a process that has not loaded its libraries by then never will
 PRELOADED = ["megatron_vrl.video.pyav"]

@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_vrl.config import Source
-from megatron_vrl.data import json_files, pool
+from megatron_vrl.data import pool
+from megatron_vrl.data.formats import json_files
+from megatron_vrl.data.formats.training import read
 from megatron_vrl.data.mix import SampleStream, open_pool
 from megatron_vrl.data.pool import IndexedSource
 from megatron_vrl.data.problems import Problem
-from megatron_vrl.data.readers import read
 from megatron_vrl.errors import DataError, VideoError
 from tests.running import ENVIRONMENT, ROOT
 

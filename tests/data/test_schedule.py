@@ -14,7 +14,7 @@ from megatron_vrl.data.mix import order
 from megatron_vrl.data.pool import Pool
 from megatron_vrl.data.schedule import Schedule, read_ids, read_mean_rewards, stages_of
 from megatron_vrl.errors import ConfigError, DataError
-from megatron_vrl.loops.stream import stream_of
+from megatron_vrl.trainer.sample_stream import stream_of
 from tests.data.test_mix import sample
 
 sources = st.lists(

@@ -11,12 +11,12 @@ from PIL import Image
 
 from megatron_vrl.config import Observe
 from megatron_vrl.errors import UserError
-from megatron_vrl.observe.cards import CELL_PX, CELLS, Answer, Card, strip
-from megatron_vrl.observe.files import write_error
 from megatron_vrl.observe.metrics import StepMetrics
 from megatron_vrl.observe.report import CARDS, build_report
+from megatron_vrl.observe.samples import CELL_PX, CELLS, Answer, Card, strip
 from megatron_vrl.observe.sinks import open_sinks
 from megatron_vrl.observe.summary import write_summary
+from megatron_vrl.storage.files import write_error
 
 FRAMES = np.zeros((8, 12, 16, 3), np.uint8)
 TIMES_S = np.arange(8, dtype=np.float64) * 2

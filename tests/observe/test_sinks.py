@@ -8,9 +8,9 @@ import yaml
 
 from megatron_vrl.config import Observe
 from megatron_vrl.errors import UserError
-from megatron_vrl.observe.files import RowFile, read_rows
 from megatron_vrl.observe.metrics import StepMetrics
 from megatron_vrl.observe.sinks import Sinks, open_sinks
+from megatron_vrl.storage.files import RowFile, read_rows
 
 QUIET = Observe(wandb="disabled")
 

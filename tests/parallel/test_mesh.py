@@ -65,7 +65,7 @@ def test_a_grid_may_follow_another(mesh):
 
 
 def test_an_error_inside_is_raised_after_all_agreed(mesh):
-    mine = VideoError("a.mp4 is empty.")  # another rank's error: tests/training/test_batches.py
+    mine = VideoError("a.mp4 is empty.")  # another rank's error: tests/policy/test_micro_batches.py
     with pytest.raises(VideoError, match=r"a\.mp4"), agreed(mesh):
         raise mine
 

@@ -24,11 +24,11 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_vrl.batching.pack import Answer, Group
 from megatron_vrl.config import Batch, Model, Optimizer, Parallel
-from megatron_vrl.model.architecture import Architecture, VisionArchitecture
-from megatron_vrl.model.head import Distribution
+from megatron_vrl.models.architecture import Architecture, VisionArchitecture
+from megatron_vrl.models.logprob_head import Distribution
 from megatron_vrl.parallel.mesh import close_mesh, gather_objects, init_mesh, world_axis
-from megatron_vrl.training.batches import plan_batches
-from megatron_vrl.training.policy import Policy
+from megatron_vrl.policy.micro_batches import plan_batches
+from megatron_vrl.policy.policy import Policy
 from tests.tiny import IMAGE_TOKEN, VIDEO_TOKEN, VISION_START, prompt, token_loss, video
 
 VISION = VisionArchitecture(

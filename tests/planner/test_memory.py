@@ -12,7 +12,7 @@ from itertools import product
 import pytest
 
 from megatron_vrl.config import Algorithm, Batch, Model, Parallel, Run, RunConfig
-from megatron_vrl.model.chunks import stage_chunks
+from megatron_vrl.models.pipeline_split import stage_chunks
 from megatron_vrl.planner.activations import (
     Kernels,
     head_kept,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_vrl.config import Model, Parallel
-from megatron_vrl.model.architecture import Architecture, padded_vocab, read_architecture
+from megatron_vrl.models.architecture import Architecture, padded_vocab, read_architecture
 from megatron_vrl.planner.parameters import Numbers, count_all, count_stage, sum_of
 from tests.running import ROOT
 from tests.tiny_models import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration

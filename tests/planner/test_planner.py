@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_vrl import train
+from megatron_vrl.cli import train
 from megatron_vrl.config import load_config
 from megatron_vrl.errors import ConfigError
-from megatron_vrl.model.architecture import read_architecture
+from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.planner.hardware import GPUS, find_gpu
 from megatron_vrl.planner.plan import Question, make_plan, refusals
 from megatron_vrl.planner.speed import Machine
 from megatron_vrl.planner.workload import TEXT_TOKENS, step_sizes, video_grid
-from megatron_vrl.program import run_program
+from megatron_vrl.process.entry import run_program
 from tests.running import ROOT
 from tools import plan as program
 

@@ -32,7 +32,7 @@ def weights(checkpoint):
 
 @pytest.fixture(scope="session")
 def shared_engine(checkpoint):
-    from megatron_vrl.rollout.engine import ColocatedEngine
+    from megatron_vrl.rollout.vllm.engine import ColocatedEngine
 
     cfg = config.Rollout(max_sequences=64, kv_cache_mib=64)
     return ColocatedEngine(

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from megatron_vrl import config
 from megatron_vrl.rollout.buckets import BucketWriter
-from megatron_vrl.rollout.engine import ColocatedEngine
-from megatron_vrl.rollout.requests import SamplingSpec
+from megatron_vrl.rollout.request import SamplingSpec
+from megatron_vrl.rollout.vllm.engine import ColocatedEngine
 from tests.rollout.conftest import MAX_MODEL_LEN, prompt_maker
 from tests.tiny import sharded_tensors
 

@@ -11,7 +11,7 @@ import torch
 from megatron_vrl.errors import RolloutError
 from megatron_vrl.rollout.buckets import BucketReader, BucketWriter, views
 from megatron_vrl.rollout.checksums import tensor_checksums
-from megatron_vrl.rollout.wire import encode
+from megatron_vrl.rollout.workers.protocol import encode
 
 
 @pytest.fixture

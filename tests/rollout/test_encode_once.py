@@ -9,17 +9,17 @@ from megatron.core import parallel_state
 
 from megatron_vrl.batching.pack import Answer, Group
 from megatron_vrl.batching.positions import VisionBlock, mrope_positions
+from megatron_vrl.checkpoint.hf_export import WeightExport
+from megatron_vrl.checkpoint.hf_load import load_published
 from megatron_vrl.config import Batch, Model, Parallel
-from megatron_vrl.model.architecture import read_architecture
-from megatron_vrl.model.export import WeightExport
-from megatron_vrl.model.head import Distribution
-from megatron_vrl.model.weights import load_published
+from megatron_vrl.models.architecture import read_architecture
+from megatron_vrl.models.logprob_head import Distribution
 from megatron_vrl.parallel.mesh import init_mesh
-from megatron_vrl.rollout.requests import SamplingSpec, request_of
-from megatron_vrl.rollout.wire import Ask, decode, encode
-from megatron_vrl.training.batches import plan_batches
-from megatron_vrl.training.eyes import Eyes
-from megatron_vrl.training.policy import Policy
+from megatron_vrl.policy.micro_batches import plan_batches
+from megatron_vrl.policy.policy import Policy
+from megatron_vrl.policy.vision_cache import Eyes
+from megatron_vrl.rollout.request import SamplingSpec, request_of
+from megatron_vrl.rollout.workers.protocol import Ask, decode, encode
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 SPEC = SamplingSpec(n=2, temperature=1.0, top_p=1.0, max_tokens=12, seed=5)

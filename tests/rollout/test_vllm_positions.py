@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_vrl.batching.positions import VisionBlock, mrope_positions
-from megatron_vrl.rollout.vllm_process import import_vllm
+from megatron_vrl.rollout.vllm.startup import import_vllm
 
 pytestmark = pytest.mark.slow  # imports vLLM
 

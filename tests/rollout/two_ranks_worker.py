@@ -7,7 +7,7 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_vrl import config
-from megatron_vrl.rollout.engine import ColocatedEngine, SamplingSpec
+from megatron_vrl.rollout.vllm.engine import ColocatedEngine, SamplingSpec
 from tests.rollout.conftest import MAX_MODEL_LEN, prompt_maker
 from tests.tiny import sharded_tensors
 

@@ -8,9 +8,9 @@ import torch
 
 from megatron_vrl.algorithms import ALGORITHMS, teaches, token_loss
 from megatron_vrl.config import Algorithm, Data, Rewards, Source
-from megatron_vrl.data.readers import READERS
+from megatron_vrl.data.formats.training import READERS
+from megatron_vrl.evaluation.metrics import summarise
 from megatron_vrl.rewards import PARTS, SEED_PARTS, score, weights_of
-from megatron_vrl.rewards.metrics import summarise
 from megatron_vrl.tasks import SYSTEM_PROMPTS, TASKS, Parsed
 from megatron_vrl.types import VideoSample
 from tests.algorithms.make_tokens import tokens_of

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from megatron_vrl.errors import CheckpointError, VideoError
-from megatron_vrl.model.patches import patchify
-from megatron_vrl.rollout.torchvision_shim import declare_missing_ops
+from megatron_vrl.models.qwen2_5_vl.preprocess import patchify
+from megatron_vrl.rollout.vllm.torchvision_shim import declare_missing_ops
 from megatron_vrl.video.image import ImageRules, read_image, read_image_rules
 from megatron_vrl.video.rules import smart_resize
 

@@ -67,7 +67,7 @@ def main(path: str) -> None:
 
 
 def import_everything() -> None:
-    from megatron_vrl.rollout.vllm_process import import_vllm
+    from megatron_vrl.rollout.vllm.startup import import_vllm
 
     import_vllm()
     for name in ("vllm.model_executor.models.qwen2_5_vl", "vllm.v1.worker.cpu_worker"):

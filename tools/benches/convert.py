@@ -99,9 +99,9 @@ def random_checkpoint(config: Path, directory: Path) -> int:
     """A checkpoint of random bfloat16 weights, one tensor in memory; its bytes."""
     import torch
 
-    from megatron_vrl.model.architecture import read_architecture
-    from megatron_vrl.model.published import PublishedWriter
-    from megatron_vrl.model.shapes import published_shapes
+    from megatron_vrl.checkpoint.hf_reader import PublishedWriter
+    from megatron_vrl.models.architecture import read_architecture
+    from megatron_vrl.models.qwen2_5_vl.hf_shapes import published_shapes
 
     directory.mkdir(parents=True)
     shutil.copy(config, directory / "config.json")

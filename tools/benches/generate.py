@@ -29,8 +29,8 @@ def run(arguments: argparse.Namespace) -> Iterator[Row]:
     import numpy as np
 
     from megatron_vrl.config import Rollout
-    from megatron_vrl.rollout.engine import ColocatedEngine
-    from megatron_vrl.rollout.requests import SamplingSpec
+    from megatron_vrl.rollout.request import SamplingSpec
+    from megatron_vrl.rollout.vllm.engine import ColocatedEngine
     from megatron_vrl.types import Prompt
 
     count = arguments.prompt_tokens

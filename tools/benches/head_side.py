@@ -7,8 +7,8 @@ from torch import Tensor
 from worker import resident, serve
 
 from megatron_vrl.config import Parallel
-from megatron_vrl.model.head import Distribution, token_logprobs
-from megatron_vrl.observe.quiet import hush_libraries
+from megatron_vrl.models.logprob_head import Distribution, token_logprobs
+from megatron_vrl.observe.silence_logs import hush_libraries
 from megatron_vrl.parallel.mesh import init_mesh
 
 

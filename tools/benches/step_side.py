@@ -10,12 +10,12 @@ from worker import resident, serve
 from megatron_vrl.algorithms import token_loss
 from megatron_vrl.batching.pack import Answer, Group
 from megatron_vrl.config import Algorithm, Batch, Model, Optimizer, Parallel
-from megatron_vrl.model.architecture import Architecture, VisionArchitecture
-from megatron_vrl.model.head import Distribution
-from megatron_vrl.observe.quiet import hush_libraries
+from megatron_vrl.models.architecture import Architecture, VisionArchitecture
+from megatron_vrl.models.logprob_head import Distribution
+from megatron_vrl.observe.silence_logs import hush_libraries
 from megatron_vrl.parallel.mesh import init_mesh
-from megatron_vrl.training.batches import plan_batches
-from megatron_vrl.training.policy import Policy
+from megatron_vrl.policy.micro_batches import plan_batches
+from megatron_vrl.policy.policy import Policy
 from megatron_vrl.types import Prompt
 
 VOCAB = 4096

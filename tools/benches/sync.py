@@ -105,7 +105,7 @@ def _config(folder: Path, arguments: argparse.Namespace) -> Any:
 @contextmanager
 def _worker(folder: Path, cfg: Any) -> Iterator[None]:
     """A rollout worker in a process of its own."""
-    command = [sys.executable, "-m", "megatron_vrl.rollout_worker"]
+    command = [sys.executable, "-m", "megatron_vrl.cli.worker"]
     process = subprocess.Popen(
         [*command, "--config", str(folder / "config.yaml")], stdout=sys.stderr
     )
@@ -119,16 +119,16 @@ def _worker(folder: Path, cfg: Any) -> Iterator[None]:
 def _sides(cfg: Any) -> tuple[Any, Iterator[tuple[str, Any]]]:
     """The trainer's export; and by path a context of whatever takes its weights, one at a time as
     in a run."""
+    from megatron_vrl.checkpoint.hf_export import WeightExport
+    from megatron_vrl.checkpoint.hf_load import load_published
     from megatron_vrl.config import Parallel
     from megatron_vrl.errors import RolloutError
-    from megatron_vrl.model.architecture import read_architecture
-    from megatron_vrl.model.export import WeightExport
-    from megatron_vrl.model.weights import load_published
+    from megatron_vrl.models.architecture import read_architecture
     from megatron_vrl.parallel.mesh import init_mesh
-    from megatron_vrl.rollout.colocated import Colocated
-    from megatron_vrl.rollout.pool import WorkerPool
-    from megatron_vrl.rollout.start import identity, start_engine
-    from megatron_vrl.training.policy import Policy
+    from megatron_vrl.policy.policy import Policy
+    from megatron_vrl.rollout.vllm.in_process import Colocated
+    from megatron_vrl.rollout.vllm.start import identity, start_engine
+    from megatron_vrl.rollout.workers.pool import WorkerPool
 
     checkpoint = Path(cfg.model.checkpoint)
     mesh = init_mesh(Parallel(), seed=1)

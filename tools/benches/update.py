@@ -3,9 +3,9 @@ architecture, as a run does it: vision tower forward, language model and head fo
 gradients in float32, AdamW. All number formats and layouts take turns on one model, so that only
 they differ: `bfloat16`, and Transformer Engine's FP8 with `delayed`, `current` or `blockwise`
 scaling (a GPU's alone). `ratio` is the median time of the row --against over the row's own,
-`model_tflops` counts what the layout had to compute (megatron_vrl/model/work.py), `mfu` is that
-over the card's bfloat16 peak whatever the format, `entropy_change` the relative distance of the
-first update's mean entropy from that of the first row."""
+`model_tflops` counts what the layout had to compute (megatron_vrl/models/qwen2_5_vl/flops.py),
+`mfu` is that over the card's bfloat16 peak whatever the format, `entropy_change` the relative
+distance of the first update's mean entropy from that of the first row."""
 
 import argparse
 import statistics
@@ -23,14 +23,14 @@ from megatron_vrl.batching.pack import Answer, Group, MicroBatch
 from megatron_vrl.batching.positions import VisionBlock, mrope_positions
 from megatron_vrl.config import Algorithm, Batch, Model, Optimizer, Parallel
 from megatron_vrl.errors import ConfigError
-from megatron_vrl.model.architecture import Architecture, read_architecture
-from megatron_vrl.model.head import Distribution
-from megatron_vrl.model.precision import FP8_FORMATS, FP8_RECIPES
-from megatron_vrl.model.work import batch_work, update_flops
+from megatron_vrl.models.architecture import Architecture, read_architecture
+from megatron_vrl.models.logprob_head import Distribution
+from megatron_vrl.models.precision import FP8_FORMATS, FP8_RECIPES
+from megatron_vrl.models.qwen2_5_vl.flops import batch_work, update_flops
 from megatron_vrl.observe.hardware import forget_peak, peak_bytes, peak_flops
 from megatron_vrl.parallel.mesh import close_mesh, init_mesh
-from megatron_vrl.training.batches import plan_batches
-from megatron_vrl.training.policy import Policy
+from megatron_vrl.policy.micro_batches import plan_batches
+from megatron_vrl.policy.policy import Policy
 from megatron_vrl.types import EncodedVideo, Prompt
 
 Row = dict[str, Any]

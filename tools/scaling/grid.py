@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field
 
 from megatron_vrl.config import Parallel
-from megatron_vrl.config_base import SECTION, Positive
-from megatron_vrl.config_tree import overridden, read_tree
+from megatron_vrl.config.base import SECTION, Positive
+from megatron_vrl.config.loader import overridden, read_tree
 from megatron_vrl.errors import ConfigError
 
 Mode = Literal["strong", "weak"]

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vrl.errors import ConfigError
-from megatron_vrl.model.architecture import Architecture, read_architecture
-from megatron_vrl.model.chunks import check_divides
+from megatron_vrl.models.architecture import Architecture, read_architecture
+from megatron_vrl.models.pipeline_split import check_divides
 from megatron_vrl.parallel.mesh import check_layout
 from scaling.grid import Cell, Study
 from scaling.predict import model_of

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_vrl.config import Parallel
-from megatron_vrl.model.precision import DTYPES
-from megatron_vrl.observe.quiet import hush_libraries
+from megatron_vrl.models.precision import DTYPES
+from megatron_vrl.observe.silence_logs import hush_libraries
 from megatron_vrl.parallel.mesh import Mesh, gather_objects, init_mesh, world_axis
 
 ROUNDS = 7

@@ -9,7 +9,7 @@ no bubble: a core that one stage leaves idle computes for another.
 from typing import Any
 
 from megatron_vrl.config import Model, Run, RunConfig
-from megatron_vrl.model.architecture import Architecture
+from megatron_vrl.models.architecture import Architecture
 from megatron_vrl.planner.hardware import Gpu
 from megatron_vrl.planner.parameters import count_stage
 from megatron_vrl.planner.speed import Machine, Phase, optimizer_phase, training_pass

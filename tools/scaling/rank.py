@@ -20,15 +20,15 @@ from benches.update import draw_weights, group
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_vrl.algorithms import token_loss
+from megatron_vrl.checkpoint.hf_load import load_published
 from megatron_vrl.config import Algorithm, Batch, Optimizer
-from megatron_vrl.model.architecture import read_architecture
-from megatron_vrl.model.head import Distribution
-from megatron_vrl.model.weights import load_published
+from megatron_vrl.models.architecture import read_architecture
+from megatron_vrl.models.logprob_head import Distribution
 from megatron_vrl.observe.hardware import forget_peak, peak_bytes
-from megatron_vrl.observe.quiet import hush_libraries
+from megatron_vrl.observe.silence_logs import hush_libraries
 from megatron_vrl.parallel.mesh import Mesh, gather_objects, init_mesh, world_axis
-from megatron_vrl.training.batches import plan_batches
-from megatron_vrl.training.policy import Policy
+from megatron_vrl.policy.micro_batches import plan_batches
+from megatron_vrl.policy.policy import Policy
 from scaling.grid import Layout, Work
 from scaling.predict import model_of
 

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_vrl.checkpoint.layout import published_files
 from megatron_vrl.config import RunConfig, load_config
-from megatron_vrl.model.architecture import Architecture, read_architecture
+from megatron_vrl.models.architecture import Architecture, read_architecture
 from megatron_vrl.planner.hardware import Gpu
 from megatron_vrl.planner.plan import Question, make_plan, refusals
-from megatron_vrl.training.layout import published_files
 from scaling.grid import Cell, Layout, Mode, Study, micro_batches
 from scaling.predict import IDLE, update_parts
 

@@ -1,0 +1,165 @@
+"""The trainer's weights as a stream of published tensors, a bucket at a time.
+
+What goes into which bucket is planned once: a bucket holds whole modules (an engine may pack a
+layer as soon as it has its weight and its bias) and at most `max_bytes`, unless one module is
+larger. A bucket costs one gather over the tensor-parallel ranks and, where every stage wants
+everything, one broadcast from its pipeline stage; so memory holds one gathered bucket and what the
+consumer makes of it, never a stage.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_vrl.models.qwen2_5_vl.model import Qwen25VL
+from megatron_vrl.models.qwen2_5_vl.weight_map import Row, chunk_rows
+from megatron_vrl.parallel.mesh import gather_objects
+
+NamedTensors = Iterator[tuple[str, Tensor]]
+DEFAULT_BUCKET_BYTES = 128 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """One bucket of one pipeline stage, as every stage knows it."""
+
+    names: tuple[str, ...]  # published
+    shapes: tuple[torch.Size, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(shape.numel() for shape in self.shapes) * self.dtype.itemsize
+
+
+class WeightExport:
+    """Made once for a model; streams its weights as they are at each call."""
+
+    def __init__(
+        self,
+        chunks: Sequence[Qwen25VL],
+        dtype: torch.dtype | None = None,
+        value: Callable[[Tensor], Tensor] = torch.Tensor.detach,
+        max_bytes: int = DEFAULT_BUCKET_BYTES,
+    ) -> None:
+        """`dtype` None: the parameters' own. `value` is taken of each parameter: itself, or for
+        example its gradient. Every rank calls it."""
+        self._chunks, self._dtype, self._value = chunks, dtype, value
+        self._mesh = chunks[0].mesh
+        self._rows = [_bucket_rows(model, self._size_of(model), max_bytes) for model in chunks]
+        own = [
+            [self._planned(model, rows) for rows in buckets]
+            for model, buckets in zip(chunks, self._rows, strict=True)
+        ]
+        self._plans = gather_objects(self._mesh.pipeline, own)  # [stage][virtual stage][bucket]
+
+    @property
+    def bucket_bytes(self) -> int:
+        """Size of the largest bucket of any stage."""
+        return max(b.num_bytes for stage in self._plans for chunk in stage for b in chunk)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank is the one that `own_buckets` asks of its pipeline stage."""
+        mesh = self._mesh
+        return mesh.tensor.rank == mesh.context.rank == mesh.data.rank == 0
+
+    def buckets(self) -> Iterator[NamedTensors]:
+        """The whole model on every rank. Every rank exhausts it and each of its buckets."""
+        if self._mesh.pipeline.size == 1:
+            yield from self._own_buckets()
+            return
+        for virtual, model in enumerate(self._chunks):
+            for stage, of_stage in enumerate(self._plans):
+                mine = stage == self._mesh.pipeline.rank
+                for number, planned in enumerate(of_stage[virtual]):
+                    own = self._gathered(model, self._rows[virtual][number]) if mine else None
+                    yield self._broadcast(planned, stage, own)
+
+    def own_buckets(self) -> Iterator[NamedTensors]:
+        """This stage's layers on its leading rank. Every rank exhausts it and each bucket; those
+        that do not lead have no use for what they get, and other replicas get nothing."""
+        if self._mesh.context.rank == self._mesh.data.rank == 0:
+            yield from self._own_buckets()
+
+    def tensors(self) -> NamedTensors:
+        """`buckets`, one tensor after another."""
+        for bucket in self.buckets():
+            yield from bucket
+
+    def _own_buckets(self) -> Iterator[NamedTensors]:
+        for model, buckets in zip(self._chunks, self._rows, strict=True):
+            for rows in buckets:
+                yield self._gathered(model, rows)
+
+    def _size_of(self, model: Qwen25VL) -> Callable[[Row], int]:
+        params, ranks = dict(model.named_parameters()), self._mesh.tensor.size
+
+        def num_bytes(row: Row) -> int:
+            param = params[row.megatron]
+            itemsize = (self._dtype or param.dtype).itemsize
+            return param.numel() * itemsize * (1 if row.layout.axis is None else ranks)
+
+        return num_bytes
+
+    def _planned(self, model: Qwen25VL, rows: Sequence[Row]) -> Planned:
+        params = dict(model.named_parameters())
+        names: list[str] = []
+        shapes: list[torch.Size] = []
+        for row in rows:
+            param = params[row.megatron]
+            shards = [torch.empty_like(param, device="meta")] * self._mesh.tensor.size
+            names += row.published
+            shapes += [part.shape for part in row.layout.part(row.layout.unshard(shards))]
+        return Planned(tuple(names), tuple(shapes), self._dtype or params[rows[0].megatron].dtype)
+
+    @torch.no_grad()
+    def _gathered(self, model: Qwen25VL, rows: Sequence[Row]) -> NamedTensors:
+        params, tensor = dict(model.named_parameters()), self._mesh.tensor
+        values = [self._value(params[row.megatron]) for row in rows]
+        values = [value.to(self._dtype or value.dtype) for value in values]
+        shards: list[Sequence[Tensor]] = [[value] for value in values]
+        cut = [i for i, row in enumerate(rows) if row.layout.axis is not None]
+        if tensor.size > 1 and cut:
+            local = torch.cat([values[i].reshape(-1) for i in cut])
+            whole = local.new_empty(tensor.size, len(local))
+            dist.all_gather(list(whole), local, group=tensor.group)
+            for i, part in zip(cut, whole.split([values[i].numel() for i in cut], 1), strict=True):
+                shards[i] = [shard.view_as(values[i]) for shard in part]
+        for row, of_row in zip(rows, shards, strict=True):
+            parts = row.layout.part(row.layout.unshard(of_row))
+            yield from zip(row.published, parts, strict=True)
+
+    def _broadcast(self, planned: Planned, stage: int, own: NamedTensors | None) -> NamedTensors:
+        group = self._mesh.pipeline.group
+        sizes = [shape.numel() for shape in planned.shapes]
+        if own is not None:
+            flat = torch.cat([tensor.reshape(-1) for _, tensor in own])
+        else:
+            flat = torch.empty(sum(sizes), dtype=planned.dtype, device=self._mesh.device)
+        dist.broadcast(flat, dist.get_global_rank(group, stage), group=group)
+        for name, part, shape in zip(planned.names, flat.split(sizes), planned.shapes, strict=True):
+            yield name, part.view(shape)
+
+
+def _bucket_rows(
+    model: Qwen25VL, num_bytes: Callable[[Row], int], max_bytes: int
+) -> list[list[Row]]:
+    """The chunk's exported rows, in buckets of whole modules."""
+    modules: dict[str, list[Row]] = {}
+    for row in chunk_rows(model.arch, model.chunk):
+        if row.exported:
+            modules.setdefault(row.megatron.rpartition(".")[0], []).append(row)
+    buckets: list[list[Row]] = []
+    room = 0
+    for module in modules.values():
+        size = sum(map(num_bytes, module))
+        if size > room or not buckets:
+            buckets.append([])
+            room = max_bytes
+        buckets[-1] += module
+        room -= size
+    return buckets

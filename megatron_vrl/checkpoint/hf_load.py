@@ -1,0 +1,99 @@
+"""Weights in and out: a Hugging Face checkpoint into this rank's shards, and back as a stream.
+
+Reading touches only the tensors of this pipeline stage, one at a time. The stream is that of
+export.py: every rank yields the whole model, a bucket at a time.
+"""
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_vrl.checkpoint.hf_export import WeightExport
+from megatron_vrl.checkpoint.hf_reader import PublishedCheckpoint, PublishedWriter, copy_side_files
+from megatron_vrl.errors import UserError
+from megatron_vrl.models.qwen2_5_vl.model import Qwen25VL
+from megatron_vrl.models.qwen2_5_vl.weight_map import chunk_rows
+from megatron_vrl.parallel.mesh import agreed
+from megatron_vrl.storage.files import full_disk_named
+
+
+def load_published(chunks: Sequence[Qwen25VL], directory: str | Path) -> None:
+    """Copy a Hugging Face checkpoint into this rank's shards. Every rank calls it.
+
+    Raises CheckpointError on every rank, naming file and tensor.
+    """
+    mesh, arch = chunks[0].mesh, chunks[0].arch
+    with agreed(mesh):
+        source = PublishedCheckpoint(directory, arch)
+        if mesh.rank == 0 and (note := source.type_note()):
+            print(f"warning: {note}", file=sys.stderr)
+        for model in chunks:
+            _load_chunk(model, source)
+
+
+@torch.no_grad()
+def _load_chunk(model: Qwen25VL, source: PublishedCheckpoint) -> None:
+    mesh = model.mesh
+    params = dict(model.named_parameters())
+    for row in chunk_rows(model.arch, model.chunk):
+        whole = row.layout.join([source.tensor(name) for name in row.published])
+        param = params.pop(row.megatron)
+        shard = row.layout.shard(whole, mesh.tensor.rank, mesh.tensor.size)
+        assert shard.shape == param.shape, row.megatron  # `source` has compared with config.json
+        param.copy_(shard)
+    assert not params, f"parameters without a row in the table: {sorted(params)}"
+
+
+def published_tensors(
+    chunks: Sequence[Qwen25VL], value: Callable[[Tensor], Tensor] = torch.Tensor.detach
+) -> Iterator[tuple[str, Tensor]]:
+    """The whole model as (published name, tensor), the same on every rank, in a fixed order.
+
+    Every rank must call it and exhaust it. `value` is taken of each parameter: itself, or for
+    example its gradient.
+    """
+    return WeightExport(chunks, value=value).tensors()
+
+
+def save_published(
+    chunks: Sequence[Qwen25VL],
+    template: str | Path,
+    directory: str | Path,
+    files: Mapping[str, str] | None = None,
+) -> None:
+    """Write a Hugging Face checkpoint that stock transformers and vLLM load.
+
+    `template` is a directory whose config, tokenizer and processor files are copied; `files` are
+    more of them, name -> text. Every rank calls it; rank 0 writes, into a temporary directory that
+    takes the name when it is complete.
+    """
+    directory = Path(directory)
+    partial = directory.with_name(directory.name + ".partial")
+    writer = chunks[0].mesh.rank == 0
+    with agreed(chunks[0].mesh), full_disk_named(directory):
+        if writer:
+            shutil.rmtree(partial, ignore_errors=True)
+            copy_side_files(template, partial)
+            for name, text in (files or {}).items():
+                (partial / name).write_text(text)
+    shards = PublishedWriter(partial) if writer else None
+    failure: UserError | None = None
+    for name, tensor in published_tensors(chunks):  # to its end, whatever happens to the disk
+        if shards is not None and failure is None:
+            try:
+                with full_disk_named(directory):
+                    shards.add(name, tensor.cpu())
+            except UserError as error:
+                failure = error
+                shutil.rmtree(partial)
+    with agreed(chunks[0].mesh), full_disk_named(directory):
+        if failure is not None:
+            raise failure
+        if shards is not None:
+            shards.close()
+            shutil.rmtree(directory, ignore_errors=True)
+            partial.rename(directory)

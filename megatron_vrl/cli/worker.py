@@ -1,0 +1,105 @@
+"""Serve rollouts: `launch/rollout_worker.sh --config FILE [--host H] [--port P] [overrides]`.
+
+The config is the trainer's own. The worker listens on loopback unless told otherwise, and asks for
+the token in MEGATRON_VRL_ROLLOUT_TOKEN, which it must have to listen anywhere else. Where
+`rollout.rendezvous` names a directory, it announces its address there. It has no weights until a
+trainer hands them over.
+"""
+
+import ipaddress
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from megatron_vrl.config import RunConfig, load_config
+from megatron_vrl.errors import ConfigError
+from megatron_vrl.observe.silence_logs import hush_libraries
+from megatron_vrl.process.entry import OverrideParser, run_program
+from megatron_vrl.process.parent_death import end_with_parent
+from megatron_vrl.rollout.workers.discovery import TOKEN_VARIABLE, announced
+
+GRACE_S = 2  # for answers under way when the worker is told to stop
+
+
+def main() -> None:
+    parser = OverrideParser(prog="megatron_vrl.cli.worker", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML, the trainer's own")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=0, help="0: a free one")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_intermixed_args()
+    end_with_parent()
+    cfg = load_config(arguments.config, arguments.overrides)
+    token = os.environ.get(TOKEN_VARIABLE, "")
+    _check_token(arguments.host, token)
+    with _listening(arguments.host, arguments.port) as listener:
+        _serve(cfg, listener, token)
+
+
+def _check_token(host: str, token: str) -> None:
+    if not token and not _is_loopback(host):
+        raise ConfigError(
+            f"--host {host} is open to other machines: set {TOKEN_VARIABLE} for the worker and the "
+            "trainer, or listen on 127.0.0.1."
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+@contextmanager
+def _listening(host: str, port: int) -> Iterator[socket.socket]:
+    try:
+        listener = socket.create_server((host, port))
+    except OSError as error:
+        raise ConfigError(
+            f"--host {host} --port {port}: {error.strerror}; choose another."
+        ) from None
+    with listener:
+        yield listener
+
+
+def _serve(cfg: RunConfig, listener: socket.socket, token: str) -> None:
+    hush_libraries()
+    import uvicorn
+
+    from megatron_vrl.checkpoint.layout import published_files
+    from megatron_vrl.models.architecture import read_architecture
+    from megatron_vrl.models.vocabulary import check_tokenizer_files
+    from megatron_vrl.rollout.vllm.start import identity, start_engine
+    from megatron_vrl.rollout.workers.protocol import IDLE_S
+    from megatron_vrl.rollout.workers.server import make_app
+
+    published_dir = published_files(cfg.model.checkpoint)
+    check_tokenizer_files(published_dir, read_architecture(published_dir))
+    engine = start_engine(cfg, published_dir, cfg.rollout.tensor)
+    app = make_app(engine, identity(cfg, published_dir, engine.banned_token_ids), token)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            timeout_graceful_shutdown=GRACE_S,
+            timeout_keep_alive=2 * IDLE_S,
+        )
+    )
+    address = _address(listener)
+    with announced(cfg.rollout.rendezvous, address):
+        print(f"worker: serving on {address}", flush=True)
+        server.run(sockets=[listener])
+    os._exit(0)  # vLLM's own way of leaving waits for groups that it shares with nobody
+
+
+def _address(listener: socket.socket) -> str:
+    """Where others reach it."""
+    host, port = listener.getsockname()[:2]
+    everywhere = ipaddress.ip_address(host).is_unspecified
+    return f"{socket.gethostname() if everywhere else host}:{port}"
+
+
+if __name__ == "__main__":
+    run_program(main)

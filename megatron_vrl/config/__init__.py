@@ -1,0 +1,56 @@
+"""Configuration of a run: typed sections, read from YAML files and the command line.
+
+`run.py` holds the sections and `load_config`; the other modules hold what it is built from.
+"""
+
+from megatron_vrl.config.rollout import Rollout
+from megatron_vrl.config.run import (
+    Algorithm,
+    Batch,
+    Checkpoint,
+    Data,
+    Evaluation,
+    Grpo,
+    Model,
+    Observe,
+    Optimizer,
+    Parallel,
+    Rewards,
+    Run,
+    RunConfig,
+    Section,
+    Selection,
+    Sft,
+    Source,
+    check_batches,
+    check_dev,
+    check_off_policy,
+    load_config,
+)
+from megatron_vrl.config.video import Video
+
+__all__ = [
+    "Algorithm",
+    "Batch",
+    "Checkpoint",
+    "Data",
+    "Evaluation",
+    "Grpo",
+    "Model",
+    "Observe",
+    "Optimizer",
+    "Parallel",
+    "Rewards",
+    "Rollout",
+    "Run",
+    "RunConfig",
+    "Section",
+    "Selection",
+    "Sft",
+    "Source",
+    "Video",
+    "check_batches",
+    "check_dev",
+    "check_off_policy",
+    "load_config",
+]

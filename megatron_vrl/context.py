@@ -1,0 +1,214 @@
+"""Composition root: names in the config -> concrete parts. Nothing else picks classes.
+
+`Parts` is what the loops work with. Its helpers hide which rank does what: a step's samples are
+dealt over all ranks for decoding and rollout, and each model replica ends up with its own share.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import torch
+
+from megatron_vrl.checkpoint.checkpoint import load_weights
+from megatron_vrl.checkpoint.hf_export import WeightExport
+from megatron_vrl.checkpoint.layout import published_files
+from megatron_vrl.checkpoint.saver import Saver
+from megatron_vrl.config import RunConfig, Source, check_batches
+from megatron_vrl.config.inference import inference_files
+from megatron_vrl.data.mix import load, open_pool
+from megatron_vrl.data.pool import Pool
+from megatron_vrl.data.prompt import PromptEncoder, VisionTokens
+from megatron_vrl.errors import VideoError
+from megatron_vrl.models.architecture import Architecture, read_architecture
+from megatron_vrl.models.pipeline_split import check_divides
+from megatron_vrl.models.precision import DTYPES
+from megatron_vrl.models.vocabulary import check_tokenizer
+from megatron_vrl.observe.clock import Clock
+from megatron_vrl.observe.profiler import Traces
+from megatron_vrl.parallel.mesh import Mesh, agreed, gather_objects, init_mesh
+from megatron_vrl.policy.policy import Policy
+from megatron_vrl.policy.vision_cache import Eyes, look_across
+from megatron_vrl.rewards.manager import Judge
+from megatron_vrl.rollout.manager import Engine, Rollouts
+from megatron_vrl.rollout.replay import Stored, StoredFiles
+from megatron_vrl.rollout.vllm.in_process import Colocated
+from megatron_vrl.rollout.vllm.special_tokens import banned_token_ids
+from megatron_vrl.rollout.vllm.start import identity, start_engine
+from megatron_vrl.rollout.workers.pool import WorkerPool
+from megatron_vrl.types import Prompt, VideoSample
+from megatron_vrl.video import VideoReader
+
+Item = TypeVar("Item")
+
+
+@dataclass(slots=True, kw_only=True)
+class Parts:
+    cfg: RunConfig
+    mesh: Mesh
+    clock: Clock
+    traced: Traces  # around a step
+    arch: Architecture
+    policy: Policy
+    saver: Saver
+    rollouts: Rollouts
+    judge: Judge
+    reader: VideoReader
+    encoder: PromptEncoder
+    look: Callable[[Sequence[Prompt]], list[Prompt]]  # at the videos, where their tokens are kept
+    published_dir: Path  # config, tokenizer and processor files of the checkpoint
+
+    def replica_share(self, items: Sequence[Item]) -> list[Item]:
+        """The items of this rank's model replica."""
+        return list(items[self.mesh.data.rank :: self.mesh.data.size])
+
+    def rank_share(self, items: Sequence[Item]) -> list[Item]:
+        """The items this rank decodes and rolls out for its replica."""
+        return self.replica_share(items)[self.mesh.model.rank :: self.mesh.model.size]
+
+    def gather_replica(self, items: list[Item]) -> list[Item]:
+        """Inverse of `rank_share`: the replica's items in order, on each of its ranks."""
+        return interleave(gather_objects(self.mesh.model, items))
+
+    def samples(self, sources: Sequence[Source]) -> list[VideoSample]:
+        """Read annotation files; every rank calls it and gets the same samples."""
+        with agreed(self.mesh):
+            return load(sources, self.cfg.run.seed, self.reader.duration_s)
+
+    def pool(self, sources: Sequence[Source]) -> Pool:
+        """What to draw training samples from; every rank calls it."""
+        with agreed(self.mesh):
+            return open_pool(sources, self.cfg.run.seed, self.reader.duration_s)
+
+    def encode(self, samples: Sequence[VideoSample]) -> list[Prompt | VideoError]:
+        """Decode and tokenise; every rank calls it, each with its own samples. An error stands for
+        a video that cannot be read."""
+        made: list[Prompt | VideoError] = []
+        with agreed(self.mesh):
+            videos = self.reader.encode([sample.footage for sample in samples])
+            for sample, video in zip(samples, videos, strict=True):
+                if isinstance(video, VideoError):
+                    made.append(video)
+                else:
+                    made.append(self.encoder.prompt(sample, video))
+        looked = iter(self.look([one for one in made if isinstance(one, Prompt)]))
+        return [next(looked) if isinstance(one, Prompt) else one for one in made]
+
+
+def interleave(shares: Sequence[Sequence[Item]]) -> list[Item]:
+    """[[a0, a2], [a1]] -> [a0, a1, a2]: undoes dealing items out in turn."""
+    longest = max(map(len, shares), default=0)
+    return [share[i] for i in range(longest) for share in shares if i < len(share)]
+
+
+def vision_tokens(arch: Architecture) -> VisionTokens:
+    return VisionTokens(
+        video_token=arch.video_token,
+        image_token=arch.image_token,
+        merge=arch.vision.merge,
+        tokens_per_second=arch.vision.tokens_per_second,
+    )
+
+
+def prompt_encoder(
+    published_dir: Path,
+    arch: Architecture,
+    system_prompt: str,
+    max_tokens: int,
+    wording: Literal["default", "seed"] = "default",
+) -> PromptEncoder:
+    """Return the encoder of a checkpoint.
+
+    Raises CheckpointError if its tokenizer does not load or has tokens without an embedding.
+    """
+    encoder = PromptEncoder(published_dir, vision_tokens(arch), system_prompt, max_tokens, wording)
+    check_tokenizer(encoder.tokenizer, arch, published_dir)
+    return encoder
+
+
+def _colocated(
+    cfg: RunConfig, published_dir: Path, banned: tuple[int, ...], device: torch.device
+) -> Engine:
+    return Colocated(start_engine(cfg, published_dir))
+
+
+def _workers(
+    cfg: RunConfig, published_dir: Path, banned: tuple[int, ...], device: torch.device
+) -> Engine:
+    return WorkerPool(cfg.rollout, identity(cfg, published_dir, banned), device)
+
+
+def _stored(
+    cfg: RunConfig, published_dir: Path, banned: tuple[int, ...], device: torch.device
+) -> Engine:
+    files = StoredFiles(cfg.rollout.stored, loud=torch.distributed.get_rank() == 0)
+    return Stored(files, weighed=cfg.algorithm.importance != "none")
+
+
+ENGINES: dict[str, Callable[[RunConfig, Path, tuple[int, ...], torch.device], Engine]] = {
+    "colocated": _colocated,
+    "workers": _workers,
+    "stored": _stored,
+}
+
+
+def _look(cfg: RunConfig, policy: Policy) -> Callable[[Sequence[Prompt]], list[Prompt]]:
+    if cfg.rollout.visual_input == "pixels":
+        return list
+    first = policy.mesh.pipeline.rank == 0
+    eyes = Eyes(policy, cfg.rollout.embeddings_mib) if first else None
+    return partial(look_across, eyes, policy.mesh)
+
+
+def build(cfg: RunConfig) -> Parts:
+    """Join the other ranks and build everything. Raises UserError on every rank alike."""
+    published_dir = published_files(cfg.model.checkpoint)
+    arch = read_architecture(published_dir)
+    check_divides(arch, cfg.model, cfg.parallel)
+    mesh = init_mesh(cfg.parallel, cfg.run.seed)
+    check_batches(cfg, mesh.data.size)
+    with agreed(mesh):
+        judge = Judge(cfg.rewards)
+        encoder = prompt_encoder(
+            published_dir,
+            arch,
+            cfg.data.system_prompt,
+            cfg.data.max_prompt_tokens,
+            cfg.data.question,
+        )
+    torch.use_deterministic_algorithms(cfg.run.deterministic)
+    policy = Policy(arch, cfg.model, cfg.parallel, mesh)
+    load_weights(cfg.model.checkpoint, policy)
+    banned = banned_token_ids(encoder.tokenizer, arch.vocab)
+    dtype = DTYPES[cfg.model.dtype]
+    return Parts(
+        cfg=cfg,
+        mesh=mesh,
+        clock=Clock(),
+        traced=Traces(Path(cfg.run.out_dir), cfg.observe, mesh.rank),
+        arch=arch,
+        policy=policy,
+        saver=Saver(
+            Path(cfg.run.out_dir) / "checkpoints",
+            policy,
+            published_dir,
+            keep=cfg.checkpoint.keep,
+            asynchronous=cfg.checkpoint.asynchronous,
+            files=inference_files(cfg),
+        ),
+        rollouts=Rollouts(
+            cfg.rollout,
+            mesh,
+            ENGINES[cfg.rollout.engine](cfg, published_dir, banned, mesh.device),
+            WeightExport(policy.chunks, dtype),
+            dtype,
+            banned,
+        ),
+        judge=judge,
+        reader=VideoReader(cfg.video),
+        encoder=encoder,
+        look=_look(cfg, policy),
+        published_dir=published_dir,
+    )

@@ -1,0 +1,126 @@
+"""A benchmark without a model: annotations and predictions in, records and numbers out.
+
+OUT/items.jsonl has a record of every question, OUT/summary.json the numbers. Predictions are lines
+{"id", "response"}, from anywhere; megatron_vrl/evaluation/predict.py makes them.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_vrl.config import Source
+from megatron_vrl.data.formats.training import read_whole, within
+from megatron_vrl.errors import DataError
+from megatron_vrl.evaluation.protocols import BENCHMARKS, Item, Protocol, judged, summary
+from megatron_vrl.storage.files import write_file
+from megatron_vrl.types import VideoSample
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    id: str
+    response: str | None  # None: the video could not be read
+    cut_off: bool = False
+    problem: str = ""  # with the video
+
+
+def questions(name: str, annotations: str, videos: str, protocol: Protocol) -> list[VideoSample]:
+    """Every question of the file, each id once; intervals as the protocol has them."""
+    source = Source.model_validate(
+        {"json_path": annotations, "data_folder": videos, "format": BENCHMARKS[name].form}
+    )
+    samples = read_whole(source)
+    if not samples:
+        raise DataError(f"{annotations} holds no questions; give the annotations of {name}.")
+    seen: Counter[str] = Counter()
+    unique = []
+    for sample in samples:
+        seen[sample.id] += 1
+        copy = seen[sample.id]
+        sample = sample if copy == 1 else replace(sample, id=f"{sample.id}#{copy}")
+        unique.append(sample if protocol == "seed" else within(sample))
+    return unique
+
+
+def read_predictions(path: Path, samples: Sequence[VideoSample]) -> list[Prediction]:
+    """Lines {"id", "response"}, in any order. Raises DataError naming the line."""
+    known = {sample.id for sample in samples}
+    found: dict[str, Prediction] = {}
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # U+2028 may be in a response
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"The predictions {path} cannot be read: {error}.") from None
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            prediction = prediction_of(line, f"{path}, line {number}")
+            if prediction.id not in known:
+                raise DataError(
+                    f"{path}, line {number}: no question has the id {prediction.id!r}; an id is "
+                    f"like {samples[0].id!r}."
+                )
+            if prediction.id in found:
+                raise DataError(f"{path}, line {number}: {prediction.id!r} is there twice.")
+            found[prediction.id] = prediction
+    return list(found.values())
+
+
+def items_of(
+    samples: Sequence[VideoSample], predictions: Sequence[Prediction], protocol: Protocol
+) -> list[Item]:
+    """One for each question, in the order of the annotations."""
+    by_id = {prediction.id: prediction for prediction in predictions}
+    missing = Prediction(id="", response=None)
+    return [
+        judged(sample, found.response, protocol, cut_off=found.cut_off, problem=found.problem)
+        for sample, found in ((sample, by_id.get(sample.id, missing)) for sample in samples)
+    ]
+
+
+def write_results(out: Path, name: str, protocol: str, items: Sequence[Item]) -> dict[str, Any]:
+    """OUT/items.jsonl and OUT/summary.json; the latter's content."""
+    found = {"benchmark": name, "protocol": protocol, **summary(BENCHMARKS[name], items)}
+    out.mkdir(parents=True, exist_ok=True)
+    rows = (json.dumps(item.record(), allow_nan=False) for item in items)
+    write_file(out / "items.jsonl", "".join(row + "\n" for row in rows))
+    write_file(out / "summary.json", json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """The numbers for a person, in percent, with 95 % intervals over questions."""
+    failures = ", ".join(f"{n} {kind.replace('_', ' ')}" for kind, n in found["failures"].items())
+    lines = [
+        f"{found['benchmark']}, protocol {found['protocol']}: {found['num_questions']} questions, "
+        f"{found['answered']} answered ({failures})",
+    ]
+    for name, metric in found["metrics"].items():
+        bounds = (
+            f"  {100 * metric['low']:6.2f} - {100 * metric['high']:.2f}" if "low" in metric else ""
+        )
+        lines.append(f"  {name:16} {100 * metric['value']:6.2f}{bounds}")
+    for label, row in found["labels"].items():
+        metric, value = next(iter(row.items()))
+        lines.append(f"    {label:40} {metric} {100 * value:6.2f}  of {row['num_questions']}")
+    return "\n".join(lines)
+
+
+def prediction_of(line: str, origin: str) -> Prediction:
+    """Raises DataError, which begins with `origin`."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{origin} is not JSON ({error}); write one object a line.") from None
+    if not isinstance(row, dict) or not isinstance(row.get("id"), str | int):
+        raise DataError(f'{origin}: no field \'id\'; write {{"id", "response"}}.')
+    problem = row.get("problem", "")
+    if not isinstance(row.get("response"), str) and not problem:
+        raise DataError(f"{origin}: field 'response' is {row.get('response')!r:.40}, not a text.")
+    return Prediction(
+        id=str(row["id"]),
+        response=row.get("response"),
+        cut_off=row.get("finish") == "length",
+        problem=str(problem),
+    )

@@ -1,0 +1,112 @@
+"""Evaluation on the rollout engine: greedy answers, the reward's own parser, task metrics.
+
+A question whose video cannot be read stays in and counts as answered with nothing; the metric
+`undecodable` says how many there are.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from megatron_vrl.config import Rewards
+from megatron_vrl.context import Parts, interleave
+from megatron_vrl.data.problems import Problem, summary
+from megatron_vrl.errors import UserError, VideoError
+from megatron_vrl.evaluation.metrics import (
+    best_constant_interval,
+    best_constant_letter,
+    summarise,
+)
+from megatron_vrl.parallel.mesh import gather_objects, world_axis
+from megatron_vrl.rollout.request import SamplingSpec
+from megatron_vrl.tasks import TASKS
+from megatron_vrl.types import Interval, Prompt, VideoSample
+
+SAMPLES_AT_A_TIME = 128  # per rank; bounds the decoded frames in memory
+
+
+def evaluate(parts: Parts, samples: Sequence[VideoSample], version: int) -> dict[str, float]:
+    """Metrics of one greedy answer to each sample. Every rank calls it and gets them all.
+
+    Raises UserError on every rank if more than video.max_bad_share of the videos cannot be read.
+    """
+    cfg, mesh = parts.cfg, parts.mesh
+    parts.rollouts.hand_over(version)
+    spec = SamplingSpec(
+        n=1, temperature=0.0, top_p=1.0, max_tokens=cfg.evaluation.max_response_tokens, seed=0
+    )
+    own = list(samples[mesh.rank :: mesh.world])
+    most = -(-len(samples) // mesh.world)  # every rank joins every agreement on videos
+    answers: list[_Answered] = []
+    for start in range(0, most, SAMPLES_AT_A_TIME):
+        block = own[start : start + SAMPLES_AT_A_TIME]
+        encoded = parts.encode(block)
+        prompts = [one for one in encoded if isinstance(one, Prompt)]
+        rollouts = iter(parts.rollouts.generate(prompts, spec))
+        for sample, one in zip(block, encoded, strict=True):
+            if isinstance(one, VideoError):
+                answers.append(_Answered("", 0, _problem(sample, one)))
+            else:
+                (rollout,) = next(rollouts)
+                answers.append(_Answered(rollout.text, len(rollout.token_ids)))
+    ordered = interleave(gather_objects(world_axis(mesh), answers))
+    _check_share([a.problem for a in ordered if a.problem], len(samples), parts)
+    metrics = summarise(samples, [answer.text for answer in ordered], cfg.rewards)
+    read = [answer.tokens for answer in ordered if not answer.problem]
+    metrics["response_tokens"] = float(np.mean(read)) if read else 0.0
+    metrics["undecodable"] = float(len(ordered) - len(read))
+    return metrics
+
+
+class _Answered(NamedTuple):
+    text: str
+    tokens: int
+    problem: Problem | None = None  # with the video
+
+
+def _problem(sample: VideoSample, error: VideoError) -> Problem:
+    return Problem(sample=sample.id, video=sample.video, kind=error.kind, reason=str(error))
+
+
+def _check_share(bad: Sequence[Problem], count: int, parts: Parts) -> None:
+    """Every rank has the same `bad`; rank 0 says what they are."""
+    if not bad:
+        return
+    most = parts.cfg.video.max_bad_share
+    found = f"{len(bad)} of {count} questions of an evaluation have bad videos: {summary(bad)}"
+    if len(bad) > most * count:
+        raise UserError(
+            f"{found}; that is over video.max_bad_share={most}: check the data with "
+            "tools/check_data.py, or raise the limit."
+        )
+    if parts.mesh.rank == 0:
+        tqdm.write(f"{found}; they count as answered with nothing.", file=sys.stderr)
+
+
+def trivial_answers(samples: Sequence[VideoSample], cfg: Rewards) -> dict[str, dict[str, float]]:
+    """What answers score that look at neither video nor question: label -> metrics.
+
+    They are written in the right form and scored like a model's. "best constant" is the best
+    interval (as a share of the duration) and letter for these very samples.
+    """
+    constant: dict[str, tuple[Interval, str]] = {}
+    for task in {sample.task for sample in samples}:
+        of_task = [sample for sample in samples if sample.task == task]
+        interval = best_constant_interval(of_task)[0] if of_task[0].intervals_s else (0.0, 1.0)
+        letter = best_constant_letter(of_task)[0] if of_task[0].option else ""
+        constant[task] = interval, letter
+    whole = [_answer(sample, (0.0, 1.0), constant[sample.task][1]) for sample in samples]
+    best = [_answer(sample, *constant[sample.task]) for sample in samples]
+    return {
+        "whole video": summarise(samples, whole, cfg),
+        "best constant": summarise(samples, best, cfg),
+    }
+
+
+def _answer(sample: VideoSample, share: Interval, letter: str) -> str:
+    interval_s = (share[0] * sample.duration_s, share[1] * sample.duration_s)
+    return TASKS[sample.task].target(replace(sample, intervals_s=(interval_s,), option=letter))

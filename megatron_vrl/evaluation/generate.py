@@ -1,0 +1,133 @@
+"""Questions answered by a checkpoint on vLLM alone, without a trainer: for tools.
+
+The prompts, decoders and engine of training in one process. A video that cannot be read costs its
+own questions. Left out: several processes; a tool is started once for each share of the work.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from megatron_vrl import config
+from megatron_vrl.checkpoint.convert import stored_tensors
+from megatron_vrl.checkpoint.layout import published_files
+from megatron_vrl.config.inference import read_inference
+from megatron_vrl.config.loader import overridden, read_tree
+from megatron_vrl.context import prompt_encoder
+from megatron_vrl.errors import CheckpointError, ConfigError, VideoError
+from megatron_vrl.models.architecture import config_dtype, read_architecture
+from megatron_vrl.observe.progress import say_engine_starts
+from megatron_vrl.rollout.request import SamplingSpec
+from megatron_vrl.rollout.vllm.engine import ColocatedEngine
+from megatron_vrl.storage.no_checkpoint import advice
+from megatron_vrl.types import EncodedVideo, Prompt, Rollout, VideoSample
+from megatron_vrl.video import VideoReader
+
+Answers = list[Rollout] | VideoError
+
+
+class InferenceConfig(config.Section):
+    """The sections of a run's configuration that an answer depends on."""
+
+    model: config.Model
+    video: config.Video = config.Video()
+    data: config.Data = config.Data()
+    rollout: config.Rollout = config.Rollout()
+    evaluation: config.Evaluation = config.Evaluation()
+
+
+def inference_config(
+    checkpoint: str,
+    overrides: Sequence[str],
+    run_config: str = "",
+    defaults: dict[str, dict[str, Any]] | None = None,
+) -> InferenceConfig:
+    """`inference.yaml` of the checkpoint < `defaults` < a run's YAML < overrides.
+
+    The checkpoint's own type computes.
+    """
+    directory = published_files(checkpoint)
+    if not Path(checkpoint).is_dir():
+        known = (
+            advice(Path(checkpoint)) or f"There is no checkpoint {checkpoint}: give a directory."
+        )
+        raise CheckpointError(known)
+    read_architecture(directory)  # says what is wrong with it, if something is
+    dtype = config_dtype(directory) or "float32"
+    tree = read_inference(directory)
+    for name, keys in (defaults or {}).items():
+        tree[name] = tree.get(name, {}) | keys
+    if run_config:
+        given = read_tree(run_config)
+        for name in InferenceConfig.model_fields:
+            tree[name] = tree.get(name, {}) | (given.get(name) or {})
+    tree["model"] = tree.get("model", {}) | {"checkpoint": checkpoint, "dtype": dtype}
+    return overridden(InferenceConfig, tree, overrides, run_config or "command line")
+
+
+class Answerer:
+    def __init__(self, cfg: InferenceConfig, max_response_tokens: int) -> None:
+        """The engine starts, and loads the weights, when the first prompt is ready for it.
+
+        Raises UserError.
+        """
+        self._cfg = cfg
+        self._directory = published_files(cfg.model.checkpoint)
+        arch = read_architecture(self._directory)
+        self._reader = VideoReader(cfg.video)
+        self._encoder = prompt_encoder(
+            self._directory,
+            arch,
+            cfg.data.system_prompt,
+            cfg.data.max_prompt_tokens,
+            cfg.data.question,
+        )
+        longest = cfg.data.max_prompt_tokens + max_response_tokens
+        self._max_model_len = min(longest, arch.max_positions)
+
+    @cached_property
+    def _engine(self) -> ColocatedEngine:
+        say_engine_starts(self._cfg.model.checkpoint)
+        engine = ColocatedEngine(
+            str(self._directory),
+            self._cfg.rollout,
+            dtype=self._cfg.model.dtype,
+            seed=0,
+            max_model_len=self._max_model_len,
+        )
+        engine.push_weights(stored_tensors(Path(self._cfg.model.checkpoint)), 0)
+        return engine
+
+    def answer(
+        self, samples: Sequence[VideoSample], spec: SamplingSpec, at_a_time: int
+    ) -> Iterator[tuple[VideoSample, Answers]]:
+        """`spec.n` answers to each sample, in order; `at_a_time` bounds the frames in memory."""
+        for start in range(0, len(samples), at_a_time):
+            block = samples[start : start + at_a_time]
+            videos = self._reader.encode([sample.footage for sample in block])
+            shown = zip(block, videos, strict=True)
+            prompts = [self._encoder.prompt(s, v) for s, v in shown if isinstance(v, EncodedVideo)]
+            self._check_length(prompts, spec)
+            rollouts = iter(self._engine.generate(prompts, spec) if prompts else [])
+            for sample, video in zip(block, videos, strict=True):
+                readable = isinstance(video, EncodedVideo)
+                yield sample, next(rollouts) if readable else video  # type: ignore[misc]
+
+    def _check_length(self, prompts: Sequence[Prompt], spec: SamplingSpec) -> None:
+        """Raises ConfigError if a prompt and its answer may not fit the engine."""
+        for prompt in prompts:
+            if len(prompt.token_ids) + spec.max_tokens > self._max_model_len:
+                raise ConfigError(
+                    f"The prompt of {prompt.id} needs {len(prompt.token_ids)} tokens and the "
+                    f"answer may take {spec.max_tokens}, the model reads {self._max_model_len}: "
+                    "pass the training config (--config RUN/config.yaml), or lower "
+                    "video.total_pixels or evaluation.max_response_tokens."
+                )
+
+    def show(self, path: str) -> EncodedVideo:
+        """The frames as the model sees them. Raises VideoError."""
+        (video,) = self._reader.encode([path])
+        if isinstance(video, VideoError):
+            raise video
+        return video

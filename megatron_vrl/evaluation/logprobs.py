@@ -1,0 +1,326 @@
+"""Log-probs of given responses, token by token, over any layout: what score_responses.py runs.
+
+The trainer's own path from sample to number: its decoders, prompts, packing, model and schedule,
+forward only, at temperature 1 and with no token banned. Samples are read, scored and written a
+block at a time, so memory does not grow with their number. Left out: several responses that share
+a prompt's computation; each sample is a group of one.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_vrl.batching.pack import Answer, Group, MicroBatch
+from megatron_vrl.checkpoint.checkpoint import load_weights
+from megatron_vrl.checkpoint.layout import published_files
+from megatron_vrl.config import (
+    Batch,
+    Model,
+    Parallel,
+    Section,
+    Video,
+)
+from megatron_vrl.config.base import Positive
+from megatron_vrl.config.inference import read_inference
+from megatron_vrl.config.loader import checked, overridden
+from megatron_vrl.context import interleave, prompt_encoder
+from megatron_vrl.data.prompt import PromptEncoder, check_text
+from megatron_vrl.errors import ConfigError, DataError, VideoError, counted
+from megatron_vrl.models.architecture import Architecture, config_dtype, read_architecture
+from megatron_vrl.models.logprob_head import Distribution
+from megatron_vrl.models.pipeline_split import check_divides
+from megatron_vrl.observe.progress import progress_bar
+from megatron_vrl.parallel.mesh import Mesh, agreed, gather_objects, init_mesh, world_axis
+from megatron_vrl.policy.micro_batches import plan_batches
+from megatron_vrl.policy.policy import Policy
+from megatron_vrl.types import EncodedVideo, Visual
+from megatron_vrl.video import VideoReader
+from megatron_vrl.video.image import read_image, read_image_rules
+
+SAMPLES_AT_A_TIME = 16  # of one model replica
+FILLER = ""  # id of the answer that keeps a rank busy
+Row = dict[str, Any]
+
+
+class PromptLimit(Section):
+    max_prompt_tokens: Positive = 128_000
+    """A longer prompt is refused, never cut. The default is what Qwen2.5-VL was trained to read."""
+
+
+class ScoreConfig(Section):
+    """The sections of a run's configuration that a log-prob depends on."""
+
+    model: Model
+    parallel: Parallel = Parallel()
+    video: Video = Video()
+    data: PromptLimit = PromptLimit()
+    batch: Batch = Batch()
+
+
+class ScoredSample(Section):
+    """One line of the samples' file."""
+
+    id: str
+    system: str | None = None
+    """None: the chat template's own default."""
+    videos: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
+    question: str
+    response: str
+
+
+def score_config(checkpoint: str, overrides: Sequence[str]) -> ScoreConfig:
+    """The checkpoint's `inference.yaml` < overrides.
+
+    Computes in the checkpoint's own type unless `model.dtype` is overridden.
+    """
+    directory = published_files(checkpoint)
+    read_architecture(directory)  # says what is wrong with the checkpoint, if something is
+    dtype = config_dtype(directory) or "float32"
+    kept = read_inference(directory)
+    tree: dict[str, Any] = {name: kept[name] for name in ("video",) if name in kept}
+    if "max_prompt_tokens" in kept.get("data", {}):
+        tree["data"] = {"max_prompt_tokens": kept["data"]["max_prompt_tokens"]}
+    tree["model"] = {"checkpoint": checkpoint, "dtype": dtype}
+    cfg = overridden(ScoreConfig, tree, overrides, "command line")
+    if cfg.model.checkpoint != checkpoint:
+        raise ConfigError(
+            f"model.checkpoint={cfg.model.checkpoint} is not --checkpoint {checkpoint}: give one."
+        )
+    return cfg
+
+
+def score_file(cfg: ScoreConfig, samples: Path, out: Path) -> str:
+    """Score every sample of a file into another; what was done, in a line.
+
+    Every rank calls it; rank 0 writes. Raises UserError on every rank alike, and then `out` is
+    what it was before.
+    """
+    directory = published_files(cfg.model.checkpoint)
+    arch = read_architecture(directory)
+    check_divides(arch, cfg.model, cfg.parallel)
+    mesh = init_mesh(cfg.parallel, seed=0)
+    limit = cfg.data.max_prompt_tokens
+    encoder = prompt_encoder(directory, arch, "none", limit)
+    with agreed(mesh):
+        count = _check(samples)
+    tokens, total = 0, 0.0
+    with _rows_into(out, mesh) as write:
+        scorer = Scorer(cfg, arch, encoder, mesh)
+        stream = (sample for _, sample in read_samples(samples))
+        with progress_bar("score", count, "samples", disable=mesh.rank != 0 or None) as bar:
+            while block := list(islice(stream, SAMPLES_AT_A_TIME * mesh.data.size)):
+                rows = scorer.score(block)
+                write(rows)
+                tokens += sum(len(row["logprobs"]) for row in rows)
+                total += sum(sum(row["logprobs"]) for row in rows)
+                bar.update(len(block))
+    numbers = f"{counted(count, 'response')}, {counted(tokens, 'token')}"
+    return f"{out}: {numbers}, mean log-prob {total / max(tokens, 1):.4f}"
+
+
+def read_samples(path: Path) -> Iterator[tuple[int, ScoredSample]]:
+    """(line number, sample) of each line that is not blank. Raises DataError naming the line."""
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, _parsed(line, f"{path}, line {number}")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); give --samples FILE.") from None
+
+
+class Scorer:
+    """The model over the mesh, and what makes its input. Every rank calls every method."""
+
+    def __init__(
+        self, cfg: ScoreConfig, arch: Architecture, encoder: PromptEncoder, mesh: Mesh
+    ) -> None:
+        """Raises UserError on every rank alike if the weights do not load."""
+        parts = ("freeze_vision", "freeze_merger", "freeze_language")
+        frozen = cfg.model.model_copy(update=dict.fromkeys(parts, True))  # no gradient buffers
+        self._policy = Policy(arch, frozen, cfg.parallel, mesh)
+        load_weights(cfg.model.checkpoint, self._policy)
+        self._mesh, self._encoder, self._batch = mesh, encoder, cfg.batch
+        self._videos = VideoReader(cfg.video)
+        self._image_rules = read_image_rules(published_files(cfg.model.checkpoint))
+
+    def score(self, block: Sequence[ScoredSample]) -> list[Row]:
+        """The block's rows in its order, on rank 0; [] elsewhere. Every rank gives all samples.
+
+        Raises VideoError or ConfigError on every rank, naming the sample.
+        """
+        mesh = self._mesh
+        groups = self._groups(block)
+        filler = self._group(ScoredSample(id="filler", question="", response=""), (), FILLER)
+        batches = plan_batches(groups, filler, self._batch, mesh)
+        outputs = self._policy.logprobs(batches, Distribution())
+        found = [
+            (int(name), *pieces)
+            for batch, output in zip(batches, outputs, strict=True)
+            if output is not None and mesh.tensor.rank == 0
+            for name, pieces in zip(
+                batch.answer_id, _by_answer(batch, output.cpu().numpy()), strict=True
+            )
+            if name != FILLER
+        ]
+        rows = {int(g.answers[0].id): _row(g) for g in groups} if mesh.model.rank == 0 else {}
+        everywhere = gather_objects(world_axis(mesh), (rows, found))
+        return _joined(block, everywhere) if mesh.rank == 0 else []
+
+    def _groups(self, block: Sequence[ScoredSample]) -> list[Group]:
+        """Those of this replica's samples; each of its ranks decodes some of them."""
+        data, model = self._mesh.data, self._mesh.model
+        mine = range(len(block))[data.rank :: data.size][model.rank :: model.size]
+        groups: list[Group] = []
+        with agreed(self._mesh):
+            paths = [path for number in mine for path in block[number].videos]
+            videos = dict(zip(paths, self._videos.encode(paths), strict=True))
+            for number in mine:
+                shown = self._shown(block[number], videos)
+                groups.append(self._group(block[number], shown, str(number)))
+        return interleave(gather_objects(model, groups))
+
+    def _shown(
+        self, sample: ScoredSample, videos: Mapping[str, EncodedVideo | VideoError]
+    ) -> tuple[Visual, ...]:
+        """Videos, then images."""
+        visuals: list[Visual] = []
+        try:
+            for path in sample.videos:
+                video = videos[path]
+                if isinstance(video, VideoError):
+                    raise video
+                visuals.append(video)
+            visuals += [read_image(path, self._image_rules) for path in sample.images]
+        except VideoError as error:
+            raise VideoError(f"Sample {sample.id}: {error}") from None
+        return tuple(visuals)
+
+    def _group(self, sample: ScoredSample, visuals: tuple[Visual, ...], number: str) -> Group:
+        """The answer's id is the sample's number in its block."""
+        token_ids = self._encoder.answer(sample.response)
+        answer = Answer(
+            token_ids=token_ids,
+            advantage=0.0,
+            engine_logprobs=np.zeros(len(token_ids), np.float32),
+            id=number,
+        )
+        prompt = self._encoder.encode(sample.id, sample.system, visuals, sample.question)
+        return Group(prompt=prompt, answers=(answer,))
+
+
+def _by_answer(
+    batch: MicroBatch, logprobs: NDArray[np.float32]
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """(index in the answer, log-prob) of this context rank's tokens [N], answer after answer."""
+    # The token before an answer's first input is the last of its prompt, or of another answer.
+    index = batch.rows[batch.source] - batch.answer_start[batch.sequence] + 1
+    index = np.maximum(index, 0)
+    for answer in range(len(batch.answer_start)):
+        own = batch.sequence == answer
+        yield index[own], logprobs[own]
+
+
+def _row(group: Group) -> Row:
+    """All of a sample's row but the log-probs."""
+    prompt, (answer,) = group.prompt, group.answers
+    first = int(prompt.positions.max()) + 1
+    steps = np.broadcast_to(
+        np.arange(first, first + len(answer.token_ids)), (3, len(answer.token_ids))
+    )
+    return {
+        "id": prompt.id,
+        "prompt_token_ids": prompt.token_ids.tolist(),
+        "response_token_ids": answer.token_ids.tolist(),
+        "positions": np.concatenate([prompt.positions, steps], axis=1).tolist(),
+    }
+
+
+def _joined(block: Sequence[ScoredSample], everywhere: Sequence[tuple[dict, list]]) -> list[Row]:
+    """Rows of all replicas in the block's order, with the tokens of all context ranks."""
+    rows = {number: row for rows, _ in everywhere for number, row in rows.items()}
+    values = {n: np.full(len(row["response_token_ids"]), np.nan) for n, row in rows.items()}
+    seen = dict.fromkeys(rows, 0)
+    for _, pieces in everywhere:
+        for number, index, logprobs in pieces:
+            values[number][index] = logprobs
+            seen[number] += len(index)
+    assert seen == {number: len(value) for number, value in values.items()}
+    return [{**rows[n], "logprobs": values[n].tolist()} for n in range(len(block))]
+
+
+def _check(path: Path) -> int:
+    """The number of samples. Raises DataError for the first line that cannot be scored."""
+    count = 0
+    for number, sample in read_samples(path):
+        where = f"{path}, line {number}"
+        for kind, files in {"videos": sample.videos, "images": sample.images}.items():
+            absent = next((file for file in files if not Path(file).is_file()), None)
+            if absent is not None:
+                raise DataError(
+                    f"{where}: there is no file {absent}; correct {kind!r} (paths count from the "
+                    "working directory)."
+                )
+        check_text(f"{sample.id} ({where})", sample.system or "", sample.question, sample.response)
+        count += 1
+    if not count:
+        raise DataError(f"{path} holds no samples; write one JSON object a line.")
+    return count
+
+
+def _parsed(line: bytes, origin: str) -> ScoredSample:
+    try:
+        tree = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{origin} is not JSON ({error}); write one object a line.") from None
+    if not isinstance(tree, dict):
+        raise DataError(f"{origin} holds {type(tree).__name__}; write one object a line.")
+    try:
+        return checked(ScoredSample, tree, origin, "every sample has one.")
+    except ConfigError as error:
+        raise DataError(str(error)) from None
+
+
+@contextmanager
+def _rows_into(path: Path, mesh: Mesh) -> Iterator[Callable[[list[Row]], None]]:
+    """A function that writes rows beside their place; they take the name when all are there."""
+    partial = path.with_name(path.name + ".partial")
+    with agreed(mesh), _named(path):
+        if path.is_dir():
+            raise DataError(f"--out {path} is a directory; give the name of a file.")
+        file = partial.open("w") if mesh.rank == 0 else None
+
+    def write(rows: list[Row]) -> None:
+        with agreed(mesh), _named(path):
+            if file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    try:
+        yield write
+        with agreed(mesh), _named(path):
+            if file:
+                file.close()
+                os.replace(partial, path)
+    finally:
+        if file:
+            file.close()
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be written ({error.strerror}); give --out FILE in a directory that "
+            "exists and has room."
+        ) from None

@@ -1,0 +1,128 @@
+"""A checkpoint's answers to a benchmark, kept as they come so that a stopped run goes on.
+
+OUT/predictions.jsonl grows by a line for each answer, beside OUT/settings.json with all that the
+answers depend on: the same call goes on after the last whole line, one with other settings is
+refused. A video that cannot be read is a line without a response; the question is asked when a
+later call finds the video readable.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_vrl.config import Video
+from megatron_vrl.errors import ConfigError, DataError, VideoError, counted
+from megatron_vrl.evaluation.benchmark import Prediction, prediction_of
+from megatron_vrl.evaluation.generate import Answerer, Answers, InferenceConfig
+from megatron_vrl.observe.progress import progress_bar
+from megatron_vrl.rollout.request import SamplingSpec
+from megatron_vrl.storage.files import full_disk_named, read_rows, write_file
+from megatron_vrl.tasks import can_be_asked
+from megatron_vrl.types import VideoSample
+from megatron_vrl.video import VideoReader
+
+SEED_DEFAULTS: dict[str, dict[str, Any]] = {  # of the released evaluation: its prompt and budget
+    "data": {"system_prompt": "seed", "question": "seed"},
+    "video": {"min_pixels": 4 * 28 * 28, "total_pixels": 2048 * 28 * 28},
+}
+SAMPLES_AT_A_TIME = 128  # bounds the decoded frames in memory
+
+
+def predict(
+    cfg: InferenceConfig,
+    samples: Sequence[VideoSample],
+    out: Path,
+    settings: dict[str, Any],
+    start: Callable[[InferenceConfig, int], Answerer] = Answerer,
+) -> list[Prediction]:
+    """Greedy answers to every question that can be asked, as far as `out` does not have them.
+
+    An engine is started when something is left to answer. Raises UserError, before that if no
+    video of `samples` is there.
+    """
+    check_videos(samples, "--videos")
+    out.mkdir(parents=True, exist_ok=True)
+    check_settings(out / "settings.json", {**settings, **cfg.model_dump(mode="json")})
+    path = out / "predictions.jsonl"
+    rows = read_rows(path)
+    bad = {row["id"] for row in rows if row.get("problem")}
+    again = readable(cfg.video, [sample for sample in samples if sample.id in bad])
+    rows = [row for row in rows if row["id"] not in again]
+    write_file(path, "".join(json.dumps(row) + "\n" for row in rows))  # without a torn last line
+    done = {row["id"] for row in rows}
+    left = [s for s in samples if s.id not in done and can_be_asked(s)]
+    if left:
+        longest = cfg.evaluation.max_response_tokens
+        spec = SamplingSpec(n=1, temperature=0.0, top_p=1.0, max_tokens=longest, seed=0)
+        answerer = start(cfg, longest)
+        total, before = len(rows) + len(left), len(rows)
+        with (
+            path.open("a", encoding="utf-8") as file,
+            progress_bar("evaluate", total, "questions", before) as bar,
+        ):
+            for sample, answers in answerer.answer(left, spec, SAMPLES_AT_A_TIME):
+                with full_disk_named(path):
+                    file.write(json.dumps(_row(sample, answers)) + "\n")
+                    file.flush()
+                bar.update()
+    return [prediction_of(json.dumps(row), str(path)) for row in read_rows(path)]
+
+
+def check_videos(samples: Sequence[VideoSample], origin: str) -> None:
+    """Raise DataError if not one local video exists. `origin` names what gave their folder."""
+    paths = list(dict.fromkeys(sample.video for sample in samples))
+    if paths and not any("://" in path or Path(path).is_file() for path in paths):
+        raise DataError(
+            f"None of the {counted(len(paths), 'video')} is there (the first is {paths[0]}): "
+            f"correct {origin}."
+        )
+
+
+def readable(cfg: Video, samples: Sequence[VideoSample]) -> set[str]:
+    """Return the ids of the samples whose video can be decoded now."""
+    found: set[str] = set()
+    if samples:
+        reader = VideoReader(cfg)
+        for start in range(0, len(samples), SAMPLES_AT_A_TIME):
+            block = samples[start : start + SAMPLES_AT_A_TIME]
+            videos = reader.encode([sample.footage for sample in block])
+            shown = zip(block, videos, strict=True)
+            found |= {sample.id for sample, v in shown if not isinstance(v, VideoError)}
+    return found
+
+
+def too_many_bad(problems: Sequence[str], count: int, most: float) -> str:
+    """Return a sentence if more than the share `most` of `count` samples have `problems`."""
+    if len(problems) <= most * count:
+        return ""
+    return (
+        f"{len(problems)} of {counted(count, 'sample')} have videos that cannot be read, over "
+        f"video.max_bad_share={most} (the first: {problems[0]}). Correct the videos and give the "
+        "same command again, or raise the limit."
+    )
+
+
+def _row(sample: VideoSample, answers: Answers) -> dict[str, Any]:
+    if isinstance(answers, VideoError):
+        return {"id": sample.id, "response": None, "problem": str(answers)}
+    (answer,) = answers
+    return {
+        "id": sample.id,
+        "response": answer.text,
+        "finish": answer.finish,
+        "tokens": len(answer.token_ids),
+    }
+
+
+def check_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Raises ConfigError if `path` holds others; else writes them there."""
+    if path.exists():
+        before = json.loads(path.read_text())
+        changed = sorted(key for key in settings if before.get(key) != settings[key])
+        if changed:
+            raise ConfigError(
+                f"{path.parent} holds predictions made with another {', '.join(changed)}: choose "
+                "another --out, or remove it to start over."
+            )
+    write_file(path, json.dumps(settings, indent=1) + "\n")

@@ -1,0 +1,83 @@
+"""The shape of every tensor of a checkpoint, from the architecture alone.
+
+Conversion compares them with what a file holds before it reads or writes anything, so that a
+checkpoint of another model is refused by the name of its first tensor.
+"""
+
+import torch
+
+from megatron_vrl.models.architecture import Architecture
+from megatron_vrl.models.qwen2_5_vl.weight_map import Row
+
+Shape = tuple[int, ...]
+
+
+def published_shapes(arch: Architecture) -> dict[str, Shape]:
+    """Shape by published name; a tied head is not a tensor of its own."""
+    hidden = arch.hidden
+    shapes: dict[str, Shape] = {
+        "model.embed_tokens.weight": (arch.vocab, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not arch.tied_head:
+        shapes["lm_head.weight"] = (arch.vocab, hidden)
+    for layer in range(arch.layers):
+        shapes |= _prefixed(f"model.layers.{layer}.", _layer_shapes(arch))
+    for layer in range(arch.vision.layers):
+        shapes |= _prefixed(f"visual.blocks.{layer}.", _block_shapes(arch))
+    return shapes | _prefixed("visual.", _ends_of_tower(arch))
+
+
+def megatron_shape(row: Row, published: dict[str, Shape]) -> Shape:
+    """Shape of the whole parameter, without the rows that pad a vocabulary."""
+    parts = [torch.empty(published[name], device="meta") for name in row.published]
+    return tuple(row.layout.join(parts).shape)
+
+
+def _layer_shapes(arch: Architecture) -> dict[str, Shape]:
+    hidden, kv = arch.hidden, arch.kv_heads * arch.head_dim
+    shapes: dict[str, Shape] = {
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+        "self_attn.o_proj.weight": (hidden, arch.heads * arch.head_dim),
+        "mlp.gate_proj.weight": (arch.mlp, hidden),
+        "mlp.up_proj.weight": (arch.mlp, hidden),
+        "mlp.down_proj.weight": (hidden, arch.mlp),
+    }
+    for name, rows in {"q": arch.heads * arch.head_dim, "k": kv, "v": kv}.items():
+        shapes[f"self_attn.{name}_proj.weight"] = (rows, hidden)
+        shapes[f"self_attn.{name}_proj.bias"] = (rows,)
+    return shapes
+
+
+def _block_shapes(arch: Architecture) -> dict[str, Shape]:
+    hidden, mlp = arch.vision.hidden, arch.vision.mlp
+    linears = {
+        "attn.qkv": (3 * hidden, hidden),
+        "attn.proj": (hidden, hidden),
+        "mlp.gate_proj": (mlp, hidden),
+        "mlp.up_proj": (mlp, hidden),
+        "mlp.down_proj": (hidden, mlp),
+    }
+    norms: dict[str, Shape] = {"norm1.weight": (hidden,), "norm2.weight": (hidden,)}
+    return norms | _linear_shapes(linears)
+
+
+def _ends_of_tower(arch: Architecture) -> dict[str, Shape]:
+    v = arch.vision
+    merged = v.hidden * v.merge**2
+    linears = {"merger.mlp.0": (merged, merged), "merger.mlp.2": (arch.hidden, merged)}
+    ends: dict[str, Shape] = {
+        "patch_embed.proj.weight": (v.hidden, v.channels, v.temporal_patch, v.patch, v.patch),
+        "merger.ln_q.weight": (v.hidden,),
+    }
+    return ends | _linear_shapes(linears)
+
+
+def _linear_shapes(linears: dict[str, tuple[int, int]]) -> dict[str, Shape]:
+    shapes: dict[str, Shape] = {f"{name}.weight": shape for name, shape in linears.items()}
+    return shapes | {f"{name}.bias": shape[:1] for name, shape in linears.items()}
+
+
+def _prefixed(prefix: str, shapes: dict[str, Shape]) -> dict[str, Shape]:
+    return {prefix + name: shape for name, shape in shapes.items()}

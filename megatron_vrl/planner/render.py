@@ -1,0 +1,243 @@
+"""A plan in words for a screen, and as plain values for `--json`."""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+from megatron_vrl.config import RunConfig
+from megatron_vrl.models.architecture import Architecture
+from megatron_vrl.planner.generation import EngineMemory
+from megatron_vrl.planner.hardware import GIB
+from megatron_vrl.planner.memory import StageMemory
+from megatron_vrl.planner.parameters import Numbers, count_all
+from megatron_vrl.planner.plan import Memory, Plan, Question
+from megatron_vrl.planner.search import Found
+
+PARTS = tuple(StageMemory.__dataclass_fields__)
+NAMES = {
+    "optimizer": "optimizer shards",
+    "fp8_weights": "FP8 copies of weights",
+    "log_probs": "log-prob chunks",
+    "working": "a layer's backward",
+    "stepping": "optimizer's update",
+    "vision": "vision tower, kept",
+    "activations": "activations, kept",
+}
+PIXEL_CACHE = GIB  # of a vLLM engine, `rollout/vllm/engine.py`
+TOP = 10  # layouts that a search prints
+
+
+def values(cfg: RunConfig, arch: Architecture, asked: Question, plan: Plan) -> dict[str, Any]:
+    """For `--json`; bytes are of one GPU, FLOPs and tokens of all."""
+    return {
+        **heading(cfg, arch, asked),
+        "replicas": plan.replicas,
+        "micro_batches_per_update": plan.micro_batches,
+        "groups_per_micro_batch": plan.batch.groups,
+        "prompt_tokens": plan.sizes.prompt,
+        "vision_tokens": plan.sizes.vision_tokens,
+        "response_tokens": plan.sizes.response,
+        "tokens_per_step": plan.tokens,
+        "flops_per_step": plan.model_flops,
+        "hardware_flops_per_step": plan.hardware_flops,
+        "parameters_per_gpu": {str(i): numbers.all for i, numbers in enumerate(plan.stages)},
+        "memory_bytes": {
+            str(stage): _stage_values(plan.memory, stage) for stage in range(len(plan.stages))
+        },
+        "engine_bytes": _engine_values(plan.memory.engine),
+        "host_memory_bytes": host_bytes(cfg, asked, plan.memory),
+        "usable_bytes": plan.memory.usable,
+        "seconds_per_phase": {name: phase.seconds for name, phase in plan.phases.items()},
+        "seconds_by_cause": {name: dict(phase.parts) for name, phase in plan.phases.items()},
+        "bounds": {name: phase.bound for name, phase in plan.phases.items()},
+        "seconds_per_step": plan.seconds,
+        "refused": list(plan.refused),
+    }
+
+
+def heading(cfg: RunConfig, arch: Architecture, asked: Question) -> dict[str, Any]:
+    """What is known of any layout."""
+    numbers = count_all(arch)
+    return {
+        "gpu": asked.gpu.name,
+        "gpus": asked.gpus,
+        "mfu": asked.mfu,
+        "parallel": cfg.parallel.model_dump(),
+        "recompute": cfg.model.recompute,
+        "parameters": numbers.all,
+        "parameters_by_part": {
+            "language": numbers.language,
+            "vision": numbers.vision,
+            "merger": numbers.merger,
+        },
+        "trained_parameters": numbers.trained(cfg.model),
+    }
+
+
+def found_values(found: Found) -> dict[str, Any]:
+    return {
+        "gpus": found.gpus,
+        "changes": found.changes,
+        "overrides": found.overrides,
+        "seconds_per_step": found.plan.seconds,
+        "peak_bytes": found.plan.memory.most,
+    }
+
+
+def host_bytes(cfg: RunConfig, asked: Question, memory: Memory) -> dict[str, int]:
+    """Of one node with all of its GPUs in use."""
+    ranks = min(asked.gpus, asked.gpu.per_node)
+    host = {"frame_store": ranks * cfg.video.store_mib * 2**20}
+    if memory.colocated:
+        host["engine_weights_asleep"] = ranks * memory.engine.weights
+        host["engine_pixel_cache"] = ranks * PIXEL_CACHE
+    return host
+
+
+def _stage_values(memory: Memory, stage: int) -> dict[str, int]:
+    parts = {name: getattr(memory.stages[stage], name) for name in PARTS}
+    engine = memory.engine
+    if memory.colocated:
+        parts |= {"engine_weights": engine.weights, "engine_kv_cache": engine.kv_cache}
+        parts["engine_working"] = engine.working
+    totals = {
+        "update_peak": memory.stages[stage].update,
+        "rollout_peak": memory.rollout(stage),
+        "peak": memory.peak(stage),
+    }
+    return parts | totals
+
+
+def _engine_values(engine: EngineMemory) -> dict[str, int]:
+    return {
+        "weights": engine.weights,
+        "working": engine.working,
+        "kv_cache": engine.kv_cache,
+        "kv_per_answer": engine.sequence,
+        "answers_at_a_time": engine.sequences,
+    }
+
+
+def told(cfg: RunConfig, arch: Architecture, asked: Question, plan: Plan) -> str:
+    parallel = cfg.parallel
+    sequence = " with sequence parallelism" if parallel.sequence else ""
+    return "\n".join(
+        [
+            f"{asked.gpus} x {asked.gpu.name} = {plan.replicas} "
+            f"replica{'s' if plan.replicas > 1 else ''} of tensor "
+            f"{parallel.tensor}{sequence} x context {parallel.context} x pipeline "
+            f"{parallel.pipeline} x virtual {parallel.virtual}; recompute {cfg.model.recompute}",
+            _model(cfg, count_all(arch)),
+            *_step(cfg, plan),
+            "",
+            *_memory_table(plan, cfg),
+            *_host(cfg, asked, plan.memory),
+            "",
+            *_time_table(plan, asked.mfu),
+        ]
+    )
+
+
+def _model(cfg: RunConfig, numbers: Numbers) -> str:
+    return (
+        f"model: {numbers.all:,} parameters: language {numbers.language:,}, vision tower "
+        f"{numbers.vision:,}, merger {numbers.merger:,}; trained {numbers.trained(cfg.model):,}"
+    )
+
+
+def _step(cfg: RunConfig, plan: Plan) -> Iterable[str]:
+    s = plan.sizes
+    yield (
+        f"step: {cfg.rollout.prompts_per_step} prompts of {s.prompt} tokens, {s.vision_tokens} of "
+        f"them video, {s.answers} answers of {s.response} each; {plan.micro_batches} micro-batches "
+        f"of {plan.batch.rows} rows a replica and update"
+    )
+    yield (
+        f"      {plan.tokens:,} tokens, {plan.model_flops:.3g} model FLOPs, "
+        f"{plan.hardware_flops:.3g} computed"
+    )
+
+
+def _memory_table(plan: Plan, cfg: RunConfig) -> Iterable[str]:
+    memory, stages = plan.memory, range(len(plan.stages))
+    rows: list[tuple[str, Callable[[int], int]]] = [
+        (NAMES.get(part, part), partial(_part, memory, part)) for part in PARTS
+    ]
+    rows.append(("an update, at most", lambda stage: memory.stages[stage].update))
+    if memory.colocated:
+        engine = memory.engine
+        rows += [
+            ("engine: weights", lambda _: engine.weights),
+            ("engine: KV cache", lambda _: engine.kv_cache),
+            ("engine: working", lambda _: engine.working),
+            ("rollout, at most", memory.rollout),
+        ]
+    shown = list(stages) if len(stages) <= 6 else [0, 1, len(stages) // 2, len(stages) - 1]
+    table = [["GiB on a GPU of stage", *map(str, shown)]]
+    for name, of in rows:
+        if any(of(stage) for stage in stages):
+            table.append([name, *(f"{of(stage) / GIB:.2f}" for stage in shown)])
+    yield from aligned(table)
+    yield f"of {memory.usable / GIB:.1f} GiB that may be used" + (
+        "; the stages between are like their neighbours" if len(shown) < len(stages) else ""
+    )
+    if not memory.colocated:
+        engine = memory.engine
+        yield (
+            f"a worker's GPU: weights {engine.weights / GIB:.1f}, working "
+            f"{engine.working / GIB:.1f}, KV cache {engine.kv_cache / GIB:.1f} GiB for "
+            f"{engine.sequences} answers"
+        )
+
+
+def _part(memory: Memory, name: str, stage: int) -> int:
+    size: int = getattr(memory.stages[stage], name)
+    return size
+
+
+def _host(cfg: RunConfig, asked: Question, memory: Memory) -> Iterable[str]:
+    parts = host_bytes(cfg, asked, memory)
+    listed = ", ".join(f"{k.replace('_', ' ')} {v / GIB:.1f}" for k, v in parts.items())
+    yield f"host memory of a node, GiB: {listed}"
+
+
+def _time_table(plan: Plan, mfu: float) -> Iterable[str]:
+    table = [["phase", "seconds", "bound by", "of it"]]
+    for name, phase in plan.phases.items():
+        parts = ", ".join(f"{cause} {s:.2f}" for cause, s in phase.parts.items() if s >= 0.005)
+        table.append([name, f"{phase.seconds:.2f}", phase.bound, parts])
+    table.append(["a step", f"{plan.seconds:.2f}", "", f"at mfu {mfu:g}; not measured on a GPU"])
+    yield from aligned(table, words=(0, 2, 3))
+
+
+def search_table(found: Sequence[Found], tried: int) -> str:
+    """The first of them; `found` is ranked."""
+    head = ["tensor", "context", "pipeline", "virtual", "split", "recompute", "GiB", "seconds"]
+    table = [head]
+    for each in found[:TOP]:
+        parallel = each.cfg.parallel
+        table.append(
+            [
+                str(parallel.tensor),
+                str(parallel.context),
+                str(parallel.pipeline),
+                str(parallel.virtual),
+                parallel.split,
+                each.cfg.model.recompute,
+                f"{each.plan.memory.most / GIB:.1f}",
+                f"{each.plan.seconds:.1f}",
+            ]
+        )
+    lines = [f"{len(found)} of {tried} layouts fit; by the seconds of a step:"]
+    return "\n".join([*lines, *aligned(table)])
+
+
+def aligned(table: Sequence[Sequence[str]], words: Sequence[int] = (0,)) -> Iterable[str]:
+    """Columns of one width each; `words` are flush left, numbers flush right."""
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    for line in table:
+        cells = [
+            cell.ljust(width) if i in words else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        yield "  ".join(cells).rstrip()

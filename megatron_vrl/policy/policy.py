@@ -1,0 +1,339 @@
+"""The model being trained: forward, backward and update over all of its ranks.
+
+Every rank of the mesh calls every method, with its share of its data rank's micro-batches; the
+number of micro-batches must be the same on all. The loss is a sum of token losses times token
+weights, so gradients are summed, never averaged, and no split of the batch can change them.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_attr_wrapped_model
+from torch import Tensor
+
+from megatron_vrl.algorithms.tokens import Tokens, local_sequence_sum
+from megatron_vrl.batching.pack import MicroBatch
+from megatron_vrl.config import Model, Optimizer, Parallel
+from megatron_vrl.models.architecture import Architecture
+from megatron_vrl.models.fp8_monitor import forget, fp8_metrics
+from megatron_vrl.models.logprob_head import Distribution
+from megatron_vrl.models.precision import check_available
+from megatron_vrl.models.qwen2_5_vl.model import Qwen25VL
+from megatron_vrl.models.qwen2_5_vl.preprocess import patchify
+from megatron_vrl.parallel.mesh import Mesh, gather_objects, world_axis
+from megatron_vrl.policy.optimizer import learning_rate, make_optimizer
+
+TokenLoss = Callable[[Tokens], tuple[Tensor, dict[str, Tensor]]]  # loss [N], metrics {name: [N]}
+Job = tuple[MicroBatch, Callable[..., Any]]  # and what the last stage does with its output
+FINITE = "finite"  # [N] of a record, beside its sums: which token losses are finite
+LogProbs = Sequence[Tensor | None]  # [N] of every micro-batch; None off the last stage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """What one optimizer update did; the same on every rank."""
+
+    loss: float
+    grad_norm: float
+    applied: bool  # False: a gradient was not finite and the update was left out
+    suspects: tuple[str, ...]  # then: the answers, on any rank, that it may have come from
+    lr: float
+    metrics: dict[str, float]  # token means; "_max": maxima; "fp8/": see models/fp8_monitor.py
+
+
+class Policy:
+    """Qwen2.5-VL wrapped for data parallelism, with the optimizer of the current phase."""
+
+    def __init__(self, arch: Architecture, model: Model, parallel: Parallel, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.arch = arch
+        self._model_cfg, self._parallel_cfg = model, parallel
+        check_available(model, parallel, mesh.device)
+        self.chunks = self._built()
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=parallel.overlap,
+            use_distributed_optimizer=parallel.distributed_optimizer,
+        )
+        self._ddp = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in self.chunks]
+        config = self.chunks[0].config  # Megatron's schedules read the first chunk's
+        config.finalize_model_grads_func = self._finalize_gradients
+        if parallel.overlap:
+            pause = [wrapped.no_sync for wrapped in self._ddp]
+            begin = [wrapped.start_grad_sync for wrapped in self._ddp]
+            several = parallel.virtual > 1  # else Megatron wants the function and not a list of one
+            config.no_sync_func = pause if several else pause[0]
+            config.grad_sync_func = begin if several else begin[0]
+        self.optimizer: MegatronOptimizer | None = None
+        self._reference: list[Qwen25VL] = []
+
+    def _built(self) -> list[Qwen25VL]:
+        """This rank's chunks of layers, one for each virtual pipeline stage."""
+        model, parallel, mesh = self._model_cfg, self._parallel_cfg, self.mesh
+        return [
+            Qwen25VL(self.arch, model, parallel, mesh, virtual).to(mesh.device)
+            for virtual in range(parallel.virtual)
+        ]
+
+    def start_phase(self, cfg: Optimizer, num_steps: int) -> None:
+        """Begin with a fresh optimizer on the weights as they are."""
+        self._optimizer_cfg, self._num_steps = cfg, num_steps
+        self.optimizer = make_optimizer(
+            self._ddp,
+            cfg,
+            bf16=self._model_cfg.dtype == "bfloat16",
+            distributed=self._parallel_cfg.distributed_optimizer,
+        )
+
+    def keep_reference(self) -> None:
+        """Keep a copy of the weights as they are, for the KL term.
+
+        It asks for gradients as the policy does and never gets any: torch chooses the operations of
+        a product by that flag, and only the same operations make a KL term of exactly 0.
+        """
+        self._reference = self._built()
+        for kept, chunk in zip(self._reference, self.chunks, strict=True):
+            kept.load_state_dict(chunk.state_dict())
+
+    def logprobs(self, batches: Sequence[MicroBatch], of: Distribution) -> LogProbs:
+        """Log-prob [N] of every batch under the weights as they are; None off the last stage."""
+        return self._logprobs(self.chunks, batches, of)
+
+    def reference_logprobs(self, batches: Sequence[MicroBatch], of: Distribution) -> LogProbs:
+        """Log-prob [N] of every batch under the reference; None off the last stage or without."""
+        if not self._reference:
+            return [None] * len(batches)
+        return self._logprobs(self._reference, batches, of)
+
+    def _logprobs(
+        self, chunks: list[Qwen25VL], batches: Sequence[MicroBatch], of: Distribution
+    ) -> LogProbs:
+        jobs = [(batch, _logprob_of) for batch in batches]
+        with torch.no_grad():
+            outputs = self._run(chunks, jobs, of, forward_only=True)
+        return outputs or [None] * len(batches)
+
+    def update(
+        self,
+        batches: Sequence[MicroBatch],
+        token_loss: TokenLoss,
+        of: Distribution,
+        step: int,
+        *,
+        old: LogProbs | None = None,
+        reference: LogProbs | None = None,
+    ) -> Update:
+        """One optimizer update from this rank's micro-batches; `step` updates were made before.
+
+        `old`: log-probs when the batch of rollouts began, None: those of this very pass.
+        `reference`: for the KL term, None: without.
+        """
+        assert self.optimizer is not None, "start_phase first"
+        nothing: LogProbs = [None] * len(batches)
+        jobs = [
+            (batch, partial(self._weighted, token_loss, batch, before, kept))
+            for batch, before, kept in zip(
+                batches, old or nothing, reference or nothing, strict=True
+            )
+        ]
+        self._zero_gradients()
+        forget(self.chunks)
+        metrics = self._reduce(self._run(self._ddp, jobs, of))
+        if self._model_cfg.fp8 != "none":
+            metrics |= fp8_metrics(self.chunks, self.mesh.device)
+        lr = learning_rate(self._optimizer_cfg, step, self._num_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        applied = self._gradients_are_finite(dist.group.WORLD)
+        grad_norm = float("nan")
+        if applied:
+            _, grad_norm, _ = self.optimizer.step()
+        return Update(
+            loss=metrics.pop("loss"),
+            grad_norm=float(grad_norm),
+            applied=applied,
+            suspects=() if applied else self._suspects(jobs, of),
+            lr=lr,
+            metrics=metrics,
+        )
+
+    def _zero_gradients(self) -> None:
+        assert self.optimizer is not None
+        for wrapped in self._ddp:
+            wrapped.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def _suspects(self, jobs: Sequence[Job], of: Distribution) -> tuple[str, ...]:
+        """Answers of the micro-batches whose own gradient is not finite, over all ranks.
+
+        The micro-batches are computed once more, a few at a time, and their gradients looked at
+        before data ranks add them up. Of a micro-batch, the answers whose loss is not finite; all
+        of them if the fault shows in the backward pass only.
+        """
+        config = self.chunks[0].config
+        finalize, config.finalize_model_grads_func = config.finalize_model_grads_func, None
+        at_a_time = self.mesh.pipeline.size if self.mesh.interleaved else 1
+        found: set[str] = set()
+        with ExitStack() as apart:
+            for wrapped in self._ddp:
+                apart.enter_context(wrapped.no_sync())
+            for start in range(0, len(jobs), at_a_time):
+                self._zero_gradients()
+                part = jobs[start : start + at_a_time]
+                records = self._run(self._ddp, part, of)
+                if self._gradients_are_finite(self.mesh.model.group):
+                    continue
+                for (batch, _), record in zip(part, records, strict=False):  # on the last stage
+                    bad = record[FINITE].cpu().numpy() == 0
+                    named = batch.sequence[bad] if bad.any() else batch.sequence
+                    found |= {batch.answer_id[answer] for answer in named}
+        config.finalize_model_grads_func = finalize
+        self._zero_gradients()
+        everywhere = gather_objects(world_axis(self.mesh), found)
+        return tuple(sorted(set().union(*everywhere)))
+
+    def _run(
+        self,
+        chunks: Sequence[Any],
+        jobs: Sequence[Job],
+        of: Distribution,
+        forward_only: bool = False,
+    ) -> list[Any]:
+        """Megatron's schedule over the micro-batches; what the last stage made of each output."""
+
+        def forward_step(data: Iterator[Job], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
+            batch, on_output = next(data)
+            patches = self._patches(batch) if get_attr_wrapped_model(chunk, "pre_process") else None
+            return chunk(batch, patches, of), on_output
+
+        records: list[Any] = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[iter(jobs) for _ in chunks],
+            model=list(chunks),
+            num_microbatches=len(jobs),
+            seq_length=len(jobs[0][0].token_ids),  # read only by the interleaved schedule
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+        return records
+
+    def _patches(self, batch: MicroBatch) -> Tensor | None:
+        if len(batch.seen) == len(batch.visuals):  # nothing to see, or all seen before
+            return None
+        patches = [patchify(visual.frames, self.mesh.device) for visual in batch.visuals]
+        return torch.cat(patches).to(self.chunks[0].config.params_dtype)
+
+    def _finalize_gradients(
+        self, model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any
+    ) -> None:
+        """Sum over data ranks, tied heads and sequence-parallel norms; then the vision tower's
+        parts, since each tensor-parallel rank saw its own temporal steps only."""
+        finalize_model_grads(model, None, **kwargs)
+        tensor, vision = self.mesh.tensor, self.chunks[0].vision
+        if tensor.size == 1 or vision is None:
+            return
+        grads = [p.main_grad for p in vision.parameters() if p.requires_grad]
+        if grads:
+            flat = torch.cat([grad.reshape(-1) for grad in grads])
+            dist.all_reduce(flat, group=tensor.group)
+            for grad, summed in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+                grad.copy_(summed.view_as(grad))
+
+    def _gradients_are_finite(self, group: dist.ProcessGroup | None) -> bool:
+        # By the extremes, which NaN spreads to: `isfinite` of a buffer takes twice its memory.
+        extremes = [
+            torch.stack(buffer.grad_data.aminmax())
+            for wrapped in self._ddp
+            for buffer in wrapped.buffers
+        ]
+        flag = torch.ones((), device=self.mesh.device)
+        if extremes:
+            flag = torch.cat(extremes).isfinite().all().float()
+        dist.all_reduce(flag, dist.ReduceOp.MIN, group=group)
+        return bool(flag.item())
+
+    def _reduce(self, records: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Token sums -> means over the whole step, on every rank."""
+        names = sorted(records[0].keys() - {FINITE}) if records else []
+        box: list[Any] = [names]
+        last = dist.get_global_rank(self.mesh.pipeline.group, self.mesh.pipeline.size - 1)
+        if self.mesh.pipeline.size > 1:
+            dist.broadcast_object_list(box, last, group=self.mesh.pipeline.group)
+        names = box[0]
+        totals = torch.zeros(len(names), dtype=torch.float64, device=self.mesh.device)
+        is_max = torch.tensor([name.endswith("_max") for name in names], device=self.mesh.device)
+        for record in records:
+            row = torch.stack([record[name].double() for name in names])
+            totals = torch.where(is_max, torch.maximum(totals, row), totals + row)
+        peaks = totals.clone()
+        dist.all_reduce(totals, group=self.mesh.batch.group)
+        dist.all_reduce(peaks, dist.ReduceOp.MAX, group=self.mesh.batch.group)
+        totals = torch.where(is_max, peaks, totals)
+        if self.mesh.pipeline.size > 1:
+            dist.broadcast(totals, last, group=self.mesh.pipeline.group)
+        values = dict(zip(names, totals.tolist(), strict=True))
+        tokens = max(1.0, values.pop("tokens"))
+        whole = {"loss"}
+        return {
+            name: value if name in whole or name.endswith("_max") else value / tokens
+            for name, value in values.items()
+        }
+
+    def _weighted(
+        self,
+        token_loss: TokenLoss,
+        batch: MicroBatch,
+        old: Tensor | None,
+        reference: Tensor | None,
+        output: Tensor,
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Megatron's loss function of one micro-batch: scalar, token count, sums to report."""
+        logprob, entropy = output
+        on = lambda array: torch.from_numpy(array).to(logprob.device)  # noqa: E731
+        losses, metrics = token_loss(
+            Tokens(
+                logprob=logprob,
+                old_logprob=logprob.detach() if old is None else old,
+                engine_logprob=on(batch.engine_logprob),
+                advantage=on(batch.advantage),
+                entropy=entropy,
+                reference=reference,
+                sequence_sum=local_sequence_sum(
+                    on(batch.sequence), len(batch.answer_start), self._over_context
+                ),
+            )
+        )
+        weight = on(batch.weight)
+        loss = (losses * weight).sum()
+        counted = weight > 0  # filler micro-batches weigh nothing
+        record = {
+            name: (value.detach() * counted).amax()
+            if name.endswith("_max")
+            else (value.detach() * counted).sum()
+            for name, value in metrics.items()
+        }
+        record |= {"loss": loss.detach().clone(), "tokens": counted.sum()}
+        record[FINITE] = torch.isfinite(losses.detach())
+        return loss, counted.sum().int(), record
+
+    def _over_context(self, sums: Tensor) -> Tensor:
+        if self.mesh.context.size > 1:
+            dist.all_reduce(sums, group=self.mesh.context.group)
+        return sums
+
+
+def _logprob_of(output: Tensor, non_loss_data: bool) -> Tensor:
+    return output[0].clone()

@@ -1,0 +1,179 @@
+"""The main job: base evaluation, warm-up, GRPO, evaluation of each, export, report.
+
+A part that a checkpoint says is finished is not repeated, so the same command line continues a
+run that was stopped and, on a finished one, only says where its report is.
+"""
+
+import os
+from pathlib import Path
+
+from megatron_vrl.checkpoint.hf_load import save_published
+from megatron_vrl.config import RunConfig
+from megatron_vrl.config.inference import inference_files
+from megatron_vrl.context import Parts, build
+from megatron_vrl.errors import CheckpointError, RunInUse, UserError
+from megatron_vrl.evaluation.during_training import evaluate, trivial_answers
+from megatron_vrl.models.fusion import gradient_fusion
+from megatron_vrl.observe.clock import peak_rss_bytes
+from megatron_vrl.observe.metrics import StepMetrics
+from megatron_vrl.observe.report import build_report
+from megatron_vrl.observe.sinks import Sinks, open_sinks
+from megatron_vrl.observe.summary import write_summary
+from megatron_vrl.parallel.mesh import agreed, gather_objects, world_axis
+from megatron_vrl.process.run_lock import Owner
+from megatron_vrl.trainer.dry_run import check, padding_notes
+from megatron_vrl.trainer.grpo import train_grpo
+from megatron_vrl.trainer.grpo_overlapped import train_overlapped
+from megatron_vrl.trainer.preemption import stop_if_asked
+from megatron_vrl.trainer.record import record
+from megatron_vrl.trainer.run_dir import check_run_dir, check_writable
+from megatron_vrl.trainer.sft import train_sft
+from megatron_vrl.trainer.state import (
+    RunState,
+    finish_saving,
+    is_done,
+    load_stage_weights,
+    restored,
+    save,
+)
+from megatron_vrl.types import VideoSample
+
+Splits = dict[str, list[VideoSample]]
+
+
+def run_job(cfg: RunConfig) -> Path:
+    """Do what is left of the run and return its report. Every rank calls it."""
+    out_dir = Path(cfg.run.out_dir)
+    check_run_dir(cfg, trains=True)
+    if is_finished(cfg):
+        return out_dir / "report.html"
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    check(cfg, world, here=True)  # mistakes cost seconds, not an engine start
+    check_writable(cfg.run.out_dir, keep=True)
+    owner = Owner(out_dir, int(os.environ.get("RANK", "0")), cfg.run.lock_timeout_s)
+    parts = build(cfg)
+    owner.join()
+    state = restored(parts)
+    load_stage_weights(parts, state)
+    splits = {name: parts.samples(sources) for name, sources in cfg.data.evaluation.items()}
+    with agreed(parts.mesh):
+        sinks = open_sinks(
+            out_dir,
+            cfg.observe,
+            cfg.model_dump(mode="json"),
+            out_dir.name,
+            rank=parts.mesh.rank,
+            resume=state.next_row,
+        )
+    sinks.say(f"Output lies in {out_dir}{_resuming(state)}.")
+    for note in padding_notes(parts.arch, cfg):
+        sinks.say(note)
+    state.add_seconds(parts.clock.take())
+    failure: UserError | None = None
+    try:
+        _stages(parts, state, sinks, splits)
+        finish_saving(parts)
+    except UserError as error:
+        failure = error
+        if not isinstance(error, CheckpointError | RunInUse):
+            if state.step > 0:
+                save(parts, state)  # every rank raises it together: keep what was learned
+            finish_saving(parts)
+    finally:
+        parts.saver.abandon()  # unless all is written, the run ends of something else
+    with agreed(parts.mesh):  # torchrun ends all ranks when one has gone, and closing takes time
+        sinks.close()
+        owner.release()
+    if failure is not None:
+        raise failure
+    return _conclude(parts, state, splits)
+
+
+def is_finished(cfg: RunConfig) -> bool:
+    """Return whether the run has finished and has its report."""
+    return is_done(cfg.run.out_dir) and (Path(cfg.run.out_dir) / "report.html").exists()
+
+
+def _resuming(state: RunState) -> str:
+    if state.stage == "base":
+        return ""
+    if state.stage == "done":
+        return "; resuming after the last step"
+    return f"; resuming at step {state.step + 1} of {state.stage}"
+
+
+def _stages(parts: Parts, state: RunState, sinks: Sinks, splits: Splits) -> None:
+    cfg = parts.cfg
+    dev = splits.get("dev", [])
+    if state.stage == "base":
+        _evaluate_stage(parts, state, sinks, splits)
+        state.begin("sft")
+    if state.stage == "sft":
+        if cfg.sft.steps:
+            train_sft(parts, state, sinks, dev)
+            _evaluate_stage(parts, state, sinks, splits)
+        state.begin("grpo")
+        save(parts, state)
+        stop_if_asked(parts.mesh, state.step)
+    if state.stage == "grpo":
+        if cfg.grpo.steps:
+            train = train_overlapped if cfg.rollout.max_staleness else train_grpo
+            train(parts, state, sinks, dev)
+            save(parts, state)
+            _evaluate_stage(parts, state, sinks, splits)
+        state.begin("done")
+    export = Path(cfg.run.out_dir) / "export"
+    save_published(parts.policy.chunks, parts.published_dir, export, inference_files(cfg))
+    save(parts, state)
+
+
+def _evaluate_stage(parts: Parts, state: RunState, sinks: Sinks, splits: Splits) -> None:
+    """Score the weights that the stage ended with on every reported split."""
+    table = state.results.setdefault(state.stage, {})
+    for name, samples in splits.items():
+        if name == "dev":
+            continue
+        with parts.clock("evaluate"):
+            table[name] = evaluate(parts, samples, state.version)
+        spent = parts.clock.take()
+        state.add_seconds(spent)
+        row = StepMetrics(
+            phase="eval",
+            step=state.step,
+            values=table[name],
+            seconds=spent,
+            split=name,
+            during=state.stage,
+        )
+        record(parts, sinks, row)
+
+
+def _conclude(parts: Parts, state: RunState, splits: Splits) -> Path:
+    """summary.json and report.html; rank 0 writes."""
+    cfg, out_dir = parts.cfg, Path(parts.cfg.run.out_dir)
+    state.add_seconds(parts.clock.take())
+    peaks = gather_objects(world_axis(parts.mesh), peak_rss_bytes())
+    with agreed(parts.mesh):
+        if parts.mesh.rank == 0:
+            write_summary(
+                out_dir,
+                results=state.results,
+                trivial={
+                    name: trivial_answers(samples, cfg.rewards)
+                    for name, samples in splits.items()
+                    if name != "dev"
+                },
+                seconds=state.seconds,
+                seed=cfg.run.seed,
+                peak_rss_bytes=max(peaks),
+                extra={
+                    "warm_up_restarts": state.attempt,
+                    "peak_rss_bytes_all_ranks": sum(peaks),
+                    "ranks": parts.mesh.world,
+                    "weight_gradients": gradient_fusion(
+                        cfg.model, parts.mesh.device.type == "cuda"
+                    ).words,
+                },
+            )
+            build_report(out_dir)
+    return out_dir / "report.html"

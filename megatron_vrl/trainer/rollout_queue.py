@@ -1,0 +1,95 @@
+"""Prompts on their way: drawn, asked of the engines, and answered.
+
+What is asked for stays under way until it is taken; a step takes what was asked longest ago or is
+ready first. The seed of an answer comes from its sample's place in the stream, so neither layout
+nor timing changes it, and a run that goes on from a checkpoint asks again what was under way.
+"""
+
+from dataclasses import dataclass
+from itertools import chain
+
+from megatron_vrl.config import RunConfig
+from megatron_vrl.context import Parts
+from megatron_vrl.parallel.mesh import gather_objects, world_axis
+from megatron_vrl.rollout.manager import Asked
+from megatron_vrl.rollout.request import SamplingSpec
+from megatron_vrl.trainer.dataloader import Draws
+from megatron_vrl.trainer.state import RunState
+from megatron_vrl.types import Prompt, Rollout, VideoSample
+
+
+def sampling_spec(cfg: RunConfig) -> SamplingSpec:
+    """How a training step's answers are drawn; each prompt then has a seed of its own."""
+    return SamplingSpec(
+        n=cfg.rollout.group_size,
+        temperature=cfg.rollout.temperature,
+        top_p=cfg.rollout.top_p,
+        max_tokens=cfg.rollout.max_response_tokens,
+        seed=cfg.run.seed,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Flight:
+    sample: VideoSample
+    prompt: Prompt
+    position: int  # of the sample in the stream
+    version: int  # of the weights when it was asked
+    asked: Asked
+
+
+class Flights:
+    """This rank's. Every rank calls its methods, in the same order."""
+
+    def __init__(self, parts: Parts, state: RunState, draws: Draws) -> None:
+        self._parts, self._state, self._draws = parts, state, draws
+        self._under_way: list[Flight] = []
+
+    def fill(self, num: int) -> None:
+        """Ask for as many as `num` prompts of all ranks lack."""
+        lacking = num - len(self.positions())
+        if lacking > 0:
+            self._ask(lacking)
+
+    def take(self, num: int) -> list[tuple[VideoSample, Prompt, list[Rollout]]]:
+        """This rank's share of `num` answered prompts. Asks for what is not under way.
+
+        Those that would be staler than rollout.max_staleness at the next step come first.
+        """
+        self.fill(num)
+        parts, flights = self._parts, self._under_way
+        oldest = self._state.version - parts.cfg.rollout.max_staleness
+        due = [flight for flight in flights if flight.version <= oldest]
+        ordered = due + [flight for flight in flights if flight.version > oldest]
+        share = min(len(parts.rank_share(range(num))), len(ordered))
+        with parts.clock("rollout"):
+            asked = [flight.asked for flight in ordered]
+            chosen = parts.rollouts.first(asked, required=min(len(due), share), count=share)
+            taken = [ordered[index] for index in sorted(chosen)]
+            answers = parts.rollouts.results([flight.asked for flight in taken])
+        self._under_way = [flight for flight in flights if flight not in taken]
+        return [(f.sample, f.prompt, a) for f, a in zip(taken, answers, strict=True)]
+
+    def positions(self) -> list[int]:
+        """Places in the stream of all ranks' samples that are under way."""
+        own = [flight.position for flight in self._under_way]
+        return sorted(chain(*gather_objects(world_axis(self._parts.mesh), own)))
+
+    def _ask(self, num: int) -> None:
+        parts = self._parts
+        with parts.clock("encode"):
+            drawn = self._draws.take(num)
+            prompts = parts.look([made.prompt for made in drawn])
+        with parts.clock("rollout"):
+            positions = [made.position for made in drawn]
+            asked = parts.rollouts.ask(prompts, sampling_spec(parts.cfg), positions)
+        self._under_way += [
+            Flight(
+                sample=made.sample,
+                prompt=prompt,
+                position=made.position,
+                version=self._state.version,
+                asked=one,
+            )
+            for made, prompt, one in zip(drawn, prompts, asked, strict=True)
+        ]

@@ -1,0 +1,50 @@
+"""Scored groups -> cards of the report: question, frames, and every answer with its rewards."""
+
+from collections.abc import Sequence
+
+from megatron_vrl.context import Parts
+from megatron_vrl.observe import samples
+from megatron_vrl.observe.sinks import Sinks
+from megatron_vrl.parallel.mesh import agreed
+from megatron_vrl.tasks import TASKS
+from megatron_vrl.types import EncodedVideo, Experience
+
+
+def write_cards(parts: Parts, sinks: Sinks, experiences: Sequence[Experience], step: int) -> None:
+    """Keep these groups for the report. Rank 0 writes, every rank calls."""
+    with agreed(parts.mesh):
+        for experience in experiences:
+            (video,) = experience.scored.prompt.visuals
+            assert isinstance(video, EncodedVideo)
+            sinks.card(_card(experience, step), video.frames, video.timestamps_s)
+
+
+def _card(experience: Experience, step: int) -> samples.Card:
+    sample = experience.scored.sample
+    return samples.Card(
+        phase="grpo",
+        step=step,
+        sample_id=sample.id,
+        task=sample.task,
+        question=TASKS[sample.task].question(sample),
+        options=sample.options,
+        option=sample.option,
+        intervals_s=sample.intervals_s,
+        duration_s=sample.duration_s,
+        answers=tuple(_answer(experience, i) for i in range(len(experience.advantages))),
+    )
+
+
+def _answer(experience: Experience, index: int) -> samples.Answer:
+    group = experience.scored
+    sample, rollout = group.sample, group.rollouts[index]
+    parsed = TASKS[sample.task].parse(rollout.text, sample)
+    return samples.Answer(
+        text=rollout.text,
+        intervals_s=(parsed.interval_s,) if parsed.interval_s else (),
+        option=parsed.option,
+        parts={name: float(values[index]) for name, values in group.parts.items()},
+        reward=float(group.rewards[index]),
+        advantage=float(experience.advantages[index]),
+        tokens=len(rollout.token_ids),
+    )

@@ -1,0 +1,70 @@
+"""One step's learning: groups shared out over the data ranks, packed, and one or more updates.
+
+With a single update the log-probs that it finds are the old ones. With several they are computed
+once before the first, and so is the reference pass, which a KL coefficient of 0 leaves out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from megatron_vrl.algorithms import token_loss
+from megatron_vrl.batching.balance import deal
+from megatron_vrl.batching.pack import Group, MicroBatch
+from megatron_vrl.context import Parts
+from megatron_vrl.models.qwen2_5_vl.flops import group_work
+from megatron_vrl.policy.micro_batches import plan_batches, rebalance
+from megatron_vrl.policy.policy import Update
+from megatron_vrl.trainer.experience import Collected, sampled_distribution, to_train
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learned:
+    groups: list[Group]  # that this data rank trained on
+    batches: list[MicroBatch]  # of one pass over them
+    updates: list[Update]  # the same on every rank; empty if there was nothing to learn
+    passes: int  # forward passes without gradient over `batches`
+
+
+def learn(parts: Parts, collected: Collected, step: int) -> Learned:
+    """Every rank calls it; `step` steps were made before."""
+    cfg = parts.cfg
+    cost = lambda group: group_work(parts.arch, group).flops  # noqa: E731
+    given = [to_train(e, cfg.algorithm.drop_truncated) for e in collected.kept]
+    groups = rebalance([group for group in given if group.answers], parts.mesh, cost)
+    mini_batches = [
+        batches
+        for members in deal([cost(group) for group in groups], cfg.grpo.mini_batches)
+        if (batches := _planned(parts, [groups[i] for i in members], collected.filler))
+    ]
+    several = len(mini_batches) * cfg.grpo.epochs > 1
+    refers = cfg.algorithm.kl > 0 and cfg.algorithm.kl_in == "loss"
+    of = sampled_distribution(parts)
+    old = [parts.policy.logprobs(b, of) if several else None for b in mini_batches]
+    reference = [parts.policy.reference_logprobs(b, of) if refers else None for b in mini_batches]
+    updates = [
+        parts.policy.update(
+            batches, partial(token_loss, cfg=cfg.algorithm), of, step, old=before, reference=kept
+        )
+        for _ in range(cfg.grpo.epochs)
+        for batches, before, kept in zip(mini_batches, old, reference, strict=True)
+    ]
+    return Learned(
+        groups=groups,
+        batches=[batch for batches in mini_batches for batch in batches],
+        updates=updates,
+        passes=several + refers,
+    )
+
+
+def _planned(parts: Parts, groups: Sequence[Group], filler: Group) -> list[MicroBatch]:
+    cfg = parts.cfg
+    return plan_batches(
+        groups,
+        filler,
+        cfg.batch,
+        parts.mesh,
+        cfg.algorithm.normalisation,
+        cost=lambda group: group_work(parts.arch, group).flops,
+        max_response_tokens=cfg.rollout.max_response_tokens,
+    )

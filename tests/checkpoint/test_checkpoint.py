@@ -1,0 +1,309 @@
+"""Checkpoints: what is saved comes back in any layout, and the newest whole one is found."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+from megatron_vrl.checkpoint.checkpoint import (
+    load_checkpoint,
+    load_weights,
+    read_state,
+    save_checkpoint,
+)
+from megatron_vrl.checkpoint.checksums import write_sums
+from megatron_vrl.checkpoint.convert import convert_to_megatron, convert_to_published
+from megatron_vrl.checkpoint.hf_load import published_tensors
+from megatron_vrl.checkpoint.layout import published_files
+from megatron_vrl.checkpoint.saver import Saver, latest, newest_sound
+from megatron_vrl.config import Model, Optimizer, Parallel
+from megatron_vrl.errors import CheckpointError
+from megatron_vrl.models.architecture import read_architecture
+from megatron_vrl.parallel.mesh import close_mesh, init_mesh
+from megatron_vrl.policy.policy import Policy
+from tests.checkpoint.checkpoint_worker import OPTIMIZER, RESHARDED, SAVED, step
+from tests.running import run_python
+from tests.tiny_models import published_model, save
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Two tensor ranks do not divide its words: what they add must not be resharded as weights."""
+    return save(published_model(vocab=95), tmp_path_factory.mktemp("checkpoint") / "hf")
+
+
+@pytest.fixture(scope="module")
+def converted(checkpoint):
+    convert_to_megatron(checkpoint, checkpoint.parent / "megatron")
+    return checkpoint.parent / "megatron"
+
+
+@pytest.fixture(scope="module")
+def policy(checkpoint):
+    mesh = init_mesh(Parallel(), seed=1)
+    cfg = Model(checkpoint=str(checkpoint), dtype="float32")
+    policy = Policy(read_architecture(checkpoint), cfg, Parallel(), mesh)
+    load_weights(checkpoint, policy)
+    yield policy
+    close_mesh()
+
+
+@pytest.fixture(scope="module")
+def trained(checkpoint, converted, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("resharded")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    worker = ["-m", "tests.checkpoint.checkpoint_worker", checkpoint, converted, directory]
+    done = run_python(*launch, *worker)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [path.name for path in (directory / "run").iterdir() if path.is_dir()] == ["step-2"]
+    return directory
+
+
+def third_step(trained, name):
+    return torch.load(trained / f"{name}.pt")
+
+
+def assert_alike(resumed, whole, tolerance):
+    assert resumed["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+    assert resumed["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-5)
+    for name, weight in resumed["weights"].items():
+        error = (weight - whole["weights"][name]).norm() / whole["weights"][name].norm()
+        assert error <= tolerance, f"{name}: {error:.1e}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", RESHARDED)
+def test_training_goes_on_in_another_layout_as_if_unbroken(trained, layout):
+    """Weights, both moments and their step count: the third AdamW step depends on each. The
+    checkpoint was written while the weights already changed."""
+    resumed, whole = third_step(trained, layout), third_step(trained, "unbroken")
+    assert_alike(resumed, whole, tolerance=0 if layout == "dp2" else 1e-5)
+
+
+@pytest.mark.slow
+def test_training_goes_on_with_half_the_data_ranks(trained, policy):
+    policy.start_phase(OPTIMIZER, num_steps=8)
+    load_checkpoint(trained / "run" / "step-2", policy)
+    assert_alike(step(policy, 2), third_step(trained, "unbroken"), tolerance=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", SAVED)
+def test_checkpoints_of_any_layout_convert(trained, layout, tmp_path):
+    from safetensors.torch import load_file
+
+    convert_to_published(trained / "saved" / layout, tmp_path / "hf")
+    weights = third_step(trained, layout)["weights"]
+    found = load_file(tmp_path / "hf" / "model.safetensors")
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[name], weights[name]) for name in found)
+
+
+def test_weights_come_back_bit_equal_and_before_any_update(policy, checkpoint, tmp_path):
+    policy.start_phase(Optimizer(lr=1e-3), num_steps=1)
+    save_checkpoint(tmp_path / "saved", policy, {"step": 0}, checkpoint)
+    before = {name: tensor.clone() for name, tensor in published_tensors(policy.chunks)}
+    with torch.no_grad():
+        for param in policy.chunks[0].parameters():
+            param.zero_()
+    load_checkpoint(tmp_path / "saved", policy)
+    for name, tensor in published_tensors(policy.chunks):
+        assert torch.equal(tensor, before[name]), name
+    assert (published_files(tmp_path / "saved") / "config.json").exists()
+    assert {p.name for p in (tmp_path / "saved").iterdir()} == {
+        "weights",
+        "published",
+        "state.json",
+        "CHECKSUMS",
+    }
+
+
+def test_background_save_holds_the_weights_as_they_were(policy, checkpoint, tmp_path):
+    before = {name: tensor.clone() for name, tensor in published_tensors(policy.chunks)}
+    saver = Saver(tmp_path, policy, checkpoint, keep=2)
+    saver.save("1", {"step": 1})
+    with torch.no_grad():
+        for param in policy.chunks[0].parameters():
+            param.add_(1.0)
+    assert latest(tmp_path) is None
+    saver.finish()
+    saver.poll()  # nothing is left to do
+    assert latest(tmp_path) == tmp_path / "1"
+    load_weights(tmp_path / "1", policy)
+    for name, tensor in published_tensors(policy.chunks):
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_latest_is_the_marked_one_and_must_be_whole(tmp_path):
+    assert latest(tmp_path) is None
+    for age, name in enumerate("ba"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.json").write_text("{}")
+        os.utime(tmp_path / name / "state.json", (10 - age, 10 - age))
+    (tmp_path / "latest").write_text("a")
+    assert latest(tmp_path) == tmp_path / "a"
+    (tmp_path / "c").mkdir()  # a save that was killed
+    (tmp_path / "latest").write_text("c")
+    assert latest(tmp_path) == tmp_path / "b"
+    (tmp_path / "latest").unlink()
+    assert latest(tmp_path) == tmp_path / "b"
+
+
+def test_old_and_incomplete_ones_go_and_the_pinned_one_stays(policy, checkpoint, tmp_path):
+    (tmp_path / "killed.partial" / "weights").mkdir(parents=True)
+    saver = Saver(tmp_path, policy, checkpoint, keep=1, asynchronous=False)
+    for name in ("1", "2", "3"):
+        saver.save(name, {}, pinned="1")
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "3", "latest"}
+    assert latest(tmp_path) == tmp_path / "3"
+
+
+def test_a_full_disk_ends_a_background_save_with_one_sentence(policy, checkpoint, tmp_path):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(tmp_path)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root may mount a small disk")
+    try:
+        saver = Saver(tmp_path, policy, checkpoint, keep=1)
+        saver.save("1", {})
+        with pytest.raises(CheckpointError, match=rf"{tmp_path / '1'} cannot be written; its disk"):
+            saver.finish()
+        saver.finish()  # said once
+        assert not any(tmp_path.iterdir())
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+# ---- damage
+
+DAMAGE = {
+    "half a file": lambda d: os.truncate(d / "weights" / "__0_0.distcp", 1000),
+    "one bit": lambda d: flip_bit(d / "weights" / "__0_0.distcp"),
+    "a missing file": lambda d: (d / "weights" / "__0_0.distcp").unlink(),
+    "no CHECKSUMS": lambda d: (d / "CHECKSUMS").unlink(),
+    "no JSON": lambda d: (d / "state.json").write_text("{"),
+}
+
+
+def flip_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    policy, converted, tmp_path, damage
+):
+    for name in ("1", "2"):
+        shutil.copytree(converted, tmp_path / name)
+    (tmp_path / "latest").write_text("2")
+    damage(tmp_path / "2")
+    found, sentences = newest_sound(tmp_path, policy.mesh)
+    assert found == tmp_path / "1" == latest(tmp_path)
+    (sentence,) = sentences
+    assert str(tmp_path / "2") in sentence
+    assert sentence.endswith("The checkpoint before it is used.") and "\n" not in sentence
+    assert newest_sound(tmp_path, policy.mesh) == (tmp_path / "1", [])
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(policy, converted, tmp_path):
+    shutil.copytree(converted, tmp_path / "1")
+    flip_bit(tmp_path / "1" / "weights" / "__0_0.distcp")
+    with pytest.raises(CheckpointError, match="holds no checkpoint that can be used"):
+        newest_sound(tmp_path, policy.mesh)
+    assert (tmp_path / "1").exists()
+    assert newest_sound(tmp_path / "empty", policy.mesh) == (None, [])
+
+
+def test_unreadable_state_is_named(tmp_path):
+    (tmp_path / "state.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"state\.json cannot be read .* remove it"):
+        read_state(tmp_path)
+
+
+def test_another_architecture_is_refused(policy, checkpoint, tmp_path):
+    other = save(published_model(vocab=95, kv_heads=1), tmp_path / "other")
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors: .*_proj.*config\.json is of another model"
+    ):
+        load_weights(other, policy)
+    load_weights(checkpoint, policy)
+    convert_to_megatron(other, tmp_path / "megatron")
+    with pytest.raises(
+        CheckpointError, match=r"weights: language\.decoder.*linear_qkv.* has the shape"
+    ):
+        load_weights(tmp_path / "megatron", policy)
+
+
+def test_weights_alone_do_not_pass_for_a_whole_checkpoint(policy, converted):
+    policy.start_phase(Optimizer(lr=1e-3), num_steps=1)
+    with pytest.raises(CheckpointError, match=r"lacks the tensor optimizer\..*without the optim"):
+        load_checkpoint(converted, policy)
+
+
+# ---- pickles
+
+
+def poisoned(converted, directory, payload):
+    """A copy whose CHECKSUMS are right: whoever gives away a bad checkpoint can hash it too."""
+    copy = shutil.copytree(converted, directory)
+    payload(copy / "weights")
+    (copy / "CHECKSUMS").unlink()
+    write_sums(copy, {})
+    return copy
+
+
+@pytest.mark.parametrize("file", [".metadata", "common.pt", "byte object"])
+def test_no_pickle_of_a_checkpoint_runs(policy, converted, tmp_path, file):
+    import io
+    import pickle
+
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    def payload(weights):
+        if file == ".metadata":
+            (weights / file).write_bytes(pickle.dumps(Payload()))
+        elif file == "common.pt":
+            torch.save({"x": Payload()}, weights / file)
+        else:
+            add_byte_object(weights, Payload())
+
+    def add_byte_object(weights, thing):
+        from torch.distributed.checkpoint.filesystem import _StorageInfo
+        from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+
+        content = io.BytesIO()
+        torch.save(thing, content)
+        (weights / "__9_0.distcp").write_bytes(content.getvalue())
+        metadata = pickle.loads((weights / ".metadata").read_bytes())
+        metadata.state_dict_metadata["x"] = BytesStorageMetadata()
+        place = _StorageInfo("__9_0.distcp", 0, len(content.getvalue()))
+        metadata.storage_data[MetadataIndex("x")] = place
+        (weights / ".metadata").write_bytes(pickle.dumps(metadata))
+
+    bad = poisoned(converted, tmp_path / "bad", payload)
+    stored = {"byte object": "__9_0.distcp"}.get(file, file)
+    for use in (
+        lambda: load_weights(bad, policy),
+        lambda: convert_to_published(bad, tmp_path / "x"),
+    ):
+        with pytest.raises(CheckpointError, match=rf"{stored}.* names (_io|io)\.open, which no"):
+            use()
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_bare_pickle_in_place_of_a_zip_is_refused(policy, converted, tmp_path):
+    import pickle
+
+    bad = poisoned(
+        converted,
+        tmp_path / "bad",
+        lambda weights: (weights / "common.pt").write_bytes(pickle.dumps({})),
+    )
+    with pytest.raises(CheckpointError, match=r"common\.pt is damaged"):
+        load_weights(bad, policy)

@@ -1,0 +1,319 @@
+"""Conversion: there and back is the same, what differs is named, and mistakes cost one sentence."""
+
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_vrl.checkpoint.convert import compare, convert_to_megatron, convert_to_published
+from megatron_vrl.checkpoint.hf_reader import PublishedCheckpoint, PublishedWriter
+from megatron_vrl.checkpoint.torch_dist import TorchDistReader, TorchDistWriter
+from megatron_vrl.errors import CheckpointError, UserError
+from megatron_vrl.models.architecture import read_architecture
+from megatron_vrl.models.qwen2_5_vl.hf_shapes import published_shapes
+from tests.running import ROOT, run_python
+from tests.tiny_models import published_model, save
+
+TOOL = ROOT / "tools" / "convert_checkpoint.py"
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def folder(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("convert")
+    hf = save(published_model(tied=request.param), folder / "hf")
+    (hf / "tokenizer.json").write_text("{}")
+    (hf / "preprocessor_config.json").write_text("{}")
+    convert_to_megatron(hf, folder / "megatron")
+    return folder
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "copy")
+
+
+def tensors_of(directory):
+    return {n: t for f in directory.glob("*.safetensors") for n, t in load_file(f).items()}
+
+
+def rewritten(directory, change):
+    """The checkpoint with `change(tensors)` made to its tensors."""
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def assert_same(first, second):
+    a, b = tensors_of(first), tensors_of(second)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype
+        assert torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8)), name
+
+
+def test_there_and_back_is_bit_equal_and_complete(folder, tmp_path):
+    convert_to_published(folder / "megatron", tmp_path / "back")
+    assert_same(folder / "hf", tmp_path / "back")
+    assert {p.name for p in (tmp_path / "back").iterdir()} == {
+        p.name for p in (folder / "hf").iterdir()
+    }
+    for file in (folder / "hf").glob("*.json"):
+        assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_bfloat16_in_shards_under_the_names_of_either_generation(tmp_path, monkeypatch):
+    """Also: NaN and -0 survive, and tensors larger than a chunk or a file are cut."""
+    from megatron_vrl.checkpoint import hf_reader, torch_dist
+
+    model = published_model().bfloat16()
+    with torch.no_grad():
+        model.lm_head.weight[0, :2] = torch.tensor([float("nan"), -0.0])
+    model.save_pretrained(tmp_path / "hf", max_shard_size="100KB")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
+    in_memory = tmp_path / "in-memory"
+    in_memory.mkdir()
+    save_file(
+        {n: t.clone() for n, t in model.state_dict().items()}, in_memory / "model.safetensors"
+    )
+    shutil.copy(tmp_path / "hf" / "config.json", in_memory)
+    monkeypatch.setattr(torch_dist, "CHUNK_BYTES", 5000)
+    monkeypatch.setattr(torch_dist, "FILE_BYTES", 50_000)
+    monkeypatch.setattr(hf_reader, "SHARD_BYTES", 50_000)
+    for name in ("hf", "in-memory"):
+        convert_to_megatron(tmp_path / name, tmp_path / f"{name}-megatron")
+        assert len(list((tmp_path / f"{name}-megatron" / "weights").glob("*.distcp"))) > 2
+        convert_to_published(tmp_path / f"{name}-megatron", tmp_path / f"{name}-back")
+        assert_same(tmp_path / "hf", tmp_path / f"{name}-back")
+        back = tmp_path / f"{name}-back"
+        PublishedCheckpoint(back, read_architecture(back))  # its index is right
+    assert compare(tmp_path / "hf", tmp_path / "in-memory-megatron") == len(tensors_of(in_memory))
+
+
+def test_result_loads_in_stock_transformers(folder, tmp_path):
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    convert_to_published(folder / "megatron", tmp_path / "back")
+    load = Qwen2_5_VLForConditionalGeneration.from_pretrained
+    model, notes = load(tmp_path / "back", output_loading_info=True)
+    assert not notes["missing_keys"] and not notes["unexpected_keys"]
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        ours, theirs = (m(input_ids=ids).logits for m in (model, load(folder / "hf")))
+    assert torch.equal(ours, theirs)
+
+
+def test_zeros_that_pad_the_vocabulary_are_left_out(folder, tmp_path):
+    """As tensor-parallel training writes it where the ranks do not divide the words."""
+    source = TorchDistReader(folder / "megatron" / "weights")
+    padded = tmp_path / "padded"
+    writer = TorchDistWriter(padded / "weights")
+    for name in source.names():
+        tensor = source.tensor(name)
+        if name.startswith(("language.embedding", "language.output")):
+            tensor = torch.cat([tensor, torch.zeros(3, tensor.shape[1])])
+        writer.add(name, tensor)
+    writer.close()
+    shutil.copytree(folder / "megatron" / "published", padded / "published")
+    convert_to_published(padded, tmp_path / "back")
+    assert_same(folder / "hf", tmp_path / "back")
+
+
+@pytest.mark.parametrize("size", ["3b", "7b", "32b", "72b"])
+def test_shapes_add_up_to_the_model(size):
+    arch = read_architecture(ROOT / "configs" / "models" / f"qwen2.5-vl-{size}.json")
+    shapes = published_shapes(arch)
+    assert sum(torch.Size(shape).numel() for shape in shapes.values()) == arch.num_parameters
+
+
+# ---- verify
+
+
+def test_verify_says_which_tensor_differs(folder, copy):
+    assert compare(folder / "hf", folder / "megatron") == len(tensors_of(folder / "hf"))
+    rewritten(copy / "hf", lambda t: t["model.norm.weight"][3].add_(1e-6))
+    for pair in ((folder / "megatron", copy / "hf"), (copy / "hf", folder / "hf")):
+        with pytest.raises(CheckpointError, match=r"differ, first in model\.norm\.weight\.$"):
+            compare(*pair)
+
+
+def test_verify_reads_bits_not_numbers(folder, copy):
+    name = "model.layers.0.self_attn.q_proj.bias"
+    rewritten(copy / "hf", lambda t: t[name].zero_())
+    other = shutil.copytree(copy / "hf", copy / "other")
+    rewritten(other, lambda t: t[name].fill_(-0.0))
+    with pytest.raises(CheckpointError, match=name):
+        compare(copy / "hf", other)
+
+
+# ---- mistakes: (what is done to a copy, the sentence that follows)
+
+
+def cut(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def changed_config(directory, **text):
+    config = json.loads((directory / "config.json").read_text())
+    config["text_config"] |= text
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def dropped(name):
+    return lambda d: rewritten(d, lambda t: t.pop(name))
+
+
+PUBLISHED_MISTAKES = {
+    "no weights": (
+        lambda d: (d / "model.safetensors").unlink(),
+        r"holds no \.safetensors file",
+    ),
+    "no config": (lambda d: (d / "config.json").unlink(), r"Cannot read .*config\.json"),
+    "cut file": (lambda d: cut(d / "model.safetensors"), r"model\.safetensors is damaged"),
+    "cut index": (
+        lambda d: (d / "model.safetensors.index.json").write_text("{"),
+        r"index\.json is damaged",
+    ),
+    "missing shard": (
+        lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b"}}'),
+        "lacks its shard b",
+    ),
+    "missing tensor": (dropped("model.norm.weight"), r"lacks the tensor model\.norm\.weight"),
+    "one tensor too many": (
+        lambda d: rewritten(d, lambda t: t.update(extra=torch.zeros(1))),
+        r"model\.safetensors holds extra, which the model of config\.json does not have",
+    ),
+    "another shape": (
+        lambda d: rewritten(d, lambda t: t.update({"model.norm.weight": torch.zeros(3)})),
+        r"model\.safetensors: model\.norm\.weight has the shape \[3\].* asks for \[64\]",
+    ),
+    "another model": (
+        lambda d: changed_config(d, num_hidden_layers=5),
+        r"lacks the tensor model\.layers\.4\.",
+    ),
+}
+
+
+MEGATRON_MISTAKES = {
+    "no metadata": (lambda d: (d / "weights/.metadata").unlink(), r"Cannot read .*\.metadata"),
+    "cut metadata": (lambda d: cut(d / "weights/.metadata"), r"\.metadata is damaged"),
+    "missing file": (lambda d: (d / "weights/__0_0.distcp").unlink(), r"lacks its file __0_0"),
+    "cut file": (
+        lambda d: cut(d / "weights/__0_0.distcp"),
+        r"weights: the tensor \S+ cannot be read",
+    ),
+    "another model": (
+        lambda d: changed_config(d / "published", num_hidden_layers=5),
+        r"lacks the tensor language\.decoder\.layers\.4\.",
+    ),
+    "another shape": (
+        lambda d: changed_config(d / "published", intermediate_size=100),
+        r"weights: language\.\S+ has the shape \[192, 64\].* asks for \[200, 64\]",
+    ),
+    "smaller model": (
+        lambda d: changed_config(d / "published", num_hidden_layers=3),
+        r"holds language\.decoder\.layers\.3\.\S+, which the model",
+    ),
+}
+
+
+MISTAKES = [
+    pytest.param(convert, kind, *mistake, id=f"{kind}: {name}")
+    for convert, kind, mistakes in (
+        (convert_to_megatron, "hf", PUBLISHED_MISTAKES),
+        (convert_to_published, "megatron", MEGATRON_MISTAKES),
+    )
+    for name, mistake in mistakes.items()
+]
+
+
+@pytest.mark.parametrize(("convert", "kind", "spoil", "sentence"), MISTAKES)
+def test_a_mistake_is_one_sentence_and_leaves_nothing(copy, convert, kind, spoil, sentence):
+    spoil(copy / kind)
+    with pytest.raises(CheckpointError, match=sentence) as error:
+        convert(copy / kind, copy / "new")
+    assert "\n" not in str(error.value)
+    assert not list(copy.glob("new*"))
+
+
+def test_existing_target_wrong_direction_and_nothing_there(folder, tmp_path):
+    with pytest.raises(CheckpointError, match="hf exists already: remove it or choose another"):
+        convert_to_published(folder / "megatron", folder / "hf")
+    with pytest.raises(CheckpointError, match="is a Megatron checkpoint: did you mean megatron-to"):
+        convert_to_megatron(folder / "megatron", tmp_path / "x")
+    with pytest.raises(CheckpointError, match="is no Megatron checkpoint: did you mean hf-to"):
+        convert_to_published(folder / "hf", tmp_path / "x")
+    with pytest.raises(CheckpointError, match=r"There is no checkpoint .*nowhere"):
+        convert_to_published(folder / "nowhere", tmp_path / "x")
+
+
+def test_no_room_on_the_disk(folder, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2**19))
+    for convert, source in ((convert_to_megatron, "hf"), (convert_to_published, "megatron")):
+        with pytest.raises(CheckpointError, match=r"x needs about . MiB, and its disk has 0"):
+            convert(folder / source, tmp_path / "x")
+
+
+def test_a_disk_that_fills_up_meanwhile(folder, tmp_path):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(tmp_path)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root may mount a small disk")
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("megatron_vrl.checkpoint.convert._check_room", lambda *_: None)
+            for convert, source in (
+                (convert_to_megatron, "hf"),
+                (convert_to_published, "megatron"),
+            ):
+                with pytest.raises(UserError, match=f"{tmp_path / 'x'} cannot"):
+                    convert(folder / source, tmp_path / "x")
+                assert not any(tmp_path.iterdir())
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_writer_closes_a_shard_whose_header_is_full(tmp_path, monkeypatch):
+    from megatron_vrl.checkpoint import hf_reader
+
+    monkeypatch.setattr(hf_reader, "HEADER_BYTES", 512)
+    writer = PublishedWriter(tmp_path)
+    tensors = {f"tensor-{i}": torch.full((2, 3), float(i)) for i in range(20)}
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    writer.close()
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert all(torch.equal(tensor, tensors[n]) for n, tensor in tensors_of(tmp_path).items())
+
+
+# ---- the program
+
+
+@pytest.mark.slow
+def test_program_prints_what_it_did(folder, tmp_path):
+    done = run_python(TOOL, "megatron-to-hf", folder / "megatron", tmp_path / "back")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{tmp_path / 'back'}: ")
+    same = run_python(TOOL, "verify", folder / "hf", tmp_path / "back")
+    assert same.stdout.endswith("tensors are bit-equal\n")
+    assert same.stderr == ""
+    again = run_python(TOOL, "megatron-to-hf", folder / "megatron", tmp_path / "back")
+    assert again.returncode == 2
+    assert again.stderr.startswith("error: ") and again.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_bench_measures_beside_safetensors_and_leaves_nothing(folder, tmp_path):
+    config = folder / "hf" / "config.json"
+    bench = [ROOT / "tools" / "bench.py", "convert", "--model", config, "--rounds", 1]
+    done = run_python(*bench, "--dir", tmp_path, "--json")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    steps = ["safetensors alone", "hf-to-megatron", "megatron-to-hf", "verify"]
+    assert [row["step"] for row in rows] == steps
+    assert all(row["seconds"] > 0 and 0 < row["peak_gib"] < 2 for row in rows)
+    assert not any(tmp_path.iterdir())

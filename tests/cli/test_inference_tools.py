@@ -1,0 +1,231 @@
+"""Evaluation, selection and one question on one real engine: a tiny model and synthetic clips."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megatron_vrl.config import load_config
+from megatron_vrl.config.inference import inference_files
+from megatron_vrl.errors import ConfigError, DataError
+from megatron_vrl.evaluation.ask import Question, ask, told
+from megatron_vrl.evaluation.benchmark import items_of, questions, read_predictions
+from megatron_vrl.evaluation.generate import Answerer, inference_config
+from megatron_vrl.evaluation.predict import predict, too_many_bad
+from megatron_vrl.observe.timeline_strip import MARK, marked_strip
+from megatron_vrl.selection.rules import KEPT
+from megatron_vrl.selection.select import apply_rules, collect_answers, pool
+from megatron_vrl.video import VideoReader
+from tests.running import CONFIG, ROOT, run_python
+
+pytestmark = pytest.mark.slow
+SMALL = ("rollout.kv_cache_mib=64", "video.decoder=pyav", "evaluation.max_response_tokens=16")
+
+
+@pytest.fixture(scope="module")
+def folder(quickstart, monkeypatch_module):
+    monkeypatch_module.chdir(quickstart)
+    return quickstart
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def cfg(folder):
+    return inference_config("runs/quickstart/model-hf", SMALL, str(CONFIG))
+
+
+@pytest.fixture(scope="module")
+def engine(cfg):
+    """One for all tests here; it answers what it is asked, whatever the limits in the config."""
+    answerer = Answerer(cfg, 64)
+    return lambda config, longest: answerer
+
+
+def never(config, longest):
+    raise AssertionError("everything is answered: no engine is needed")
+
+
+def test_every_question_is_answered_once_and_a_stopped_run_goes_on(folder, cfg, engine, tmp_path):
+    data = folder / "runs/quickstart/data"
+    annotations = json.loads((data / "annotations/heldout_temporal_grounding.json").read_text())
+    name = next(iter(annotations))
+    annotations |= {"absent": annotations[name]}
+    (tmp_path / "a.json").write_text(json.dumps(annotations))
+    samples = questions("charades_sta", str(tmp_path / "a.json"), str(data / "videos"), "strict")
+    first = predict(cfg, samples, tmp_path / "out", {"protocol": "strict"}, engine)
+    path = tmp_path / "out" / "predictions.jsonl"
+    whole = path.read_text()
+    assert [p.id for p in first] == [s.id for s in samples]
+    path.write_text(whole[: len(whole) // 2])  # killed in the middle of a line
+    again = predict(cfg, samples, tmp_path / "out", {"protocol": "strict"}, engine)
+    assert {p.id: p for p in again} == {p.id: p for p in first}
+    assert predict(cfg, samples, tmp_path / "out", {"protocol": "strict"}, never) == again
+    with pytest.raises(ConfigError, match="made with another protocol"):
+        predict(cfg, samples, tmp_path / "out", {"protocol": "seed"}, never)
+    items = items_of(samples, read_predictions(path, samples), "strict")
+    assert len(items) == len(samples)
+    failures = [item.failure for item in items]
+    assert failures[-1] == "undecodable" and "absent.mp4" in items[-1].reason
+    assert set(failures[:-1]) <= {"cut_off", "unparsable"}  # the weights are random
+
+
+def test_a_question_is_asked_again_when_its_video_can_be_read(folder, cfg, engine, tmp_path):
+    clips = sorted((folder / "runs/quickstart/data/videos").glob("*.mp4"))[:2]
+    record = {"timestamps": [[0, 2]], "sentences": ["a red square"], "duration": 10.0}
+    (tmp_path / "a.json").write_text(json.dumps({"one": record, "two": record}))
+    samples = questions("charades_sta", str(tmp_path / "a.json"), str(tmp_path), "strict")
+    with pytest.raises(DataError, match=r"None of the 2 videos is there .*: correct --videos"):
+        predict(cfg, samples, tmp_path / "out", {}, never)
+    shutil.copy(clips[0], tmp_path / "one.mp4")
+    (tmp_path / "two.mp4").write_bytes(b"no film")
+    first = predict(cfg, samples, tmp_path / "out", {}, engine)
+    assert [bool(p.problem) for p in first] == [False, True]
+    assert predict(cfg, samples, tmp_path / "out", {}, never) == first
+    engine(cfg, 0)._reader = VideoReader(cfg.video)  # as a later process has; one remembers
+    shutil.copy(clips[1], tmp_path / "two.mp4")
+    second = predict(cfg, samples, tmp_path / "out", {}, engine)
+    assert [p.id for p in second] == [p.id for p in first] and second[0] == first[0]
+    assert isinstance(second[1].response, str)
+
+
+@pytest.mark.parametrize(("bad", "said"), [(0, False), (1, False), (2, True)])
+def test_a_share_of_bad_videos_over_the_limit_is_said(bad, said):
+    assert bool(too_many_bad(["x cannot be read"] * bad, 20, 0.05)) == said
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "sentence"),
+    [
+        (
+            "evaluate.py",
+            (
+                "--benchmark",
+                "mvbench",
+                "--annotations",
+                "a",
+                "--videos",
+                "vid",
+                "--checkpoint",
+                "c",
+            ),
+            "error: --videos vid is not a folder: correct it.",
+        ),
+        (
+            "ask.py",
+            ("--checkpoint", "c", "--video", "no.mp4", "--question", "q"),
+            "error: --video no.mp4 is not a file: correct it.",
+        ),
+    ],
+)
+def test_what_is_not_there_is_said_before_anything_is_loaded(tmp_path, tool, arguments, sentence):
+    done = run_python(ROOT / "tools" / tool, *arguments, cwd=tmp_path)
+    assert (done.returncode, done.stderr.strip()) == (2, sentence)
+
+
+def test_a_selection_goes_on_and_its_rules_apply_anew(folder, engine, tmp_path):
+    overrides = (*SMALL, "selection.answers=2", "rollout.max_response_tokens=8")
+    run = load_config(CONFIG, ["model.checkpoint=runs/quickstart/model-hf", *overrides])
+    samples = pool(run)
+    collect_answers(run, samples, tmp_path, start=engine)
+    path = tmp_path / "answers-0.jsonl"
+    whole = path.read_text()
+    rows = [json.loads(line) for line in whole.splitlines()]
+    assert [row["id"] for row in rows] == [sample.id for sample in samples]
+    assert all(len(row["answers"]) == 2 for row in rows)
+    assert {"text", "parts", "interval_s", "option", "failure", "tokens"} <= set(
+        rows[0]["answers"][0]
+    )
+    path.write_text(whole[: len(whole) // 2])
+    collect_answers(run, samples, tmp_path, start=engine)
+    texts = [[answer["text"] for answer in row["answers"]] for row in rows]
+    again = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [[answer["text"] for answer in row["answers"]] for row in again] == texts
+    collect_answers(run, samples, tmp_path, start=never)
+    chosen = apply_rules(run, samples, tmp_path)
+    assert len(chosen) == len(samples) and not any(c.verdict == KEPT for c in chosen)
+    rows[0]["answers"][0]["parts"]["temporal_iou"] = 1.0
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    apply_rules(run, samples, tmp_path)
+    (kept,) = (tmp_path / "kept.jsonl").read_text().splitlines()
+    assert json.loads(kept)["id"] == samples[0].id
+    assert json.loads((tmp_path / "summary.json").read_text())["kept"] == 1
+    assert "<svg" in (tmp_path / "report.html").read_text()
+
+
+def test_one_question(folder, cfg, engine, tmp_path):
+    video = next((folder / "runs/quickstart/data/videos").glob("*.mp4"))
+    shutil.copy(video, tmp_path / "clip.mp4")
+    question = Question(video=str(tmp_path / "clip.mp4"), text="a red square", task="grounded_qa")
+    found = ask(cfg, question, tmp_path / "strip.png", engine)
+    assert found["failure"] and found["interval_s"] is None  # the weights are random
+    assert "not read" in told(found)
+    assert Image.open(tmp_path / "strip.png").width == 1280
+
+
+def test_one_question_from_the_command_line_with_nothing_configured(folder, tmp_path):
+    """A model of 4,096 positions, fewer than the default prompt and answer."""
+    video = next((folder / "runs/quickstart/data/videos").glob("*.mp4"))
+    shutil.copy(video, tmp_path / "clip.mp4")
+    done = run_python(
+        *(ROOT / "tools/ask.py", "--checkpoint", folder / "runs/quickstart/model-hf", "--json"),
+        *("--video", "clip.mp4", "--question", "a red square", "evaluation.max_response_tokens=8"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert found["question"] == "a red square" and (tmp_path / found["strip"]).exists()
+
+
+def test_an_export_brings_its_prompt_and_video_rules(folder, tmp_path):
+    """Asked with the defaults, the clip and the longest answer do not fit; no engine starts."""
+    model = tmp_path / "export"
+    shutil.copytree(folder / "runs/quickstart/model-hf", model)
+    video = next((folder / "runs/quickstart/data/videos").glob("*.mp4"))
+    words = ("--checkpoint", model, "--video", video, "--question", "<|video_pad|>", "--json")
+    refused = run_python(ROOT / "tools/ask.py", *words, "video.decoder=pyav", cwd=tmp_path)
+    assert refused.returncode == 2
+    (sentence,) = refused.stderr.splitlines()
+    assert "the answer may take 2048, the model reads 4096: pass the training config" in sentence
+    for name, text in inference_files(load_config(CONFIG)).items():
+        (model / name).write_text(text)
+    done = run_python(ROOT / "tools/ask.py", *words, "rollout.kv_cache_mib=64", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout)["question"] == "<|video_pad|>"
+
+
+def test_a_checkpoint_for_text_is_refused_before_an_engine_starts(folder, tmp_path):
+    model = tmp_path / "text"
+    shutil.copytree(folder / "runs/quickstart/model-hf", model)
+    (model / "chat_template.json").unlink()
+    run = tmp_path / "run"
+    asked = ("--checkpoint", model, "--video", __file__, "--question", "when?")
+    (tmp_path / "one.jsonl").write_text('{"id": "a", "question": "q", "response": "r"}\n')
+    scored = ("--checkpoint", model, "--samples", "one.jsonl", "--out", "out.jsonl")
+    for command in (
+        (ROOT / "tools/ask.py", *asked),
+        (ROOT / "tools/score_responses.py", *scored),
+        ("-m", "megatron_vrl.cli.train", "--config", CONFIG,
+         f"model.checkpoint={model}", "--dry-run"),
+        ("-m", "megatron_vrl.cli.train", "--config", CONFIG, f"model.checkpoint={model}",
+         f"run.out_dir={run}", "parallel.processes=1"),
+    ):  # fmt: skip
+        done = run_python(*command, cwd=tmp_path)
+        assert done.returncode == 2, done.stderr[-3000:]
+        (sentence,) = done.stderr.splitlines()
+        assert sentence.startswith(f"error: {model}: its chat template does not render a message")
+    assert not (run / "config.yaml").exists()
+
+
+def test_the_interval_is_marked_where_it_is():
+    frames = np.zeros((4, 28, 56, 3), np.uint8)
+    image = marked_strip(frames, np.arange(4.0), 4.0, [(1.0, 3.0)])
+    row = np.array(image)[86]  # in the bar under pictures of 80 px
+    marked = np.flatnonzero((row == [int(MARK[i : i + 2], 16) for i in (1, 3, 5)]).all(axis=1))
+    assert (marked.min(), marked.max()) == (320, 960)

@@ -1,0 +1,123 @@
+"""What ships in configs/ and docs/: YAML that loads, architectures that count, true pages."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_vrl.config import Source, load_config
+from megatron_vrl.data.formats.records import VIDEO_SUFFIXES
+from megatron_vrl.data.formats.training import read
+from megatron_vrl.errors import ConfigError
+from megatron_vrl.models.architecture import read_architecture
+from megatron_vrl.trainer.dry_run import check
+from megatron_vrl.video.rules import plan_frames
+from tests.tiny_models import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from tools.config_reference import reference
+
+ROOT = Path(__file__).parents[2]
+YAMLS = sorted((ROOT / "configs").glob("*.yaml"))
+MODELS = sorted((ROOT / "configs" / "models").glob("*.json"))
+RECIPE = ROOT / "configs" / "charades_3b.yaml"
+# As their model pages and checkpoint indices count them; for the 72B we found no such source.
+PUBLISHED_COUNTS = {
+    "qwen2.5-vl-3b": 3_754_622_976,
+    "qwen2.5-vl-7b": 8_292_166_656,
+    "qwen2.5-vl-32b": 33_452_718_336,
+}
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
+def test_every_config_loads(path):
+    cfg = load_config(path)
+    assert cfg.sft.steps + cfg.grpo.steps > 0
+    assert cfg.data.train or not cfg.grpo.steps
+    assert cfg.data.sft or not cfg.sft.steps
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_architecture_counts_what_transformers_builds(path):
+    """Two counts that share no code: our formula, and transformers' modules without storage."""
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_pretrained(path))
+    built = sum(parameter.numel() for parameter in model.parameters())
+    assert read_architecture(path).num_parameters == built
+    assert built == PUBLISHED_COUNTS.get(path.stem, built)
+
+
+def test_the_recipe_passes_a_dry_run_on_eight_ranks():
+    run = subprocess.run(
+        [sys.executable, "-m", "megatron_vrl.cli.train", "--config", str(RECIPE), "--dry-run"],
+        cwd=ROOT,
+        env={**os.environ, "WORLD_SIZE": "8"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "# model: 3,754,622,976 parameters" in run.stdout
+    assert "# layout: 8 processes = 8 replicas" in run.stdout
+    assert "# a GRPO step: 16 prompts, 128 answers, 1 update" in run.stdout
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_the_recipe_takes_every_size(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    cfg = load_config(RECIPE, [f"model.architecture={path}", "parallel.tensor=2"])
+    assert any("replicas of tensor 2" in note for note in check(cfg, 8))
+
+
+def test_a_dry_run_refuses_more_tokens_than_the_model_has_positions(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    cfg = load_config(RECIPE, ["data.max_prompt_tokens=128000", "rollout.max_response_tokens=4096"])
+    with pytest.raises(ConfigError, match=r"are 132096 tokens, the model reads 128000: lower"):
+        check(cfg, 8)
+
+
+def test_a_dry_run_says_how_the_model_is_cut(tmp_path, monkeypatch):
+    """3B over two stages, the tower weighing 24.9 layers and the head 1; a word too few."""
+    monkeypatch.chdir(ROOT)
+    published = json.loads((ROOT / "configs/models/qwen2.5-vl-3b.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(published | {"vocab_size": 151935}))
+    layout = ["parallel.tensor=2", "parallel.pipeline=2", "parallel.split=balanced"]
+    cfg = load_config(RECIPE, [f"model.architecture={tmp_path / 'config.json'}", *layout])
+    notes = check(cfg, 8)
+    assert "layers of each pipeline stage: 6, 30" in notes
+    padded = "padded to 151936 rows, which parallel.tensor=2 divides"
+    assert any(padded in note for note in notes)
+
+
+@pytest.mark.parametrize("duration_s", [5, 30, 180, 384, 3600])
+def test_the_recipe_keeps_its_token_budget(duration_s):
+    cfg = load_config(RECIPE)
+    plan = plan_frames(duration_s * 30, 30.0, 360, 640, cfg.video)
+    assert plan.num_tokens <= 2048 < cfg.data.max_prompt_tokens
+
+
+def test_annotations_of_the_real_clips_can_be_true():
+    path = ROOT / "configs" / "annotations" / "real_clips.json"
+    records = json.loads(path.read_text())
+    samples = read(Source(json_path=str(path), data_folder="clips", format="charades_sta"))
+    assert all(name.endswith(VIDEO_SUFFIXES) for name in records)
+    spans = [tuple(span) for record in records.values() for span in record["timestamps"]]
+    assert [sample.intervals_s for sample in samples] == [(span,) for span in spans]  # none cut
+
+
+def test_the_reference_of_the_configuration_is_up_to_date():
+    assert (ROOT / "docs" / "config.md").read_text() == reference(), (
+        "run: python tools/config_reference.py > docs/config.md"
+    )
+
+
+@pytest.mark.parametrize("page", sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")]))
+def test_links_and_paths_in_the_pages_exist(page):
+    text = page.read_text()
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", text)
+    paths = re.findall(r"`((?:megatron_vrl|tools|launch|configs|tests|docs)/[\w./-]*\w)`", text)
+    missing = [link for link in links if not (page.parent / link).exists()]
+    missing += [path for path in paths if not (ROOT / path).exists()]
+    assert missing == []

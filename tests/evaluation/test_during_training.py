@@ -1,0 +1,90 @@
+"""A question whose video cannot be read stays in an evaluation, and is counted."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from megatron_vrl.config import Evaluation, Parallel, Rewards, Video
+from megatron_vrl.errors import UserError, VideoError
+from megatron_vrl.evaluation.during_training import evaluate
+from megatron_vrl.parallel.mesh import close_mesh, init_mesh
+from megatron_vrl.tasks import TASKS
+from megatron_vrl.types import Rollout, VideoSample
+from tests.tiny import prompt, video
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    yield init_mesh(Parallel(), seed=1)
+    close_mesh()
+
+
+def sample(number):
+    return VideoSample(
+        id=f"s{number}",
+        task="temporal_grounding",
+        video=f"{number}.mp4",
+        duration_s=10.0,
+        query="a square",
+        rationale="",
+        intervals_s=((1.0, 2.0),),
+        options=(),
+        option="",
+    )
+
+
+def parts_of(mesh, samples, bad, share):
+    """Every readable question is answered right."""
+    text = TASKS["temporal_grounding"].target(samples[0])
+    answer = Rollout(
+        token_ids=np.arange(6),
+        logprobs=np.zeros(6, dtype=np.float32),
+        text=text,
+        finish="stop",
+        weight_version=0,
+        newest_version=0,
+        seed=0,
+    )
+    shown = prompt([video((1, 2, 2), 1.0, 0)], 0)
+
+    def encode(block):
+        return [
+            VideoError(f"{s.video} is empty.", "empty") if s.id in bad else shown for s in block
+        ]
+
+    return SimpleNamespace(
+        cfg=SimpleNamespace(
+            evaluation=Evaluation(), rewards=Rewards(), video=Video(max_bad_share=share)
+        ),
+        mesh=mesh,
+        encode=encode,
+        rollouts=SimpleNamespace(
+            hand_over=lambda version: None,
+            generate=lambda prompts, spec: [[answer] for _ in prompts],
+        ),
+    )
+
+
+def test_bad_videos_count_as_answered_with_nothing(mesh, capsys):
+    samples = [sample(number) for number in range(10)]
+    metrics = evaluate(parts_of(mesh, samples, {"s3", "s7"}, share=0.2), samples, version=0)
+    assert metrics["undecodable"] == 2
+    assert metrics["temporal_grounding/miou"] == pytest.approx(0.8)
+    assert metrics["response_tokens"] == 6
+    said = capsys.readouterr().err
+    assert "10 questions of an evaluation have bad videos: 2 empty (first 3.mp4, 7.mp4)" in said
+
+
+def test_too_many_end_the_run(mesh):
+    samples = [sample(number) for number in range(10)]
+    with pytest.raises(UserError, match=r"over video.max_bad_share=0.1: check the data"):
+        evaluate(parts_of(mesh, samples, {"s3", "s7"}, share=0.1), samples, version=0)
+
+
+def test_without_bad_videos_nothing_is_said(mesh, capsys):
+    samples = [sample(number) for number in range(3)]
+    metrics = evaluate(parts_of(mesh, samples, set(), share=0.0), samples, version=0)
+    assert metrics["undecodable"] == 0
+    assert metrics["temporal_grounding/miou"] == pytest.approx(1.0)
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,336 @@
+"""The main job from the command line, small: in three layouts, killed and continued, its files."""
+
+import gzip
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from megatron_vrl.rollout.records import read_rollouts
+from tests.running import ENVIRONMENT, ROOT, kill_job, run_python, train_command
+
+SMALL = (
+    "sft.stop_metric=''",
+    "sft.steps=80",
+    "sft.batch_size=20",
+    "sft.optimizer.lr=3e-3",
+    "sft.optimizer.warmup_steps=5",
+    "grpo.steps=4",
+    "grpo.evaluate_every=2",
+    "rollout.prompts_per_step=4",
+    "algorithm.kl=0.01",
+    "algorithm.refill_rounds=2",
+    "checkpoint.every_steps=1000",
+    "observe.trace_steps=[3]",
+    "observe.trace_ranks=[1]",
+)
+ONE_STEP = (  # without a warm-up no answer earns a reward: all groups are uniform
+    "sft.steps=0",
+    "grpo.steps=1",
+    "algorithm.drop_uniform_groups=false",
+    "observe.wandb=disabled",
+)
+SEVERAL_UPDATES = ("grpo.mini_batches=2", "grpo.epochs=2", "algorithm.importance=sequence")
+KL_IN_REWARD = ("algorithm.name=reinforce_plus_plus", "algorithm.kl_in=reward")
+LAYOUTS = {
+    "tensor": ["parallel.tensor=2", *ONE_STEP, *SEVERAL_UPDATES],
+    "pipeline": ["parallel.pipeline=2", *ONE_STEP, *KL_IN_REWARD],
+}
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def rows_of(run: Path, phase: str) -> list[dict]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["phase"] == phase]
+
+
+def numbers(row: dict) -> dict[str, float]:
+    """What a run must repeat: all numbers but those of its machine."""
+    measured = ("tokens_per_second", "tflops_per_second", "peak_memory_gib")
+    of_process = ("videos_decoded", "videos_from_store")  # whose memory a restart has lost
+    return {
+        name: value
+        for name, value in row.items()
+        if isinstance(value, int | float) and not name.endswith((*measured, *of_process))
+    }
+
+
+def stored_answers(run: Path) -> list[tuple]:
+    return sorted(
+        (row["step"], row["version"], row["sample"], answer["seed"], answer["token_ids"])
+        for row in read_rollouts(run / "rollouts")
+        for answer in row["answers"]
+    )
+
+
+def summary_of(run: Path) -> dict:
+    return json.loads((run / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def job(quickstart):
+    """job(name, *overrides) -> run directory; one name is run once."""
+    finished: dict[str, Path] = {}
+
+    def run(name: str, *overrides: str) -> Path:
+        if name not in finished:
+            command = train_command(*SMALL, f"run.out_dir=runs/{name}", *overrides, ranks=2)
+            # One is started as users start it, without a warm Python.
+            environment = ENVIRONMENT | ({"WARM_SOCKET": ""} if name == "data" else {})
+            done = subprocess.run(
+                command, cwd=quickstart, env=environment, capture_output=True, text=True
+            )
+            assert done.returncode == 0, done.stderr[-4000:]
+            assert done.stdout.splitlines()[-1] == f"report: runs/{name}/report.html"
+            finished[name] = quickstart / "runs" / name
+        return finished[name]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(job) -> Path:
+    """Data parallel, the default."""
+    return job("data")
+
+
+def test_metrics_of_every_step_and_evaluation(run):
+    assert [row["step"] for row in rows_of(run, "sft")] == list(range(1, 81))
+    grpo = rows_of(run, "grpo")
+    assert [row["step"] for row in grpo] == [1, 2, 3, 4]
+    for row in grpo:
+        assert row.keys() >= {"reward", "format_rate", "response_tokens", "parts/format"}
+        assert row["seconds"].keys() >= {"encode", "rollout", "score", "update"}
+    evaluations = [(row["during"], row["step"], row["split"]) for row in rows_of(run, "eval")]
+    assert evaluations == [
+        *[("base", 0, split) for split in ("heldout", "ood")],
+        *[("sft", 80, split) for split in ("heldout", "ood")],
+        *[("grpo", 2, "dev"), ("grpo", 4, "dev")],
+        *[("grpo", 4, split) for split in ("heldout", "ood")],
+    ]
+    assert rows_of(run, "sft")[-1]["loss"] < rows_of(run, "sft")[0]["loss"] / 3
+
+
+def test_a_traced_step_shows_its_phases(run):
+    """Of rank 1 alone; vLLM and Megatron work in the same process."""
+    names = {file.name for file in (run / "traces").iterdir()}
+    assert names == {f"{phase}-000003-rank0001.json.gz" for phase in ("sft", "grpo")}
+    with gzip.open(run / "traces" / "grpo-000003-rank0001.json.gz") as trace:
+        events = {event.get("name") for event in json.load(trace)["traceEvents"]}
+    assert events >= {"sync", "rollout", "score", "update", "aten::mm"}
+
+
+def test_summary_names_results_versions_and_seed(run):
+    summary = summary_of(run)
+    assert summary["results"].keys() == {"base", "sft", "grpo"}
+    for results in summary["results"].values():
+        for split in ("heldout", "ood"):
+            assert results[split].keys() >= {
+                "reward",
+                "format_rate",
+                "response_tokens",
+                "temporal_grounding/miou",
+                "temporal_grounding/r1@0.5",
+                "multiple_choice/accuracy",
+            }
+    assert summary["trivial"]["heldout"].keys() == {"whole video", "best constant"}
+    assert (summary["seed"], summary["ranks"], summary["warm_up_restarts"]) == (1, 2, 0)
+    assert summary["versions"].keys() >= {"torch", "megatron-core", "transformers"}
+    assert summary["seconds"].keys() >= {"evaluate", "rollout", "update"}
+    assert 0 < summary["peak_rss_bytes"] < summary["peak_rss_bytes_all_ranks"] < 8 * 2**30
+    assert summary["results"]["sft"]["heldout"]["format_rate"] == 1.0  # 80 steps teach the form
+
+
+def test_export_loads_in_transformers_and_is_the_trained_model(run):
+    from megatron_vrl.rollout.vllm.torchvision_shim import declare_missing_ops
+
+    declare_missing_ops()
+    from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+    model, notes = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        run / "export", output_loading_info=True
+    )
+    assert not notes["missing_keys"] and not notes["unexpected_keys"]
+    processor = AutoProcessor.from_pretrained(run / "export")
+    ids = processor.tokenizer("the red square is visible", return_tensors="pt").input_ids
+    assert torch.isfinite(model(input_ids=ids).logits).all()
+    newest = run / "checkpoints" / (run / "checkpoints" / "latest").read_text()
+    done = run_python(ROOT / "tools" / "convert_checkpoint.py", "verify", run / "export", newest)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("tensors are bit-equal\n")
+    asked = yaml.safe_load((run / "config.yaml").read_text())
+    for directory in (run / "export", newest / "published"):
+        for section, kept in yaml.safe_load((directory / "inference.yaml").read_text()).items():
+            assert kept.items() <= asked[section].items()
+    shards = (run.parent / "quickstart" / "model-hf").glob("*.safetensors")
+    start = {name: tensor for path in shards for name, tensor in load_file(path).items()}
+    trained = load_file(run / "export" / "model.safetensors")
+    assert all(not torch.equal(trained[name], start[name]) for name in trained)
+
+
+def test_report_stands_alone(run):
+    page = (run / "report.html").read_text()
+    sources = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)""", page)
+    assert not [source for source in sources if not source.startswith(("data:", "#"))]
+    assert not re.search(r"@import|url\((?!['\"]?(data:|#))", page)
+    for word in ("mIoU", "advantage", "warm-up"):
+        assert word.lower() in page.lower()
+
+
+def test_config_and_wandb_are_written(run):
+    written = yaml.safe_load((run / "config.yaml").read_text())
+    assert written["sft"]["steps"] == 80 and written["algorithm"]["kl"] == 0.01
+    assert written["video"]["max_frames"] == 768  # a default
+    assert list((run / "wandb").glob("offline-run-*/run-*.wandb"))
+
+
+@pytest.mark.parametrize("layout", ["data", *LAYOUTS])
+def test_engine_and_trainer_agree_in_every_layout(job, layout):
+    for row in rows_of(job(layout, *LAYOUTS.get(layout, [])), "grpo"):
+        assert row["logprob_gap_max"] < 1e-4
+
+
+def test_several_updates_take_their_ratios_against_the_policy_that_sampled(job):
+    (row,) = rows_of(job("tensor", *LAYOUTS["tensor"]), "grpo")
+    assert row["updates_left_out"] == 0
+    assert row["importance_weight"] == pytest.approx(1, abs=1e-3)  # trainer beside engine
+    assert abs(row["approx_kl"]) > 1e-6  # of the updates after the first
+    assert row["ref_kl"] > 0
+
+
+def test_kl_in_the_reward_is_no_term_of_the_loss(job):
+    (row,) = rows_of(job("pipeline", *LAYOUTS["pipeline"]), "grpo")
+    assert row["reward"] == 0 and "ref_kl" not in row
+    assert row["uniform_groups"] < 1  # engine and reference differ by rounding, and it counts
+    assert row["approx_kl"] == 0  # one update: on policy
+
+
+def test_meters_count_what_was_computed(run):
+    for row in rows_of(run, "grpo"):
+        assert row["tokens_computed"] >= row["tokens_ideal"] > 0
+        assert row["prompt_reuse"] > 1.3 and 0 <= row["padding_share"] < 1
+        assert row["update_tflops_per_second"] > 0 and row["peak_memory_gib"] > 0.2
+        assert "mfu" not in row  # the peak of a CPU is not known
+
+
+def test_dropped_groups_are_replaced(run):
+    rows = rows_of(run, "grpo")
+    assert max(row["rollout_rounds"] for row in rows) > 1
+    for row in rows:
+        if row["rollout_rounds"] < 3:  # then it did not end for want of rounds
+            assert row["groups_trained"] == 4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_answer_alike_before_training(job, run, layout):
+    other = job(layout, *LAYOUTS[layout])
+    assert summary_of(other)["results"]["base"] == summary_of(run)["results"]["base"]
+
+
+def test_killed_run_continues_as_if_nothing_had_happened(job, run, quickstart):
+    """SIGKILL in the midst of GRPO; the same command then gives the same numbers."""
+    out = quickstart / "runs" / "killed"
+    began = "grpo-0-000000"  # where GRPO starts; kept for the KL term's reference
+    shutil.copytree(run / "checkpoints" / began, out / "checkpoints" / began)
+    overrides = ("checkpoint.every_steps=1", "observe.wandb=disabled")
+    command = train_command(*SMALL, "run.out_dir=runs/killed", *overrides, ranks=2)
+    with subprocess.Popen(
+        command, cwd=quickstart, env=ENVIRONMENT, start_new_session=True, stderr=subprocess.DEVNULL
+    ) as process:
+        while not (out / "checkpoints" / "grpo-0-000002").exists():
+            assert process.poll() is None, "finished or failed before it could be killed"
+            time.sleep(0.05)
+        kill_job(process)
+    assert "done" not in (out / "checkpoints" / "latest").read_text()
+    job("killed", *overrides)
+    ours, theirs = rows_of(out, "grpo"), rows_of(run, "grpo")
+    ours += rows_of(out, "eval")
+    theirs += [row for row in rows_of(run, "eval") if row["during"] == "grpo"]
+    assert len(ours) == len(theirs)
+    for mine, whole in zip(ours, theirs, strict=True):
+        assert numbers(mine) == pytest.approx(numbers(whole), rel=1e-6, abs=1e-6)
+    assert stored_answers(out) == stored_answers(run)
+    for stage, results in summary_of(run)["results"].items():
+        for split, metrics in results.items():
+            assert summary_of(out)["results"][stage][split] == pytest.approx(metrics)
+
+
+def test_finished_run_only_names_its_report(run, quickstart):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    command = train_command(*SMALL, "run.out_dir=runs/data")
+    done = subprocess.run(command, cwd=quickstart, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout == (
+        "runs/data is finished (4 of 4 steps); nothing was trained.\n"
+        "report: runs/data/report.html\n"
+    )
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+STOCK_VLLM = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+if __name__ == "__main__":
+    ids = json.loads(sys.argv[2])
+    llm = LLM(
+        model=sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=2
+    )
+    wanted = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    (output,) = llm.generate([{"prompt_token_ids": ids}], wanted)
+    steps = zip(ids[1:], output.prompt_logprobs[1:], strict=True)
+    print(json.dumps([step[token].logprob for token, step in steps]))
+"""
+
+
+def test_export_loads_in_stock_vllm(run, tmp_path):
+    """A process that imports nothing of ours: log-probs of a text equal transformers'."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    script = tmp_path / "stock.py"
+    script.write_text(STOCK_VLLM)
+    ids = list(range(30, 60))
+    environment = ENVIRONMENT | {
+        "VLLM_PLUGINS": "",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, str(script), str(run / "export"), json.dumps(ids)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(run / "export").eval()
+    with torch.no_grad():
+        logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    expected = logprobs[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    found = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_warm_up_starts_over_once_and_then_says_that_it_failed(quickstart):
+    command = train_command(
+        "sft.steps=4",
+        "sft.evaluate_every=4",
+        "sft.stop_at=0.99",
+        "observe.wandb=disabled",
+        "run.out_dir=runs/restart",
+        ranks=2,
+    )
+    done = subprocess.run(command, cwd=quickstart, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "in 4 steps; starting over with seed 2." in done.stderr
+    assert "error: The warm-up did not bring temporal_grounding/miou to 0.99" in done.stderr
+    losses = [row["loss"] for row in rows_of(quickstart / "runs/restart", "sft")]
+    assert len(losses) == 8 and losses[4] > losses[3] + 1  # from the first weights again

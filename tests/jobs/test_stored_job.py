@@ -1,0 +1,124 @@
+"""Stored rollouts on the command line: replayed bit for bit, made without training, run out of."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megatron_vrl.rollout.records import read_rollouts
+from tests.jobs.test_main_job import numbers, rows_of
+from tests.running import ENVIRONMENT, ROOT, train_command
+
+BRIEF = "{format: 0.5, brief: 0.5}"  # answers earn something before any warm-up
+OPTIONS = (
+    "rewards.functions={brief: tests.rewards.user_functions:brief}",
+    *(f"rewards.{t}={BRIEF}" for t in ("temporal_grounding", "multiple_choice", "grounded_qa")),
+    "data.evaluation={}",
+    "sft.steps=0",
+    "grpo.steps=2",
+    "grpo.evaluate_every=0",
+    "grpo.mini_batches=2",
+    "rollout.prompts_per_step=4",
+    "rollout.group_size=4",
+    "algorithm.kl=0.01",
+    "algorithm.importance=token",
+    "observe.wandb=disabled",
+)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
+
+
+@pytest.fixture(scope="module")
+def without_vllm(tmp_path_factory) -> dict[str, str]:
+    """An environment where importing vllm fails."""
+    folder = tmp_path_factory.mktemp("no-vllm")
+    (folder / "vllm.py").write_text("raise ImportError('stored rollouts need no vLLM')")
+    return ENVIRONMENT | {"PYTHONPATH": f"{folder}:{ROOT}"}
+
+
+@pytest.fixture(scope="module")
+def train(quickstart):
+    """train(name, *overrides) -> run directory and what the process said."""
+
+    def run(name, *overrides, ranks=2, environment=ENVIRONMENT, succeeds=True):
+        command = train_command(*OPTIONS, f"run.out_dir=runs/{name}", *overrides, ranks=ranks)
+        done = subprocess.run(
+            command, cwd=quickstart, env=environment, capture_output=True, text=True
+        )
+        assert (done.returncode == 0) == succeeds, done.stderr[-4000:]
+        return quickstart / "runs" / name, done
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def original(train) -> Path:
+    return train("original")[0]
+
+
+@pytest.fixture(scope="module")
+def rollouts_only(train) -> Path:
+    """Two steps, the second by a command that goes on; of one process."""
+    for steps in (1, 2):
+        run, done = train("only", "--rollouts-only", f"grpo.steps={steps}", ranks=1)
+        assert done.stdout == "rollouts: runs/only/rollouts\n"
+    return run
+
+
+def groups(run: Path) -> dict[tuple[int, str], list[list[int]]]:
+    """(step, sample) -> tokens of each answer; a pair that comes twice would be lost."""
+    rows = list(read_rollouts(run / "rollouts"))
+    found = {(row["step"], row["sample"]): [a["token_ids"] for a in row["answers"]] for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def test_a_replay_learns_the_same_to_the_last_bit(train, original, without_vllm):
+    replay, _ = train(
+        "replay",
+        "rollout.engine=stored",
+        "rollout.stored=runs/original/rollouts",
+        environment=without_vllm,
+    )
+    ours, theirs = rows_of(replay, "grpo"), rows_of(original, "grpo")
+    assert len(ours) == 2 and abs(theirs[0]["policy_loss"]) > 1e-4
+    memory = "peak_memory_gib"
+    for mine, whole in zip(ours, theirs, strict=True):
+        assert {**numbers(mine), memory: 0} == {**numbers(whole), memory: 0}
+    weights = Path("export") / "model.safetensors"
+    assert (replay / weights).read_bytes() == (original / weights).read_bytes()
+    for rank in ("rank-0000.jsonl.zst", "rank-0001.jsonl.zst"):  # and it is stored again
+        ours, theirs = ((run / "rollouts" / rank).read_bytes() for run in (replay, original))
+        assert ours == theirs
+
+
+def test_rollouts_without_training_are_those_that_training_begins_with(original, rollouts_only):
+    made, trained = groups(rollouts_only), groups(original)
+    assert made.keys() == trained.keys() and {step for step, _ in made} == {1, 2}
+    first = [key for key in made if key[0] == 1]
+    assert [made[key] for key in first] == [trained[key] for key in first]
+    assert [made[key] for key in made if key not in first] != [
+        trained[key] for key in made if key not in first
+    ]
+    assert not (rollouts_only / "checkpoints").exists()
+    rows = rows_of(rollouts_only, "grpo")
+    assert [(row["step"], row["staleness"]) for row in rows] == [(1, 0), (2, 0)]
+    assert rows[0]["reward"] == pytest.approx(rows_of(original, "grpo")[0]["reward"])
+
+
+def test_training_from_them_until_they_run_out(train, original, rollouts_only, without_vllm):
+    run, done = train(
+        "offline",
+        "rollout.engine=stored",
+        "rollout.stored=runs/only/rollouts",
+        "grpo.steps=3",
+        environment=without_vllm,
+        succeeds=False,
+    )
+    assert done.returncode == 2
+    assert "error: runs/only/rollouts holds no answers to sample train_" in done.stderr
+    rows = rows_of(run, "grpo")
+    assert [(row["step"], row["staleness"]) for row in rows] == [(1, 0), (2, 1)]
+    assert rows[1]["importance_weight"] != 1
+    latest = run / "checkpoints" / (run / "checkpoints" / "latest").read_text()
+    assert json.loads((latest / "state.json").read_text())["step"] == 2  # what was learned is kept

@@ -1,0 +1,142 @@
+"""Two updates of a tiny model in one layout after the other, all in the same processes.
+
+Run by torchrun as `layout_worker.py DIRECTORY [NAME ...]`: trains the named layouts, or every one
+of `LAYOUTS`, that are made for so many processes, on the checkpoints DIRECTORY/MODEL of `MODELS`,
+and writes what every layout must share to DIRECTORY/NAME-MODEL.pt. Layouts of one process need no
+torchrun.
+"""
+
+import gc
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from megatron_vrl.checkpoint.hf_load import load_published, published_tensors
+from megatron_vrl.config import Model, Optimizer, Parallel
+from megatron_vrl.models.architecture import read_architecture
+from megatron_vrl.models.logprob_head import Distribution
+from megatron_vrl.parallel.mesh import close_mesh, init_mesh
+from megatron_vrl.policy.policy import Policy
+from tests.tiny import GROUPS, micro_batches, token_loss
+
+PLAIN_DDP = {"distributed_optimizer": False}  # gradients are whole only without it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    processes: int
+    parallel: dict[str, Any]
+    model: dict[str, Any] = field(default_factory=dict)
+    prompts: Literal["shared", "plain"] = "shared"  # plain: repeated before every answer
+    models: tuple[str, ...] = ("untied", "tied")
+
+
+LAYOUTS = {
+    "one": Layout(processes=1, parallel=PLAIN_DDP),
+    "one-plain": Layout(processes=1, parallel=PLAIN_DDP, prompts="plain"),
+    "one-recompute": Layout(processes=1, parallel=PLAIN_DDP, model={"recompute": "full"}),
+    "one-recompute-selective": Layout(
+        processes=1, parallel=PLAIN_DDP, model={"recompute": "selective"}
+    ),
+    "one-four-kv-heads": Layout(processes=1, parallel=PLAIN_DDP, models=("four-kv-heads",)),
+    "dp2": Layout(processes=2, parallel=PLAIN_DDP, models=("tied",)),
+    "dp2-distributed-optimizer": Layout(processes=2, parallel={}, models=("untied",)),
+    "tp2": Layout(processes=2, parallel=PLAIN_DDP | {"tensor": 2}),
+    "tp2-sp": Layout(
+        processes=2, parallel=PLAIN_DDP | {"tensor": 2, "sequence": True}, models=("untied",)
+    ),
+    "pp2": Layout(processes=2, parallel=PLAIN_DDP | {"pipeline": 2}),
+    "pp2-uneven": Layout(
+        processes=2,
+        parallel=PLAIN_DDP | {"pipeline": 2, "layers_per_chunk": [1, 3]},
+        models=("tied",),
+    ),
+    "pp2-virtual2": Layout(processes=2, parallel=PLAIN_DDP | {"pipeline": 2, "virtual": 2}),
+    "cp2": Layout(processes=2, parallel=PLAIN_DDP | {"context": 2}),
+    "cp2-recompute": Layout(
+        processes=2,
+        parallel=PLAIN_DDP | {"context": 2},
+        model={"recompute": "full"},
+        models=("tied",),
+    ),
+    "dp2-overlap-recompute": Layout(
+        processes=2, parallel={"overlap": True}, model={"recompute": "full"}, models=("tied",)
+    ),
+    "tp4": Layout(processes=4, parallel=PLAIN_DDP | {"tensor": 4}, models=("four-kv-heads",)),
+    "pp4": Layout(processes=4, parallel=PLAIN_DDP | {"pipeline": 4}, models=("tied",)),
+    "tp2-cp2": Layout(
+        processes=4, parallel=PLAIN_DDP | {"tensor": 2, "context": 2}, models=("tied",)
+    ),
+    "cp2-dp2-distributed-optimizer": Layout(processes=4, parallel={"context": 2}, models=("tied",)),
+    "pp2-virtual2-dp2-overlap": Layout(
+        processes=4, parallel={"pipeline": 2, "virtual": 2, "overlap": True}, models=("tied",)
+    ),
+    "tp2-sp-pp2-distributed-optimizer": Layout(
+        processes=4, parallel={"tensor": 2, "sequence": True, "pipeline": 2}, models=("tied",)
+    ),
+    "tp2-sp-cp2-pp2": Layout(
+        processes=8,
+        parallel=PLAIN_DDP | {"tensor": 2, "sequence": True, "context": 2, "pipeline": 2},
+        models=("tied",),
+    ),
+}
+for frozen in ("vision", "merger", "language"):
+    model = {f"freeze_{frozen}": True}
+    for name, parallel in {"one": {}, "tp2": {"tensor": 2}, "pp2": {"pipeline": 2}}.items():
+        LAYOUTS[f"{name}-frozen-{frozen}"] = Layout(
+            processes=2 if parallel else 1,
+            parallel=PLAIN_DDP | parallel,
+            model=model,
+            models=("untied",),
+        )
+
+
+def train(checkpoint: Path, layout: Layout) -> dict[str, Any]:
+    """Every rank calls it; all return the same."""
+    parallel = Parallel.model_validate(layout.parallel)
+    mesh = init_mesh(parallel, seed=1)
+    cfg = Model(checkpoint=str(checkpoint), dtype="float32", **layout.model)
+    policy = Policy(read_architecture(checkpoint), cfg, parallel, mesh)
+    load_published(policy.chunks, checkpoint)
+    policy.keep_reference()
+    policy.start_phase(Optimizer(lr=1e-3, clip_grad=1.0), num_steps=2)
+    batches = micro_batches(GROUPS, mesh, layout.prompts)
+    result: dict[str, Any] = {}
+    for step in range(2):
+        reference = policy.reference_logprobs(batches, Distribution())
+        update = policy.update(batches, token_loss, Distribution(), step, reference=reference)
+        numbers = {"loss": update.loss, "grad_norm": update.grad_norm, **update.metrics}
+        for name, value in numbers.items():
+            result.setdefault(name, []).append(value)
+        if step == 0 and not parallel.distributed_optimizer:
+            # clipping scaled the gradients in place by the same factor in every layout
+            grads = published_tensors(policy.chunks, _gradient)
+            result["grads"] = {name: grad.clone() for name, grad in grads}
+    result["weights"] = {name: t.clone() for name, t in published_tensors(policy.chunks)}
+    del policy
+    gc.collect()  # modules in reference cycles hold the groups, and the groups their threads
+    close_mesh()
+    return result
+
+
+def _gradient(param: torch.Tensor) -> torch.Tensor:
+    """NaN stands for none."""
+    return param.main_grad if param.requires_grad else torch.full_like(param, torch.nan)  # type: ignore[attr-defined]
+
+
+def main(directory: Path, names: list[str]) -> None:
+    world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    for name in names or LAYOUTS:
+        layout = LAYOUTS[name]
+        for model in layout.models if layout.processes == world else ():
+            result = train(directory / model, layout)
+            if rank == world - 1:
+                torch.save(result, directory / f"{name}-{model}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,111 @@
+"""Attention plans against a dense mask, for one rank and for context-parallel ones."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_vrl.batching.pack import Answer, Group, MicroBatch, pack, share_context
+from megatron_vrl.models.layers import PlannedAttention, VarlenAttention, packed
+from megatron_vrl.models.qwen2_5_vl.attention_plans import language_plan, varlen_plan
+from tests.tiny import prompt
+from tests.varlen import kernel_by_definition
+
+CPU = torch.device("cpu")
+HEADS, KV_HEADS, CHANNELS = 4, 2, 8
+
+
+def group(seed: int, lengths: list[int]) -> Group:
+    answers = tuple(
+        Answer(
+            token_ids=np.full(length, seed),
+            advantage=float(length),
+            engine_logprobs=np.arange(length, dtype=np.float32),
+        )
+        for length in lengths
+    )
+    return Group(prompt=prompt([], seed), answers=answers)
+
+
+batches = st.lists(
+    st.builds(group, st.integers(0, 5), st.lists(st.integers(1, 9), min_size=1, max_size=4)),
+    min_size=1,
+    max_size=3,
+)
+
+
+def visible(batch: MicroBatch) -> np.ndarray:
+    """[T, T] who may look at whom, cell by cell; rows of padding see themselves."""
+    mask = np.eye(len(batch.token_ids), dtype=bool)
+    for start, length in zip(batch.prompt_start, batch.prompt_length, strict=True):
+        rows = slice(start, start + length)
+        mask[rows, rows] = np.tri(length)
+    for start, length, of in zip(
+        batch.answer_start, batch.answer_length, batch.answer_group, strict=True
+    ):
+        rows = slice(start, start + length)
+        first = batch.prompt_start[of]
+        mask[rows, first : first + batch.prompt_length[of]] = True
+        mask[rows, rows] = np.tri(length)
+    return mask
+
+
+def attend(core, plan_of, batch: MicroBatch, query, key, value):
+    """The plan's output for the rows of `batch`, keys in the order in which ranks gather them."""
+    rows, keys = torch.from_numpy(batch.rows), torch.from_numpy(batch.key_rows)
+    params = packed(len(rows), CPU, plan=plan_of(batch, CPU))
+    layer = core(TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1), 1)
+    return layer(query[rows], key[keys], value[keys], None, packed_seq_params=params)[:, 0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize(
+    "core, plan_of",
+    [
+        (PlannedAttention, language_plan),
+        (partial(VarlenAttention, kernel=kernel_by_definition), varlen_plan),
+    ],
+)
+@given(groups=batches)
+def test_every_rank_attends_as_a_dense_mask_says(ranks, core, plan_of, groups):
+    batch = pack(groups, multiple=2 * ranks)
+    total = len(batch.token_ids)
+    noise = torch.Generator().manual_seed(total)
+    query = torch.randn(total, HEADS, CHANNELS, generator=noise)
+    key, value = torch.randn(2, total, KV_HEADS, CHANNELS, generator=noise)
+    wide_key, wide_value = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query, wide_key) / CHANNELS**0.5
+    scores = scores.masked_fill(~torch.from_numpy(visible(batch)), -torch.inf)
+    wanted = torch.einsum("hqk,khd->qhd", scores.softmax(-1), wide_value).flatten(1)
+    used = sum(g.num_tokens for g in groups)  # what padding attends to does not matter
+    for rank in range(ranks):
+        part = share_context(batch, rank, ranks)
+        if (part.rows < used).any():
+            real = torch.from_numpy(part.rows < used)
+            got = attend(core, plan_of, part, query, key, value)
+            torch.testing.assert_close(got[real], wanted[part.rows][real], atol=1e-5, rtol=1e-5)
+
+
+@given(groups=batches, ranks=st.sampled_from([2, 4]))
+def test_ranks_share_rows_and_loss_tokens_without_rest(groups, ranks):
+    batch = pack(groups, multiple=2 * ranks)
+    parts = [share_context(batch, rank, ranks) for rank in range(ranks)]
+    rows = np.concatenate([part.rows for part in parts])
+    assert sorted(rows) == list(range(len(batch.token_ids)))
+    assert all((part.key_rows == rows).all() for part in parts)
+    assert len({len(part.rows) for part in parts}) == 1
+    whole = sorted(
+        zip(batch.source, batch.target, batch.sequence, batch.engine_logprob, strict=True)
+    )
+    shared = sorted(
+        item
+        for part in parts
+        for item in zip(
+            part.rows[part.source], part.target, part.sequence, part.engine_logprob, strict=True
+        )
+    )
+    assert shared == whole

@@ -1,0 +1,183 @@
+"""FLOPs by arithmetic against those torch counts in transformers' model, and against themselves."""
+
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_vrl.batching.pack import Answer, Group, as_plain, pack, share_context
+from megatron_vrl.config import Model
+from megatron_vrl.models.architecture import read_architecture
+from megatron_vrl.models.qwen2_5_vl.flops import (
+    Work,
+    batch_work,
+    group_work,
+    hardware_flops,
+    padding_rows,
+    plain_tokens,
+    update_flops,
+)
+from megatron_vrl.models.qwen2_5_vl.preprocess import patchify
+from tests.running import ROOT
+from tests.tiny import GROUPS, VIDEO_TOKEN, prompt, video
+from tests.tiny_models import published_model, save
+
+ARCH = read_architecture(ROOT / "configs" / "models" / "qwen2.5-vl-3b.json")
+PARTS = [field.name for field in fields(Work)]
+
+
+def group(seed, lengths, visuals=()):
+    answers = tuple(
+        Answer(
+            token_ids=np.arange(length),
+            advantage=0.0,
+            engine_logprobs=np.zeros(length, np.float32),
+        )
+        for length in lengths
+    )
+    return Group(prompt=prompt(visuals, seed), answers=answers)
+
+
+def close(one: Work, other: Work) -> bool:
+    return all(getattr(one, p) == pytest.approx(getattr(other, p), rel=1e-12) for p in PARTS)
+
+
+def total(works):
+    return sum(works, start=Work())
+
+
+def counted(model, asked) -> dict[str, dict]:
+    """FLOPs of transformers' model on one plain sequence, by module and operation."""
+    ids = torch.from_numpy(asked.prompt.token_ids)
+    seen = {}
+    if asked.prompt.visuals:
+        patches = torch.cat([patchify(visual.frames) for visual in asked.prompt.visuals])
+        grids = torch.tensor([visual.grid_thw for visual in asked.prompt.visuals])
+        seen = {"pixel_values_videos": patches, "video_grid_thw": grids}
+    # math: the kernel that is made of products, which the counter sees
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(
+            input_ids=ids[None],
+            position_ids=torch.from_numpy(asked.prompt.positions)[:, None],
+            mm_token_type_ids=(ids == VIDEO_TOKEN)[None] * 2,
+            **seen,
+        )
+    return counter.get_flop_counts()
+
+
+def spent(counts, suffix: str, attention: bool | None = None) -> int:
+    """Of the modules whose name ends so: batched products, which are attention's, or the rest."""
+    return sum(
+        flops
+        for module, by_operation in counts.items()
+        if module.endswith(suffix)
+        for operation, flops in by_operation.items()
+        if attention is None or (str(operation) == "aten.bmm") == attention
+    )
+
+
+@pytest.mark.parametrize(
+    "visuals",
+    [[], [video((3, 4, 4), 1.0, 1)], [video((2, 6, 10), 1.0, 1), video((1, 8, 2), 1.5, 2)]],
+    ids=["text", "video", "cut windows"],
+)
+def test_the_parts_are_what_torch_counts(tmp_path, visuals):
+    model = published_model()
+    arch = read_architecture(save(model, tmp_path))
+    asked = group(1, [1], visuals)  # an answer of one token: no input of its own
+    length = len(asked.prompt.token_ids)
+    counts, work = counted(model, asked), group_work(arch, asked)
+    assert work.tokens == length
+    layers = [f"language_model.layers.{i}" for i in range(arch.layers)]
+    assert work.linear == sum(spent(counts, layer, attention=False) for layer in layers)
+    square = sum(spent(counts, layer, attention=True) for layer in layers)  # not causal
+    assert work.attention == square * (length + 1) / (2 * length)
+    assert work.head == spent(counts, "lm_head") / length
+    assert work.merger == spent(counts, "visual.merger")
+    blocks = sum(spent(counts, f"visual.blocks.{i}") for i in range(arch.vision.layers))
+    assert work.vision == blocks + spent(counts, "visual.patch_embed")
+
+
+lengths_ = st.lists(st.integers(1, 9), min_size=1, max_size=4)
+
+
+@given(st.integers(0, 5), lengths_)
+def test_a_group_is_its_packed_rows_in_both_layouts(seed, lengths):
+    asked = group(seed, lengths, [video((2, 4, 6), 1.0, 0)])
+    assert close(group_work(ARCH, asked), batch_work(ARCH, pack([asked])))
+    plain = as_plain([asked])
+    repeated = total(group_work(ARCH, one) for one in plain)
+    assert close(repeated, batch_work(ARCH, pack(plain)))
+    assert repeated.tokens == plain_tokens([asked]) == plain_tokens(plain)
+    if len(lengths) == 1:
+        assert repeated == group_work(ARCH, asked)
+    else:
+        assert repeated.flops > group_work(ARCH, asked).flops
+
+
+@given(st.integers(0, 5), lengths_)
+def test_more_is_more(seed, lengths):
+    small = group_work(ARCH, group(seed, lengths))
+    longer = group_work(ARCH, group(seed, [lengths[0] + 1, *lengths[1:]]))
+    another = group_work(ARCH, group(seed, [*lengths, 1]))
+    filmed = group_work(ARCH, group(seed, lengths, [video((1, 2, 2), 1.0, 0)]))
+    assert small.flops < min(longer.flops, another.flops, filmed.flops)
+
+
+def test_padding_is_computed_but_looks_at_nothing():
+    exact, padded = pack(GROUPS), pack(GROUPS, multiple=64)
+    assert len(padded.rows) > len(exact.rows)
+    one, other = batch_work(ARCH, exact), batch_work(ARCH, padded)
+    assert other.tokens == len(padded.rows)
+    assert other.linear / one.linear == pytest.approx(len(padded.rows) / len(exact.rows))
+    assert other.attention == one.attention
+    assert padding_rows(exact) == 0
+    assert padding_rows(padded) == len(padded.rows) - len(exact.rows)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_context_ranks_share_the_work_without_rest(ranks):
+    whole = pack(GROUPS, multiple=2 * ranks)
+    parts = [share_context(whole, rank, ranks) for rank in range(ranks)]
+    assert close(total(batch_work(ARCH, part) for part in parts), batch_work(ARCH, whole))
+    assert sum(map(padding_rows, parts)) == padding_rows(whole)
+
+
+def test_an_update_is_three_passes_and_less_in_frozen_parts():
+    work = Work(tokens=1, linear=1.0, attention=10.0, head=100.0, vision=1e3, merger=1e4)
+    free = Model(checkpoint="")
+
+    def update(**frozen):
+        return update_flops(work, free.model_copy(update=frozen))
+
+    assert update() == 3 * work.flops
+    assert update(freeze_vision=True) == 3 * work.flops - 2e3 - 1e4
+    assert update(freeze_vision=True, freeze_merger=True) == 3 * work.flops - 2e3 - 2e4
+    assert update(freeze_language=True) == 3 * work.flops - 101
+    assert update(recompute="full") == update()  # model FLOPs
+
+
+def test_hardware_flops_count_what_is_computed_again():
+    work = Work(tokens=1, linear=1.0, attention=10.0, head=100.0, vision=1e3, merger=1e4)
+    extra = {
+        kind: hardware_flops(work, Model(checkpoint="", recompute=kind)) - 3 * work.flops
+        for kind in ("none", "selective", "full")
+    }
+    assert extra == {"none": 100, "selective": 110, "full": 1111}
+    eyes_shut = Model(checkpoint="", recompute="full", freeze_vision=True)
+    assert hardware_flops(work, eyes_shut) - update_flops(work, eyes_shut) == 111
+    frozen = Model(checkpoint="", freeze_language=True)
+    assert hardware_flops(work, frozen) == 3 * work.flops - 1 + 100
+
+
+def test_the_3b_model_costs_about_two_flops_a_weight_and_token():
+    """Short text has next to no attention; the head reads every answer token."""
+    work = group_work(replace(ARCH, tied_head=False), group(0, [100]))
+    language = ARCH.num_parameters - ARCH.vocab * ARCH.hidden - 668_687_360  # tower, published
+    assert work.linear == pytest.approx(2 * work.tokens * language, rel=1e-3)
+    assert work.head == 2 * 100 * ARCH.hidden * ARCH.vocab

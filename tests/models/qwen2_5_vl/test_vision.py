@@ -1,0 +1,22 @@
+"""The vision tower's work: every temporal step on one rank, and ranks nearly alike."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_vrl.models.qwen2_5_vl.vision import deal_out
+
+
+@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 8))
+def test_every_step_is_dealt_once_and_in_order(sizes, ranks):
+    bounds = deal_out(sizes, ranks)
+    assert len(bounds) == ranks
+    assert [i for first, last in bounds for i in range(first, last)] == list(range(len(sizes)))
+    shares = [sum(sizes[first:last]) for first, last in bounds]
+    if sizes:  # a cut falls inside a step, which goes to one side whole
+        assert max(shares) <= sum(sizes) / ranks + max(sizes)
+
+
+@pytest.mark.parametrize(("steps", "ranks"), [(8, 2), (8, 4), (64, 8)])
+def test_equal_steps_make_equal_shares(steps, ranks):
+    assert {last - first for first, last in deal_out([12] * steps, ranks)} == {steps // ranks}

@@ -1,0 +1,132 @@
+"""What the FP8 monitor says of values that were cut, lost or no numbers; over several updates and
+for the buffers of Transformer Engine, which is not here."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_vrl.checkpoint.hf_load import load_published
+from megatron_vrl.config import Batch, Model, Optimizer, Parallel
+from megatron_vrl.models.architecture import read_architecture
+from megatron_vrl.models.fp8_emulation import RoundedColumnParallelLinear, Rounding, joined
+from megatron_vrl.models.fp8_monitor import OPERANDS, maxima
+from megatron_vrl.models.logprob_head import Distribution
+from megatron_vrl.parallel.mesh import close_mesh, init_mesh
+from megatron_vrl.policy.micro_batches import plan_batches
+from megatron_vrl.policy.policy import Policy
+from tests.tiny import GROUPS, token_loss
+from tests.tiny_models import published_model, save
+
+
+def seen(rounding, *tensors):
+    for tensor in tensors:
+        rounding(tensor, "input")
+    return rounding.taken()["input"].tolist()
+
+
+def test_an_outlier_is_cut_and_seen_once():
+    calm = torch.linspace(0.5, 1.0, 64).view(2, 32)
+    wild = calm.clone()
+    wild[1, 3] = 100.0
+    rounding = Rounding("delayed")
+    assert seen(rounding, calm, calm) == [128, 0, 0, 0, 1.0]
+    assert seen(rounding, wild) == [64, 1, 0, 0, 100.0]  # under the scale of the call before
+    lost = seen(rounding, 1e-4 * calm)  # and now the scale is too small for what follows
+    assert lost[1:3] == [0, 64] and rounding.taken() == {}
+
+
+@pytest.mark.parametrize("recipe", ["current", "blockwise"])
+def test_scales_of_the_tensor_itself_cut_nothing(recipe):
+    values = torch.randn(40, 160, generator=torch.Generator().manual_seed(0))
+    values[3, 5], values[3, 6] = 1e6, 1e-4
+    count, over, under, nonfinite, amax = seen(Rounding(recipe), values)
+    assert (count, over, nonfinite, amax) == (6400, 0, 0, 1e6)
+    if recipe == "current":  # all beside the outlier is rounded to 0
+        assert under > 6000
+    else:  # only what shares its block of 128 values
+        assert 0 < under < 130
+
+
+def test_what_is_no_number_is_counted_and_leaves_the_largest_alone():
+    values = torch.tensor([[1.0, float("inf"), float("nan"), -2.0]])
+    assert seen(Rounding("delayed"), values) == [4, 0, 0, 2, 2.0]
+    one, other = torch.tensor([[1.0, 2, 3, 4, 5]]), torch.tensor([[1.0, 1, 1, 1, 9]])
+    assert joined(one, other).tolist() == [[2, 3, 4, 5, 9]]
+
+
+def test_the_engine_s_history_is_read_and_where_it_is_empty_its_scale():
+    recipe = SimpleNamespace(delayed=lambda: True)
+    forward = SimpleNamespace(
+        amax_history=torch.tensor([[0.0, 3.0, 9.0], [2.0, 1.0, 9.0]]),
+        scale=torch.tensor([1.0, 1.0, 1.0]),
+    )
+    backward = SimpleNamespace(
+        amax_history=torch.zeros(1, 2), scale=torch.tensor([57344 / 0.25, 1.0])
+    )
+    meta = {"recipe": recipe, "scaling_fwd": forward, "scaling_bwd": backward}
+    found = {name: row.tolist() for name, row in maxima(meta).items()}
+    assert found == {
+        "input": [1, 0, 0, 0, 2.0],
+        "weight": [1, 0, 0, 0, 3.0],
+        "gradient": [1, 0, 0, 0, 0.25],
+    }
+    forward.amax_history[0, 0] = float("inf")
+    assert maxima(meta)["input"].tolist() == [1, 0, 0, 1, 0.0]
+    assert maxima({"recipe": SimpleNamespace(delayed=lambda: False)}) == maxima({}) == {}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save(published_model(), tmp_path_factory.mktemp("fp8-monitor") / "hf")
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    yield init_mesh(Parallel(), seed=1)
+    close_mesh()
+
+
+def updates(checkpoint, mesh, wild=False, **model):
+    """FP8 metrics of three updates; `wild`: a weight gets an outlier before the last."""
+    policy = Policy(
+        read_architecture(checkpoint), Model(checkpoint=str(checkpoint), **model), Parallel(), mesh
+    )
+    load_published(policy.chunks, checkpoint)
+    policy.start_phase(Optimizer(lr=1e-6), num_steps=3)
+    batches = plan_batches(GROUPS, GROUPS[0], Batch(tokens=10_000), mesh)
+    told = []
+    for step in range(3):
+        if step == 2 and wild:
+            weight = next(
+                module.weight
+                for module in policy.chunks[0].modules()
+                if isinstance(module, RoundedColumnParallelLinear)
+            )
+            with torch.no_grad():
+                weight[0, 0] = 2.0**15
+        policy.logprobs(batches, Distribution())  # not counted
+        metrics = policy.update(batches, token_loss, Distribution(), step).metrics
+        told.append({name: value for name, value in metrics.items() if name.startswith("fp8/")})
+    return told
+
+
+def test_an_update_tells_of_its_outlier(checkpoint, mesh):
+    calm = updates(checkpoint, mesh, layers="rounded", fp8="current")
+    kinds = ("amax_max", "nonfinite", "overflow", "underflow")
+    assert set(calm[0]) == {f"fp8/{operand}/{kind}" for operand in OPERANDS for kind in kinds}
+    for told in calm:
+        assert all(told[f"fp8/{o}/overflow"] == told[f"fp8/{o}/nonfinite"] == 0 for o in OPERANDS)
+        assert 0 < told["fp8/weight/amax_max"] < 10
+        assert 0 <= told["fp8/weight/underflow"] < 0.2
+    wild = updates(checkpoint, mesh, wild=True, layers="rounded", fp8="current")
+    assert wild[1] == calm[1]
+    assert wild[2]["fp8/weight/amax_max"] == 2.0**15
+    assert wild[2]["fp8/weight/underflow"] > calm[2]["fp8/weight/underflow"] + 0.005
+    # The first gradients are rounded at a scale of 1.
+    delayed = updates(checkpoint, mesh, layers="rounded", fp8="delayed")
+    assert delayed[0]["fp8/gradient/underflow"] > delayed[1]["fp8/gradient/underflow"]
+
+
+def test_without_fp8_there_is_nothing(checkpoint, mesh):
+    assert updates(checkpoint, mesh, dtype="float32") == [{}, {}, {}]

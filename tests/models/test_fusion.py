@@ -1,0 +1,55 @@
+"""When weight gradients are added up inside their products: the probe's answer and what it sets."""
+
+import importlib
+
+import pytest
+
+from megatron_vrl.config import Model, Parallel
+from megatron_vrl.models.architecture import read_architecture
+from megatron_vrl.models.fusion import FUSED_GRADIENT, GradientFusion, gradient_fusion, importable
+from megatron_vrl.models.qwen2_5_vl import model
+from megatron_vrl.models.qwen2_5_vl.model import language_config
+from megatron_vrl.models.qwen2_5_vl.vision import vision_config
+from tests.running import ROOT
+
+ARCH = read_architecture(ROOT / "configs" / "models" / "qwen2.5-vl-3b.json")
+
+
+def asked(**model):
+    return Model(checkpoint="none", **model)
+
+
+@pytest.mark.parametrize(
+    ("model", "on_gpu", "here", "on", "word"),
+    [
+        ({}, True, True, True, FUSED_GRADIENT),
+        ({"layers": "transformer_engine"}, True, True, True, FUSED_GRADIENT),
+        ({}, True, False, False, "is not here"),
+        ({"layers": "transformer_engine"}, True, False, False, "is not here"),
+        ({}, False, True, False, "no GPU"),
+        ({"layers": "rounded", "fp8": "current"}, True, True, False, "model.layers=rounded"),
+        ({"fused_gradients": "none"}, True, True, False, "model.fused_gradients=none"),
+    ],
+)
+def test_the_decision_and_its_words(model, on_gpu, here, on, word):
+    probed = []
+    found = gradient_fusion(asked(**model), on_gpu, lambda name: probed.append(name) or here)
+    assert found.on == on and word in found.words
+    assert set(probed) <= {FUSED_GRADIENT}  # PyPI's apex answers to "apex"
+
+
+def test_an_extension_that_cannot_be_loaded_is_not_here(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "built_for_another_torch.py").write_text("raise ImportError('undefined symbol')")
+    (tmp_path / "built_for_this_torch.py").write_text("")
+    importlib.invalidate_caches()
+    assert not importable("no_such_extension") and not importable("built_for_another_torch")
+    assert importable("built_for_this_torch")
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_both_towers_are_told(monkeypatch, on):
+    monkeypatch.setattr(model, "gradient_fusion", lambda *_: GradientFusion(on, ""))
+    config = language_config(ARCH, asked(), Parallel())
+    vision = vision_config(ARCH.vision, config)
+    assert (config.gradient_accumulation_fusion, vision.gradient_accumulation_fusion) == (on, on)

@@ -1,0 +1,104 @@
+"""Every layout equals the single process: loss, every gradient, and the weights after updates."""
+
+import functools
+import subprocess
+
+import pytest
+import torch
+
+from tests.models.layout_worker import LAYOUTS, train
+from tests.running import ENVIRONMENT, ROOT, python
+from tests.tiny_models import MODELS, published_model, save
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # a launch trains all its layouts
+CASES = [(name, model) for name, layout in LAYOUTS.items() for model in layout.models]
+LANGUAGE, VISION, MERGER = "language", "vision", "merger"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """trained(layout, model) -> what `layout_worker.train` returned; each layout is run once."""
+    directory = tmp_path_factory.mktemp("layouts")
+    for name, sizes in MODELS.items():
+        save(published_model(**sizes), directory / name)
+
+    @functools.cache
+    def launch(processes: int) -> None:
+        command = [python(), "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", str(processes), "-m", "tests.models.layout_worker"]
+        done = subprocess.run(
+            [*command, str(directory)],
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            timeout=800,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    @functools.cache
+    def results(name: str, model: str) -> dict:
+        layout = LAYOUTS[name]
+        if layout.processes == 1:
+            return train(directory / model, layout)
+        launch(layout.processes)
+        return torch.load(directory / f"{name}-{model}.pt")
+
+    return results
+
+
+@pytest.mark.parametrize(("name", "model"), CASES)
+def test_layout_equals_one_process(trained, name, model):
+    _, is_frozen, frozen = name.partition("-frozen-")
+    alone = "one-four-kv-heads" if model == "four-kv-heads" else "one" + is_frozen + frozen
+    one = trained(alone, model)
+    many = trained(name, model)
+    for metric in ("loss", "grad_norm", "entropy", "reference_gap_max"):
+        torch.testing.assert_close(
+            torch.tensor(many[metric]), torch.tensor(one[metric]), rtol=1e-5, atol=2e-6
+        )
+    for tensor, grad in many.get("grads", {}).items():
+        wanted = one["grads"][tensor]
+        if not wanted.isnan().any():
+            error = (grad - wanted).norm() / wanted.norm()
+            assert error < 1e-5, f"{tensor}: relative error {error:.1e}"
+    for tensor, weight in many["weights"].items():
+        error = (weight - one["weights"][tensor]).norm() / one["weights"][tensor].norm()
+        assert error < 1e-4, f"{tensor}: relative error {error:.1e} after 2 updates"
+
+
+@pytest.mark.parametrize(("name", "model"), CASES)
+def test_reference_stays_where_the_policy_began(trained, name, model):
+    gaps = trained(name, model)["reference_gap_max"]
+    assert gaps[0] == 0.0  # the same numbers, by the same operations
+    assert gaps[1] > 1e-3
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if "frozen" in name])
+def test_frozen_parts_have_no_gradient_and_stay(trained, name):
+    frozen = name.partition("-frozen-")[2]
+    result, free = trained(name, "untied"), trained("one", "untied")
+    start = published_model(tied=False)
+    for tensor, grad in result["grads"].items():
+        if _part(tensor) == frozen:
+            assert grad.isnan().all(), f"{tensor} has a gradient"
+            assert torch.equal(result["weights"][tensor], _published(start)[tensor])
+        else:
+            assert grad.norm() > 0, f"{tensor} has none"
+            direction = torch.cosine_similarity(grad.flatten(), free["grads"][tensor].flatten(), 0)
+            assert direction > 1 - 1e-5  # clipping may scale it
+
+
+def _part(tensor: str) -> str:
+    if tensor.startswith("visual.merger."):
+        return MERGER
+    return VISION if tensor.startswith("visual.") else LANGUAGE
+
+
+def _published(model) -> dict[str, torch.Tensor]:
+    prefixes = {"model.visual.": "visual.", "model.language_model.": "model."}
+    named = {}
+    for name, param in model.named_parameters():
+        prefix = next((p for p in prefixes if name.startswith(p)), "")
+        named[prefixes.get(prefix, "") + name.removeprefix(prefix)] = param
+    return named

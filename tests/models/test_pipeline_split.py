@@ -1,0 +1,72 @@
+"""How layers are dealt out over pipeline stages."""
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from megatron_vrl.config import Model, Parallel
+from megatron_vrl.models.architecture import read_architecture
+from megatron_vrl.models.pipeline_split import (
+    all_chunks,
+    balanced_counts,
+    extra_layers,
+    layer_counts,
+    stage_chunks,
+    whole,
+)
+
+MODELS = Path(__file__).parents[2] / "configs" / "models"
+MODEL = Model(checkpoint="")
+
+
+def heaviest(counts, extra):
+    weights = [float(count) for count in counts]
+    weights[0] += extra[0]
+    weights[-1] += extra[1]
+    return max(weights)
+
+
+@pytest.mark.parametrize("extra", [(0.0, 0.0), (2.4, 0.7), (0.3, 3.1), (20.0, 1.0)])
+@pytest.mark.parametrize(("layers", "chunks"), [(4, 2), (9, 3), (8, 4)])
+def test_no_cut_has_a_lighter_heaviest_stage(layers, chunks, extra):
+    counts = balanced_counts(layers, extra, chunks)
+    assert sum(counts) == layers and min(counts) >= 1
+    every_cut = product(range(1, layers + 1), repeat=chunks)
+    best = min(heaviest(cut, extra) for cut in every_cut if sum(cut) == layers)
+    assert heaviest(counts, extra) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("name", ["3b", "7b", "32b", "72b"])
+@pytest.mark.parametrize("layout", [(2, 1), (4, 1), (4, 2)])
+def test_chunks_cover_every_published_model_once(name, layout):
+    arch = read_architecture(MODELS / f"qwen2.5-vl-{name}.json")
+    pipeline, virtual = layout
+    cfg = Parallel(pipeline=pipeline, virtual=virtual, split="balanced")
+    chunks = all_chunks(arch, MODEL, cfg)
+    assert [layer for chunk in chunks for layer in chunk.layers] == list(range(arch.layers))
+    assert [chunk.embeds for chunk in chunks] == [True] + [False] * (len(chunks) - 1)
+    assert [chunk.ends for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+    for stage in range(pipeline):
+        assert stage_chunks(arch, MODEL, cfg, stage) == chunks[stage::pipeline]
+    assert len(chunks[0].layers) < len(chunks[1].layers)  # the tower is beside the first
+
+
+def test_the_tower_weighs_as_its_multiplications():
+    """3B by hand: 32 blocks of 4 * 1280^2 + 3 * 1280 * 3420 for each of 4 patches of a token."""
+    arch = read_architecture(MODELS / "qwen2.5-vl-3b.json")
+    layer = 2 * 2048**2 + 2 * 2048 * 256 + 3 * 2048 * 11008
+    tower = 4 * (32 * (4 * 1280**2 + 3 * 1280 * 3420) + 1176 * 1280) + 5120 * (5120 + 2048)
+    vision, head = extra_layers(arch, MODEL)
+    assert vision == pytest.approx(0.75 * tower / layer)
+    assert head == pytest.approx(0.25 * 151936 * 2048 / layer)
+    frozen = Model(checkpoint="", freeze_vision=True, freeze_merger=True)
+    assert extra_layers(arch, frozen)[0] == pytest.approx(vision / 3)
+
+
+def test_given_counts_are_taken_as_they_are():
+    arch = read_architecture(MODELS / "qwen2.5-vl-3b.json")
+    counts = [3, 11, 11, 11]
+    cfg = Parallel(pipeline=2, virtual=2, layers_per_chunk=counts)
+    assert layer_counts(arch, MODEL, cfg) == counts
+    assert all_chunks(arch, MODEL, Parallel()) == [whole(arch)]

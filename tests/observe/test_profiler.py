@@ -1,0 +1,28 @@
+import gzip
+import json
+
+import torch
+
+from megatron_vrl.config import Observe
+from megatron_vrl.observe.clock import Clock
+from megatron_vrl.observe.profiler import Traces
+
+
+def test_a_chosen_step_is_traced_with_its_phases(tmp_path):
+    clock, traced = Clock(), Traces(tmp_path, Observe(trace_steps=[2]), rank=0)
+    for step in (1, 2, 3):
+        with traced("grpo", step), clock("update"):
+            torch.ones(3, 3).mm(torch.ones(3, 3))
+    (file,) = (tmp_path / "traces").iterdir()
+    assert file.name == "grpo-000002-rank0000.json.gz"
+    with gzip.open(file) as trace:
+        events = {event.get("name"): event for event in json.load(trace)["traceEvents"]}
+    inner, outer = events["aten::mm"], events["update"]
+    assert outer["ts"] <= inner["ts"] <= inner["ts"] + inner["dur"] <= outer["ts"] + outer["dur"]
+
+
+def test_other_ranks_are_not(tmp_path):
+    traced = Traces(tmp_path, Observe(trace_steps=[1], trace_ranks=[1]), rank=0)
+    with traced("sft", 1):
+        torch.ones(3)
+    assert not (tmp_path / "traces").exists()

@@ -1,0 +1,204 @@
+"""One process: the update does not depend on how the batch is cut, on the number format's
+rounding, or on chance; and what is not a number never reaches a weight."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from megatron_vrl.algorithms import ALGORITHMS
+from megatron_vrl.algorithms import token_loss as loss_of
+from megatron_vrl.checkpoint.hf_load import load_published, published_tensors
+from megatron_vrl.config import Algorithm, Batch, Model, Optimizer, Parallel
+from megatron_vrl.models.architecture import read_architecture
+from megatron_vrl.models.layers import VarlenAttention
+from megatron_vrl.models.logprob_head import Distribution
+from megatron_vrl.models.precision import ATTENTION
+from megatron_vrl.parallel.mesh import close_mesh, init_mesh
+from megatron_vrl.policy.micro_batches import plan_batches
+from megatron_vrl.policy.policy import Policy
+from tests.tiny import GROUPS, token_loss
+from tests.tiny_models import published_model, save
+from tests.varlen import kernel_by_definition
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save(published_model(), tmp_path_factory.mktemp("policy") / "hf")
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    yield init_mesh(Parallel(), seed=1)
+    close_mesh()
+
+
+def updated(checkpoint, mesh, *, tokens=10_000, steps=1, **model):
+    """The policy after `steps` updates, and what the last one did."""
+    cfg = Model(checkpoint=str(checkpoint), **{"dtype": "float32", **model})
+    policy = Policy(read_architecture(checkpoint), cfg, Parallel(), mesh)
+    load_published(policy.chunks, checkpoint)
+    policy.start_phase(Optimizer(lr=1e-3), num_steps=steps)
+    batches = plan_batches(GROUPS, GROUPS[0], Batch(tokens=tokens), mesh)
+    for step in range(steps):
+        update = policy.update(batches, token_loss, Distribution(), step)
+    return policy, update
+
+
+def weights(policy):
+    return {name: tensor.clone() for name, tensor in published_tensors(policy.chunks)}
+
+
+def test_accumulated_gradients_are_those_of_one_batch(checkpoint, mesh):
+    whole, one = updated(checkpoint, mesh)
+    cut, many = updated(checkpoint, mesh, tokens=1)
+    assert many.loss == pytest.approx(one.loss, rel=1e-5)
+    assert many.grad_norm == pytest.approx(one.grad_norm, rel=1e-5)
+    for (name, ours), theirs in zip(weights(cut).items(), weights(whole).values(), strict=True):
+        assert (ours - theirs).norm() < 1e-4 * theirs.norm(), name
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_an_update_over_sequences_of_any_length(checkpoint, mesh, monkeypatch, recompute):
+    """The way of `flash`, with a kernel that runs here, gives what buckets give."""
+    by_definition = partial(VarlenAttention, kernel=kernel_by_definition)
+    buckets, one = updated(checkpoint, mesh)
+    monkeypatch.setitem(ATTENTION, "flash", by_definition)
+    monkeypatch.setattr("megatron_vrl.policy.policy.check_available", lambda *_: None)
+    varlen, other = updated(checkpoint, mesh, attention="flash", recompute=recompute)
+    assert other.loss == pytest.approx(one.loss, rel=1e-5)
+    assert other.grad_norm == pytest.approx(one.grad_norm, rel=1e-5)
+    for (name, ours), theirs in zip(
+        weights(varlen).items(), weights(buckets).values(), strict=True
+    ):
+        assert (ours - theirs).norm() < 1e-4 * theirs.norm(), name
+
+
+def test_bfloat16_has_float32_gradients_and_main_weights(checkpoint, mesh):
+    _, exact = updated(checkpoint, mesh)
+    policy, rounded = updated(checkpoint, mesh, dtype="bfloat16")
+    assert rounded.loss == pytest.approx(exact.loss, rel=0.05)
+    assert rounded.grad_norm == pytest.approx(exact.grad_norm, rel=0.1)
+    params = list(policy.chunks[0].parameters())
+    assert {param.dtype for param in params} == {torch.bfloat16}
+    assert {param.main_grad.dtype for param in params} == {torch.float32}
+    main = [p for group in policy.optimizer.param_groups for p in group["params"]]
+    assert {param.dtype for param in main} == {torch.float32}
+    # A step smaller than bfloat16's spacing is not lost: it stays in the main weights.
+    assert any((p - p.bfloat16()).abs().max() > 0 for p in main)
+
+
+def test_deterministic_mode_repeats_every_bit(checkpoint, mesh):
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (updated(checkpoint, mesh, tokens=60, steps=2)[0] for _ in range(2))
+        assert first.chunks[0].config.deterministic_mode
+    finally:
+        torch.use_deterministic_algorithms(False)
+    other = weights(second)
+    assert all(torch.equal(tensor, other[name]) for name, tensor in weights(first).items())
+
+
+def test_log_probs_alone_are_those_of_the_update(checkpoint, mesh):
+    policy, _ = updated(checkpoint, mesh)
+    batches = plan_batches(GROUPS, GROUPS[0], Batch(tokens=60), mesh)
+    alone = policy.logprobs(batches, Distribution())
+    update = policy.update(batches, token_loss, Distribution(), 1)
+    total = sum(float(logprob.sum()) for logprob in alone)
+    assert total / sum(map(len, alone)) == pytest.approx(update.metrics["logprob"], rel=1e-5)
+
+
+def one_update(checkpoint, mesh, groups, token_loss, batch=None, normalisation="global_tokens"):
+    """The policy, its start, what the update did, and every gradient of it."""
+    cfg = Model(checkpoint=str(checkpoint), dtype="float32")
+    parallel = Parallel(distributed_optimizer=False)
+    policy = Policy(read_architecture(checkpoint), cfg, parallel, mesh)
+    load_published(policy.chunks, checkpoint)
+    policy.keep_reference()
+    policy.start_phase(Optimizer(lr=1e-3, weight_decay=0.0), num_steps=1)
+    before = weights(policy)
+    batches = plan_batches(groups, groups[0], batch or Batch(tokens=10_000), mesh, normalisation)
+    old = [logprob + 0.1 for logprob in policy.logprobs(batches, Distribution())]
+    reference = [logprob - 0.2 for logprob in policy.reference_logprobs(batches, Distribution())]
+    update = policy.update(batches, token_loss, Distribution(), 0, old=old, reference=reference)
+    gradients = {name: p.main_grad.clone() for name, p in policy.chunks[0].named_parameters()}
+    return before, weights(policy), update, gradients
+
+
+NAMED = [
+    replace(
+        group,
+        answers=tuple(
+            replace(answer, id=f"{group.prompt.id}#{k}") for k, answer in enumerate(group.answers)
+        ),
+    )
+    for group in GROUPS
+]
+ONE_ANSWER = replace(NAMED[1], answers=NAMED[1].answers[:1])
+ONE_TOKEN = replace(NAMED[2].answers[0], token_ids=NAMED[2].answers[0].token_ids[:1],
+                    engine_logprobs=NAMED[2].answers[0].engine_logprobs[:1])  # fmt: skip
+RAGGED = [NAMED[0], ONE_ANSWER, replace(NAMED[2], answers=(ONE_TOKEN, *NAMED[2].answers[1:]))]
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_loss_is_that_of_the_plain_layout_however_it_is_packed(checkpoint, mesh, name):
+    """Ragged answers, one of one token, a group of one answer; all terms of the loss at once."""
+    cfg = Algorithm(
+        name=name, kl=0.1, kl_in="loss", entropy=0.01, importance="sequence", importance_limit=100
+    )
+    update = partial(
+        one_update, checkpoint, mesh, token_loss=partial(loss_of, cfg=cfg),
+        normalisation=cfg.normalisation,
+    )  # fmt: skip
+    _, _, wanted, gradients = update(RAGGED, batch=Batch(tokens=10_000, layout="plain"))
+    assert wanted.metrics["ref_kl"] > 0
+    for groups, tokens in ((RAGGED, 10_000), (RAGGED[::-1], 10_000), (RAGGED, 1)):
+        _, _, found, ours = update(groups, batch=Batch(tokens=tokens))
+        assert found.loss == pytest.approx(wanted.loss, rel=1e-5)
+        assert found.metrics == pytest.approx(wanted.metrics, rel=1e-4, abs=1e-6)
+        for parameter, gradient in gradients.items():
+            error = (ours[parameter] - gradient).norm() / gradient.norm()
+            assert error < 1e-5, f"{parameter}: {error:.1e}"
+
+
+def test_without_advantages_no_weight_changes(checkpoint, mesh):
+    idle = [replace(g, answers=tuple(replace(a, advantage=0.0) for a in g.answers)) for g in GROUPS]
+    loss = partial(loss_of, cfg=Algorithm(kl=0.0, entropy=0.0))
+    before, after, update, _ = one_update(checkpoint, mesh, idle, loss)
+    assert update.applied and update.grad_norm == 0.0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+
+
+class _Poison(torch.autograd.Function):
+    """Its input; where it is hit, the gradient is not a number."""
+
+    @staticmethod
+    def forward(ctx, values, hit):
+        ctx.save_for_backward(hit)
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.masked_fill(ctx.saved_tensors[0], torch.nan), None
+
+
+def poisoned(tokens, *, where, number):
+    """A loss that goes wrong for the answer with this advantage."""
+    loss, metrics = loss_of(tokens, cfg=Algorithm())
+    hit = tokens.advantage == number
+    if where == "forward":
+        return loss * torch.where(hit, torch.nan, 1.0), metrics
+    return _Poison.apply(loss, hit), metrics
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_gradient_that_is_no_number_is_not_applied_and_named(checkpoint, mesh, where):
+    number = float(torch.tensor(NAMED[2].answers[1].advantage))
+    loss = partial(poisoned, where=where, number=number)
+    one_each = Batch(tokens=1)
+    before, after, update, _ = one_update(checkpoint, mesh, NAMED, loss, one_each)
+    assert not update.applied
+    everyone = tuple(answer.id for answer in NAMED[2].answers)
+    assert update.suspects == (everyone[1:2] if where == "forward" else everyone)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())

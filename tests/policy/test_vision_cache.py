@@ -1,0 +1,143 @@
+"""Videos seen once by a frozen tower: same log-probs, bounded memory, nothing of old weights."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_vrl.batching.pack import Answer, Group
+from megatron_vrl.checkpoint.hf_load import load_published
+from megatron_vrl.config import Batch, Model, Parallel, RunConfig
+from megatron_vrl.errors import ConfigError
+from megatron_vrl.models.architecture import read_architecture
+from megatron_vrl.models.logprob_head import Distribution
+from megatron_vrl.models.qwen2_5_vl.flops import batch_work, group_work
+from megatron_vrl.parallel.arrays import as_array, as_tensor
+from megatron_vrl.parallel.mesh import close_mesh, init_mesh
+from megatron_vrl.policy.micro_batches import plan_batches
+from megatron_vrl.policy.policy import Policy
+from megatron_vrl.policy.vision_cache import Eyes
+from megatron_vrl.trainer.dry_run import check_visual_input
+from tests.tiny import image, prompt, video
+from tests.tiny_models import published_model, save
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    yield init_mesh(Parallel(), seed=1)
+    close_mesh()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save(published_model(), tmp_path_factory.mktemp("eyes") / "hf")
+
+
+@pytest.fixture
+def policy(mesh, checkpoint):
+    cfg = Model(checkpoint=str(checkpoint), dtype="float32", freeze_vision=True, freeze_merger=True)
+    policy = Policy(read_architecture(checkpoint), cfg, Parallel(), mesh)
+    load_published(policy.chunks, checkpoint)
+    return policy
+
+
+PROMPTS = [
+    prompt([video((2, 4, 4), 1.0, 1)], 1),
+    prompt([], 2),
+    prompt([video((3, 4, 6), 0.7, 2), image((4, 4), 3)], 3),
+]
+
+
+def groups_of(prompts):
+    answer = Answer(
+        token_ids=np.arange(5), advantage=1.0, engine_logprobs=np.zeros(5, dtype=np.float32)
+    )
+    return [Group(prompt=one, answers=(answer, answer)) for one in prompts]
+
+
+def batches_of(policy, prompts):
+    groups = groups_of(prompts)
+    return plan_batches(groups, groups[0], Batch(tokens=10_000), policy.mesh)
+
+
+def logprobs(policy, prompts):
+    return torch.cat(policy.logprobs(batches_of(policy, prompts), Distribution()))
+
+
+def test_log_probs_are_those_of_the_pixels(policy, monkeypatch):
+    seen = Eyes(policy, 64).look(PROMPTS)
+    assert [len(one.seen) for one in seen] == [1, 0, 2]
+    expected = logprobs(policy, PROMPTS)
+    monkeypatch.setattr(policy.chunks[0].vision, "_encode", None)  # the tower is not asked again
+    torch.testing.assert_close(logprobs(policy, seen), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_each_video_is_seen_once(policy):
+    eyes = Eyes(policy, 64)
+    for _ in range(2):
+        first, *_ = eyes.look(PROMPTS)
+        assert eyes.encoded == 3
+    (again,) = eyes.look([replace(PROMPTS[0], id="another question")])
+    assert again.seen[0] is first.seen[0] and eyes.encoded == 3
+    other_frames = replace(PROMPTS[0].visuals[0], frame_indices=np.arange(4) + 9)
+    eyes.look([replace(PROMPTS[0], visuals=(other_frames,))])
+    assert eyes.encoded == 4
+
+
+def test_a_tower_that_was_written_to_sees_anew(policy, checkpoint):
+    eyes = Eyes(policy, 64)
+    (before,) = eyes.look(PROMPTS[:1])
+    with torch.no_grad():
+        policy.chunks[0].vision.merger.out.weight.mul_(1.5)
+    (after,) = eyes.look(PROMPTS[:1])
+    assert eyes.epoch == 1 and not np.allclose(before.seen[0], after.seen[0])
+    changed = logprobs(policy, PROMPTS[:1])
+    torch.testing.assert_close(logprobs(policy, [after]), changed, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(logprobs(policy, [before]), changed, atol=1e-3)
+    load_published(policy.chunks, checkpoint)
+    (back,) = eyes.look(PROMPTS[:1])
+    assert eyes.epoch == 2 and np.array_equal(back.seen[0], before.seen[0])
+
+
+def test_memory_is_bounded(policy, monkeypatch):
+    monkeypatch.setattr("megatron_vrl.policy.vision_cache.MIB", 1)
+    prompts = [prompt([video((2, 4, 4), 1.0, seed)], seed) for seed in range(4)]
+    (first,) = Eyes(policy, 10**6).look(prompts[:1])
+    eyes = Eyes(policy, 2 * first.seen[0].nbytes)
+    eyes.look(prompts[:2])
+    eyes.look([prompts[0], prompts[2]])  # 1 was used longest ago
+    assert eyes.encoded == 3 and len(eyes._kept) == 2
+    eyes.look(prompts[:1])
+    assert eyes.encoded == 3
+    eyes.look(prompts[1:2])
+    assert eyes.encoded == 4
+
+
+def test_what_was_seen_before_is_no_work(policy):
+    seen = Eyes(policy, 64).look(PROMPTS)
+    arch = policy.arch
+    (batch,), (pixels,) = batches_of(policy, seen), batches_of(policy, PROMPTS)
+    ideal = sum(group_work(arch, group).flops for group in groups_of(seen))
+    assert batch_work(arch, batch).vision == batch_work(arch, batch).merger == 0
+    assert batch_work(arch, pixels).vision > 0 and batch_work(arch, batch).flops >= ideal
+
+
+def test_a_tower_that_is_trained_is_refused():
+    def config(visual_input):
+        return RunConfig(
+            run={"out_dir": "out"},
+            model={"checkpoint": "c", "freeze_vision": True},
+            rollout={"visual_input": visual_input},
+        )
+
+    check_visual_input(config("pixels"))
+    with pytest.raises(ConfigError, match=r"must not be trained then: set model\.freeze"):
+        check_visual_input(config("embeddings"))
+
+
+def test_sixteen_bits_travel_as_they_are():
+    tensor = torch.randn(3, 4).bfloat16()
+    array = as_array(tensor)
+    assert array.dtype == np.uint16 and torch.equal(as_tensor(array), tensor)
+    assert as_array(tensor.float()).dtype == np.float32

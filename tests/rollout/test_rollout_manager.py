@@ -1,0 +1,64 @@
+"""Hand-overs that nobody takes: the run ends with a sentence and does not offer for ever."""
+
+import socket
+import threading
+from contextlib import contextmanager
+
+import pytest
+import torch
+import uvicorn
+from starlette.applications import Starlette
+from starlette.responses import Response
+from starlette.routing import Route
+
+from megatron_vrl.checkpoint.hf_export import WeightExport
+from megatron_vrl.config import Model, Parallel, Rollout
+from megatron_vrl.errors import RolloutError
+from megatron_vrl.models.architecture import read_architecture
+from megatron_vrl.parallel.mesh import close_mesh, init_mesh
+from megatron_vrl.policy.policy import Policy
+from megatron_vrl.rollout.identity import Health, Identity, machine
+from megatron_vrl.rollout.manager import Rollouts
+from megatron_vrl.rollout.workers.pool import WorkerPool
+from megatron_vrl.rollout.workers.protocol import encode
+from tests.tiny_models import published_model, save
+
+SERVED = Identity(architecture="a", dtype="float32", max_model_len=64, banned_tokens="b")
+
+
+@contextmanager
+def worker_that_takes_no_weights():
+    """Well, but its engine is not; its address and the paths it was asked for."""
+    asked = []
+
+    async def answer(request):
+        asked.append(request.url.path)
+        if request.url.path == "/health":
+            health = Health(instance="i", machine=machine(), gpus=(), identity=SERVED, version=None)
+            return Response(encode(health))
+        return Response(b"no", 500)
+
+    routes = [Route("/{path:path}", answer, methods=["GET", "POST"])]
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(Starlette(routes=routes), log_level="error"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    yield f"127.0.0.1:{listener.getsockname()[1]}", asked
+    server.should_exit = True
+    thread.join()
+
+
+def test_weights_that_nobody_takes_end_the_run(tmp_path):
+    checkpoint = save(published_model(), tmp_path / "hf")
+    mesh = init_mesh(Parallel(), seed=1)
+    cfg = Model(checkpoint=str(checkpoint), dtype="float32")
+    policy = Policy(read_architecture(checkpoint), cfg, Parallel(), mesh)
+    with worker_that_takes_no_weights() as (address, asked):
+        rollout = Rollout(engine="workers", workers=[address], patience_s=1.0)
+        pool = WorkerPool(rollout, SERVED, torch.device("cpu"))
+        rollouts = Rollouts(rollout, mesh, pool, WeightExport(policy.chunks), torch.float32, ())
+        with pytest.raises(RolloutError, match=r"No rollout worker took the weights within"):
+            rollouts.hand_over(0)
+        assert asked.count("/weights/start") > 1 and rollouts.version is None
+        pool.close()
+    close_mesh()

@@ -1,0 +1,109 @@
+"""Places learnt from a loader in the manner of vLLM's: by name, into merged matrices."""
+
+import torch
+
+from megatron_vrl.rollout.vllm.weight_router import Places
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.merged = torch.nn.Parameter(torch.zeros(6, 3))
+        self.embedding = torch.nn.Parameter(torch.zeros(8, 3))
+        self.scale = torch.nn.Parameter(torch.zeros(4))
+        self.seen = []
+
+    def load_weights(self, tensors):
+        filled = set()
+        for name, tensor in tensors:
+            self.seen.append(name)
+            if name in ("q", "k"):
+                half = self.merged.data.narrow(0, 3 * (name == "k"), 3)
+                half.copy_(tensor)
+                filled.add("merged")
+            elif name == "embedding":  # this process's half of the rows, padded
+                self.embedding[:5].data.copy_(tensor.narrow(0, 5, 5))
+                self.embedding[5:].data.fill_(0)
+                filled.add("embedding")
+            elif name == "scale":
+                self.scale.data.copy_(tensor.abs())
+                filled.add("scale")
+        return filled
+
+
+def tensors(seed):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"q": (3, 3), "tied": (8, 3), "embedding": (10, 3), "k": (3, 3)}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def as_loaded(weights):
+    plain = Model()
+    plain.load_weights(weights.items())
+    return {name: parameter.clone() for name, parameter in plain.named_parameters()}
+
+
+def assert_equal(model, expected):
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+
+
+def test_a_second_update_goes_where_the_first_went_without_the_loader():
+    model = Model()
+    places = Places(model)
+    assert places.load_weights(tensors(1).items()) == {"merged", "embedding"}
+    assert model.seen == [*tensors(1)]
+    # A bucket in another order, in one piece of memory, as generators make it on the way.
+    changed = tensors(2)
+    flat = torch.cat([tensor.flatten() for tensor in changed.values()])
+    parts = flat.split([tensor.numel() for tensor in changed.values()])
+    bucket = [
+        (name, part.view(tensor.shape))
+        for (name, tensor), part in zip(changed.items(), parts, strict=True)
+    ]
+    assert places.load_weights(reversed(bucket)) == {"merged", "embedding"}
+    assert model.seen == [*tensors(1)]
+    assert_equal(model, as_loaded(changed))
+
+
+def test_making_the_next_tensor_is_no_use_of_the_last():
+    model = Model()
+    places = Places(model)
+
+    def made(seed):
+        both = torch.cat([tensors(seed)["q"], tensors(seed)["k"]])
+        yield "q", both[:3]
+        yield "k", both.clone()[3:]  # reads what "q" is a part of
+
+    for seed in (1, 2):
+        places.load_weights(made(seed))
+    assert model.seen == ["q", "k"]
+    assert torch.equal(model.merged, torch.cat([tensors(2)["q"], tensors(2)["k"]]))
+
+
+def test_a_tensor_that_is_computed_with_goes_through_the_loader_every_time():
+    model = Model()
+    places = Places(model)
+    for sign in (1, -1):
+        weights = {"q": sign * torch.ones(3, 3), "scale": sign * torch.ones(4)}
+        assert places.load_weights(weights.items()) == {"merged", "scale"}
+        assert_equal(model, as_loaded(weights))
+    assert model.seen == ["q", "scale", "scale"]
+
+
+def test_other_strides_are_learnt_anew():
+    model = Model()
+    places = Places(model)
+    places.load_weights(tensors(1).items())
+    turned = tensors(2) | {"k": tensors(2)["k"].t().contiguous().t()}
+    places.load_weights(turned.items())
+    assert model.seen == [*tensors(1), "k"]
+    assert_equal(model, as_loaded(turned))
+
+
+def test_parameters_that_moved_are_noticed():
+    model = Model()
+    places = Places(model)
+    assert places.still_hold()
+    model.scale.data = torch.zeros(4)
+    assert not places.still_hold()

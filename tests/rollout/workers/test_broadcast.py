@@ -1,0 +1,79 @@
+"""A sender's own group: it brings bytes, and nobody waits in it for ever."""
+
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_vrl.rollout.workers import broadcast
+from megatron_vrl.rollout.workers.broadcast import Broken, Group, invitation, own_host
+
+BYTES = torch.arange(100, dtype=torch.uint8)
+
+
+@pytest.fixture(autouse=True)
+def short_wait(monkeypatch):
+    monkeypatch.setattr(broadcast, "JOIN_TIMEOUT_S", 3)
+
+
+def invited(size):
+    return invitation("127.0.0.1:80", "sender", size, torch.device("cpu"), "gloo")
+
+
+def receiver(join, does):
+    """A thread that joins and does something with its group."""
+    thread = threading.Thread(
+        target=lambda: does(Group(join, own_host(f"{join.host}:{join.port}")))
+    )
+    thread.start()
+    return thread
+
+
+def test_every_worker_gets_the_bytes():
+    join, listener = invited(3)
+    got = {}
+
+    def receive(rank):
+        def does(group):
+            for round_ in range(2):
+                flat = torch.zeros_like(BYTES)
+                group.finish(group.start(flat), timeout_s=10)
+                got[rank, round_] = flat
+
+        return receiver(replace(join, rank=rank), does)
+
+    threads = [receive(1), receive(2)]
+    group = Group(join, join.host, listener)
+    for round_ in range(2):
+        group.finish(group.start(BYTES * (round_ + 1)), timeout_s=10)
+    for thread in threads:
+        thread.join()
+    assert len(got) == 4
+    assert all(torch.equal(flat, BYTES * (round_ + 1)) for (_, round_), flat in got.items())
+    assert join.host == "127.0.0.1"  # it listens where the worker is, and nowhere else
+
+
+def test_a_worker_that_does_not_come_breaks_the_group():
+    join, listener = invited(2)
+    began = time.monotonic()
+    with pytest.raises(Broken):
+        Group(join, join.host, listener)
+    assert time.monotonic() - began < 20
+
+
+def test_a_broadcast_is_given_up_when_its_worker_is_lost_or_the_time_is_over():
+    join, listener = invited(2)
+    leave = threading.Event()
+    thread = receiver(replace(join, rank=1), lambda group: leave.wait())
+    group = Group(join, join.host, listener)
+    large = torch.zeros(1 << 26, dtype=torch.uint8)  # more than the sockets take
+    work = group.start(large)
+    with pytest.raises(Broken, match="a worker was lost"):
+        group.finish(work, timeout_s=30, lost=lambda: True)
+    with pytest.raises(Broken, match=r"not done after 0\.1 s"):
+        group.finish(work, timeout_s=0.1)
+    leave.set()
+    thread.join()
+    group.close()

@@ -1,0 +1,43 @@
+"""A message at the head of a stream, however the network cuts it."""
+
+import asyncio
+
+import pytest
+
+from megatron_vrl.rollout.workers.protocol import (
+    LENGTH_BYTES,
+    Garbage,
+    Version,
+    framed,
+    read_framed,
+)
+
+
+async def pieces_of(data, size):
+    for start in range(0, len(data), size):
+        yield data[start : start + size]
+
+
+def read(data, size):
+    async def message_and_rest():
+        pieces = pieces_of(data, size)
+        message, rest = await read_framed(pieces, Version)
+        return message, rest + b"".join([piece async for piece in pieces])
+
+    return asyncio.run(message_and_rest())
+
+
+@pytest.mark.parametrize("size", [1, 3, LENGTH_BYTES, 11, 1000])
+@pytest.mark.parametrize("rest", [b"", b"weights" * 9])
+def test_message_and_what_follows(size, rest):
+    assert read(framed(Version(version=7)) + rest, size) == (Version(version=7), rest)
+
+
+@pytest.mark.parametrize("size", [1, 1000])
+def test_a_message_that_breaks_off_is_garbage(size):
+    whole = framed(Version(version=7))
+    for cut in range(len(whole)):
+        with pytest.raises(Garbage, match="not a Version"):
+            read(whole[:cut], size)
+    with pytest.raises(Garbage, match="not a Version"):
+        read((2**64 - 1).to_bytes(LENGTH_BYTES) + b"\x00", size)

@@ -1,0 +1,393 @@
+"""Rollout workers as processes of their own: asked, killed, stopped, started anew."""
+
+import asyncio
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+
+import httpx
+import psutil
+import pytest
+import torch
+import yaml
+
+from megatron_vrl.config import load_config
+from megatron_vrl.errors import RolloutError
+from megatron_vrl.rollout.buckets import BucketWriter
+from megatron_vrl.rollout.checksums import tensor_checksums
+from megatron_vrl.rollout.request import SamplingSpec
+from megatron_vrl.rollout.vllm.special_tokens import banned_token_ids
+from megatron_vrl.rollout.vllm.start import identity
+from megatron_vrl.rollout.workers.discovery import TOKEN_VARIABLE
+from megatron_vrl.rollout.workers.pool import WorkerPool
+from megatron_vrl.rollout.workers.protocol import Load, framed
+from tests.running import ENVIRONMENT, ROOT
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+TOKEN = "open sesame"
+SPEC = SamplingSpec(n=4, temperature=1.0, top_p=1.0, max_tokens=24, seed=7)
+LONG = replace(SPEC, max_tokens=150)  # takes seconds: time enough to kill somebody
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint, tmp_path_factory):
+    """A config of the tiny checkpoint, and where its workers are announced."""
+    folder = tmp_path_factory.mktemp("workers")
+    tree = {
+        "run": {"out_dir": str(folder / "run")},
+        "model": {"checkpoint": str(checkpoint), "dtype": "float32"},
+        "data": {"max_prompt_tokens": 100},
+        "rollout": {
+            "engine": "workers",
+            "rendezvous": str(folder / "found"),
+            "max_response_tokens": 156,
+            "max_sequences": 16,
+            "kv_cache_mib": 64,
+            "silent_s": 3.0,
+            "patience_s": 200.0,
+        },
+        "evaluation": {"max_response_tokens": 8},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    return folder
+
+
+def start_worker(folder, *options):
+    script = ROOT / "launch" / "rollout_worker.sh"
+    return subprocess.Popen(
+        ["bash", str(script), "--config", str(folder / "config.yaml"), *options],
+        env=ENVIRONMENT | {TOKEN_VARIABLE: TOKEN},
+        start_new_session=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def workers(folder):
+    """Two of them, each under the script that starts it again."""
+    scripts = [start_worker(folder) for _ in range(2)]
+    yield scripts
+    for script in scripts:
+        os.killpg(script.pid, signal.SIGKILL)
+        script.wait()
+
+
+@pytest.fixture
+def pool(folder, workers, tokenizer, monkeypatch):
+    with made_pool(folder, tokenizer, monkeypatch) as pool:
+        yield pool
+
+
+@contextmanager
+def made_pool(folder, tokenizer, monkeypatch, dtype="float32", **rollout):
+    monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
+    cfg = load_config(folder / "config.yaml")
+    served = identity(cfg, cfg.model.checkpoint, banned_token_ids(tokenizer, 512))
+    cfg_of_pool = cfg.rollout.model_copy(update=rollout)
+    pool = WorkerPool(cfg_of_pool, replace(served, dtype=dtype), torch.device("cpu"))
+    yield pool
+    pool.close()
+
+
+def hand_over(pool, weights, version, at_least=2):
+    members = pool.gather(at_least)
+    pool.start(members)
+    for layer in layers_of(weights):
+        pool.load(members, layer)
+    pool.settle()
+    pool.finish(members, version)
+    pool.enlist([m for m in members if m.address not in pool.failed], version)
+    return members
+
+
+def layers_of(weights):
+    """A layer's tensors come together."""
+    layers = {}
+    for name, tensor in weights.items():
+        layers.setdefault(name.rpartition(".")[0].rpartition(".")[0], []).append((name, tensor))
+    return layers.values()
+
+
+def process_of(address):
+    """The process that listens there."""
+    port = int(address.rpartition(":")[2])
+    (connection,) = [
+        c
+        for c in psutil.net_connections("tcp")
+        if c.status == psutil.CONN_LISTEN and c.laddr.port == port and c.pid
+    ]
+    return connection.pid
+
+
+def ask(pool, prompts, spec):
+    return pool.ask(prompts, [spec.of_prompt(index) for index in range(len(prompts))])
+
+
+def answered(pool, asked):
+    """Whether all are, when nobody is left to wait for."""
+    while not all(one.done for one in asked) and not pool.starved:
+        time.sleep(0.01)
+    return all(one.done for one in asked)
+
+
+def results(asked):
+    return [one.result() for one in asked]
+
+
+def tokens(groups):
+    return [[rollout.token_ids.tolist() for rollout in group] for group in groups]
+
+
+def test_workers_answer_as_an_engine_in_this_process(pool, engine, weights, make_prompt):
+    hand_over(pool, weights, version=1)
+    prompts = [make_prompt(seed) for seed in range(6)]
+    asked = ask(pool, prompts, SPEC)
+    assert answered(pool, asked)
+    groups, ours = results(asked), engine.generate(prompts, SPEC)
+    assert tokens(groups) == tokens(ours)
+    for group, own in zip(groups, ours, strict=True):
+        for rollout, expected in zip(group, own, strict=True):
+            assert (rollout.text, rollout.seed) == (expected.text, expected.seed)
+            gap = torch.tensor(rollout.logprobs) - torch.tensor(expected.logprobs)
+            assert gap.abs().max() < 1e-5
+    expected_sums = tensor_checksums(weights.items(), torch.float32)
+    assert list(pool.checksums().values()) == [expected_sums, expected_sums]
+
+
+@pytest.mark.parametrize("transport", ["shared_memory", "broadcast", "http"])
+def test_every_transport_brings_the_same_weights(
+    folder, workers, tokenizer, weights, monkeypatch, transport
+):
+    with made_pool(folder, tokenizer, monkeypatch, transport=transport) as pool:
+        for version in (1, 2):
+            changed = {name: tensor * (1 + version / 8) for name, tensor in weights.items()}
+            hand_over(pool, changed, version)
+            sums = tensor_checksums(changed.items(), torch.float32)
+            assert list(pool.checksums().values()) == [sums, sums]
+            assert not pool.failed
+
+
+def test_a_broadcast_that_loses_a_worker_goes_on_as_bytes(
+    folder, workers, tokenizer, weights, monkeypatch, capfd
+):
+    with made_pool(folder, tokenizer, monkeypatch, transport="broadcast") as pool:
+        members = pool.gather(2)
+        layers = list(layers_of(weights))
+        pool.start(members)
+        for layer in layers[:3]:
+            pool.load(members, layer)
+        pool.settle()
+        os.kill(process_of(members[0].address), signal.SIGKILL)
+        for layer in layers[3:]:
+            pool.load(members, layer)
+        pool.settle()
+        assert pool.failed == {members[0].address}
+        pool.finish(members, 3)
+        pool.enlist(members[1:], 3)
+        sums = tensor_checksums(weights.items(), torch.float32)
+        assert pool.checksums() == {members[1].address: sums}
+        assert "broadcast of weights given up, the rest goes by http" in capfd.readouterr().err
+        hand_over(pool, weights, version=4)  # with the one that is started again, by broadcast
+        assert list(pool.checksums().values()) == [sums, sums]
+        assert "given up" not in capfd.readouterr().err
+
+
+def test_a_group_that_comes_in_the_midst_of_an_update_waits_for_it(
+    pool, weights, make_prompt, capfd
+):
+    hand_over(pool, weights, version=1)
+    capfd.readouterr()
+    members, changed = pool.gather(2), {name: tensor * 1.05 for name, tensor in weights.items()}
+    pool.start(members)
+    during = ask(pool, [make_prompt(seed) for seed in range(6)], SPEC)
+    time.sleep(0.5)
+    for layer in layers_of(changed):
+        pool.load(members, layer)
+    pool.settle()
+    assert not any(one.done for one in during)
+    pool.finish(members, 2)
+    pool.enlist(members, 2)
+    assert answered(pool, during)
+    assert "lost" not in capfd.readouterr().err
+    assert {r.weight_version for group in results(during) for r in group} == {2}
+    after = ask(pool, [make_prompt(seed) for seed in range(6)], SPEC)
+    assert answered(pool, after)
+    assert tokens(results(during)) == tokens(results(after))
+
+
+def test_a_connection_may_be_idle_between_steps(pool):
+    """One that the worker closes as the trainer takes it up again makes a worker look lost."""
+    host, port = pool.gather(2)[0].address.split(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=10)
+    connection.auto_open = 0  # or it would connect anew
+    connection.connect()
+    for _ in range(2):
+        connection.request("GET", "/health", headers={"Authorization": f"Bearer {TOKEN}"})
+        assert connection.getresponse().read()
+        time.sleep(8)
+
+
+def test_a_bucket_that_is_cut_short_is_refused_and_another_may_come(pool, weights):
+    members = pool.gather(2)
+    writer = BucketWriter(torch.float32)
+    bucket = writer.write(weights.items())
+    contents = bytes(writer.contents(bucket))
+    with httpx.Client(trust_env=False, headers={"Authorization": f"Bearer {TOKEN}"}) as client:
+        for wrong in (contents[:-1], contents + b"!", b""):
+            body = framed(Load(bucket=bucket, follows=True)) + wrong
+            answer = client.post(f"http://{members[0].address}/weights/load", content=body)
+            assert answer.status_code == 422
+            assert answer.text == f"a bucket of {len(contents)} bytes came with {len(wrong)}"
+    hand_over(pool, weights, version=5)
+    sums = tensor_checksums(weights.items(), torch.float32)
+    assert list(pool.checksums().values()) == [sums, sums]
+
+
+def test_a_transport_that_does_not_lead_there_is_refused(
+    folder, workers, tokenizer, weights, monkeypatch
+):
+    with (
+        made_pool(folder, tokenizer, monkeypatch, transport="cuda_ipc") as pool,
+        pytest.raises(RolloutError, match=r"rollout.transport=cuda_ipc: the worker at 127.0.0.1:"),
+    ):
+        pool.takes_turns(pool.gather(1))
+
+
+def test_a_killed_worker_s_groups_go_to_the_other_and_it_comes_back(pool, weights, make_prompt):
+    members = hand_over(pool, weights, version=1)
+    prompts = [make_prompt(seed) for seed in range(8)]
+    undisturbed = ask(pool, prompts, LONG)
+    assert answered(pool, undisturbed)
+    asked = ask(pool, prompts, LONG)
+    time.sleep(0.3)
+    os.kill(process_of(members[0].address), signal.SIGKILL)
+    assert answered(pool, asked)
+    assert tokens(results(asked)) == tokens(results(undisturbed))  # each once, the same ones
+    changed = {name: tensor * 1.05 for name, tensor in weights.items()}
+    back = hand_over(pool, changed, version=2)
+    assert {m.instance for m in back}.isdisjoint({members[0].instance})
+    asked = ask(pool, prompts, SPEC)
+    assert answered(pool, asked)
+    assert {r.weight_version for group in results(asked) for r in group} == {2}
+
+
+def test_a_stopped_worker_is_lost_and_then_joins_again(pool, weights, make_prompt):
+    members = hand_over(pool, weights, version=3)
+    stopped = process_of(members[0].address)
+    asked = ask(pool, [make_prompt(seed) for seed in range(8)], LONG)
+    time.sleep(0.3)
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        assert answered(pool, asked)
+        versions = {r.weight_version for group in results(asked) for r in group}
+        assert versions == {3} and len(results(asked)) == 8
+    finally:
+        os.kill(stopped, signal.SIGCONT)
+    again = hand_over(pool, weights, version=4)
+    assert {m.address for m in again} == {m.address for m in members}
+
+
+def test_when_none_is_left_the_groups_wait_for_the_next_hand_over(pool, weights, make_prompt):
+    members = hand_over(pool, weights, version=5)
+    asked = ask(pool, [make_prompt(seed) for seed in range(4)], LONG)
+    for member in members:
+        os.kill(process_of(member.address), signal.SIGKILL)
+    assert not answered(pool, asked)
+    hand_over(pool, weights, version=5, at_least=1)
+    assert answered(pool, asked)
+    assert [len(group) for group in results(asked)] == [4] * 4
+
+
+def test_a_worker_without_the_weights_that_are_wanted_is_not_believed(pool, weights, make_prompt):
+    members = hand_over(pool, weights, version=6)
+    pool.enlist(members, version=7)  # as if they had taken part
+    asked = ask(pool, [make_prompt(0)], SPEC)
+    assert not answered(pool, asked)
+    hand_over(pool, weights, version=7)
+    assert answered(pool, asked)
+    assert {r.weight_version for r in results(asked)[0]} == {7}
+
+
+def test_garbage_is_noticed(folder, workers, tokenizer, weights, make_prompt, monkeypatch):
+    """One that is well in all but its answers stands before a worker."""
+    with made_pool(folder, tokenizer, monkeypatch) as pool:
+        real = pool.gather(2)[0].address
+    with (
+        liar_before(real) as address,
+        made_pool(folder, tokenizer, monkeypatch, rendezvous="", workers=[address, real]) as pool,
+    ):
+        hand_over(pool, weights, version=8)
+        asked = ask(pool, [make_prompt(seed) for seed in range(4)], SPEC)
+        assert answered(pool, asked)
+        assert len(results(asked)) == 4
+
+
+@contextmanager
+def liar_before(address):
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.responses import Response
+    from starlette.routing import Route
+
+    async def forward(request):
+        if request.url.path == "/generate":
+            return Response(b"\x93\x01\x02\x03")
+        if request.url.path.startswith("/weights"):
+            return Response(b"\xc0")  # the worker itself gets them directly
+        async with httpx.AsyncClient(trust_env=False, headers=dict(request.headers)) as client:
+            answer = await client.get(f"http://{address}{request.url.path}")
+        return Response(answer.content, answer.status_code)
+
+    routes = [Route("/{path:path}", forward, methods=["GET", "POST"])]
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(Starlette(routes=routes), log_level="error"))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
+    thread.start()
+    yield f"127.0.0.1:{listener.getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+
+
+def test_refusals(folder, pool, weights, tokenizer, make_prompt, monkeypatch):
+    hand_over(pool, weights, version=9)
+    with pytest.raises(RolloutError, match=r"clip_0: \d+ prompt tokens"):
+        ask(pool, [make_prompt(0)], replace(SPEC, max_tokens=250))
+    prompt = make_prompt(0)
+    prompt.token_ids[-1] += 1
+    asked = ask(pool, [prompt], SPEC)
+    assert answered(pool, asked)
+    with pytest.raises(RolloutError, match="clip_0: vLLM read"):
+        results(asked)
+    with (
+        made_pool(folder, tokenizer, monkeypatch, dtype="bfloat16") as other,
+        pytest.raises(RolloutError, match="serves dtype float32, the trainer bfloat16"),
+    ):
+        other.gather(1)
+    with (
+        made_pool(folder, tokenizer, monkeypatch, patience_s=1.0) as other,
+        pytest.raises(RolloutError, match=r"2 of at least 3 rollout workers came within"),
+    ):
+        other.gather(3)
+    address = pool.gather(1)[0].address
+    for headers in ({}, {"Authorization": "Bearer guess"}):
+        answer = httpx.get(f"http://{address}/health", trust_env=False, headers=headers)
+        assert (answer.status_code, answer.text) == (401, "The worker asks for its token.")
+
+
+def test_a_worker_open_to_other_machines_wants_a_token(folder):
+    done = subprocess.run(
+        ["bash", "launch/rollout_worker.sh", "--config", folder / "config.yaml", "--host", "::"],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "error: --host :: is open to other machines: set MEGATRON_VRL_ROLLOUT_TOKEN" in (
+        done.stderr
+    )

@@ -1,0 +1,75 @@
+"""Lines in frames: read as written, by others too; torn, damaged and cut."""
+
+import os
+
+import pytest
+import zstandard
+
+from megatron_vrl.errors import DataError
+from megatron_vrl.storage import compressed
+from megatron_vrl.storage.compressed import FrameFile, frames, keep_frames, read_frame
+
+STEPS = [[b"1", b"one"], [b"2"], [b"3", os.urandom(3000).hex().encode()]]
+
+
+@pytest.fixture(params=[64, 1 << 20], ids=["small chunks", "large chunks"])
+def path(tmp_path, monkeypatch, request):
+    monkeypatch.setattr(compressed, "CHUNK_BYTES", request.param)
+    path = tmp_path / "folder" / "rows.jsonl.zst"
+    file = FrameFile(path)
+    for lines in STEPS:
+        file.append(lines)
+    file.close()
+    return path
+
+
+def lines_of(path) -> list[list[bytes]]:
+    return [frame.content.splitlines() for frame in frames(path)]
+
+
+def test_frames_are_read_as_they_were_written(path):
+    assert lines_of(path) == STEPS
+    for frame in frames(path):
+        assert read_frame(path, frame.begin) == frame.content
+    assert frame.end == path.stat().st_size
+
+
+def test_every_reader_of_zstandard_sees_one_stream_of_lines(path):
+    with path.open("rb") as file:
+        reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+        assert reader.read().splitlines() == [line for lines in STEPS for line in lines]
+
+
+def test_a_torn_frame_is_left_out_wherever_it_is_torn(path):
+    whole, ends = path.read_bytes(), [frame.end for frame in frames(path)]
+    for size in [*range(ends[1] + 40), len(whole) - 1]:
+        path.write_bytes(whole[:size])
+        said: list[str] = []
+        num_whole = sum(end <= size for end in ends)
+        assert [f.content.splitlines() for f in frames(path, said.append)] == STEPS[:num_whole]
+        torn = size - max([0, *(end for end in ends if end <= size)])
+        assert said == [f"{path} ends in a torn frame: its last {torn} bytes are left out."] * (
+            torn > 0
+        )
+
+
+def test_a_file_that_is_cut_grows_again(path):
+    with path.open("ab") as file:
+        file.write(path.read_bytes()[:9])
+    keep_frames(path, lambda content: content[:1] < b"3")
+    assert lines_of(path) == STEPS[:2]
+    file = FrameFile(path)
+    file.append([b"again"])
+    file.close()
+    assert lines_of(path) == [*STEPS[:2], [b"again"]]
+
+
+def test_a_changed_byte_is_named(path):
+    whole = bytearray(path.read_bytes())
+    _, _, last = frames(path)
+    whole[last.begin + 40] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(DataError, match=f"damaged at byte {last.begin}"):
+        list(frames(path))
+    with pytest.raises(DataError, match=f"damaged at byte {last.begin}"):
+        read_frame(path, last.begin)

@@ -1,0 +1,50 @@
+"""Bad videos: replaced by the next samples, the same on all ranks and after a restart."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.running import ROOT, run_python
+from tests.trainer.dataloader_worker import BAD, NUM_FILES, check
+from tests.video.conftest import write_clip
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> Path:
+    sys.path.append(str(ROOT / "tools"))
+    import make_tiny_model
+
+    directory = tmp_path_factory.mktemp("draw") / "hf"
+    make_tiny_model.main(["--out", str(directory)])
+    return directory
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Twenty clips, of which one is missing, two are empty and one leads to another folder."""
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    write_clip(str(tmp_path / "source.mp4"), num_frames=8, size=(56, 56))
+    for number in range(NUM_FILES):
+        shutil.copy(tmp_path / "source.mp4", folder / f"{number}.mp4")
+    missing, *empty, outside = sorted(BAD)
+    (folder / f"{missing}.mp4").unlink()
+    for number in empty:
+        (folder / f"{number}.mp4").write_bytes(b"")
+    (folder / f"{outside}.mp4").unlink()
+    (folder / f"{outside}.mp4").symlink_to(tmp_path / "source.mp4")
+    return folder
+
+
+def test_bad_videos_are_replaced_in_order(folder, published):
+    check(folder, published)
+
+
+@pytest.mark.slow
+def test_two_ranks_replace_alike(folder, published):
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+    done = run_python(*launch, "-m", "tests.trainer.dataloader_main", folder, published)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("in step") == 2
