@@ -1,7 +1,8 @@
 """Composition root: names in the config -> concrete parts. Nothing else picks classes.
 
-`Parts` is what the loops work with. Its helpers hide which rank does what: a step's samples are
-dealt over all ranks for decoding and rollout, and each model replica ends up with its own share.
+`RunContext` is what the loops work with. Its helpers hide which rank does what: a step's samples
+are dealt over all ranks for decoding and rollout, and each model replica ends up with its own
+share.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ import torch
 
 from megatron_vrl.checkpoint.checkpoint import load_weights
 from megatron_vrl.checkpoint.hf_export import WeightExport
-from megatron_vrl.checkpoint.layout import published_files
+from megatron_vrl.checkpoint.layout import hf_dir_of
 from megatron_vrl.checkpoint.saver import Saver
 from megatron_vrl.config import RunConfig, Source, check_batches
 from megatron_vrl.config.inference import inference_files
@@ -27,14 +28,14 @@ from megatron_vrl.models.pipeline_split import check_divides
 from megatron_vrl.models.precision import DTYPES
 from megatron_vrl.models.vocabulary import check_tokenizer
 from megatron_vrl.observe.clock import Clock
-from megatron_vrl.observe.profiler import Traces
-from megatron_vrl.parallel.mesh import Mesh, agreed, gather_objects, init_mesh
+from megatron_vrl.observe.profiler import StepProfiler
+from megatron_vrl.parallel.mesh import Mesh, gather_objects, init_mesh, raise_on_all_ranks
 from megatron_vrl.policy.policy import Policy
-from megatron_vrl.policy.vision_cache import Eyes, look_across
-from megatron_vrl.rewards.manager import Judge
-from megatron_vrl.rollout.manager import Engine, Rollouts
-from megatron_vrl.rollout.replay import Stored, StoredFiles
-from megatron_vrl.rollout.vllm.in_process import Colocated
+from megatron_vrl.policy.vision_cache import VisionEmbeddingCache, embed_across_ranks
+from megatron_vrl.rewards.manager import RewardManager
+from megatron_vrl.rollout.manager import Engine, RolloutManager
+from megatron_vrl.rollout.replay import ReplayEngine, ReplayFiles
+from megatron_vrl.rollout.vllm.in_process import InProcessEngine
 from megatron_vrl.rollout.vllm.special_tokens import banned_token_ids
 from megatron_vrl.rollout.vllm.start import identity, start_engine
 from megatron_vrl.rollout.workers.pool import WorkerPool
@@ -45,20 +46,20 @@ Item = TypeVar("Item")
 
 
 @dataclass(slots=True, kw_only=True)
-class Parts:
+class RunContext:
     cfg: RunConfig
     mesh: Mesh
     clock: Clock
-    traced: Traces  # around a step
+    profiler: StepProfiler  # around a step
     arch: Architecture
     policy: Policy
     saver: Saver
-    rollouts: Rollouts
-    judge: Judge
+    rollout_manager: RolloutManager
+    reward_manager: RewardManager
     reader: VideoReader
     encoder: PromptEncoder
     look: Callable[[Sequence[Prompt]], list[Prompt]]  # at the videos, where their tokens are kept
-    published_dir: Path  # config, tokenizer and processor files of the checkpoint
+    hf_dir: Path  # config, tokenizer and processor files of the checkpoint
 
     def replica_share(self, items: Sequence[Item]) -> list[Item]:
         """The items of this rank's model replica."""
@@ -74,20 +75,20 @@ class Parts:
 
     def samples(self, sources: Sequence[Source]) -> list[VideoSample]:
         """Read annotation files; every rank calls it and gets the same samples."""
-        with agreed(self.mesh):
+        with raise_on_all_ranks(self.mesh):
             return load(sources, self.cfg.run.seed, self.reader.duration_s)
 
     def pool(self, sources: Sequence[Source]) -> Pool:
         """What to draw training samples from; every rank calls it."""
-        with agreed(self.mesh):
+        with raise_on_all_ranks(self.mesh):
             return open_pool(sources, self.cfg.run.seed, self.reader.duration_s)
 
     def encode(self, samples: Sequence[VideoSample]) -> list[Prompt | VideoError]:
         """Decode and tokenise; every rank calls it, each with its own samples. An error stands for
         a video that cannot be read."""
         made: list[Prompt | VideoError] = []
-        with agreed(self.mesh):
-            videos = self.reader.encode([sample.footage for sample in samples])
+        with raise_on_all_ranks(self.mesh):
+            videos = self.reader.encode([sample.clip for sample in samples])
             for sample, video in zip(samples, videos, strict=True):
                 if isinstance(video, VideoError):
                     made.append(video)
@@ -113,44 +114,40 @@ def vision_tokens(arch: Architecture) -> VisionTokens:
 
 
 def prompt_encoder(
-    published_dir: Path,
+    hf_dir: Path,
     arch: Architecture,
     system_prompt: str,
     max_tokens: int,
-    wording: Literal["default", "seed"] = "default",
+    wording: Literal["default", "temporal_r1"] = "default",
 ) -> PromptEncoder:
     """Return the encoder of a checkpoint.
 
     Raises CheckpointError if its tokenizer does not load or has tokens without an embedding.
     """
-    encoder = PromptEncoder(published_dir, vision_tokens(arch), system_prompt, max_tokens, wording)
-    check_tokenizer(encoder.tokenizer, arch, published_dir)
+    encoder = PromptEncoder(hf_dir, vision_tokens(arch), system_prompt, max_tokens, wording)
+    check_tokenizer(encoder.tokenizer, arch, hf_dir)
     return encoder
 
 
 def _colocated(
-    cfg: RunConfig, published_dir: Path, banned: tuple[int, ...], device: torch.device
+    cfg: RunConfig, hf_dir: Path, banned: tuple[int, ...], device: torch.device
 ) -> Engine:
-    return Colocated(start_engine(cfg, published_dir))
+    return InProcessEngine(start_engine(cfg, hf_dir))
 
 
-def _workers(
-    cfg: RunConfig, published_dir: Path, banned: tuple[int, ...], device: torch.device
-) -> Engine:
-    return WorkerPool(cfg.rollout, identity(cfg, published_dir, banned), device)
+def _workers(cfg: RunConfig, hf_dir: Path, banned: tuple[int, ...], device: torch.device) -> Engine:
+    return WorkerPool(cfg.rollout, identity(cfg, hf_dir, banned), device)
 
 
-def _stored(
-    cfg: RunConfig, published_dir: Path, banned: tuple[int, ...], device: torch.device
-) -> Engine:
-    files = StoredFiles(cfg.rollout.stored, loud=torch.distributed.get_rank() == 0)
-    return Stored(files, weighed=cfg.algorithm.importance != "none")
+def _replay(cfg: RunConfig, hf_dir: Path, banned: tuple[int, ...], device: torch.device) -> Engine:
+    files = ReplayFiles(cfg.rollout.replay_dir, loud=torch.distributed.get_rank() == 0)
+    return ReplayEngine(files, weighed=cfg.algorithm.rollout_is != "none")
 
 
 ENGINES: dict[str, Callable[[RunConfig, Path, tuple[int, ...], torch.device], Engine]] = {
     "colocated": _colocated,
     "workers": _workers,
-    "stored": _stored,
+    "replay": _replay,
 }
 
 
@@ -158,21 +155,21 @@ def _look(cfg: RunConfig, policy: Policy) -> Callable[[Sequence[Prompt]], list[P
     if cfg.rollout.visual_input == "pixels":
         return list
     first = policy.mesh.pipeline.rank == 0
-    eyes = Eyes(policy, cfg.rollout.embeddings_mib) if first else None
-    return partial(look_across, eyes, policy.mesh)
+    eyes = VisionEmbeddingCache(policy, cfg.rollout.embedding_cache_mib) if first else None
+    return partial(embed_across_ranks, eyes, policy.mesh)
 
 
-def build(cfg: RunConfig) -> Parts:
+def build(cfg: RunConfig) -> RunContext:
     """Join the other ranks and build everything. Raises UserError on every rank alike."""
-    published_dir = published_files(cfg.model.checkpoint)
-    arch = read_architecture(published_dir)
+    hf_dir = hf_dir_of(cfg.model.checkpoint)
+    arch = read_architecture(hf_dir)
     check_divides(arch, cfg.model, cfg.parallel)
     mesh = init_mesh(cfg.parallel, cfg.run.seed)
     check_batches(cfg, mesh.data.size)
-    with agreed(mesh):
-        judge = Judge(cfg.rewards)
+    with raise_on_all_ranks(mesh):
+        reward_manager = RewardManager(cfg.rewards)
         encoder = prompt_encoder(
-            published_dir,
+            hf_dir,
             arch,
             cfg.data.system_prompt,
             cfg.data.max_prompt_tokens,
@@ -183,32 +180,32 @@ def build(cfg: RunConfig) -> Parts:
     load_weights(cfg.model.checkpoint, policy)
     banned = banned_token_ids(encoder.tokenizer, arch.vocab)
     dtype = DTYPES[cfg.model.dtype]
-    return Parts(
+    return RunContext(
         cfg=cfg,
         mesh=mesh,
         clock=Clock(),
-        traced=Traces(Path(cfg.run.out_dir), cfg.observe, mesh.rank),
+        profiler=StepProfiler(Path(cfg.run.out_dir), cfg.observe, mesh.rank),
         arch=arch,
         policy=policy,
         saver=Saver(
             Path(cfg.run.out_dir) / "checkpoints",
             policy,
-            published_dir,
+            hf_dir,
             keep=cfg.checkpoint.keep,
             asynchronous=cfg.checkpoint.asynchronous,
             files=inference_files(cfg),
         ),
-        rollouts=Rollouts(
+        rollout_manager=RolloutManager(
             cfg.rollout,
             mesh,
-            ENGINES[cfg.rollout.engine](cfg, published_dir, banned, mesh.device),
+            ENGINES[cfg.rollout.placement](cfg, hf_dir, banned, mesh.device),
             WeightExport(policy.chunks, dtype),
             dtype,
             banned,
         ),
-        judge=judge,
+        reward_manager=reward_manager,
         reader=VideoReader(cfg.video),
         encoder=encoder,
         look=_look(cfg, policy),
-        published_dir=published_dir,
+        hf_dir=hf_dir,
     )

@@ -24,7 +24,7 @@ STRUCTURE_TOKENS = (  # of Qwen2.5-VL: special even where a tokenizer's files do
 )
 
 
-class Footage(NamedTuple):
+class VideoClip(NamedTuple):
     """What is to be decoded: a whole file or a window of it."""
 
     path: str
@@ -55,8 +55,8 @@ class VideoSample:
     labels: tuple[str, ...] = ()  # "kind/name" groups that an evaluation reports apart
 
     @property
-    def footage(self) -> Footage:
-        return Footage(self.video, self.window_s, self.folder)
+    def clip(self) -> VideoClip:
+        return VideoClip(self.video, self.window_s, self.folder)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from megatron_vrl.checkpoint.hf_reader import PublishedCheckpoint
+from megatron_vrl.checkpoint.hf_reader import HFCheckpoint
 from megatron_vrl.config import (
     Model,
     Parallel,
@@ -32,7 +32,7 @@ from megatron_vrl.models.precision import check_available
 from megatron_vrl.rewards import weights_of
 from megatron_vrl.trainer.state import RunState
 from tests.running import CONFIG, ENVIRONMENT, ROOT, run_python, train_command
-from tests.tiny_models import published_model, save
+from tests.tiny_models import hf_model, save
 
 SHORT = ("sft.steps=0", "grpo.steps=3", "grpo.evaluate_every=0", "rollout.prompts_per_step=2")
 FAST = ("rollout.group_size=2", "video.decoder=pyav")
@@ -178,7 +178,7 @@ finally:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return save(published_model(), tmp_path_factory.mktemp("errors") / "hf")
+    return save(hf_model(), tmp_path_factory.mktemp("errors") / "hf")
 
 
 @pytest.fixture(scope="module")
@@ -224,9 +224,9 @@ def test_sizes_that_do_not_divide(checkpoint, layout, sentence):
             "model.layers=megatron and model.fp8=none.",
         ),
         (
-            {"layers": "rounded", "fp8": "current"},
-            "model.layers=rounded with model.fp8=current and parallel.tensor=2: it rounds to FP8 "
-            "on one tensor rank; set model.fp8 and parallel.tensor=1.",
+            {"layers": "fp8_emulated", "fp8": "current"},
+            "model.layers=fp8_emulated with model.fp8=current and parallel.tensor=2: it rounds to "
+            "FP8 on one tensor rank; set model.fp8 and parallel.tensor=1.",
         ),
         (
             {"fp8": "delayed"},
@@ -259,23 +259,23 @@ def test_checkpoints_that_are_not_there_or_of_another_model(checkpoint, tmp_path
 
 def test_missing_and_damaged_shards(tmp_path):
     directory = tmp_path / "sharded"
-    published_model().save_pretrained(directory, max_shard_size="200KB")
+    hf_model().save_pretrained(directory, max_shard_size="200KB")
     arch = read_architecture(directory)
     shards = sorted(directory.glob("*.safetensors"))
     assert len(shards) > 2
-    whole = PublishedCheckpoint(directory, arch)
+    whole = HFCheckpoint(directory, arch)
     with pytest.raises(CheckpointError, match=r"lacks the tensor visual\.nothing"):
         whole.tensor("visual.nothing")
     aside = shards[1].rename(tmp_path / "aside")
     with pytest.raises(CheckpointError, match=f"lacks its shard {shards[1].name}"):
-        PublishedCheckpoint(directory, arch)
+        HFCheckpoint(directory, arch)
     shards[1].write_bytes(b"not safetensors")
     with pytest.raises(CheckpointError, match=f"{shards[1].name} is damaged"):
-        PublishedCheckpoint(directory, arch)
+        HFCheckpoint(directory, arch)
     aside.rename(shards[1])
     (directory / "model.safetensors.index.json").unlink()
     with pytest.raises(CheckpointError, match=r"but no model\.safetensors, and no model"):
-        PublishedCheckpoint(directory, arch)
+        HFCheckpoint(directory, arch)
 
 
 # ---- a run that was stopped
@@ -316,12 +316,12 @@ def test_vanished_video_stops_a_strict_run_and_is_replaced_in_another(copy):
 
     aside = copy / "aside.mp4"
     video.rename(aside)
-    done = run_in(copy, "video.max_bad_share=0")
+    done = run_in(copy, "video.max_bad_fraction=0")
     assert done.stderr.count("nothing was learned") == 1  # a fresh model: said of the first step
     assert sentence_of(done) == (
-        "error: 1 of the 6 samples drawn have bad videos, over video.max_bad_share=0.0: 1 missing "
-        f"(first {order[5].video}); see quarantine.jsonl, check the data with tools/check_data.py, "
-        "or raise the limit."
+        "error: 1 of the 6 samples drawn have bad videos, over video.max_bad_fraction=0.0: 1 "
+        f"missing (first {order[5].video}); see quarantine.jsonl, check the data with "
+        "tools/check_data.py, or raise the limit."
     )
     rows = (run / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows if '"phase": "grpo"' in row] == [1, 2]
@@ -408,7 +408,7 @@ def test_a_folder_without_the_videos_is_one_sentence_while_a_checkpoint_is_writt
     train = json.dumps([source | {"data_folder": "nowhere"} for source in sources])
     done = run_in(copy, "data.evaluation={}", f"data.train={train}", "observe.wandb=offline")
     line = sentence_of(done)
-    assert "samples drawn have bad videos, over video.max_bad_share" in line
+    assert "samples drawn have bad videos, over video.max_bad_fraction" in line
     assert done.stderr.splitlines()[-1] == line
     said = [line for line in done.stderr.splitlines() if line.startswith("Quarantined ")]
     assert "nowhere" in said[0] and len(said) == len(set(said)) <= 50

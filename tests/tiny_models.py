@@ -16,7 +16,7 @@ declare_missing_ops()
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration  # noqa: E402
 
 
-def published_model(
+def hf_model(
     *, tied: bool = False, kv_heads: int = 2, vocab: int = 96, seed: int = 0, hidden: int = 64
 ) -> Qwen2_5_VLForConditionalGeneration:
     config = Qwen2_5_VLConfig(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vrl.errors import ConfigError, VideoError
-from megatron_vrl.observe.silence_logs import hush_libraries
+from megatron_vrl.observe.silence_logs import silence_libraries
 from megatron_vrl.process.entry import OverrideParser, run_program
 from megatron_vrl.tasks import TASKS
 
@@ -53,7 +53,7 @@ def _ask(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         raise ConfigError(f"--strip {arguments.strip} is no picture; name a .png file.")
     if "://" not in arguments.video and not Path(arguments.video).is_file():
         raise VideoError(f"--video {arguments.video} is not a file: correct it.", "missing")
-    hush_libraries()
+    silence_libraries()
     from megatron_vrl.evaluation.ask import Question, ask, told
     from megatron_vrl.evaluation.generate import inference_config
 

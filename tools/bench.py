@@ -20,10 +20,10 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from megatron_vrl.observe.silence_logs import hush_libraries
+from megatron_vrl.observe.silence_logs import silence_libraries
 from megatron_vrl.process.entry import run_program
 
-hush_libraries()  # some benches load them at once
+silence_libraries()  # some benches load them at once
 from benches import convert, decode, generate, head, step, sync, update  # noqa: E402
 
 BENCHES = {

@@ -28,14 +28,14 @@ def main() -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
     arguments = parser.parse_args()
-    from megatron_vrl.checkpoint.convert import compare, convert_to_megatron, convert_to_published
+    from megatron_vrl.checkpoint.convert import compare, convert_to_hf, convert_to_megatron
 
     source, target = arguments.source, arguments.target
     if arguments.direction == "verify":
         print(f"{compare(source, target)} tensors are bit-equal")
         return
     to_megatron = arguments.direction == "hf-to-megatron"
-    arch = (convert_to_megatron if to_megatron else convert_to_published)(source, target)
+    arch = (convert_to_megatron if to_megatron else convert_to_hf)(source, target)
     print(f"{target}: {arch.num_parameters:,} parameters")
 
 

@@ -14,14 +14,14 @@ A checkpoint, Hugging Face or Megatron, answers greedily on vLLM. --plain asks i
 thinking. The export of a run is asked as the run asked (its inference.yaml). --config takes the
 sections video, data and rollout of a run's configuration; overrides come after it. A run that was
 stopped goes on when the same command is given again, and asks again where a video could not be read
-and now can. --protocol seed asks and reads as the released
+and now can. --protocol temporal_r1 asks and reads as the released
 evaluation of Temporal-R1 does.
 
 Writes items.jsonl (a record of every question), summary.json and, with a checkpoint,
 predictions.jsonl into --out, by default runs/evaluation/NAME-WHAT. Prints a table in percent with
 95 % bootstrap intervals; --json prints summary.json (shares) instead. Exit code 1: the table is
-printed, but more than video.max_bad_share of the questions have a video that cannot be read; 2: a
-mistake, in one sentence.
+printed, but more than video.max_bad_fraction of the questions have a video that cannot be read; 2:
+a mistake, in one sentence.
 """
 
 import argparse
@@ -40,8 +40,8 @@ from megatron_vrl.evaluation.benchmark import (
 )
 from megatron_vrl.evaluation.protocols import BENCHMARKS
 from megatron_vrl.observe.progress import say
-from megatron_vrl.observe.silence_logs import hush_libraries
-from megatron_vrl.process.entry import OverrideParser, run_program
+from megatron_vrl.observe.silence_logs import silence_libraries
+from megatron_vrl.process.entry import OverrideParser, protocol_name, run_program
 from megatron_vrl.types import VideoSample
 
 
@@ -54,7 +54,9 @@ def main() -> int:
     parser.add_argument("--videos", default="", metavar="DIR")
     parser.add_argument("--checkpoint", default="", metavar="DIR")
     parser.add_argument("--predictions", default="", metavar="FILE")
-    parser.add_argument("--protocol", default="strict", choices=["strict", "seed"])
+    parser.add_argument(
+        "--protocol", default="strict", type=protocol_name, choices=["strict", "temporal_r1"]
+    )
     parser.add_argument("--plain", action="store_true", help="ask for answers without thinking")
     parser.add_argument("--config", default="", metavar="FILE", help="YAML of a run")
     parser.add_argument("--out", default="", metavar="DIR")
@@ -100,23 +102,23 @@ def _predict(
     arguments: argparse.Namespace, samples: list[VideoSample], out: Path
 ) -> tuple[list[Prediction], str]:
     """Return the predictions, and a sentence if too many videos cannot be read."""
-    hush_libraries()
+    silence_libraries()
     from megatron_vrl.evaluation.generate import inference_config
-    from megatron_vrl.evaluation.predict import SEED_DEFAULTS, predict, too_many_bad
+    from megatron_vrl.evaluation.predict import TEMPORAL_R1_DEFAULTS, predict, too_many_bad
 
     plain = ["data.system_prompt=answer"] if arguments.plain else []
     cfg = inference_config(
         arguments.checkpoint,
         [*plain, *arguments.overrides],
         arguments.config,
-        SEED_DEFAULTS if arguments.protocol == "seed" else {},
+        TEMPORAL_R1_DEFAULTS if arguments.protocol == "temporal_r1" else {},
     )
     settings = {name: vars(arguments)[name] for name in ("benchmark", "annotations", "protocol")}
     remote = "://" in arguments.videos
     settings["videos"] = arguments.videos if remote else str(Path(arguments.videos).resolve())
     predictions = predict(cfg, samples, out, settings)
     bad = [one.problem for one in predictions if one.problem]
-    return predictions, too_many_bad(bad, len(samples), cfg.video.max_bad_share)
+    return predictions, too_many_bad(bad, len(samples), cfg.video.max_bad_fraction)
 
 
 if __name__ == "__main__":

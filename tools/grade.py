@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Grade stored responses: JSON lines in, JSON lines out, one for one and in order.
 
-    grade.py --task T [--mode strict|seed] [rewards.KEY=VALUE ...] < responses.jsonl > scores.jsonl
+    grade.py --task T [--mode strict|temporal_r1] [rewards.KEY=VALUE ...] < responses.jsonl > scores.jsonl
 
 A line in has the fields its task needs (others are passed over, blank lines are skipped):
 
@@ -31,7 +31,7 @@ from megatron_vrl.config import Rewards, Section
 from megatron_vrl.config.loader import overridden
 from megatron_vrl.errors import DataError
 from megatron_vrl.evaluation.grading import Grader
-from megatron_vrl.process.entry import OverrideParser, run_program
+from megatron_vrl.process.entry import OverrideParser, protocol_name, run_program
 from megatron_vrl.rewards import weights_of
 from megatron_vrl.tasks import TASKS
 
@@ -45,7 +45,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--task", required=True, choices=list(TASKS))
-    parser.add_argument("--mode", default="strict", choices=["strict", "seed"])
+    parser.add_argument(
+        "--mode", default="strict", type=protocol_name, choices=["strict", "temporal_r1"]
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
     rewards = overridden(GradeConfig, {}, arguments.overrides, "command line").rewards

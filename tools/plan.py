@@ -93,10 +93,10 @@ def _search(arguments: argparse.Namespace, cfg: RunConfig) -> tuple[dict[str, An
 
 
 def _architecture(cfg: RunConfig) -> Any:
-    from megatron_vrl.checkpoint.layout import published_files
+    from megatron_vrl.checkpoint.layout import hf_dir_of
     from megatron_vrl.models.architecture import read_architecture
 
-    checkpoint = published_files(cfg.model.checkpoint)
+    checkpoint = hf_dir_of(cfg.model.checkpoint)
     if (checkpoint / "config.json").exists() or not cfg.model.architecture:
         return read_architecture(checkpoint)
     return read_architecture(Path(cfg.model.architecture))

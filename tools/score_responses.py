@@ -38,7 +38,7 @@ import argparse
 import os
 from pathlib import Path
 
-from megatron_vrl.observe.silence_logs import hush_libraries
+from megatron_vrl.observe.silence_logs import silence_libraries
 from megatron_vrl.process.entry import OverrideParser, run_program
 
 
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="JSON lines")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
-    hush_libraries()
+    silence_libraries()
     from megatron_vrl.evaluation.logprobs import score_config, score_file
 
     cfg = score_config(arguments.checkpoint, arguments.overrides)

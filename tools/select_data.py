@@ -10,10 +10,10 @@ POOL is a YAML file with `datasets`, a list of sources; without it the pool is t
 Train on what was kept with data.selection=DIR/kept.jsonl.
 
 DIR/answers-*.jsonl keep every raw answer. The same command goes on where it was stopped; when all
-answers are there, and with --rules-only, it applies the rules of section `selection` (and
-rewards' weights) anew without inference. --share 0/4 answers a quarter of the pool, so that four
-processes can share it; then call once with --rules-only. docs/selection.md has the rules. Exit code
-1: everything is written, but more than video.max_bad_share of the samples have a video that cannot
+answers are there, and with --rules-only, it applies the rules of section `selection` (and rewards'
+weights) anew without inference. --share 0/4 answers a quarter of the pool, so that four processes
+can share it; then call once with --rules-only. docs/selection.md has the rules. Exit code 1:
+everything is written, but more than video.max_bad_fraction of the samples have a video that cannot
 be read; 2: a mistake, in one sentence.
 """
 
@@ -24,7 +24,7 @@ from pathlib import Path
 
 from megatron_vrl.config import load_config
 from megatron_vrl.errors import ConfigError
-from megatron_vrl.observe.silence_logs import hush_libraries
+from megatron_vrl.observe.silence_logs import silence_libraries
 from megatron_vrl.process.entry import OverrideParser, run_program
 
 
@@ -48,7 +48,7 @@ def _select(arguments: argparse.Namespace) -> int:
     pool_override = [f"data.train={json.dumps(arguments.pool)}"] if arguments.pool else []
     cfg = load_config(arguments.config, [*arguments.overrides, *pool_override])
     share = _share(arguments.share)
-    hush_libraries()
+    silence_libraries()
     from megatron_vrl.evaluation.predict import too_many_bad
     from megatron_vrl.selection.rules import UNDECODABLE
     from megatron_vrl.selection.select import apply_rules, collect_answers, pool
@@ -62,7 +62,7 @@ def _select(arguments: argparse.Namespace) -> int:
     chosen = apply_rules(cfg, samples, arguments.out)
     kept = sum(found.verdict == "kept" for found in chosen)
     bad = [found.id for found in chosen if found.verdict == UNDECODABLE]
-    complaint = too_many_bad(bad, len(chosen), cfg.video.max_bad_share)
+    complaint = too_many_bad(bad, len(chosen), cfg.video.max_bad_fraction)
     if complaint:
         print(f"error: {complaint}", file=sys.stderr)
     print(f"{arguments.out}: kept {kept} of {len(chosen)} samples; see report.html")

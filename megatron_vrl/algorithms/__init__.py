@@ -26,9 +26,9 @@ from megatron_vrl.algorithms import (
 )
 from megatron_vrl.algorithms.combine import Part
 from megatron_vrl.algorithms.dapo import overlong_penalty
-from megatron_vrl.algorithms.groups import teaches
-from megatron_vrl.algorithms.importance import importance_weight
+from megatron_vrl.algorithms.groups import has_signal
 from megatron_vrl.algorithms.kl import kl_penalty
+from megatron_vrl.algorithms.rollout_correction import rollout_is_weight
 from megatron_vrl.algorithms.tokens import Tokens, local_sequence_sum
 
 __all__ = [
@@ -37,11 +37,11 @@ __all__ = [
     "Part",
     "Tokens",
     "advantages",
-    "importance_weight",
+    "has_signal",
     "kl_penalty",
     "local_sequence_sum",
     "overlong_penalty",
-    "teaches",
+    "rollout_is_weight",
     "token_loss",
 ]
 
@@ -92,10 +92,10 @@ def token_loss(tokens: Tokens, cfg: config.Algorithm) -> tuple[Tensor, dict[str,
     meant, or its maximum if its name ends in "_max".
     """
     loss, metrics = ALGORITHMS[cfg.name].policy_loss(tokens, cfg)
-    if cfg.importance != "none":
-        weight, cut = importance_weight(tokens, cfg)
+    if cfg.rollout_is != "none":
+        weight, cut = rollout_is_weight(tokens, cfg)
         loss = loss * weight
-        metrics |= {"importance_weight": weight, "importance_cut": cut}
+        metrics |= {"rollout_is_weight": weight, "rollout_is_cut": cut}
     logprob = tokens.logprob.detach()
     gap = (tokens.old_logprob - tokens.engine_logprob).abs()  # of one and the same policy
     metrics |= {"policy_loss": loss.detach(), "entropy": tokens.entropy.detach()}

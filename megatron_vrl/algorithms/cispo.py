@@ -7,8 +7,8 @@ does. Advantage: GRPO's. Token mean over the step.
 The paper has no lower bound (`clip: 1`) and does not say its upper one; a weight of at most 5 is
 what TRL gives for ScaleRL (arXiv 2510.13786). The value of this loss is -A r log-prob and not -A r
 as in the others; only gradients compare. Left out: ScaleRL's deviation over the whole batch and its
-mean over prompts. The paper also refills (`refill_rounds`) and punishes length (`overlong_buffer`)
-as DAPO does; both stay with the user.
+mean over prompts. The paper also refills (`dynamic_sampling_rounds`) and punishes length
+(`overlong_buffer`) as DAPO does; both stay with the user.
 """
 
 from torch import Tensor

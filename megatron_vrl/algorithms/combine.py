@@ -22,15 +22,15 @@ class Part(NamedTuple):
     weight: float
 
 
-Parts = Mapping[str, Part]  # of one group; its task decides which there are
+RunContext = Mapping[str, Part]  # of one group; its task decides which there are
 
 
-def sum_then_normalise(groups: Sequence[Parts], rule: Advantages) -> list[Rewards]:
+def sum_then_normalise(groups: Sequence[RunContext], rule: Advantages) -> list[Rewards]:
     """Advantages [n] of every group's weighted sum of parts."""
     return rule([_sum([part.weight * part.values for part in parts.values()]) for parts in groups])
 
 
-def normalise_then_sum(groups: Sequence[Parts], rule: Advantages) -> list[Rewards]:
+def normalise_then_sum(groups: Sequence[RunContext], rule: Advantages) -> list[Rewards]:
     """Weighted sums of the parts' advantages; a part's rule sees the groups that have it."""
     terms: list[list[Rewards]] = [[] for _ in groups]
     for name in dict.fromkeys(name for parts in groups for name in parts):
@@ -41,7 +41,7 @@ def normalise_then_sum(groups: Sequence[Parts], rule: Advantages) -> list[Reward
     return [_sum(term) for term in terms]
 
 
-def check_finite(groups: Sequence[Parts]) -> None:
+def check_finite(groups: Sequence[RunContext]) -> None:
     """Raises ValueError for a reward that is no number."""
     for parts in groups:
         for name, part in parts.items():

@@ -26,6 +26,6 @@ def centred(rewards: Rewards) -> Rewards:
     return rewards - rewards.mean()
 
 
-def teaches(advantages: Rewards) -> bool:
+def has_signal(advantages: Rewards) -> bool:
     """Whether a group has a policy gradient."""
     return bool(np.any(advantages != 0.0))

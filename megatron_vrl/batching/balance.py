@@ -13,7 +13,7 @@ from collections.abc import Sequence
 Bins = list[list[int]]  # indices of items, ascending in each bin
 
 
-def deal(costs: Sequence[float], shares: int) -> Bins:
+def partition(costs: Sequence[float], shares: int) -> Bins:
     """All items in `shares` shares of nearly equal cost; with fewer items some are empty."""
     dealt = _dealt(costs, costs, shares, sizes=[0] * len(costs), budget=0)
     assert dealt is not None
@@ -46,7 +46,7 @@ def destinations(costs: Sequence[float], homes: Sequence[int], ranks: int) -> li
     Few items move: none unless the heaviest rank gets lighter; a share goes where most of its
     cost is already; of items of equal cost those stay that may.
     """
-    shares = deal(costs, ranks)
+    shares = partition(costs, ranks)
     now: Bins = [[i for i, home in enumerate(homes) if home == rank] for rank in range(ranks)]
     heaviest_now, heaviest = (max(_sum(costs, members) for members in b) for b in (now, shares))
     if heaviest_now <= heaviest * (1 + 1e-9):  # the order of a sum is not a gain
@@ -102,7 +102,7 @@ def _halve_heaviest(bins: Bins, costs: Sequence[float]) -> None:
     several = [b for b, members in enumerate(bins) if len(members) > 1]
     heaviest = max(several, key=lambda b: (_sum(costs, bins[b]), -b))
     members = bins.pop(heaviest)
-    halves = deal([costs[item] for item in members], 2)
+    halves = partition([costs[item] for item in members], 2)
     bins += [[members[place] for place in half] for half in halves]
 
 

@@ -24,12 +24,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_vrl.checkpoint.checksums import check_sums, file_sum, write_sums
-from megatron_vrl.checkpoint.hf_load import load_published
+from megatron_vrl.checkpoint.hf_load import load_hf_weights
 from megatron_vrl.checkpoint.hf_reader import copy_side_files
 from megatron_vrl.checkpoint.layout import STATE, is_megatron
 from megatron_vrl.checkpoint.safe_pickle import check_pickles
 from megatron_vrl.errors import CheckpointError
-from megatron_vrl.parallel.mesh import Mesh, agreed
+from megatron_vrl.parallel.mesh import Mesh, raise_on_all_ranks
 from megatron_vrl.policy.policy import Policy
 from megatron_vrl.storage.files import full_disk_named
 
@@ -65,7 +65,7 @@ def begin_save(
     `files`: name -> text of what lies beside the files of `template`.
     """
     partial = _partial(directory)
-    with agreed(policy.mesh), full_disk_named(directory):
+    with raise_on_all_ranks(policy.mesh), full_disk_named(directory):
         if policy.mesh.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             (partial / "weights").mkdir(parents=True)
@@ -99,7 +99,7 @@ def _then_hash(write: Callable[..., None], partial: Path, rank: int) -> Callable
 def publish(directory: Path, mesh: Mesh) -> None:
     """Give a checkpoint that all ranks have written its name. Every rank calls it."""
     partial, old = _partial(directory), directory.with_name(directory.name + ".old")
-    with agreed(mesh), full_disk_named(directory):
+    with raise_on_all_ranks(mesh), full_disk_named(directory):
         if mesh.rank == 0:
             known: dict[str, str] = {}
             for file in partial.glob(_SUMS.format("*")):
@@ -130,7 +130,7 @@ def write_failure_named(directory: Path, mesh: Mesh) -> Iterator[None]:
 def check_checkpoint(checkpoint: Path, mesh: Mesh) -> Metadata:
     """Raises CheckpointError on every rank unless it is whole and harmless. Every rank calls it."""
     check_sums(checkpoint, mesh)
-    with agreed(mesh):
+    with raise_on_all_ranks(mesh):
         return check_pickles(checkpoint / "weights")
 
 
@@ -140,7 +140,7 @@ def load_weights(checkpoint: str | Path, policy: Policy) -> None:
     if is_megatron(checkpoint):
         _load(checkpoint, _sharded_model(policy), policy)
     elif checkpoint.is_dir():
-        load_published(policy.chunks, checkpoint)
+        load_hf_weights(policy.chunks, checkpoint)
     else:
         raise CheckpointError(f"There is no checkpoint {checkpoint}: set model.checkpoint.")
     if policy.optimizer is not None:
@@ -185,7 +185,7 @@ def _sharded_model(policy: Policy) -> dict[str, Any]:
 
 def _load(checkpoint: Path, sharded: dict[str, Any], policy: Policy) -> None:
     metadata = check_checkpoint(checkpoint, policy.mesh)
-    with agreed(policy.mesh):
+    with raise_on_all_ranks(policy.mesh):
         _check_fit(checkpoint, sharded, metadata)
     try:
         loaded = dist_checkpointing.load(sharded, str(checkpoint / "weights"))

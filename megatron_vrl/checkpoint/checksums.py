@@ -13,7 +13,7 @@ from typing import IO
 import xxhash
 
 from megatron_vrl.errors import CheckpointError
-from megatron_vrl.parallel.mesh import Mesh, agreed
+from megatron_vrl.parallel.mesh import Mesh, raise_on_all_ranks
 
 NAME = "CHECKSUMS"
 READ_BYTES = 2**22
@@ -77,7 +77,7 @@ def check_sums(checkpoint: Path, mesh: Mesh) -> None:
 
     Raises CheckpointError on every rank, naming the first file that is missing or differs.
     """
-    with agreed(mesh):
+    with raise_on_all_ranks(mesh):
         sums = read_sums(checkpoint)
         key = (checkpoint.resolve(), (checkpoint / NAME).stat().st_mtime_ns)
         if key not in _seen:

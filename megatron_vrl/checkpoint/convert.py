@@ -17,18 +17,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_vrl.checkpoint.checksums import check_sums_alone, write_sums
-from megatron_vrl.checkpoint.hf_reader import PublishedCheckpoint, PublishedWriter, copy_side_files
-from megatron_vrl.checkpoint.layout import STATE, is_megatron, published_files
+from megatron_vrl.checkpoint.hf_reader import HFCheckpoint, HFCheckpointWriter, copy_side_files
+from megatron_vrl.checkpoint.layout import STATE, hf_dir_of, is_megatron
 from megatron_vrl.checkpoint.torch_dist import TorchDistReader, TorchDistWriter
 from megatron_vrl.errors import CheckpointError
 from megatron_vrl.models.architecture import Architecture, read_architecture
 from megatron_vrl.models.pipeline_split import whole
-from megatron_vrl.models.qwen2_5_vl.hf_shapes import Shape, megatron_shape, published_shapes
+from megatron_vrl.models.qwen2_5_vl.hf_shapes import Shape, hf_shapes, megatron_shape
 from megatron_vrl.models.qwen2_5_vl.weight_map import Row, chunk_rows
 from megatron_vrl.storage.files import full_disk_named
 from megatron_vrl.storage.no_checkpoint import advice
 
-Writer = TypeVar("Writer", TorchDistWriter, PublishedWriter)
+Writer = TypeVar("Writer", TorchDistWriter, HFCheckpointWriter)
 
 
 class Source(Protocol):
@@ -45,7 +45,7 @@ class Source(Protocol):
 
 class _Published:
     def __init__(self, directory: Path, arch: Architecture) -> None:
-        self._files = PublishedCheckpoint(directory, arch)
+        self._files = HFCheckpoint(directory, arch)
         self.type_note = self._files.type_note
 
     def published(self, row: Row) -> list[Tensor]:
@@ -58,7 +58,7 @@ class _Published:
 class _Megatron:
     def __init__(self, directory: Path, arch: Architecture) -> None:
         self._files = TorchDistReader(directory / "weights")
-        shapes = published_shapes(arch)
+        shapes = hf_shapes(arch)
         known = set()
         for row in chunk_rows(arch, whole(arch)):
             stored, wanted = self._files.shape(row.megatron), megatron_shape(row, shapes)
@@ -95,13 +95,13 @@ def convert_to_megatron(source: Path, target: Path, progress: bool | None = None
     return arch
 
 
-def convert_to_published(source: Path, target: Path, progress: bool | None = None) -> Architecture:
+def convert_to_hf(source: Path, target: Path, progress: bool | None = None) -> Architecture:
     """Megatron, as training or this tool wrote it -> Hugging Face. Raises CheckpointError."""
     arch = _architecture(source, wants_megatron=True)
     tensors = _Megatron(source, arch)
     with _new_directory(target, source) as partial:
-        copy_side_files(published_files(source), partial)
-        with _let_go(PublishedWriter(partial)) as writer:
+        copy_side_files(hf_dir_of(source), partial)
+        with _let_go(HFCheckpointWriter(partial)) as writer:
             for row in _rows(arch, progress):
                 for name, tensor in zip(row.published, tensors.published(row), strict=True):
                     writer.add(name, tensor)
@@ -115,7 +115,7 @@ def compare(first: Path, second: Path, progress: bool | None = None) -> int:
     Bit for bit: a NaN equals itself and -0 is not 0. A Megatron checkpoint must also agree with
     its CHECKSUMS.
     """
-    arch, _ = (read_architecture(published_files(path)) for path in (first, second))
+    arch, _ = (read_architecture(hf_dir_of(path)) for path in (first, second))
     sources = [_opened(path, arch) for path in (first, second)]
     count = 0
     for row in _rows(arch, progress):
@@ -131,7 +131,7 @@ def compare(first: Path, second: Path, progress: bool | None = None) -> int:
 
 def stored_tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
     """(published name, whole tensor) of a checkpoint of either kind, one row at a time."""
-    arch = read_architecture(published_files(checkpoint))
+    arch = read_architecture(hf_dir_of(checkpoint))
     tensors = _opened(checkpoint, arch)
     if isinstance(tensors, _Published) and (note := tensors.type_note()):
         print(f"warning: {note}", file=sys.stderr)
@@ -147,7 +147,7 @@ def _architecture(source: Path, wants_megatron: bool) -> Architecture:
     if not source.is_dir():
         known = advice(source) or f"There is no checkpoint {source}: give a directory."
         raise CheckpointError(known)
-    arch = read_architecture(published_files(source))
+    arch = read_architecture(hf_dir_of(source))
     if is_megatron(source) != wants_megatron:
         found, other = ("a Megatron", "megatron-to-hf"), ("no Megatron", "hf-to-megatron")
         kind, hint = found if is_megatron(source) else other

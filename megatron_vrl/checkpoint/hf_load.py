@@ -13,22 +13,22 @@ import torch
 from torch import Tensor
 
 from megatron_vrl.checkpoint.hf_export import WeightExport
-from megatron_vrl.checkpoint.hf_reader import PublishedCheckpoint, PublishedWriter, copy_side_files
+from megatron_vrl.checkpoint.hf_reader import HFCheckpoint, HFCheckpointWriter, copy_side_files
 from megatron_vrl.errors import UserError
 from megatron_vrl.models.qwen2_5_vl.model import Qwen25VL
 from megatron_vrl.models.qwen2_5_vl.weight_map import chunk_rows
-from megatron_vrl.parallel.mesh import agreed
+from megatron_vrl.parallel.mesh import raise_on_all_ranks
 from megatron_vrl.storage.files import full_disk_named
 
 
-def load_published(chunks: Sequence[Qwen25VL], directory: str | Path) -> None:
+def load_hf_weights(chunks: Sequence[Qwen25VL], directory: str | Path) -> None:
     """Copy a Hugging Face checkpoint into this rank's shards. Every rank calls it.
 
     Raises CheckpointError on every rank, naming file and tensor.
     """
     mesh, arch = chunks[0].mesh, chunks[0].arch
-    with agreed(mesh):
-        source = PublishedCheckpoint(directory, arch)
+    with raise_on_all_ranks(mesh):
+        source = HFCheckpoint(directory, arch)
         if mesh.rank == 0 and (note := source.type_note()):
             print(f"warning: {note}", file=sys.stderr)
         for model in chunks:
@@ -36,7 +36,7 @@ def load_published(chunks: Sequence[Qwen25VL], directory: str | Path) -> None:
 
 
 @torch.no_grad()
-def _load_chunk(model: Qwen25VL, source: PublishedCheckpoint) -> None:
+def _load_chunk(model: Qwen25VL, source: HFCheckpoint) -> None:
     mesh = model.mesh
     params = dict(model.named_parameters())
     for row in chunk_rows(model.arch, model.chunk):
@@ -48,7 +48,7 @@ def _load_chunk(model: Qwen25VL, source: PublishedCheckpoint) -> None:
     assert not params, f"parameters without a row in the table: {sorted(params)}"
 
 
-def published_tensors(
+def hf_tensors(
     chunks: Sequence[Qwen25VL], value: Callable[[Tensor], Tensor] = torch.Tensor.detach
 ) -> Iterator[tuple[str, Tensor]]:
     """The whole model as (published name, tensor), the same on every rank, in a fixed order.
@@ -59,7 +59,7 @@ def published_tensors(
     return WeightExport(chunks, value=value).tensors()
 
 
-def save_published(
+def save_hf(
     chunks: Sequence[Qwen25VL],
     template: str | Path,
     directory: str | Path,
@@ -74,15 +74,15 @@ def save_published(
     directory = Path(directory)
     partial = directory.with_name(directory.name + ".partial")
     writer = chunks[0].mesh.rank == 0
-    with agreed(chunks[0].mesh), full_disk_named(directory):
+    with raise_on_all_ranks(chunks[0].mesh), full_disk_named(directory):
         if writer:
             shutil.rmtree(partial, ignore_errors=True)
             copy_side_files(template, partial)
             for name, text in (files or {}).items():
                 (partial / name).write_text(text)
-    shards = PublishedWriter(partial) if writer else None
+    shards = HFCheckpointWriter(partial) if writer else None
     failure: UserError | None = None
-    for name, tensor in published_tensors(chunks):  # to its end, whatever happens to the disk
+    for name, tensor in hf_tensors(chunks):  # to its end, whatever happens to the disk
         if shards is not None and failure is None:
             try:
                 with full_disk_named(directory):
@@ -90,7 +90,7 @@ def save_published(
             except UserError as error:
                 failure = error
                 shutil.rmtree(partial)
-    with agreed(chunks[0].mesh), full_disk_named(directory):
+    with raise_on_all_ranks(chunks[0].mesh), full_disk_named(directory):
         if failure is not None:
             raise failure
         if shards is not None:

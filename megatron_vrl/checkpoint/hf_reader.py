@@ -18,8 +18,8 @@ from torch import Tensor
 
 from megatron_vrl.errors import CheckpointError
 from megatron_vrl.models.architecture import Architecture, config_dtype
-from megatron_vrl.models.qwen2_5_vl.hf_shapes import published_shapes
-from megatron_vrl.models.qwen2_5_vl.weight_map import published_name
+from megatron_vrl.models.qwen2_5_vl.hf_shapes import hf_shapes
+from megatron_vrl.models.qwen2_5_vl.weight_map import hf_name
 from megatron_vrl.storage.hf_files import (
     INDEX,
     SINGLE,
@@ -44,7 +44,7 @@ QUANTISED = re.compile(
 )
 
 
-class PublishedCheckpoint:
+class HFCheckpoint:
     """Tensors of a Hugging Face folder by published name, read on demand.
 
     The headers are compared with the model that config.json describes before any tensor is read:
@@ -55,8 +55,8 @@ class PublishedCheckpoint:
 
     def __init__(self, directory: str | Path, arch: Architecture) -> None:
         self.directory = Path(directory)
-        self._stored = _by_published_name(read_headers(self.directory))
-        shapes = published_shapes(arch)
+        self._stored = _by_hf_name(read_headers(self.directory))
+        shapes = hf_shapes(arch)
         extra = sorted(self._stored.keys() - shapes.keys())
         _check_not_quantised(self.directory, extra)
         for name, shape in shapes.items():
@@ -117,10 +117,10 @@ class PublishedCheckpoint:
             )
 
 
-def _by_published_name(entries: list[StoredTensor]) -> dict[str, StoredTensor]:
+def _by_hf_name(entries: list[StoredTensor]) -> dict[str, StoredTensor]:
     stored: dict[str, StoredTensor] = {}
     for entry in entries:
-        name = published_name(entry.name)
+        name = hf_name(entry.name)
         if name in stored:
             raise CheckpointError(
                 f"{entry.file} holds {entry.name}, which is the same tensor as "
@@ -151,7 +151,7 @@ def _check_tensor(stored: StoredTensor, name: str, shape: tuple[int, ...]) -> No
         )
 
 
-class PublishedWriter:
+class HFCheckpointWriter:
     """Writes `add`ed tensors to DIRECTORY as shards that stock readers load, once `close`d."""
 
     def __init__(self, directory: Path) -> None:

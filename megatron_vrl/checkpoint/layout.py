@@ -9,7 +9,7 @@ def is_megatron(checkpoint: Path) -> bool:
     return (checkpoint / "weights").is_dir()
 
 
-def published_files(checkpoint: str | Path) -> Path:
+def hf_dir_of(checkpoint: str | Path) -> Path:
     """Directory with the config, tokenizer and processor files of either kind of checkpoint."""
     inner = Path(checkpoint) / "published"
     return inner if inner.is_dir() else Path(checkpoint)

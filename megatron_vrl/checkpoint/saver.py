@@ -23,7 +23,7 @@ from megatron_vrl.checkpoint.checkpoint import (
 )
 from megatron_vrl.checkpoint.layout import STATE
 from megatron_vrl.errors import CheckpointError
-from megatron_vrl.parallel.mesh import Mesh, agreed
+from megatron_vrl.parallel.mesh import Mesh, raise_on_all_ranks
 from megatron_vrl.policy.policy import Policy
 from megatron_vrl.storage.files import full_disk_named, write_file
 
@@ -92,7 +92,7 @@ class Saver:
             raise
         self._in_flight = None
         publish(self.root / name, mesh)
-        with agreed(mesh), full_disk_named(self.root):
+        with raise_on_all_ranks(mesh), full_disk_named(self.root):
             if mesh.rank == 0:
                 write_file(self.root / "latest", name)
                 self._remove_old({pinned})
@@ -115,14 +115,14 @@ def newest_sound(root: str | Path, mesh: Mesh) -> tuple[Path | None, list[str]]:
 
     Raises CheckpointError if there are checkpoints and all are damaged.
     """
-    with agreed(mesh):
+    with raise_on_all_ranks(mesh):
         candidates = _candidates(Path(root))
     sentences: list[str] = []
     found = None
     for candidate in candidates:
         try:
             check_checkpoint(candidate, mesh)
-            with agreed(mesh):
+            with raise_on_all_ranks(mesh):
                 read_state(candidate)
             found = candidate
             break
@@ -133,7 +133,7 @@ def newest_sound(root: str | Path, mesh: Mesh) -> tuple[Path | None, list[str]]:
             f"{root} holds no checkpoint that can be used ({sentences[0].split(': ')[0]}): remove "
             "it to start over."
         )
-    with agreed(mesh):
+    with raise_on_all_ranks(mesh):
         if mesh.rank == 0:
             for damaged in candidates[: len(sentences)]:
                 aside = damaged.with_name(damaged.name + DAMAGED)

@@ -14,7 +14,7 @@ import yaml
 
 from megatron_vrl.config import RunConfig, load_config
 from megatron_vrl.errors import StopRequested
-from megatron_vrl.observe.silence_logs import hush_libraries
+from megatron_vrl.observe.silence_logs import silence_libraries
 from megatron_vrl.process.entry import OverrideParser, run_program
 from megatron_vrl.process.parent_death import end_with_parent, end_with_starter
 from megatron_vrl.process.signals import take_signals
@@ -49,7 +49,7 @@ def main() -> None:
         take_signals()  # before the imports: threads inherit what is blocked
         end_with_parent()
     cfg = load_config(arguments.config, arguments.overrides)
-    hush_libraries()
+    silence_libraries()
     try:
         if arguments.dry_run:
             made = _dry_run(cfg, arguments.strict)

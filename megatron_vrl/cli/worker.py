@@ -2,7 +2,7 @@
 
 The config is the trainer's own. The worker listens on loopback unless told otherwise, and asks for
 the token in MEGATRON_VRL_ROLLOUT_TOKEN, which it must have to listen anywhere else. Where
-`rollout.rendezvous` names a directory, it announces its address there. It has no weights until a
+`rollout.discovery_dir` names a directory, it announces its address there. It has no weights until a
 trainer hands them over.
 """
 
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from megatron_vrl.config import RunConfig, load_config
 from megatron_vrl.errors import ConfigError
-from megatron_vrl.observe.silence_logs import hush_libraries
+from megatron_vrl.observe.silence_logs import silence_libraries
 from megatron_vrl.process.entry import OverrideParser, run_program
 from megatron_vrl.process.parent_death import end_with_parent
 from megatron_vrl.rollout.workers.discovery import TOKEN_VARIABLE, announced
@@ -65,20 +65,20 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
 
 
 def _serve(cfg: RunConfig, listener: socket.socket, token: str) -> None:
-    hush_libraries()
+    silence_libraries()
     import uvicorn
 
-    from megatron_vrl.checkpoint.layout import published_files
+    from megatron_vrl.checkpoint.layout import hf_dir_of
     from megatron_vrl.models.architecture import read_architecture
     from megatron_vrl.models.vocabulary import check_tokenizer_files
     from megatron_vrl.rollout.vllm.start import identity, start_engine
     from megatron_vrl.rollout.workers.protocol import IDLE_S
     from megatron_vrl.rollout.workers.server import make_app
 
-    published_dir = published_files(cfg.model.checkpoint)
-    check_tokenizer_files(published_dir, read_architecture(published_dir))
-    engine = start_engine(cfg, published_dir, cfg.rollout.tensor)
-    app = make_app(engine, identity(cfg, published_dir, engine.banned_token_ids), token)
+    hf_dir = hf_dir_of(cfg.model.checkpoint)
+    check_tokenizer_files(hf_dir, read_architecture(hf_dir))
+    engine = start_engine(cfg, hf_dir, cfg.rollout.tensor)
+    app = make_app(engine, identity(cfg, hf_dir, engine.banned_token_ids), token)
     server = uvicorn.Server(
         uvicorn.Config(
             app,
@@ -88,7 +88,7 @@ def _serve(cfg: RunConfig, listener: socket.socket, token: str) -> None:
         )
     )
     address = _address(listener)
-    with announced(cfg.rollout.rendezvous, address):
+    with announced(cfg.rollout.discovery_dir, address):
         print(f"worker: serving on {address}", flush=True)
         server.run(sockets=[listener])
     os._exit(0)  # vLLM's own way of leaving waits for groups that it shares with nobody

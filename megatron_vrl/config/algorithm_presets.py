@@ -17,15 +17,15 @@ AlgorithmName = Literal[
     "reinforce_plus_plus_baseline",
 ]
 
-PUBLISHED: dict[str, dict[str, Any]] = {
+ALGORITHM_PRESETS: dict[str, dict[str, Any]] = {
     "grpo": {},
     "dr_grpo": {"kl": 0.0, "entropy": 0.0, "normalisation": "constant_length"},
     "dapo": {
         "clip_high": 0.28,
         "kl": 0.0,
         "entropy": 0.0,
-        "refill_rounds": 9,
-        "drop_truncated": True,
+        "dynamic_sampling_rounds": 9,
+        "mask_truncated": True,
     },
     "gspo": {
         "clip": 3e-4,

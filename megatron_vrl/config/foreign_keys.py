@@ -13,7 +13,7 @@ FOREIGN = {
     "actor.ppo_mini_batch_size": "grpo.mini_batches",
     "optim.lr": "grpo.optimizer.lr",
     "rollout.n": "rollout.group_size",
-    "rollout.gpu_memory_utilization": "rollout.gpu_memory_share",
+    "rollout.gpu_memory_utilization": "rollout.gpu_memory_utilization",
     "rollout.tensor_model_parallel_size": "rollout.tensor",
     "rollout.response_length": "rollout.max_response_tokens",
     "model.path": "model.checkpoint",
@@ -46,7 +46,7 @@ FOREIGN = {
 }
 
 
-def usual_name(key: str) -> str:
+def name_here(key: str) -> str:
     """Return the key here that means what `key` means in verl or TRL; "" if none is known."""
     *_, section, name = ["", *key.split(".")]
     return FOREIGN.get(f"{section}.{name}") or FOREIGN.get(name, "")

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from megatron_vrl.config.foreign_keys import usual_name
+from megatron_vrl.config.foreign_keys import name_here
 from megatron_vrl.config.messages import key_of, reason
 from megatron_vrl.errors import ConfigError
 
@@ -96,7 +96,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     *sections, last = key.split(".")
     if not equals or not sections or not all(key.split(".")):
-        ours = usual_name(key) if equals else ""
+        ours = name_here(key) if equals else ""
         hint = f" Write {ours}={text}." if ours else ""
         raise ConfigError(f"Override {override!r} is not of the form section.key=value.{hint}")
     node = tree

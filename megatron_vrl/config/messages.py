@@ -6,7 +6,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from megatron_vrl.config.foreign_keys import usual_name
+from megatron_vrl.config.foreign_keys import name_here
+from megatron_vrl.config.renamed_keys import RENAMED, RENAMED_VALUES
 
 COMPARED = {  # pydantic's type of mistake -> the words, and the limit's name in its context
     "greater_than": ("more than", "gt"),
@@ -41,6 +42,8 @@ def reason(error: ValidationError, schema: type[BaseModel], if_missing: str) -> 
         return f"{where}={first['input']!r} is refused: {first['msg']}."
     choices = re.findall(r"'(\w+)'", wanted) if first["type"] == "literal_error" else []
     near = difflib.get_close_matches(str(first["input"]), choices, n=1)
+    if new := RENAMED_VALUES.get((where, str(first["input"]))):
+        return f"{where}={first['input']!r} is now written {new!r}."
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return f"{where} must be {wanted}, not {first['input']!r}{hint}"
 
@@ -66,7 +69,9 @@ def _unknown(loc: tuple[int | str, ...], value: Any, schema: type[BaseModel]) ->
     while isinstance(value, dict) and value:  # an unknown section: its first key says more
         name, value = next(iter(value.items()))
         full += f".{name}"
-    if ours := usual_name(full):
+    if new := RENAMED.get(where):
+        return f"{where!r} is now called {new!r}."
+    if ours := name_here(full):
         return f"unknown key {full!r}; the key here is {ours!r}."
     known = _names(schema, loc[:-1])
     near = difflib.get_close_matches(str(loc[-1]), known, n=1)

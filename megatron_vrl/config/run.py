@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-from megatron_vrl.config.algorithm_presets import PUBLISHED, AlgorithmName
+from megatron_vrl.config.algorithm_presets import ALGORITHM_PRESETS, AlgorithmName
 from megatron_vrl.config.base import SECTION, Positive
 from megatron_vrl.config.loader import overridden, read_mix, read_tree
 from megatron_vrl.config.rollout import Rollout
@@ -48,7 +48,7 @@ class Model(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     """What the backward pass computes again instead of keeping it: selective, the attention of
     each language layer; full, every layer of the language model and the vision tower."""
-    layers: Literal["megatron", "transformer_engine", "rounded"] = "megatron"
+    layers: Literal["megatron", "transformer_engine", "fp8_emulated"] = "megatron"
     """Whose linear layers and norms the language model has. Transformer Engine needs a GPU;
     rounded: Megatron's, whose products see operands rounded to FP8, a slow proof anywhere."""
     attention: Literal["auto", "sdpa", "flash", "transformer_engine"] = "auto"
@@ -58,9 +58,12 @@ class Model(Section):
     fp8: Literal["none", "delayed", "current", "blockwise"] = "none"
     """Scaling of the language layers' FP8 matrices (needs `layers: transformer_engine`, or
     rounded); vision tower, embedding and head stay in `dtype`."""
-    fp8_spares: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] = (0, 0)
+    fp8_skip_first_last_layers: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] = (
+        0,
+        0,
+    )
     """Language layers at the start and at the end that stay in `dtype` all the same."""
-    fused_gradients: Literal["auto", "none"] = "auto"
+    gradient_accumulation_fusion: Literal["auto", "none"] = "auto"
     """auto: weight gradients are added up inside their products where NVIDIA apex is, on a GPU."""
 
 
@@ -131,10 +134,10 @@ class Data(Section):
     """Parts of equal size that a curriculum goes through; each is shuffled in itself."""
     evaluation: dict[str, list[Source]] = {}
     """Split name -> sources. The split `dev` decides when the warm-up ends and is not reported."""
-    system_prompt: Literal["none", "seed", "think", "answer"] = "think"
+    system_prompt: Literal["none", "temporal_r1", "think", "answer"] = "think"
     """none: the template's default; seed: Temporal-R1's as released; think: the same in our words,
     reasoning, then JSON; answer: JSON alone."""
-    question: Literal["default", "seed"] = "default"
+    question: Literal["default", "temporal_r1"] = "default"
     """seed: Temporal-R1's wording of multiple choice; for the other tasks there is no other."""
     max_prompt_tokens: Positive = 4096
     """A longer prompt is refused, never cut: cutting would remove video tokens."""
@@ -147,7 +150,7 @@ class Data(Section):
 
 
 class Rewards(Section):
-    mode: Literal["strict", "seed"] = "strict"
+    mode: Literal["strict", "temporal_r1"] = "strict"
     """strict: format and accuracy read one answer block; seed: the released scores, bit for bit."""
     temporal_grounding: dict[str, float] = {"format": 0.5, "temporal_iou": 0.5}
     """Weight of each reward part, per task."""
@@ -181,7 +184,7 @@ class Algorithm(Section):
     entropy: Annotated[float, Field(ge=0)] = 1e-3
     """Coefficient of the entropy bonus."""
     normalisation: Literal[
-        "global_tokens", "sequence_mean", "sequence_sum", "constant_length", "seed"
+        "global_tokens", "sequence_mean", "sequence_sum", "constant_length", "temporal_r1"
     ] = "global_tokens"
     """global_tokens: token sum over the step's token count; sequence_mean: mean over answers of
     the mean over tokens; sequence_sum: mean over answers of the sum over tokens; constant_length:
@@ -189,17 +192,17 @@ class Algorithm(Section):
     combine: Literal["sum_then_normalise", "normalise_then_sum"] = "sum_then_normalise"
     """Several reward parts: the weighted sum becomes an advantage; or each part does, and those
     are summed by weight (GDPO)."""
-    importance: Literal["none", "token", "sequence"] = "none"
+    rollout_is: Literal["none", "token", "sequence"] = "none"
     """Weigh the policy loss with trainer probability / engine probability, of each token or of
     the whole answer."""
-    importance_mode: Literal["clip", "mask"] = "clip"
-    """clip: at most `importance_limit`; mask: 0 outside [1 / limit, limit]."""
-    importance_limit: Annotated[float, Field(gt=1)] = 2.0
-    drop_uniform_groups: bool = True
+    rollout_is_mode: Literal["clip", "mask"] = "clip"
+    """clip: at most `rollout_is_threshold`; mask: 0 outside [1 / limit, limit]."""
+    rollout_is_threshold: Annotated[float, Field(gt=1)] = 2.0
+    drop_zero_variance_groups: bool = True
     """Leave out groups whose advantages are all 0: they have no policy gradient."""
-    refill_rounds: Annotated[int, Field(ge=0)] = 0
+    dynamic_sampling_rounds: Annotated[int, Field(ge=0)] = 0
     """More rounds of prompts, at most, to replace dropped groups (DAPO's dynamic sampling)."""
-    drop_truncated: bool = False
+    mask_truncated: bool = False
     """Answers cut off at the length limit take part in the group's statistics but not in the loss
     (DAPO's overlong filtering)."""
     overlong_buffer: Annotated[int, Field(ge=0)] = 0
@@ -215,7 +218,7 @@ class Algorithm(Section):
         if not isinstance(given, dict):
             return given
         name = given.get("name", "grpo")
-        return {**PUBLISHED.get(name, {}), **given} if isinstance(name, str) else given
+        return {**ALGORITHM_PRESETS.get(name, {}), **given} if isinstance(name, str) else given
 
 
 class Optimizer(Section):
@@ -292,12 +295,12 @@ class Checkpoint(Section):
 class Observe(Section):
     wandb: Literal["offline", "online", "disabled"] = "offline"
     project: str = "megatron_vrl"
-    cards_per_step: Annotated[int, Field(ge=0)] = 1
+    samples_per_step: Annotated[int, Field(ge=0)] = 1
     """Groups of each step kept whole for the report's cards."""
-    trace_steps: list[Annotated[int, Field(gt=0)]] = []
+    profile_steps: list[Annotated[int, Field(gt=0)]] = []
     """Steps of the warm-up and of GRPO, from 1, of which torch.profiler writes a trace into
     OUT/traces, for ui.perfetto.dev. A traced step is slower."""
-    trace_ranks: list[Annotated[int, Field(ge=0)]] = [0]
+    profile_ranks: list[Annotated[int, Field(ge=0)]] = [0]
     """Ranks whose steps are traced."""
 
 
@@ -353,20 +356,20 @@ def check_dev(cfg: RunConfig) -> None:
 def check_off_policy(cfg: RunConfig) -> None:
     """Raises ConfigError if answers of other weights are wanted and cannot be made or weighed."""
     staleness, quantization = cfg.rollout.max_staleness, cfg.rollout.quantization
-    if quantization != "none" and cfg.algorithm.importance == "none":
+    if quantization != "none" and cfg.algorithm.rollout_is == "none":
         raise ConfigError(
             f"rollout.quantization={quantization} samples from other weights than those that are "
-            "trained: set algorithm.importance=token (or sequence)."
+            "trained: set algorithm.rollout_is=token (or sequence)."
         )
-    if staleness and cfg.rollout.engine == "colocated":
+    if staleness and cfg.rollout.placement == "colocated":
         raise ConfigError(
-            f"rollout.max_staleness={staleness} needs rollout.engine=workers, not "
-            f"{cfg.rollout.engine}: an engine in the trainer's process waits while it trains."
+            f"rollout.max_staleness={staleness} needs rollout.placement=workers, not "
+            f"{cfg.rollout.placement}: an engine in the trainer's process waits while it trains."
         )
-    if staleness and cfg.algorithm.importance == "none":
+    if staleness and cfg.algorithm.rollout_is == "none":
         raise ConfigError(
             f"rollout.max_staleness={staleness} trains on answers of older weights: set "
-            "algorithm.importance=token (or sequence), or rollout.max_staleness=0."
+            "algorithm.rollout_is=token (or sequence), or rollout.max_staleness=0."
         )
 
 

@@ -41,7 +41,7 @@ class Video(BaseModel):
     """A video that takes longer is given up and its decoding process killed."""
     retries: Annotated[int, Field(ge=0)] = 1
     """How often a video that failed is tried again before it counts as bad."""
-    max_bad_share: Share = 0.05
+    max_bad_fraction: Share = 0.05
     """A run stops when more of the samples it drew have bad videos; before it drew 100, when more
     than this share of 100 have."""
     fetch_dir: str = ""

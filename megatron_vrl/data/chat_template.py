@@ -30,22 +30,20 @@ _NOT_RENDERED = (TemplateError, TypeError, ValueError, LookupError, AttributeErr
 class ChatTokenizer:
     """Tokenizer and chat template of one checkpoint."""
 
-    def __init__(self, published_dir: str | Path, pads: Sequence[int]) -> None:
+    def __init__(self, hf_dir: str | Path, pads: Sequence[int]) -> None:
         """`pads`: the tokens that stand for a video and an image.
 
         Raises CheckpointError if the tokenizer or the template does not load, or if the template
         does not show a video.
         """
-        self.directory = published_dir
+        self.directory = hf_dir
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(published_dir)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(hf_dir)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise CheckpointError(
-                f"{published_dir} has no tokenizer that loads: {reason}"
-            ) from None
+            raise CheckpointError(f"{hf_dir} has no tokenizer that loads: {reason}") from None
         self._special = self._special_ids(pads)
-        self._template = read_template(published_dir, self.tokenizer)
+        self._template = read_template(hf_dir, self.tokenizer)
         self._check_template(pads[0])
 
     def text_ids(self, text: str) -> list[int]:
@@ -104,7 +102,7 @@ class ChatTokenizer:
             reason = " ".join(str(error).split())
             raise CheckpointError(
                 f"{self.directory}: its chat template does not render a message with a video "
-                f"({reason:.200}); {_TAKE_THE_PUBLISHED}"
+                f"({reason:.200}); {_USE_THE_RELEASED}"
             ) from None
         return text
 
@@ -114,27 +112,24 @@ class ChatTokenizer:
         if shown != 1:
             raise CheckpointError(
                 f"{self.directory}: its chat template renders {shown} vision tokens for a message "
-                f"with one video (video_token_id={video_pad}); {_TAKE_THE_PUBLISHED}"
+                f"with one video (video_token_id={video_pad}); {_USE_THE_RELEASED}"
             )
 
 
-_TAKE_THE_PUBLISHED = (
-    "take chat_template.json (or chat_template.jinja) of the published checkpoint."
-)
+_USE_THE_RELEASED = "take chat_template.json (or chat_template.jinja) of the published checkpoint."
 
 
-def read_template(published_dir: str | Path, tokenizer: Any) -> str:
+def read_template(hf_dir: str | Path, tokenizer: Any) -> str:
     """The template that AutoProcessor takes, else the tokenizer's, as vLLM does.
 
     Raises CheckpointError if there is none, or several and none is called default.
     """
     try:
-        processor, _ = ProcessorMixin.get_processor_dict(published_dir)
+        processor, _ = ProcessorMixin.get_processor_dict(hf_dir)
     except (OSError, ValueError, LookupError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"{published_dir}: its chat template cannot be read ({reason:.200}); "
-            f"{_TAKE_THE_PUBLISHED}"
+            f"{hf_dir}: its chat template cannot be read ({reason:.200}); {_USE_THE_RELEASED}"
         ) from None
     found = processor.get("chat_template")
     found = tokenizer.chat_template if found is None else found
@@ -142,12 +137,12 @@ def read_template(published_dir: str | Path, tokenizer: Any) -> str:
         names = ", ".join(map(str, found))
         if "default" not in found:
             raise CheckpointError(
-                f"{published_dir} has the chat templates {names} and none called default; "
-                f"{_TAKE_THE_PUBLISHED}"
+                f"{hf_dir} has the chat templates {names} and none called default; "
+                f"{_USE_THE_RELEASED}"
             )
         found = found["default"]
     if not isinstance(found, str):
-        raise CheckpointError(f"{published_dir} has no chat template; {_TAKE_THE_PUBLISHED}")
+        raise CheckpointError(f"{hf_dir} has no chat template; {_USE_THE_RELEASED}")
     return found
 
 

@@ -25,7 +25,7 @@ from megatron_vrl.data.formats.training import (
 from megatron_vrl.data.problems import Problem
 from megatron_vrl.data.units import FileTimes, wrong_with
 from megatron_vrl.errors import DataError, VideoError
-from megatron_vrl.types import Footage, VideoSample
+from megatron_vrl.types import VideoClip, VideoSample
 from megatron_vrl.video import VideoReader
 from megatron_vrl.video.time_axis import problems_of_times
 
@@ -38,7 +38,7 @@ class Checked:
     """What was seen besides problems."""
 
     samples: int = 0
-    tokens: dict[Footage, int] = field(default_factory=dict)  # of each video that can be read
+    tokens: dict[VideoClip, int] = field(default_factory=dict)  # of each video that can be read
 
 
 def distinct_sources(cfg: RunConfig) -> list[Source]:
@@ -66,8 +66,8 @@ class DatasetCheck:
         self.seen = Checked()
         self._cfg, self._decode = cfg, decode
         self._reader = VideoReader(video)
-        self._durations_s: dict[Footage, float] = {}
-        self._time_faults: dict[Footage, list[str]] = {}  # that were not told yet
+        self._durations_s: dict[VideoClip, float] = {}
+        self._time_faults: dict[VideoClip, list[str]] = {}  # that were not told yet
         self._questions: set[int] = set()
         self._ids: set[str] = set()  # of one source
 
@@ -108,32 +108,32 @@ class DatasetCheck:
         self.seen.samples += len(read)
         return [replace(sample, folder=source.data_folder) for sample in read], []
 
-    def _files(self, samples: Sequence[VideoSample]) -> dict[Footage, VideoError]:
+    def _files(self, samples: Sequence[VideoSample]) -> dict[VideoClip, VideoError]:
         """What is wrong with files that were not seen before."""
-        new = [f for f in dict.fromkeys(s.footage for s in samples) if f not in self._durations_s]
-        bad: dict[Footage, VideoError] = {}
-        for footage, plan in zip(new, self._reader.plan(new), strict=True):
-            self._durations_s[footage] = np.nan
+        new = [f for f in dict.fromkeys(s.clip for s in samples) if f not in self._durations_s]
+        bad: dict[VideoClip, VideoError] = {}
+        for clip, plan in zip(new, self._reader.plan(new), strict=True):
+            self._durations_s[clip] = np.nan
             if isinstance(plan, VideoError):
-                bad[footage] = plan
+                bad[clip] = plan
             else:
-                self._durations_s[footage] = plan.file.duration_s
-                self.seen.tokens[footage] = plan.plan.num_tokens
-                self._time_faults[footage] = list(problems_of_times(plan))
+                self._durations_s[clip] = plan.file.duration_s
+                self.seen.tokens[clip] = plan.plan.num_tokens
+                self._time_faults[clip] = list(problems_of_times(plan))
         if self._decode:
-            good = [footage for footage in new if footage not in bad]
+            good = [clip for clip in new if clip not in bad]
             decoded = zip(good, self._reader.encode(good), strict=True)
-            bad |= {footage: video for footage, video in decoded if isinstance(video, VideoError)}
+            bad |= {clip: video for clip, video in decoded if isinstance(video, VideoError)}
         return bad
 
     def _of_samples(
-        self, samples: Sequence[VideoSample], bad: dict[Footage, VideoError]
+        self, samples: Sequence[VideoSample], bad: dict[VideoClip, VideoError]
     ) -> Iterator[Problem]:
         for sample in samples:
             of = {"sample": sample.id, "video": sample.video}
-            if error := bad.pop(sample.footage, None):
+            if error := bad.pop(sample.clip, None):
                 yield Problem(**of, kind=error.kind, reason=str(error))
-            for sentence in self._time_faults.pop(sample.footage, ()):
+            for sentence in self._time_faults.pop(sample.clip, ()):
                 yield Problem(**of, kind="times", reason=f"{sample.video}: {sentence}")
             for kind, reason in (*self._of_sample(within(sample)), *self._of_times(sample)):
                 yield Problem(**of, kind=kind, reason=f"{sample.id}: {reason}")
@@ -163,8 +163,8 @@ class DatasetCheck:
         if sample.task != "multiple_choice" and not sample.intervals_s:
             yield "interval", "no interval within the video; the question is left out."
         if sample.window_s is None and sample.duration_s:
-            yield from _durations(sample, self._durations_s[sample.footage])
-        most, tokens = self._cfg.data.max_prompt_tokens, self.seen.tokens.get(sample.footage, 0)
+            yield from _durations(sample, self._durations_s[sample.clip])
+        most, tokens = self._cfg.data.max_prompt_tokens, self.seen.tokens.get(sample.clip, 0)
         if tokens > most:
             yield "tokens", f"{tokens} video tokens are over data.max_prompt_tokens={most}."
 

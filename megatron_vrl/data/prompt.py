@@ -35,15 +35,15 @@ class PromptEncoder:
 
     def __init__(
         self,
-        published_dir: str | Path,
+        hf_dir: str | Path,
         vision: VisionTokens,
         system_prompt: str,
         max_tokens: int,
-        wording: Literal["default", "seed"] = "default",
+        wording: Literal["default", "temporal_r1"] = "default",
     ) -> None:
         """Raises CheckpointError if tokenizer or chat template do not serve."""
         self._pads = (vision.video_token, vision.image_token)
-        self._chat = ChatTokenizer(published_dir, self._pads)
+        self._chat = ChatTokenizer(hf_dir, self._pads)
         self.tokenizer = self._chat.tokenizer
         self._vision = vision
         self._system_prompt = system_prompt
@@ -54,7 +54,7 @@ class PromptEncoder:
     def prompt(self, sample: VideoSample, video: EncodedVideo) -> Prompt:
         """Raises ConfigError if the prompt exceeds data.max_prompt_tokens."""
         task = TASKS[sample.task]
-        question = task.seed_question if self._wording == "seed" else task.question
+        question = task.temporal_r1_question if self._wording == "temporal_r1" else task.question
         return self.encode(
             sample.id, SYSTEM_PROMPTS[self._system_prompt], (video,), question(sample)
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_vrl.errors import VideoError
 from megatron_vrl.evaluation.generate import Answerer, InferenceConfig
-from megatron_vrl.observe.timeline_strip import marked_strip
+from megatron_vrl.observe.timeline_strip import timeline_strip
 from megatron_vrl.rollout.request import SamplingSpec
 from megatron_vrl.tasks import TASKS
 from megatron_vrl.types import Rollout, VideoSample
@@ -52,7 +52,7 @@ def ask(
     found = _found(sample, answers[0])
     intervals_s = [found["interval_s"]] if found["interval_s"] else []
     picture.parent.mkdir(parents=True, exist_ok=True)
-    marked_strip(video.frames, video.timestamps_s, video.duration_s, intervals_s).save(picture)
+    timeline_strip(video.frames, video.timestamps_s, video.duration_s, intervals_s).save(picture)
     return found | {"strip": str(picture)}
 
 

@@ -41,7 +41,7 @@ def questions(name: str, annotations: str, videos: str, protocol: Protocol) -> l
         seen[sample.id] += 1
         copy = seen[sample.id]
         sample = sample if copy == 1 else replace(sample, id=f"{sample.id}#{copy}")
-        unique.append(sample if protocol == "seed" else within(sample))
+        unique.append(sample if protocol == "temporal_r1" else within(sample))
     return unique
 
 

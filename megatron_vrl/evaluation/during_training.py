@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_vrl.config import Rewards
-from megatron_vrl.context import Parts, interleave
+from megatron_vrl.context import RunContext, interleave
 from megatron_vrl.data.problems import Problem, summary
 from megatron_vrl.errors import UserError, VideoError
 from megatron_vrl.evaluation.metrics import (
@@ -29,13 +29,13 @@ from megatron_vrl.types import Interval, Prompt, VideoSample
 SAMPLES_AT_A_TIME = 128  # per rank; bounds the decoded frames in memory
 
 
-def evaluate(parts: Parts, samples: Sequence[VideoSample], version: int) -> dict[str, float]:
+def evaluate(ctx: RunContext, samples: Sequence[VideoSample], version: int) -> dict[str, float]:
     """Metrics of one greedy answer to each sample. Every rank calls it and gets them all.
 
-    Raises UserError on every rank if more than video.max_bad_share of the videos cannot be read.
+    Raises UserError on every rank if more than video.max_bad_fraction of the videos cannot be read.
     """
-    cfg, mesh = parts.cfg, parts.mesh
-    parts.rollouts.hand_over(version)
+    cfg, mesh = ctx.cfg, ctx.mesh
+    ctx.rollout_manager.sync_weights(version)
     spec = SamplingSpec(
         n=1, temperature=0.0, top_p=1.0, max_tokens=cfg.evaluation.max_response_tokens, seed=0
     )
@@ -44,9 +44,9 @@ def evaluate(parts: Parts, samples: Sequence[VideoSample], version: int) -> dict
     answers: list[_Answered] = []
     for start in range(0, most, SAMPLES_AT_A_TIME):
         block = own[start : start + SAMPLES_AT_A_TIME]
-        encoded = parts.encode(block)
+        encoded = ctx.encode(block)
         prompts = [one for one in encoded if isinstance(one, Prompt)]
-        rollouts = iter(parts.rollouts.generate(prompts, spec))
+        rollouts = iter(ctx.rollout_manager.generate(prompts, spec))
         for sample, one in zip(block, encoded, strict=True):
             if isinstance(one, VideoError):
                 answers.append(_Answered("", 0, _problem(sample, one)))
@@ -54,7 +54,7 @@ def evaluate(parts: Parts, samples: Sequence[VideoSample], version: int) -> dict
                 (rollout,) = next(rollouts)
                 answers.append(_Answered(rollout.text, len(rollout.token_ids)))
     ordered = interleave(gather_objects(world_axis(mesh), answers))
-    _check_share([a.problem for a in ordered if a.problem], len(samples), parts)
+    _check_share([a.problem for a in ordered if a.problem], len(samples), ctx)
     metrics = summarise(samples, [answer.text for answer in ordered], cfg.rewards)
     read = [answer.tokens for answer in ordered if not answer.problem]
     metrics["response_tokens"] = float(np.mean(read)) if read else 0.0
@@ -72,18 +72,18 @@ def _problem(sample: VideoSample, error: VideoError) -> Problem:
     return Problem(sample=sample.id, video=sample.video, kind=error.kind, reason=str(error))
 
 
-def _check_share(bad: Sequence[Problem], count: int, parts: Parts) -> None:
+def _check_share(bad: Sequence[Problem], count: int, ctx: RunContext) -> None:
     """Every rank has the same `bad`; rank 0 says what they are."""
     if not bad:
         return
-    most = parts.cfg.video.max_bad_share
+    most = ctx.cfg.video.max_bad_fraction
     found = f"{len(bad)} of {count} questions of an evaluation have bad videos: {summary(bad)}"
     if len(bad) > most * count:
         raise UserError(
-            f"{found}; that is over video.max_bad_share={most}: check the data with "
+            f"{found}; that is over video.max_bad_fraction={most}: check the data with "
             "tools/check_data.py, or raise the limit."
         )
-    if parts.mesh.rank == 0:
+    if ctx.mesh.rank == 0:
         tqdm.write(f"{found}; they count as answered with nothing.", file=sys.stderr)
 
 

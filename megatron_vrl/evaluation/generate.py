@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_vrl import config
 from megatron_vrl.checkpoint.convert import stored_tensors
-from megatron_vrl.checkpoint.layout import published_files
+from megatron_vrl.checkpoint.layout import hf_dir_of
 from megatron_vrl.config.inference import read_inference
 from megatron_vrl.config.loader import overridden, read_tree
 from megatron_vrl.context import prompt_encoder
@@ -19,7 +19,7 @@ from megatron_vrl.errors import CheckpointError, ConfigError, VideoError
 from megatron_vrl.models.architecture import config_dtype, read_architecture
 from megatron_vrl.observe.progress import say_engine_starts
 from megatron_vrl.rollout.request import SamplingSpec
-from megatron_vrl.rollout.vllm.engine import ColocatedEngine
+from megatron_vrl.rollout.vllm.engine import VllmEngine
 from megatron_vrl.storage.no_checkpoint import advice
 from megatron_vrl.types import EncodedVideo, Prompt, Rollout, VideoSample
 from megatron_vrl.video import VideoReader
@@ -47,7 +47,7 @@ def inference_config(
 
     The checkpoint's own type computes.
     """
-    directory = published_files(checkpoint)
+    directory = hf_dir_of(checkpoint)
     if not Path(checkpoint).is_dir():
         known = (
             advice(Path(checkpoint)) or f"There is no checkpoint {checkpoint}: give a directory."
@@ -73,7 +73,7 @@ class Answerer:
         Raises UserError.
         """
         self._cfg = cfg
-        self._directory = published_files(cfg.model.checkpoint)
+        self._directory = hf_dir_of(cfg.model.checkpoint)
         arch = read_architecture(self._directory)
         self._reader = VideoReader(cfg.video)
         self._encoder = prompt_encoder(
@@ -87,9 +87,9 @@ class Answerer:
         self._max_model_len = min(longest, arch.max_positions)
 
     @cached_property
-    def _engine(self) -> ColocatedEngine:
+    def _engine(self) -> VllmEngine:
         say_engine_starts(self._cfg.model.checkpoint)
-        engine = ColocatedEngine(
+        engine = VllmEngine(
             str(self._directory),
             self._cfg.rollout,
             dtype=self._cfg.model.dtype,
@@ -105,7 +105,7 @@ class Answerer:
         """`spec.n` answers to each sample, in order; `at_a_time` bounds the frames in memory."""
         for start in range(0, len(samples), at_a_time):
             block = samples[start : start + at_a_time]
-            videos = self._reader.encode([sample.footage for sample in block])
+            videos = self._reader.encode([sample.clip for sample in block])
             shown = zip(block, videos, strict=True)
             prompts = [self._encoder.prompt(s, v) for s, v in shown if isinstance(v, EncodedVideo)]
             self._check_length(prompts, spec)

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_vrl.config import Rewards
 from megatron_vrl.errors import DataError
-from megatron_vrl.rewards import SEED_PARTS, score, temporal_r1, weights_of
+from megatron_vrl.rewards import TEMPORAL_R1_COMPONENTS, score, temporal_r1, weights_of
 from megatron_vrl.tasks import TASKS, Parsed
 from megatron_vrl.tasks.answer import read_option
 from megatron_vrl.types import Interval, VideoSample
@@ -42,7 +42,7 @@ class Line(BaseModel):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grader:
     task: str  # a row of `megatron_vrl.tasks.TASKS`
-    mode: Literal["strict", "seed"]
+    mode: Literal["strict", "temporal_r1"]
     rewards: Rewards  # its weights count, its mode does not
 
     def grade(self, fields: Any) -> dict[str, Any]:
@@ -64,7 +64,7 @@ class Grader:
 
     def _parsed(self, sample: VideoSample, response: str) -> Parsed:
         """What the mode's own parser reads."""
-        if self.mode == "strict" or self.task not in SEED_PARTS:
+        if self.mode == "strict" or self.task not in TEMPORAL_R1_COMPONENTS:
             return TASKS[self.task].parse(response, sample)
         interval_s, failure = temporal_r1.read_interval(response)
         if interval_s is not None and not all(map(math.isfinite, interval_s)):
@@ -115,7 +115,7 @@ def _sample(line: Line, task: str, mode: str) -> VideoSample:
 
 def _truths(spans: Sequence[list[float]], duration_s: float, mode: str) -> tuple[Interval, ...]:
     """As the readers cut them in strict mode; in seed mode as they stand."""
-    if mode == "seed":
+    if mode == "temporal_r1":
         return tuple((start_s, end_s) for start_s, end_s in spans)
     cut = [(max(start_s, 0.0), min(end_s, duration_s)) for start_s, end_s in spans]
     kept = tuple((start_s, end_s) for start_s, end_s in cut if start_s < end_s)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from megatron_vrl.batching.pack import Answer, Group, MicroBatch
 from megatron_vrl.checkpoint.checkpoint import load_weights
-from megatron_vrl.checkpoint.layout import published_files
+from megatron_vrl.checkpoint.layout import hf_dir_of
 from megatron_vrl.config import (
     Batch,
     Model,
@@ -37,7 +37,13 @@ from megatron_vrl.models.architecture import Architecture, config_dtype, read_ar
 from megatron_vrl.models.logprob_head import Distribution
 from megatron_vrl.models.pipeline_split import check_divides
 from megatron_vrl.observe.progress import progress_bar
-from megatron_vrl.parallel.mesh import Mesh, agreed, gather_objects, init_mesh, world_axis
+from megatron_vrl.parallel.mesh import (
+    Mesh,
+    gather_objects,
+    init_mesh,
+    raise_on_all_ranks,
+    world_axis,
+)
 from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.policy.policy import Policy
 from megatron_vrl.types import EncodedVideo, Visual
@@ -81,7 +87,7 @@ def score_config(checkpoint: str, overrides: Sequence[str]) -> ScoreConfig:
 
     Computes in the checkpoint's own type unless `model.dtype` is overridden.
     """
-    directory = published_files(checkpoint)
+    directory = hf_dir_of(checkpoint)
     read_architecture(directory)  # says what is wrong with the checkpoint, if something is
     dtype = config_dtype(directory) or "float32"
     kept = read_inference(directory)
@@ -103,13 +109,13 @@ def score_file(cfg: ScoreConfig, samples: Path, out: Path) -> str:
     Every rank calls it; rank 0 writes. Raises UserError on every rank alike, and then `out` is
     what it was before.
     """
-    directory = published_files(cfg.model.checkpoint)
+    directory = hf_dir_of(cfg.model.checkpoint)
     arch = read_architecture(directory)
     check_divides(arch, cfg.model, cfg.parallel)
     mesh = init_mesh(cfg.parallel, seed=0)
     limit = cfg.data.max_prompt_tokens
     encoder = prompt_encoder(directory, arch, "none", limit)
-    with agreed(mesh):
+    with raise_on_all_ranks(mesh):
         count = _check(samples)
     tokens, total = 0, 0.0
     with _rows_into(out, mesh) as write:
@@ -150,7 +156,7 @@ class Scorer:
         load_weights(cfg.model.checkpoint, self._policy)
         self._mesh, self._encoder, self._batch = mesh, encoder, cfg.batch
         self._videos = VideoReader(cfg.video)
-        self._image_rules = read_image_rules(published_files(cfg.model.checkpoint))
+        self._image_rules = read_image_rules(hf_dir_of(cfg.model.checkpoint))
 
     def score(self, block: Sequence[ScoredSample]) -> list[Row]:
         """The block's rows in its order, on rank 0; [] elsewhere. Every rank gives all samples.
@@ -159,8 +165,8 @@ class Scorer:
         """
         mesh = self._mesh
         groups = self._groups(block)
-        filler = self._group(ScoredSample(id="filler", question="", response=""), (), FILLER)
-        batches = plan_batches(groups, filler, self._batch, mesh)
+        dummy_group = self._group(ScoredSample(id="filler", question="", response=""), (), FILLER)
+        batches = plan_batches(groups, dummy_group, self._batch, mesh)
         outputs = self._policy.logprobs(batches, Distribution())
         found = [
             (int(name), *pieces)
@@ -180,7 +186,7 @@ class Scorer:
         data, model = self._mesh.data, self._mesh.model
         mine = range(len(block))[data.rank :: data.size][model.rank :: model.size]
         groups: list[Group] = []
-        with agreed(self._mesh):
+        with raise_on_all_ranks(self._mesh):
             paths = [path for number in mine for path in block[number].videos]
             videos = dict(zip(paths, self._videos.encode(paths), strict=True))
             for number in mine:
@@ -293,19 +299,19 @@ def _parsed(line: bytes, origin: str) -> ScoredSample:
 def _rows_into(path: Path, mesh: Mesh) -> Iterator[Callable[[list[Row]], None]]:
     """A function that writes rows beside their place; they take the name when all are there."""
     partial = path.with_name(path.name + ".partial")
-    with agreed(mesh), _named(path):
+    with raise_on_all_ranks(mesh), _named(path):
         if path.is_dir():
             raise DataError(f"--out {path} is a directory; give the name of a file.")
         file = partial.open("w") if mesh.rank == 0 else None
 
     def write(rows: list[Row]) -> None:
-        with agreed(mesh), _named(path):
+        with raise_on_all_ranks(mesh), _named(path):
             if file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
     try:
         yield write
-        with agreed(mesh), _named(path):
+        with raise_on_all_ranks(mesh), _named(path):
             if file:
                 file.close()
                 os.replace(partial, path)

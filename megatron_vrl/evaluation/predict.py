@@ -22,8 +22,10 @@ from megatron_vrl.tasks import can_be_asked
 from megatron_vrl.types import VideoSample
 from megatron_vrl.video import VideoReader
 
-SEED_DEFAULTS: dict[str, dict[str, Any]] = {  # of the released evaluation: its prompt and budget
-    "data": {"system_prompt": "seed", "question": "seed"},
+TEMPORAL_R1_DEFAULTS: dict[
+    str, dict[str, Any]
+] = {  # of the released evaluation: its prompt and budget
+    "data": {"system_prompt": "temporal_r1", "question": "temporal_r1"},
     "video": {"min_pixels": 4 * 28 * 28, "total_pixels": 2048 * 28 * 28},
 }
 SAMPLES_AT_A_TIME = 128  # bounds the decoded frames in memory
@@ -86,7 +88,7 @@ def readable(cfg: Video, samples: Sequence[VideoSample]) -> set[str]:
         reader = VideoReader(cfg)
         for start in range(0, len(samples), SAMPLES_AT_A_TIME):
             block = samples[start : start + SAMPLES_AT_A_TIME]
-            videos = reader.encode([sample.footage for sample in block])
+            videos = reader.encode([sample.clip for sample in block])
             shown = zip(block, videos, strict=True)
             found |= {sample.id for sample, v in shown if not isinstance(v, VideoError)}
     return found
@@ -98,8 +100,8 @@ def too_many_bad(problems: Sequence[str], count: int, most: float) -> str:
         return ""
     return (
         f"{len(problems)} of {counted(count, 'sample')} have videos that cannot be read, over "
-        f"video.max_bad_share={most} (the first: {problems[0]}). Correct the videos and give the "
-        "same command again, or raise the limit."
+        f"video.max_bad_fraction={most} (the first: {problems[0]}). Correct the videos and give "
+        "the same command again, or raise the limit."
     )
 
 

@@ -25,7 +25,7 @@ from megatron_vrl.rewards.temporal_iou import iou
 from megatron_vrl.tasks import TASKS, can_be_asked
 from megatron_vrl.types import Interval, VideoSample
 
-Protocol = Literal["strict", "seed"]
+Protocol = Literal["strict", "temporal_r1"]
 THRESHOLDS = (0.3, 0.5, 0.7)
 RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -142,7 +142,7 @@ def _values(
     if "accuracy" in parts:
         values["accuracy"] = float(option == sample.option)
     if "temporal_iou" in parts:
-        measure = temporal_r1.hull_iou if protocol == "seed" else iou
+        measure = temporal_r1.hull_iou if protocol == "temporal_r1" else iou
         truths = sample.intervals_s
         best = max((measure(interval_s, t) for t in truths), default=0.0) if interval_s else 0.0
         inside = max((_iop(interval_s, t) for t in truths), default=0.0) if interval_s else 0.0

@@ -1,10 +1,10 @@
 """FP8 products of the language layers, computed anywhere: what Transformer Engine's recipes round,
 with torch's float8 casts, and the product itself in the model's own precision.
 
-For proofs and small studies (`model.layers: rounded`); a run that wants speed takes Transformer
-Engine. Rounded are the three operands of each linear layer's products: input and weight to E4M3,
-the output's gradient to E5M2 (blockwise: all to E4M3). Biases, norms, attention, vision tower,
-embedding and head are not. Scales are as in Transformer Engine 2.11 under Megatron 0.16.1:
+For proofs and small studies (`model.layers: fp8_emulated`); a run that wants speed takes
+Transformer Engine. Rounded are the three operands of each linear layer's products: input and weight
+to E4M3, the output's gradient to E5M2 (blockwise: all to E4M3). Biases, norms, attention, vision
+tower, embedding and head are not. Scales are as in Transformer Engine 2.11 under Megatron 0.16.1:
 
 - delayed: the largest value of the call before (Megatron's history of one); the first scale is 1;
 - current: the largest value of the tensor;

@@ -40,10 +40,11 @@ def gradient_fusion(
     Megatron's linear layers do it with apex's extension, Transformer Engine's by themselves; but
     the head of a model with those is still Megatron's and refuses to be built without apex's.
     """
-    if cfg.fused_gradients == "none":
-        return GradientFusion(False, "off (model.fused_gradients=none)")
-    if cfg.layers == "rounded":
-        return GradientFusion(False, "off (model.layers=rounded has matrix products of its own)")
+    if cfg.gradient_accumulation_fusion == "none":
+        return GradientFusion(False, "off (model.gradient_accumulation_fusion=none)")
+    if cfg.layers == "fp8_emulated":
+        why = "off (model.layers=fp8_emulated has matrix products of its own)"
+        return GradientFusion(False, why)
     if not on_gpu:
         return GradientFusion(False, "off (no GPU)")
     if not probe(FUSED_GRADIENT):

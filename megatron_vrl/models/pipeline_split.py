@@ -55,10 +55,11 @@ def check_fp8(cfg: Model, parallel: Parallel) -> None:
             f"model.fp8={cfg.fp8} is computed by Transformer Engine only: set "
             "model.layers=transformer_engine (rounded for a proof), or model.fp8=none."
         )
-    if cfg.layers == "rounded" and (cfg.fp8 == "none" or parallel.tensor > 1):
+    if cfg.layers == "fp8_emulated" and (cfg.fp8 == "none" or parallel.tensor > 1):
         raise ConfigError(
-            f"model.layers=rounded with model.fp8={cfg.fp8} and parallel.tensor={parallel.tensor}: "
-            "it rounds to FP8 on one tensor rank; set model.fp8 and parallel.tensor=1."
+            f"model.layers=fp8_emulated with model.fp8={cfg.fp8} and "
+            f"parallel.tensor={parallel.tensor}: it rounds to FP8 on one tensor rank; "
+            "set model.fp8 and parallel.tensor=1."
         )
 
 

@@ -85,11 +85,11 @@ def number_formats(cfg: Model) -> dict[str, Any]:
 def layer_parts(cfg: Model, layer: int, num_layers: int, device: torch.device) -> LayerParts:
     """What language layer `layer`, from 0, is made of."""
     attention = ATTENTION[attention_of(cfg, device)]
-    first, last = cfg.fp8_spares
+    first, last = cfg.fp8_skip_first_last_layers
     spared = cfg.fp8 != "none" and not first <= layer < num_layers - last
     if cfg.layers == "megatron" or spared:
         return replace(MEGATRON, attention=attention)
-    if cfg.layers == "rounded":
+    if cfg.layers == "fp8_emulated":
         column, row = (
             ModuleSpec(module=linear, params={"recipe": cfg.fp8})
             for linear in (RoundedColumnParallelLinear, RoundedRowParallelLinear)

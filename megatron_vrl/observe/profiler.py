@@ -13,10 +13,10 @@ from torch.profiler import profile
 from megatron_vrl.config import Observe
 
 
-class Traces:
+class StepProfiler:
     def __init__(self, out_dir: Path, cfg: Observe, rank: int) -> None:
         self._folder = out_dir / "traces"
-        self._steps = frozenset(cfg.trace_steps) if rank in cfg.trace_ranks else frozenset()
+        self._steps = frozenset(cfg.profile_steps) if rank in cfg.profile_ranks else frozenset()
         self._rank = rank
 
     @contextmanager

@@ -10,7 +10,7 @@ import os
 import warnings
 
 
-def hush_libraries() -> None:
+def silence_libraries() -> None:
     """Call it before the libraries are imported; some speak while they load."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # vLLM's word about NUMA nodes
     os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")  # its advertisement

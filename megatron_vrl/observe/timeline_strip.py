@@ -14,7 +14,7 @@ RULER_PX = 16
 INK, PAPER, TRACK, MARK = "#222222", "#ffffff", "#dddddd", "#d9480f"
 
 
-def marked_strip(
+def timeline_strip(
     frames: NDArray[np.uint8],
     timestamps_s: NDArray[np.float64],
     duration_s: float,

@@ -215,7 +215,7 @@ def world_axis(mesh: Mesh) -> Axis:
 
 
 @contextmanager
-def agreed(mesh: Mesh) -> Iterator[None]:
+def raise_on_all_ranks(mesh: Mesh) -> Iterator[None]:
     """All ranks leave the block together: if one raises a UserError, every rank raises it.
 
     Every rank enters it, and no rank may communicate inside. So no rank is left waiting for one

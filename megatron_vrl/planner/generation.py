@@ -47,11 +47,11 @@ def engine_memory(
     cfg: RunConfig, arch: Architecture, sizes: Sizes, gpu_memory: int
 ) -> EngineMemory:
     """A colocated engine is whole on every GPU; a worker's is shared by `rollout.tensor`."""
-    ranks = 1 if cfg.rollout.engine == "colocated" else cfg.rollout.tensor
+    ranks = 1 if cfg.rollout.placement == "colocated" else cfg.rollout.tensor
     number = number_bytes(cfg.model)
     token = 2 * arch.layers * arch.kv_heads * arch.head_dim * number // ranks
     weights = number * count_all(arch).all // ranks
-    kv_cache = int(cfg.rollout.gpu_memory_share * gpu_memory) - weights - ENGINE_WORKING
+    kv_cache = int(cfg.rollout.gpu_memory_utilization * gpu_memory) - weights - ENGINE_WORKING
     answer = max(cfg.rollout.max_response_tokens, cfg.evaluation.max_response_tokens)
     return EngineMemory(
         weights=weights,
@@ -71,10 +71,10 @@ def rollout_phase(
     machine: Machine,
 ) -> Phase:
     """A step's prompts read and its answers sampled, on the engine with the most to do."""
-    ranks = 1 if cfg.rollout.engine == "colocated" else cfg.rollout.tensor
+    ranks = 1 if cfg.rollout.placement == "colocated" else cfg.rollout.tensor
     prompts = -(-cfg.rollout.prompts_per_step // engines)
     answers = prompts * sizes.answers
-    at_once = max(1, min(answers, cfg.rollout.max_sequences, engine.sequences))
+    at_once = max(1, min(answers, cfg.rollout.max_num_seqs, engine.sequences))
     read = work_of_sizes(arch, sizes.prompt, [1], [sizes.grid] if sizes.grid else [])
     token = work_of_sizes(arch, 1, [1], [])
     steps = -(-answers // at_once) * sizes.response
@@ -103,7 +103,7 @@ def sync_phase(cfg: RunConfig, arch: Architecture, machine: Machine) -> Phase:
     num_bytes = number_bytes(cfg.model) * count_all(arch).all
     parallel = cfg.parallel
     ranks = parallel.tensor * parallel.pipeline
-    if cfg.rollout.engine == "workers":
+    if cfg.rollout.placement == "workers":
         own = 2 * num_bytes / parallel.pipeline  # to host memory and from there
         return Phase(parts={"host link": own / machine.gpu.host})
     parts = {"host link": 2 * num_bytes / machine.gpu.host, "HBM": machine.hbm(2 * num_bytes)}

@@ -12,7 +12,7 @@ from math import prod
 from megatron_vrl.config import Model, Parallel
 from megatron_vrl.models.architecture import Architecture, padded_vocab
 from megatron_vrl.models.pipeline_split import Chunk, stage_chunks, whole
-from megatron_vrl.models.qwen2_5_vl.hf_shapes import published_shapes
+from megatron_vrl.models.qwen2_5_vl.hf_shapes import hf_shapes
 from megatron_vrl.models.qwen2_5_vl.weight_map import EMBEDDING, HEAD, Row, chunk_rows
 
 
@@ -83,7 +83,7 @@ def _count(
 
 @cache
 def _shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
-    return published_shapes(arch)
+    return hf_shapes(arch)
 
 
 def _part(row: Row) -> str:

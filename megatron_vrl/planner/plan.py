@@ -142,7 +142,7 @@ def plan_memory(cfg: RunConfig, arch: Architecture, asked: Question) -> Memory:
             for stage in range(parallel.pipeline)
         ],
         engine=engine_memory(cfg, arch, sizes, asked.gpu.memory),
-        colocated=cfg.rollout.engine == "colocated",
+        colocated=cfg.rollout.placement == "colocated",
         usable=int(asked.gpu.memory * (1 - RESERVE)),
     )
 
@@ -187,7 +187,7 @@ def _phases(
     parallel, gpus = cfg.parallel, asked.gpus
     machine = Machine(gpu=asked.gpu, gpus=gpus, mfu=asked.mfu)
     engines = gpus
-    if cfg.rollout.engine == "workers":
+    if cfg.rollout.placement == "workers":
         engines = max(cfg.rollout.min_workers, len(cfg.rollout.workers))
     count = micro_batches * cfg.grpo.mini_batches
     updates = cfg.grpo.mini_batches * cfg.grpo.epochs
@@ -231,7 +231,10 @@ def _shortages(cfg: RunConfig, asked: Question, memory: Memory) -> Iterator[str]
                 f"An update needs {stage.update / GIB:.1f} GiB on each GPU of pipeline stage "
                 f"{number}, more than the {of}; the most of it is {_largest(stage)}."
             )
-    engine, key = memory.engine, f"rollout.gpu_memory_share={cfg.rollout.gpu_memory_share:g}"
+    engine, key = (
+        memory.engine,
+        f"rollout.gpu_memory_utilization={cfg.rollout.gpu_memory_utilization:g}",
+    )
     if engine.kv_cache < engine.longest:
         yield (
             f"{key} of a {asked.gpu.name} leaves {engine.kv_cache / GIB:.1f} GiB for keys and "

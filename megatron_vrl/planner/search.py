@@ -116,12 +116,12 @@ def _budgets(cfg: RunConfig) -> list[Changes]:
 
 def _engines(cfg: RunConfig) -> list[Changes]:
     rollout = cfg.rollout
-    if rollout.engine == "workers":
+    if rollout.placement == "workers":
         ranks = sorted({rollout.tensor, *ENGINE_RANKS})
         return [{"rollout.tensor": t} for t in ranks if t >= rollout.tensor]
-    shares = sorted({rollout.gpu_memory_share, *SHARES})
-    own: list[Changes] = [{"rollout.gpu_memory_share": share} for share in shares]
-    return own + [{"rollout.engine": "workers", "rollout.tensor": t} for t in ENGINE_RANKS]
+    shares = sorted({rollout.gpu_memory_utilization, *SHARES})
+    own: list[Changes] = [{"rollout.gpu_memory_utilization": share} for share in shares]
+    return own + [{"rollout.placement": "workers", "rollout.tensor": t} for t in ENGINE_RANKS]
 
 
 def _fitting(cfg: RunConfig, arch: Architecture, asked: Question, changes: Changes) -> Found | None:

@@ -20,7 +20,9 @@ from megatron_vrl.parallel.mesh import Mesh, exchange_objects, gather_objects
 
 TILE_ROWS = 16  # of a matrix product on tensor cores; FP8 takes nothing else
 Cost = Callable[[Group], float]
-Normalisation = Literal["global_tokens", "sequence_mean", "sequence_sum", "constant_length", "seed"]
+Normalisation = Literal[
+    "global_tokens", "sequence_mean", "sequence_sum", "constant_length", "temporal_r1"
+]
 
 
 def tokens(group: Group) -> float:
@@ -50,7 +52,7 @@ def rebalance(groups: Sequence[Group], mesh: Mesh, cost: Cost) -> list[Group]:
 
 def plan_batches(
     groups: Sequence[Group],
-    filler: Group,
+    dummy_group: Group,
     cfg: Batch,
     mesh: Mesh,
     normalisation: Normalisation = "global_tokens",
@@ -61,8 +63,8 @@ def plan_batches(
     """Every rank calls it, with the groups of its data rank; [] if no rank has any.
 
     A rank with fewer micro-batches than another cuts its own finer, and what then is missing is
-    filled with an answer of `filler` whose tokens weigh 0. `cost` balances the micro-batches. See
-    `_token_weights` for `normalisation`; `max_response_tokens` is read by `constant_length`.
+    filled with an answer of `dummy_group` whose tokens weigh 0. `cost` balances the micro-batches.
+    See `_token_weights` for `normalisation`; `max_response_tokens` is read by `constant_length`.
     """
     laid_out = as_plain(groups) if cfg.layout == "plain" else list(groups)
     sizes, costs = [g.num_tokens for g in laid_out], [cost(g) for g in laid_out]
@@ -76,7 +78,7 @@ def plan_batches(
         most = -(-most // mesh.pipeline.size) * mesh.pipeline.size
     if len(bins) < most:
         bins = into_micro_batches(sizes, costs, cfg.tokens, at_least=most)
-    idle = replace(filler, answers=filler.answers[:1])
+    idle = replace(dummy_group, answers=dummy_group.answers[:1])
     members = [[laid_out[i] for i in bin_] for bin_ in bins] + [[idle]] * (most - len(bins))
     batches = _packed(members, mesh)
     step = _Step(sum(targets), sum(answers), len(bins) * mesh.data.size, max_response_tokens)
@@ -113,7 +115,7 @@ def _token_weights(
         "sequence_mean": step.answers * length,
         "sequence_sum": step.answers,
         "constant_length": step.answers * step.max_response_tokens,
-        "seed": step.micro_batches * len(batch.target),
+        "temporal_r1": step.micro_batches * len(batch.target),
     }
     return (np.ones(len(batch.target)) / divisors[normalisation]).astype(np.float32)
 

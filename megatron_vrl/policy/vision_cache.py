@@ -26,9 +26,13 @@ MIB = 1 << 20
 Key = tuple[Any, ...]
 
 
-def look_across(eyes: "Eyes | None", mesh: Mesh, prompts: Sequence[Prompt]) -> list[Prompt]:
-    """`Eyes.look` for each pipeline stage's own prompts; `eyes` are those of the first stage, and
-    None elsewhere. All stages call it together."""
+def embed_across_ranks(
+    eyes: "VisionEmbeddingCache | None", mesh: Mesh, prompts: Sequence[Prompt]
+) -> list[Prompt]:
+    """Call `VisionEmbeddingCache.look` for each pipeline stage's own prompts.
+
+    `eyes` is the cache of the first stage and None elsewhere. All stages call it together.
+    """
     if mesh.pipeline.size == 1:
         assert eyes is not None
         return eyes.look(prompts)
@@ -38,7 +42,7 @@ def look_across(eyes: "Eyes | None", mesh: Mesh, prompts: Sequence[Prompt]) -> l
     return [replace(p, seen=tokens) for p, tokens in zip(prompts, own_seen, strict=True)]
 
 
-class Eyes:
+class VisionEmbeddingCache:
     """One for each process of the first pipeline stage; ranks need not call it together."""
 
     def __init__(self, policy: Policy, memory_mib: int) -> None:

@@ -30,6 +30,17 @@ class OverrideParser(argparse.ArgumentParser):
         super().error(message)
 
 
+def protocol_name(text: str) -> str:
+    """Return the name of a scoring protocol; `seed`, its earlier name, becomes `temporal_r1`.
+
+    For options of tools, which accept the earlier name and print the new one to stderr.
+    """
+    if text != "seed":
+        return text
+    print("note: `seed` is now called `temporal_r1`.", file=sys.stderr)
+    return "temporal_r1"
+
+
 def run_program(
     main: Callable[[], int | None], unblocked: frozenset[int] = frozenset({signal.SIGINT})
 ) -> NoReturn:

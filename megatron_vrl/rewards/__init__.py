@@ -25,7 +25,7 @@ PARTS: dict[str, Callable[[VideoSample, Parsed], float]] = {
 }
 LENGTH = "length"
 OPTIONAL = {"boundary_iou": "temporal_iou", LENGTH: "format"}  # part -> the task's part it needs
-SEED_PARTS: dict[str, dict[str, Callable[[VideoSample, str], float]]] = {
+TEMPORAL_R1_COMPONENTS: dict[str, dict[str, Callable[[VideoSample, str], float]]] = {
     "temporal_grounding": {
         "format": temporal_r1.format_score,
         "temporal_iou": temporal_r1.temporal_iou,
@@ -36,7 +36,7 @@ SEED_PARTS: dict[str, dict[str, Callable[[VideoSample, str], float]]] = {
 def score(
     sample: VideoSample,
     response: str,
-    mode: Literal["strict", "seed"],
+    mode: Literal["strict", "temporal_r1"],
     weights: dict[str, float],
 ) -> tuple[dict[str, float], float]:
     """Parts of the sample's task and their weighted sum; `weights` as `weights_of` checked them.
@@ -45,8 +45,10 @@ def score(
     """
     task = TASKS[sample.task]
     of_text = [name for name in weights if name in PARTS and name not in task.parts]
-    if mode == "seed" and task.name in SEED_PARTS:
-        parts = {name: part(sample, response) for name, part in SEED_PARTS[task.name].items()}
+    if mode == "temporal_r1" and task.name in TEMPORAL_R1_COMPONENTS:
+        parts = {
+            name: part(sample, response) for name, part in TEMPORAL_R1_COMPONENTS[task.name].items()
+        }
     else:
         of_text = [*task.parts, *of_text]
         parts = {}

@@ -15,7 +15,7 @@ from megatron_vrl.rewards.user_functions import Call, Returned, Workers
 from megatron_vrl.types import Prompt, Rollout, ScoredGroup, VideoSample
 
 
-class Judge:
+class RewardManager:
     """One per process."""
 
     def __init__(self, cfg: Rewards) -> None:

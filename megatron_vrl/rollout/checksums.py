@@ -17,7 +17,7 @@ import torch
 from megatron_vrl.rollout.buckets import NamedTensors
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-PUBLISHED_PREFIX = {  # how vLLM and transformers name in memory -> how checkpoints are published
+HF_PREFIX = {  # how vLLM and transformers name in memory -> how checkpoints are published
     "language_model.model.": "model.",
     "language_model.lm_head.": "lm_head.",
     "model.language_model.": "model.",
@@ -96,7 +96,7 @@ def _unpacked(module: torch.nn.Module, in_features: int, dtype: torch.dtype) -> 
 
 
 def _published(name: str) -> str:
-    for prefix, published in PUBLISHED_PREFIX.items():
+    for prefix, published in HF_PREFIX.items():
         if name.startswith(prefix):
             return published + name.removeprefix(prefix)
     return name

@@ -43,9 +43,9 @@ def machine() -> str:
 
 
 def identity_of(
-    published_dir: str | Path, dtype: str, max_model_len: int, banned_tokens: tuple[int, ...]
+    hf_dir: str | Path, dtype: str, max_model_len: int, banned_tokens: tuple[int, ...]
 ) -> Identity:
-    config = (Path(published_dir) / "config.json").read_bytes()
+    config = (Path(hf_dir) / "config.json").read_bytes()
     return Identity(
         architecture=hashlib.sha256(config).hexdigest(),
         dtype=dtype,

@@ -16,7 +16,7 @@ import torch
 from megatron_vrl import config
 from megatron_vrl.checkpoint.hf_export import NamedTensors, WeightExport
 from megatron_vrl.errors import RolloutError
-from megatron_vrl.parallel.mesh import Mesh, agreed, gather_objects, world_axis
+from megatron_vrl.parallel.mesh import Mesh, gather_objects, raise_on_all_ranks, world_axis
 from megatron_vrl.rollout.checksums import tensor_checksums
 from megatron_vrl.rollout.fp8_emulation import rounded
 from megatron_vrl.rollout.identity import Member
@@ -68,7 +68,7 @@ class Engine(Protocol):
     def checksums(self) -> dict[str, dict[str, str]]: ...
 
 
-class Rollouts:
+class RolloutManager:
     """Every rank calls every method, in the same order."""
 
     def __init__(
@@ -84,13 +84,13 @@ class Rollouts:
         self.version: int | None = None  # of the weights that the engines hold
         self._cfg, self._mesh, self._engine = cfg, mesh, engine
         self._export, self._dtype = export, dtype
-        self._as_sent = rounded if cfg.quantization == "rounded" else iter
+        self._as_sent = rounded if cfg.quantization == "fp8_emulated" else iter
         self._hand_overs = 0
 
-    def hand_over(self, version: int) -> None:
+    def sync_weights(self, version: int) -> None:
         """Give the engines the trainer's weights, unless they hold this version already."""
         if self.version != version:
-            self._hand_over(version, self._cfg.min_workers if self.version is None else 1)
+            self._sync_all(version, self._cfg.min_workers if self.version is None else 1)
             if self._engine.takes_weights and self._cfg.quantization != "fp8":
                 self._check_now_and_then()
 
@@ -110,7 +110,7 @@ class Rollouts:
     ) -> Sequence[Asked]:
         """Begin to answer; prompt `i` draws as `spec.of_prompt(numbers[i])` says. Workers go on
         while the trainer does something else."""
-        with agreed(self._mesh):
+        with raise_on_all_ranks(self._mesh):
             return self._engine.ask(prompts, [spec.of_prompt(number) for number in numbers])
 
     def first(self, asked: Sequence[Asked], required: int, count: int) -> list[int]:
@@ -126,11 +126,11 @@ class Rollouts:
                 assert chosen is not None
                 return chosen
             assert self.version is not None
-            self._hand_over(self.version, 1)
+            self._sync_all(self.version, 1)
 
     def results(self, asked: Sequence[Asked]) -> list[list[Rollout]]:
         """The answers to prompts that `first` gave. Raises RolloutError on every rank alike."""
-        with agreed(self._mesh):
+        with raise_on_all_ranks(self._mesh):
             return [one.result() for one in asked]
 
     def _waited(self, asked: Sequence[Asked], required: int, count: int) -> list[int] | None:
@@ -144,32 +144,32 @@ class Rollouts:
                 return None
             time.sleep(LOOK_EVERY_S)
 
-    def _hand_over(self, version: int, at_least: int) -> None:
+    def _sync_all(self, version: int, at_least: int) -> None:
         """Until somebody holds the weights. Raises RolloutError on every rank if nobody takes them
-        within rollout.patience_s."""
-        deadline = time.monotonic() + self._cfg.patience_s
-        while not self._handed_over(version, at_least):
+        within rollout.worker_wait_timeout_s."""
+        deadline = time.monotonic() + self._cfg.worker_wait_timeout_s
+        while not self._sync_agreed(version, at_least):
             if gather_objects(world_axis(self._mesh), time.monotonic() > deadline)[0]:
                 raise RolloutError(
-                    "No rollout worker took the weights within rollout.patience_s="
-                    f"{self._cfg.patience_s:g}: look at the workers' output."
+                    "No rollout worker took the weights within rollout.worker_wait_timeout_s="
+                    f"{self._cfg.worker_wait_timeout_s:g}: look at the workers' output."
                 )
             time.sleep(PAUSE_S)
         self.version = version
 
-    def _handed_over(self, version: int, at_least: int) -> bool:
+    def _sync_agreed(self, version: int, at_least: int) -> bool:
         engine, first = self._engine, self._mesh.rank == 0
-        with agreed(self._mesh):
+        with raise_on_all_ranks(self._mesh):
             members = engine.gather(at_least) if first else []
         if not engine.everywhere:
             members = gather_objects(world_axis(self._mesh), members)[0]
         starts = first or engine.everywhere
-        with agreed(self._mesh):
+        with raise_on_all_ranks(self._mesh):
             if starts:
                 engine.start(members)
         if engine.takes_weights:
             self._send(members)
-        with agreed(self._mesh):
+        with raise_on_all_ranks(self._mesh):
             if starts:
                 engine.finish(members, version)
         failed = set().union(*gather_objects(world_axis(self._mesh), engine.failed))
@@ -179,14 +179,14 @@ class Rollouts:
 
     def _send(self, members: Sequence[Member]) -> None:
         pipeline, world = self._mesh.pipeline, world_axis(self._mesh)
-        with agreed(self._mesh):
+        with raise_on_all_ranks(self._mesh):
             mine = self._engine.takes_turns(members)
         in_turn = any(gather_objects(world, mine))
         error = None
         for turn in range(pipeline.size if in_turn else 1):
             if not in_turn or turn == pipeline.rank:
                 error = self._send_own(members)
-            with agreed(self._mesh):
+            with raise_on_all_ranks(self._mesh):
                 if error is not None:
                     raise error
 
@@ -215,7 +215,7 @@ class Rollouts:
     def _check_weights(self) -> None:
         """Raises RolloutError if an engine computes with other weights than the trainer's."""
         ours = tensor_checksums(self._as_sent(self._export.tensors()), self._dtype)
-        with agreed(self._mesh):
+        with raise_on_all_ranks(self._mesh):
             theirs = self._engine.checksums() if self._checks else {}
             for engine, sums in theirs.items():
                 wrong = sorted(name for name in ours if sums.get(name) != ours[name])

@@ -44,7 +44,7 @@ class _Head(msgspec.Struct):
     answers: list[_Seed]
 
 
-class StoredFiles:
+class ReplayFiles:
     """Groups by key. Holds where they lie; reads them when they are asked for."""
 
     def __init__(self, directory: str | Path, loud: bool = True) -> None:
@@ -82,10 +82,10 @@ class StoredFiles:
 
 
 @dataclass(frozen=True, slots=True)
-class StoredAnswers:
+class ReplayFuture:
     """To one prompt; `group` is None if there are none."""
 
-    engine: "Stored"
+    engine: "ReplayEngine"
     prompt: Prompt
     spec: SamplingSpec
     group: GroupRecord | None
@@ -108,23 +108,23 @@ class StoredAnswers:
         return rollouts
 
 
-class Stored:
+class ReplayEngine:
     everywhere = True
     takes_weights = False
     starved = True  # what is not ready will not be by waiting
 
-    def __init__(self, files: StoredFiles, weighed: bool) -> None:
+    def __init__(self, files: ReplayFiles, weighed: bool) -> None:
         """`weighed`: whether the loss has importance weights, which old answers want."""
         self.directory = files.directory
         self._files, self._weighed = files, weighed
         self._version = -1  # of the trainer's weights
         self._all_ready = False
 
-    def ask(self, prompts: Sequence[Prompt], specs: Sequence[SamplingSpec]) -> list[StoredAnswers]:
+    def ask(self, prompts: Sequence[Prompt], specs: Sequence[SamplingSpec]) -> list[ReplayFuture]:
         keys = [(p.id, s.seed) for p, s in zip(prompts, specs, strict=True)]
         groups = self._files.groups(keys)
         return [
-            StoredAnswers(self, prompt, spec, groups.get(key))
+            ReplayFuture(self, prompt, spec, groups.get(key))
             for prompt, spec, key in zip(prompts, specs, keys, strict=True)
         ]
 
@@ -138,7 +138,7 @@ class Stored:
             if not self._weighed and rollout.newest_version != self._version:
                 raise RolloutError(
                     f"Sample {sample} was answered by weights {rollout.newest_version}, and the "
-                    f"trainer has {self._version}: set algorithm.importance=token (or sequence)."
+                    f"trainer has {self._version}: set algorithm.rollout_is=token (or sequence)."
                 )
 
     def gather(self, at_least: int) -> list[Member]:
@@ -174,11 +174,13 @@ class Stored:
 
 def check_stored(cfg: RunConfig) -> None:
     """Raises UserError for what cannot be done from stored rollouts."""
-    directory = cfg.rollout.stored
-    if cfg.rollout.engine != "stored":
+    directory = cfg.rollout.replay_dir
+    if cfg.rollout.placement != "replay":
         return
     if not directory:
-        raise ConfigError("rollout.engine=stored needs rollout.stored: name a run's rollouts.")
+        raise ConfigError(
+            "rollout.placement=replay needs rollout.replay_dir: name a run's rollouts."
+        )
     for key, wants in (
         ("data.evaluation", bool(cfg.data.evaluation)),
         ("sft.stop_metric", bool(cfg.sft.steps and cfg.sft.stop_metric)),
@@ -186,13 +188,13 @@ def check_stored(cfg: RunConfig) -> None:
     ):
         if wants:
             raise ConfigError(
-                f"rollout.engine=stored answers no evaluation, which {key} asks for: set "
+                f"rollout.placement=replay answers no evaluation, which {key} asks for: set "
                 "data.evaluation={}, sft.stop_metric='' and grpo.evaluate_every=0, and evaluate "
                 "the export with tools/evaluate.py."
             )
     if Path(directory).resolve() == (Path(cfg.run.out_dir) / "rollouts").resolve():
         raise ConfigError(
-            f"rollout.stored={directory} is where this run writes its own: choose another "
+            f"rollout.replay_dir={directory} is where this run writes its own: choose another "
             "run.out_dir."
         )
     files_of(directory)

@@ -26,7 +26,7 @@ from megatron_vrl.evaluation.predict import check_settings, check_videos, readab
 from megatron_vrl.observe.progress import progress_bar
 from megatron_vrl.observe.selection_report import selection_report
 from megatron_vrl.rewards import weights_of
-from megatron_vrl.rewards.manager import Judge
+from megatron_vrl.rewards.manager import RewardManager
 from megatron_vrl.rollout.request import SamplingSpec
 from megatron_vrl.selection.rules import KEPT, Candidate, candidate, select
 from megatron_vrl.storage.files import full_disk_named, read_rows, write_file
@@ -76,7 +76,7 @@ def collect_answers(
     answerer = start(_inference(cfg), cfg.rollout.max_response_tokens)
     total = sum(len(blocks[number]) for number in mine)
     with (
-        closing(Judge(cfg.rewards)) as judge,
+        closing(RewardManager(cfg.rewards)) as judge,
         path.open("a", encoding="utf-8") as file,
         progress_bar("select", total, "samples", len(kept)) as bar,
     ):
@@ -130,7 +130,11 @@ def write_selection(
 
 
 def _answered(
-    cfg: RunConfig, block: Sequence[VideoSample], number: int, answerer: Answerer, judge: Judge
+    cfg: RunConfig,
+    block: Sequence[VideoSample],
+    number: int,
+    answerer: Answerer,
+    judge: RewardManager,
 ) -> Iterator[Row]:
     entropy = np.random.SeedSequence([cfg.run.seed, number])
     spec = SamplingSpec(
@@ -150,7 +154,7 @@ def _answered(
         yield row | {"seconds_into_block": seconds, "answers": judged(judge, sample, answers)}
 
 
-def judged(judge: Judge, sample: VideoSample, rollouts: Sequence[Rollout]) -> list[Row]:
+def judged(judge: RewardManager, sample: VideoSample, rollouts: Sequence[Rollout]) -> list[Row]:
     """What is kept of each answer. Raises DataError if a function of the user's cannot grade it."""
     parts = judge.parts(sample, rollouts)
     for name, failed in judge.take_failures().items():

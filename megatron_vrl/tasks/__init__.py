@@ -25,7 +25,7 @@ TASKS: dict[str, Task] = {
 
 SYSTEM_PROMPTS: dict[str, str | None] = {
     "none": None,  # the chat template's own
-    "seed": (
+    "temporal_r1": (
         "You FIRST think about the reasoning process as an internal monologue and then provide the "
         "final answer. The reasoning process MUST BE enclosed within <think> </think> tags. The "
         "final answer MUST BE put in <answer> </answer> tags. Output the final answer in JSON "

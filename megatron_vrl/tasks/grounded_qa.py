@@ -44,7 +44,7 @@ GROUNDED_QA = Task(
     name="grounded_qa",
     parts=("format", "temporal_iou", "accuracy"),
     question=question,
-    seed_question=question,
+    temporal_r1_question=question,
     target=target,
     parse=parse,
 )

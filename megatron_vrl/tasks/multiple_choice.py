@@ -29,7 +29,7 @@ def ask(sample: VideoSample, instruction: str) -> str:
     return f"Question: {sample.query}\nOptions:\n{options}\n{instruction}"
 
 
-def seed_question(sample: VideoSample) -> str:
+def temporal_r1_question(sample: VideoSample) -> str:
     options = "".join(f"({letter}) {option}\n" for letter, option in lettered(sample.options))
     return f"Question:{sample.query}\nOption:\n{options}Only give the best option.\n"
 
@@ -54,7 +54,7 @@ MULTIPLE_CHOICE = Task(
     name="multiple_choice",
     parts=("format", "accuracy"),
     question=question,
-    seed_question=seed_question,
+    temporal_r1_question=temporal_r1_question,
     target=target,
     parse=parse,
 )

@@ -21,6 +21,6 @@ class Task:
     name: str
     parts: tuple[str, ...]  # rows of `megatron_vrl.rewards.PARTS`
     question: Callable[[VideoSample], str]  # the user turn's text, after the video
-    seed_question: Callable[[VideoSample], str]  # as released, where that was; else the same
+    temporal_r1_question: Callable[[VideoSample], str]  # as released, where that was; else the same
     target: Callable[[VideoSample], str]  # the ideal response, without the stop token
     parse: Callable[[str, VideoSample], Parsed]  # never raises: see Parsed.failure

@@ -34,7 +34,7 @@ TEMPORAL_GROUNDING = Task(
     name="temporal_grounding",
     parts=("format", "temporal_iou"),
     question=question,
-    seed_question=question,
+    temporal_r1_question=question,
     target=target,
     parse=parse,
 )

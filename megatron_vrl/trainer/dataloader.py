@@ -11,11 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_vrl.context import Parts
+from megatron_vrl.context import RunContext
 from megatron_vrl.data.mix import SampleStream
 from megatron_vrl.data.problems import Problem, summary
 from megatron_vrl.errors import UserError, VideoError
-from megatron_vrl.parallel.mesh import agreed, gather_objects, world_axis
+from megatron_vrl.parallel.mesh import gather_objects, raise_on_all_ranks, world_axis
 from megatron_vrl.storage.files import RowFile, read_rows
 from megatron_vrl.trainer.state import RunState
 from megatron_vrl.types import Prompt, VideoSample
@@ -23,25 +23,25 @@ from megatron_vrl.types import Prompt, VideoSample
 FEWEST_DRAWN = 100  # the share of bad samples is not taken of fewer
 
 
-class Made(NamedTuple):
+class PreparedSample(NamedTuple):
     sample: VideoSample
     prompt: Prompt
     position: int  # of the sample in the stream
 
 
-class Draws:
+class PromptDataLoader:
     """The stream of one phase. Every rank calls its methods, in the same order."""
 
     def __init__(
-        self, parts: Parts, stream: SampleStream, state: RunState, say: Callable[[str], None]
+        self, ctx: RunContext, stream: SampleStream, state: RunState, say: Callable[[str], None]
     ):
         """Rows of quarantine.jsonl that the run will write again are taken back. What was drawn
         and not yet trained on when the state was saved is drawn first."""
-        self._parts, self._stream, self._state, self._say = parts, stream, state, say
-        path = Path(parts.cfg.run.out_dir) / "quarantine.jsonl"
+        self._ctx, self._stream, self._state, self._say = ctx, stream, state, say
+        path = Path(ctx.cfg.run.out_dir) / "quarantine.jsonl"
         self._file: RowFile | None = None
-        with agreed(parts.mesh):
-            if parts.mesh.rank == 0:
+        with raise_on_all_ranks(ctx.mesh):
+            if ctx.mesh.rank == 0:
                 self._file = RowFile(path, resume=state.next_row)
         self._written = {(row["sample"], row["video"]) for row in read_rows(path)}
         self._bad: list[Problem] = []  # since this start
@@ -49,27 +49,27 @@ class Draws:
         self._bad_before = state.bad_samples
         self._again = list(state.under_way)
         self._num_drawn = state.stream - len(self._again)
-        self._counts_before = dict.fromkeys(parts.reader.counts, 0)
+        self._counts_before = dict.fromkeys(ctx.reader.counts, 0)
 
     @property
     def position(self) -> int:
         """How far the stream has come."""
         return self._stream.state
 
-    def take(self, num: int) -> list[Made]:
+    def take(self, num: int) -> list[PreparedSample]:
         """This rank's share of the next `num` samples with usable videos.
 
-        Raises UserError on every rank if more than video.max_bad_share of the samples are bad.
+        Raises UserError on every rank if more than video.max_bad_fraction of the samples are bad.
         """
-        mine = self._parts.rank_share(range(num))
-        made: dict[int, Made] = {}
+        mine = self._ctx.rank_share(range(num))
+        made: dict[int, PreparedSample] = {}
         open_places = list(range(num))
         while open_places:
             drawn = dict(zip(open_places, self._draw(len(open_places)), strict=True))
             new, bad = self._make({place: drawn[place] for place in mine if place in drawn})
             made |= new
             found: dict[int, Problem] = {}
-            for of_rank in gather_objects(world_axis(self._parts.mesh), bad):
+            for of_rank in gather_objects(world_axis(self._ctx.mesh), bad):
                 found = of_rank | found
             open_places = sorted(found)
             self._note([found[place] for place in open_places])
@@ -77,19 +77,19 @@ class Draws:
 
     def prefetch(self, num: int) -> None:
         """Decode this rank's share of the next `num` samples in the background."""
-        with agreed(self._parts.mesh):
-            coming = self._parts.rank_share(self._stream.peek(num))
-        footage = [sample.footage for sample in coming if isinstance(sample, VideoSample)]
-        self._parts.reader.prefetch(footage)
+        with raise_on_all_ranks(self._ctx.mesh):
+            coming = self._ctx.rank_share(self._stream.peek(num))
+        clip = [sample.clip for sample in coming if isinstance(sample, VideoSample)]
+        self._ctx.reader.prefetch(clip)
 
     def numbers(self) -> dict[str, float]:
         """Of all ranks since the last call."""
-        counts = dict(self._parts.reader.counts)
+        counts = dict(self._ctx.reader.counts)
         own = {name: count - self._counts_before[name] for name, count in counts.items()}
         self._counts_before = counts
         bad_in_all = self._state.bad_samples
         bad, self._bad_before = bad_in_all - self._bad_before, bad_in_all
-        everywhere = gather_objects(world_axis(self._parts.mesh), own)
+        everywhere = gather_objects(world_axis(self._ctx.mesh), own)
         names = {"decoded": "videos_decoded", "store": "videos_from_store"}
         names["retried"] = "videos_retried"
         return {
@@ -101,7 +101,7 @@ class Draws:
         """With their positions."""
         self._num_drawn += num
         again, self._again = self._again[:num], self._again[num:]
-        with agreed(self._parts.mesh):
+        with raise_on_all_ranks(self._ctx.mesh):
             drawn = [(position, self._stream.at(position)) for position in again]
             for _ in range(num - len(again)):
                 (item,) = self._stream.draw(1)
@@ -110,22 +110,22 @@ class Draws:
 
     def _make(
         self, drawn: dict[int, tuple[int, VideoSample | Problem]]
-    ) -> tuple[dict[int, Made], dict[int, Problem]]:
+    ) -> tuple[dict[int, PreparedSample], dict[int, Problem]]:
         """By place: prompts of this rank's samples, and what is wrong with the others."""
-        made: dict[int, Made] = {}
+        made: dict[int, PreparedSample] = {}
         items = {place: item for place, (_, item) in drawn.items()}
         bad = {place: item for place, item in items.items() if isinstance(item, Problem)}
         samples = {p: item for p, item in items.items() if isinstance(item, VideoSample)}
-        with agreed(self._parts.mesh):
-            videos = self._parts.reader.encode([s.footage for s in samples.values()])
+        with raise_on_all_ranks(self._ctx.mesh):
+            videos = self._ctx.reader.encode([s.clip for s in samples.values()])
             for (place, sample), video in zip(samples.items(), videos, strict=True):
                 if isinstance(video, VideoError):
                     bad[place] = Problem(
                         sample=sample.id, video=sample.video, kind=video.kind, reason=str(video)
                     )
                 else:
-                    prompt = self._parts.encoder.prompt(sample, video)
-                    made[place] = Made(sample, prompt, drawn[place][0])
+                    prompt = self._ctx.encoder.prompt(sample, video)
+                    made[place] = PreparedSample(sample, prompt, drawn[place][0])
         return made, bad
 
     def _note(self, bad: list[Problem]) -> None:
@@ -134,18 +134,18 @@ class Draws:
         self._state.bad_samples += len(bad)
         new = [problem for problem in bad if (problem.sample, problem.video) not in self._written]
         self._written |= {(problem.sample, problem.video) for problem in new}
-        with agreed(self._parts.mesh):
+        with raise_on_all_ranks(self._ctx.mesh):
             for problem in new:
                 if self._file:
                     when = {"phase": self._state.stage, "step": self._state.step + 1}
                     self._file.append(when | problem.row())
         self._tell(new)
-        most = self._parts.cfg.video.max_bad_share
+        most = self._ctx.cfg.video.max_bad_fraction
         if self._state.bad_samples > most * max(self._num_drawn, FEWEST_DRAWN):
             since = "since this start " if len(self._bad) < self._state.bad_samples else ""
             raise UserError(
                 f"{self._state.bad_samples} of the {self._num_drawn} samples drawn have bad "
-                f"videos, over video.max_bad_share={most}: {since}{summary(self._bad)}; see "
+                f"videos, over video.max_bad_fraction={most}: {since}{summary(self._bad)}; see "
                 "quarantine.jsonl, check the data with tools/check_data.py, or raise the limit."
             )
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_vrl.checkpoint.hf_reader import PublishedCheckpoint
-from megatron_vrl.checkpoint.layout import is_megatron, published_files
+from megatron_vrl.checkpoint.hf_reader import HFCheckpoint
+from megatron_vrl.checkpoint.layout import hf_dir_of, is_megatron
 from megatron_vrl.config import RunConfig, Source, check_batches, check_dev, check_off_policy
 from megatron_vrl.context import prompt_encoder
 from megatron_vrl.data.mix import load, open_pool
@@ -159,7 +159,7 @@ def _unknown(path: str) -> float:
 
 
 def _architecture(cfg: RunConfig) -> tuple[Architecture, list[str]]:
-    checkpoint = published_files(cfg.model.checkpoint)
+    checkpoint = hf_dir_of(cfg.model.checkpoint)
     if (checkpoint / "config.json").exists() or not cfg.model.architecture:
         return read_architecture(checkpoint), []
     note = f"{MISSING}checkpoint {cfg.model.checkpoint}"
@@ -168,12 +168,12 @@ def _architecture(cfg: RunConfig) -> tuple[Architecture, list[str]]:
 
 def _check_checkpoint(cfg: RunConfig, arch: Architecture) -> None:
     """Raises CheckpointError for a checkpoint at hand whose weights or tokenizer do not fit."""
-    directory = published_files(cfg.model.checkpoint)
+    directory = hf_dir_of(cfg.model.checkpoint)
     if not (directory / "config.json").exists():
         return
     prompt_encoder(directory, arch, cfg.data.system_prompt, cfg.data.max_prompt_tokens)
     if not is_megatron(Path(cfg.model.checkpoint)):
-        PublishedCheckpoint(directory, arch)
+        HFCheckpoint(directory, arch)
 
 
 def _missing(source: Source) -> list[str]:

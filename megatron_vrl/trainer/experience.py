@@ -1,9 +1,9 @@
 """A step's experience: prompts rolled out, answers scored, groups that teach nothing left out.
 
-A group teaches nothing if all its advantages are 0. `algorithm.refill_rounds` asks for more prompts
-in their place (the dynamic sampling of DAPO, arXiv 2503.14476); as many as are missing, where DAPO
-samples whole batches and keeps a surplus. A group with a reward that is no number is never trained
-on: it is left out, named and counted.
+A group teaches nothing if all its advantages are 0. `algorithm.dynamic_sampling_rounds` asks for
+more prompts in their place (the dynamic sampling of DAPO, arXiv 2503.14476); as many as are
+missing, where DAPO samples whole batches and keeps a surplus. A group with a reward that is no
+number is never trained on: it is left out, named and counted.
 """
 
 from collections.abc import Sequence
@@ -12,69 +12,71 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_vrl.algorithms import Part, advantages, kl_penalty, overlong_penalty, teaches
+from megatron_vrl.algorithms import Part, advantages, has_signal, kl_penalty, overlong_penalty
 from megatron_vrl.batching.pack import Answer, Group
-from megatron_vrl.context import Parts
+from megatron_vrl.context import RunContext
 from megatron_vrl.models.logprob_head import Distribution
-from megatron_vrl.parallel.mesh import agreed, gather_objects, world_axis
+from megatron_vrl.parallel.mesh import gather_objects, raise_on_all_ranks, world_axis
 from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.rewards import weights_of
-from megatron_vrl.trainer.rollout_queue import Flights
+from megatron_vrl.trainer.rollout_queue import RolloutQueue
 from megatron_vrl.types import Experience, ScoredGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Collected:
+class RolloutBatch:
     """What a step learns from; lists are this replica's, the rest is the same on every rank."""
 
     groups: list[ScoredGroup]  # every scored group
     experiences: list[Experience]  # of those whose rewards are numbers
     kept: list[Experience]  # those to train on
-    filler: Group  # a group of this replica that keeps a rank without work busy
+    dummy_group: Group  # a group of this replica that keeps a rank without work busy
     invalid: tuple[str, ...]  # samples with a reward that is no number
     rounds: int
     failures: dict[str, list[str]]  # reward function of the user's -> what its failed calls did
 
 
-def collect(parts: Parts, flights: Flights) -> Collected:
+def collect_rollouts(ctx: RunContext, rollout_queue: RolloutQueue) -> RolloutBatch:
     """Every rank calls it."""
-    cfg = parts.cfg
+    cfg = ctx.cfg
     groups: list[ScoredGroup] = []
     rewards: list[dict[str, Part]] = []
     missing, rounds, kept = cfg.rollout.prompts_per_step, 0, list[Experience]()
-    while missing > 0 and rounds <= cfg.algorithm.refill_rounds:
-        new = _answered(parts, flights, missing)
+    while missing > 0 and rounds <= cfg.algorithm.dynamic_sampling_rounds:
+        new = _answered(ctx, rollout_queue, missing)
         groups += new
-        with parts.clock("score"):
-            rewards += _rewards(parts, new, filler=groups[0])
-            experiences, invalid = _with_advantages(parts, groups, rewards)
-        drops = cfg.algorithm.drop_uniform_groups
-        kept = [e for e in experiences if not drops or teaches(e.advantages)]
-        everywhere = sum(gather_objects(parts.mesh.data, len(kept)))
+        with ctx.clock("score"):
+            rewards += _rewards(ctx, new, dummy_group=groups[0])
+            experiences, invalid = _with_advantages(ctx, groups, rewards)
+        drops = cfg.algorithm.drop_zero_variance_groups
+        kept = [e for e in experiences if not drops or has_signal(e.advantages)]
+        everywhere = sum(gather_objects(ctx.mesh.data, len(kept)))
         missing = cfg.rollout.prompts_per_step - everywhere
         rounds += 1
-    filler = to_train(Experience(scored=groups[0], advantages=np.zeros(len(groups[0].rewards))))
-    return Collected(
+    dummy_group = to_train(
+        Experience(scored=groups[0], advantages=np.zeros(len(groups[0].rewards)))
+    )
+    return RolloutBatch(
         groups=groups,
         experiences=experiences,
         kept=kept,
-        filler=filler,
+        dummy_group=dummy_group,
         invalid=invalid,
         rounds=rounds,
-        failures=_failures(parts),
+        failures=_failures(ctx),
     )
 
 
-def _failures(parts: Parts) -> dict[str, list[str]]:
+def _failures(ctx: RunContext) -> dict[str, list[str]]:
     """Of all ranks."""
     joined: dict[str, list[str]] = {}
-    for of_rank in gather_objects(world_axis(parts.mesh), parts.judge.take_failures()):
+    for of_rank in gather_objects(world_axis(ctx.mesh), ctx.reward_manager.take_failures()):
         for name, failed in of_rank.items():
             joined.setdefault(name, []).extend(failed)
     return joined
 
 
-def to_train(experience: Experience, drop_truncated: bool = False) -> Group:
+def to_train(experience: Experience, mask_truncated: bool = False) -> Group:
     """The group as it is packed. The advantages are those of all its answers."""
     scored = experience.scored
     answers = [
@@ -85,43 +87,45 @@ def to_train(experience: Experience, drop_truncated: bool = False) -> Group:
             engine_logprobs=rollout.logprobs,
         )
         for index, rollout in enumerate(scored.rollouts)
-        if not (drop_truncated and rollout.finish == "length")
+        if not (mask_truncated and rollout.finish == "length")
     ]
     return Group(prompt=scored.prompt, answers=tuple(answers))
 
 
-def sampled_distribution(parts: Parts) -> Distribution:
+def sampled_distribution(ctx: RunContext) -> Distribution:
     """Which the engine samples from, and so the trainer's log-probs are of."""
     return Distribution(
-        temperature=parts.cfg.rollout.temperature, banned=parts.rollouts.banned_token_ids
+        temperature=ctx.cfg.rollout.temperature, banned=ctx.rollout_manager.banned_token_ids
     )
 
 
-def _answered(parts: Parts, flights: Flights, num: int) -> list[ScoredGroup]:
+def _answered(ctx: RunContext, rollout_queue: RolloutQueue, num: int) -> list[ScoredGroup]:
     """Scored groups of this rank's share of `num` samples and of its replica's other ranks."""
-    answered = flights.take(num)
+    answered = rollout_queue.take(num)
     samples = [sample for sample, _, _ in answered]
     prompts = [prompt for _, prompt, _ in answered]
-    with parts.clock("score"):
-        with agreed(parts.mesh):
-            scored = parts.judge.groups(samples, prompts, [answers for _, _, answers in answered])
-        return parts.gather_replica(scored)
+    with ctx.clock("score"):
+        with raise_on_all_ranks(ctx.mesh):
+            scored = ctx.reward_manager.groups(
+                samples, prompts, [answers for _, _, answers in answered]
+            )
+        return ctx.gather_replica(scored)
 
 
 def _rewards(
-    parts: Parts, groups: Sequence[ScoredGroup], filler: ScoredGroup
+    ctx: RunContext, groups: Sequence[ScoredGroup], dummy_group: ScoredGroup
 ) -> list[dict[str, Part]]:
     """What each group's advantages are made of. Every rank calls it, with the groups of a round."""
-    rewards = [_reward_parts(parts, group) for group in groups]
-    cfg = parts.cfg.algorithm
+    rewards = [_reward_parts(ctx, group) for group in groups]
+    cfg = ctx.cfg.algorithm
     if cfg.kl > 0 and cfg.kl_in == "reward":
-        for of_group, kl in zip(rewards, _kl_of_groups(parts, groups, filler), strict=True):
+        for of_group, kl in zip(rewards, _kl_of_groups(ctx, groups, dummy_group), strict=True):
             of_group["kl"] = Part(values=-kl, weight=cfg.kl)
     return rewards
 
 
 def _with_advantages(
-    parts: Parts, groups: Sequence[ScoredGroup], rewards: Sequence[dict[str, Part]]
+    ctx: RunContext, groups: Sequence[ScoredGroup], rewards: Sequence[dict[str, Part]]
 ) -> tuple[list[Experience], tuple[str, ...]]:
     """Experiences of this replica's valid groups, and the ids of all ranks' invalid ones.
 
@@ -130,10 +134,10 @@ def _with_advantages(
     valid = [all(np.isfinite(part.values).all() for part in r.values()) for r in rewards]
     wrong = [g.sample.id for g, is_valid in zip(groups, valid, strict=True) if not is_valid]
     own = [r for r, is_valid in zip(rewards, valid, strict=True) if is_valid]
-    everywhere = gather_objects(parts.mesh.data, (own, wrong))
-    before = sum(len(of_rank) for of_rank, _ in everywhere[: parts.mesh.data.rank])
+    everywhere = gather_objects(ctx.mesh.data, (own, wrong))
+    before = sum(len(of_rank) for of_rank, _ in everywhere[: ctx.mesh.data.rank])
     of_all = [r for of_rank, _ in everywhere for r in of_rank]
-    of_step = advantages(of_all, parts.cfg.algorithm) if of_all else []
+    of_step = advantages(of_all, ctx.cfg.algorithm) if of_all else []
     mine = iter(of_step[before : before + len(own)])
     experiences = [
         Experience(scored=group, advantages=next(mine))
@@ -143,8 +147,8 @@ def _with_advantages(
     return experiences, tuple(sorted({name for _, names in everywhere for name in names}))
 
 
-def _reward_parts(parts: Parts, group: ScoredGroup) -> dict[str, Part]:
-    cfg = parts.cfg
+def _reward_parts(ctx: RunContext, group: ScoredGroup) -> dict[str, Part]:
+    cfg = ctx.cfg
     weights = weights_of(cfg.rewards)[group.sample.task]
     rewards = {
         name: Part(values=values, weight=weights.get(name, 0.0))
@@ -160,7 +164,7 @@ def _reward_parts(parts: Parts, group: ScoredGroup) -> dict[str, Part]:
 
 
 def _kl_of_groups(
-    parts: Parts, groups: Sequence[ScoredGroup], filler: ScoredGroup
+    ctx: RunContext, groups: Sequence[ScoredGroup], dummy_group: ScoredGroup
 ) -> list[NDArray[np.float64]]:
     """KL to the reference [n] of each group's answers, summed over tokens.
 
@@ -169,17 +173,17 @@ def _kl_of_groups(
     to_score = [
         _numbered(group, first) for first, group in zip(_starts(groups), groups, strict=True)
     ]
-    batches = plan_batches(to_score, _numbered(filler, 0), parts.cfg.batch, parts.mesh)
+    batches = plan_batches(to_score, _numbered(dummy_group, 0), ctx.cfg.batch, ctx.mesh)
     sums = np.zeros(sum(len(group.rollouts) for group in groups))
-    references = parts.policy.reference_logprobs(batches, sampled_distribution(parts))
+    references = ctx.policy.reference_logprobs(batches, sampled_distribution(ctx))
     for batch, reference in zip(batches, references, strict=True):
-        if reference is not None and parts.mesh.tensor.rank == 0:  # tensor ranks hold the same
+        if reference is not None and ctx.mesh.tensor.rank == 0:  # tensor ranks hold the same
             engine = reference.new_tensor(batch.engine_logprob)
-            penalty = kl_penalty(engine, reference, parts.cfg.algorithm).double().cpu().numpy()
+            penalty = kl_penalty(engine, reference, ctx.cfg.algorithm).double().cpu().numpy()
             numbers = np.array([int(name) for name in batch.answer_id])[batch.sequence]
             counted = batch.weight > 0  # not those of a filler
             np.add.at(sums, numbers[counted], penalty[counted])
-    total = sum(gather_objects(parts.mesh.model, sums))  # context ranks hold parts of an answer
+    total = sum(gather_objects(ctx.mesh.model, sums))  # context ranks hold parts of an answer
     return np.split(total, _starts(groups)[1:]) if groups else []
 
 

@@ -7,10 +7,10 @@ run that was stopped and, on a finished one, only says where its report is.
 import os
 from pathlib import Path
 
-from megatron_vrl.checkpoint.hf_load import save_published
+from megatron_vrl.checkpoint.hf_load import save_hf
 from megatron_vrl.config import RunConfig
 from megatron_vrl.config.inference import inference_files
-from megatron_vrl.context import Parts, build
+from megatron_vrl.context import RunContext, build
 from megatron_vrl.errors import CheckpointError, RunInUse, UserError
 from megatron_vrl.evaluation.during_training import evaluate, trivial_answers
 from megatron_vrl.models.fusion import gradient_fusion
@@ -19,7 +19,7 @@ from megatron_vrl.observe.metrics import StepMetrics
 from megatron_vrl.observe.report import build_report
 from megatron_vrl.observe.sinks import Sinks, open_sinks
 from megatron_vrl.observe.summary import write_summary
-from megatron_vrl.parallel.mesh import agreed, gather_objects, world_axis
+from megatron_vrl.parallel.mesh import gather_objects, raise_on_all_ranks, world_axis
 from megatron_vrl.process.run_lock import Owner
 from megatron_vrl.trainer.dry_run import check, padding_notes
 from megatron_vrl.trainer.grpo import train_grpo
@@ -51,42 +51,44 @@ def run_job(cfg: RunConfig) -> Path:
     check(cfg, world, here=True)  # mistakes cost seconds, not an engine start
     check_writable(cfg.run.out_dir, keep=True)
     owner = Owner(out_dir, int(os.environ.get("RANK", "0")), cfg.run.lock_timeout_s)
-    parts = build(cfg)
+    ctx = build(cfg)
     owner.join()
-    state = restored(parts)
-    load_stage_weights(parts, state)
-    splits = {name: parts.samples(sources) for name, sources in cfg.data.evaluation.items()}
-    with agreed(parts.mesh):
+    state = restored(ctx)
+    load_stage_weights(ctx, state)
+    splits = {name: ctx.samples(sources) for name, sources in cfg.data.evaluation.items()}
+    with raise_on_all_ranks(ctx.mesh):
         sinks = open_sinks(
             out_dir,
             cfg.observe,
             cfg.model_dump(mode="json"),
             out_dir.name,
-            rank=parts.mesh.rank,
+            rank=ctx.mesh.rank,
             resume=state.next_row,
         )
     sinks.say(f"Output lies in {out_dir}{_resuming(state)}.")
-    for note in padding_notes(parts.arch, cfg):
+    for note in padding_notes(ctx.arch, cfg):
         sinks.say(note)
-    state.add_seconds(parts.clock.take())
+    state.add_seconds(ctx.clock.take())
     failure: UserError | None = None
     try:
-        _stages(parts, state, sinks, splits)
-        finish_saving(parts)
+        _stages(ctx, state, sinks, splits)
+        finish_saving(ctx)
     except UserError as error:
         failure = error
         if not isinstance(error, CheckpointError | RunInUse):
             if state.step > 0:
-                save(parts, state)  # every rank raises it together: keep what was learned
-            finish_saving(parts)
+                save(ctx, state)  # every rank raises it together: keep what was learned
+            finish_saving(ctx)
     finally:
-        parts.saver.abandon()  # unless all is written, the run ends of something else
-    with agreed(parts.mesh):  # torchrun ends all ranks when one has gone, and closing takes time
+        ctx.saver.abandon()  # unless all is written, the run ends of something else
+    with raise_on_all_ranks(
+        ctx.mesh
+    ):  # torchrun ends all ranks when one has gone, and closing takes time
         sinks.close()
         owner.release()
     if failure is not None:
         raise failure
-    return _conclude(parts, state, splits)
+    return _conclude(ctx, state, splits)
 
 
 def is_finished(cfg: RunConfig) -> bool:
@@ -102,40 +104,40 @@ def _resuming(state: RunState) -> str:
     return f"; resuming at step {state.step + 1} of {state.stage}"
 
 
-def _stages(parts: Parts, state: RunState, sinks: Sinks, splits: Splits) -> None:
-    cfg = parts.cfg
+def _stages(ctx: RunContext, state: RunState, sinks: Sinks, splits: Splits) -> None:
+    cfg = ctx.cfg
     dev = splits.get("dev", [])
     if state.stage == "base":
-        _evaluate_stage(parts, state, sinks, splits)
+        _evaluate_stage(ctx, state, sinks, splits)
         state.begin("sft")
     if state.stage == "sft":
         if cfg.sft.steps:
-            train_sft(parts, state, sinks, dev)
-            _evaluate_stage(parts, state, sinks, splits)
+            train_sft(ctx, state, sinks, dev)
+            _evaluate_stage(ctx, state, sinks, splits)
         state.begin("grpo")
-        save(parts, state)
-        stop_if_asked(parts.mesh, state.step)
+        save(ctx, state)
+        stop_if_asked(ctx.mesh, state.step)
     if state.stage == "grpo":
         if cfg.grpo.steps:
             train = train_overlapped if cfg.rollout.max_staleness else train_grpo
-            train(parts, state, sinks, dev)
-            save(parts, state)
-            _evaluate_stage(parts, state, sinks, splits)
+            train(ctx, state, sinks, dev)
+            save(ctx, state)
+            _evaluate_stage(ctx, state, sinks, splits)
         state.begin("done")
     export = Path(cfg.run.out_dir) / "export"
-    save_published(parts.policy.chunks, parts.published_dir, export, inference_files(cfg))
-    save(parts, state)
+    save_hf(ctx.policy.chunks, ctx.hf_dir, export, inference_files(cfg))
+    save(ctx, state)
 
 
-def _evaluate_stage(parts: Parts, state: RunState, sinks: Sinks, splits: Splits) -> None:
+def _evaluate_stage(ctx: RunContext, state: RunState, sinks: Sinks, splits: Splits) -> None:
     """Score the weights that the stage ended with on every reported split."""
     table = state.results.setdefault(state.stage, {})
     for name, samples in splits.items():
         if name == "dev":
             continue
-        with parts.clock("evaluate"):
-            table[name] = evaluate(parts, samples, state.version)
-        spent = parts.clock.take()
+        with ctx.clock("evaluate"):
+            table[name] = evaluate(ctx, samples, state.version)
+        spent = ctx.clock.take()
         state.add_seconds(spent)
         row = StepMetrics(
             phase="eval",
@@ -145,16 +147,16 @@ def _evaluate_stage(parts: Parts, state: RunState, sinks: Sinks, splits: Splits)
             split=name,
             during=state.stage,
         )
-        record(parts, sinks, row)
+        record(ctx, sinks, row)
 
 
-def _conclude(parts: Parts, state: RunState, splits: Splits) -> Path:
+def _conclude(ctx: RunContext, state: RunState, splits: Splits) -> Path:
     """summary.json and report.html; rank 0 writes."""
-    cfg, out_dir = parts.cfg, Path(parts.cfg.run.out_dir)
-    state.add_seconds(parts.clock.take())
-    peaks = gather_objects(world_axis(parts.mesh), peak_rss_bytes())
-    with agreed(parts.mesh):
-        if parts.mesh.rank == 0:
+    cfg, out_dir = ctx.cfg, Path(ctx.cfg.run.out_dir)
+    state.add_seconds(ctx.clock.take())
+    peaks = gather_objects(world_axis(ctx.mesh), peak_rss_bytes())
+    with raise_on_all_ranks(ctx.mesh):
+        if ctx.mesh.rank == 0:
             write_summary(
                 out_dir,
                 results=state.results,
@@ -169,9 +171,9 @@ def _conclude(parts: Parts, state: RunState, splits: Splits) -> Path:
                 extra={
                     "warm_up_restarts": state.attempt,
                     "peak_rss_bytes_all_ranks": sum(peaks),
-                    "ranks": parts.mesh.world,
+                    "ranks": ctx.mesh.world,
                     "weight_gradients": gradient_fusion(
-                        cfg.model, parts.mesh.device.type == "cuda"
+                        cfg.model, ctx.mesh.device.type == "cuda"
                     ).words,
                 },
             )

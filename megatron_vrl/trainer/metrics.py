@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_vrl.algorithms import teaches
-from megatron_vrl.context import Parts
+from megatron_vrl.algorithms import has_signal
+from megatron_vrl.context import RunContext
 from megatron_vrl.models.qwen2_5_vl.flops import (
     batch_work,
     group_work,
@@ -20,35 +20,35 @@ from megatron_vrl.observe.hardware import forget_peak, peak_bytes, peak_flops
 from megatron_vrl.observe.throughput import Work, step_meters
 from megatron_vrl.parallel.mesh import gather_objects, world_axis
 from megatron_vrl.policy.policy import Update
-from megatron_vrl.trainer.experience import Collected
-from megatron_vrl.trainer.update import Learned
+from megatron_vrl.trainer.experience import RolloutBatch
+from megatron_vrl.trainer.update import UpdateResult
 from megatron_vrl.types import Experience
 
 
 def step_numbers(
-    parts: Parts,
-    collected: Collected,
-    learned: Learned,
+    ctx: RunContext,
+    rollout_batch: RolloutBatch,
+    update_result: UpdateResult,
     seconds: Mapping[str, float],
     version: int,
 ) -> dict[str, Any]:
     """Every rank calls it, after the step; `version` names the weights that it began with."""
-    numbers: dict[str, Any] = answer_numbers(parts, collected.experiences, version)
+    numbers: dict[str, Any] = answer_numbers(ctx, rollout_batch.experiences, version)
     numbers |= {
-        "invalid_groups": float(len(collected.invalid)),
-        "reward_errors": float(sum(map(len, collected.failures.values()))),
-        "rollout_rounds": float(collected.rounds),
-        "groups_trained": float(sum(gather_objects(parts.mesh.data, len(collected.kept)))),
-        "updates_left_out": float(sum(not update.applied for update in learned.updates)),
+        "invalid_groups": float(len(rollout_batch.invalid)),
+        "reward_errors": float(sum(map(len, rollout_batch.failures.values()))),
+        "rollout_rounds": float(rollout_batch.rounds),
+        "groups_trained": float(sum(gather_objects(ctx.mesh.data, len(rollout_batch.kept)))),
+        "updates_left_out": float(sum(not update.applied for update in update_result.updates)),
     }
-    if not learned.updates:  # nothing to learn from: that, too, is an update left out
+    if not update_result.updates:  # nothing to learn from: that, too, is an update left out
         numbers["updates_left_out"] = 1.0
-    numbers |= _of_updates(learned.updates)
-    return numbers | _meters(parts, learned, seconds)
+    numbers |= _of_updates(update_result.updates)
+    return numbers | _meters(ctx, update_result, seconds)
 
 
 def answer_numbers(
-    parts: Parts, experiences: Sequence[Experience], version: int
+    ctx: RunContext, experiences: Sequence[Experience], version: int
 ) -> dict[str, float]:
     """Means over every answer of the step."""
     own: dict[str, list[float]] = {}
@@ -60,10 +60,10 @@ def answer_numbers(
         rows["response_tokens"] = [len(r.token_ids) for r in group.rollouts]
         rows["staleness"] = [float(version - r.weight_version) for r in group.rollouts]
         rows["truncated_share"] = [float(r.finish == "length") for r in group.rollouts]
-        rows["uniform_groups"] = [float(not teaches(experience.advantages))]
+        rows["zero_variance_groups"] = [float(not has_signal(experience.advantages))]
         for name, values in rows.items():
             own.setdefault(name, []).extend(values)
-    everywhere = gather_objects(parts.mesh.data, own)
+    everywhere = gather_objects(ctx.mesh.data, own)
     names = dict.fromkeys(name for rows in everywhere for name in rows)
     return {
         name: float(np.mean([v for rows in everywhere for v in rows.get(name, [])]))
@@ -80,9 +80,11 @@ def _of_updates(updates: Sequence[Update]) -> dict[str, float]:
     }
 
 
-def _meters(parts: Parts, learned: Learned, seconds: Mapping[str, float]) -> dict[str, float]:
-    mesh, arch, cfg = parts.mesh, parts.arch, parts.cfg.model
-    batches, groups = learned.batches, learned.groups
+def _meters(
+    ctx: RunContext, update_result: UpdateResult, seconds: Mapping[str, float]
+) -> dict[str, float]:
+    mesh, arch, cfg = ctx.mesh, ctx.arch, ctx.cfg.model
+    batches, groups = update_result.batches, update_result.groups
     computed = sum((batch_work(arch, batch) for batch in batches), Work())
     ideal = sum((group_work(arch, group) for group in groups), Work())
     packed = (computed, sum(padding_rows(batch) for batch in batches))
@@ -91,7 +93,7 @@ def _meters(parts: Parts, learned: Learned, seconds: Mapping[str, float]) -> dic
     every_computed, padding = zip(*gather_objects(mesh.batch, packed), strict=True)
     every_ideal, plain = zip(*gather_objects(mesh.data, asked), strict=True)
     computed, ideal = sum(every_computed, Work()), sum(every_ideal, Work())
-    epochs, passes = parts.cfg.grpo.epochs, learned.passes
+    epochs, passes = ctx.cfg.grpo.epochs, update_result.passes
     on_gpu = mesh.device.type == "cuda"
     name = torch.cuda.get_device_name(mesh.device) if on_gpu else "CPU"
     peaks = gather_objects(world_axis(mesh), peak_bytes(mesh.device))

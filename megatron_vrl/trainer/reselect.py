@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 
 from megatron_vrl.config import RunConfig
-from megatron_vrl.context import Parts
+from megatron_vrl.context import RunContext
 from megatron_vrl.data.mix import SampleStream
 from megatron_vrl.data.pool import Drawn, Pool
 from megatron_vrl.data.schedule import read_ids
 from megatron_vrl.errors import ConfigError, DataError
-from megatron_vrl.parallel.mesh import agreed, gather_objects, world_axis
+from megatron_vrl.parallel.mesh import gather_objects, raise_on_all_ranks, world_axis
 from megatron_vrl.rewards import weights_of
 from megatron_vrl.rollout.request import SamplingSpec
 from megatron_vrl.selection.rules import KEPT, Candidate, candidate, select
@@ -47,10 +47,10 @@ Row = dict[str, Any]
 def check_reselection(cfg: RunConfig) -> None:
     """Raises ConfigError if a selection inside the run cannot be made."""
     every = cfg.selection.every_epochs
-    if every and cfg.rollout.engine == "stored":
+    if every and cfg.rollout.placement == "replay":
         raise ConfigError(
-            f"selection.every_epochs={every} asks new questions, which rollout.engine=stored "
-            "cannot answer: set 0, or rollout.engine=colocated (or workers)."
+            f"selection.every_epochs={every} asks new questions, which rollout.placement=replay "
+            "cannot answer: set 0, or rollout.placement=colocated (or workers)."
         )
     if every and cfg.data.curriculum != "none":
         raise ConfigError(
@@ -59,12 +59,12 @@ def check_reselection(cfg: RunConfig) -> None:
         )
 
 
-class Reselection:
+class DataSelection:
     """Every rank calls its methods, in the same order."""
 
     def __init__(
         self,
-        parts: Parts,
+        ctx: RunContext,
         state: RunState,
         pool: Pool,
         stream: SampleStream,
@@ -74,18 +74,18 @@ class Reselection:
 
         Raises DataError if a selection that was made is gone.
         """
-        self._parts, self._state, self._pool, self._stream = parts, state, pool, stream
+        self._ctx, self._state, self._pool, self._stream = ctx, state, pool, stream
         self._say = say
-        self._root = Path(parts.cfg.run.out_dir) / FOLDER
+        self._root = Path(ctx.cfg.run.out_dir) / FOLDER
         self._saved_step = state.step  # at which the run was saved last, as far as known here
-        with agreed(parts.mesh):
+        with raise_on_all_ranks(ctx.mesh):
             for epoch, place in state.selections:
                 self._turn(read_ids(str(self._folder(epoch) / "kept.jsonl")), epoch, place)
         valid = {self._folder(epoch) for epoch, _ in state.selections}
         if self._is_due:
             valid.add(self._folder(stream.epoch))  # of these weights: it was begun
-        cleans = parts.mesh.rank == 0 and parts.cfg.selection.every_epochs > 0
-        with agreed(parts.mesh):
+        cleans = ctx.mesh.rank == 0 and ctx.cfg.selection.every_epochs > 0
+        with raise_on_all_ranks(ctx.mesh):
             for folder in self._root.glob("epoch-*") if cleans else ():
                 if folder not in valid:
                     shutil.rmtree(folder)
@@ -97,14 +97,14 @@ class Reselection:
         """
         if not self._is_due:
             return
-        parts, epoch, place = self._parts, self._stream.epoch, self._stream.state
+        ctx, epoch, place = self._ctx, self._stream.epoch, self._stream.state
         self._save()
-        with parts.clock("select"):
-            chosen = select(self._candidates(epoch), parts.cfg.selection)
+        with ctx.clock("select"):
+            chosen = select(self._candidates(epoch), ctx.cfg.selection)
             kept = {found.id for found in chosen if found.verdict == KEPT}
-            with agreed(parts.mesh):
-                if parts.mesh.rank == 0:
-                    rule = parts.cfg.selection
+            with raise_on_all_ranks(ctx.mesh):
+                if ctx.mesh.rank == 0:
+                    rule = ctx.cfg.selection
                     write_selection(self._folder(epoch), chosen, len(chosen), rule)
                 self._turn(kept, epoch, place)
         self._state.selections.append([epoch, place])
@@ -112,7 +112,7 @@ class Reselection:
 
     @property
     def _is_due(self) -> bool:
-        every = self._parts.cfg.selection.every_epochs
+        every = self._ctx.cfg.selection.every_epochs
         last = self._state.selections[-1][0] if self._state.selections else 0
         return every > 0 and self._stream.epoch >= last + every
 
@@ -120,7 +120,7 @@ class Reselection:
         return self._root / f"epoch-{epoch:04d}"
 
     def _turn(self, kept: set[str], epoch: int, place: int) -> None:
-        cfg = self._parts.cfg
+        cfg = self._ctx.cfg
         pool = only(self._pool, kept)
         if not len(pool):
             raise DataError(
@@ -134,32 +134,32 @@ class Reselection:
     def _save(self) -> None:
         """So that the weights that answer are those that a restarted run begins with."""
         state = self._state
-        finish_saving(self._parts)
+        finish_saving(self._ctx)
         if state.step not in (self._saved_step, 0) and (
-            state.step % self._parts.cfg.checkpoint.every_steps
+            state.step % self._ctx.cfg.checkpoint.every_steps
         ):
-            save(self._parts, state)
-            finish_saving(self._parts)
+            save(self._ctx, state)
+            finish_saving(self._ctx)
         self._saved_step = state.step
 
     def _candidates(self, epoch: int) -> list[Candidate]:
         """Of the whole pool, in its order, the same on every rank."""
-        parts, folder, spec = self._parts, self._folder(epoch), _spec(self._parts.cfg, epoch)
-        with agreed(parts.mesh):
+        ctx, folder, spec = self._ctx, self._folder(epoch), _spec(self._ctx.cfg, epoch)
+        with raise_on_all_ranks(ctx.mesh):
             places = _places(self._pool)
-            names, size = list(places), parts.cfg.rollout.prompts_per_step
+            names, size = list(places), ctx.cfg.rollout.prompts_per_step
             blocks = [names[begin : begin + size] for begin in range(0, len(names), size)]
-            begun = self._begun(folder, spec, blocks) if parts.mesh.rank == 0 else {}
-        known = gather_objects(world_axis(parts.mesh), begun)[0]
+            begun = self._begun(folder, spec, blocks) if ctx.mesh.rank == 0 else {}
+        known = gather_objects(world_axis(ctx.mesh), begun)[0]
         for block in blocks:
             if block[0] in known:
                 continue
-            stop_if_asked(parts.mesh, self._state.step)
-            own = self._answered([places[name] for name in parts.rank_share(block)], spec)
-            of_all = dict(chain(*gather_objects(world_axis(parts.mesh), own)))
+            stop_if_asked(ctx.mesh, self._state.step)
+            own = self._answered([places[name] for name in ctx.rank_share(block)], spec)
+            of_all = dict(chain(*gather_objects(world_axis(ctx.mesh), own)))
             rows = [of_all[places[name]] for name in block]
-            with agreed(parts.mesh):
-                if parts.mesh.rank == 0:
+            with raise_on_all_ranks(ctx.mesh):
+                if ctx.mesh.rank == 0:
                     _append(folder / ANSWERS, rows)
             known |= {row["id"]: self._candidate(row) for row in rows}
         return [known[name] for name in names]
@@ -172,7 +172,7 @@ class Reselection:
         A block that is there in part is dropped: its other prompts alone would be another batch,
         which the engine's kernels may round otherwise. Rank 0 calls it.
         """
-        prompts = self._parts.cfg.rollout.prompts_per_step
+        prompts = self._ctx.cfg.rollout.prompts_per_step
         settings = {"version": self._state.version, "prompts_per_step": prompts} | asdict(spec)
         path = folder / "settings.json"
         if folder.exists() and (not path.exists() or json.loads(path.read_text()) != settings):
@@ -186,29 +186,31 @@ class Reselection:
         return {row["id"]: self._candidate(row) for row in rows}
 
     def _candidate(self, row: Row) -> Candidate:
-        weights = weights_of(self._parts.cfg.rewards)
+        weights = weights_of(self._ctx.cfg.rewards)
         return candidate(row["id"], row["task"], row["answers"], weights[row["task"]])
 
     def _answered(self, places: Sequence[int], spec: SamplingSpec) -> list[tuple[int, Row]]:
         """(place, row) of this rank's places in the pool. Every rank calls it."""
-        parts = self._parts
-        with agreed(parts.mesh):
+        ctx = self._ctx
+        with raise_on_all_ranks(ctx.mesh):
             samples = {place: _sample(self._pool[place]) for place in places}
-            videos = parts.reader.encode([sample.footage for sample in samples.values()])
+            videos = ctx.reader.encode([sample.clip for sample in samples.values()])
             shown = dict(zip(places, videos, strict=True))
             prompts = {
-                place: parts.encoder.prompt(samples[place], video)
+                place: ctx.encoder.prompt(samples[place], video)
                 for place, video in shown.items()
                 if isinstance(video, EncodedVideo)
             }
-        answers = parts.rollouts.generate(parts.look(list(prompts.values())), spec, list(prompts))
+        answers = ctx.rollout_manager.generate(
+            ctx.look(list(prompts.values())), spec, list(prompts)
+        )
         rows: list[tuple[int, Row]] = []
-        with agreed(parts.mesh):
+        with raise_on_all_ranks(ctx.mesh):
             of_place = dict(zip(prompts, answers, strict=True))
             for place, sample in samples.items():
                 row: Row = {"id": sample.id, "task": sample.task, "seed": spec.seed, "answers": []}
                 if place in of_place:
-                    row["answers"] = judged(parts.judge, sample, of_place[place])
+                    row["answers"] = judged(ctx.reward_manager, sample, of_place[place])
                 else:
                     row["problem"] = str(shown[place])
                 rows.append((place, row))

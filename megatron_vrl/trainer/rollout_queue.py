@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from itertools import chain
 
 from megatron_vrl.config import RunConfig
-from megatron_vrl.context import Parts
+from megatron_vrl.context import RunContext
 from megatron_vrl.parallel.mesh import gather_objects, world_axis
 from megatron_vrl.rollout.manager import Asked
 from megatron_vrl.rollout.request import SamplingSpec
-from megatron_vrl.trainer.dataloader import Draws
+from megatron_vrl.trainer.dataloader import PromptDataLoader
 from megatron_vrl.trainer.state import RunState
 from megatron_vrl.types import Prompt, Rollout, VideoSample
 
@@ -30,7 +30,7 @@ def sampling_spec(cfg: RunConfig) -> SamplingSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Flight:
+class InFlightRequest:
     sample: VideoSample
     prompt: Prompt
     position: int  # of the sample in the stream
@@ -38,12 +38,12 @@ class Flight:
     asked: Asked
 
 
-class Flights:
+class RolloutQueue:
     """This rank's. Every rank calls its methods, in the same order."""
 
-    def __init__(self, parts: Parts, state: RunState, draws: Draws) -> None:
-        self._parts, self._state, self._draws = parts, state, draws
-        self._under_way: list[Flight] = []
+    def __init__(self, ctx: RunContext, state: RunState, dataloader: PromptDataLoader) -> None:
+        self._ctx, self._state, self._draws = ctx, state, dataloader
+        self._under_way: list[InFlightRequest] = []
 
     def fill(self, num: int) -> None:
         """Ask for as many as `num` prompts of all ranks lack."""
@@ -57,34 +57,34 @@ class Flights:
         Those that would be staler than rollout.max_staleness at the next step come first.
         """
         self.fill(num)
-        parts, flights = self._parts, self._under_way
-        oldest = self._state.version - parts.cfg.rollout.max_staleness
-        due = [flight for flight in flights if flight.version <= oldest]
-        ordered = due + [flight for flight in flights if flight.version > oldest]
-        share = min(len(parts.rank_share(range(num))), len(ordered))
-        with parts.clock("rollout"):
+        ctx, rollout_queue = self._ctx, self._under_way
+        oldest = self._state.version - ctx.cfg.rollout.max_staleness
+        due = [flight for flight in rollout_queue if flight.version <= oldest]
+        ordered = due + [flight for flight in rollout_queue if flight.version > oldest]
+        share = min(len(ctx.rank_share(range(num))), len(ordered))
+        with ctx.clock("rollout"):
             asked = [flight.asked for flight in ordered]
-            chosen = parts.rollouts.first(asked, required=min(len(due), share), count=share)
+            chosen = ctx.rollout_manager.first(asked, required=min(len(due), share), count=share)
             taken = [ordered[index] for index in sorted(chosen)]
-            answers = parts.rollouts.results([flight.asked for flight in taken])
-        self._under_way = [flight for flight in flights if flight not in taken]
+            answers = ctx.rollout_manager.results([flight.asked for flight in taken])
+        self._under_way = [flight for flight in rollout_queue if flight not in taken]
         return [(f.sample, f.prompt, a) for f, a in zip(taken, answers, strict=True)]
 
     def positions(self) -> list[int]:
         """Places in the stream of all ranks' samples that are under way."""
         own = [flight.position for flight in self._under_way]
-        return sorted(chain(*gather_objects(world_axis(self._parts.mesh), own)))
+        return sorted(chain(*gather_objects(world_axis(self._ctx.mesh), own)))
 
     def _ask(self, num: int) -> None:
-        parts = self._parts
-        with parts.clock("encode"):
+        ctx = self._ctx
+        with ctx.clock("encode"):
             drawn = self._draws.take(num)
-            prompts = parts.look([made.prompt for made in drawn])
-        with parts.clock("rollout"):
+            prompts = ctx.look([made.prompt for made in drawn])
+        with ctx.clock("rollout"):
             positions = [made.position for made in drawn]
-            asked = parts.rollouts.ask(prompts, sampling_spec(parts.cfg), positions)
+            asked = ctx.rollout_manager.ask(prompts, sampling_spec(ctx.cfg), positions)
         self._under_way += [
-            Flight(
+            InFlightRequest(
                 sample=made.sample,
                 prompt=prompt,
                 position=made.position,

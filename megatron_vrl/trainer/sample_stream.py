@@ -10,25 +10,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_vrl.config import Data, Source
-from megatron_vrl.context import Parts
+from megatron_vrl.context import RunContext
 from megatron_vrl.data.mix import SampleStream
 from megatron_vrl.data.pool import Pool
 from megatron_vrl.data.schedule import Schedule, read_ids, read_mean_rewards, stages_of
 from megatron_vrl.errors import ConfigError, DataError
-from megatron_vrl.parallel.mesh import agreed
+from megatron_vrl.parallel.mesh import raise_on_all_ranks
 
 
-def training_pool(parts: Parts) -> Pool:
+def training_pool(ctx: RunContext) -> Pool:
     """What GRPO may draw. Every rank calls it and gets the same."""
-    pool = parts.pool(parts.cfg.data.train)
-    with agreed(parts.mesh):
-        return selected(pool, parts.cfg.data)
+    pool = ctx.pool(ctx.cfg.data.train)
+    with raise_on_all_ranks(ctx.mesh):
+        return selected(pool, ctx.cfg.data)
 
 
-def training_stream(parts: Parts, pool: Pool) -> SampleStream:
+def training_stream(ctx: RunContext, pool: Pool) -> SampleStream:
     """Of `training_pool`, at its start. Every rank calls it."""
-    with agreed(parts.mesh):
-        return ordered(pool, parts.cfg.data, parts.cfg.run.seed)
+    with raise_on_all_ranks(ctx.mesh):
+        return ordered(pool, ctx.cfg.data, ctx.cfg.run.seed)
 
 
 def stream_of(pool: Pool, data: Data, seed: int) -> SampleStream:

@@ -2,17 +2,19 @@
 
 from collections.abc import Sequence
 
-from megatron_vrl.context import Parts
+from megatron_vrl.context import RunContext
 from megatron_vrl.observe import samples
 from megatron_vrl.observe.sinks import Sinks
-from megatron_vrl.parallel.mesh import agreed
+from megatron_vrl.parallel.mesh import raise_on_all_ranks
 from megatron_vrl.tasks import TASKS
 from megatron_vrl.types import EncodedVideo, Experience
 
 
-def write_cards(parts: Parts, sinks: Sinks, experiences: Sequence[Experience], step: int) -> None:
+def write_cards(
+    ctx: RunContext, sinks: Sinks, experiences: Sequence[Experience], step: int
+) -> None:
     """Keep these groups for the report. Rank 0 writes, every rank calls."""
-    with agreed(parts.mesh):
+    with raise_on_all_ranks(ctx.mesh):
         for experience in experiences:
             (video,) = experience.scored.prompt.visuals
             assert isinstance(video, EncodedVideo)

@@ -10,24 +10,24 @@ import numpy as np
 from megatron_vrl.algorithms.sft import token_loss
 from megatron_vrl.batching.pack import Answer, Group
 from megatron_vrl.checkpoint.checkpoint import load_weights
-from megatron_vrl.context import Parts
+from megatron_vrl.context import RunContext
 from megatron_vrl.errors import ConfigError, UserError
 from megatron_vrl.models.logprob_head import Distribution
 from megatron_vrl.observe.metrics import StepMetrics
 from megatron_vrl.observe.sinks import Sinks
 from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.process.signals import begin_steps
-from megatron_vrl.trainer.dataloader import Draws
+from megatron_vrl.trainer.dataloader import PromptDataLoader
 from megatron_vrl.trainer.record import evaluate_dev, record
 from megatron_vrl.trainer.sample_stream import weighted
 from megatron_vrl.trainer.state import RunState, save_if_due, start_phase
 from megatron_vrl.types import VideoSample
 
 
-def train_sft(parts: Parts, state: RunState, sinks: Sinks, dev: list[VideoSample]) -> None:
+def train_sft(ctx: RunContext, state: RunState, sinks: Sinks, dev: list[VideoSample]) -> None:
     """Run the warm-up to its end. Every rank calls it. Raises UserError if it never gets there."""
-    cfg = parts.cfg.sft
-    while not _attempt(parts, state, sinks, dev):
+    cfg = ctx.cfg.sft
+    while not _attempt(ctx, state, sinks, dev):
         if state.attempt == cfg.restarts:
             raise UserError(
                 f"The warm-up did not bring {cfg.stop_metric} to {cfg.stop_at} within {cfg.steps} "
@@ -35,56 +35,56 @@ def train_sft(parts: Parts, state: RunState, sinks: Sinks, dev: list[VideoSample
             )
         state.attempt += 1
         state.begin("sft")
-        load_weights(parts.cfg.model.checkpoint, parts.policy)
+        load_weights(ctx.cfg.model.checkpoint, ctx.policy)
         sinks.say(
             f"SFT did not reach {cfg.stop_metric} {cfg.stop_at} in {cfg.steps} steps; "
-            f"starting over with seed {parts.cfg.run.seed + state.attempt}."
+            f"starting over with seed {ctx.cfg.run.seed + state.attempt}."
         )
 
 
-def _attempt(parts: Parts, state: RunState, sinks: Sinks, dev: list[VideoSample]) -> bool:
+def _attempt(ctx: RunContext, state: RunState, sinks: Sinks, dev: list[VideoSample]) -> bool:
     """One pass from `state.step` to the threshold (True) or the last step."""
-    cfg, clock = parts.cfg, parts.clock
+    cfg, clock = ctx.cfg, ctx.clock
     seed = cfg.run.seed + state.attempt
-    stream = weighted(parts.pool(cfg.data.sft), cfg.data.sft, seed)
+    stream = weighted(ctx.pool(cfg.data.sft), cfg.data.sft, seed)
     stream.restore(state.stream)
-    draws = Draws(parts, stream, state, sinks.say)
-    start_phase(parts, state, cfg.sft.optimizer, cfg.sft.steps)
+    dataloader = PromptDataLoader(ctx, stream, state, sinks.say)
+    start_phase(ctx, state, cfg.sft.optimizer, cfg.sft.steps)
     sinks.begin("sft", cfg.sft.steps, state.step)
     begin_steps()
     while state.step < cfg.sft.steps:
-        with parts.traced("sft", state.step + 1):
+        with ctx.profiler("sft", state.step + 1):
             with clock("encode"):
-                groups = parts.gather_replica(
+                groups = ctx.gather_replica(
                     [
-                        Group(prompt=prompt, answers=(_target(parts, sample),))
-                        for sample, prompt, _ in draws.take(cfg.sft.batch_size)
+                        Group(prompt=prompt, answers=(_target(ctx, sample),))
+                        for sample, prompt, _ in dataloader.take(cfg.sft.batch_size)
                     ]
                 )
             if state.step + 1 < cfg.sft.steps:
-                draws.prefetch(cfg.sft.batch_size)
+                dataloader.prefetch(cfg.sft.batch_size)
             with clock("update"):
-                batches = plan_batches(groups, groups[0], cfg.batch, parts.mesh)
-                update = parts.policy.update(batches, token_loss, Distribution(), state.step)
+                batches = plan_batches(groups, groups[0], cfg.batch, ctx.mesh)
+                update = ctx.policy.update(batches, token_loss, Distribution(), state.step)
         state.step += 1
         state.stream = stream.state
         state.version += 1
         values = {"loss": update.loss, "grad_norm": update.grad_norm, "lr": update.lr}
         values |= {k: v for k, v in update.metrics.items() if k.startswith("fp8/")}
-        values |= draws.numbers()
-        reached = _evaluate_if_due(parts, state, sinks, dev)
+        values |= dataloader.numbers()
+        reached = _evaluate_if_due(ctx, state, sinks, dev)
         spent = clock.take()
         state.add_seconds(spent)
         row = StepMetrics(phase="sft", step=state.step, values=values, seconds=spent)
-        record(parts, sinks, row)
+        record(ctx, sinks, row)
         if reached:
             return True
-        save_if_due(parts, state)
+        save_if_due(ctx, state)
     return not cfg.sft.stop_metric
 
 
-def _target(parts: Parts, sample: VideoSample) -> Answer:
-    token_ids = parts.encoder.target(sample)
+def _target(ctx: RunContext, sample: VideoSample) -> Answer:
+    token_ids = ctx.encoder.target(sample)
     return Answer(
         token_ids=token_ids,
         advantage=0.0,
@@ -92,12 +92,14 @@ def _target(parts: Parts, sample: VideoSample) -> Answer:
     )
 
 
-def _evaluate_if_due(parts: Parts, state: RunState, sinks: Sinks, dev: list[VideoSample]) -> bool:
+def _evaluate_if_due(
+    ctx: RunContext, state: RunState, sinks: Sinks, dev: list[VideoSample]
+) -> bool:
     """Whether the stopping threshold has been reached."""
-    cfg = parts.cfg.sft
+    cfg = ctx.cfg.sft
     if not cfg.stop_metric or state.step % cfg.evaluate_every:
         return False
-    metrics = evaluate_dev(parts, state, sinks, dev, during="sft")
+    metrics = evaluate_dev(ctx, state, sinks, dev, during="sft")
     if cfg.stop_metric not in metrics:
         raise ConfigError(
             f"sft.stop_metric={cfg.stop_metric!r} is not measured on dev; "

@@ -8,7 +8,7 @@ from typing import Literal
 from megatron_vrl.checkpoint.checkpoint import load_checkpoint, load_weights, read_state
 from megatron_vrl.checkpoint.saver import latest, newest_sound
 from megatron_vrl.config import Optimizer
-from megatron_vrl.context import Parts
+from megatron_vrl.context import RunContext
 from megatron_vrl.errors import CheckpointError
 from megatron_vrl.observe.metrics import Phase
 from megatron_vrl.trainer.preemption import stop_if_asked
@@ -45,32 +45,32 @@ class RunState:
             self.seconds[name] = self.seconds.get(name, 0.0) + value
 
 
-def save(parts: Parts, state: RunState) -> None:
+def save(ctx: RunContext, state: RunState) -> None:
     """Checkpoint the run as it stands, in the background. Every rank calls it."""
-    with parts.clock("checkpoint"):
-        parts.saver.save(
+    with ctx.clock("checkpoint"):
+        ctx.saver.save(
             _name(state.stage, state.attempt, state.step),
             asdict(state),
-            pinned=_name("grpo", state.attempt, 0) if parts.cfg.algorithm.kl > 0 else "",
+            pinned=_name("grpo", state.attempt, 0) if ctx.cfg.algorithm.kl > 0 else "",
         )
 
 
-def save_if_due(parts: Parts, state: RunState) -> None:
+def save_if_due(ctx: RunContext, state: RunState) -> None:
     """After each step: publish what has been written by now, and begin the next if it is time.
 
     Raises StopRequested if the run was asked to stop; whoever runs the job then saves.
     """
-    with parts.clock("checkpoint"):
-        parts.saver.poll()
-    stop_if_asked(parts.mesh, state.step)
-    if state.step % parts.cfg.checkpoint.every_steps == 0:
-        save(parts, state)
+    with ctx.clock("checkpoint"):
+        ctx.saver.poll()
+    stop_if_asked(ctx.mesh, state.step)
+    if state.step % ctx.cfg.checkpoint.every_steps == 0:
+        save(ctx, state)
 
 
-def finish_saving(parts: Parts) -> None:
+def finish_saving(ctx: RunContext) -> None:
     """Wait until what was saved is on the disk. Every rank calls it."""
-    with parts.clock("checkpoint"):
-        parts.saver.finish()
+    with ctx.clock("checkpoint"):
+        ctx.saver.finish()
 
 
 def is_done(out_dir: str) -> bool:
@@ -82,41 +82,41 @@ def is_done(out_dir: str) -> bool:
         return False  # `restored` says what is wrong with it
 
 
-def restored(parts: Parts) -> RunState:
+def restored(ctx: RunContext) -> RunState:
     """The state of the newest sound checkpoint of this run, or that of one that has not begun.
 
     Every rank calls it; rank 0 names on stderr what was passed over.
     """
-    found, damaged = newest_sound(parts.saver.root, parts.mesh)
-    if parts.mesh.rank == 0:
+    found, damaged = newest_sound(ctx.saver.root, ctx.mesh)
+    if ctx.mesh.rank == 0:
         for sentence in damaged:
             print(f"warning: {sentence}", file=sys.stderr)
     return RunState(**read_state(found)) if found else RunState()
 
 
-def start_phase(parts: Parts, state: RunState, cfg: Optimizer, num_steps: int) -> None:
+def start_phase(ctx: RunContext, state: RunState, cfg: Optimizer, num_steps: int) -> None:
     """Give the policy this phase's optimizer, and if the phase is under way its state."""
-    parts.policy.start_phase(cfg, num_steps)
-    found = latest(parts.saver.root)
+    ctx.policy.start_phase(cfg, num_steps)
+    found = latest(ctx.saver.root)
     if state.step > 0 and found:
-        load_checkpoint(found, parts.policy)
+        load_checkpoint(found, ctx.policy)
 
 
-def keep_reference(parts: Parts, state: RunState) -> None:
+def keep_reference(ctx: RunContext, state: RunState) -> None:
     """Freeze a copy of the weights that GRPO began with, for the KL term. Every rank calls it
     before `start_phase`, which brings back the weights of a GRPO that is under way."""
     if state.step > 0:
-        began = parts.saver.root / _name("grpo", state.attempt, 0)
-        load_weights(began, parts.policy)
-    parts.policy.keep_reference()
+        began = ctx.saver.root / _name("grpo", state.attempt, 0)
+        load_weights(began, ctx.policy)
+    ctx.policy.keep_reference()
 
 
 def _name(stage: Stage, attempt: int, step: int) -> str:
     return f"{stage}-{attempt}-{step:06d}"
 
 
-def load_stage_weights(parts: Parts, state: RunState) -> None:
+def load_stage_weights(ctx: RunContext, state: RunState) -> None:
     """Weights of the newest checkpoint, where a stage is about to begin."""
-    found = latest(parts.saver.root)
+    found = latest(ctx.saver.root)
     if state.stage != "base" and found:
-        load_weights(found, parts.policy)
+        load_weights(found, ctx.policy)

@@ -9,47 +9,47 @@ from dataclasses import dataclass
 from functools import partial
 
 from megatron_vrl.algorithms import token_loss
-from megatron_vrl.batching.balance import deal
+from megatron_vrl.batching.balance import partition
 from megatron_vrl.batching.pack import Group, MicroBatch
-from megatron_vrl.context import Parts
+from megatron_vrl.context import RunContext
 from megatron_vrl.models.qwen2_5_vl.flops import group_work
 from megatron_vrl.policy.micro_batches import plan_batches, rebalance
 from megatron_vrl.policy.policy import Update
-from megatron_vrl.trainer.experience import Collected, sampled_distribution, to_train
+from megatron_vrl.trainer.experience import RolloutBatch, sampled_distribution, to_train
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Learned:
+class UpdateResult:
     groups: list[Group]  # that this data rank trained on
     batches: list[MicroBatch]  # of one pass over them
     updates: list[Update]  # the same on every rank; empty if there was nothing to learn
     passes: int  # forward passes without gradient over `batches`
 
 
-def learn(parts: Parts, collected: Collected, step: int) -> Learned:
+def update_policy(ctx: RunContext, rollout_batch: RolloutBatch, step: int) -> UpdateResult:
     """Every rank calls it; `step` steps were made before."""
-    cfg = parts.cfg
-    cost = lambda group: group_work(parts.arch, group).flops  # noqa: E731
-    given = [to_train(e, cfg.algorithm.drop_truncated) for e in collected.kept]
-    groups = rebalance([group for group in given if group.answers], parts.mesh, cost)
+    cfg = ctx.cfg
+    cost = lambda group: group_work(ctx.arch, group).flops  # noqa: E731
+    given = [to_train(e, cfg.algorithm.mask_truncated) for e in rollout_batch.kept]
+    groups = rebalance([group for group in given if group.answers], ctx.mesh, cost)
     mini_batches = [
         batches
-        for members in deal([cost(group) for group in groups], cfg.grpo.mini_batches)
-        if (batches := _planned(parts, [groups[i] for i in members], collected.filler))
+        for members in partition([cost(group) for group in groups], cfg.grpo.mini_batches)
+        if (batches := _planned(ctx, [groups[i] for i in members], rollout_batch.dummy_group))
     ]
     several = len(mini_batches) * cfg.grpo.epochs > 1
     refers = cfg.algorithm.kl > 0 and cfg.algorithm.kl_in == "loss"
-    of = sampled_distribution(parts)
-    old = [parts.policy.logprobs(b, of) if several else None for b in mini_batches]
-    reference = [parts.policy.reference_logprobs(b, of) if refers else None for b in mini_batches]
+    of = sampled_distribution(ctx)
+    old = [ctx.policy.logprobs(b, of) if several else None for b in mini_batches]
+    reference = [ctx.policy.reference_logprobs(b, of) if refers else None for b in mini_batches]
     updates = [
-        parts.policy.update(
+        ctx.policy.update(
             batches, partial(token_loss, cfg=cfg.algorithm), of, step, old=before, reference=kept
         )
         for _ in range(cfg.grpo.epochs)
         for batches, before, kept in zip(mini_batches, old, reference, strict=True)
     ]
-    return Learned(
+    return UpdateResult(
         groups=groups,
         batches=[batch for batches in mini_batches for batch in batches],
         updates=updates,
@@ -57,14 +57,14 @@ def learn(parts: Parts, collected: Collected, step: int) -> Learned:
     )
 
 
-def _planned(parts: Parts, groups: Sequence[Group], filler: Group) -> list[MicroBatch]:
-    cfg = parts.cfg
+def _planned(ctx: RunContext, groups: Sequence[Group], dummy_group: Group) -> list[MicroBatch]:
+    cfg = ctx.cfg
     return plan_batches(
         groups,
-        filler,
+        dummy_group,
         cfg.batch,
-        parts.mesh,
+        ctx.mesh,
         cfg.algorithm.normalisation,
-        cost=lambda group: group_work(parts.arch, group).flops,
+        cost=lambda group: group_work(ctx.arch, group).flops,
         max_response_tokens=cfg.rollout.max_response_tokens,
     )

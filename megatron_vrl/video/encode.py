@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from megatron_vrl.config import Video
 from megatron_vrl.errors import ConfigError, VideoError
-from megatron_vrl.types import EncodedVideo, Footage
+from megatron_vrl.types import EncodedVideo, VideoClip
 
 if TYPE_CHECKING:
     from megatron_vrl.video.probe import DecodeJob
@@ -86,9 +86,9 @@ class Encoder:
         self._copies = LocalCopies(cfg.fetch_dir, cfg.fetch_mib)
         self.decoder = DECODERS[cfg.decoder](cfg)
 
-    def identify(self, footage: Footage, known: Identity | None) -> Identity:
+    def identify(self, clip: VideoClip, known: Identity | None) -> Identity:
         """Raises VideoError, whose message does not name the file."""
-        path, status = self._file(footage)
+        path, status = self._file(clip)
         seen = (path, status.st_mtime_ns, status.st_size)
         if known and known[:3] == seen:
             return known
@@ -100,14 +100,14 @@ class Encoder:
         return Identity(*seen, digest.hexdigest())
 
     def encode(
-        self, footage: Sequence[Footage], digests: Sequence[str]
+        self, clip: Sequence[VideoClip], digests: Sequence[str]
     ) -> list[EncodedVideo | VideoError]:
         """One result for each, in order; no error names its file."""
-        planned = _in_parallel(self._plan, footage, self._cfg.workers)
+        planned = _in_parallel(self._plan, clip, self._cfg.workers)
         jobs = [job for job in planned if not isinstance(job, VideoError)]
         decoded = iter(self.decoder.decode(jobs))
         results: list[EncodedVideo | VideoError] = []
-        for wanted, digest, job in zip(footage, digests, planned, strict=True):
+        for wanted, digest, job in zip(clip, digests, planned, strict=True):
             frames = job if isinstance(job, VideoError) else next(decoded)
             if isinstance(frames, VideoError):
                 results.append(frames)
@@ -115,25 +115,25 @@ class Encoder:
                 results.append(_encoded(wanted, digest, job, frames))
         return results
 
-    def plan(self, footage: Footage) -> "DecodeJob":
+    def plan(self, clip: VideoClip) -> "DecodeJob":
         """What decoding would give, from header and packets: `plan.num_tokens` above all.
 
         Raises VideoError, whose message does not name the file.
         """
         from megatron_vrl.video.probe import planned
 
-        path, _ = self._file(footage)
-        return planned(path, footage.window_s, self._cfg)
+        path, _ = self._file(clip)
+        return planned(path, clip.window_s, self._cfg)
 
-    def _plan(self, footage: Footage) -> "DecodeJob | VideoError":
+    def _plan(self, clip: VideoClip) -> "DecodeJob | VideoError":
         try:
-            return self.plan(footage)
+            return self.plan(clip)
         except VideoError as error:
             return error
 
-    def _file(self, footage: Footage) -> tuple[str, os.stat_result]:
+    def _file(self, clip: VideoClip) -> tuple[str, os.stat_result]:
         """Path of a local file with something in it."""
-        path = self._local(footage)
+        path = self._local(clip)
         try:
             status = os.stat(path)
         except OSError as error:
@@ -144,24 +144,23 @@ class Encoder:
             raise VideoError("is empty; replace it.", "empty")
         return path, status
 
-    def _local(self, footage: Footage) -> str:
+    def _local(self, clip: VideoClip) -> str:
         from megatron_vrl.video.fetch import is_url
 
-        if is_url(footage.path):
+        if is_url(clip.path):
             if not self._cfg.fetch_dir:
                 raise ConfigError(
-                    f"{footage.path} is a URL, which needs a place for its copy: set "
-                    "video.fetch_dir."
+                    f"{clip.path} is a URL, which needs a place for its copy: set video.fetch_dir."
                 )
-            return self._copies.path(footage.path)
-        if footage.folder:
-            folder, path = os.path.realpath(footage.folder), os.path.realpath(footage.path)
+            return self._copies.path(clip.path)
+        if clip.folder:
+            folder, path = os.path.realpath(clip.folder), os.path.realpath(clip.path)
             if os.path.commonpath([folder, path]) != folder:
                 raise VideoError(
-                    f"leads out of the data folder {footage.folder}, to {path}; copy it there.",
+                    f"leads out of the data folder {clip.folder}, to {path}; copy it there.",
                     "outside",
                 )
-        return footage.path
+        return clip.path
 
 
 def _cannot_be_read(error: OSError) -> VideoError:
@@ -170,12 +169,12 @@ def _cannot_be_read(error: OSError) -> VideoError:
 
 
 def _encoded(
-    footage: Footage, digest: str, job: "DecodeJob", frames: NDArray[np.uint8]
+    clip: VideoClip, digest: str, job: "DecodeJob", frames: NDArray[np.uint8]
 ) -> EncodedVideo:
     file, plan = job.file, job.plan
-    start_s, end_s = footage.window_s or (0.0, file.duration_s)
+    start_s, end_s = clip.window_s or (0.0, file.duration_s)
     return EncodedVideo(
-        path=footage.path,
+        path=clip.path,
         digest=digest,
         codec=file.codec,
         duration_s=min(end_s, file.duration_s) - max(start_s, 0.0),

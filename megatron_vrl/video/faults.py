@@ -2,8 +2,8 @@
 
 PyAV and FFmpeg answer damaged files with more than their own errors: UnicodeDecodeError of a tag,
 AttributeError of a stream without a decoder, ValueError of a size. A list of these would miss the
-next one. A mistake of this package looks the same here; a run then ends by `video.max_bad_share`,
-with the name of the exception in the sentence.
+next one. A mistake of this package looks the same here; a run then ends by
+`video.max_bad_fraction`, with the name of the exception in the sentence.
 """
 
 from collections.abc import Iterator

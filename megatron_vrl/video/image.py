@@ -31,14 +31,14 @@ class ImageRules:
     max_pixels: int = 14 * 14 * 4 * 1280
 
 
-def read_image_rules(published_dir: str | Path) -> ImageRules:
+def read_image_rules(hf_dir: str | Path) -> ImageRules:
     """The limits of a checkpoint's image processor, in any of the forms they were published in.
 
     Raises CheckpointError if its file cannot be read.
     """
     rules = ImageRules()
     for name in ("processor_config.json", "preprocessor_config.json"):
-        file = Path(published_dir) / name
+        file = Path(hf_dir) / name
         if not file.is_file():
             continue
         try:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_vrl.config import Video
 from megatron_vrl.errors import VideoError
-from megatron_vrl.types import EncodedVideo, Footage
+from megatron_vrl.types import EncodedVideo, VideoClip
 from megatron_vrl.video.encode import DECODERS, Encoder, Identity, check_decoder
 from megatron_vrl.video.store import VideoStore
 from megatron_vrl.video.workers import Workers
@@ -51,56 +51,56 @@ class VideoReader:
         self.counts = Counter(store=0, decoded=0, failed=0, retried=0)
         self._lock = threading.Lock()  # of what the background shares
         self._known: dict[str, Identity] = {}
-        self._bad: dict[Footage, VideoError] = {}
-        self._ahead: dict[Footage, Future] = {}
+        self._bad: dict[VideoClip, VideoError] = {}
+        self._ahead: dict[VideoClip, Future] = {}
         # NVDEC and DALI's resize differ from the CPU by a few grey levels: their own keys.
         rule = cfg.model_dump_json(include={*SAMPLING_KEYS, "device"}) + PIXELS
         self._rule = hashlib.blake2b(rule.encode(), digest_size=8).hexdigest()
 
-    def encode(self, footage: Sequence[Footage | str]) -> list[Result]:
+    def encode(self, clip: Sequence[VideoClip | str]) -> list[Result]:
         """One result for each, in order; an error names its file and harms no other.
 
         A path alone is the whole of its file.
         """
-        wanted = [Footage(item) if isinstance(item, str) else item for item in footage]
+        wanted = [VideoClip(item) if isinstance(item, str) else item for item in clip]
         with self._lock:
             ahead = {item: self._ahead.pop(item) for item in {*wanted} & {*self._ahead}}
         found = {item: future.result()[item] for item, future in ahead.items()}
         found |= self._encode([item for item in dict.fromkeys(wanted) if item not in found])
         return [_named(item, found[item]) for item in wanted]
 
-    def plan(self, footage: Sequence[Footage]) -> "list[DecodeJob | VideoError]":
+    def plan(self, clip: Sequence[VideoClip]) -> "list[DecodeJob | VideoError]":
         """What each holds and how it would be sampled, from header and packets alone."""
-        planned = self._call([(Encoder.plan, item) for item in footage])
+        planned = self._call([(Encoder.plan, item) for item in clip])
         return [
             VideoError(f"{item.path} {plan}", plan.kind) if isinstance(plan, VideoError) else plan
-            for item, plan in zip(footage, planned, strict=True)
+            for item, plan in zip(clip, planned, strict=True)
         ]
 
     def duration_s(self, path: str) -> float:
         """Raises VideoError, whose message does not name the file."""
-        [plan] = self._call([(Encoder.plan, Footage(path))])
+        [plan] = self._call([(Encoder.plan, VideoClip(path))])
         if isinstance(plan, VideoError):
             raise plan
         return plan.file.duration_s
 
-    def prefetch(self, footage: Iterable[Footage]) -> None:
+    def prefetch(self, clip: Iterable[VideoClip]) -> None:
         """Encode in the background what `encode` will soon be asked for.
 
         Only what the last call named is kept, and at most `video.prefetch` videos.
         """
         future: Future = Future()
-        wanted = list(dict.fromkeys(footage))[: self._cfg.prefetch]
+        wanted = list(dict.fromkeys(clip))[: self._cfg.prefetch]
         with self._lock:
             self._ahead = dict.fromkeys(wanted, future)
         if wanted:
             arguments = (future, self._encode, wanted)
             threading.Thread(target=_settle, args=arguments, daemon=True).start()
 
-    def _encode(self, footage: Sequence[Footage]) -> dict[Footage, Result]:
-        results: dict[Footage, Result] = {f: self._bad[f] for f in footage if f in self._bad}
-        keys: dict[Footage, str] = {}
-        for item, found in self._identified([f for f in footage if f not in results]).items():
+    def _encode(self, clip: Sequence[VideoClip]) -> dict[VideoClip, Result]:
+        results: dict[VideoClip, Result] = {f: self._bad[f] for f in clip if f in self._bad}
+        keys: dict[VideoClip, str] = {}
+        for item, found in self._identified([f for f in clip if f not in results]).items():
             if isinstance(found, VideoError):
                 results[item] = found
             else:
@@ -113,12 +113,12 @@ class VideoReader:
             self.counts["failed"] += len(bad)
         return results
 
-    def _identified(self, footage: Sequence[Footage]) -> dict[Footage, Identity | VideoError]:
-        def once(items: Sequence[Footage]) -> dict[Footage, Any]:
+    def _identified(self, clip: Sequence[VideoClip]) -> dict[VideoClip, Identity | VideoError]:
+        def once(items: Sequence[VideoClip]) -> dict[VideoClip, Any]:
             calls = [(Encoder.identify, item, self._known.get(item.path)) for item in items]
             return dict(zip(items, self._call(calls), strict=True))
 
-        found = self._retried(once(footage), once)
+        found = self._retried(once(clip), once)
         known = {item.path: f for item, f in found.items() if isinstance(f, Identity)}
         with self._lock:
             if len(self._known) > MOST_KNOWN:
@@ -126,15 +126,15 @@ class VideoReader:
             self._known |= known
         return found
 
-    def _of_keys(self, footage: Mapping[str, Footage]) -> dict[str, Result]:
+    def _of_keys(self, clip: Mapping[str, VideoClip]) -> dict[str, Result]:
         """By store key. Copies of one file share a key, so they are decoded once."""
-        found: dict[str, Result] = {k: v for k in footage if (v := self.store.get(k)) is not None}
-        missing = [key for key in footage if key not in found]
+        found: dict[str, Result] = {k: v for k in clip if (v := self.store.get(k)) is not None}
+        missing = [key for key in clip if key not in found]
 
         def once(keys: Sequence[str], batch: int = 1) -> dict[str, Result]:
             batches = [keys[start : start + batch] for start in range(0, len(keys), batch)]
             calls = [
-                (Encoder.encode, [footage[key] for key in b], [_digest(key) for key in b])
+                (Encoder.encode, [clip[key] for key in b], [_digest(key) for key in b])
                 for b in batches
             ]
             results: dict[str, Result] = {}
@@ -182,8 +182,8 @@ class VideoReader:
                 results.append(error)
         return results
 
-    def _key(self, footage: Footage, identity: Identity) -> str:
-        window = "" if footage.window_s is None else "-{:.3f}-{:.3f}".format(*footage.window_s)
+    def _key(self, clip: VideoClip, identity: Identity) -> str:
+        window = "" if clip.window_s is None else "-{:.3f}-{:.3f}".format(*clip.window_s)
         return f"{identity.digest}-{self._rule}{window}"
 
 
@@ -210,7 +210,7 @@ def _settle(future: Future, function: Callable[..., Any], *arguments: Any) -> No
         future.set_exception(error)
 
 
-def _named(footage: Footage, result: Result) -> Result:
+def _named(clip: VideoClip, result: Result) -> Result:
     if isinstance(result, VideoError):
-        return VideoError(f"{footage.path} {result}", result.kind)
-    return result if result.path == footage.path else replace(result, path=footage.path)
+        return VideoError(f"{clip.path} {result}", result.kind)
+    return result if result.path == clip.path else replace(result, path=clip.path)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vrl.algorithms import ALGORITHMS, Part, advantages, overlong_penalty, teaches
+from megatron_vrl.algorithms import ALGORITHMS, Part, advantages, has_signal, overlong_penalty
 from megatron_vrl.config import Algorithm
 
 rewards = st.lists(st.floats(0, 1), min_size=2, max_size=8)
@@ -111,10 +111,10 @@ def test_answers_and_groups_may_come_in_any_order(name, groups, seed):
 def test_equal_rewards_give_exactly_nothing(name, value):
     alone = of(name, [[value] * 7])
     everywhere = of(name, [[value] * 7, [value] * 3])
-    assert all((a == 0.0).all() and not teaches(a) for a in [*alone, *everywhere])
+    assert all((a == 0.0).all() and not has_signal(a) for a in [*alone, *everywhere])
     uniform, mixed = of(name, [[value] * 7, [0.0, 1.0, 0.5]])
-    assert teaches(mixed)
-    assert teaches(uniform) == (name == "reinforce_plus_plus")  # it has no baseline per group
+    assert has_signal(mixed)
+    assert has_signal(uniform) == (name == "reinforce_plus_plus")  # it has no baseline per group
 
 
 @pytest.mark.parametrize("name", PER_GROUP)
@@ -190,7 +190,7 @@ def test_weights_and_tasks_with_different_parts():
 def test_equal_parts_give_exactly_nothing(combine):
     group = parts(a=([0.1] * 5, 0.3), b=([1 / 3] * 5, 0.7), kl=([-0.07] * 5, 1.0))
     (ours,) = advantages([group], Algorithm(combine=combine))
-    assert (ours == 0.0).all() and not teaches(ours)
+    assert (ours == 0.0).all() and not has_signal(ours)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

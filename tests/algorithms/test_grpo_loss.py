@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_vrl.algorithms import ALGORITHMS, sft, teaches, token_loss
+from megatron_vrl.algorithms import ALGORITHMS, has_signal, sft, token_loss
 from megatron_vrl.config import Algorithm
 from tests.algorithms.make_tokens import tokens_of
 
@@ -24,13 +24,13 @@ def advantages(rewards):
 def test_advantages_equal_the_formula(rewards):
     ours = advantages(np.array(rewards))
     if len(set(rewards)) == 1:
-        assert (ours == 0.0).all() and not teaches(ours)
+        assert (ours == 0.0).all() and not has_signal(ours)
         return
     mean = math.fsum(rewards) / len(rewards)
     variance = math.fsum((r - mean) ** 2 for r in rewards) / (len(rewards) - 1)
     theirs = [(r - mean) / (math.sqrt(variance) + 1e-6) for r in rewards]
     np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9)
-    assert teaches(ours)
+    assert has_signal(ours)
 
 
 @given(groups, st.randoms(use_true_random=False))
@@ -49,7 +49,7 @@ def test_equal_rewards_give_exactly_nothing():
 
 def test_a_group_of_one_keeps_its_reward():
     assert advantages(np.array([0.5])) == pytest.approx(0.5 / (1 + 1e-6), rel=1e-12)
-    assert teaches(advantages(np.array([0.5])))
+    assert has_signal(advantages(np.array([0.5])))
 
 
 def reference(lp, old, adv, ref, entropy, cfg):

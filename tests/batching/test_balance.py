@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_vrl.batching.balance import deal, destinations, into_micro_batches
+from megatron_vrl.batching.balance import destinations, into_micro_batches, partition
 
 costs_ = st.lists(st.one_of(st.integers(0, 5), st.floats(0, 100)), max_size=12)
 items = st.lists(st.tuples(st.integers(0, 30), st.floats(0, 100)), max_size=12)
@@ -37,8 +37,8 @@ def once(bins, count):
 
 @given(costs_, st.integers(1, 5))
 def test_shares_hold_every_item_once_in_order_and_even_by_graham(costs, shares):
-    dealt = deal(costs, shares)
-    assert dealt == deal(list(costs), shares)
+    dealt = partition(costs, shares)
+    assert dealt == partition(list(costs), shares)
     assert len(dealt) == shares
     assert once(dealt, len(costs))
     assert all(members == sorted(members) for members in dealt)
@@ -49,8 +49,8 @@ def test_shares_hold_every_item_once_in_order_and_even_by_graham(costs, shares):
 
 
 def test_a_share_for_each_of_the_heaviest():
-    assert deal([5, 1, 4, 3, 3], 2) == [[0, 4], [1, 2, 3]]
-    assert deal([1, 1], 3) == [[0], [1], []]
+    assert partition([5, 1, 4, 3, 3], 2) == [[0, 4], [1, 2, 3]]
+    assert partition([1, 1], 3) == [[0], [1], []]
 
 
 @given(items, st.integers(1, 40), st.integers(1, 6))
@@ -93,7 +93,7 @@ def test_few_groups_move(ranks, data):
             sum(c for c, p in zip(costs, where, strict=True) if p == r) for r in range(ranks)
         )
 
-    dealt = max(totals(deal(costs, ranks), costs))
+    dealt = max(totals(partition(costs, ranks), costs))
     assert heaviest(places) <= dealt * (1 + 1e-9)
     if heaviest(homes) <= dealt:
         assert places == homes

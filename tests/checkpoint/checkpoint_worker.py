@@ -17,8 +17,8 @@ from megatron_vrl.checkpoint.checkpoint import (
     read_state,
     save_checkpoint,
 )
-from megatron_vrl.checkpoint.hf_load import published_tensors
-from megatron_vrl.checkpoint.hf_reader import PublishedCheckpoint
+from megatron_vrl.checkpoint.hf_load import hf_tensors
+from megatron_vrl.checkpoint.hf_reader import HFCheckpoint
 from megatron_vrl.checkpoint.saver import Saver
 from megatron_vrl.config import Model, Optimizer, Parallel
 from megatron_vrl.models.architecture import read_architecture
@@ -42,8 +42,8 @@ def started(checkpoint: Path, converted: Path, parallel: Parallel) -> Policy:
     arch = read_architecture(checkpoint)
     policy = Policy(arch, Model(checkpoint=str(checkpoint), dtype="float32"), parallel, mesh)
     load_weights(converted, policy)
-    source = PublishedCheckpoint(checkpoint, arch)
-    for name, tensor in published_tensors(policy.chunks):
+    source = HFCheckpoint(checkpoint, arch)
+    for name, tensor in hf_tensors(policy.chunks):
         assert torch.equal(tensor, source.tensor(name)), name
     policy.start_phase(OPTIMIZER, num_steps=8)
     return policy
@@ -52,7 +52,7 @@ def started(checkpoint: Path, converted: Path, parallel: Parallel) -> Policy:
 def step(policy: Policy, done: int) -> dict[str, Any]:
     batches = micro_batches(GROUPS, policy.mesh)
     update = policy.update(batches, token_loss, Distribution(), done)
-    weights = {name: tensor.clone() for name, tensor in published_tensors(policy.chunks)}
+    weights = {name: tensor.clone() for name, tensor in hf_tensors(policy.chunks)}
     return {"loss": update.loss, "grad_norm": update.grad_norm, "weights": weights}
 
 

@@ -14,9 +14,9 @@ from megatron_vrl.checkpoint.checkpoint import (
     save_checkpoint,
 )
 from megatron_vrl.checkpoint.checksums import write_sums
-from megatron_vrl.checkpoint.convert import convert_to_megatron, convert_to_published
-from megatron_vrl.checkpoint.hf_load import published_tensors
-from megatron_vrl.checkpoint.layout import published_files
+from megatron_vrl.checkpoint.convert import convert_to_hf, convert_to_megatron
+from megatron_vrl.checkpoint.hf_load import hf_tensors
+from megatron_vrl.checkpoint.layout import hf_dir_of
 from megatron_vrl.checkpoint.saver import Saver, latest, newest_sound
 from megatron_vrl.config import Model, Optimizer, Parallel
 from megatron_vrl.errors import CheckpointError
@@ -25,13 +25,13 @@ from megatron_vrl.parallel.mesh import close_mesh, init_mesh
 from megatron_vrl.policy.policy import Policy
 from tests.checkpoint.checkpoint_worker import OPTIMIZER, RESHARDED, SAVED, step
 from tests.running import run_python
-from tests.tiny_models import published_model, save
+from tests.tiny_models import hf_model, save
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """Two tensor ranks do not divide its words: what they add must not be resharded as weights."""
-    return save(published_model(vocab=95), tmp_path_factory.mktemp("checkpoint") / "hf")
+    return save(hf_model(vocab=95), tmp_path_factory.mktemp("checkpoint") / "hf")
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_training_goes_on_with_half_the_data_ranks(trained, policy):
 def test_checkpoints_of_any_layout_convert(trained, layout, tmp_path):
     from safetensors.torch import load_file
 
-    convert_to_published(trained / "saved" / layout, tmp_path / "hf")
+    convert_to_hf(trained / "saved" / layout, tmp_path / "hf")
     weights = third_step(trained, layout)["weights"]
     found = load_file(tmp_path / "hf" / "model.safetensors")
     assert found.keys() == weights.keys()
@@ -104,14 +104,14 @@ def test_checkpoints_of_any_layout_convert(trained, layout, tmp_path):
 def test_weights_come_back_bit_equal_and_before_any_update(policy, checkpoint, tmp_path):
     policy.start_phase(Optimizer(lr=1e-3), num_steps=1)
     save_checkpoint(tmp_path / "saved", policy, {"step": 0}, checkpoint)
-    before = {name: tensor.clone() for name, tensor in published_tensors(policy.chunks)}
+    before = {name: tensor.clone() for name, tensor in hf_tensors(policy.chunks)}
     with torch.no_grad():
         for param in policy.chunks[0].parameters():
             param.zero_()
     load_checkpoint(tmp_path / "saved", policy)
-    for name, tensor in published_tensors(policy.chunks):
+    for name, tensor in hf_tensors(policy.chunks):
         assert torch.equal(tensor, before[name]), name
-    assert (published_files(tmp_path / "saved") / "config.json").exists()
+    assert (hf_dir_of(tmp_path / "saved") / "config.json").exists()
     assert {p.name for p in (tmp_path / "saved").iterdir()} == {
         "weights",
         "published",
@@ -121,7 +121,7 @@ def test_weights_come_back_bit_equal_and_before_any_update(policy, checkpoint, t
 
 
 def test_background_save_holds_the_weights_as_they_were(policy, checkpoint, tmp_path):
-    before = {name: tensor.clone() for name, tensor in published_tensors(policy.chunks)}
+    before = {name: tensor.clone() for name, tensor in hf_tensors(policy.chunks)}
     saver = Saver(tmp_path, policy, checkpoint, keep=2)
     saver.save("1", {"step": 1})
     with torch.no_grad():
@@ -132,7 +132,7 @@ def test_background_save_holds_the_weights_as_they_were(policy, checkpoint, tmp_
     saver.poll()  # nothing is left to do
     assert latest(tmp_path) == tmp_path / "1"
     load_weights(tmp_path / "1", policy)
-    for name, tensor in published_tensors(policy.chunks):
+    for name, tensor in hf_tensors(policy.chunks):
         assert torch.equal(tensor, before[name]), name
 
 
@@ -224,7 +224,7 @@ def test_unreadable_state_is_named(tmp_path):
 
 
 def test_another_architecture_is_refused(policy, checkpoint, tmp_path):
-    other = save(published_model(vocab=95, kv_heads=1), tmp_path / "other")
+    other = save(hf_model(vocab=95, kv_heads=1), tmp_path / "other")
     with pytest.raises(
         CheckpointError, match=r"model\.safetensors: .*_proj.*config\.json is of another model"
     ):
@@ -289,7 +289,7 @@ def test_no_pickle_of_a_checkpoint_runs(policy, converted, tmp_path, file):
     stored = {"byte object": "__9_0.distcp"}.get(file, file)
     for use in (
         lambda: load_weights(bad, policy),
-        lambda: convert_to_published(bad, tmp_path / "x"),
+        lambda: convert_to_hf(bad, tmp_path / "x"),
     ):
         with pytest.raises(CheckpointError, match=rf"{stored}.* names (_io|io)\.open, which no"):
             use()

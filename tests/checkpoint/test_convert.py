@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_vrl.checkpoint.convert import compare, convert_to_megatron, convert_to_published
-from megatron_vrl.checkpoint.hf_reader import PublishedCheckpoint, PublishedWriter
+from megatron_vrl.checkpoint.convert import compare, convert_to_hf, convert_to_megatron
+from megatron_vrl.checkpoint.hf_reader import HFCheckpoint, HFCheckpointWriter
 from megatron_vrl.checkpoint.torch_dist import TorchDistReader, TorchDistWriter
 from megatron_vrl.errors import CheckpointError, UserError
 from megatron_vrl.models.architecture import read_architecture
-from megatron_vrl.models.qwen2_5_vl.hf_shapes import published_shapes
+from megatron_vrl.models.qwen2_5_vl.hf_shapes import hf_shapes
 from tests.running import ROOT, run_python
-from tests.tiny_models import published_model, save
+from tests.tiny_models import hf_model, save
 
 TOOL = ROOT / "tools" / "convert_checkpoint.py"
 
@@ -24,7 +24,7 @@ TOOL = ROOT / "tools" / "convert_checkpoint.py"
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
 def folder(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("convert")
-    hf = save(published_model(tied=request.param), folder / "hf")
+    hf = save(hf_model(tied=request.param), folder / "hf")
     (hf / "tokenizer.json").write_text("{}")
     (hf / "preprocessor_config.json").write_text("{}")
     convert_to_megatron(hf, folder / "megatron")
@@ -57,7 +57,7 @@ def assert_same(first, second):
 
 
 def test_there_and_back_is_bit_equal_and_complete(folder, tmp_path):
-    convert_to_published(folder / "megatron", tmp_path / "back")
+    convert_to_hf(folder / "megatron", tmp_path / "back")
     assert_same(folder / "hf", tmp_path / "back")
     assert {p.name for p in (tmp_path / "back").iterdir()} == {
         p.name for p in (folder / "hf").iterdir()
@@ -70,7 +70,7 @@ def test_bfloat16_in_shards_under_the_names_of_either_generation(tmp_path, monke
     """Also: NaN and -0 survive, and tensors larger than a chunk or a file are cut."""
     from megatron_vrl.checkpoint import hf_reader, torch_dist
 
-    model = published_model().bfloat16()
+    model = hf_model().bfloat16()
     with torch.no_grad():
         model.lm_head.weight[0, :2] = torch.tensor([float("nan"), -0.0])
     model.save_pretrained(tmp_path / "hf", max_shard_size="100KB")
@@ -87,17 +87,17 @@ def test_bfloat16_in_shards_under_the_names_of_either_generation(tmp_path, monke
     for name in ("hf", "in-memory"):
         convert_to_megatron(tmp_path / name, tmp_path / f"{name}-megatron")
         assert len(list((tmp_path / f"{name}-megatron" / "weights").glob("*.distcp"))) > 2
-        convert_to_published(tmp_path / f"{name}-megatron", tmp_path / f"{name}-back")
+        convert_to_hf(tmp_path / f"{name}-megatron", tmp_path / f"{name}-back")
         assert_same(tmp_path / "hf", tmp_path / f"{name}-back")
         back = tmp_path / f"{name}-back"
-        PublishedCheckpoint(back, read_architecture(back))  # its index is right
+        HFCheckpoint(back, read_architecture(back))  # its index is right
     assert compare(tmp_path / "hf", tmp_path / "in-memory-megatron") == len(tensors_of(in_memory))
 
 
 def test_result_loads_in_stock_transformers(folder, tmp_path):
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    convert_to_published(folder / "megatron", tmp_path / "back")
+    convert_to_hf(folder / "megatron", tmp_path / "back")
     load = Qwen2_5_VLForConditionalGeneration.from_pretrained
     model, notes = load(tmp_path / "back", output_loading_info=True)
     assert not notes["missing_keys"] and not notes["unexpected_keys"]
@@ -119,14 +119,14 @@ def test_zeros_that_pad_the_vocabulary_are_left_out(folder, tmp_path):
         writer.add(name, tensor)
     writer.close()
     shutil.copytree(folder / "megatron" / "published", padded / "published")
-    convert_to_published(padded, tmp_path / "back")
+    convert_to_hf(padded, tmp_path / "back")
     assert_same(folder / "hf", tmp_path / "back")
 
 
 @pytest.mark.parametrize("size", ["3b", "7b", "32b", "72b"])
 def test_shapes_add_up_to_the_model(size):
     arch = read_architecture(ROOT / "configs" / "models" / f"qwen2.5-vl-{size}.json")
-    shapes = published_shapes(arch)
+    shapes = hf_shapes(arch)
     assert sum(torch.Size(shape).numel() for shape in shapes.values()) == arch.num_parameters
 
 
@@ -225,7 +225,7 @@ MISTAKES = [
     pytest.param(convert, kind, *mistake, id=f"{kind}: {name}")
     for convert, kind, mistakes in (
         (convert_to_megatron, "hf", PUBLISHED_MISTAKES),
-        (convert_to_published, "megatron", MEGATRON_MISTAKES),
+        (convert_to_hf, "megatron", MEGATRON_MISTAKES),
     )
     for name, mistake in mistakes.items()
 ]
@@ -242,19 +242,19 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(copy, convert, kind, spoil
 
 def test_existing_target_wrong_direction_and_nothing_there(folder, tmp_path):
     with pytest.raises(CheckpointError, match="hf exists already: remove it or choose another"):
-        convert_to_published(folder / "megatron", folder / "hf")
+        convert_to_hf(folder / "megatron", folder / "hf")
     with pytest.raises(CheckpointError, match="is a Megatron checkpoint: did you mean megatron-to"):
         convert_to_megatron(folder / "megatron", tmp_path / "x")
     with pytest.raises(CheckpointError, match="is no Megatron checkpoint: did you mean hf-to"):
-        convert_to_published(folder / "hf", tmp_path / "x")
+        convert_to_hf(folder / "hf", tmp_path / "x")
     with pytest.raises(CheckpointError, match=r"There is no checkpoint .*nowhere"):
-        convert_to_published(folder / "nowhere", tmp_path / "x")
+        convert_to_hf(folder / "nowhere", tmp_path / "x")
 
 
 def test_no_room_on_the_disk(folder, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2**19))
-    for convert, source in ((convert_to_megatron, "hf"), (convert_to_published, "megatron")):
+    for convert, source in ((convert_to_megatron, "hf"), (convert_to_hf, "megatron")):
         with pytest.raises(CheckpointError, match=r"x needs about . MiB, and its disk has 0"):
             convert(folder / source, tmp_path / "x")
 
@@ -268,7 +268,7 @@ def test_a_disk_that_fills_up_meanwhile(folder, tmp_path):
             patch.setattr("megatron_vrl.checkpoint.convert._check_room", lambda *_: None)
             for convert, source in (
                 (convert_to_megatron, "hf"),
-                (convert_to_published, "megatron"),
+                (convert_to_hf, "megatron"),
             ):
                 with pytest.raises(UserError, match=f"{tmp_path / 'x'} cannot"):
                     convert(folder / source, tmp_path / "x")
@@ -281,7 +281,7 @@ def test_writer_closes_a_shard_whose_header_is_full(tmp_path, monkeypatch):
     from megatron_vrl.checkpoint import hf_reader
 
     monkeypatch.setattr(hf_reader, "HEADER_BYTES", 512)
-    writer = PublishedWriter(tmp_path)
+    writer = HFCheckpointWriter(tmp_path)
     tensors = {f"tensor-{i}": torch.full((2, 3), float(i)) for i in range(20)}
     for name, tensor in tensors.items():
         writer.add(name, tensor)

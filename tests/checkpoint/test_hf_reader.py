@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_vrl.checkpoint.convert import compare, convert_to_megatron, stored_tensors
-from megatron_vrl.checkpoint.hf_reader import PublishedCheckpoint, copy_side_files
+from megatron_vrl.checkpoint.hf_reader import HFCheckpoint, copy_side_files
 from megatron_vrl.errors import CheckpointError
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.storage.hf_files import INDEX
-from tests.tiny_models import published_model, save
+from tests.tiny_models import hf_model, save
 
 EMBEDDING = "model.embed_tokens.weight"
 QUERY = "model.layers.0.self_attn.q_proj.weight"
@@ -34,7 +34,7 @@ def tied(tmp_path_factory):
 
 
 def _saved(tmp_path_factory, tied):
-    folder = save(published_model(tied=tied), tmp_path_factory.mktemp("reader") / "hf")
+    folder = save(hf_model(tied=tied), tmp_path_factory.mktemp("reader") / "hf")
     tensors = {_published(n): t for n, t in load_file(folder / "model.safetensors").items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
@@ -77,7 +77,7 @@ def changed(folder, change, file="model.safetensors"):
 
 
 def reader(folder):
-    return PublishedCheckpoint(folder, read_architecture(folder))
+    return HFCheckpoint(folder, read_architecture(folder))
 
 
 def assert_reads(folder, tensors):

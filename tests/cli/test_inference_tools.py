@@ -14,7 +14,7 @@ from megatron_vrl.evaluation.ask import Question, ask, told
 from megatron_vrl.evaluation.benchmark import items_of, questions, read_predictions
 from megatron_vrl.evaluation.generate import Answerer, inference_config
 from megatron_vrl.evaluation.predict import predict, too_many_bad
-from megatron_vrl.observe.timeline_strip import MARK, marked_strip
+from megatron_vrl.observe.timeline_strip import MARK, timeline_strip
 from megatron_vrl.selection.rules import KEPT
 from megatron_vrl.selection.select import apply_rules, collect_answers, pool
 from megatron_vrl.video import VideoReader
@@ -68,7 +68,7 @@ def test_every_question_is_answered_once_and_a_stopped_run_goes_on(folder, cfg, 
     assert {p.id: p for p in again} == {p.id: p for p in first}
     assert predict(cfg, samples, tmp_path / "out", {"protocol": "strict"}, never) == again
     with pytest.raises(ConfigError, match="made with another protocol"):
-        predict(cfg, samples, tmp_path / "out", {"protocol": "seed"}, never)
+        predict(cfg, samples, tmp_path / "out", {"protocol": "temporal_r1"}, never)
     items = items_of(samples, read_predictions(path, samples), "strict")
     assert len(items) == len(samples)
     failures = [item.failure for item in items]
@@ -225,7 +225,7 @@ def test_a_checkpoint_for_text_is_refused_before_an_engine_starts(folder, tmp_pa
 
 def test_the_interval_is_marked_where_it_is():
     frames = np.zeros((4, 28, 56, 3), np.uint8)
-    image = marked_strip(frames, np.arange(4.0), 4.0, [(1.0, 3.0)])
+    image = timeline_strip(frames, np.arange(4.0), 4.0, [(1.0, 3.0)])
     row = np.array(image)[86]  # in the bar under pictures of 80 px
     marked = np.flatnonzero((row == [int(MARK[i : i + 2], 16) for i in (1, 3, 5)]).all(axis=1))
     assert (marked.min(), marked.max()) == (320, 960)

@@ -11,14 +11,14 @@ from megatron_vrl.config.inference import INFERENCE_FILE, KEPT, inference_files,
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.evaluation.generate import inference_config
 from megatron_vrl.evaluation.logprobs import score_config
-from megatron_vrl.evaluation.predict import SEED_DEFAULTS
+from megatron_vrl.evaluation.predict import TEMPORAL_R1_DEFAULTS
 from tests.running import CONFIG
-from tests.tiny_models import published_model, save
+from tests.tiny_models import hf_model, save
 
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory) -> Path:
-    directory = save(published_model(), tmp_path_factory.mktemp("export") / "hf")
+    directory = save(hf_model(), tmp_path_factory.mktemp("export") / "hf")
     for name, text in inference_files(load_config(CONFIG)).items():
         (directory / name).write_text(text)
     return directory
@@ -41,8 +41,9 @@ def test_config_and_overrides_go_before_it(export, tmp_path):
     config.write_text(yaml.safe_dump({"video": {"fps": 3.0, "min_frames": 6}}))
     found = inference_config(str(export), ["video.min_frames=8"], str(config))
     assert (found.video.fps, found.video.min_frames, found.video.max_pixels) == (3.0, 8, 784)
-    seed = inference_config(str(export), [], "", SEED_DEFAULTS)
-    assert (seed.data.system_prompt, seed.video.min_pixels, seed.video.fps) == ("seed", 3136, 1.0)
+    seed = inference_config(str(export), [], "", TEMPORAL_R1_DEFAULTS)
+    assert (seed.data.system_prompt, seed.video.min_pixels) == ("temporal_r1", 3136)
+    assert seed.video.fps == 1.0
     assert score_config(str(export), ["video.fps=4"]).video.fps == 4
 
 

@@ -52,8 +52,8 @@ def test_random_sampling_is_a_seeded_choice_in_file_order(num_samples, wanted, s
 
 
 def test_another_seed_or_source_draws_others():
-    draws = {tuple(chosen("random:10%", 1000, seed)) for seed in ([1, 0], [2, 0], [1, 1])}
-    assert len(draws) == 3
+    dataloader = {tuple(chosen("random:10%", 1000, seed)) for seed in ([1, 0], [2, 0], [1, 1])}
+    assert len(dataloader) == 3
 
 
 @pytest.mark.parametrize("strategy", ["first", "first:x", "last:3", "first:-1", "random:1.5", ""])

@@ -110,24 +110,24 @@ def test_a_checkpoint_without_tokenizer(tmp_path):
 
 
 def test_the_released_wording(published):
-    question = TASKS["multiple_choice"].seed_question(sample("multiple_choice"))
+    question = TASKS["multiple_choice"].temporal_r1_question(sample("multiple_choice"))
     assert question == (
         "Question:the red square is visible\nOption:\n(A) red\n(B) blue\n"
         "Only give the best option.\n"
     )
-    encode, _ = encoder(published, "seed", wording="seed")
+    encode, _ = encoder(published, "temporal_r1", wording="temporal_r1")
     text = encode.tokenizer.decode(encode.prompt(sample("multiple_choice"), CLIP).engine_token_ids)
     assert text == (
-        f"<|im_start|>system\n{SYSTEM_PROMPTS['seed']}<|im_end|>\n"
+        f"<|im_start|>system\n{SYSTEM_PROMPTS['temporal_r1']}<|im_end|>\n"
         f"<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>{question}<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
     for name in ("temporal_grounding", "grounded_qa"):
-        assert TASKS[name].seed_question(sample(name)) == TASKS[name].question(sample(name))
+        assert TASKS[name].temporal_r1_question(sample(name)) == TASKS[name].question(sample(name))
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("wording", ["default", "seed"])
+@pytest.mark.parametrize("wording", ["default", "temporal_r1"])
 def test_a_special_token_in_an_annotation_is_text(published, task, wording):
     """In query, option and rationale, of prompt and target; the answer still reads."""
     encode, _ = encoder(published, wording=wording)

@@ -159,7 +159,7 @@ def test_right_answers_score_one(name, tmp_path):
         (tmp_path / "a.json").write_text(json.dumps(records))
     from megatron_vrl.tasks import TASKS, can_be_asked
 
-    for protocol in ("strict", "seed"):
+    for protocol in ("strict", "temporal_r1"):
         samples = questions(name, annotations, "", protocol)
         path = tmp_path / f"{name}.jsonl"
         path.write_text(
@@ -224,7 +224,7 @@ def test_the_seeds_reading_of_options(response, letter):
 def test_the_seeds_protocol_does_not_clip(tmp_path):
     records = {"v": {"duration": 30.0, "timestamps": [[20.0, 34.0]], "sentences": ["x"]}}
     predictions = [{"id": "v/0", "response": grounding("34.0", "20.0")}]
-    found = evaluated(tmp_path, "charades_sta", records, predictions, protocol="seed")
+    found = evaluated(tmp_path, "charades_sta", records, predictions, protocol="temporal_r1")
     assert found["metrics"]["miou"]["value"] == 1.0
     found = evaluated(tmp_path, "charades_sta", records, predictions)
     assert found["metrics"]["miou"]["value"] == 0.0 and found["failures"]["unparsable"] == 1

@@ -58,7 +58,7 @@ def test_seed_mode_is_the_released_score_bit_for_bit(start, end, around, swapped
     pairs = [f'"start_time": {start}', f'"end_time": {end}']
     body = ", ".join(reversed(pairs) if swapped else pairs)
     response = around.format(f"<think>x</think><answer>{{{body}}}</answer>")
-    row = grade(GROUNDING | {"response": response}, mode="seed")
+    row = grade(GROUNDING | {"response": response}, mode="temporal_r1")
     assert row["score"] == released_score(response, 30.0, (6.0, 15.0))
     json.dumps(row, allow_nan=False)
 
@@ -72,12 +72,12 @@ def test_a_row_says_what_was_read():
         "failure": None,
     }
     past_the_end = RIGHT.replace("15.0", "9999")
-    for mode, read in (("strict", [6.0, 30.0]), ("seed", [6.0, 9999.0])):
+    for mode, read in (("strict", [6.0, 30.0]), ("temporal_r1", [6.0, 9999.0])):
         row = grade(GROUNDING | {"response": past_the_end}, mode=mode)
         assert row["parsed"] == {"interval_s": read}
 
 
-@pytest.mark.parametrize("mode", ["strict", "seed"])
+@pytest.mark.parametrize("mode", ["strict", "temporal_r1"])
 def test_a_failure_is_told_from_a_wrong_answer(mode):
     wrong = grade(GROUNDING | {"response": RIGHT.replace('"6.0"', '"20"').replace("15", "25")})
     assert (wrong["parts"]["temporal_iou"], wrong["failure"]) == (0.0, None)
@@ -184,7 +184,8 @@ def run(text: str | bytes, *arguments: str) -> subprocess.CompletedProcess:
 
 def test_the_tool_writes_what_precedes_a_bad_line():
     good = json.dumps(GROUNDING | {"response": RIGHT})
-    done = run(f"{good}\n\n{good}\n{{bad\n{good}\n", "--task", "temporal_grounding", "--mode=seed")
+    lines = f"{good}\n\n{good}\n{{bad\n{good}\n"
+    done = run(lines, "--task", "temporal_grounding", "--mode=temporal_r1")
     assert done.returncode == 2
     assert [json.loads(line)["score"] for line in done.stdout.splitlines()] == [1.0, 1.0]
     (sentence,) = done.stderr.decode().splitlines()

@@ -27,18 +27,18 @@ SMALL = (
     "grpo.evaluate_every=2",
     "rollout.prompts_per_step=4",
     "algorithm.kl=0.01",
-    "algorithm.refill_rounds=2",
+    "algorithm.dynamic_sampling_rounds=2",
     "checkpoint.every_steps=1000",
-    "observe.trace_steps=[3]",
-    "observe.trace_ranks=[1]",
+    "observe.profile_steps=[3]",
+    "observe.profile_ranks=[1]",
 )
 ONE_STEP = (  # without a warm-up no answer earns a reward: all groups are uniform
     "sft.steps=0",
     "grpo.steps=1",
-    "algorithm.drop_uniform_groups=false",
+    "algorithm.drop_zero_variance_groups=false",
     "observe.wandb=disabled",
 )
-SEVERAL_UPDATES = ("grpo.mini_batches=2", "grpo.epochs=2", "algorithm.importance=sequence")
+SEVERAL_UPDATES = ("grpo.mini_batches=2", "grpo.epochs=2", "algorithm.rollout_is=sequence")
 KL_IN_REWARD = ("algorithm.name=reinforce_plus_plus", "algorithm.kl_in=reward")
 LAYOUTS = {
     "tensor": ["parallel.tensor=2", *ONE_STEP, *SEVERAL_UPDATES],
@@ -201,7 +201,7 @@ def test_engine_and_trainer_agree_in_every_layout(job, layout):
 def test_several_updates_take_their_ratios_against_the_policy_that_sampled(job):
     (row,) = rows_of(job("tensor", *LAYOUTS["tensor"]), "grpo")
     assert row["updates_left_out"] == 0
-    assert row["importance_weight"] == pytest.approx(1, abs=1e-3)  # trainer beside engine
+    assert row["rollout_is_weight"] == pytest.approx(1, abs=1e-3)  # trainer beside engine
     assert abs(row["approx_kl"]) > 1e-6  # of the updates after the first
     assert row["ref_kl"] > 0
 
@@ -209,7 +209,7 @@ def test_several_updates_take_their_ratios_against_the_policy_that_sampled(job):
 def test_kl_in_the_reward_is_no_term_of_the_loss(job):
     (row,) = rows_of(job("pipeline", *LAYOUTS["pipeline"]), "grpo")
     assert row["reward"] == 0 and "ref_kl" not in row
-    assert row["uniform_groups"] < 1  # engine and reference differ by rounding, and it counts
+    assert row["zero_variance_groups"] < 1  # engine and reference differ by rounding, and it counts
     assert row["approx_kl"] == 0  # one update: on policy
 
 

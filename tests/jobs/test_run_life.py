@@ -21,8 +21,8 @@ SMALL = (
     "grpo.steps=0",
     "checkpoint.every_steps=3",
     "data.evaluation={}",
-    "rollout.engine=stored",  # no engine is started for a warm-up
-    "rollout.stored=runs/none",
+    "rollout.placement=replay",  # no engine is started for a warm-up
+    "rollout.replay_dir=runs/none",
     "grpo.evaluate_every=0",
 )
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -22,7 +22,7 @@ OPTIONS = (
     "rollout.prompts_per_step=4",
     "rollout.group_size=4",
     "algorithm.kl=0.01",
-    "algorithm.importance=token",
+    "algorithm.rollout_is=token",
     "observe.wandb=disabled",
 )
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
@@ -76,8 +76,8 @@ def groups(run: Path) -> dict[tuple[int, str], list[list[int]]]:
 def test_a_replay_learns_the_same_to_the_last_bit(train, original, without_vllm):
     replay, _ = train(
         "replay",
-        "rollout.engine=stored",
-        "rollout.stored=runs/original/rollouts",
+        "rollout.placement=replay",
+        "rollout.replay_dir=runs/original/rollouts",
         environment=without_vllm,
     )
     ours, theirs = rows_of(replay, "grpo"), rows_of(original, "grpo")
@@ -109,8 +109,8 @@ def test_rollouts_without_training_are_those_that_training_begins_with(original,
 def test_training_from_them_until_they_run_out(train, original, rollouts_only, without_vllm):
     run, done = train(
         "offline",
-        "rollout.engine=stored",
-        "rollout.stored=runs/only/rollouts",
+        "rollout.placement=replay",
+        "rollout.replay_dir=runs/only/rollouts",
         "grpo.steps=3",
         environment=without_vllm,
         succeeds=False,
@@ -119,6 +119,6 @@ def test_training_from_them_until_they_run_out(train, original, rollouts_only, w
     assert "error: runs/only/rollouts holds no answers to sample train_" in done.stderr
     rows = rows_of(run, "grpo")
     assert [(row["step"], row["staleness"]) for row in rows] == [(1, 0), (2, 1)]
-    assert rows[1]["importance_weight"] != 1
+    assert rows[1]["rollout_is_weight"] != 1
     latest = run / "checkpoints" / (run / "checkpoints" / "latest").read_text()
     assert json.loads((latest / "state.json").read_text())["step"] == 2  # what was learned is kept

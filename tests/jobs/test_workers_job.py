@@ -16,12 +16,12 @@ from tests.running import CONFIG, ENVIRONMENT, ROOT, train_command
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 STEPS, PROMPTS = 6, 4
 OPTIONS = (
-    "rollout.engine=workers",
+    "rollout.placement=workers",
     "rollout.max_staleness=1",
-    "rollout.silent_s=3",
+    "rollout.heartbeat_timeout_s=3",
     f"rollout.prompts_per_step={PROMPTS}",
-    "algorithm.importance=token",
-    "algorithm.drop_uniform_groups=false",
+    "algorithm.rollout_is=token",
+    "algorithm.drop_zero_variance_groups=false",
     "data.evaluation={}",
     "grpo.evaluate_every=0",
     "sft.steps=0",
@@ -36,7 +36,7 @@ def worker(quickstart):
     """One, under the script that starts it again; its rendezvous."""
     script = ROOT / "launch" / "rollout_worker.sh"
     found = quickstart / "found"
-    command = ["bash", str(script), "--config", str(CONFIG), f"rollout.rendezvous={found}"]
+    command = ["bash", str(script), "--config", str(CONFIG), f"rollout.discovery_dir={found}"]
     process = subprocess.Popen(command, cwd=quickstart, env=ENVIRONMENT, start_new_session=True)
     yield process, found
     os.killpg(process.pid, signal.SIGKILL)
@@ -53,7 +53,7 @@ def test_generation_goes_on_beside_training_and_outlives_a_worker(quickstart, wo
     script, found = worker
     run = quickstart / "runs" / "overlapped"
     command = train_command(
-        *OPTIONS, f"rollout.rendezvous={found}", "run.out_dir=runs/overlapped", ranks=2
+        *OPTIONS, f"rollout.discovery_dir={found}", "run.out_dir=runs/overlapped", ranks=2
     )
     with subprocess.Popen(
         command, cwd=quickstart, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
@@ -70,14 +70,14 @@ def test_generation_goes_on_beside_training_and_outlives_a_worker(quickstart, wo
     assert {row["groups_trained"] for row in found_rows} == {PROMPTS}
     assert found_rows[0]["staleness"] == 0
     assert max(row["staleness"] for row in found_rows) == 1  # never more
-    assert all(0.5 < row["importance_weight"] < 2 for row in found_rows)
+    assert all(0.5 < row["rollout_is_weight"] < 2 for row in found_rows)
     assert "rollout: lost 127.0.0.1:" in said
     _replayed_to_the_bit(quickstart, run)
 
 
 def _replayed_to_the_bit(quickstart, run):
     """Each group was ready at a step of its own; from its file it is so again."""
-    stored = ("rollout.engine=stored", "rollout.stored=runs/overlapped/rollouts")
+    stored = ("rollout.placement=replay", "rollout.replay_dir=runs/overlapped/rollouts")
     command = train_command(*OPTIONS, *stored, "run.out_dir=runs/replayed", ranks=2)
     done = subprocess.run(command, cwd=quickstart, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -88,25 +88,25 @@ def _replayed_to_the_bit(quickstart, run):
 
 
 def test_without_workers_the_run_stops_with_a_sentence(quickstart):
-    command = train_command(*OPTIONS, "rollout.patience_s=1", "run.out_dir=runs/nobody")
+    command = train_command(*OPTIONS, "rollout.worker_wait_timeout_s=1", "run.out_dir=runs/nobody")
     done = subprocess.run(command, cwd=quickstart, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 2
     assert (
-        "error: 0 of at least 1 rollout workers came within rollout.patience_s=1 (no address is "
-        "known): start them with launch/rollout_worker.sh"
+        "error: 0 of at least 1 rollout workers came within rollout.worker_wait_timeout_s=1 "
+        "(no address is known): start them with launch/rollout_worker.sh"
     ) in done.stderr
 
 
 def test_quantised_answers_want_importance_weights():
-    with pytest.raises(ConfigError, match=r"rollout\.quantization=rounded samples from other"):
-        check_off_policy(load_config(CONFIG, ["rollout.quantization=rounded"]))
+    with pytest.raises(ConfigError, match=r"rollout\.quantization=fp8_emulated samples from other"):
+        check_off_policy(load_config(CONFIG, ["rollout.quantization=fp8_emulated"]))
 
 
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("rollout.engine=colocated", "rollout.max_staleness=1 needs rollout.engine=workers"),
-        ("algorithm.importance=none", "set algorithm.importance=token (or sequence)"),
+        ("rollout.placement=colocated", "rollout.max_staleness=1 needs rollout.placement=workers"),
+        ("algorithm.rollout_is=none", "set algorithm.rollout_is=token (or sequence)"),
     ],
 )
 def test_old_answers_want_workers_and_importance_weights(override, sentence):

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from megatron_vrl.checkpoint.hf_load import load_published, published_tensors
+from megatron_vrl.checkpoint.hf_load import hf_tensors, load_hf_weights
 from megatron_vrl.config import Model, Optimizer, Parallel
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.models.logprob_head import Distribution
@@ -101,7 +101,7 @@ def train(checkpoint: Path, layout: Layout) -> dict[str, Any]:
     mesh = init_mesh(parallel, seed=1)
     cfg = Model(checkpoint=str(checkpoint), dtype="float32", **layout.model)
     policy = Policy(read_architecture(checkpoint), cfg, parallel, mesh)
-    load_published(policy.chunks, checkpoint)
+    load_hf_weights(policy.chunks, checkpoint)
     policy.keep_reference()
     policy.start_phase(Optimizer(lr=1e-3, clip_grad=1.0), num_steps=2)
     batches = micro_batches(GROUPS, mesh, layout.prompts)
@@ -114,9 +114,9 @@ def train(checkpoint: Path, layout: Layout) -> dict[str, Any]:
             result.setdefault(name, []).append(value)
         if step == 0 and not parallel.distributed_optimizer:
             # clipping scaled the gradients in place by the same factor in every layout
-            grads = published_tensors(policy.chunks, _gradient)
+            grads = hf_tensors(policy.chunks, _gradient)
             result["grads"] = {name: grad.clone() for name, grad in grads}
-    result["weights"] = {name: t.clone() for name, t in published_tensors(policy.chunks)}
+    result["weights"] = {name: t.clone() for name, t in hf_tensors(policy.chunks)}
     del policy
     gc.collect()  # modules in reference cycles hold the groups, and the groups their threads
     close_mesh()

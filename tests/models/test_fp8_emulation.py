@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_vrl.checkpoint.hf_load import load_published, published_tensors
+from megatron_vrl.checkpoint.hf_load import hf_tensors, load_hf_weights
 from megatron_vrl.config import Batch, Model, Optimizer, Parallel
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.models.fp8_emulation import E4M3, E5M2, Rounding, _Product
@@ -13,7 +13,7 @@ from megatron_vrl.parallel.mesh import close_mesh, init_mesh
 from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.policy.policy import Policy
 from tests.tiny import GROUPS, token_loss
-from tests.tiny_models import published_model, save
+from tests.tiny_models import hf_model, save
 
 RECIPES = ("delayed", "current", "blockwise")
 
@@ -84,7 +84,7 @@ def test_three_products_see_rounded_operands(recipe):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return save(published_model(), tmp_path_factory.mktemp("fp8") / "hf")
+    return save(hf_model(), tmp_path_factory.mktemp("fp8") / "hf")
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def curve(checkpoint, mesh, steps, **model):
     """Loss of every step, and the log-probs after them."""
     cfg = Model(checkpoint=str(checkpoint), **model)
     policy = Policy(read_architecture(checkpoint), cfg, Parallel(), mesh)
-    load_published(policy.chunks, checkpoint)
+    load_hf_weights(policy.chunks, checkpoint)
     policy.start_phase(Optimizer(lr=1e-5), num_steps=steps)
     batches = plan_batches(GROUPS, GROUPS[0], Batch(tokens=10_000), mesh)
     before = torch.cat(policy.logprobs(batches, Distribution()))
@@ -112,7 +112,7 @@ def test_a_hundred_steps_stay_by_those_of_bfloat16(checkpoint, mesh):
     """One batch again and again: log-probs move by 0.6, and FP8 stays within a seventh of that."""
     plain, before, after, _ = curve(checkpoint, mesh, 100)
     for recipe in RECIPES:
-        rounded, first, last, _ = curve(checkpoint, mesh, 100, layers="rounded", fp8=recipe)
+        rounded, first, last, _ = curve(checkpoint, mesh, 100, layers="fp8_emulated", fp8=recipe)
         assert np.abs(rounded / plain - 1).max() < 0.02, recipe
         assert (first - before).abs().mean() < 0.12, recipe
         assert (last - after).abs().mean() < 0.15 < (after - before).abs().mean(), recipe
@@ -121,10 +121,12 @@ def test_a_hundred_steps_stay_by_those_of_bfloat16(checkpoint, mesh):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_spared_layers_and_the_rest_of_the_model_are_not_rounded(checkpoint, mesh, recipe):
     _, exact, _, plain = curve(checkpoint, mesh, 0)
-    _, spared, _, _ = curve(checkpoint, mesh, 0, layers="rounded", fp8=recipe, fp8_spares=(2, 2))
-    _, rounded, _, policy = curve(checkpoint, mesh, 0, layers="rounded", fp8=recipe)
+    _, spared, _, _ = curve(
+        checkpoint, mesh, 0, layers="fp8_emulated", fp8=recipe, fp8_skip_first_last_layers=(2, 2)
+    )
+    _, rounded, _, policy = curve(checkpoint, mesh, 0, layers="fp8_emulated", fp8=recipe)
     assert torch.equal(spared, exact)
     assert not torch.equal(rounded, exact)
-    exported = dict(published_tensors(policy.chunks))
-    for name, tensor in published_tensors(plain.chunks):  # what is exported is what was loaded
+    exported = dict(hf_tensors(policy.chunks))
+    for name, tensor in hf_tensors(plain.chunks):  # what is exported is what was loaded
         assert tensor.dtype == torch.bfloat16 and torch.equal(exported[name], tensor), name

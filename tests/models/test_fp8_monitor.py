@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_vrl.checkpoint.hf_load import load_published
+from megatron_vrl.checkpoint.hf_load import load_hf_weights
 from megatron_vrl.config import Batch, Model, Optimizer, Parallel
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.models.fp8_emulation import RoundedColumnParallelLinear, Rounding, joined
@@ -16,7 +16,7 @@ from megatron_vrl.parallel.mesh import close_mesh, init_mesh
 from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.policy.policy import Policy
 from tests.tiny import GROUPS, token_loss
-from tests.tiny_models import published_model, save
+from tests.tiny_models import hf_model, save
 
 
 def seen(rounding, *tensors):
@@ -78,7 +78,7 @@ def test_the_engine_s_history_is_read_and_where_it_is_empty_its_scale():
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return save(published_model(), tmp_path_factory.mktemp("fp8-monitor") / "hf")
+    return save(hf_model(), tmp_path_factory.mktemp("fp8-monitor") / "hf")
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def updates(checkpoint, mesh, wild=False, **model):
     policy = Policy(
         read_architecture(checkpoint), Model(checkpoint=str(checkpoint), **model), Parallel(), mesh
     )
-    load_published(policy.chunks, checkpoint)
+    load_hf_weights(policy.chunks, checkpoint)
     policy.start_phase(Optimizer(lr=1e-6), num_steps=3)
     batches = plan_batches(GROUPS, GROUPS[0], Batch(tokens=10_000), mesh)
     told = []
@@ -112,19 +112,19 @@ def updates(checkpoint, mesh, wild=False, **model):
 
 
 def test_an_update_tells_of_its_outlier(checkpoint, mesh):
-    calm = updates(checkpoint, mesh, layers="rounded", fp8="current")
+    calm = updates(checkpoint, mesh, layers="fp8_emulated", fp8="current")
     kinds = ("amax_max", "nonfinite", "overflow", "underflow")
     assert set(calm[0]) == {f"fp8/{operand}/{kind}" for operand in OPERANDS for kind in kinds}
     for told in calm:
         assert all(told[f"fp8/{o}/overflow"] == told[f"fp8/{o}/nonfinite"] == 0 for o in OPERANDS)
         assert 0 < told["fp8/weight/amax_max"] < 10
         assert 0 <= told["fp8/weight/underflow"] < 0.2
-    wild = updates(checkpoint, mesh, wild=True, layers="rounded", fp8="current")
+    wild = updates(checkpoint, mesh, wild=True, layers="fp8_emulated", fp8="current")
     assert wild[1] == calm[1]
     assert wild[2]["fp8/weight/amax_max"] == 2.0**15
     assert wild[2]["fp8/weight/underflow"] > calm[2]["fp8/weight/underflow"] + 0.005
     # The first gradients are rounded at a scale of 1.
-    delayed = updates(checkpoint, mesh, layers="rounded", fp8="delayed")
+    delayed = updates(checkpoint, mesh, layers="fp8_emulated", fp8="delayed")
     assert delayed[0]["fp8/gradient/underflow"] > delayed[1]["fp8/gradient/underflow"]
 
 

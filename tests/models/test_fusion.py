@@ -27,8 +27,14 @@ def asked(**model):
         ({}, True, False, False, "is not here"),
         ({"layers": "transformer_engine"}, True, False, False, "is not here"),
         ({}, False, True, False, "no GPU"),
-        ({"layers": "rounded", "fp8": "current"}, True, True, False, "model.layers=rounded"),
-        ({"fused_gradients": "none"}, True, True, False, "model.fused_gradients=none"),
+        ({"layers": "fp8_emulated", "fp8": "current"}, True, True, False, "layers=fp8_emulated"),
+        (
+            {"gradient_accumulation_fusion": "none"},
+            True,
+            True,
+            False,
+            "model.gradient_accumulation_fusion=none",
+        ),
     ],
 )
 def test_the_decision_and_its_words(model, on_gpu, here, on, word):

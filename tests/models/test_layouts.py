@@ -8,7 +8,7 @@ import torch
 
 from tests.models.layout_worker import LAYOUTS, train
 from tests.running import ENVIRONMENT, ROOT, python
-from tests.tiny_models import MODELS, published_model, save
+from tests.tiny_models import MODELS, hf_model, save
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # a launch trains all its layouts
 CASES = [(name, model) for name, layout in LAYOUTS.items() for model in layout.models]
@@ -20,7 +20,7 @@ def trained(tmp_path_factory):
     """trained(layout, model) -> what `layout_worker.train` returned; each layout is run once."""
     directory = tmp_path_factory.mktemp("layouts")
     for name, sizes in MODELS.items():
-        save(published_model(**sizes), directory / name)
+        save(hf_model(**sizes), directory / name)
 
     @functools.cache
     def launch(processes: int) -> None:
@@ -78,7 +78,7 @@ def test_reference_stays_where_the_policy_began(trained, name, model):
 def test_frozen_parts_have_no_gradient_and_stay(trained, name):
     frozen = name.partition("-frozen-")[2]
     result, free = trained(name, "untied"), trained("one", "untied")
-    start = published_model(tied=False)
+    start = hf_model(tied=False)
     for tensor, grad in result["grads"].items():
         if _part(tensor) == frozen:
             assert grad.isnan().all(), f"{tensor} has a gradient"

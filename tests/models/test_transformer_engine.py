@@ -5,7 +5,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from megatron_vrl.checkpoint.hf_load import load_published, published_tensors
+from megatron_vrl.checkpoint.hf_load import hf_tensors, load_hf_weights
 from megatron_vrl.config import Batch, Model, Optimizer, Parallel
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.models.logprob_head import Distribution
@@ -13,7 +13,7 @@ from megatron_vrl.parallel.mesh import close_mesh, init_mesh
 from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.policy.policy import Policy
 from tests.tiny import GROUPS, token_loss
-from tests.tiny_models import published_model, save
+from tests.tiny_models import hf_model, save
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,7 +28,7 @@ TE = {"layers": "transformer_engine"}
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    model = published_model(hidden=256)
+    model = hf_model(hidden=256)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.4 if parameter.dim() > 1 else 1.0)
@@ -45,12 +45,12 @@ def updated(checkpoint, mesh, steps=1, layout="shared", **model):
     """Log-probs under the loaded weights, the last update, the policy after it."""
     cfg = Model(checkpoint=str(checkpoint), **model)
     policy = Policy(read_architecture(checkpoint), cfg, Parallel(), mesh)
-    load_published(policy.chunks, checkpoint)
+    load_hf_weights(policy.chunks, checkpoint)
     policy.start_phase(Optimizer(lr=1e-5), num_steps=steps)
     batches = plan_batches(GROUPS, GROUPS[0], Batch(tokens=10_000, layout=layout), mesh)
     for _ in range(3):  # delayed scaling knows the largest values after a pass
         policy.update(batches, token_loss, Distribution(), 0)
-    load_published(policy.chunks, checkpoint)
+    load_hf_weights(policy.chunks, checkpoint)
     before = torch.cat(policy.logprobs(batches, Distribution()))
     update = policy.update(batches, token_loss, Distribution(), 0)
     return before, update, policy
@@ -82,7 +82,7 @@ def test_its_attention_follows_the_plain_layout_too(checkpoint, mesh):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_its_fp8_rounds_as_ours_does(checkpoint, mesh, recipe):
     plain, one, _ = updated(checkpoint, mesh)
-    rounded, two, _ = updated(checkpoint, mesh, layers="rounded", fp8=recipe)
+    rounded, two, _ = updated(checkpoint, mesh, layers="fp8_emulated", fp8=recipe)
     engine, three, policy = updated(checkpoint, mesh, fp8=recipe, **TE)
     drift = gap(rounded, plain)
     print(
@@ -100,14 +100,14 @@ def test_its_fp8_rounds_as_ours_does(checkpoint, mesh, recipe):
     assert gap(engine, plain) < 2 * drift
     assert gap(engine, rounded) < 0.7 * drift  # nearer to ours than either to bfloat16
     assert three.grad_norm == pytest.approx(two.grad_norm, rel=0.1)
-    assert {tensor.dtype for _, tensor in published_tensors(policy.chunks)} == {torch.bfloat16}
+    assert {tensor.dtype for _, tensor in hf_tensors(policy.chunks)} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_spared_layers_stay_in_bfloat16(checkpoint, mesh, recipe):
     plain, _, _ = updated(checkpoint, mesh)
-    spared, _, _ = updated(checkpoint, mesh, fp8=recipe, fp8_spares=(2, 2), **TE)
-    some, _, _ = updated(checkpoint, mesh, fp8=recipe, fp8_spares=(1, 1), **TE)
+    spared, _, _ = updated(checkpoint, mesh, fp8=recipe, fp8_skip_first_last_layers=(2, 2), **TE)
+    some, _, _ = updated(checkpoint, mesh, fp8=recipe, fp8_skip_first_last_layers=(1, 1), **TE)
     every, _, _ = updated(checkpoint, mesh, fp8=recipe, **TE)
     assert gap(spared, plain) < 1e-2
     assert gap(some, plain) < gap(every, plain)
@@ -117,7 +117,7 @@ def test_spared_layers_stay_in_bfloat16(checkpoint, mesh, recipe):
 def test_the_reference_is_the_policy_until_it_moves(checkpoint, mesh, recipe):
     cfg = Model(checkpoint=str(checkpoint), fp8=recipe, **TE)
     policy = Policy(read_architecture(checkpoint), cfg, Parallel(), mesh)
-    load_published(policy.chunks, checkpoint)
+    load_hf_weights(policy.chunks, checkpoint)
     policy.keep_reference()
     batches = plan_batches(GROUPS, GROUPS[0], Batch(tokens=10_000), mesh)
     ours = torch.cat(policy.logprobs(batches, Distribution()))

@@ -5,13 +5,13 @@ import torch
 
 from megatron_vrl.config import Observe
 from megatron_vrl.observe.clock import Clock
-from megatron_vrl.observe.profiler import Traces
+from megatron_vrl.observe.profiler import StepProfiler
 
 
 def test_a_chosen_step_is_traced_with_its_phases(tmp_path):
-    clock, traced = Clock(), Traces(tmp_path, Observe(trace_steps=[2]), rank=0)
+    clock, profiler = Clock(), StepProfiler(tmp_path, Observe(profile_steps=[2]), rank=0)
     for step in (1, 2, 3):
-        with traced("grpo", step), clock("update"):
+        with profiler("grpo", step), clock("update"):
             torch.ones(3, 3).mm(torch.ones(3, 3))
     (file,) = (tmp_path / "traces").iterdir()
     assert file.name == "grpo-000002-rank0000.json.gz"
@@ -22,7 +22,7 @@ def test_a_chosen_step_is_traced_with_its_phases(tmp_path):
 
 
 def test_other_ranks_are_not(tmp_path):
-    traced = Traces(tmp_path, Observe(trace_steps=[1], trace_ranks=[1]), rank=0)
-    with traced("sft", 1):
+    profiler = StepProfiler(tmp_path, Observe(profile_steps=[1], profile_ranks=[1]), rank=0)
+    with profiler("sft", 1):
         torch.ones(3)
     assert not (tmp_path / "traces").exists()

@@ -4,7 +4,7 @@ import pytest
 
 from megatron_vrl.config import Parallel
 from megatron_vrl.errors import ConfigError, VideoError
-from megatron_vrl.parallel.mesh import agreed, check_layout, close_mesh, init_mesh
+from megatron_vrl.parallel.mesh import check_layout, close_mesh, init_mesh, raise_on_all_ranks
 
 
 @pytest.fixture
@@ -66,10 +66,10 @@ def test_a_grid_may_follow_another(mesh):
 
 def test_an_error_inside_is_raised_after_all_agreed(mesh):
     mine = VideoError("a.mp4 is empty.")  # another rank's error: tests/policy/test_micro_batches.py
-    with pytest.raises(VideoError, match=r"a\.mp4"), agreed(mesh):
+    with pytest.raises(VideoError, match=r"a\.mp4"), raise_on_all_ranks(mesh):
         raise mine
 
 
 def test_our_own_bugs_are_not_held_back(mesh):
-    with pytest.raises(ZeroDivisionError), agreed(mesh):
+    with pytest.raises(ZeroDivisionError), raise_on_all_ranks(mesh):
         1 / 0  # noqa: B018

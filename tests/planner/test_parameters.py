@@ -13,7 +13,7 @@ from tests.running import ROOT
 from tests.tiny_models import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 MODELS = sorted((ROOT / "configs" / "models").glob("*.json"))
-PUBLISHED = {  # as checkpoint indices count them
+ALGORITHM_PRESETS = {  # as checkpoint indices count them
     "qwen2.5-vl-3b": 3_754_622_976,
     "qwen2.5-vl-7b": 8_292_166_656,
     "qwen2.5-vl-32b": 33_452_718_336,
@@ -38,10 +38,10 @@ def test_every_part_is_what_transformers_builds(path):
     assert numbers.embedding == size(language.embed_tokens)
     head = 0 if architecture(path.stem).tied_head else size(model.lm_head)
     assert (numbers.head, numbers.language) == (head, size(language) + head)
-    assert numbers.all == size(model) == PUBLISHED[path.stem]
+    assert numbers.all == size(model) == ALGORITHM_PRESETS[path.stem]
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", ALGORITHM_PRESETS)
 @pytest.mark.parametrize(
     ("tensor", "pipeline", "virtual", "split"),
     [(1, 1, 1, "even"), (2, 2, 1, "even"), (2, 4, 1, "balanced"), (1, 2, 2, "balanced")],

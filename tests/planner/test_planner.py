@@ -118,9 +118,9 @@ def test_too_little_memory_is_refused_and_the_nearest_fits(plan):
 
 def test_an_engine_without_room_is_moved_to_workers(plan):
     name = "qwen2.5-vl-72b-tp8pp4-fp8"
-    code, found = as_json(plan(name, "rollout.engine=colocated", "--json"))
+    code, found = as_json(plan(name, "rollout.placement=colocated", "--json"))
     assert code == 2
-    assert found["nearest"]["changes"] == {"rollout.engine": "workers"}
+    assert found["nearest"]["changes"] == {"rollout.placement": "workers"}
 
 
 def test_search_ranks_what_fits(plan):

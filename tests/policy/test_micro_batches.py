@@ -36,7 +36,7 @@ def test_every_token_weighs_the_same_however_they_are_split(mesh, tokens, layout
 
 
 def test_seed_normalisation_is_a_mean_of_means(mesh):
-    planned = plan_batches(GROUPS, GROUPS[0], Batch(tokens=60), mesh, "seed")
+    planned = plan_batches(GROUPS, GROUPS[0], Batch(tokens=60), mesh, "temporal_r1")
     assert len(planned) > 1
     for batch in planned:
         np.testing.assert_allclose(batch.weight.sum(), 1 / len(planned), rtol=1e-6)
@@ -94,11 +94,11 @@ def test_micro_batches_are_even_by_the_cost_that_is_given(mesh):
 def test_the_interleaved_schedule_gets_one_length_and_whole_rounds(mesh):
     """Three groups in rounds of two: no filler as long as a micro-batch can be cut."""
     staged = replace(mesh, interleaved=True, pipeline=SimpleNamespace(size=2, rank=0))
-    for tokens, count, fillers in ((10_000, 2, 0), (60, 2, 0), (1, 4, 1)):
+    for tokens, count, dummy_groups in ((10_000, 2, 0), (60, 2, 0), (1, 4, 1)):
         planned = plan_batches(GROUPS[:3], GROUPS[0], Batch(tokens=tokens), staged)
         assert len(planned) == count
         assert len({len(batch.token_ids) for batch in planned}) == 1
-        assert sum(not batch.weight.any() for batch in planned) == fillers
+        assert sum(not batch.weight.any() for batch in planned) == dummy_groups
         total = sum(batch.weight.sum() for batch in planned)
         np.testing.assert_allclose(total, 1, rtol=1e-5)
 

@@ -9,7 +9,7 @@ import torch
 
 from megatron_vrl.algorithms import ALGORITHMS
 from megatron_vrl.algorithms import token_loss as loss_of
-from megatron_vrl.checkpoint.hf_load import load_published, published_tensors
+from megatron_vrl.checkpoint.hf_load import hf_tensors, load_hf_weights
 from megatron_vrl.config import Algorithm, Batch, Model, Optimizer, Parallel
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.models.layers import VarlenAttention
@@ -19,13 +19,13 @@ from megatron_vrl.parallel.mesh import close_mesh, init_mesh
 from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.policy.policy import Policy
 from tests.tiny import GROUPS, token_loss
-from tests.tiny_models import published_model, save
+from tests.tiny_models import hf_model, save
 from tests.varlen import kernel_by_definition
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return save(published_model(), tmp_path_factory.mktemp("policy") / "hf")
+    return save(hf_model(), tmp_path_factory.mktemp("policy") / "hf")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def updated(checkpoint, mesh, *, tokens=10_000, steps=1, **model):
     """The policy after `steps` updates, and what the last one did."""
     cfg = Model(checkpoint=str(checkpoint), **{"dtype": "float32", **model})
     policy = Policy(read_architecture(checkpoint), cfg, Parallel(), mesh)
-    load_published(policy.chunks, checkpoint)
+    load_hf_weights(policy.chunks, checkpoint)
     policy.start_phase(Optimizer(lr=1e-3), num_steps=steps)
     batches = plan_batches(GROUPS, GROUPS[0], Batch(tokens=tokens), mesh)
     for step in range(steps):
@@ -47,7 +47,7 @@ def updated(checkpoint, mesh, *, tokens=10_000, steps=1, **model):
 
 
 def weights(policy):
-    return {name: tensor.clone() for name, tensor in published_tensors(policy.chunks)}
+    return {name: tensor.clone() for name, tensor in hf_tensors(policy.chunks)}
 
 
 def test_accumulated_gradients_are_those_of_one_batch(checkpoint, mesh):
@@ -114,7 +114,7 @@ def one_update(checkpoint, mesh, groups, token_loss, batch=None, normalisation="
     cfg = Model(checkpoint=str(checkpoint), dtype="float32")
     parallel = Parallel(distributed_optimizer=False)
     policy = Policy(read_architecture(checkpoint), cfg, parallel, mesh)
-    load_published(policy.chunks, checkpoint)
+    load_hf_weights(policy.chunks, checkpoint)
     policy.keep_reference()
     policy.start_phase(Optimizer(lr=1e-3, weight_decay=0.0), num_steps=1)
     before = weights(policy)
@@ -145,7 +145,12 @@ RAGGED = [NAMED[0], ONE_ANSWER, replace(NAMED[2], answers=(ONE_TOKEN, *NAMED[2].
 def test_every_loss_is_that_of_the_plain_layout_however_it_is_packed(checkpoint, mesh, name):
     """Ragged answers, one of one token, a group of one answer; all terms of the loss at once."""
     cfg = Algorithm(
-        name=name, kl=0.1, kl_in="loss", entropy=0.01, importance="sequence", importance_limit=100
+        name=name,
+        kl=0.1,
+        kl_in="loss",
+        entropy=0.01,
+        rollout_is="sequence",
+        rollout_is_threshold=100,
     )
     update = partial(
         one_update, checkpoint, mesh, token_loss=partial(loss_of, cfg=cfg),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_vrl.batching.pack import Answer, Group
-from megatron_vrl.checkpoint.hf_load import load_published
+from megatron_vrl.checkpoint.hf_load import load_hf_weights
 from megatron_vrl.config import Batch, Model, Parallel, RunConfig
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.models.architecture import read_architecture
@@ -17,10 +17,10 @@ from megatron_vrl.parallel.arrays import as_array, as_tensor
 from megatron_vrl.parallel.mesh import close_mesh, init_mesh
 from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.policy.policy import Policy
-from megatron_vrl.policy.vision_cache import Eyes
+from megatron_vrl.policy.vision_cache import VisionEmbeddingCache
 from megatron_vrl.trainer.dry_run import check_visual_input
 from tests.tiny import image, prompt, video
-from tests.tiny_models import published_model, save
+from tests.tiny_models import hf_model, save
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +31,14 @@ def mesh():
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return save(published_model(), tmp_path_factory.mktemp("eyes") / "hf")
+    return save(hf_model(), tmp_path_factory.mktemp("eyes") / "hf")
 
 
 @pytest.fixture
 def policy(mesh, checkpoint):
     cfg = Model(checkpoint=str(checkpoint), dtype="float32", freeze_vision=True, freeze_merger=True)
     policy = Policy(read_architecture(checkpoint), cfg, Parallel(), mesh)
-    load_published(policy.chunks, checkpoint)
+    load_hf_weights(policy.chunks, checkpoint)
     return policy
 
 
@@ -66,7 +66,7 @@ def logprobs(policy, prompts):
 
 
 def test_log_probs_are_those_of_the_pixels(policy, monkeypatch):
-    seen = Eyes(policy, 64).look(PROMPTS)
+    seen = VisionEmbeddingCache(policy, 64).look(PROMPTS)
     assert [len(one.seen) for one in seen] == [1, 0, 2]
     expected = logprobs(policy, PROMPTS)
     monkeypatch.setattr(policy.chunks[0].vision, "_encode", None)  # the tower is not asked again
@@ -74,7 +74,7 @@ def test_log_probs_are_those_of_the_pixels(policy, monkeypatch):
 
 
 def test_each_video_is_seen_once(policy):
-    eyes = Eyes(policy, 64)
+    eyes = VisionEmbeddingCache(policy, 64)
     for _ in range(2):
         first, *_ = eyes.look(PROMPTS)
         assert eyes.encoded == 3
@@ -86,7 +86,7 @@ def test_each_video_is_seen_once(policy):
 
 
 def test_a_tower_that_was_written_to_sees_anew(policy, checkpoint):
-    eyes = Eyes(policy, 64)
+    eyes = VisionEmbeddingCache(policy, 64)
     (before,) = eyes.look(PROMPTS[:1])
     with torch.no_grad():
         policy.chunks[0].vision.merger.out.weight.mul_(1.5)
@@ -95,7 +95,7 @@ def test_a_tower_that_was_written_to_sees_anew(policy, checkpoint):
     changed = logprobs(policy, PROMPTS[:1])
     torch.testing.assert_close(logprobs(policy, [after]), changed, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(logprobs(policy, [before]), changed, atol=1e-3)
-    load_published(policy.chunks, checkpoint)
+    load_hf_weights(policy.chunks, checkpoint)
     (back,) = eyes.look(PROMPTS[:1])
     assert eyes.epoch == 2 and np.array_equal(back.seen[0], before.seen[0])
 
@@ -103,8 +103,8 @@ def test_a_tower_that_was_written_to_sees_anew(policy, checkpoint):
 def test_memory_is_bounded(policy, monkeypatch):
     monkeypatch.setattr("megatron_vrl.policy.vision_cache.MIB", 1)
     prompts = [prompt([video((2, 4, 4), 1.0, seed)], seed) for seed in range(4)]
-    (first,) = Eyes(policy, 10**6).look(prompts[:1])
-    eyes = Eyes(policy, 2 * first.seen[0].nbytes)
+    (first,) = VisionEmbeddingCache(policy, 10**6).look(prompts[:1])
+    eyes = VisionEmbeddingCache(policy, 2 * first.seen[0].nbytes)
     eyes.look(prompts[:2])
     eyes.look([prompts[0], prompts[2]])  # 1 was used longest ago
     assert eyes.encoded == 3 and len(eyes._kept) == 2
@@ -115,7 +115,7 @@ def test_memory_is_bounded(policy, monkeypatch):
 
 
 def test_what_was_seen_before_is_no_work(policy):
-    seen = Eyes(policy, 64).look(PROMPTS)
+    seen = VisionEmbeddingCache(policy, 64).look(PROMPTS)
     arch = policy.arch
     (batch,), (pixels,) = batches_of(policy, seen), batches_of(policy, PROMPTS)
     ideal = sum(group_work(arch, group).flops for group in groups_of(seen))

@@ -16,9 +16,9 @@ import numpy as np
 from megatron_vrl.batching.pack import MicroBatch
 from megatron_vrl.config import Batch, Parallel
 from megatron_vrl.errors import VideoError
-from megatron_vrl.parallel.mesh import Mesh, agreed, exchange_objects, init_mesh
+from megatron_vrl.parallel.mesh import Mesh, exchange_objects, init_mesh, raise_on_all_ranks
 from megatron_vrl.policy.micro_batches import plan_batches, rebalance, tokens
-from megatron_vrl.policy.vision_cache import look_across
+from megatron_vrl.policy.vision_cache import embed_across_ranks
 from megatron_vrl.types import Prompt
 from tests.tiny import GROUPS
 
@@ -38,12 +38,12 @@ def main() -> None:
         "seen": seen(mesh),
     }
     try:
-        with agreed(mesh):
+        with raise_on_all_ranks(mesh):
             if mesh.rank == 1:
                 raise VideoError("b.mp4 is empty.")
     except VideoError as error:
         result["error"] = str(error)
-    with agreed(mesh):  # and both are still there
+    with raise_on_all_ranks(mesh):  # and both are still there
         result["survived"] = True
     (Path(sys.argv[1]) / f"{mesh.rank}.json").write_text(json.dumps(result))
 
@@ -57,7 +57,7 @@ def seen(mesh: Mesh) -> list[list[float]]:
 
     eyes: Any = SimpleNamespace(look=look) if mesh.rank == 0 else None
     stages: Any = SimpleNamespace(pipeline=mesh.data)
-    looked = look_across(eyes, stages, prompts)
+    looked = embed_across_ranks(eyes, stages, prompts)
     return [[float(one.seen[0][0]), float(len(one.token_ids))] for one in looked]
 
 

@@ -12,7 +12,7 @@ import pytest
 from megatron_vrl.config import Rewards
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.rewards import boundary_iou, score, weights_of
-from megatron_vrl.rewards.manager import Judge
+from megatron_vrl.rewards.manager import RewardManager
 from megatron_vrl.tasks import Parsed
 from megatron_vrl.types import Rollout, VideoSample
 from tests.tiny import prompt
@@ -47,7 +47,7 @@ def rollout(text: str, num_tokens: int = 8) -> Rollout:
 
 @contextmanager
 def judging(**keys):
-    judge = Judge(Rewards(function_workers=1, **keys))
+    judge = RewardManager(Rewards(function_workers=1, **keys))
     try:
         yield judge
     finally:
@@ -73,7 +73,7 @@ def test_boundary_iou_by_its_formula(answer_s, value):
 def test_an_optional_part_is_there_when_it_is_named():
     weights = {"format": 0.2, "temporal_iou": 0.3, "boundary_iou": 0.5}
     late = RIGHT.replace("15.0", "18.0")
-    for mode in ("strict", "seed"):
+    for mode in ("strict", "temporal_r1"):
         parts, total = score(SAMPLE, late, mode, weights)
         assert parts["boundary_iou"] == pytest.approx(0.675)
         assert total == pytest.approx(0.2 + 0.3 * 0.75 + 0.5 * 0.675)
@@ -135,10 +135,12 @@ def test_a_failure_is_named_and_never_a_silent_zero(name, text, what):
 )
 def test_a_function_that_is_not_there_is_named_at_the_start(path, sentence):
     with pytest.raises(ConfigError) as error:
-        Judge(Rewards(multiple_choice={"own": 1.0}, functions={"own": path}, function_workers=1))
+        RewardManager(
+            Rewards(multiple_choice={"own": 1.0}, functions={"own": path}, function_workers=1)
+        )
     assert sentence in str(error.value)
     with pytest.raises(ConfigError, match="this name is taken"):
-        Judge(Rewards(functions={"length": path}))
+        RewardManager(Rewards(functions={"length": path}))
 
 
 @pytest.mark.parametrize("with_function", [False, True])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from megatron_vrl.config import Rewards
 from megatron_vrl.errors import ConfigError
-from megatron_vrl.rewards import PARTS, SEED_PARTS, score, weights_of
+from megatron_vrl.rewards import PARTS, TEMPORAL_R1_COMPONENTS, score, weights_of
 from megatron_vrl.rewards.temporal_iou import iou
 from megatron_vrl.tasks import TASKS
 from megatron_vrl.types import VideoSample
@@ -81,7 +81,7 @@ GOLDEN = [  # name, response, released (IoU, format), strict (IoU, format)
 
 @pytest.mark.parametrize(("name", "response", "released", "strict"), GOLDEN)
 def test_golden_vectors(name, response, released, strict):
-    for mode, (temporal_iou, form) in (("seed", released), ("strict", strict)):
+    for mode, (temporal_iou, form) in (("temporal_r1", released), ("strict", strict)):
         parts, total = score(SAMPLE, response, mode, HALF)
         assert parts["format"] == form
         assert parts["temporal_iou"] == pytest.approx(temporal_iou, abs=1e-12)
@@ -118,12 +118,14 @@ def test_released_and_strict_agree_on_ordered_answers_inside_the_video(truth, pr
     sample = replace(SAMPLE, duration_s=1000.0, intervals_s=(truth,))
     start, end = (f"{t:.4f}" for t in predicted)
     response = answer(f'"{start}"', f'"{end}"')
-    seed, strict = (score(sample, response, mode, HALF)[0] for mode in ("seed", "strict"))
+    seed, strict = (score(sample, response, mode, HALF)[0] for mode in ("temporal_r1", "strict"))
     if float(start) < float(end):
         assert seed["temporal_iou"] == pytest.approx(strict["temporal_iou"], abs=1e-9)
 
 
-@given(st.text(max_size=80), st.sampled_from(list(TASKS)), st.sampled_from(["strict", "seed"]))
+@given(
+    st.text(max_size=80), st.sampled_from(list(TASKS)), st.sampled_from(["strict", "temporal_r1"])
+)
 def test_every_part_and_total_is_in_range(text, task, mode):
     sample = replace(SAMPLE, task=task)
     for response in (text, f"<think></think><answer>{text}</answer>", answer(text, text)):
@@ -187,9 +189,10 @@ def test_weights_are_checked(weights, sentence):
 
 
 def test_released_scores_exist_for_grounding_alone():
-    assert set(SEED_PARTS) == {"temporal_grounding"}
+    assert set(TEMPORAL_R1_COMPONENTS) == {"temporal_grounding"}
     assert set(PARTS) == {"format", "temporal_iou", "accuracy", "boundary_iou"}
     sample = replace(SAMPLE, task="multiple_choice")
     response = "<think></think><answer>(b)</answer>"
-    seed, strict = (score(sample, response, mode, {"accuracy": 1.0}) for mode in ("seed", "strict"))
+    modes = ("temporal_r1", "strict")
+    seed, strict = (score(sample, response, mode, {"accuracy": 1.0}) for mode in modes)
     assert seed == strict == ({"format": 0.0, "accuracy": 1.0}, 1.0)

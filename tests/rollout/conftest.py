@@ -32,12 +32,10 @@ def weights(checkpoint):
 
 @pytest.fixture(scope="session")
 def shared_engine(checkpoint):
-    from megatron_vrl.rollout.vllm.engine import ColocatedEngine
+    from megatron_vrl.rollout.vllm.engine import VllmEngine
 
-    cfg = config.Rollout(max_sequences=64, kv_cache_mib=64)
-    return ColocatedEngine(
-        str(checkpoint), cfg, dtype="float32", seed=1, max_model_len=MAX_MODEL_LEN
-    )
+    cfg = config.Rollout(max_num_seqs=64, kv_cache_mib=64)
+    return VllmEngine(str(checkpoint), cfg, dtype="float32", seed=1, max_model_len=MAX_MODEL_LEN)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_vrl import config
 from megatron_vrl.rollout.buckets import BucketWriter
 from megatron_vrl.rollout.request import SamplingSpec
-from megatron_vrl.rollout.vllm.engine import ColocatedEngine
+from megatron_vrl.rollout.vllm.engine import VllmEngine
 from tests.rollout.conftest import MAX_MODEL_LEN, prompt_maker
 from tests.tiny import sharded_tensors
 
@@ -15,9 +15,9 @@ SPEC = SamplingSpec(n=4, temperature=1.0, top_p=1.0, max_tokens=16, seed=3)
 
 
 def main(checkpoint: Path, factor: float) -> None:
-    engine = ColocatedEngine(
+    engine = VllmEngine(
         str(checkpoint),
-        config.Rollout(max_sequences=16, kv_cache_mib=64),
+        config.Rollout(max_num_seqs=16, kv_cache_mib=64),
         dtype="float32",
         seed=1,
         max_model_len=MAX_MODEL_LEN,

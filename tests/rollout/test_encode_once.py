@@ -10,14 +10,14 @@ from megatron.core import parallel_state
 from megatron_vrl.batching.pack import Answer, Group
 from megatron_vrl.batching.positions import VisionBlock, mrope_positions
 from megatron_vrl.checkpoint.hf_export import WeightExport
-from megatron_vrl.checkpoint.hf_load import load_published
+from megatron_vrl.checkpoint.hf_load import load_hf_weights
 from megatron_vrl.config import Batch, Model, Parallel
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.models.logprob_head import Distribution
 from megatron_vrl.parallel.mesh import init_mesh
 from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.policy.policy import Policy
-from megatron_vrl.policy.vision_cache import Eyes
+from megatron_vrl.policy.vision_cache import VisionEmbeddingCache
 from megatron_vrl.rollout.request import SamplingSpec, request_of
 from megatron_vrl.rollout.workers.protocol import Ask, decode, encode
 
@@ -30,7 +30,7 @@ def policy(engine, checkpoint):
     mesh = init_mesh(Parallel(), seed=1)
     cfg = Model(checkpoint=str(checkpoint), dtype="float32", freeze_vision=True, freeze_merger=True)
     policy = Policy(read_architecture(checkpoint), cfg, Parallel(), mesh)
-    load_published(policy.chunks, checkpoint)
+    load_hf_weights(policy.chunks, checkpoint)
     yield policy
     parallel_state.destroy_model_parallel()  # the process group is the engine's too
 
@@ -86,7 +86,7 @@ def largest_gap(policy, engine, prompts, answers) -> float:
 def test_one_look_serves_engine_reference_and_update(policy, engine, prompts, shown):
     pixels = engine.generate(prompts, SPEC)
     assert len(shown) > 0
-    eyes, before = Eyes(policy, 64), len(shown)
+    eyes, before = VisionEmbeddingCache(policy, 64), len(shown)
     seen = eyes.look(prompts)
     answers = engine.generate(seen, SPEC)
     for ours, theirs in zip(answers, pixels, strict=True):
@@ -97,7 +97,7 @@ def test_one_look_serves_engine_reference_and_update(policy, engine, prompts, sh
 
 
 def test_a_changed_tower_changes_what_the_engine_answers(policy, engine, prompts, shown):
-    eyes = Eyes(policy, 64)
+    eyes = VisionEmbeddingCache(policy, 64)
     before = engine.generate(eyes.look(prompts), SPEC)
     with torch.no_grad():
         policy.chunks[0].vision.merger.out.weight.mul_(-1.5)
@@ -111,7 +111,7 @@ def test_a_changed_tower_changes_what_the_engine_answers(policy, engine, prompts
 
 
 def test_tokens_travel_to_workers_without_pixels(policy, prompts):
-    (seen,) = Eyes(policy, 64).look(prompts[:1])
+    (seen,) = VisionEmbeddingCache(policy, 64).look(prompts[:1])
     ask = Ask(request=request_of(seen), spec=SPEC.of_prompt(0), version=0)
     (video,) = decode(encode(ask), Ask).request.videos
     assert video.frames.size == 0 and np.array_equal(video.tokens, seen.seen[0])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from megatron_vrl.config import RunConfig
 from megatron_vrl.errors import ConfigError, DataError, RolloutError
 from megatron_vrl.rollout.records import encode, read_rollouts, record_of, short_floats
-from megatron_vrl.rollout.replay import Stored, StoredFiles, check_stored
+from megatron_vrl.rollout.replay import ReplayEngine, ReplayFiles, check_stored
 from megatron_vrl.rollout.request import SamplingSpec
 from megatron_vrl.storage.compressed import FrameFile
 from megatron_vrl.types import Rollout, ScoredGroup, VideoSample
@@ -71,7 +71,7 @@ def folder(tmp_path):
 
 
 def ask(folder, *numbers: int, version: int = 0, weighed: bool = False, spec=SPEC):
-    engine = Stored(StoredFiles(folder), weighed)
+    engine = ReplayEngine(ReplayFiles(folder), weighed)
     engine.finish([], version)
     prompts = [scored(number).prompt for number in numbers]
     return engine, engine.ask(prompts, [spec.of_prompt(number) for number in numbers])
@@ -165,27 +165,27 @@ def test_old_answers_want_importance_weights(folder):
 def test_a_group_that_is_there_twice_is_refused(folder):
     shutil.copy(folder / "rank-0001.jsonl.zst", folder / "rank-0002.jsonl.zst")
     with pytest.raises(DataError, match=r"sample s1 with seed .* twice"):
-        StoredFiles(folder)
+        ReplayFiles(folder)
 
 
 def test_lines_of_other_files_are_named(tmp_path):
     file = FrameFile(tmp_path / "other.jsonl.zst")
     file.append([b'{"id": 3}'])
     with pytest.raises(DataError, match="holds a line that is no group of rollouts"):
-        StoredFiles(tmp_path)
+        ReplayFiles(tmp_path)
 
 
 def test_what_stored_rollouts_cannot_do_is_said_at_the_start(folder):
     def check(rollout=None, **sections):
-        rollout = {"engine": "stored", "stored": str(folder)} | (rollout or {})
+        rollout = {"placement": "replay", "replay_dir": str(folder)} | (rollout or {})
         run, model = {"out_dir": str(folder / "out")}, {"checkpoint": "c"}
         check_stored(RunConfig(**{"run": run, "model": model, "rollout": rollout, **sections}))
 
     check()
-    check({"engine": "colocated", "stored": "nowhere"})
+    check({"placement": "colocated", "replay_dir": "nowhere"})
     for wrong, sentence in (
-        ({"rollout": {"stored": ""}}, "needs rollout.stored"),
-        ({"rollout": {"stored": "nowhere"}}, "nowhere holds no stored rollouts"),
+        ({"rollout": {"replay_dir": ""}}, "needs rollout.replay_dir"),
+        ({"rollout": {"replay_dir": "nowhere"}}, "nowhere holds no stored rollouts"),
         ({"data": {"evaluation": {"dev": []}}}, "which data.evaluation asks for"),
         ({"sft": {"steps": 1, "stop_metric": "m"}}, "which sft.stop_metric asks for"),
         ({"grpo": {"evaluate_every": 2}}, "which grpo.evaluate_every asks for"),

@@ -18,10 +18,10 @@ from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.parallel.mesh import close_mesh, init_mesh
 from megatron_vrl.policy.policy import Policy
 from megatron_vrl.rollout.identity import Health, Identity, machine
-from megatron_vrl.rollout.manager import Rollouts
+from megatron_vrl.rollout.manager import RolloutManager
 from megatron_vrl.rollout.workers.pool import WorkerPool
 from megatron_vrl.rollout.workers.protocol import encode
-from tests.tiny_models import published_model, save
+from tests.tiny_models import hf_model, save
 
 SERVED = Identity(architecture="a", dtype="float32", max_model_len=64, banned_tokens="b")
 
@@ -49,16 +49,18 @@ def worker_that_takes_no_weights():
 
 
 def test_weights_that_nobody_takes_end_the_run(tmp_path):
-    checkpoint = save(published_model(), tmp_path / "hf")
+    checkpoint = save(hf_model(), tmp_path / "hf")
     mesh = init_mesh(Parallel(), seed=1)
     cfg = Model(checkpoint=str(checkpoint), dtype="float32")
     policy = Policy(read_architecture(checkpoint), cfg, Parallel(), mesh)
     with worker_that_takes_no_weights() as (address, asked):
-        rollout = Rollout(engine="workers", workers=[address], patience_s=1.0)
+        rollout = Rollout(placement="workers", workers=[address], worker_wait_timeout_s=1.0)
         pool = WorkerPool(rollout, SERVED, torch.device("cpu"))
-        rollouts = Rollouts(rollout, mesh, pool, WeightExport(policy.chunks), torch.float32, ())
+        rollouts = RolloutManager(
+            rollout, mesh, pool, WeightExport(policy.chunks), torch.float32, ()
+        )
         with pytest.raises(RolloutError, match=r"No rollout worker took the weights within"):
-            rollouts.hand_over(0)
+            rollouts.sync_weights(0)
         assert asked.count("/weights/start") > 1 and rollouts.version is None
         pool.close()
     close_mesh()

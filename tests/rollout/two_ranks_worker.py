@@ -7,7 +7,7 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_vrl import config
-from megatron_vrl.rollout.vllm.engine import ColocatedEngine, SamplingSpec
+from megatron_vrl.rollout.vllm.engine import SamplingSpec, VllmEngine
 from tests.rollout.conftest import MAX_MODEL_LEN, prompt_maker
 from tests.tiny import sharded_tensors
 
@@ -23,10 +23,8 @@ def main(checkpoint: Path) -> None:
     torch.distributed.init_process_group("gloo")
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
     rank = torch.distributed.get_rank()
-    cfg = config.Rollout(max_sequences=16, kv_cache_mib=64)
-    engine = ColocatedEngine(
-        str(checkpoint), cfg, dtype="float32", seed=1, max_model_len=MAX_MODEL_LEN
-    )
+    cfg = config.Rollout(max_num_seqs=16, kv_cache_mib=64)
+    engine = VllmEngine(str(checkpoint), cfg, dtype="float32", seed=1, max_model_len=MAX_MODEL_LEN)
     make_prompt = prompt_maker(checkpoint)
     weights = sharded_tensors(checkpoint)
     spec = SamplingSpec(n=2, temperature=1.0, top_p=1.0, max_tokens=8, seed=5)

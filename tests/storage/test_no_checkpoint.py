@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_vrl.checkpoint.convert import convert_to_megatron, convert_to_published
+from megatron_vrl.checkpoint.convert import convert_to_hf, convert_to_megatron
 from megatron_vrl.errors import CheckpointError
 from megatron_vrl.evaluation.generate import inference_config
 from megatron_vrl.models.architecture import read_architecture
@@ -33,7 +33,7 @@ def sentences(path, tmp_path):
     for read in (
         lambda: read_architecture(path),
         lambda: inference_config(str(path), []),
-        lambda: convert_to_published(path, tmp_path / "new"),
+        lambda: convert_to_hf(path, tmp_path / "new"),
         lambda: convert_to_megatron(path, tmp_path / "new"),
     ):
         with pytest.raises(CheckpointError) as error:

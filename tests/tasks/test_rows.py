@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_vrl.algorithms import ALGORITHMS, teaches, token_loss
+from megatron_vrl.algorithms import ALGORITHMS, has_signal, token_loss
 from megatron_vrl.config import Algorithm, Data, Rewards, Source
 from megatron_vrl.data.formats.training import READERS
 from megatron_vrl.evaluation.metrics import summarise
-from megatron_vrl.rewards import PARTS, SEED_PARTS, score, weights_of
+from megatron_vrl.rewards import PARTS, TEMPORAL_R1_COMPONENTS, score, weights_of
 from megatron_vrl.tasks import SYSTEM_PROMPTS, TASKS, Parsed
 from megatron_vrl.types import VideoSample
 from tests.algorithms.make_tokens import tokens_of
@@ -37,7 +37,7 @@ def test_a_task_accepts_its_own_target(name):
     for rationale in ("because", ""):
         response = task.target(replace(sample, rationale=rationale))
         assert task.parse(response, sample).formatted
-        for mode in ("strict", "seed"):
+        for mode in ("strict", "temporal_r1"):
             parts, total = score(sample, response, mode, weights_of(Rewards())[name])
             assert parts == dict.fromkeys(task.parts, 1.0)
             assert total == 1.0
@@ -49,17 +49,17 @@ def test_a_reward_part_gives_nothing_for_an_unreadable_answer(name):
     assert PARTS[name](SAMPLE, Parsed(failure="nothing was read")) == 0.0
 
 
-@pytest.mark.parametrize("name", SEED_PARTS)
+@pytest.mark.parametrize("name", TEMPORAL_R1_COMPONENTS)
 def test_the_released_parts_are_those_of_the_task(name):
-    assert set(SEED_PARTS[name]) == set(TASKS[name].parts)
+    assert set(TEMPORAL_R1_COMPONENTS[name]) == set(TASKS[name].parts)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_an_algorithm_prefers_the_better_answer(name):
     algorithm = ALGORITHMS[name]
     (advantages,) = algorithm.advantages([np.array([0.0, 1.0])])
-    assert advantages[0] < 0 < advantages[1] and teaches(advantages)
-    assert not any(teaches(of_group) for of_group in algorithm.advantages([np.full(3, 0.1)] * 2))
+    assert advantages[0] < 0 < advantages[1] and has_signal(advantages)
+    assert not any(has_signal(of_group) for of_group in algorithm.advantages([np.full(3, 0.1)] * 2))
     logprobs = torch.tensor([-1.0, -1.0], requires_grad=True)
     tokens = tokens_of(
         logprobs, torch.tensor(advantages), reference=logprobs.detach(), lengths=[1, 1]

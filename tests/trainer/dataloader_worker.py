@@ -1,4 +1,4 @@
-"""Draws on any number of ranks, with files missing, against the rule in five lines.
+"""PromptDataLoader on any number of ranks, with files missing, against the rule in five lines.
 
 The folder holds 0.mp4, 1.mp4, ... of which those in BAD are bad.
 """
@@ -10,13 +10,13 @@ import pytest
 from transformers import AutoTokenizer
 
 from megatron_vrl.config import Parallel, Video
-from megatron_vrl.context import Parts, interleave
+from megatron_vrl.context import RunContext, interleave
 from megatron_vrl.data.mix import SampleStream
 from megatron_vrl.data.prompt import PromptEncoder, VisionTokens
 from megatron_vrl.errors import UserError
 from megatron_vrl.parallel.mesh import Mesh, close_mesh, gather_objects, init_mesh, world_axis
 from megatron_vrl.storage.files import read_rows
-from megatron_vrl.trainer.dataloader import Draws
+from megatron_vrl.trainer.dataloader import PromptDataLoader
 from megatron_vrl.trainer.state import RunState
 from megatron_vrl.types import VideoSample
 from megatron_vrl.video import VideoReader
@@ -54,52 +54,56 @@ def expected(folder: Path) -> list[list[str]]:
     return steps
 
 
-def parts_of(mesh: Mesh, folder: Path, published: Path, max_bad_share: float) -> SimpleNamespace:
+def ctx_of(mesh: Mesh, folder: Path, published: Path, max_bad_fraction: float) -> SimpleNamespace:
     tokenizer = AutoTokenizer.from_pretrained(published)
     pad, image = tokenizer.convert_tokens_to_ids(["<|video_pad|>", "<|image_pad|>"])
     vision = VisionTokens(video_token=pad, image_token=image, merge=2, tokens_per_second=2.0)
     video = Video(
-        decoder="pyav", num_frames=2, min_pixels=784, max_pixels=784, max_bad_share=max_bad_share
+        decoder="pyav",
+        num_frames=2,
+        min_pixels=784,
+        max_pixels=784,
+        max_bad_fraction=max_bad_fraction,
     )
-    parts = SimpleNamespace(
+    ctx = SimpleNamespace(
         mesh=mesh,
         cfg=SimpleNamespace(run=SimpleNamespace(out_dir=str(folder)), video=video),
         reader=VideoReader(video),
         encoder=PromptEncoder(published, vision, "none", 4096),
     )
-    parts.replica_share = lambda items: Parts.replica_share(parts, items)
-    parts.rank_share = lambda items: Parts.rank_share(parts, items)
-    return parts
+    ctx.replica_share = lambda items: RunContext.replica_share(ctx, items)
+    ctx.rank_share = lambda items: RunContext.rank_share(ctx, items)
+    return ctx
 
 
-def draw_steps(parts: SimpleNamespace, folder: Path, state: RunState, steps: int) -> list:
+def draw_steps(ctx: SimpleNamespace, folder: Path, state: RunState, steps: int) -> list:
     """Ids of all ranks' samples for each step, as one list in the order of the stream."""
     stream = SampleStream(samples(folder), SEED)
     stream.restore(state.stream)
     said: list[str] = []
-    draws = Draws(parts, stream, state, said.append)
+    dataloader = PromptDataLoader(ctx, stream, state, said.append)
     found = []
     for _ in range(steps):
-        made = draws.take(BATCH)
+        made = dataloader.take(BATCH)
         for sample, prompt, _ in made:
             assert prompt.visuals[0].path == sample.video
-        draws.prefetch(BATCH)
+        dataloader.prefetch(BATCH)
         mine = [one.sample.id for one in made]
-        found.append(interleave(gather_objects(parts.mesh.data, mine)))
-        state.step, state.stream = state.step + 1, draws.position
+        found.append(interleave(gather_objects(ctx.mesh.data, mine)))
+        state.step, state.stream = state.step + 1, dataloader.position
     own = [one.position for one in made]
-    state.under_way = interleave(gather_objects(parts.mesh.data, own))  # asked and not answered
-    numbers = draws.numbers()
-    assert numbers["bad_samples"] == len(draws._bad) and numbers["videos_decoded"] >= 1
+    state.under_way = interleave(gather_objects(ctx.mesh.data, own))  # asked and not answered
+    numbers = dataloader.numbers()
+    assert numbers["bad_samples"] == len(dataloader._bad) and numbers["videos_decoded"] >= 1
     return found
 
 
 def check(folder: Path, published: Path) -> None:
     mesh = init_mesh(Parallel(), seed=1)
-    parts = parts_of(mesh, folder, published, max_bad_share=0.5)
+    ctx = ctx_of(mesh, folder, published, max_bad_fraction=0.5)
     want = expected(folder)
     undisturbed = RunState(stage="grpo")
-    assert draw_steps(parts, folder, undisturbed, STEPS) == want
+    assert draw_steps(ctx, folder, undisturbed, STEPS) == want
     bad_at_once = undisturbed.bad_samples
     rows = read_rows(folder / "quarantine.jsonl")
     gather_objects(world_axis(mesh), None)  # all have read it before it is begun anew
@@ -107,8 +111,8 @@ def check(folder: Path, published: Path) -> None:
     assert {row["kind"] for row in rows} == {"missing", "empty", "outside"}
 
     state = RunState(stage="grpo")  # stopped after two steps and started again
-    first = draw_steps(parts, folder, state, 2)
-    again = parts_of(mesh, folder, published, max_bad_share=0.5)
+    first = draw_steps(ctx, folder, state, 2)
+    again = ctx_of(mesh, folder, published, max_bad_fraction=0.5)
     state.under_way = []
     assert first + draw_steps(again, folder, state, STEPS - 2) == want
     assert state.bad_samples == bad_at_once  # counted on, not anew
@@ -118,10 +122,10 @@ def check(folder: Path, published: Path) -> None:
     gather_objects(world_axis(mesh), None)
     assert [(r["sample"], r["step"]) for r in kept] == [(r["sample"], r["step"]) for r in rows]
 
-    strict = parts_of(mesh, folder, published, max_bad_share=0.02)
+    strict = ctx_of(mesh, folder, published, max_bad_fraction=0.02)
     with pytest.raises(UserError) as error:
         draw_steps(strict, folder, RunState(stage="grpo"), STEPS)
-    assert "samples drawn have bad videos, over video.max_bad_share=0.02: " in str(error.value)
+    assert "samples drawn have bad videos, over video.max_bad_fraction=0.02: " in str(error.value)
     assert "missing (first " in str(error.value) or "empty (first " in str(error.value)
     gather_objects(world_axis(mesh), None)  # all ranks are still in step
     close_mesh()

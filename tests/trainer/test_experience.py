@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from megatron_vrl.algorithms import teaches
-from megatron_vrl.checkpoint.hf_load import load_published
+from megatron_vrl.algorithms import has_signal
+from megatron_vrl.checkpoint.hf_load import load_hf_weights
 from megatron_vrl.config import Algorithm, Batch, Model, Parallel, Rewards, Rollout
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.models.logprob_head import Distribution
@@ -18,7 +18,7 @@ from megatron_vrl.trainer import experience
 from megatron_vrl.types import Rollout as Answered
 from megatron_vrl.types import ScoredGroup, VideoSample
 from tests.tiny import prompt, video
-from tests.tiny_models import published_model, save
+from tests.tiny_models import hf_model, save
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +59,13 @@ def scored(name: str, rewards: list[float], lengths: list[int] | None = None) ->
     )
 
 
-def judged(parts, groups):
+def judged(ctx, groups):
     return experience._with_advantages(
-        parts, groups, experience._rewards(parts, groups, filler=groups[0])
+        ctx, groups, experience._rewards(ctx, groups, dummy_group=groups[0])
     )
 
 
-def parts_of(mesh, **algorithm):
+def ctx_of(mesh, **algorithm):
     cfg = SimpleNamespace(
         algorithm=Algorithm(**{"kl": 0.0, **algorithm}),
         rewards=Rewards(),
@@ -76,15 +76,15 @@ def parts_of(mesh, **algorithm):
 
 def test_a_reward_that_is_no_number_leaves_its_group_out_by_name(mesh):
     groups = [scored("a", [0.0, 1.0]), scored("b", [np.nan, 1.0]), scored("c", [0.5, 0.5])]
-    found, invalid = judged(parts_of(mesh), groups)
+    found, invalid = judged(ctx_of(mesh), groups)
     assert invalid == ("b",)
     assert [e.scored.sample.id for e in found] == ["a", "c"]
-    assert [teaches(e.advantages) for e in found] == [True, False]
+    assert [has_signal(e.advantages) for e in found] == [True, False]
 
 
 def test_cut_off_answers_count_in_the_statistics_but_not_in_the_loss(mesh):
     group = scored("a", [0.0, 1.0, 0.2], lengths=[4, 8, 3])
-    [found], _ = judged(parts_of(mesh), [group])
+    [found], _ = judged(ctx_of(mesh), [group])
     whole, cut = (experience.to_train(found, drop) for drop in (False, True))
     assert [a.id for a in whole.answers] == ["a#0", "a#1", "a#2"]
     assert [a.id for a in cut.answers] == ["a#0", "a#2"]
@@ -93,9 +93,9 @@ def test_cut_off_answers_count_in_the_statistics_but_not_in_the_loss(mesh):
 
 def test_answers_near_the_length_limit_lose_reward(mesh):
     group = scored("a", [1.0, 1.0], lengths=[4, 8])
-    [even], _ = judged(parts_of(mesh), [group])
-    [uneven], _ = judged(parts_of(mesh, overlong_buffer=4), [group])
-    assert not teaches(even.advantages)
+    [even], _ = judged(ctx_of(mesh), [group])
+    [uneven], _ = judged(ctx_of(mesh, overlong_buffer=4), [group])
+    assert not has_signal(even.advantages)
     assert uneven.advantages[0] > 0 > uneven.advantages[1]
 
 
@@ -103,28 +103,28 @@ def test_parts_without_weight_do_not_count(mesh):
     group = replace(
         scored("a", [0.0, 1.0]), parts={"format": np.ones(2), "temporal_iou": np.array([0.0, 1.0])}
     )
-    parts = parts_of(mesh)
-    parts.cfg.rewards = Rewards(temporal_grounding={"format": 1.0})
-    [found], _ = judged(parts, [group])
-    assert not teaches(found.advantages)
+    ctx = ctx_of(mesh)
+    ctx.cfg.rewards = Rewards(temporal_grounding={"format": 1.0})
+    [found], _ = judged(ctx, [group])
+    assert not has_signal(found.advantages)
 
 
 @pytest.mark.parametrize("tokens", [1, 10_000])
 def test_kl_in_the_reward_is_the_sum_over_each_answer(mesh, tmp_path, tokens):
     """Against the reference's log-probs of every answer by itself; a sample may come twice."""
-    checkpoint = save(published_model(), tmp_path / "hf")
+    checkpoint = save(hf_model(), tmp_path / "hf")
     cfg = Model(checkpoint=str(checkpoint), dtype="float32")
     policy = Policy(read_architecture(checkpoint), cfg, Parallel(), mesh)
-    load_published(policy.chunks, checkpoint)
+    load_hf_weights(policy.chunks, checkpoint)
     policy.keep_reference()
     groups = [scored("a", [0.0, 1.0], [4, 2]), scored("a", [0.0, 0.0, 0.0], [1, 8, 3])]
-    parts = parts_of(mesh, kl=0.5, kl_estimator="k1", kl_in="reward")
-    parts.policy, parts.cfg.batch = policy, Batch(tokens=tokens)
-    parts.rollouts = SimpleNamespace(banned_token_ids=())  # all that is asked of it here
-    rewards = experience._rewards(parts, groups, filler=groups[0])
+    ctx = ctx_of(mesh, kl=0.5, kl_estimator="k1", kl_in="reward")
+    ctx.policy, ctx.cfg.batch = policy, Batch(tokens=tokens)
+    ctx.rollout_manager = SimpleNamespace(banned_token_ids=())  # all that is asked of it here
+    rewards = experience._rewards(ctx, groups, dummy_group=groups[0])
     for group, of_group in zip(groups, rewards, strict=True):
         assert of_group["kl"].weight == 0.5
-        whole, _ = judged(parts_of(mesh), [group])
+        whole, _ = judged(ctx_of(mesh), [group])
         for answer, found in zip(
             experience.to_train(whole[0]).answers, of_group["kl"].values, strict=True
         ):

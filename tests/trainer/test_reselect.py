@@ -13,9 +13,9 @@ from megatron_vrl.data.pool import Pool
 from megatron_vrl.errors import ConfigError, DataError, RolloutError, VideoError
 from megatron_vrl.observe.clock import Clock
 from megatron_vrl.parallel.mesh import close_mesh, init_mesh
-from megatron_vrl.rewards.manager import Judge
+from megatron_vrl.rewards.manager import RewardManager
 from megatron_vrl.trainer import reselect
-from megatron_vrl.trainer.reselect import Reselection, check_reselection
+from megatron_vrl.trainer.reselect import DataSelection, check_reselection
 from megatron_vrl.trainer.sample_stream import ordered
 from megatron_vrl.trainer.state import RunState
 from megatron_vrl.types import Rollout as Answered
@@ -55,7 +55,7 @@ class Run:
         self.pool = Pool(cfg.data.train, [samples], [np.arange(NUM)])
         self.stream = ordered(self.pool, cfg.data, 1)
         self.stream.restore(state.stream)
-        parts = SimpleNamespace(
+        ctx = SimpleNamespace(
             cfg=cfg,
             mesh=mesh,
             clock=Clock(),
@@ -63,16 +63,16 @@ class Run:
             reader=SimpleNamespace(encode=self.encode),
             encoder=SimpleNamespace(prompt=lambda sample, video: sample),
             look=list,
-            rollouts=SimpleNamespace(generate=self.generate),
-            judge=Judge(cfg.rewards),
+            rollout_manager=SimpleNamespace(generate=self.generate),
+            reward_manager=RewardManager(cfg.rewards),
         )
-        self.reselection = Reselection(parts, state, self.pool, self.stream, self.said.append)
+        self.reselection = DataSelection(ctx, state, self.pool, self.stream, self.said.append)
 
     @staticmethod
-    def encode(footage):
+    def encode(clip):
         bad = VideoError("is cut off", "cut_off")
         shown = video((1, 2, 2), 1.0, 0)
-        return [bad if one.path == f"{UNREADABLE}.mp4" else shown for one in footage]
+        return [bad if one.path == f"{UNREADABLE}.mp4" else shown for one in clip]
 
     def generate(self, prompts, spec, numbers):
         if len(self.asked) == self.calls:
@@ -100,8 +100,8 @@ def _answer(end):
 def saved(monkeypatch) -> list[int]:
     """Steps at which the run was saved."""
     steps: list[int] = []
-    monkeypatch.setattr(reselect, "save", lambda parts, state: steps.append(state.step))
-    monkeypatch.setattr(reselect, "finish_saving", lambda parts: None)
+    monkeypatch.setattr(reselect, "save", lambda ctx, state: steps.append(state.step))
+    monkeypatch.setattr(reselect, "finish_saving", lambda ctx: None)
     return steps
 
 
@@ -210,7 +210,7 @@ def test_a_selection_that_is_gone_is_named(mesh, tmp_path):
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("rollout.engine=stored", "asks new questions, which rollout.engine=stored cannot answer"),
+        ("rollout.placement=replay", "new questions, which rollout.placement=replay cannot answer"),
         ("data.curriculum=easy_first", "and data.curriculum=easy_first orders it by older records"),
     ],
 )

@@ -9,7 +9,7 @@ from megatron_vrl.config import Parallel, Rollout
 from megatron_vrl.observe.clock import Clock
 from megatron_vrl.parallel.mesh import close_mesh, init_mesh
 from megatron_vrl.rollout.records import read_rollouts
-from megatron_vrl.trainer.experience import Collected
+from megatron_vrl.trainer.experience import RolloutBatch
 from megatron_vrl.trainer.rollout_files import RolloutFiles
 from megatron_vrl.types import Experience
 from tests.trainer.test_experience import scored
@@ -27,18 +27,18 @@ def parts(mesh, tmp_path):
     return SimpleNamespace(mesh=mesh, cfg=cfg, clock=Clock())
 
 
-def collected(step: int) -> Collected:
+def rollout_batch(step: int) -> RolloutBatch:
     groups = [
         scored(f"a{step}", [0.0, 1.0]),
         scored(f"b{step}", [1.0, 1.0]),
         scored(f"c{step}", [np.nan, 1.0]),
     ]
     experiences = [Experience(scored=g, advantages=np.array([-1.0, 1.0])) for g in groups[:2]]
-    return Collected(
+    return RolloutBatch(
         groups=groups,
         experiences=experiences,
         kept=experiences[:1],
-        filler=None,
+        dummy_group=None,
         invalid=(f"c{step}",),
         rounds=1,
         failures={},
@@ -52,7 +52,7 @@ def rows(parts) -> list[tuple]:
 
 def write(files: RolloutFiles, *steps: int) -> None:
     for step in steps:
-        files.write(collected(step), step, version=10 + step)
+        files.write(rollout_batch(step), step, version=10 + step)
 
 
 def test_every_group_is_written_with_what_became_of_it(parts):

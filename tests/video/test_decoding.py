@@ -9,7 +9,7 @@ import torch
 
 from megatron_vrl.config import Video
 from megatron_vrl.errors import ConfigError, VideoError
-from megatron_vrl.types import EncodedVideo, Footage
+from megatron_vrl.types import EncodedVideo, VideoClip
 from megatron_vrl.video import VideoReader
 from megatron_vrl.video.encode import Encoder
 from megatron_vrl.video.probe import probe
@@ -48,8 +48,8 @@ def encoders(**keys) -> tuple[Encoder, Encoder]:
 
 
 def encode(encoder: Encoder, paths: list[str]) -> list[EncodedVideo | VideoError]:
-    footage = [Footage(path) for path in paths]
-    return encoder.encode(footage, [encoder.identify(f, None).digest for f in footage])
+    clip = [VideoClip(path) for path in paths]
+    return encoder.encode(clip, [encoder.identify(f, None).digest for f in clip])
 
 
 def assert_same(one: EncodedVideo | VideoError, other: EncodedVideo | VideoError) -> None:

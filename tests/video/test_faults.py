@@ -12,7 +12,7 @@ import pytest
 
 from megatron_vrl.config import Video
 from megatron_vrl.errors import ConfigError, VideoError
-from megatron_vrl.types import EncodedVideo, Footage
+from megatron_vrl.types import EncodedVideo, VideoClip
 from megatron_vrl.video import VideoReader
 from megatron_vrl.video.encode import Encoder
 from megatron_vrl.video.fetch import LocalCopies
@@ -66,7 +66,7 @@ def test_links_may_not_lead_out_of_the_data_folder(make_clip, tmp_path, inside):
     (real / "clip.mp4").symlink_to(target)
     (tmp_path / "folder").symlink_to(real)  # the folder itself may be a link
     folder = str(tmp_path / "folder")
-    (video,) = VideoReader(Video(**SMALL)).encode([Footage(f"{folder}/clip.mp4", folder=folder)])
+    (video,) = VideoReader(Video(**SMALL)).encode([VideoClip(f"{folder}/clip.mp4", folder=folder)])
     if inside:
         assert isinstance(video, EncodedVideo)
     else:
@@ -117,4 +117,4 @@ def test_a_url_is_decoded_like_a_file(make_clip, tmp_path):
     np.testing.assert_array_equal(from_url.frames, from_file.frames)
     assert from_url.path == url and reader.counts["decoded"] == 1
     with pytest.raises(ConfigError, match=r"set video\.fetch_dir"):
-        Encoder(Video(**SMALL)).plan(Footage(url))
+        Encoder(Video(**SMALL)).plan(VideoClip(url))

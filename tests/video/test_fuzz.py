@@ -9,7 +9,7 @@ import pytest
 
 from megatron_vrl.config import Video
 from megatron_vrl.errors import VideoError
-from megatron_vrl.types import EncodedVideo, Footage
+from megatron_vrl.types import EncodedVideo, VideoClip
 from megatron_vrl.video.encode import Encoder
 from tests.video.conftest import write_clip
 from tests.video.oddities import ODDITIES
@@ -73,7 +73,7 @@ def results(contents: dict[str, bytes], count: int, seed: int, folder: Path) -> 
         path = folder / name
         path.write_bytes(mutant(contents[name], rng))
         try:
-            (video,) = encoder.encode([Footage(str(path))], ["digest"])
+            (video,) = encoder.encode([VideoClip(str(path))], ["digest"])
         except Exception as error:
             raise AssertionError(f"mutant {number} of {name}, seed {seed}") from error
         assert isinstance(video, EncodedVideo | VideoError)
@@ -108,13 +108,13 @@ def test_a_title_that_is_not_utf8_is_read(tmp_path, make_clip, suffix):
     titled = path.read_bytes()
     assert b"CAFEXX" in titled
     path.write_bytes(titled.replace(b"CAFEXX", b"CAF\xc9\xe9\xff"))
-    (video,) = Encoder(Video(**RULE)).encode([Footage(str(path))], ["digest"])
+    (video,) = Encoder(Video(**RULE)).encode([VideoClip(str(path))], ["digest"])
     assert isinstance(video, EncodedVideo), video
 
 
 def test_a_codec_nobody_knows(tmp_path, make_clip):
     path = tmp_path / "unknown.mp4"
     path.write_bytes(Path(make_clip("a.mp4", num_frames=4)).read_bytes().replace(b"avc1", b"zzz1"))
-    (error,) = Encoder(Video(**RULE)).encode([Footage(str(path))], ["digest"])
+    (error,) = Encoder(Video(**RULE)).encode([VideoClip(str(path))], ["digest"])
     assert isinstance(error, VideoError) and error.kind == "unreadable"
     assert str(error).startswith("has a codec that FFmpeg does not know")

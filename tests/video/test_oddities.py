@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from megatron_vrl.config import Video
-from megatron_vrl.types import EncodedVideo, Footage
+from megatron_vrl.types import EncodedVideo, VideoClip
 from megatron_vrl.video.encode import Encoder
 from megatron_vrl.video.probe import probe
 from megatron_vrl.video.pyav import SWSCALE_FLAGS
@@ -69,7 +69,7 @@ def test_decoders_give_the_bytes_of_a_plain_read(encoders, tmp_path, container):
         ODDITIES[oddity](path, codec)
         videos = {}
         for name, encoder in encoders.items():
-            (videos[name],) = encoder.encode([Footage(path)], ["digest"])
+            (videos[name],) = encoder.encode([VideoClip(path)], ["digest"])
         if not all(isinstance(video, EncodedVideo) for video in videos.values()):
             wrong.append((codec, oddity, *map(str, videos.values())))
             continue

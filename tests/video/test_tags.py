@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from megatron_vrl.config import Video
-from megatron_vrl.types import EncodedVideo, Footage
+from megatron_vrl.types import EncodedVideo, VideoClip
 from megatron_vrl.video.colour import corrected, to_rgb
 from megatron_vrl.video.encode import Encoder
 from megatron_vrl.video.probe import probe
@@ -20,8 +20,8 @@ LIMITED, FULL = 1, 2
 
 def encode(decoder: str, path: str, **rule) -> EncodedVideo:
     encoder = Encoder(Video(decoder=decoder, **{"min_pixels": 784, **rule}))
-    footage = Footage(path)
-    (video,) = encoder.encode([footage], [encoder.identify(footage, None).digest])
+    clip = VideoClip(path)
+    (video,) = encoder.encode([clip], [encoder.identify(clip, None).digest])
     assert isinstance(video, EncodedVideo), video
     return video
 

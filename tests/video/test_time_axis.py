@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_vrl.config import Video
-from megatron_vrl.types import Footage
+from megatron_vrl.types import VideoClip
 from megatron_vrl.video.encode import Encoder
 from megatron_vrl.video.time_axis import problems_of_times
 from tests.video.oddities import mux, packets
@@ -12,7 +12,7 @@ RULE = {"decoder": "pyav", "fps": 2.0, "min_pixels": 784}
 
 
 def told(path: str, window_s=None, **rule) -> list[str]:
-    return list(problems_of_times(Encoder(Video(**RULE | rule)).plan(Footage(path, window_s))))
+    return list(problems_of_times(Encoder(Video(**RULE | rule)).plan(VideoClip(path, window_s))))
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.mov", "a.ts"])

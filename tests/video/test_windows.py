@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_vrl.config import Video
 from megatron_vrl.errors import VideoError
-from megatron_vrl.types import Footage
+from megatron_vrl.types import VideoClip
 from megatron_vrl.video import VideoReader
 from megatron_vrl.video.encode import Encoder
 from megatron_vrl.video.probe import VideoFile
@@ -81,7 +81,7 @@ def test_windows_are_decoded_and_stored_apart(make_clip):
     path = make_clip("clip.mp4", num_frames=64, fps=16)
     rule = {"min_pixels": 784, "num_frames": 8}
     reader = VideoReader(Video(decoder="pyav", **rule))
-    part, whole = Footage(path, (1.0, 2.0)), Footage(path)
+    part, whole = VideoClip(path, (1.0, 2.0)), VideoClip(path)
     video, all_of_it = reader.encode([part, whole])
     assert reader.counts["decoded"] == 2
     assert video.frame_indices.tolist() == [16, 18, 21, 23, 25, 27, 30, 32]
@@ -97,7 +97,7 @@ def test_windows_are_decoded_and_stored_apart(make_clip):
 
 def test_a_window_outside_the_file(make_clip):
     path = make_clip("clip.mp4", num_frames=16, fps=16)
-    (error,) = VideoReader(Video(decoder="pyav")).encode([Footage(path, (5.0, 6.0))])
+    (error,) = VideoReader(Video(decoder="pyav")).encode([VideoClip(path, (5.0, 6.0))])
     assert str(error) == (
         f"{path} has no frame from 5.00 to 6.00 s, it is 1.00 s long; correct the window."
     )
@@ -109,9 +109,9 @@ def test_a_window_outside_the_file(make_clip):
 def test_tokens_are_known_before_decoding(make_clip, rule, window_s):
     path = make_clip("clip.mp4", size=(240, 320), turned=90)
     encoder = Encoder(Video(decoder="pyav", **rule))
-    footage = Footage(path, window_s)
-    plan = encoder.plan(footage).plan
-    (video,) = encoder.encode([footage], ["digest"])
+    clip = VideoClip(path, window_s)
+    plan = encoder.plan(clip).plan
+    (video,) = encoder.encode([clip], ["digest"])
     assert plan.num_tokens == math.prod(video.grid_thw) // 4
     assert plan.frame_budget == video.frame_budget >= plan.height * plan.width
 

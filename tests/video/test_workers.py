@@ -16,7 +16,7 @@ import pytest
 
 from megatron_vrl.config import Video
 from megatron_vrl.errors import VideoError
-from megatron_vrl.types import EncodedVideo, Footage
+from megatron_vrl.types import EncodedVideo, VideoClip
 from megatron_vrl.video import VideoReader
 from megatron_vrl.video.workers import Workers
 
@@ -127,12 +127,12 @@ def test_what_is_decoded_ahead_is_the_same(make_clip, decoder):
     cfg = Video(**SMALL | {"decoder": decoder}, prefetch=4, store_mib=1)
     plain = VideoReader(cfg).encode(paths)
     reader = VideoReader(cfg)
-    reader.prefetch([Footage(path) for path in paths])
+    reader.prefetch([VideoClip(path) for path in paths])
     ahead = reader.encode(paths[::-1])[::-1]
     for one, other in zip(plain, ahead, strict=True):
         np.testing.assert_array_equal(one.frames, other.frames)
     assert reader.counts["decoded"] == 6
-    reader.prefetch([Footage("/nowhere.mp4")])
+    reader.prefetch([VideoClip("/nowhere.mp4")])
     assert reader.encode(["/nowhere.mp4"])[0].kind == "missing"
     reader.prefetch([])
 
@@ -140,15 +140,15 @@ def test_what_is_decoded_ahead_is_the_same(make_clip, decoder):
 def test_memory_is_flat_over_two_thousand_videos(make_clip, tmp_path):
     """One file under 2,000 names, each with a window of its own: all are decoded."""
     source = make_clip("source.mp4", num_frames=16, size=(56, 56))
-    footage = []
+    clip = []
     for number in range(2000):
         name = tmp_path / f"{number}.mp4"
         os.link(source, name)
-        footage.append(Footage(str(name), (0.0, 0.5 + number / 1e3)))
+        clip.append(VideoClip(str(name), (0.0, 0.5 + number / 1e3)))
     reader = VideoReader(Video(**SMALL, store_mib=1))
     held = []
     for start in range(0, 2000, 100):
-        assert all(isinstance(v, EncodedVideo) for v in reader.encode(footage[start:][:100]))
+        assert all(isinstance(v, EncodedVideo) for v in reader.encode(clip[start:][:100]))
         held.append(resident_bytes())
     assert reader.counts["decoded"] == 2000
     assert held[-1] - held[4] < 8 << 20

@@ -99,15 +99,15 @@ def random_checkpoint(config: Path, directory: Path) -> int:
     """A checkpoint of random bfloat16 weights, one tensor in memory; its bytes."""
     import torch
 
-    from megatron_vrl.checkpoint.hf_reader import PublishedWriter
+    from megatron_vrl.checkpoint.hf_reader import HFCheckpointWriter
     from megatron_vrl.models.architecture import read_architecture
-    from megatron_vrl.models.qwen2_5_vl.hf_shapes import published_shapes
+    from megatron_vrl.models.qwen2_5_vl.hf_shapes import hf_shapes
 
     directory.mkdir(parents=True)
     shutil.copy(config, directory / "config.json")
-    writer = PublishedWriter(directory)
+    writer = HFCheckpointWriter(directory)
     size = 0
-    for name, shape in published_shapes(read_architecture(config)).items():
+    for name, shape in hf_shapes(read_architecture(config)).items():
         words = torch.randint(-(2**15), 2**15, shape, dtype=torch.int16)
         writer.add(name, words.view(torch.bfloat16))
         size += 2 * words.numel()

@@ -65,7 +65,7 @@ def _paths(file: str, cfg: Any, wanted: set[str]) -> dict[str, Once]:
     """Those of `wanted`, or all; each is set up only if it is taken."""
     import torch
 
-    from megatron_vrl.types import Footage
+    from megatron_vrl.types import VideoClip
     from megatron_vrl.video.encode import Encoder
     from megatron_vrl.video.probe import planned
     from megatron_vrl.video.pyav import decode_frames
@@ -75,7 +75,7 @@ def _paths(file: str, cfg: Any, wanted: set[str]) -> dict[str, Once]:
 
     def ours(**keys: str) -> Once:
         encoder = Encoder(cfg.model_copy(update={"workers": 1, **keys}))
-        return lambda: encoder.encode([Footage(file)], [""])
+        return lambda: encoder.encode([VideoClip(file)], [""])
 
     makers: dict[str, Callable[[], Once | None]] = {
         "pyav-sequential": lambda: lambda: decode_frames(job.file, job.plan, seek=False),
@@ -136,12 +136,12 @@ def _stored(file: str, cfg: Any, store_mib: int) -> Once:
 
 
 def _parallel(file: str, cfg: Any, count: int) -> Once:
-    from megatron_vrl.types import Footage
+    from megatron_vrl.types import VideoClip
     from megatron_vrl.video.encode import Encoder
     from megatron_vrl.video.workers import Workers
 
     def once(workers: Workers) -> None:
-        calls = (Encoder.encode, [Footage(file)], [""])
+        calls = (Encoder.encode, [VideoClip(file)], [""])
         for future in [workers.submit(600.0, *calls) for _ in range(COPIES)]:
             future.result()
 

@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> Iterator[Row]:
 
     from megatron_vrl.config import Rollout
     from megatron_vrl.rollout.request import SamplingSpec
-    from megatron_vrl.rollout.vllm.engine import ColocatedEngine
+    from megatron_vrl.rollout.vllm.engine import VllmEngine
     from megatron_vrl.types import Prompt
 
     count = arguments.prompt_tokens
@@ -50,9 +50,9 @@ def run(arguments: argparse.Namespace) -> Iterator[Row]:
         )
     with tempfile.TemporaryDirectory() as folder:
         hf = checkpoint_of(Path(folder) / "hf", arguments.hidden, arguments.layers)
-        cfg = Rollout(max_sequences=arguments.prompts * arguments.group)
+        cfg = Rollout(max_num_seqs=arguments.prompts * arguments.group)
         longest = count + arguments.answer_tokens
-        engine = ColocatedEngine(str(hf), cfg, dtype=arguments.dtype, seed=1, max_model_len=longest)
+        engine = VllmEngine(str(hf), cfg, dtype=arguments.dtype, seed=1, max_model_len=longest)
         rates, tokens = [], 0
         for number in range(1 + arguments.rounds):
             spec = SamplingSpec(

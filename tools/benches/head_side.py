@@ -8,7 +8,7 @@ from worker import resident, serve
 
 from megatron_vrl.config import Parallel
 from megatron_vrl.models.logprob_head import Distribution, token_logprobs
-from megatron_vrl.observe.silence_logs import hush_libraries
+from megatron_vrl.observe.silence_logs import silence_libraries
 from megatron_vrl.parallel.mesh import init_mesh
 
 
@@ -19,7 +19,7 @@ def naive(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tenso
 
 
 def main(side: str, tokens: int, vocab: int, channels: int) -> None:
-    hush_libraries()
+    silence_libraries()
     torch.set_num_threads(1)
     mesh = init_mesh(Parallel(), seed=1)
     on = mesh.device

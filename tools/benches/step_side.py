@@ -12,7 +12,7 @@ from megatron_vrl.batching.pack import Answer, Group
 from megatron_vrl.config import Algorithm, Batch, Model, Optimizer, Parallel
 from megatron_vrl.models.architecture import Architecture, VisionArchitecture
 from megatron_vrl.models.logprob_head import Distribution
-from megatron_vrl.observe.silence_logs import hush_libraries
+from megatron_vrl.observe.silence_logs import silence_libraries
 from megatron_vrl.parallel.mesh import init_mesh
 from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.policy.policy import Policy
@@ -76,7 +76,7 @@ def group(prompt_tokens: int, answer_tokens: int, answers: int) -> Group:
 
 
 def main(layout: str, prompt: int, answer: int, answers: int, budget: int) -> None:
-    hush_libraries()
+    silence_libraries()
     torch.set_num_threads(1)
     mesh = init_mesh(Parallel(), seed=1)
     held_before = resident()

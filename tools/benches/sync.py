@@ -25,7 +25,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hidden", type=int, default=1024, help="of the language model")
     parser.add_argument("--layers", type=int, default=10, help="of the language model")
     parser.add_argument(
-        "--packed", action="store_true", help="with rollout.pack_weights, which packs for oneDNN"
+        "--packed",
+        action="store_true",
+        help="with rollout.cpu_prepack_weights, which packs for oneDNN",
     )
 
 
@@ -57,9 +59,7 @@ def _in_turns(
     copy: Callable[[], None], export: Any, engine: Any, rounds: int
 ) -> tuple[list[float], list[Row]]:
     """Seconds of copies and of hand-overs; the first round warms up."""
-    measured = [
-        (_timed(copy), _hand_over(export, engine, version)) for version in range(1 + rounds)
-    ]
+    measured = [(_timed(copy), _sync_all(export, engine, version)) for version in range(1 + rounds)]
     copies, rows = zip(*measured[1:], strict=True)
     return list(copies), list(rows)
 
@@ -89,12 +89,12 @@ def _config(folder: Path, arguments: argparse.Namespace) -> Any:
         "model": {"checkpoint": str(checkpoint), "dtype": "bfloat16" if on_gpu else "float32"},
         "data": {"max_prompt_tokens": 128},
         "rollout": {
-            "rendezvous": str(folder / "found"),
-            "max_sequences": 8,
+            "discovery_dir": str(folder / "found"),
+            "max_num_seqs": 8,
             "max_response_tokens": 64,
             "kv_cache_mib": 64,
-            "gpu_memory_share": 0.3,  # two engines and the trainer
-            "pack_weights": arguments.packed,
+            "gpu_memory_utilization": 0.3,  # two engines and the trainer
+            "cpu_prepack_weights": arguments.packed,
         },
         "evaluation": {"max_response_tokens": 64},
     }
@@ -120,25 +120,25 @@ def _sides(cfg: Any) -> tuple[Any, Iterator[tuple[str, Any]]]:
     """The trainer's export; and by path a context of whatever takes its weights, one at a time as
     in a run."""
     from megatron_vrl.checkpoint.hf_export import WeightExport
-    from megatron_vrl.checkpoint.hf_load import load_published
+    from megatron_vrl.checkpoint.hf_load import load_hf_weights
     from megatron_vrl.config import Parallel
     from megatron_vrl.errors import RolloutError
     from megatron_vrl.models.architecture import read_architecture
     from megatron_vrl.parallel.mesh import init_mesh
     from megatron_vrl.policy.policy import Policy
-    from megatron_vrl.rollout.vllm.in_process import Colocated
+    from megatron_vrl.rollout.vllm.in_process import InProcessEngine
     from megatron_vrl.rollout.vllm.start import identity, start_engine
     from megatron_vrl.rollout.workers.pool import WorkerPool
 
     checkpoint = Path(cfg.model.checkpoint)
     mesh = init_mesh(Parallel(), seed=1)
     policy = Policy(read_architecture(checkpoint), cfg.model, Parallel(), mesh)
-    load_published(policy.chunks, checkpoint)
+    load_hf_weights(policy.chunks, checkpoint)
     engine = start_engine(cfg, checkpoint)
     served = identity(cfg, checkpoint, engine.banned_token_ids)
 
     def sides() -> Iterator[tuple[str, Any]]:
-        yield "colocated", nullcontext(Colocated(engine))
+        yield "colocated", nullcontext(InProcessEngine(engine))
         for transport in TRANSPORTS:
             rollout = cfg.rollout.model_copy(update={"transport": transport})
             pool = WorkerPool(rollout, served, mesh.device)
@@ -166,7 +166,7 @@ def _plain_copy(export: Any) -> tuple[int, Callable[[], None]]:
     return sum(tensor.nbytes for tensor in source), copy
 
 
-def _hand_over(export: Any, engine: Any, version: int) -> dict[str, float]:
+def _sync_all(export: Any, engine: Any, version: int) -> dict[str, float]:
     spent = dict.fromkeys(STAGES, 0.0)
     members = engine.gather(1)
     spent["finish"] += _timed(lambda: engine.start(members))

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from megatron_vrl.config import Parallel
 from megatron_vrl.models.precision import DTYPES
-from megatron_vrl.observe.silence_logs import hush_libraries
+from megatron_vrl.observe.silence_logs import silence_libraries
 from megatron_vrl.parallel.mesh import Mesh, gather_objects, init_mesh, world_axis
 
 ROUNDS = 7
@@ -25,7 +25,7 @@ ROUNDS = 7
 
 def measure(dtype: str) -> dict[str, Any]:
     """Every rank calls it; the same on all. Slowest rank of each round, median of the rounds."""
-    hush_libraries()
+    silence_libraries()
     mesh = init_mesh(Parallel(), seed=1)
     on_gpu = mesh.device.type == "cuda"
     side = 8192 if on_gpu else 1024

@@ -20,12 +20,12 @@ from benches.update import draw_weights, group
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_vrl.algorithms import token_loss
-from megatron_vrl.checkpoint.hf_load import load_published
+from megatron_vrl.checkpoint.hf_load import load_hf_weights
 from megatron_vrl.config import Algorithm, Batch, Optimizer
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.models.logprob_head import Distribution
 from megatron_vrl.observe.hardware import forget_peak, peak_bytes
-from megatron_vrl.observe.silence_logs import hush_libraries
+from megatron_vrl.observe.silence_logs import silence_libraries
 from megatron_vrl.parallel.mesh import Mesh, gather_objects, init_mesh, world_axis
 from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.policy.policy import Policy
@@ -38,13 +38,13 @@ P2P = ("gloo:send", "gloo:recv", "SendRecv", "nccl:send", "nccl:recv")
 
 def run_cell(spec: Mapping[str, Any], model: Path) -> dict[str, Any]:
     """Every rank calls it; the cell's numbers, the same on all."""
-    hush_libraries()
+    silence_libraries()
     layout, work = Layout(**spec["layout"]), Work(**spec["work"])
     mesh = init_mesh(layout.parallel(), seed=1)
     arch = read_architecture(model)
     policy = Policy(arch, model_of(work, str(model)), layout.parallel(), mesh)
     if model.is_dir():
-        load_published(policy.chunks, model)
+        load_hf_weights(policy.chunks, model)
     else:
         draw_weights(policy)
     policy.start_phase(Optimizer(lr=1e-6), num_steps=10**6)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_vrl.checkpoint.layout import published_files
+from megatron_vrl.checkpoint.layout import hf_dir_of
 from megatron_vrl.config import RunConfig, load_config
 from megatron_vrl.models.architecture import Architecture, read_architecture
 from megatron_vrl.planner.hardware import Gpu
@@ -52,7 +52,7 @@ def simulated_configs(
     """The ready configs on `gpu`."""
     for path in study.simulate.configs:
         cfg = load_config(path)
-        checkpoint = published_files(cfg.model.checkpoint)
+        checkpoint = hf_dir_of(cfg.model.checkpoint)
         known = (checkpoint / "config.json").exists() or not cfg.model.architecture
         arch = read_architecture(checkpoint if known else Path(cfg.model.architecture))
         for mode in MODES:

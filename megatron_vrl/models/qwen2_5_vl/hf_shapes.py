@@ -12,7 +12,7 @@ from megatron_vrl.models.qwen2_5_vl.weight_map import Row
 Shape = tuple[int, ...]
 
 
-def published_shapes(arch: Architecture) -> dict[str, Shape]:
+def hf_shapes(arch: Architecture) -> dict[str, Shape]:
     """Shape by published name; a tied head is not a tensor of its own."""
     hidden = arch.hidden
     shapes: dict[str, Shape] = {

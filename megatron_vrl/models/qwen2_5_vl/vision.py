@@ -86,7 +86,7 @@ class VisionTower(MegatronModule):
         sharing = self.mesh.vision
         steps = [(h, w) for t, h, w in grids for _ in range(t)]
         sizes = [h * w for h, w in steps]
-        bounds = deal_out(sizes, sharing.size)
+        bounds = shard_steps(sizes, sharing.size)
         first, last = bounds[sharing.rank]
         begin = sum(sizes[:first])
         mine = patches[begin : begin + sum(sizes[first:last])]
@@ -143,7 +143,7 @@ class PatchMerger(torch.nn.Module):
         return self.out(F.gelu(self.hidden(self.norm(patches).view(-1, self.width))))
 
 
-def deal_out(sizes: Sequence[int], ranks: int) -> list[tuple[int, int]]:
+def shard_steps(sizes: Sequence[int], ranks: int) -> list[tuple[int, int]]:
     """Contiguous [first, last) shares of the steps, cut before the step that passes a share."""
     ends = np.cumsum(sizes) if len(sizes) else np.zeros(0)
     total = float(ends[-1]) if len(sizes) else 0.0

@@ -4,7 +4,7 @@ Used by checkpoint conversion, by loading and by the hand-over of weights to vLL
 published tensors make one Megatron parameter and by which layout; a layout says how they are
 joined and along which axis tensor parallelism cuts the result.
 
-Hugging Face names are the published ones (`visual.*`, `model.layers.*`); `published_name` turns
+Hugging Face names are the published ones (`visual.*`, `model.layers.*`); `hf_name` turns
 the names that transformers uses in memory into them.
 """
 
@@ -169,7 +169,7 @@ def _vision_rows(arch: Architecture) -> list[Row]:
     return rows
 
 
-def published_name(name: str) -> str:
+def hf_name(name: str) -> str:
     """The published name of a tensor that may carry transformers' in-memory name."""
     for memory, published in (("model.visual.", "visual."), ("model.language_model.", "model.")):
         if name.startswith(memory):

@@ -1,6 +1,6 @@
 """One vLLM engine in this process.
 
-As `ColocatedEngine` it lives in every trainer process, tensor-parallel size 1; a rollout worker
+As `VllmEngine` it lives in every trainer process, tensor-parallel size 1; a rollout worker
 (server.py) holds one too, of any tensor-parallel size. Engines of different ranks share nothing
 after the start: ranks may call `generate` and `push_weights` at different times and different
 numbers of times. Only the constructor is collective when torch.distributed is initialised: vLLM
@@ -40,7 +40,7 @@ MIN_BATCHED_TOKENS = 2048
 PIXEL_CACHE_GIB = 1.0  # processed pixels of recent videos, host memory
 
 
-class ColocatedEngine:
+class VllmEngine:
     def __init__(
         self,
         hf_dir: str,
@@ -71,8 +71,9 @@ class ColocatedEngine:
                 self._llm = self._vllm.LLM(**arguments, distributed_executor_backend=executor)
             except (ValueError, OSError) as error:
                 raise RolloutError(
-                    f"vLLM refuses to start with kv_cache_mib={cfg.kv_cache_mib}, gpu_memory_share="
-                    f"{cfg.gpu_memory_share}, max_model_len={max_model_len}: {_reason(error)}"
+                    f"vLLM refuses to start with kv_cache_mib={cfg.kv_cache_mib}, "
+                    f"gpu_memory_utilization={cfg.gpu_memory_utilization}, "
+                    f"max_model_len={max_model_len}: {_reason(error)}"
                 ) from error
         # vLLM's clean-up at exit would destroy the trainer's process groups, or fail on groups that
         # the trainer has closed by then; all of them end with the process.
@@ -99,7 +100,7 @@ class ColocatedEngine:
         }
         if self._on_gpu:
             on_device = {
-                "gpu_memory_utilization": cfg.gpu_memory_share,
+                "gpu_memory_utilization": cfg.gpu_memory_utilization,
                 "enable_sleep_mode": True,
             }
         if cfg.quantization == "fp8":
@@ -117,10 +118,10 @@ class ColocatedEngine:
             "dtype": dtype,
             "seed": seed,
             "max_model_len": self.max_model_len,
-            "max_num_seqs": cfg.max_sequences,
+            "max_num_seqs": cfg.max_num_seqs,
             "max_num_batched_tokens": max(self.max_model_len, MIN_BATCHED_TOKENS),
             "weight_transfer_config": {"backend": "shared_memory"},
-            "additional_config": {"pack_weights": cfg.pack_weights},
+            "additional_config": {"cpu_prepack_weights": cfg.cpu_prepack_weights},
             "logprobs_mode": "processed_logprobs",
             "generation_config": "vllm",  # the published one sets a repetition penalty
             "limit_mm_per_prompt": {"video": 1, "image": 0},

@@ -1,4 +1,4 @@
-"""The engine inside this trainer process, as `rollouts.Rollouts` sees engines.
+"""The engine inside this trainer process, as `rollouts.RolloutManager` sees engines.
 
 It answers at once, so there is nothing to wait for, and it sleeps while the trainer works.
 """
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from megatron_vrl.rollout.buckets import NamedTensors
 from megatron_vrl.rollout.identity import Member
 from megatron_vrl.rollout.request import SamplingSpec
-from megatron_vrl.rollout.vllm.engine import ColocatedEngine
+from megatron_vrl.rollout.vllm.engine import VllmEngine
 from megatron_vrl.types import Prompt, Rollout
 
 
@@ -24,11 +24,11 @@ class Answers:
         return self.rollouts
 
 
-class Colocated:
+class InProcessEngine:
     everywhere = True  # every rank's engine takes the whole model
     takes_weights = True
 
-    def __init__(self, engine: ColocatedEngine) -> None:
+    def __init__(self, engine: VllmEngine) -> None:
         self._engine = engine
 
     def ask(self, prompts: Sequence[Prompt], specs: Sequence[SamplingSpec]) -> list[Answers]:

@@ -9,7 +9,7 @@ kernels multiply with the weights as they are, each tensor is copied once, into 
 (places.py). Where they do not (quantised, or packed for a CPU), vLLM's layer-wise reload collects
 a layer's pieces, makes what the kernels want and copies the result over what was there. A bucket
 holds whole layers, so nothing of it is needed once it has been loaded. The trainer half is
-`rollouts.Rollouts`.
+`rollouts.RolloutManager`.
 
 Engines start with zeros (load format "zeros"), since real weights always arrive by an update.
 vLLM's own "dummy" format will not do: it also randomises buffers that no update brings, among
@@ -38,7 +38,7 @@ from vllm.model_executor.model_loader.reload import (
 from megatron_vrl.errors import RolloutError
 from megatron_vrl.rollout.buckets import Bucket, BucketReader, NamedTensors
 from megatron_vrl.rollout.vllm.torchvision_shim import declare_missing_ops
-from megatron_vrl.rollout.vllm.weight_router import Places
+from megatron_vrl.rollout.vllm.weight_router import WeightRouter
 
 BACKEND = "shared_memory"
 LOAD_FORMAT = "zeros"
@@ -56,7 +56,7 @@ class ZerosLoader(BaseModelLoader):
     def load_model(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> torch.nn.Module:
         # vLLM has no option for it: with its oneDNN out of sight, CPU kernels take plain weights.
         options: Any = vllm_config.additional_config
-        _custom_ops._supports_onednn &= bool(options["pack_weights"])
+        _custom_ops._supports_onednn &= bool(options["cpu_prepack_weights"])
         return super().load_model(vllm_config, *args, **kwargs)
 
     def download_model(self, model_config: ModelConfig) -> None:
@@ -85,7 +85,7 @@ class SharedMemoryWeightTransferEngine(
     init_info_cls = SharedMemoryInitInfo
     update_info_cls = SharedMemoryUpdateInfo
 
-    _places: Places | None = None  # None: weights are not copied into their places
+    _places: WeightRouter | None = None  # None: weights are not copied into their places
 
     def init_transfer_engine(self, init_info: SharedMemoryInitInfo) -> None:
         pass
@@ -100,7 +100,7 @@ class SharedMemoryWeightTransferEngine(
             self._places = None
             initialize_layerwise_reload(self.model)
         elif self._places is None or not self._places.still_hold():
-            self._places = Places(self.model)
+            self._places = WeightRouter(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         # Not the base class's: that ends in torch.accelerator.synchronize(), absent on a CPU.

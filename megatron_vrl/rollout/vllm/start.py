@@ -4,12 +4,12 @@ from pathlib import Path
 
 from megatron_vrl.config import RunConfig
 from megatron_vrl.rollout.identity import Identity, identity_of
-from megatron_vrl.rollout.vllm.engine import ColocatedEngine
+from megatron_vrl.rollout.vllm.engine import VllmEngine
 
 
-def start_engine(cfg: RunConfig, published_dir: Path, tensor: int = 1) -> ColocatedEngine:
-    return ColocatedEngine(
-        str(published_dir),
+def start_engine(cfg: RunConfig, hf_dir: Path, tensor: int = 1) -> VllmEngine:
+    return VllmEngine(
+        str(hf_dir),
         cfg.rollout,
         dtype=cfg.model.dtype,
         seed=cfg.run.seed,
@@ -18,9 +18,9 @@ def start_engine(cfg: RunConfig, published_dir: Path, tensor: int = 1) -> Coloca
     )
 
 
-def identity(cfg: RunConfig, published_dir: Path, banned: tuple[int, ...]) -> Identity:
+def identity(cfg: RunConfig, hf_dir: Path, banned: tuple[int, ...]) -> Identity:
     """What a worker for this config serves."""
-    return identity_of(published_dir, cfg.model.dtype, max_model_len(cfg), banned)
+    return identity_of(hf_dir, cfg.model.dtype, max_model_len(cfg), banned)
 
 
 def max_model_len(cfg: RunConfig) -> int:

@@ -39,7 +39,7 @@ class _Place:
     copies_only: bool = True
 
 
-class Places:
+class WeightRouter:
     """Of the tensors of one model."""
 
     def __init__(self, model: torch.nn.Module) -> None:

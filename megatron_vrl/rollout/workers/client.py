@@ -32,7 +32,7 @@ class Undelivered(Fault):
     """The worker is well, but a broadcast to it broke."""
 
 
-class Link:
+class WorkerClient:
     """`call` and `start` are for other threads; the coroutines run in the link's own."""
 
     def __init__(self) -> None:

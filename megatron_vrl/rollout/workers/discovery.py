@@ -28,7 +28,7 @@ def announced(directory: str, address: str) -> Iterator[None]:
         unfinished.replace(entry)
     except OSError as error:
         raise ConfigError(
-            f"rollout.rendezvous={directory} cannot be written ({error.strerror}); name a "
+            f"rollout.discovery_dir={directory} cannot be written ({error.strerror}); name a "
             "directory that workers and trainer share."
         ) from None
     try:

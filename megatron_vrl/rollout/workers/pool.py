@@ -1,9 +1,10 @@
 """Rollouts from worker processes, wherever they run; the trainer's end.
 
-A worker that cannot be reached, does not answer its health check for `silent_s`, takes longer than
-`answer_timeout_s` for a group, was started anew, holds old weights or answers garbage is lost: its
-groups are asked of the others, and it gets no more work until the next hand-over of weights finds
-it well. Every group is answered once: what a lost worker still says is not listened to.
+A worker that cannot be reached, does not answer its health check for `heartbeat_timeout_s`, takes
+longer than `request_timeout_s` for a group, was started anew, holds old weights or answers garbage
+is lost: its groups are asked of the others, and it gets no more work until the next hand-over of
+weights finds it well. Every group is answered once: what a lost worker still says is not listened
+to.
 
 When no worker is left, `starved` says so; a hand-over to whoever is there by then goes on where
 it stopped. Calls are of one rank; what all ranks must agree on is in `rollouts.py`.
@@ -22,10 +23,10 @@ from megatron_vrl.errors import RolloutError
 from megatron_vrl.rollout.buckets import NamedTensors, torch_dtype
 from megatron_vrl.rollout.identity import Health, Identity, Member
 from megatron_vrl.rollout.request import Request, SamplingSpec, check_length, request_of
-from megatron_vrl.rollout.workers.client import Fault, Link, Unreachable, decode_or_fault
+from megatron_vrl.rollout.workers.client import Fault, Unreachable, WorkerClient, decode_or_fault
 from megatron_vrl.rollout.workers.discovery import found
 from megatron_vrl.rollout.workers.protocol import Answered, Ask, Checksums, encode
-from megatron_vrl.rollout.workers.weight_sender import Delivery, say
+from megatron_vrl.rollout.workers.weight_sender import WeightSender, say
 from megatron_vrl.types import Prompt, Rollout
 
 LOOK_EVERY_S = 0.5
@@ -63,8 +64,10 @@ class WorkerPool:
         self.version: int | None = None
         self._cfg, self._identity = cfg, identity
         self._workers: dict[str, _Worker] = {}
-        self._link = Link()
-        self._delivery = Delivery(cfg.transport, torch_dtype(identity.dtype), device, self._link)
+        self._link = WorkerClient()
+        self._delivery = WeightSender(
+            cfg.transport, torch_dtype(identity.dtype), device, self._link
+        )
         self._changed = self._link.call(_new_event())
 
     # Answers.
@@ -111,7 +114,7 @@ class WorkerPool:
         lost = asyncio.ensure_future(worker.lost.wait())
         await asyncio.wait(
             [answer, lost],
-            timeout=self._cfg.answer_timeout_s,
+            timeout=self._cfg.request_timeout_s,
             return_when=asyncio.FIRST_COMPLETED,
         )
         lost.cancel()
@@ -120,12 +123,12 @@ class WorkerPool:
         answer.cancel()
         if worker.lost.is_set():
             raise Fault("the worker was lost")
-        raise Fault(f"no answer within answer_timeout_s={self._cfg.answer_timeout_s:g}")
+        raise Fault(f"no answer within request_timeout_s={self._cfg.request_timeout_s:g}")
 
     async def _free_worker(self, answers: int) -> _Worker:
         """The one with the least to do, as soon as one has room. Groups wait here and not at a
         worker, so that a slow one holds few of them."""
-        most = max(1, -(-self._cfg.max_sequences // answers))
+        most = max(1, -(-self._cfg.max_num_seqs // answers))
         while True:
             free = [worker for worker in self._workers.values() if worker.groups < most]
             if free:
@@ -147,7 +150,7 @@ class WorkerPool:
     # Weights.
 
     def gather(self, at_least: int) -> list[Member]:
-        """Workers that can be reached now; waits for them up to `patience_s`. Of one rank.
+        """Workers that can be reached now; waits up to `worker_wait_timeout_s`. Of one rank.
 
         Raises RolloutError if they are too few, or one serves something else.
         """
@@ -193,9 +196,9 @@ class WorkerPool:
         self._link.close()
 
     async def _gathered(self, at_least: int) -> list[Member]:
-        deadline = self._link.loop.time() + self._cfg.patience_s
+        deadline = self._link.loop.time() + self._cfg.worker_wait_timeout_s
         while True:
-            addresses = list(dict.fromkeys([*self._cfg.workers, *found(self._cfg.rendezvous)]))
+            addresses = list(dict.fromkeys([*self._cfg.workers, *found(self._cfg.discovery_dir)]))
             states = await asyncio.gather(*(self._health(a) for a in addresses))
             well = {a: s for a, s in zip(addresses, states, strict=True) if isinstance(s, Health)}
             for address, health in well.items():
@@ -206,9 +209,10 @@ class WorkerPool:
                 seen = "; ".join(f"{a}: {s}" for a, s in zip(addresses, states, strict=True))
                 raise RolloutError(
                     f"{len(well)} of at least {at_least} rollout workers came within rollout."
-                    f"patience_s={self._cfg.patience_s:g} ({seen or 'no address is known'}): start "
-                    "them with launch/rollout_worker.sh, and name them in rollout.workers or "
-                    "rollout.rendezvous."
+                    f"worker_wait_timeout_s={self._cfg.worker_wait_timeout_s:g} "
+                    f"({seen or 'no address is known'}): start them with "
+                    "launch/rollout_worker.sh, and name them in rollout.workers or "
+                    "rollout.discovery_dir."
                 )
             await asyncio.sleep(LOOK_EVERY_S)
 
@@ -253,10 +257,10 @@ class WorkerPool:
                 if state.instance != worker.member.instance:
                     self._lose(worker, "it was started anew")
             elif isinstance(state, Unreachable) or (
-                self._link.loop.time() - heard > self._cfg.silent_s
+                self._link.loop.time() - heard > self._cfg.heartbeat_timeout_s
             ):
                 self._lose(worker, f"no word for {self._link.loop.time() - heard:.1f} s: {state}")
-            await asyncio.sleep(min(LOOK_EVERY_S, self._cfg.silent_s / 4))
+            await asyncio.sleep(min(LOOK_EVERY_S, self._cfg.heartbeat_timeout_s / 4))
 
     def _lose(self, worker: _Worker, reason: str) -> None:
         if not worker.lost.is_set():
@@ -268,7 +272,7 @@ class WorkerPool:
 
     async def _health(self, address: str) -> "Health | Fault":
         try:
-            return await self._link.health(address, max(0.1, self._cfg.silent_s / 2))
+            return await self._link.health(address, max(0.1, self._cfg.heartbeat_timeout_s / 2))
         except Fault as fault:
             return fault
 

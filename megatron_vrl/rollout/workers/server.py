@@ -37,7 +37,7 @@ from starlette.routing import Route
 from megatron_vrl.errors import RolloutError
 from megatron_vrl.rollout.buckets import Bucket, BucketWriter, visible_gpus
 from megatron_vrl.rollout.identity import Health, Identity, machine
-from megatron_vrl.rollout.vllm.engine import ColocatedEngine
+from megatron_vrl.rollout.vllm.engine import VllmEngine
 from megatron_vrl.rollout.workers.broadcast import Broken, Group, Join, own_host
 from megatron_vrl.rollout.workers.protocol import (
     Answered,
@@ -66,7 +66,7 @@ class StateConflict(Exception):
 class EngineThread:
     """The engine and the thread that alone may touch it."""
 
-    def __init__(self, engine: ColocatedEngine) -> None:
+    def __init__(self, engine: VllmEngine) -> None:
         self.engine = engine
         self._calls: queue.Queue[tuple[Callable[[], Any], Future[Any]]] = queue.Queue()
         self._groups: dict[str, Future[list[Rollout]]] = {}
@@ -192,7 +192,7 @@ class EngineThread:
                 group.set_result(rollouts)
 
 
-def make_app(engine: ColocatedEngine, identity: Identity, token: str) -> Starlette:
+def make_app(engine: VllmEngine, identity: Identity, token: str) -> Starlette:
     """`token` "": none is asked for."""
     thread, instance, gpus = EngineThread(engine), uuid.uuid4().hex, visible_gpus()
     inboxes: list[BucketWriter] = []  # that nothing is received into

@@ -29,7 +29,7 @@ from megatron_vrl.errors import RolloutError
 from megatron_vrl.rollout.buckets import Bucket, BucketWriter, NamedTensors, visible_gpus
 from megatron_vrl.rollout.identity import Member, machine
 from megatron_vrl.rollout.workers.broadcast import Broken, Group, invitation
-from megatron_vrl.rollout.workers.client import Fault, Link, Undelivered
+from megatron_vrl.rollout.workers.client import Fault, Undelivered, WorkerClient
 from megatron_vrl.rollout.workers.protocol import Load, Version, encode, framed
 
 HAND_OVER_TIMEOUT_S = 300
@@ -48,9 +48,9 @@ class _Sent:
     work: Any  # of the broadcast, or None
 
 
-class Delivery:
+class WeightSender:
     def __init__(
-        self, transport: Transport, dtype: torch.dtype, device: torch.device, link: Link
+        self, transport: Transport, dtype: torch.dtype, device: torch.device, link: WorkerClient
     ) -> None:
         """`device`: where this rank's weights are."""
         self.failed: set[str] = set()  # addresses that took no weights in this hand-over

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_vrl.batching.pack import Answer, Group, pack
-from megatron_vrl.checkpoint.hf_load import load_published, published_tensors
+from megatron_vrl.checkpoint.hf_load import hf_tensors, load_hf_weights
 from megatron_vrl.config import Model, Parallel
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.models.logprob_head import Distribution
@@ -17,7 +17,7 @@ from megatron_vrl.models.qwen2_5_vl.weight_map import chunk_rows
 from megatron_vrl.parallel.mesh import Mesh, close_mesh, init_mesh
 from megatron_vrl.types import EncodedImage, EncodedVideo
 from tests.tiny import IMAGE_TOKEN, VIDEO_TOKEN, image, prompt, video
-from tests.tiny_models import published_model, save
+from tests.tiny_models import hf_model, save
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def mesh():
 def _model(mesh: Mesh, directory: Path) -> Qwen25VL:
     cfg = Model(checkpoint=str(directory), dtype="float32")
     model = Qwen25VL(read_architecture(directory), cfg, Parallel(), mesh).to(mesh.device)
-    load_published([model], directory)
+    load_hf_weights([model], directory)
     return model
 
 
@@ -110,7 +110,7 @@ def _published_logprobs(model, group, answer):
     ],
 )
 def test_logprobs_and_gradients_equal_transformers(mesh, tmp_path, tied, visuals, answers):
-    oracle = published_model(tied=tied)
+    oracle = hf_model(tied=tied)
     model = _model(mesh, save(oracle, tmp_path))
     groups = _groups(visuals, answers)
     batch = pack(groups)
@@ -138,7 +138,7 @@ def test_logprobs_and_gradients_equal_transformers(mesh, tmp_path, tied, visuals
 
 
 def test_entropy_is_that_of_the_whole_distribution(mesh, tmp_path):
-    oracle = published_model()
+    oracle = hf_model()
     model = _model(mesh, save(oracle, tmp_path))
     (group,) = _groups([[video((2, 2, 2), 1.0, 1)]], [1])
     batch = pack([group])
@@ -158,9 +158,9 @@ def test_entropy_is_that_of_the_whole_distribution(mesh, tmp_path):
 
 
 def test_round_trip_is_bit_equal(mesh, tmp_path):
-    oracle = published_model()
+    oracle = hf_model()
     model = _model(mesh, save(oracle, tmp_path))
-    exported = dict(published_tensors([model]))
+    exported = dict(hf_tensors([model]))
     published = {
         n.replace("model.visual", "visual").replace("model.language_model", "model"): p
         for n, p in oracle.named_parameters()

@@ -25,7 +25,7 @@ from megatron_vrl.models.qwen2_5_vl.flops import (
 from megatron_vrl.models.qwen2_5_vl.preprocess import patchify
 from tests.running import ROOT
 from tests.tiny import GROUPS, VIDEO_TOKEN, prompt, video
-from tests.tiny_models import published_model, save
+from tests.tiny_models import hf_model, save
 
 ARCH = read_architecture(ROOT / "configs" / "models" / "qwen2.5-vl-3b.json")
 PARTS = [field.name for field in fields(Work)]
@@ -87,7 +87,7 @@ def spent(counts, suffix: str, attention: bool | None = None) -> int:
     ids=["text", "video", "cut windows"],
 )
 def test_the_parts_are_what_torch_counts(tmp_path, visuals):
-    model = published_model()
+    model = hf_model()
     arch = read_architecture(save(model, tmp_path))
     asked = group(1, [1], visuals)  # an answer of one token: no input of its own
     length = len(asked.prompt.token_ids)

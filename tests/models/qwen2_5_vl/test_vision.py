@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_vrl.models.qwen2_5_vl.vision import deal_out
+from megatron_vrl.models.qwen2_5_vl.vision import shard_steps
 
 
 @given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 8))
 def test_every_step_is_dealt_once_and_in_order(sizes, ranks):
-    bounds = deal_out(sizes, ranks)
+    bounds = shard_steps(sizes, ranks)
     assert len(bounds) == ranks
     assert [i for first, last in bounds for i in range(first, last)] == list(range(len(sizes)))
     shares = [sum(sizes[first:last]) for first, last in bounds]
@@ -19,4 +19,4 @@ def test_every_step_is_dealt_once_and_in_order(sizes, ranks):
 
 @pytest.mark.parametrize(("steps", "ranks"), [(8, 2), (8, 4), (64, 8)])
 def test_equal_steps_make_equal_shares(steps, ranks):
-    assert {last - first for first, last in deal_out([12] * steps, ranks)} == {steps // ranks}
+    assert {last - first for first, last in shard_steps([12] * steps, ranks)} == {steps // ranks}

@@ -10,7 +10,7 @@ from megatron_vrl import config
 from megatron_vrl.errors import RolloutError
 from megatron_vrl.rollout.checksums import tensor_checksums
 from megatron_vrl.rollout.request import SamplingSpec, request_of
-from megatron_vrl.rollout.vllm.engine import ColocatedEngine
+from megatron_vrl.rollout.vllm.engine import VllmEngine
 
 pytestmark = pytest.mark.slow
 BATCH_TOLERANCE = 1e-5  # of a float32 log-prob, see docs/rollouts.md
@@ -328,9 +328,9 @@ def test_refusals_are_one_sentence(engine, weights, make_prompt, checkpoint):
     engine.push_weights(weights.items(), version=3)  # a failed update harms no later one
     assert engine.weights_checksum() == tensor_checksums(weights.items(), torch.float32)
     with pytest.raises(RolloutError, match=r"/nowhere has no config\.json"):
-        ColocatedEngine("/nowhere", config.Rollout(), dtype="float32", seed=1, max_model_len=64)
+        VllmEngine("/nowhere", config.Rollout(), dtype="float32", seed=1, max_model_len=64)
     with pytest.raises(RolloutError, match=r"kv_cache_mib=1, .* KV cache is needed"):
-        ColocatedEngine(
+        VllmEngine(
             str(checkpoint),
             config.Rollout(kv_cache_mib=1),
             dtype="float32",

@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_vrl.rollout.vllm.weight_router import Places
+from megatron_vrl.rollout.vllm.weight_router import WeightRouter
 
 
 class Model(torch.nn.Module):
@@ -50,7 +50,7 @@ def assert_equal(model, expected):
 
 def test_a_second_update_goes_where_the_first_went_without_the_loader():
     model = Model()
-    places = Places(model)
+    places = WeightRouter(model)
     assert places.load_weights(tensors(1).items()) == {"merged", "embedding"}
     assert model.seen == [*tensors(1)]
     # A bucket in another order, in one piece of memory, as generators make it on the way.
@@ -68,7 +68,7 @@ def test_a_second_update_goes_where_the_first_went_without_the_loader():
 
 def test_making_the_next_tensor_is_no_use_of_the_last():
     model = Model()
-    places = Places(model)
+    places = WeightRouter(model)
 
     def made(seed):
         both = torch.cat([tensors(seed)["q"], tensors(seed)["k"]])
@@ -83,7 +83,7 @@ def test_making_the_next_tensor_is_no_use_of_the_last():
 
 def test_a_tensor_that_is_computed_with_goes_through_the_loader_every_time():
     model = Model()
-    places = Places(model)
+    places = WeightRouter(model)
     for sign in (1, -1):
         weights = {"q": sign * torch.ones(3, 3), "scale": sign * torch.ones(4)}
         assert places.load_weights(weights.items()) == {"merged", "scale"}
@@ -93,7 +93,7 @@ def test_a_tensor_that_is_computed_with_goes_through_the_loader_every_time():
 
 def test_other_strides_are_learnt_anew():
     model = Model()
-    places = Places(model)
+    places = WeightRouter(model)
     places.load_weights(tensors(1).items())
     turned = tensors(2) | {"k": tensors(2)["k"].t().contiguous().t()}
     places.load_weights(turned.items())
@@ -103,7 +103,7 @@ def test_other_strides_are_learnt_anew():
 
 def test_parameters_that_moved_are_noticed():
     model = Model()
-    places = Places(model)
+    places = WeightRouter(model)
     assert places.still_hold()
     model.scale.data = torch.zeros(4)
     assert not places.still_hold()

@@ -44,13 +44,13 @@ def folder(checkpoint, tmp_path_factory):
         "model": {"checkpoint": str(checkpoint), "dtype": "float32"},
         "data": {"max_prompt_tokens": 100},
         "rollout": {
-            "engine": "workers",
-            "rendezvous": str(folder / "found"),
+            "placement": "workers",
+            "discovery_dir": str(folder / "found"),
             "max_response_tokens": 156,
-            "max_sequences": 16,
+            "max_num_seqs": 16,
             "kv_cache_mib": 64,
-            "silent_s": 3.0,
-            "patience_s": 200.0,
+            "heartbeat_timeout_s": 3.0,
+            "worker_wait_timeout_s": 200.0,
         },
         "evaluation": {"max_response_tokens": 8},
     }
@@ -94,7 +94,7 @@ def made_pool(folder, tokenizer, monkeypatch, dtype="float32", **rollout):
     pool.close()
 
 
-def hand_over(pool, weights, version, at_least=2):
+def sync_weights(pool, weights, version, at_least=2):
     members = pool.gather(at_least)
     pool.start(members)
     for layer in layers_of(weights):
@@ -144,7 +144,7 @@ def tokens(groups):
 
 
 def test_workers_answer_as_an_engine_in_this_process(pool, engine, weights, make_prompt):
-    hand_over(pool, weights, version=1)
+    sync_weights(pool, weights, version=1)
     prompts = [make_prompt(seed) for seed in range(6)]
     asked = ask(pool, prompts, SPEC)
     assert answered(pool, asked)
@@ -166,7 +166,7 @@ def test_every_transport_brings_the_same_weights(
     with made_pool(folder, tokenizer, monkeypatch, transport=transport) as pool:
         for version in (1, 2):
             changed = {name: tensor * (1 + version / 8) for name, tensor in weights.items()}
-            hand_over(pool, changed, version)
+            sync_weights(pool, changed, version)
             sums = tensor_checksums(changed.items(), torch.float32)
             assert list(pool.checksums().values()) == [sums, sums]
             assert not pool.failed
@@ -192,7 +192,7 @@ def test_a_broadcast_that_loses_a_worker_goes_on_as_bytes(
         sums = tensor_checksums(weights.items(), torch.float32)
         assert pool.checksums() == {members[1].address: sums}
         assert "broadcast of weights given up, the rest goes by http" in capfd.readouterr().err
-        hand_over(pool, weights, version=4)  # with the one that is started again, by broadcast
+        sync_weights(pool, weights, version=4)  # with the one that is started again, by broadcast
         assert list(pool.checksums().values()) == [sums, sums]
         assert "given up" not in capfd.readouterr().err
 
@@ -200,7 +200,7 @@ def test_a_broadcast_that_loses_a_worker_goes_on_as_bytes(
 def test_a_group_that_comes_in_the_midst_of_an_update_waits_for_it(
     pool, weights, make_prompt, capfd
 ):
-    hand_over(pool, weights, version=1)
+    sync_weights(pool, weights, version=1)
     capfd.readouterr()
     members, changed = pool.gather(2), {name: tensor * 1.05 for name, tensor in weights.items()}
     pool.start(members)
@@ -243,7 +243,7 @@ def test_a_bucket_that_is_cut_short_is_refused_and_another_may_come(pool, weight
             answer = client.post(f"http://{members[0].address}/weights/load", content=body)
             assert answer.status_code == 422
             assert answer.text == f"a bucket of {len(contents)} bytes came with {len(wrong)}"
-    hand_over(pool, weights, version=5)
+    sync_weights(pool, weights, version=5)
     sums = tensor_checksums(weights.items(), torch.float32)
     assert list(pool.checksums().values()) == [sums, sums]
 
@@ -259,7 +259,7 @@ def test_a_transport_that_does_not_lead_there_is_refused(
 
 
 def test_a_killed_worker_s_groups_go_to_the_other_and_it_comes_back(pool, weights, make_prompt):
-    members = hand_over(pool, weights, version=1)
+    members = sync_weights(pool, weights, version=1)
     prompts = [make_prompt(seed) for seed in range(8)]
     undisturbed = ask(pool, prompts, LONG)
     assert answered(pool, undisturbed)
@@ -269,7 +269,7 @@ def test_a_killed_worker_s_groups_go_to_the_other_and_it_comes_back(pool, weight
     assert answered(pool, asked)
     assert tokens(results(asked)) == tokens(results(undisturbed))  # each once, the same ones
     changed = {name: tensor * 1.05 for name, tensor in weights.items()}
-    back = hand_over(pool, changed, version=2)
+    back = sync_weights(pool, changed, version=2)
     assert {m.instance for m in back}.isdisjoint({members[0].instance})
     asked = ask(pool, prompts, SPEC)
     assert answered(pool, asked)
@@ -277,7 +277,7 @@ def test_a_killed_worker_s_groups_go_to_the_other_and_it_comes_back(pool, weight
 
 
 def test_a_stopped_worker_is_lost_and_then_joins_again(pool, weights, make_prompt):
-    members = hand_over(pool, weights, version=3)
+    members = sync_weights(pool, weights, version=3)
     stopped = process_of(members[0].address)
     asked = ask(pool, [make_prompt(seed) for seed in range(8)], LONG)
     time.sleep(0.3)
@@ -288,27 +288,27 @@ def test_a_stopped_worker_is_lost_and_then_joins_again(pool, weights, make_promp
         assert versions == {3} and len(results(asked)) == 8
     finally:
         os.kill(stopped, signal.SIGCONT)
-    again = hand_over(pool, weights, version=4)
+    again = sync_weights(pool, weights, version=4)
     assert {m.address for m in again} == {m.address for m in members}
 
 
 def test_when_none_is_left_the_groups_wait_for_the_next_hand_over(pool, weights, make_prompt):
-    members = hand_over(pool, weights, version=5)
+    members = sync_weights(pool, weights, version=5)
     asked = ask(pool, [make_prompt(seed) for seed in range(4)], LONG)
     for member in members:
         os.kill(process_of(member.address), signal.SIGKILL)
     assert not answered(pool, asked)
-    hand_over(pool, weights, version=5, at_least=1)
+    sync_weights(pool, weights, version=5, at_least=1)
     assert answered(pool, asked)
     assert [len(group) for group in results(asked)] == [4] * 4
 
 
 def test_a_worker_without_the_weights_that_are_wanted_is_not_believed(pool, weights, make_prompt):
-    members = hand_over(pool, weights, version=6)
+    members = sync_weights(pool, weights, version=6)
     pool.enlist(members, version=7)  # as if they had taken part
     asked = ask(pool, [make_prompt(0)], SPEC)
     assert not answered(pool, asked)
-    hand_over(pool, weights, version=7)
+    sync_weights(pool, weights, version=7)
     assert answered(pool, asked)
     assert {r.weight_version for r in results(asked)[0]} == {7}
 
@@ -319,9 +319,11 @@ def test_garbage_is_noticed(folder, workers, tokenizer, weights, make_prompt, mo
         real = pool.gather(2)[0].address
     with (
         liar_before(real) as address,
-        made_pool(folder, tokenizer, monkeypatch, rendezvous="", workers=[address, real]) as pool,
+        made_pool(
+            folder, tokenizer, monkeypatch, discovery_dir="", workers=[address, real]
+        ) as pool,
     ):
-        hand_over(pool, weights, version=8)
+        sync_weights(pool, weights, version=8)
         asked = ask(pool, [make_prompt(seed) for seed in range(4)], SPEC)
         assert answered(pool, asked)
         assert len(results(asked)) == 4
@@ -354,7 +356,7 @@ def liar_before(address):
 
 
 def test_refusals(folder, pool, weights, tokenizer, make_prompt, monkeypatch):
-    hand_over(pool, weights, version=9)
+    sync_weights(pool, weights, version=9)
     with pytest.raises(RolloutError, match=r"clip_0: \d+ prompt tokens"):
         ask(pool, [make_prompt(0)], replace(SPEC, max_tokens=250))
     prompt = make_prompt(0)
@@ -369,7 +371,7 @@ def test_refusals(folder, pool, weights, tokenizer, make_prompt, monkeypatch):
     ):
         other.gather(1)
     with (
-        made_pool(folder, tokenizer, monkeypatch, patience_s=1.0) as other,
+        made_pool(folder, tokenizer, monkeypatch, worker_wait_timeout_s=1.0) as other,
         pytest.raises(RolloutError, match=r"2 of at least 3 rollout workers came within"),
     ):
         other.gather(3)

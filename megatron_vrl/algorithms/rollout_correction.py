@@ -20,13 +20,13 @@ from megatron_vrl.algorithms.tokens import Tokens
 from megatron_vrl.config import Algorithm
 
 
-def importance_weight(tokens: Tokens, cfg: Algorithm) -> tuple[Tensor, Tensor]:
+def rollout_is_weight(tokens: Tokens, cfg: Algorithm) -> tuple[Tensor, Tensor]:
     """Weight of each token, [N], and where it was clipped or masked (1 or 0); no gradient."""
     log_weight = (tokens.old_logprob - tokens.engine_logprob).detach()
-    if cfg.importance == "sequence":
+    if cfg.rollout_is == "sequence":
         log_weight = tokens.sequence_sum(log_weight)
-    weight, bound = exp(log_weight), math.log(cfg.importance_limit)
-    if cfg.importance_mode == "clip":
-        return weight.clamp(max=cfg.importance_limit), (log_weight > bound).to(weight.dtype)
+    weight, bound = exp(log_weight), math.log(cfg.rollout_is_threshold)
+    if cfg.rollout_is_mode == "clip":
+        return weight.clamp(max=cfg.rollout_is_threshold), (log_weight > bound).to(weight.dtype)
     cut = (log_weight.abs() > bound).to(weight.dtype)
     return weight * (1.0 - cut), cut

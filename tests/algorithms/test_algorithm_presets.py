@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from megatron_vrl.algorithms import ALGORITHMS
-from megatron_vrl.config import PUBLISHED, Algorithm, load_config
+from megatron_vrl.config import Algorithm, load_config
+from megatron_vrl.config.algorithm_presets import ALGORITHM_PRESETS
 from megatron_vrl.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -15,14 +16,14 @@ QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 
 def test_there_is_a_row_for_every_name():
     names = set(Algorithm.model_fields["name"].annotation.__args__)
-    assert set(PUBLISHED) == set(ALGORITHMS) == names
+    assert set(ALGORITHM_PRESETS) == set(ALGORITHMS) == names
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", ALGORITHM_PRESETS)
 def test_published_values_are_filled_in(name):
     cfg = Algorithm(name=name)
     expected = {key: field.default for key, field in Algorithm.model_fields.items()}
-    assert cfg.model_dump() == {**expected, **PUBLISHED[name], "name": name}
+    assert cfg.model_dump() == {**expected, **ALGORITHM_PRESETS[name], "name": name}
     assert Algorithm.model_validate(cfg.model_dump()) == cfg  # as a written config is read again
 
 
@@ -35,7 +36,7 @@ def test_values_from_the_papers():
     assert keys("grpo", "clip", "clip_high", "kl", "kl_estimator") == (0.2, 0.2, 0.01, "k3")
     assert keys("dr_grpo", "kl", "normalisation") == (0.0, "constant_length")
     assert keys("dapo", "clip", "clip_high", "kl", "entropy") == (0.2, 0.28, 0.0, 0.0)
-    assert keys("dapo", "normalisation", "drop_uniform_groups") == ("global_tokens", True)
+    assert keys("dapo", "normalisation", "drop_zero_variance_groups") == ("global_tokens", True)
     assert keys("gspo", "clip", "clip_high", "kl") == (3e-4, 4e-4, 0.0)
     assert keys("gspo", "normalisation") == ("sequence_mean",)
     assert keys("cispo", "clip", "clip_high", "kl") == (1.0, 4.0, 0.0)
@@ -70,10 +71,13 @@ def test_what_the_user_says_wins():
             "unknown key 'algorithm.clip_hihg'; did you mean 'algorithm.clip_high'?",
         ),
         (
-            "algorithm.importance_limit=1",
-            "algorithm.importance_limit must be more than 1, not 1.",
+            "algorithm.rollout_is_threshold=1",
+            "algorithm.rollout_is_threshold must be more than 1, not 1.",
         ),
-        ("algorithm.refill_rounds=-1", "algorithm.refill_rounds must be at least 0, not -1."),
+        (
+            "algorithm.dynamic_sampling_rounds=-1",
+            "algorithm.dynamic_sampling_rounds must be at least 0, not -1.",
+        ),
     ],
 )
 def test_mistakes(override, sentence):
@@ -84,7 +88,7 @@ def test_mistakes(override, sentence):
 
 def test_the_page_shows_the_published_values():
     lines = (ROOT / "docs" / "algorithms.md").read_text().splitlines()
-    for name, values in PUBLISHED.items():
+    for name, values in ALGORITHM_PRESETS.items():
         (row,) = [line for line in lines if line.startswith(f"| `{name}` |")]
         (published,) = [cell for cell in row.split(" | ") if cell.startswith("`{")]
         assert yaml.safe_load(published.strip("` |")) == values

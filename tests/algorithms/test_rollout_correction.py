@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_vrl.algorithms import ALGORITHMS, importance_weight, local_sequence_sum, token_loss
+from megatron_vrl.algorithms import ALGORITHMS, local_sequence_sum, rollout_is_weight, token_loss
 from megatron_vrl.config import Algorithm
 from tests.algorithms.make_tokens import tokens_of
 
@@ -14,7 +14,7 @@ PRODUCT = np.array([0.9375, 0.9375, 0.9375, 1.875, 1.875])
 
 
 def weigh(level, mode, limit=2.0, ratio=RATIO):
-    cfg = Algorithm(importance=level, importance_mode=mode, importance_limit=limit)
+    cfg = Algorithm(rollout_is=level, rollout_is_mode=mode, rollout_is_threshold=limit)
     tokens = tokens_of(
         np.full(5, -2.0),
         np.ones(5),
@@ -22,7 +22,7 @@ def weigh(level, mode, limit=2.0, ratio=RATIO):
         engine=-1 - np.log(ratio),
         lengths=[3, 2],
     )
-    weight, cut = importance_weight(tokens, cfg)
+    weight, cut = rollout_is_weight(tokens, cfg)
     assert not weight.requires_grad and not cut.requires_grad
     return weight.numpy(), cut.numpy()
 
@@ -56,14 +56,14 @@ def test_no_gap_changes_nothing(name, level, mode):
     old, advantage = rng.normal(-2, 0.5, 5), rng.normal(size=5)
     tokens = tokens_of(old + 0.1, advantage, old=old, engine=old, lengths=[3, 2])
     plain, _ = token_loss(tokens, Algorithm(**off))
-    weighted, metrics = token_loss(tokens, Algorithm(**off, importance=level, importance_mode=mode))
+    weighted, metrics = token_loss(tokens, Algorithm(**off, rollout_is=level, rollout_is_mode=mode))
     assert torch.equal(weighted, plain)
-    assert (metrics["importance_weight"] == 1).all() and (metrics["importance_cut"] == 0).all()
+    assert (metrics["rollout_is_weight"] == 1).all() and (metrics["rollout_is_cut"] == 0).all()
 
 
 def test_only_the_policy_loss_is_weighted():
     """Loss and gradient: w x policy + KL - entropy; w is constant though on policy."""
-    cfg = Algorithm(kl=0.1, entropy=0.01, importance="token")
+    cfg = Algorithm(kl=0.1, entropy=0.01, rollout_is="token")
     logprob = torch.tensor([-1.0, -2.0, -1.5], dtype=torch.float64, requires_grad=True)
     engine, reference = logprob.detach() - 0.3, logprob.detach() + 0.2
     entropy = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)

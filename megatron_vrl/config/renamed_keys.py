@@ -1,0 +1,35 @@
+"""Keys of earlier versions and their names today: an old key is refused with its new name."""
+
+RENAMED = {
+    "model.fp8_spares": "model.fp8_skip_first_last_layers",
+    "model.fused_gradients": "model.gradient_accumulation_fusion",
+    "rollout.engine": "rollout.placement",
+    "rollout.stored": "rollout.replay_dir",
+    "rollout.rendezvous": "rollout.discovery_dir",
+    "rollout.patience_s": "rollout.worker_wait_timeout_s",
+    "rollout.silent_s": "rollout.heartbeat_timeout_s",
+    "rollout.answer_timeout_s": "rollout.request_timeout_s",
+    "rollout.embeddings_mib": "rollout.embedding_cache_mib",
+    "rollout.max_sequences": "rollout.max_num_seqs",
+    "rollout.gpu_memory_share": "rollout.gpu_memory_utilization",
+    "rollout.pack_weights": "rollout.cpu_prepack_weights",
+    "video.max_bad_share": "video.max_bad_fraction",
+    "algorithm.importance": "algorithm.rollout_is",
+    "algorithm.importance_mode": "algorithm.rollout_is_mode",
+    "algorithm.importance_limit": "algorithm.rollout_is_threshold",
+    "algorithm.drop_uniform_groups": "algorithm.drop_zero_variance_groups",
+    "algorithm.refill_rounds": "algorithm.dynamic_sampling_rounds",
+    "algorithm.drop_truncated": "algorithm.mask_truncated",
+    "observe.cards_per_step": "observe.samples_per_step",
+    "observe.trace_steps": "observe.profile_steps",
+    "observe.trace_ranks": "observe.profile_ranks",
+}
+RENAMED_VALUES = {  # (key, old value) -> the value's name today
+    ("rollout.placement", "stored"): "replay",
+    ("rollout.quantization", "rounded"): "fp8_emulated",
+    ("model.layers", "rounded"): "fp8_emulated",
+    ("rewards.mode", "seed"): "temporal_r1",
+    ("algorithm.normalisation", "seed"): "temporal_r1",
+    ("data.system_prompt", "seed"): "temporal_r1",
+    ("data.question", "seed"): "temporal_r1",
+}

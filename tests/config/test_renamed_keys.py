@@ -1,0 +1,26 @@
+"""Old keys and values are refused with their new names, and the new names exist."""
+
+import pytest
+
+from megatron_vrl.config import load_config
+from megatron_vrl.config.renamed_keys import RENAMED, RENAMED_VALUES
+from megatron_vrl.errors import ConfigError
+from tests.running import CONFIG
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_an_old_key_is_told_its_new_name(old, new):
+    with pytest.raises(ConfigError, match=f"'{old}' is now called '{new}'"):
+        load_config(CONFIG, [f"{old}=1"])
+    section, name = new.split(".")
+    assert name in type(getattr(load_config(CONFIG), section)).model_fields
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED_VALUES.items())
+def test_an_old_value_is_told_its_new_name(old, new):
+    key, value = old
+    with pytest.raises(ConfigError, match=f"{key}='{value}' is now written '{new}'"):
+        load_config(CONFIG, [f"{key}={value}"])
+    section, name = key.split(".")
+    overrides = [f"{key}={new}"]
+    assert getattr(getattr(load_config(CONFIG, overrides), section), name) == new
