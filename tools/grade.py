@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Grade stored responses: JSON lines in, JSON lines out, one for one and in order.
 
-    grade.py --task T [--mode strict|temporal_r1] [rewards.KEY=VALUE ...] < responses.jsonl > scores.jsonl
+    grade.py --task T [--mode strict|temporal_r1] [rewards.KEY=VALUE ...] < IN.jsonl > OUT.jsonl
 
 A line in has the fields its task needs (others are passed over, blank lines are skipped):
 
