@@ -1,0 +1,52 @@
+"""docs/your-data.md: its files are read, with its config, as the page says."""
+
+import json
+import re
+
+import pytest
+import yaml
+
+from megatron_vrl.config import Source
+from megatron_vrl.data.formats.records import VIDEO_SUFFIXES
+from megatron_vrl.data.formats.training import read
+from tests.running import ROOT
+
+PAGE = (ROOT / "docs" / "your-data.md").read_text()
+
+
+@pytest.fixture
+def sources(tmp_path):
+    grounding, choice = re.findall(r"```json\n(.*?)```", PAGE, re.S)
+    (config,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.S)
+    (tmp_path / "grounding.json").write_text(grounding)
+    (tmp_path / "choice.json").write_text(choice)
+    train = yaml.safe_load(config)["data"]["train"]
+    return [
+        Source(**source | {"json_path": str(tmp_path / source["json_path"])}) for source in train
+    ]
+
+
+def test_both_files_are_read(sources):
+    first, second, chosen = [sample for source in sources for sample in read(source)]
+    assert first.query == "a man opens the door" and first.intervals_s == ((3.2, 7.8),)
+    assert second.intervals_s == ((12.0, 15.5),)
+    assert (chosen.task, chosen.options, chosen.option) == (
+        "multiple_choice",
+        ("a dog", "a cat"),
+        "A",
+    )
+
+
+def test_the_same_list_with_intervals_is_grounded_qa(sources, tmp_path):
+    (record,) = json.loads((tmp_path / "choice.json").read_text())
+    (tmp_path / "glue.json").write_text(json.dumps([record | {"glue": [[3.2, 7.8]]}]))
+    source = sources[1].model_copy(
+        update={"json_path": str(tmp_path / "glue.json"), "format": "next_gqa"}
+    )
+    (sample,) = read(source)
+    assert (sample.task, sample.intervals_s) == ("grounded_qa", ((3.2, 7.8),))
+
+
+def test_the_endings_are_known_to_the_reader():
+    endings = set(re.findall(r"`(\.\w+)`", PAGE))
+    assert len(endings) > 5 and endings <= set(VIDEO_SUFFIXES)
