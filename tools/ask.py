@@ -18,31 +18,54 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vrl.errors import ConfigError, VideoError
+from megatron_vrl.observe.progress import say_written
 from megatron_vrl.observe.silence_logs import silence_libraries
-from megatron_vrl.process.entry import OverrideParser, run_program
-from megatron_vrl.tasks import TASKS
+from megatron_vrl.process.command_line import tool_parser
+from megatron_vrl.process.entry import run_program
 
 
 def main() -> None:
-    parser = OverrideParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    from megatron_vrl.tasks import TASKS  # here: a Ctrl-C during an import is one line, too
+
+    parser = tool_parser(__doc__)
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="DIR", help="Hugging Face or Megatron checkpoint"
     )
-    parser.add_argument("--checkpoint", required=True, metavar="DIR")
-    parser.add_argument("--video", required=True, metavar="FILE")
-    parser.add_argument("--question", required=True, metavar="TEXT")
-    parser.add_argument("--task", default="temporal_grounding", choices=list(TASKS))
-    parser.add_argument("--option", action="append", default=[], metavar="TEXT")
+    parser.add_argument("--video", required=True, metavar="FILE", help="path or URL of the video")
+    parser.add_argument(
+        "--question", required=True, metavar="TEXT", help="an event, or what is asked"
+    )
+    parser.add_argument(
+        "--task",
+        default="temporal_grounding",
+        choices=list(TASKS),
+        help="default temporal_grounding",
+    )
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="one of the options; repeat it",
+    )
     parser.add_argument("--plain", action="store_true", help="ask for an answer without thinking")
-    parser.add_argument("--config", default="", metavar="FILE", help="YAML of a run")
-    parser.add_argument("--strip", default="ask.png", type=Path, metavar="FILE")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument(
+        "--config", default="", metavar="FILE", help="YAML of a run; goes before inference.yaml"
+    )
+    parser.add_argument(
+        "--strip", default="ask.png", type=Path, metavar="FILE", help="picture, default ask.png"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
+    parser.add_overrides()
     arguments = parser.parse_intermixed_args()
     found, text = _ask(arguments)
-    print(json.dumps(found, indent=1) if arguments.json else text)
+    print(json.dumps(found, indent=1) if arguments.json else text, flush=True)
+    say_written(arguments.strip)
 
 
 def _ask(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from megatron_vrl.tasks import TASKS
+
     chooses = "accuracy" in TASKS[arguments.task].parts
     if chooses and not 2 <= len(arguments.option) <= 26:
         raise ConfigError(

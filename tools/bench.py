@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from megatron_vrl.observe.silence_logs import silence_libraries
+from megatron_vrl.process.command_line import tool_parser
 from megatron_vrl.process.entry import run_program
 
 silence_libraries()  # some benches load them at once
@@ -39,10 +40,10 @@ Row = dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    parser = tool_parser(__doc__)
+    benches = parser.add_subparsers(
+        dest="bench", required=True, prog="bench.py", metavar="BENCH", help="what to measure"
     )
-    benches = parser.add_subparsers(dest="bench", required=True)
     for name, bench in BENCHES.items():
         options = benches.add_parser(name, description=bench.__doc__)
         options.set_defaults(run=bench.run)

@@ -13,29 +13,44 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-from tqdm import tqdm
-
-from megatron_vrl.config import load_config
-from megatron_vrl.data.dataset_check import DatasetCheck, distinct_sources, num_records
-from megatron_vrl.data.problems import Problem, summary
 from megatron_vrl.errors import counted
-from megatron_vrl.process.entry import OverrideParser, run_program
+from megatron_vrl.process.command_line import tool_parser
+from megatron_vrl.process.entry import run_program, told_if_interrupted
+
+if TYPE_CHECKING:  # imported where they are used: a Ctrl-C during an import is one line, too
+    from megatron_vrl.data.dataset_check import DatasetCheck
+    from megatron_vrl.data.problems import Problem
 
 
 def main() -> int:
-    parser = OverrideParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML, see configs/")
-    parser.add_argument("--out", type=Path, default=Path("problems.jsonl"), metavar="FILE")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("problems.jsonl"),
+        metavar="FILE",
+        help="default problems.jsonl",
+    )
     parser.add_argument("--decode", action="store_true", help="also decode every video")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_overrides()
     arguments = parser.parse_args()
+    return _check(arguments)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from megatron_vrl.config import load_config
+    from megatron_vrl.data.dataset_check import DatasetCheck, distinct_sources, num_records
+    from megatron_vrl.data.problems import Problem
+
     cfg = load_config(arguments.config, arguments.overrides)
     check, problems = DatasetCheck(cfg, arguments.decode), list[Problem]()
-    with open(arguments.out, "w") as report:
+    kept = f"{arguments.out} has the problems found so far; the same command begins again."
+    with told_if_interrupted(lambda: kept), open(arguments.out, "w") as report:
         for source in distinct_sources(cfg):
             name = Path(source.json_path).name
             records = tqdm(
@@ -54,11 +69,16 @@ def main() -> int:
     return 1 if problems else 0
 
 
-def _line(problem: Problem) -> str:
+def _line(problem: "Problem") -> str:
     return json.dumps({"phase": "check", "step": 0} | problem.row()) + "\n"
 
 
-def _print_summary(check: DatasetCheck, problems: Sequence[Problem], out: Path) -> None:
+def _print_summary(check: "DatasetCheck", problems: "Sequence[Problem]", out: Path) -> None:
+    import numpy as np
+
+    from megatron_vrl.data.problems import summary
+    from megatron_vrl.observe.progress import say_written
+
     tokens = list(check.seen.tokens.values())
     samples, videos = counted(check.seen.samples, "sample"), counted(len(tokens), "video")
     print(f"{samples}, {videos} that can be read")
@@ -69,7 +89,8 @@ def _print_summary(check: DatasetCheck, problems: Sequence[Problem], out: Path) 
         if problem.kind == "unit":
             print(problem.reason)
     if problems:
-        print(f"problems: {summary(problems)}; all of them: {out}")
+        print(f"problems: {summary(problems)}", flush=True)
+        say_written(out)
     else:
         print(f"No problems in {counted(check.seen.samples, 'sample')}.")
 

@@ -9,10 +9,11 @@ Runs in one process and holds one tensor at a time. A Megatron checkpoint is wha
 (`weights/`, `published/`), so it loads in any layout. DST must not exist.
 """
 
-import argparse
 import os
 from pathlib import Path
 
+from megatron_vrl.observe.progress import say_written
+from megatron_vrl.process.command_line import tool_parser
 from megatron_vrl.process.entry import run_program
 
 # A tensor's memory is asked for and given back row by row; in huge pages that costs a third less
@@ -21,12 +22,12 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    parser = tool_parser(__doc__)
+    parser.add_argument(
+        "direction", choices=["hf-to-megatron", "megatron-to-hf", "verify"], help="what to do"
     )
-    parser.add_argument("direction", choices=["hf-to-megatron", "megatron-to-hf", "verify"])
-    parser.add_argument("source", type=Path)
-    parser.add_argument("target", type=Path)
+    parser.add_argument("source", type=Path, metavar="SRC", help="a checkpoint; A of verify")
+    parser.add_argument("target", type=Path, metavar="DST", help="a new directory; B of verify")
     arguments = parser.parse_args()
     from megatron_vrl.checkpoint.convert import compare, convert_to_hf, convert_to_megatron
 
@@ -36,7 +37,8 @@ def main() -> None:
         return
     to_megatron = arguments.direction == "hf-to-megatron"
     arch = (convert_to_megatron if to_megatron else convert_to_hf)(source, target)
-    print(f"{target}: {arch.num_parameters:,} parameters")
+    print(f"{arch.num_parameters:,} parameters", flush=True)
+    say_written(target)
 
 
 if __name__ == "__main__":

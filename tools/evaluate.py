@@ -18,50 +18,58 @@ and now can. --protocol temporal_r1 asks and reads as the released
 evaluation of Temporal-R1 does.
 
 Writes items.jsonl (a record of every question), summary.json and, with a checkpoint,
-predictions.jsonl into --out, by default runs/evaluation/NAME-WHAT. Prints a table in percent with
-95 % bootstrap intervals; --json prints summary.json (shares) instead. Exit code 1: the table is
-printed, but more than video.max_bad_fraction of the questions have a video that cannot be read; 2:
-a mistake, in one sentence.
+predictions.jsonl into --out, by default runs/evaluation/NAME-WHAT. One call at a time may have that
+folder. Prints a table in percent with 95 % bootstrap intervals; --json prints summary.json (shares)
+instead. Exit code 1: the table is printed, but more than video.max_bad_fraction of the questions
+have a video that cannot be read; 2: a mistake, in one sentence.
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_vrl.errors import ConfigError
-from megatron_vrl.evaluation.benchmark import (
-    Prediction,
-    items_of,
-    questions,
-    read_predictions,
-    table,
-    write_results,
-)
-from megatron_vrl.evaluation.protocols import BENCHMARKS
-from megatron_vrl.observe.progress import say
-from megatron_vrl.observe.silence_logs import silence_libraries
-from megatron_vrl.process.entry import OverrideParser, protocol_name, run_program
-from megatron_vrl.types import VideoSample
+from megatron_vrl.process.command_line import tool_parser
+from megatron_vrl.process.entry import protocol_name, run_program
+
+if TYPE_CHECKING:  # imported where they are used: a Ctrl-C during an import is one line, too
+    from megatron_vrl.evaluation.benchmark import Prediction
+    from megatron_vrl.types import VideoSample
 
 
 def main() -> int:
-    parser = OverrideParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--benchmark", required=True, choices=list(BENCHMARKS))
-    parser.add_argument("--annotations", required=True, metavar="FILE")
-    parser.add_argument("--videos", default="", metavar="DIR")
-    parser.add_argument("--checkpoint", default="", metavar="DIR")
-    parser.add_argument("--predictions", default="", metavar="FILE")
+    from megatron_vrl.evaluation.protocols import BENCHMARKS
+
+    parser = tool_parser(__doc__)
     parser.add_argument(
-        "--protocol", default="strict", type=protocol_name, choices=["strict", "temporal_r1"]
+        "--benchmark", required=True, choices=list(BENCHMARKS), help="docs/evaluation.md"
+    )
+    parser.add_argument("--annotations", required=True, metavar="FILE", help="as published")
+    parser.add_argument("--videos", default="", metavar="DIR", help="folder of the videos")
+    parser.add_argument(
+        "--checkpoint", default="", metavar="DIR", help="Hugging Face or Megatron checkpoint"
+    )
+    parser.add_argument(
+        "--predictions", default="", metavar="FILE", help="JSON lines with id and response"
+    )
+    parser.add_argument(
+        "--protocol",
+        default="strict",
+        type=protocol_name,
+        choices=["strict", "temporal_r1"],
+        help="how answers are asked for and read",
     )
     parser.add_argument("--plain", action="store_true", help="ask for answers without thinking")
-    parser.add_argument("--config", default="", metavar="FILE", help="YAML of a run")
-    parser.add_argument("--out", default="", metavar="DIR")
+    parser.add_argument(
+        "--config", default="", metavar="FILE", help="YAML of a run; goes before inference.yaml"
+    )
+    parser.add_argument(
+        "--out", default="", metavar="DIR", help="default runs/evaluation/NAME-WHAT"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_overrides()
     arguments = parser.parse_intermixed_args()
     _check(arguments)
     return _evaluate(arguments)
@@ -80,28 +88,41 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    from megatron_vrl.evaluation.benchmark import (
+        items_of,
+        questions,
+        read_predictions,
+        table,
+        write_results,
+    )
+    from megatron_vrl.observe.progress import say_written
+    from megatron_vrl.process.run_lock import owned
+
     name, protocol = arguments.benchmark, arguments.protocol
     checkpoint, predicted = Path(arguments.checkpoint).resolve(), Path(arguments.predictions)
     what = checkpoint.name if arguments.checkpoint else predicted.stem
     out = Path(arguments.out or f"runs/evaluation/{name}-{what}")
     samples = questions(name, arguments.annotations, arguments.videos, protocol)
     complaint = ""
-    if arguments.predictions:
-        predictions = read_predictions(predicted, samples)
-    else:
-        predictions, complaint = _predict(arguments, samples, out)
-    found = write_results(out, name, protocol, items_of(samples, predictions, protocol))
+    with owned(out):
+        if arguments.predictions:
+            predictions = read_predictions(predicted, samples)
+        else:
+            predictions, complaint = _predict(arguments, samples, out)
+        found = write_results(out, name, protocol, items_of(samples, predictions, protocol))
     print(json.dumps(found, indent=1) if arguments.json else table(found), flush=True)
     if complaint:
         print(f"error: {complaint}", file=sys.stderr)
-    say(f"Written: {out}/summary.json, items.jsonl")
+    say_written(out)
     return 1 if complaint else 0
 
 
 def _predict(
-    arguments: argparse.Namespace, samples: list[VideoSample], out: Path
-) -> tuple[list[Prediction], str]:
+    arguments: argparse.Namespace, samples: "list[VideoSample]", out: Path
+) -> "tuple[list[Prediction], str]":
     """Return the predictions, and a sentence if too many videos cannot be read."""
+    from megatron_vrl.observe.silence_logs import silence_libraries
+
     silence_libraries()
     from megatron_vrl.evaluation.generate import inference_config
     from megatron_vrl.evaluation.predict import TEMPORAL_R1_DEFAULTS, predict, too_many_bad

@@ -23,7 +23,6 @@ graded. A line that cannot be graded ends the program with one sentence and exit
 before it stay written.
 """
 
-import argparse
 import json
 import sys
 
@@ -31,7 +30,8 @@ from megatron_vrl.config import Rewards, Section
 from megatron_vrl.config.loader import overridden
 from megatron_vrl.errors import DataError
 from megatron_vrl.evaluation.grading import Grader
-from megatron_vrl.process.entry import OverrideParser, protocol_name, run_program
+from megatron_vrl.process.command_line import tool_parser
+from megatron_vrl.process.entry import protocol_name, run_program
 from megatron_vrl.rewards import weights_of
 from megatron_vrl.tasks import TASKS
 
@@ -41,14 +41,16 @@ class GradeConfig(Section):
 
 
 def main() -> None:
-    parser = OverrideParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--task", required=True, choices=list(TASKS))
+    parser = tool_parser(__doc__)
+    parser.add_argument("--task", required=True, choices=list(TASKS), help="what was asked")
     parser.add_argument(
-        "--mode", default="strict", type=protocol_name, choices=["strict", "temporal_r1"]
+        "--mode",
+        default="strict",
+        type=protocol_name,
+        choices=["strict", "temporal_r1"],
+        help="how answers are read, default strict",
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_overrides()
     arguments = parser.parse_intermixed_args()
     rewards = overridden(GradeConfig, {}, arguments.overrides, "command line").rewards
     weights_of(rewards)

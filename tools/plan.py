@@ -18,27 +18,32 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vrl.config import RunConfig, load_config
-from megatron_vrl.errors import EXIT_CODE, ConfigError
+from megatron_vrl.errors import EXIT_CODE, ConfigError, counted
 from megatron_vrl.planner.hardware import GPUS
-from megatron_vrl.process.entry import OverrideParser, run_program
+from megatron_vrl.process.command_line import tool_parser
+from megatron_vrl.process.entry import run_program
 
 
 def main() -> int:
-    parser = OverrideParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__)
     parser.add_argument("config", metavar="CONFIG", help="YAML, see configs/")
     parser.add_argument("--gpus", type=int, metavar="N", help="default: parallel.processes")
     parser.add_argument(
         "--gpu", default="h100", help=f"{', '.join(GPUS)}, or a measured machine's .json"
     )
     parser.add_argument("--mfu", type=float, help="share of the peak that products reach")
-    parser.add_argument("--prompt-tokens", type=int, metavar="P")
-    parser.add_argument("--response-tokens", type=int, metavar="R")
-    parser.add_argument("--clip-seconds", type=float, metavar="S")
+    parser.add_argument(
+        "--prompt-tokens", type=int, metavar="P", help="typical, not the most of the config"
+    )
+    parser.add_argument(
+        "--response-tokens", type=int, metavar="R", help="typical, not the most of the config"
+    )
+    parser.add_argument(
+        "--clip-seconds", type=float, metavar="S", help="seconds of a video in its file"
+    )
     parser.add_argument("--search", action="store_true", help="rank the layouts that fit")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--json", action="store_true", help="print JSON: bytes, FLOPs, seconds")
+    parser.add_overrides()
     arguments = parser.parse_intermixed_args()
     cfg = load_config(arguments.config, arguments.overrides)
     values, text = _search(arguments, cfg) if arguments.search else _plan(arguments, cfg)
@@ -50,7 +55,7 @@ def main() -> int:
 
 def _plan(arguments: argparse.Namespace, cfg: RunConfig) -> tuple[dict[str, Any], str]:
     from megatron_vrl.planner.plan import make_plan, refusals
-    from megatron_vrl.planner.render import found_values, heading, told, values
+    from megatron_vrl.planner.render import found_values, heading, told, told_nearest, values
     from megatron_vrl.planner.search import nearest
 
     arch, asked = _architecture(cfg), _question(arguments, cfg)
@@ -63,18 +68,8 @@ def _plan(arguments: argparse.Namespace, cfg: RunConfig) -> tuple[dict[str, Any]
     if found["refused"]:
         near = nearest(cfg, arch, asked)
         found["nearest"] = found_values(near) if near else None
-        text += "\n" * bool(text) + _told_nearest(found["nearest"])
+        text += "\n" * bool(text) + told_nearest(found["nearest"])
     return found, text
-
-
-def _told_nearest(near: dict[str, Any] | None) -> str:
-    if near is None:
-        return "nearest: no layout of this config fits on such GPUs, however many"
-    peak = near["peak_bytes"] / 2**30
-    return (
-        f"nearest: --gpus {near['gpus']} {' '.join(near['overrides'])}  "
-        f"({peak:.1f} GiB, {near['seconds_per_step']:.1f} s a step)"
-    )
 
 
 def _search(arguments: argparse.Namespace, cfg: RunConfig) -> tuple[dict[str, Any], str]:
@@ -83,7 +78,9 @@ def _search(arguments: argparse.Namespace, cfg: RunConfig) -> tuple[dict[str, An
 
     arch, asked = _architecture(cfg), _question(arguments, cfg)
     found, tried = ranked(cfg, arch, asked)
-    refused = [] if found else [f"None of the {tried} layouts of {asked.gpus} GPUs fits."]
+    refused = (
+        [] if found else [f"No layout of {counted(asked.gpus, 'GPU')} fits; {tried} were tried."]
+    )
     values = heading(cfg, arch, asked) | {
         "tried": tried,
         "layouts": [found_values(each) for each in found],

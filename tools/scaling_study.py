@@ -26,28 +26,35 @@ from scaling.launch import Nodes, check_cell, launch, load, model_path
 from scaling.predict import fitted_mfu, predicted, update_parts
 from scaling.tell import plot_measured, plot_simulated, table, with_efficiency
 
-from megatron_vrl.errors import ConfigError, UserError
+from megatron_vrl.errors import ConfigError, UserError, counted
 from megatron_vrl.models.architecture import Architecture, read_architecture
+from megatron_vrl.observe.progress import say_written
 from megatron_vrl.planner.hardware import Gpu, find_gpu
-from megatron_vrl.process.entry import OverrideParser, run_program
+from megatron_vrl.process.command_line import tool_parser
+from megatron_vrl.process.entry import run_program
 
 Row = dict[str, Any]
 
 
 def main() -> None:
-    parser = OverrideParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__)
     parser.add_argument("--out", type=Path, help="folder of the study, shared by all nodes")
     parser.add_argument("--config", type=Path, help="YAML, see configs/studies/")
     parser.add_argument("--nproc", type=int, default=_env("NPROC", 0), help="most ranks of a node")
-    parser.add_argument("--nnodes", type=int, default=_env("NNODES", 1))
-    parser.add_argument("--node-rank", type=int, default=_env("NODE_RANK", 0))
+    parser.add_argument(
+        "--nnodes", type=int, default=_env("NNODES", 1), help="nodes, default $NNODES or 1"
+    )
+    parser.add_argument(
+        "--node-rank",
+        type=int,
+        default=_env("NODE_RANK", 0),
+        help="of this node, default $NODE_RANK or 0",
+    )
     meeting = f"{os.environ.get('MASTER_ADDR', 'localhost')}:{_env('MASTER_PORT', 29600)}"
     parser.add_argument("--rdzv-endpoint", default=meeting, help="HOST:PORT of node 0")
     parser.add_argument("--retry", action="store_true", help="run failed cells again")
     parser.add_argument("--rank", help=argparse.SUPPRESS)  # under torchrun: a cell's spec
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_overrides()
     arguments = parser.parse_intermixed_args()
     if arguments.rank:
         _rank(json.loads(arguments.rank))
@@ -186,7 +193,9 @@ def _tell(
     plot_measured(told, out / "measured.png")
     plot_simulated(simulated, out / "simulated.png")
     failed = sum("failed" in row for row in rows)
-    print(f"scaling: {len(rows) - failed} cells, {failed} failed; see {out / 'table.md'}")
+    done = counted(len(rows) - failed, "cell")
+    print(f"scaling: {done}, {failed} failed; see table.md", flush=True)
+    say_written(out)
 
 
 def _fitted(

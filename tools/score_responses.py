@@ -34,32 +34,34 @@ float32; model.dtype overrides it. OUT takes its name when it is whole. A mistak
 and exit code 2.
 """
 
-import argparse
 import os
 from pathlib import Path
 
+from megatron_vrl.observe.progress import say_written
 from megatron_vrl.observe.silence_logs import silence_libraries
-from megatron_vrl.process.entry import OverrideParser, run_program
+from megatron_vrl.process.command_line import tool_parser
+from megatron_vrl.process.entry import run_program, told_if_interrupted
 
 
 def main() -> None:
-    parser = OverrideParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__)
     parser.add_argument(
         "--checkpoint", required=True, metavar="DIR", help="Hugging Face or Megatron checkpoint"
     )
     parser.add_argument("--samples", required=True, type=Path, metavar="FILE", help="JSON lines")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="JSON lines")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_overrides()
     arguments = parser.parse_intermixed_args()
     silence_libraries()
     from megatron_vrl.evaluation.logprobs import score_config, score_file
 
     cfg = score_config(arguments.checkpoint, arguments.overrides)
-    summary = score_file(cfg, arguments.samples, arguments.out)
+    kept = f"{arguments.out} is as it was before; the same command begins again."
+    with told_if_interrupted(lambda: kept):
+        summary = score_file(cfg, arguments.samples, arguments.out)
     if os.environ.get("RANK", "0") == "0":
-        print(summary)
+        print(summary, flush=True)
+        say_written(arguments.out)
 
 
 if __name__ == "__main__":

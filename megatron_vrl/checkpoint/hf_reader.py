@@ -34,6 +34,7 @@ HEADER_BYTES = 64 * 2**10 - 8  # of each shard; with its length, pages: tensors 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 TYPE_NAMES = {stored: str(dtype).removeprefix("torch.") for dtype, stored in DTYPES.items()}
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+CHAT_TEMPLATES = "additional_chat_templates"  # a directory, of transformers 5
 COMPARED_ROWS = 8192  # of a head and the embedding at a time
 # Buffers that every reader computes itself; transformers ignores them, too.
 HARMLESS = re.compile(r"rotary(_pos)?_emb\.inv_freq$")
@@ -232,8 +233,13 @@ def _json_bytes(entries: dict[str, Any]) -> int:
 
 
 def copy_side_files(template: str | Path, directory: Path) -> None:
-    """Copy config, tokenizer and processor files: everything of a checkpoint but its weights."""
+    """Copy config, tokenizer and processor files: everything of a checkpoint but its weights.
+
+    Other directories than that of more chat templates are left out.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     for file in Path(template).iterdir():
         if file.is_file() and not is_weight_file(file.name):
             shutil.copy2(file, directory / file.name)
+    if (templates := Path(template) / CHAT_TEMPLATES).is_dir():
+        shutil.copytree(templates, directory / CHAT_TEMPLATES, dirs_exist_ok=True)

@@ -7,7 +7,6 @@ rollouts and trains nothing. A mistake of the user's is one sentence and exit co
 
 import os
 import signal
-from contextlib import nullcontext
 from pathlib import Path
 
 import yaml
@@ -15,7 +14,8 @@ import yaml
 from megatron_vrl.config import RunConfig, load_config
 from megatron_vrl.errors import StopRequested
 from megatron_vrl.observe.silence_logs import silence_libraries
-from megatron_vrl.process.entry import OverrideParser, run_program
+from megatron_vrl.process.command_line import OverrideParser
+from megatron_vrl.process.entry import run_program
 from megatron_vrl.process.parent_death import end_with_parent, end_with_starter
 from megatron_vrl.process.signals import take_signals
 from megatron_vrl.storage.files import error_kept
@@ -39,9 +39,7 @@ def main() -> None:
         action="store_true",
         help="answer and score the prompts of GRPO's steps into OUT/rollouts, train nothing",
     )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="replace a value of the file"
-    )
+    parser.add_overrides()
     arguments = parser.parse_intermixed_args()
     if arguments.dry_run:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
@@ -50,14 +48,16 @@ def main() -> None:
         end_with_parent()
     cfg = load_config(arguments.config, arguments.overrides)
     silence_libraries()
+    rank = int(os.environ.get("RANK", "0"))
     try:
         if arguments.dry_run:
             made = _dry_run(cfg, arguments.strict)
         else:
-            made = _rollouts(cfg) if arguments.rollouts_only else _job(cfg)
+            with error_kept(Path(cfg.run.out_dir), rank):
+                made = _rollouts(cfg) if arguments.rollouts_only else _job(cfg)
     except StopRequested as stop:
         made = str(stop)
-    if os.environ.get("RANK", "0") == "0":
+    if rank == 0:
         print(made)
 
 
@@ -68,9 +68,7 @@ def _job(cfg: RunConfig) -> str:
     if is_finished(cfg):
         steps = cfg.grpo.steps or cfg.sft.steps
         words = f"{cfg.run.out_dir} is finished ({steps} of {steps} steps); nothing was trained.\n"
-    first = os.environ.get("RANK", "0") == "0"
-    with error_kept(Path(cfg.run.out_dir)) if first else nullcontext():
-        return f"{words}report: {run_job(cfg)}"
+    return f"{words}report: {run_job(cfg)}"
 
 
 def _rollouts(cfg: RunConfig) -> str:

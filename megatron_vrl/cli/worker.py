@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from megatron_vrl.config import RunConfig, load_config
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.observe.silence_logs import silence_libraries
-from megatron_vrl.process.entry import OverrideParser, run_program
+from megatron_vrl.process.command_line import OverrideParser
+from megatron_vrl.process.entry import run_program
 from megatron_vrl.process.parent_death import end_with_parent
 from megatron_vrl.rollout.workers.discovery import TOKEN_VARIABLE, announced
 
@@ -27,7 +28,7 @@ def main() -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML, the trainer's own")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=0, help="0: a free one")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_overrides()
     arguments = parser.parse_intermixed_args()
     end_with_parent()
     cfg = load_config(arguments.config, arguments.overrides)

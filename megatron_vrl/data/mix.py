@@ -20,7 +20,7 @@ from megatron_vrl.data.formats.training import HeaderDuration, read
 from megatron_vrl.data.pool import Drawn, Pool, is_indexed, open_part
 from megatron_vrl.data.problems import Problem
 from megatron_vrl.data.schedule import Schedule
-from megatron_vrl.errors import ConfigError, DataError, VideoError
+from megatron_vrl.errors import ConfigError, DataError, VideoError, counted
 from megatron_vrl.types import VideoSample
 
 _STRATEGY = re.compile(r"(first|end|random):([0-9]+(?:\.[0-9]+)?)(%?)")
@@ -81,7 +81,9 @@ def chosen(strategy: str, num_samples: int, seed: Sequence[int]) -> list[int]:
     wanted = math.ceil(Fraction(match[2]) * num_samples / 100) if match[3] else int(match[2])
     num_kept = min(wanted, num_samples)
     if num_kept == 0:
-        raise DataError(f"sampling_strategy {strategy!r} keeps none of {num_samples} samples.")
+        raise DataError(
+            f"sampling_strategy {strategy!r} keeps none of {counted(num_samples, 'sample')}."
+        )
     if match[1] == "first":
         return list(range(num_kept))
     if match[1] == "end":

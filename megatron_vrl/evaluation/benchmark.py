@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_vrl.config import Source
 from megatron_vrl.data.formats.training import read_whole, within
-from megatron_vrl.errors import DataError
+from megatron_vrl.errors import DataError, counted
 from megatron_vrl.evaluation.protocols import BENCHMARKS, Item, Protocol, judged, summary
 from megatron_vrl.storage.files import write_file
 from megatron_vrl.types import VideoSample
@@ -93,8 +93,8 @@ def table(found: dict[str, Any]) -> str:
     """The numbers for a person, in percent, with 95 % intervals over questions."""
     failures = ", ".join(f"{n} {kind.replace('_', ' ')}" for kind, n in found["failures"].items())
     lines = [
-        f"{found['benchmark']}, protocol {found['protocol']}: {found['num_questions']} questions, "
-        f"{found['answered']} answered ({failures})",
+        f"{found['benchmark']}, protocol {found['protocol']}: "
+        f"{counted(found['num_questions'], 'question')}, {found['answered']} answered ({failures})",
     ]
     for name, metric in found["metrics"].items():
         bounds = (

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from megatron_vrl.config import Rewards
 from megatron_vrl.context import RunContext, interleave
 from megatron_vrl.data.problems import Problem, summary
-from megatron_vrl.errors import UserError, VideoError
+from megatron_vrl.errors import UserError, VideoError, counted
 from megatron_vrl.evaluation.metrics import (
     best_constant_interval,
     best_constant_letter,
@@ -24,15 +24,20 @@ from megatron_vrl.evaluation.metrics import (
 from megatron_vrl.parallel.mesh import gather_objects, world_axis
 from megatron_vrl.rollout.request import SamplingSpec
 from megatron_vrl.tasks import TASKS
+from megatron_vrl.trainer.preemption import stop_if_asked
 from megatron_vrl.types import Interval, Prompt, VideoSample
 
 SAMPLES_AT_A_TIME = 128  # per rank; bounds the decoded frames in memory
 
 
-def evaluate(ctx: RunContext, samples: Sequence[VideoSample], version: int) -> dict[str, float]:
+def evaluate(
+    ctx: RunContext, samples: Sequence[VideoSample], version: int, step: int
+) -> dict[str, float]:
     """Metrics of one greedy answer to each sample. Every rank calls it and gets them all.
 
-    Raises UserError on every rank if more than video.max_bad_fraction of the videos cannot be read.
+    `step`: the last that is finished. Raises on every rank: StopRequested before the next batch of
+    questions if the run was asked to stop, UserError if more than video.max_bad_fraction of the
+    videos cannot be read.
     """
     cfg, mesh = ctx.cfg, ctx.mesh
     ctx.rollout_manager.sync_weights(version)
@@ -43,6 +48,7 @@ def evaluate(ctx: RunContext, samples: Sequence[VideoSample], version: int) -> d
     most = -(-len(samples) // mesh.world)  # every rank joins every agreement on videos
     answers: list[_Answered] = []
     for start in range(0, most, SAMPLES_AT_A_TIME):
+        stop_if_asked(mesh, step, evaluating=True)
         block = own[start : start + SAMPLES_AT_A_TIME]
         encoded = ctx.encode(block)
         prompts = [one for one in encoded if isinstance(one, Prompt)]
@@ -77,7 +83,8 @@ def _check_share(bad: Sequence[Problem], count: int, ctx: RunContext) -> None:
     if not bad:
         return
     most = ctx.cfg.video.max_bad_fraction
-    found = f"{len(bad)} of {count} questions of an evaluation have bad videos: {summary(bad)}"
+    asked = counted(count, "question")
+    found = f"{len(bad)} of {asked} of an evaluation have bad videos: {summary(bad)}"
     if len(bad) > most * count:
         raise UserError(
             f"{found}; that is over video.max_bad_fraction={most}: check the data with "

@@ -16,8 +16,10 @@ from megatron_vrl.errors import ConfigError, DataError, VideoError, counted
 from megatron_vrl.evaluation.benchmark import Prediction, prediction_of
 from megatron_vrl.evaluation.generate import Answerer, Answers, InferenceConfig
 from megatron_vrl.observe.progress import progress_bar
+from megatron_vrl.process.entry import told_if_interrupted
+from megatron_vrl.process.run_lock import check_owned
 from megatron_vrl.rollout.request import SamplingSpec
-from megatron_vrl.storage.files import full_disk_named, read_rows, write_file
+from megatron_vrl.storage.files import full_disk_named, kept_rows, read_rows, write_file
 from megatron_vrl.tasks import can_be_asked
 from megatron_vrl.types import VideoSample
 from megatron_vrl.video import VideoReader
@@ -57,13 +59,15 @@ def predict(
     if left:
         longest = cfg.evaluation.max_response_tokens
         spec = SamplingSpec(n=1, temperature=0.0, top_p=1.0, max_tokens=longest, seed=0)
-        answerer = start(cfg, longest)
         total, before = len(rows) + len(left), len(rows)
         with (
+            told_if_interrupted(lambda: kept_rows(path, total, "answer")),
             path.open("a", encoding="utf-8") as file,
             progress_bar("evaluate", total, "questions", before) as bar,
         ):
+            answerer = start(cfg, longest)
             for sample, answers in answerer.answer(left, spec, SAMPLES_AT_A_TIME):
+                check_owned(out)
                 with full_disk_named(path):
                     file.write(json.dumps(_row(sample, answers)) + "\n")
                     file.flush()

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megatron_vrl.errors import DataError
+from megatron_vrl.errors import DataError, counted
 from megatron_vrl.evaluation import temporal_r1
 from megatron_vrl.rewards.temporal_iou import iou
 from megatron_vrl.tasks import TASKS, can_be_asked
@@ -177,7 +177,9 @@ def summary(benchmark: Benchmark, items: Sequence[Item], seed: int = 0) -> dict[
     metrics: dict[str, Any] = {}
     scored = [item for item in items if item.failure != UNSCORABLE]
     if not scored:
-        raise DataError(f"None of {len(items)} questions can be scored; check the annotations.")
+        raise DataError(
+            f"None of {counted(len(items), 'question')} can be scored; check the annotations."
+        )
     for name in benchmark.metrics:
         values = np.array([item.values[name] for item in scored])
         low, high = interval_of_mean(values, seed)

@@ -5,7 +5,6 @@ run did not write is left out of the page. Build it again at any time, also whil
 `python -m megatron_vrl.observe.report RUN_DIR`.
 """
 
-import argparse
 import base64
 import json
 import time
@@ -13,15 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from megatron_vrl.errors import UserError
 from megatron_vrl.observe.charts import Curve, svg
 from megatron_vrl.observe.metrics import MEANINGS, meaning
+from megatron_vrl.observe.page import render
+from megatron_vrl.observe.progress import say_written
+from megatron_vrl.process.command_line import OverrideParser
 from megatron_vrl.process.entry import run_program
+from megatron_vrl.process.run_lock import held
 from megatron_vrl.storage.files import read_error, read_rows, write_file
 
-RUNNING_S = 600.0  # a run that wrote a row within this time is taken to be running
+RUNNING_S = 600.0  # without a lock: a run that wrote a row within this time is taken to be running
+ERROR = "ended by an error"
 CARDS = 12  # shown, evenly spread over the steps
 CURVES = (  # phase and metric, in the order of the page
     ("grpo", "reward"),
@@ -46,15 +48,15 @@ def build_report(out_dir: Path) -> Path:
     summary_path = out_dir / "summary.json"
     summary = json.loads(summary_path.read_text()) if summary_path.is_file() else {}
     config_path = out_dir / "config.yaml"
-    loader = PackageLoader("megatron_vrl", "observe")
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
-    page = environment.get_template("report.html.j2").render(
+    state = "" if summary else run_state(out_dir)
+    page = render(
+        "report.html.j2",
         name=out_dir.resolve().name,
         steps={phase: _last_step(rows, phase) for phase in ("sft", "grpo")},
         summary=summary,
         tables=result_tables(summary or {"results": results_so_far(rows)}),
-        state=run_state(out_dir),
-        error=read_error(out_dir) if not summary else "",
+        state=state,
+        error=read_error(out_dir) if state.startswith(ERROR) else "",
         charts=[(curve, svg(curve)) for curve in curves(rows)],
         budgets=time_budgets(rows),
         config=config_path.read_text() if config_path.is_file() else "",
@@ -76,13 +78,24 @@ def results_so_far(rows: Rows) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def run_state(out_dir: Path) -> str:
-    """Return what a run without a summary does: it crashed, is running, or stopped early."""
+    """Return what a run without a summary does: it crashed, is running, or stopped early.
+
+    Its lock decides; for a run that has none, the age of its last row.
+    """
+    age_s = max(0.0, time.time() - (out_dir / "metrics.jsonl").stat().st_mtime)
+    row = f"last row {age_s:.0f} s ago" if age_s < 120 else f"last row {age_s / 60:.0f} minutes ago"
+    found = held(out_dir)
+    if found and found.now:
+        return f"running ({', '.join(filter(None, (found.holder, row)))})"
     if read_error(out_dir):
-        return "ended by an error"
-    age_s = time.time() - (out_dir / "metrics.jsonl").stat().st_mtime
-    if age_s < RUNNING_S:
-        return f"running (last row {age_s:.0f} s ago)"
-    return f"stopped early or at a long step (last row {age_s / 60:.0f} minutes ago)"
+        return f"{ERROR} ({row})"
+    if found is None and age_s < RUNNING_S:
+        return f"running ({row})"
+    if found is None:
+        return f"stopped early or at a long step ({row})"
+    if found.holder:
+        return f"crashed: its process ended without giving the directory back ({row})"
+    return f"stopped early ({row})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,9 +201,11 @@ def _cell(found: dict[str, float], name: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="megatron_vrl.observe.report")
-    parser.add_argument("run", metavar="RUN_DIR", type=Path)
-    print(build_report(parser.parse_args().run))
+    parser = OverrideParser(
+        prog="megatron_vrl.observe.report", description="Build report.html of a run again."
+    )
+    parser.add_argument("run", metavar="RUN_DIR", type=Path, help="run.out_dir of a run")
+    say_written(build_report(parser.parse_args().run))
 
 
 if __name__ == "__main__":

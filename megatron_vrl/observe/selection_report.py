@@ -1,87 +1,75 @@
 """One page on a selection: kept and dropped by task and reason, and how the answers spread."""
 
-import io
 from collections.abc import Sequence
-from html import escape
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-STYLE = (
-    ":root{color-scheme:light dark;--paper:#fdfcf9;--ink:#26241f}"
-    "@media(prefers-color-scheme:dark){:root{--paper:#191816;--ink:#e4e0d8}"
-    "svg{filter:invert(.9) hue-rotate(180deg)}}"
-    "body{font:16px/1.55 Charter,Georgia,serif;max-width:58rem;margin:0 auto;"
-    "padding:3.5rem 1.25rem 5rem;background:var(--paper);color:var(--ink)}"
-    "h1{font-size:2rem;font-weight:500}h2{font-size:1.2rem;font-weight:500;margin-top:3.5rem}"
-    "table{border-collapse:collapse}td,th{padding:.15rem .8rem;text-align:left}"
-    "td:last-child{text-align:right}svg{max-width:100%;height:auto}"
-)
+from megatron_vrl.errors import counted
+from megatron_vrl.observe.charts import CATEGORIES, INK, SHADES, chart_font, quiet_axes, themed
+from megatron_vrl.observe.page import render
+
 PART = {"multiple_choice": "accuracy"}  # whose spread is drawn; temporal IoU for the others
+KEPT = "kept"
+MARKS = {"kept": 0, "dropped": 4}  # numbers of colours
+Rows = Sequence[dict[str, Any]]
 
 
-def selection_report(summary: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
-    """HTML without references to other files. `rows` as in stats.jsonl."""
-    rules = ", ".join(f"{key} {value}" for key, value in summary["rules"].items())
-    tables = "".join(
-        f"<tr><td>{escape(task)}</td><td>{escape(verdict)}</td><td>{count}</td></tr>"
-        for task, verdicts in summary["verdicts"].items()
-        for verdict, count in verdicts.items()
-    )
-    return (
-        f"<!doctype html><html lang=en><meta charset=utf-8>"
-        "<meta name=viewport content='width=device-width, initial-scale=1'>"
-        f"<title>Selection</title><style>{STYLE}</style>"
-        f"<h1>Kept {summary['kept']} of {summary['answered']} samples</h1>"
-        f"<p>{summary['pool']} samples in the pool. Rules: {escape(rules)}.</p>"
-        f"{_svg(_bars(summary['verdicts']))}"
-        f"<table><tr><th>task<th>verdict<th>samples</tr>{tables}</table>"
-        f"<h2>Mean and spread of each sample's answers</h2>{_svg(_spreads(rows))}"
-    )
+def selection_report(summary: dict[str, Any], rows: Rows) -> str:
+    """Return HTML without references to other files. `rows` as in stats.jsonl."""
+    names = sorted({name for of_task in summary["verdicts"].values() for name in of_task})
+    numbers = {name: min(n, 9) for n, name in enumerate(sorted(names, key=lambda n: n != KEPT))}
+    if KEPT not in names:  # its colour is of nothing else
+        numbers = {name: min(n + 1, 9) for name, n in numbers.items()}
+    tasks = sorted({row["task"] for row in rows})
+    with chart_font():
+        return render(
+            "selection.html.j2",
+            title=f"Kept {summary['kept']} of {counted(summary['answered'], 'sample')}",
+            summary=summary,
+            colours={name: CATEGORIES[number] for name, number in numbers.items()},
+            marks={name: CATEGORIES[number] for name, number in MARKS.items()},
+            bars=_bars(summary["verdicts"], numbers),
+            spreads=[(task, _part(task), _spread(task, rows)) for task in tasks],
+        )
 
 
-def _bars(verdicts: dict[str, dict[str, int]]) -> Figure:
-    """One bar for each task, cut by verdict; what is kept comes first."""
-    names = sorted({name for of_task in verdicts.values() for name in of_task})
-    names.sort(key=lambda name: name != "kept")
-    figure = Figure(figsize=(7, 1.2 + 0.5 * len(verdicts)), layout="constrained")
+def _part(task: str) -> str:
+    return PART.get(task, "temporal_iou")
+
+
+def _bars(verdicts: dict[str, dict[str, int]], numbers: dict[str, int]) -> str:
+    """Return one bar for each task, cut by verdict; `numbers` are those of the colours."""
+    figure = Figure(figsize=(7, 0.7 + 0.4 * len(verdicts)), layout="constrained")
     axes = figure.subplots()
     left = dict.fromkeys(verdicts, 0)
-    for name in names:
+    for name, number in numbers.items():
         counts = [verdicts[task].get(name, 0) for task in verdicts]
-        axes.barh(list(verdicts), counts, left=list(left.values()), label=name)
+        axes.barh(list(verdicts), counts, left=list(left.values()), color=SHADES[number])
         left = {task: left[task] + n for task, n in zip(verdicts, counts, strict=True)}
-    axes.set_xlabel("samples")
-    figure.legend(fontsize=7, ncols=3, loc="outside lower left")
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure
+    axes.set_xlabel("samples", color=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    quiet_axes(axes, "x")
+    told = "; ".join(
+        f"{task}: {', '.join(f'{name} {count}' for name, count in of_task.items())}"
+        for task, of_task in verdicts.items()
+    )
+    return themed(figure, f"samples by task and verdict; {told}")
 
 
-def _spreads(rows: Sequence[dict[str, Any]]) -> Figure:
-    """A panel for each task: mean and standard deviation of the part that its rule reads."""
-    tasks = sorted({row["task"] for row in rows})
-    figure = Figure(figsize=(7, 2.8), layout="constrained")
-    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        part = PART.get(task, "temporal_iou")
-        for kept, colour, label in ((False, "0.6", "dropped"), (True, "C0", "kept")):
-            found = [
-                row["parts"][part]
-                for row in rows
-                if row["task"] == task
-                and part in row["parts"]
-                and (row["verdict"] == "kept") == kept
-            ]
-            axes.scatter(
-                [s["mean"] for s in found], [s["std"] for s in found], s=8, c=colour, label=label
-            )
-        axes.set(title=task, xlabel=f"mean {part}", ylabel="standard deviation")
-        axes.title.set_fontsize(9)
-        axes.legend(fontsize=7)
-    return figure
-
-
-def _svg(figure: Figure) -> str:
-    out = io.StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None})
-    text = out.getvalue()
-    return text[text.index("<svg") :]
+def _spread(task: str, rows: Rows) -> str:
+    """Return mean and standard deviation of the part that the task's rule reads."""
+    part = _part(task)
+    figure = Figure(figsize=(4.4, 2.8), layout="constrained")
+    axes = figure.subplots()
+    found = [row for row in rows if row["task"] == task and part in row["parts"]]
+    for mark, number in reversed(MARKS.items()):
+        shown = [r["parts"][part] for r in found if (r["verdict"] == KEPT) == (mark == KEPT)]
+        axes.scatter(
+            [s["mean"] for s in shown], [s["std"] for s in shown], s=8, color=SHADES[number]
+        )
+    axes.set_xlabel(f"mean {part}", color=INK)
+    axes.set_ylabel("standard deviation", color=INK)
+    quiet_axes(axes)
+    return themed(figure, f"{task}: mean and standard deviation of {counted(len(found), 'sample')}")

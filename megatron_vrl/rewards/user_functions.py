@@ -20,7 +20,7 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 from megatron_vrl.errors import ConfigError
-from megatron_vrl.process.parent_death import end_with_starter
+from megatron_vrl.process.parent_death import deaf_to_interrupts, end_with_starter
 from megatron_vrl.types import VideoSample
 
 START_S = 120.0  # a process may import as much as the function's module asks for
@@ -118,7 +118,8 @@ class Workers:
     def _start(self) -> "_Worker":
         ours, theirs = self._context.Pipe()
         process = self._context.Process(target=_serve, args=(theirs, self._paths), daemon=True)
-        process.start()
+        with deaf_to_interrupts():
+            process.start()
         theirs.close()
         return _Worker(process, ours)
 

@@ -86,7 +86,7 @@ def check_length(request: Request, spec: SamplingSpec, max_model_len: int) -> No
         raise RolloutError(
             f"Sample {request.id}: {len(request.token_ids)} prompt tokens and up to "
             f"{spec.max_tokens} answer tokens do not fit the engine's {max_model_len}; "
-            "lower data.max_prompt_tokens or the answer's length."
+            "lower data.max_prompt_tokens or rollout.max_response_tokens."
         )
 
 

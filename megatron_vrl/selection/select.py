@@ -25,11 +25,13 @@ from megatron_vrl.evaluation.generate import Answerer, InferenceConfig
 from megatron_vrl.evaluation.predict import check_settings, check_videos, readable
 from megatron_vrl.observe.progress import progress_bar
 from megatron_vrl.observe.selection_report import selection_report
+from megatron_vrl.process.entry import told_if_interrupted
+from megatron_vrl.process.run_lock import check_owned
 from megatron_vrl.rewards import weights_of
 from megatron_vrl.rewards.manager import RewardManager
 from megatron_vrl.rollout.request import SamplingSpec
 from megatron_vrl.selection.rules import KEPT, Candidate, candidate, select
-from megatron_vrl.storage.files import full_disk_named, read_rows, write_file
+from megatron_vrl.storage.files import full_disk_named, kept_rows, read_rows, write_file
 from megatron_vrl.tasks import TASKS
 from megatron_vrl.types import Rollout, VideoSample
 from megatron_vrl.video import VideoReader
@@ -73,15 +75,17 @@ def collect_answers(
     left = [number for number in mine if number not in set(whole)]
     if not left:
         return
-    answerer = start(_inference(cfg), cfg.rollout.max_response_tokens)
     total = sum(len(blocks[number]) for number in mine)
     with (
+        told_if_interrupted(lambda: kept_rows(path, total, "sample")),
         closing(RewardManager(cfg.rewards)) as judge,
         path.open("a", encoding="utf-8") as file,
         progress_bar("select", total, "samples", len(kept)) as bar,
     ):
+        answerer = start(_inference(cfg), cfg.rollout.max_response_tokens)
         for number in left:
             lines = list(_answered(cfg, blocks[number], number, answerer, judge))
+            check_owned(out)
             with full_disk_named(path):
                 file.write("".join(json.dumps(row) + "\n" for row in lines))
                 file.flush()

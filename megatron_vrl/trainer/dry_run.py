@@ -9,7 +9,7 @@ from megatron_vrl.checkpoint.layout import hf_dir_of, is_megatron
 from megatron_vrl.config import RunConfig, Source, check_batches, check_dev, check_off_policy
 from megatron_vrl.context import prompt_encoder
 from megatron_vrl.data.mix import load, open_pool
-from megatron_vrl.errors import ConfigError, DataError
+from megatron_vrl.errors import ConfigError, DataError, counted
 from megatron_vrl.models.architecture import Architecture, padded_vocab, read_architecture
 from megatron_vrl.models.fusion import gradient_fusion
 from megatron_vrl.models.pipeline_split import all_chunks, check_divides
@@ -61,8 +61,8 @@ def check(cfg: RunConfig, world: int, here: bool = False) -> list[str]:
         *_stages(arch, cfg),
         *padding_notes(arch, cfg),
         f"gradient accumulation fusion: {fusion.words}",
-        f"a GRPO step: {cfg.rollout.prompts_per_step} prompts, {answers} answers, "
-        f"{updates} update{'s' if updates > 1 else ''}",
+        f"a GRPO step: {counted(cfg.rollout.prompts_per_step, 'prompt')}, "
+        f"{counted(answers, 'answer')}, {counted(updates, 'update')}",
         *notes,
         *dict.fromkeys(missing),
         *_gpu_notes(cfg),
@@ -129,8 +129,8 @@ def _layout(world: int, replicas: int, cfg: RunConfig) -> str:
     parallel = cfg.parallel
     context = f" x context {parallel.context}" if parallel.context > 1 else ""
     return (
-        f"layout: {world} processes = {replicas} replicas of tensor {parallel.tensor}{context} x "
-        f"pipeline {parallel.pipeline}"
+        f"layout: {counted(world, 'process')} = {counted(replicas, 'replica')} of tensor "
+        f"{parallel.tensor}{context} x pipeline {parallel.pipeline}"
     )
 
 

@@ -1,4 +1,4 @@
-"""A step's experience: prompts rolled out, answers scored, groups that teach nothing left out.
+"""A step's experience: prompts rolled out, answers scored, groups of equal rewards left out.
 
 A group teaches nothing if all its advantages are 0. `algorithm.dynamic_sampling_rounds` asks for
 more prompts in their place (the dynamic sampling of DAPO, arXiv 2503.14476); as many as are

@@ -30,7 +30,7 @@ from megatron_vrl.types import VideoSample
 def train_grpo(ctx: RunContext, state: RunState, sinks: Sinks, dev: list[VideoSample]) -> None:
     """Run GRPO from `state.step` to its end. Every rank calls it."""
     cfg, clock = ctx.cfg, ctx.clock
-    going = begin(ctx, state, sinks)
+    going = begin(ctx, state, sinks, dev)
     while state.step < cfg.grpo.steps:
         with ctx.profiler("grpo", state.step + 1):
             with clock("sync"):
@@ -55,13 +55,17 @@ class LoopState:
     reselection: DataSelection
 
 
-def begin(ctx: RunContext, state: RunState, sinks: Sinks) -> LoopState:
-    """Set the policy and the data to where the run stands."""
+def begin(ctx: RunContext, state: RunState, sinks: Sinks, dev: list[VideoSample]) -> LoopState:
+    """Set the policy and the data to where the run stands, and make an evaluation in which it was
+    stopped."""
     cfg = ctx.cfg
     if cfg.algorithm.kl > 0:
         keep_reference(ctx, state)
     start_phase(ctx, state, cfg.grpo.optimizer, cfg.grpo.steps)
-    return begin_data(ctx, state, sinks)
+    going = begin_data(ctx, state, sinks)
+    if state.evaluating == "dev":
+        evaluate_dev(ctx, state, sinks, dev, during="grpo")
+    return going
 
 
 def begin_data(ctx: RunContext, state: RunState, sinks: Sinks) -> LoopState:

@@ -20,7 +20,7 @@ def train_overlapped(
 ) -> None:
     """Run GRPO from `state.step` to its end. Every rank calls it."""
     cfg, clock = ctx.cfg, ctx.clock
-    going = begin(ctx, state, sinks)
+    going = begin(ctx, state, sinks, dev)
     while state.step < cfg.grpo.steps:
         with ctx.profiler("grpo", state.step + 1):
             with clock("sync"):

@@ -21,6 +21,7 @@ from megatron_vrl.observe.sinks import Sinks, open_sinks
 from megatron_vrl.observe.summary import write_summary
 from megatron_vrl.parallel.mesh import gather_objects, raise_on_all_ranks, world_axis
 from megatron_vrl.process.run_lock import Owner
+from megatron_vrl.process.signals import begin_steps
 from megatron_vrl.trainer.dry_run import check, padding_notes
 from megatron_vrl.trainer.grpo import train_grpo
 from megatron_vrl.trainer.grpo_overlapped import train_overlapped
@@ -112,7 +113,8 @@ def _stages(ctx: RunContext, state: RunState, sinks: Sinks, splits: Splits) -> N
         state.begin("sft")
     if state.stage == "sft":
         if cfg.sft.steps:
-            train_sft(ctx, state, sinks, dev)
+            if state.evaluating != "stage":
+                train_sft(ctx, state, sinks, dev)
             _evaluate_stage(ctx, state, sinks, splits)
         state.begin("grpo")
         save(ctx, state)
@@ -130,13 +132,18 @@ def _stages(ctx: RunContext, state: RunState, sinks: Sinks, splits: Splits) -> N
 
 
 def _evaluate_stage(ctx: RunContext, state: RunState, sinks: Sinks, splits: Splits) -> None:
-    """Score the weights that the stage ended with on every reported split."""
+    """Score the weights that the stage ended with on every reported split that has no results.
+
+    A run that is stopped here goes on with the split that was under way.
+    """
+    state.evaluating = "stage"
     table = state.results.setdefault(state.stage, {})
     for name, samples in splits.items():
-        if name == "dev":
+        if name == "dev" or name in table:
             continue
+        begin_steps()  # an interrupt waits for the end of a batch
         with ctx.clock("evaluate"):
-            table[name] = evaluate(ctx, samples, state.version)
+            table[name] = evaluate(ctx, samples, state.version, state.step)
         spent = ctx.clock.take()
         state.add_seconds(spent)
         row = StepMetrics(

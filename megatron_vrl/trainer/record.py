@@ -17,9 +17,23 @@ def record(ctx: RunContext, sinks: Sinks, metrics: StepMetrics) -> None:
 def evaluate_dev(
     ctx: RunContext, state: RunState, sinks: Sinks, dev: list[VideoSample], during: Phase
 ) -> dict[str, float]:
-    """Score the split `dev` inside a phase; its seconds belong to the step that asked."""
+    """Score the split `dev` inside a phase, after the row of its step is written.
+
+    A run that ends before the row of the evaluation is written makes it again when it goes on.
+    """
+    state.evaluating = "dev"
     with ctx.clock("evaluate"):
-        metrics = evaluate(ctx, dev, state.version)
-    row = StepMetrics(phase="eval", step=state.step, values=metrics, split="dev", during=during)
+        metrics = evaluate(ctx, dev, state.version, state.step)
+    spent = ctx.clock.take()
+    state.add_seconds(spent)
+    row = StepMetrics(
+        phase="eval",
+        step=state.step,
+        values=metrics,
+        seconds=spent,
+        split="dev",
+        during=during,
+    )
     record(ctx, sinks, row)
+    state.evaluating = ""
     return metrics

@@ -52,6 +52,8 @@ def _attempt(ctx: RunContext, state: RunState, sinks: Sinks, dev: list[VideoSamp
     start_phase(ctx, state, cfg.sft.optimizer, cfg.sft.steps)
     sinks.begin("sft", cfg.sft.steps, state.step)
     begin_steps()
+    if state.evaluating == "dev" and _reaches(ctx, state, sinks, dev):
+        return True
     while state.step < cfg.sft.steps:
         with ctx.profiler("sft", state.step + 1):
             with clock("encode"):
@@ -72,12 +74,12 @@ def _attempt(ctx: RunContext, state: RunState, sinks: Sinks, dev: list[VideoSamp
         values = {"loss": update.loss, "grad_norm": update.grad_norm, "lr": update.lr}
         values |= {k: v for k, v in update.metrics.items() if k.startswith("fp8/")}
         values |= dataloader.numbers()
-        reached = _evaluate_if_due(ctx, state, sinks, dev)
         spent = clock.take()
         state.add_seconds(spent)
         row = StepMetrics(phase="sft", step=state.step, values=values, seconds=spent)
         record(ctx, sinks, row)
-        if reached:
+        is_due = cfg.sft.stop_metric and state.step % cfg.sft.evaluate_every == 0
+        if is_due and _reaches(ctx, state, sinks, dev):
             return True
         save_if_due(ctx, state)
     return not cfg.sft.stop_metric
@@ -92,13 +94,9 @@ def _target(ctx: RunContext, sample: VideoSample) -> Answer:
     )
 
 
-def _evaluate_if_due(
-    ctx: RunContext, state: RunState, sinks: Sinks, dev: list[VideoSample]
-) -> bool:
-    """Whether the stopping threshold has been reached."""
+def _reaches(ctx: RunContext, state: RunState, sinks: Sinks, dev: list[VideoSample]) -> bool:
+    """Evaluate on dev and return whether the stopping threshold has been reached."""
     cfg = ctx.cfg.sft
-    if not cfg.stop_metric or state.step % cfg.evaluate_every:
-        return False
     metrics = evaluate_dev(ctx, state, sinks, dev, during="sft")
     if cfg.stop_metric not in metrics:
         raise ConfigError(

@@ -20,6 +20,7 @@ Stage = Literal["base", "sft", "grpo", "done"]
 class RunState:
     stage: Stage = "base"  # the part of the job that comes next or is under way
     step: int = 0  # finished steps of it
+    evaluating: Literal["", "dev", "stage"] = ""  # what follows `step` and is not evaluated yet
     stream: int = 0  # samples handed out in it
     under_way: list[int] = field(default_factory=list)  # places of those not yet trained on
     bad_samples: int = 0  # of those handed out, replaced for their videos
@@ -30,7 +31,7 @@ class RunState:
     seconds: dict[str, float] = field(default_factory=dict)  # of each part of the job, all tries
 
     def begin(self, stage: Stage) -> None:
-        self.stage, self.step, self.stream = stage, 0, 0
+        self.stage, self.step, self.evaluating, self.stream = stage, 0, "", 0
         self.under_way, self.selections, self.bad_samples = [], [], 0
 
     @property

@@ -11,6 +11,7 @@ import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -32,30 +33,42 @@ class ImageRules:
 
 
 def read_image_rules(hf_dir: str | Path) -> ImageRules:
-    """The limits of a checkpoint's image processor, in any of the forms they were published in.
+    """Return the limits of a checkpoint's image processor, from the file that transformers reads.
 
-    Raises CheckpointError if its file cannot be read.
+    That is `image_processor` of processor_config.json, else preprocessor_config.json. What neither
+    says is left at the default. Raises CheckpointError if a file cannot be read.
     """
+    directory = Path(hf_dir)
+    nested, own = directory / "processor_config.json", directory / "preprocessor_config.json"
+    found = _json(nested).get("image_processor")
+    found = _json(own) if found is None else _object(found, nested, "image_processor")
+    size = _object(found.get("size"), own, "size")
     rules = ImageRules()
-    for name in ("processor_config.json", "preprocessor_config.json"):
-        file = Path(hf_dir) / name
-        if not file.is_file():
-            continue
-        try:
-            raw = json.loads(file.read_text())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{file} cannot be read ({error}): restore it from the checkpoint."
-            ) from None
-        raw = raw.get("image_processor", raw)
-        size = raw.get("size") or {}
-        fewest = raw.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels")
-        most = raw.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels")
-        if fewest or most:
-            return ImageRules(
-                min_pixels=fewest or rules.min_pixels, max_pixels=most or rules.max_pixels
-            )
-    return rules
+    fewest = found.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels")
+    most = found.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels")
+    return ImageRules(min_pixels=fewest or rules.min_pixels, max_pixels=most or rules.max_pixels)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """Return the object that a JSON file holds; {} where there is no file."""
+    if not file.is_file():
+        return {}
+    try:
+        return _object(json.loads(file.read_text()), file, "the file")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read ({error}): restore it from the checkpoint."
+        ) from None
+
+
+def _object(value: Any, file: Path, what: str) -> dict[str, Any]:
+    """Return `value`, {} for null. Raises CheckpointError if it is no object."""
+    if value is not None and not isinstance(value, dict):
+        raise CheckpointError(
+            f"{file} cannot be read ({what} is {value!r:.40}, not an object): restore it from the "
+            "checkpoint."
+        )
+    return value or {}
 
 
 def read_image(path: str, rules: ImageRules) -> EncodedImage:

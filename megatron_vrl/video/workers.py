@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from megatron_vrl.errors import ConfigError, UserError, VideoError
-from megatron_vrl.process.parent_death import end_with_starter
+from megatron_vrl.process.parent_death import deaf_to_interrupts, end_with_starter
 
 START_S = 300.0  # a process that has not loaded its libraries by then never will
 PRELOADED = ["megatron_vrl.video.pyav"]
@@ -95,7 +95,8 @@ class _Worker:
         _make_room_for_socket()
         self._pipe, other = context.Pipe()
         self._process = context.Process(target=_work, args=(other, self._make), daemon=True)
-        self._process.start()
+        with deaf_to_interrupts():
+            self._process.start()
         other.close()
         self._answer(START_S, None)
 

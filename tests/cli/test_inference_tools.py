@@ -76,6 +76,35 @@ def test_every_question_is_answered_once_and_a_stopped_run_goes_on(folder, cfg, 
     assert set(failures[:-1]) <= {"cut_off", "unparsable"}  # the weights are random
 
 
+class Interrupted:
+    """An answerer that hears Ctrl-C after two answers."""
+
+    def __init__(self, answerer):
+        self._answerer = answerer
+
+    def answer(self, *arguments):
+        for number, answered in enumerate(self._answerer.answer(*arguments)):
+            if number % 3 == 2:
+                raise KeyboardInterrupt
+            yield answered
+
+
+def test_an_interrupt_says_what_is_kept_and_the_same_call_goes_on(folder, cfg, engine, tmp_path):
+    data = folder / "runs/quickstart/data"
+    annotations = str(data / "annotations/heldout_temporal_grounding.json")
+    samples = questions("charades_sta", annotations, str(data / "videos"), "strict")[:5]
+    out = tmp_path / "out"
+    for kept in (2, 4):
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            predict(cfg, samples, out, {}, lambda *_: Interrupted(engine(cfg, 0)))
+        path = out / "predictions.jsonl"
+        assert str(stopped.value) == f" {path} keeps {kept} of 5 answers; the same command goes on."
+    assert [p.id for p in predict(cfg, samples, out, {}, engine)] == [s.id for s in samples]
+    run = load_config(CONFIG, ["model.checkpoint=runs/quickstart/model-hf", *SMALL])
+    with pytest.raises(KeyboardInterrupt, match="Nothing was answered yet; the same command begin"):
+        collect_answers(run, pool(run), out, start=lambda *_: Interrupted(engine(cfg, 0)))
+
+
 def test_a_question_is_asked_again_when_its_video_can_be_read(folder, cfg, engine, tmp_path):
     clips = sorted((folder / "runs/quickstart/data/videos").glob("*.mp4"))[:2]
     record = {"timestamps": [[0, 2]], "sentences": ["a red square"], "duration": 10.0}
@@ -181,6 +210,7 @@ def test_one_question_from_the_command_line_with_nothing_configured(folder, tmp_
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
     assert found["question"] == "a red square" and (tmp_path / found["strip"]).exists()
+    assert done.stderr.splitlines()[-1] == f"Written: {found['strip']}"
 
 
 def test_an_export_brings_its_prompt_and_video_rules(folder, tmp_path):

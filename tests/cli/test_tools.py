@@ -44,7 +44,17 @@ def commands(page: Path) -> list[str]:
 
 
 def test_every_tool_runs_by_its_path(helps):
-    assert all("usage:" in text or name == "config_reference.py" for name, text in helps.items())
+    assert all(text.startswith("usage: ") for text in helps.values())
+
+
+def test_a_usage_is_said_once_and_every_option_has_a_word_of_help(helps):
+    for name, text in helps.items():
+        own = "launch/gpu_check.sh" if name == "gpu_check.py" else name
+        calls = re.findall(rf"^(?:usage:)? +{own} .*", text, re.MULTILINE)
+        assert calls and len(calls) == len(set(calls)), name
+        options = re.split(r"^(?:options|positional arguments):\n", text, flags=re.MULTILINE)[1:]
+        for entry in re.findall(r"^  \S.*(?:\n   .*)*", "\n".join(options), re.MULTILINE):
+            assert re.search(r"\S(?:  +|\n +)\w", entry), f"{name}: {entry}"
 
 
 def test_commands_of_the_pages_have_options_that_exist(helps):

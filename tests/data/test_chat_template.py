@@ -23,12 +23,10 @@ sys.path.append(str(ROOT / "tools"))
 from make_tiny_model import (  # noqa: E402
     CHAT_TEMPLATE,
     SPECIAL_TOKENS,
-    make_config,
     make_processor,
-    parse,
     train_tokenizer,
 )
-from released_layout import TEXT_TEMPLATE, write_released  # noqa: E402
+from released_layout import TEXT_TEMPLATE  # noqa: E402
 from transformers import AutoProcessor, AutoTokenizer  # noqa: E402
 
 PADS = (511, 510)  # of a video and an image
@@ -38,17 +36,6 @@ BLIND = (
     "{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %}"
 )
 ADDED = ["<tool_call>", "</think>"]  # not special
-
-
-@pytest.fixture(scope="module")
-def released(tmp_path_factory) -> Path:
-    """All files of the tiny model but the weights."""
-    directory = tmp_path_factory.mktemp("chat") / "released"
-    directory.mkdir()
-    tokenizer = train_tokenizer(512)
-    config = make_config(parse([f"--out={directory}"]), tokenizer)
-    write_released(directory, config, tokenizer, CHAT_TEMPLATE, (784, 784))
-    return directory
 
 
 def put(directory: Path, name: str, template: object) -> None:

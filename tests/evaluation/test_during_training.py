@@ -1,14 +1,17 @@
 """A question whose video cannot be read stays in an evaluation, and is counted."""
 
+import signal
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from megatron_vrl.config import Evaluation, Parallel, Rewards, Video
-from megatron_vrl.errors import UserError, VideoError
+from megatron_vrl.errors import StopRequested, UserError, VideoError
+from megatron_vrl.evaluation import during_training
 from megatron_vrl.evaluation.during_training import evaluate
 from megatron_vrl.parallel.mesh import close_mesh, init_mesh
+from megatron_vrl.process import signals
 from megatron_vrl.tasks import TASKS
 from megatron_vrl.types import Rollout, VideoSample
 from tests.tiny import prompt, video
@@ -68,7 +71,7 @@ def ctx_of(mesh, samples, bad, share):
 
 def test_bad_videos_count_as_answered_with_nothing(mesh, capsys):
     samples = [sample(number) for number in range(10)]
-    metrics = evaluate(ctx_of(mesh, samples, {"s3", "s7"}, share=0.2), samples, version=0)
+    metrics = evaluate(ctx_of(mesh, samples, {"s3", "s7"}, share=0.2), samples, 0, 0)
     assert metrics["undecodable"] == 2
     assert metrics["temporal_grounding/miou"] == pytest.approx(0.8)
     assert metrics["response_tokens"] == 6
@@ -79,12 +82,41 @@ def test_bad_videos_count_as_answered_with_nothing(mesh, capsys):
 def test_too_many_end_the_run(mesh):
     samples = [sample(number) for number in range(10)]
     with pytest.raises(UserError, match=r"over video.max_bad_fraction=0.1: check the data"):
-        evaluate(ctx_of(mesh, samples, {"s3", "s7"}, share=0.1), samples, version=0)
+        evaluate(ctx_of(mesh, samples, {"s3", "s7"}, share=0.1), samples, 0, 0)
 
 
 def test_without_bad_videos_nothing_is_said(mesh, capsys):
     samples = [sample(number) for number in range(3)]
-    metrics = evaluate(ctx_of(mesh, samples, set(), share=0.0), samples, version=0)
+    metrics = evaluate(ctx_of(mesh, samples, set(), share=0.0), samples, 0, 0)
     assert metrics["undecodable"] == 0
     assert metrics["temporal_grounding/miou"] == pytest.approx(1.0)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("step", "sentence"),
+    [
+        (0, "Stopped before the first step, in an evaluation, as asked; "),
+        (7, "Stopped after step 7, in an evaluation, as asked; the same command goes on from "),
+    ],
+)
+def test_a_run_that_is_asked_to_stop_answers_no_further_batch(mesh, monkeypatch, step, sentence):
+    samples = [sample(number) for number in range(10)]
+    ctx = ctx_of(mesh, samples, set(), share=0.0)
+    monkeypatch.setattr(during_training, "SAMPLES_AT_A_TIME", 3)
+    monkeypatch.setattr(signals._state, "asked", False)
+    answer, answered = ctx.rollout_manager.generate, []
+
+    def generate(prompts, spec):
+        answered.append(len(prompts))
+        if len(answered) == 2:
+            signals._heed(signal.SIGUSR1, sender=0)
+        return answer(prompts, spec)
+
+    ctx.rollout_manager.generate = generate
+    with pytest.raises(StopRequested) as stop:
+        evaluate(ctx, samples, 0, step)
+    assert answered == [3, 3] and str(stop.value).startswith(sentence)
+    monkeypatch.setattr(signals._state, "asked", False)
+    assert evaluate(ctx, samples, 0, step)["undecodable"] == 0
+    assert answered == [3, 3, 3, 3, 3, 1]

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import socket
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,6 +17,7 @@ from megatron_vrl.observe.report import CARDS, build_report
 from megatron_vrl.observe.samples import CELL_PX, CELLS, Answer, Card, strip
 from megatron_vrl.observe.sinks import open_sinks
 from megatron_vrl.observe.summary import write_summary
+from megatron_vrl.process.run_lock import Owner
 from megatron_vrl.storage.files import write_error
 
 FRAMES = np.zeros((8, 12, 16, 3), np.uint8)
@@ -203,3 +205,24 @@ def test_summary_names_the_versions_it_ran_with(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["versions"]["numpy"] == np.__version__
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_the_lock_of_a_run_says_whether_it_is_running(tmp_path: Path) -> None:
+    made_run(tmp_path)
+    os.utime(tmp_path / "metrics.jsonl", (0, 0))  # a long step
+    owner = Owner(tmp_path, 0, 0)
+    write_error(tmp_path, "left by an earlier start")
+    assert f"running (host {socket.gethostname()}, process {os.getpid()}, " in page_of(tmp_path)
+    assert "left by an earlier start" not in page_of(tmp_path)
+    lease = (tmp_path / "lock" / "holder.json").read_text()
+    owner.close()
+    assert "ended by an error" in page_of(tmp_path)
+    write_error(tmp_path, "")
+    os.utime(tmp_path / "metrics.jsonl")
+    assert "stopped early (last row 0 s ago)" in page_of(tmp_path)
+    (tmp_path / "lock" / "holder.json").write_text(lease)  # as of a process that was killed
+    assert "crashed: its process ended without giving the directory back" in page_of(tmp_path)
+
+
+def page_of(out_dir: Path) -> str:
+    return build_report(out_dir).read_text()

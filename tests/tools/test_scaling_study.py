@@ -172,7 +172,7 @@ def test_wrong_input_is_one_sentence(tmp_path, monkeypatch, capsys, arguments, w
 def test_cells_that_cannot_run_say_why():
     study = Study()
     for wrong, words in {
-        cell(data=16): "16 ranks are not to be had from 2 nodes of 4",
+        cell(data=16): "16 ranks cannot run on 2 nodes of 4",
         cell(data=2, prompts=1): "work.prompts=1 is less than the 2 data ranks",
         cell(tensor=4): "parallel.tensor=4 does not divide the model's 2 KV heads",
     }.items():

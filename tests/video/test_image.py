@@ -92,9 +92,10 @@ def test_limits_of_the_checkpoint(tmp_path, name, content):
     assert read_image_rules(tmp_path) == ImageRules(min_pixels=3136, max_pixels=1003520)
     (tmp_path / name).write_text(json.dumps(content))
     assert read_image_rules(tmp_path) == ImageRules(min_pixels=784, max_pixels=1568)
-    (tmp_path / name).write_text("{")
-    with pytest.raises(CheckpointError, match="restore it from the checkpoint"):
-        read_image_rules(tmp_path)
+    for broken in ("{", "[]", '{"image_processor": 7, "size": 784}'):
+        (tmp_path / name).write_text(broken)
+        with pytest.raises(CheckpointError, match="restore it from the checkpoint"):
+            read_image_rules(tmp_path)
 
 
 def test_bad_files_are_named(saved, tmp_path):

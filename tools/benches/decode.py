@@ -24,8 +24,8 @@ Once = Callable[[], Any]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", nargs="+", metavar="FILES")
-    parser.add_argument("--frames", type=int, default=16)
+    parser.add_argument("files", nargs="+", metavar="FILES", help="videos")
+    parser.add_argument("--frames", type=int, default=16, help="to take of a video")
     parser.add_argument("--paths", default="", help="only these, by commas")
 
 

@@ -18,10 +18,10 @@ Row = dict[str, Any]
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hidden", type=int, default=1024, help="of the language model")
     parser.add_argument("--layers", type=int, default=10, help="of the language model")
-    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--prompts", type=int, default=8, help="prompts of a round")
     parser.add_argument("--group", type=int, default=8, help="answers to a prompt")
-    parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--answer-tokens", type=int, default=64)
+    parser.add_argument("--prompt-tokens", type=int, default=128, help="of a prompt")
+    parser.add_argument("--answer-tokens", type=int, default=64, help="of an answer")
     parser.add_argument("--dtype", default="float32", help="float32 or bfloat16")
 
 

@@ -16,9 +16,9 @@ SIDE = Path(__file__).with_name("head_side.py")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--vocab", type=int, default=151936)
-    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, default=8192, help="rows of hidden states")
+    parser.add_argument("--vocab", type=int, default=151936, help="words of the vocabulary")
+    parser.add_argument("--hidden", type=int, default=2048, help="channels of a hidden state")
     parser.add_argument("--skip-naive", action="store_true", help="memory of the chunked side only")
 
 

@@ -29,8 +29,8 @@ LAYOUTS = {
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompt-tokens", type=int, default=2048)
-    parser.add_argument("--answer-tokens", type=int, default=128)
+    parser.add_argument("--prompt-tokens", type=int, default=2048, help="of the prompt")
+    parser.add_argument("--answer-tokens", type=int, default=128, help="of an answer")
     parser.add_argument("--group", type=int, default=8, help="answers to the prompt")
     parser.add_argument("--layouts", default="shared,plain", help="of " + ",".join(LAYOUTS))
     parser.add_argument("--against", default="plain", help="the row that ratios are of")

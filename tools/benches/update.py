@@ -38,11 +38,13 @@ ROOT = Path(__file__).parents[2]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default=str(ROOT / "configs/models/qwen2.5-vl-3b.json"))
-    parser.add_argument("--frames", type=int, default=16)
+    parser.add_argument(
+        "--model", default=str(ROOT / "configs/models/qwen2.5-vl-3b.json"), help="a config.json"
+    )
+    parser.add_argument("--frames", type=int, default=16, help="of the video")
     parser.add_argument("--height", type=int, default=392, help="pixels, a multiple of 28")
     parser.add_argument("--width", type=int, default=700, help="pixels, a multiple of 28")
-    parser.add_argument("--answer-tokens", type=int, default=256)
+    parser.add_argument("--answer-tokens", type=int, default=256, help="of an answer")
     parser.add_argument("--group", type=int, default=8, help="answers to the prompt")
     parser.add_argument(
         "--formats", default="bfloat16", help="of bfloat16," + ",".join(FP8_RECIPES)

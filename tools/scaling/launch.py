@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_vrl.errors import ConfigError
+from megatron_vrl.errors import ConfigError, counted
 from megatron_vrl.models.architecture import Architecture, read_architecture
 from megatron_vrl.models.pipeline_split import check_divides
 from megatron_vrl.parallel.mesh import check_layout
@@ -39,8 +39,8 @@ class Nodes:
         nodes = math.ceil(ranks / self.per_node)
         if nodes > self.count or ranks % nodes:
             raise ConfigError(
-                f"{ranks} ranks are not to be had from {self.count} nodes of {self.per_node}: "
-                "change --nproc, --nnodes or the layout."
+                f"{counted(ranks, 'rank')} cannot run on {counted(self.count, 'node')} of "
+                f"{self.per_node}: change --nproc, --nnodes or the layout."
             )
         return nodes
 

@@ -38,7 +38,7 @@ def simulated_sizes(
                 if mode == "weak":
                     prompts = study.work.prompts * ranks
                 if prompts < ranks:
-                    rows.append(_refused(ranks, f"{prompts} prompts are too few for them."))
+                    rows.append(_refused(ranks, f"too few prompts for them: {prompts}."))
                     continue
                 cell = Cell(mode=mode, size=size, layout=Layout(data=ranks), prompts=prompts)
                 parts = update_parts(cell, study.work, archs[size], gpu, mfu)

@@ -52,7 +52,7 @@ from megatron_vrl.data.formats.records import (
     video_path,
 )
 from megatron_vrl.data.formats.validation import Misshapen, OtherForm, looks_like, validated
-from megatron_vrl.errors import DataError
+from megatron_vrl.errors import DataError, counted
 from megatron_vrl.tasks import can_be_asked
 from megatron_vrl.tasks.temporal_grounding import QUESTION
 from megatron_vrl.types import Interval, VideoSample
@@ -102,10 +102,10 @@ def read(source: Source, header_duration_s: HeaderDuration | None = None) -> lis
         (kept if can_be_asked(cut) else left_out).append(cut)
     refuse_none(source, len(kept), len(kept) + len(left_out))
     if left_out:
+        all_of_them = counted(len(kept) + len(left_out), "question")
         logger.warning(
-            f"{source.json_path}: {len(left_out)} of {len(kept) + len(left_out)} questions have no "
-            "text, no interval within the video or no options and are left out, first "
-            f"{left_out[0].id!r}."
+            f"{source.json_path}: {len(left_out)} of {all_of_them} left out, first "
+            f"{left_out[0].id!r}: no text, no interval within the video or no options."
         )
     return kept
 
@@ -116,8 +116,9 @@ def refuse_none(source: Source, num_kept: int, num_read: int) -> None:
         raise DataError(f"{source.json_path} holds no sample.")
     if not num_kept:
         raise DataError(
-            f"{source.json_path} holds no sample that can be asked: all {num_read} questions have "
-            "no text, no interval within the video or no options."
+            f"{source.json_path} holds no sample that can be asked: "
+            f"{counted(num_read, 'question')} "
+            "without text, without an interval within the video or without options."
         )
 
 
@@ -239,8 +240,9 @@ def charades_sta(
     for video, record in records:
         if len(record.timestamps) != len(record.sentences):
             raise DataError(
-                f"{source.json_path}: record {video!r} has {len(record.timestamps)} timestamps and "
-                f"{len(record.sentences)} sentences; expected one sentence for each."
+                f"{source.json_path}: record {video!r} has "
+                f"{counted(len(record.timestamps), 'timestamp')} and "
+                f"{counted(len(record.sentences), 'sentence')}; expected one sentence for each."
             )
         path = video_path(video_file(video), source, video)
         for index, (span, sentence) in enumerate(

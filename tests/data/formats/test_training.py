@@ -182,8 +182,8 @@ def test_questions_that_cannot_be_asked_are_left_out_and_warned_of(read_records,
     assert [sample.id for sample in samples] == ["a/1", "b/1"]
     assert samples[1].intervals_s == ((0.0, 2.0),)
     assert caplog.messages[0].endswith(
-        "3 of 5 questions have no text, no interval within the video or no options and are left "
-        "out, first 'a/0'."
+        "3 of 5 questions left out, first 'a/0': no text, no interval within the video or no "
+        "options."
     )
 
 
@@ -212,8 +212,8 @@ def test_questions_that_cannot_be_asked_are_left_out_and_warned_of(read_records,
         ("temporal_r1", [GQA], "records.json does not look like temporal_r1 (record 0: field "
          "'dataset' is missing); it looks like next_gqa or multiple_choice."),
         ("charades_sta", {"a": {"duration": 9, "timestamps": [[0, 1]], "sentences": [" "]}},
-         "records.json holds no sample that can be asked: all 1 questions have no text, no "
-         "interval within the video or no options."),
+         "records.json holds no sample that can be asked: 1 question without "
+         "text, without an interval within the video or without options."),
         ("next_gqa", [GQA, None], "records.json: record 1 is null, expected an object."),
         ("next_gqa", [GQA, GQA | {"id": ""}], "records.json: record 1: field 'id' is '', refused: "
          "String should have at least 1 character."),
@@ -233,7 +233,7 @@ def test_questions_that_cannot_be_asked_are_left_out_and_warned_of(read_records,
          "records.json: record 'a': field 'timestamps.0' is [1], refused: List should have at "
          "least 2 items after validation, not 1."),
         ("charades_sta", {"a": {"duration": 9, "timestamps": [[1, 2]], "sentences": []}},
-         "records.json: record 'a' has 1 timestamps and 0 sentences; expected one sentence for "
+         "records.json: record 'a' has 1 timestamp and 0 sentences; expected one sentence for "
          "each."),
         ("charades_sta", {"../a": {"duration": 9, "timestamps": [], "sentences": []}},
          "records.json: record '../a': video '../a.mp4' is not inside the data folder '/data'; "

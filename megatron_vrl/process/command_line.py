@@ -1,0 +1,54 @@
+"""Command lines: a tool's docstring is its help, and a wrong argument is one sentence."""
+
+import argparse
+import difflib
+import re
+import sys
+import textwrap
+from typing import NoReturn
+
+from megatron_vrl.errors import EXIT_CODE
+
+OVERRIDE_HELP = "replace a value of the configuration; the value in YAML (docs/config.md)"
+_OPTION = re.compile(r"--\w+\.[\w.]+(=.*)?")  # a key of the configuration, written like an option
+_USAGE = re.compile(r"^    \S+\.(?:py|sh) .*\n(?:    .*\n)*\n?", re.MULTILINE)
+
+
+class OverrideParser(argparse.ArgumentParser):
+    """Argument parser whose errors are one sentence.
+
+    It answers `--grpo.steps 5` with the right form, `grpo.steps=5`.
+    """
+
+    def error(self, message: str) -> NoReturn:
+        words = sys.argv[1:]
+        for word, following in zip(words, [*words, ""][1:], strict=True):
+            if _OPTION.fullmatch(word):
+                key, _, value = word.removeprefix("--").partition("=")
+                value = value or ("VALUE" if following.startswith("-") else following or "VALUE")
+                self.exit(EXIT_CODE, f"error: {word} is not an option: write {key}={value}.\n")
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
+        near = difflib.get_close_matches(unknown, self._option_string_actions, n=1)
+        hint = f" (did you mean {near[0]}?)" if unknown.startswith("--") and near else ""
+        self.exit(EXIT_CODE, f"error: {message.rstrip('.')}{hint}; see {self.prog} --help.\n")
+
+    def add_overrides(self, words: str = OVERRIDE_HELP) -> None:
+        """Add the positional `section.key=value ...`."""
+        self.add_argument("overrides", nargs="*", metavar="section.key=value", help=words)
+
+
+def tool_parser(doc: str | None) -> OverrideParser:
+    """Return a parser for a tool with this docstring.
+
+    The docstring's first indented block of commands is the usage, the rest is the description. The
+    usage is argparse's own where there is no such block.
+    """
+    text = doc or ""
+    parser = OverrideParser(formatter_class=argparse.RawDescriptionHelpFormatter)
+    if block := _USAGE.search(text):
+        lines = textwrap.dedent(block[0]).strip().splitlines()
+        parser.prog = lines[0].split()[0]
+        parser.usage = "\n       ".join(lines).replace("%", "%%")
+        text = text[: block.start()] + text[block.end() :]
+    parser.description = text.strip()
+    return parser
