@@ -94,8 +94,8 @@ def test_an_override_written_as_an_option_is_told_its_form(words, right):
         (
             "grade.py",
             ("--task", "multiple_choice", "--mod", "x"),
-            "argument --mode: invalid choice: 'x' (choose from 'strict', 'temporal_r1'); see grade.py "
-            "--help.",
+            "argument --mode: invalid choice: 'x' (choose from 'strict', 'temporal_r1'); see "
+            "grade.py --help.",
         ),
         (
             "check_data.py",
