@@ -91,8 +91,9 @@ class Interrupted:
 
 def test_an_interrupt_says_what_is_kept_and_the_same_call_goes_on(folder, cfg, engine, tmp_path):
     data = folder / "runs/quickstart/data"
-    annotations = str(data / "annotations/heldout_temporal_grounding.json")
+    annotations = str(data / "annotations/train_temporal_grounding.json")
     samples = questions("charades_sta", annotations, str(data / "videos"), "strict")[:5]
+    assert len(samples) == 5
     out = tmp_path / "out"
     for kept in (2, 4):
         with pytest.raises(KeyboardInterrupt) as stopped:

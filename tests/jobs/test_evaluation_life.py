@@ -18,7 +18,7 @@ from megatron_vrl.process.entry import run_program
 job = train._job
 
 def job_in_small_batches(cfg):
-    from megatron_vrl.evaluation.during_training import during_training as evaluation
+    from megatron_vrl.evaluation import during_training as evaluation
 
     stop_if_asked = evaluation.stop_if_asked
 
