@@ -4,6 +4,7 @@ A stage that learns something makes the next type; it never fills a hole in an o
 Shape letters: F frames, P prompt tokens, R response tokens, N rollouts of one group.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -119,15 +120,45 @@ class Rollout:
     seed: int  # that it was drawn with
 
 
+class RewardComponent(NamedTuple):
+    """One reward component of a group's answers, and its weight in their total reward.
+
+    Components of a task lie in [0, 1]; `overlong` lies in [-1, 0] and `kl` has any value.
+    """
+
+    values: NDArray[np.float64]  # [N]
+    weight: float
+
+
+def total_reward(components: Mapping[str, RewardComponent]) -> NDArray[np.float64]:
+    """Return the weighted sum [N] of the components, added in their order.
+
+    Example: format [1, 0] with weight 0.5 and temporal_iou [0.4, 0] with weight 0.5 -> [0.7, 0].
+    """
+    return sum_in_order([one.weight * one.values for one in components.values()])
+
+
+def sum_in_order(terms: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """Return the sum of at least one array, added from left to right: equal terms, equal sums."""
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredGroup:
-    """N answers to one prompt with their rewards."""
+    """N answers to one prompt with their reward components."""
 
     sample: VideoSample
     prompt: Prompt
     rollouts: tuple[Rollout, ...]  # N
-    parts: dict[str, NDArray[np.float64]]  # reward part -> [N], each in [0, 1]
-    rewards: NDArray[np.float64]  # [N] weighted sum of the parts
+    components: Mapping[str, RewardComponent]  # all that the advantages are made of, in order
+
+    @property
+    def total(self) -> NDArray[np.float64]:
+        """Total rewards [N]: what is trained on, logged and stored."""
+        return total_reward(self.components)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

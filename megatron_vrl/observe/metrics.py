@@ -56,9 +56,9 @@ def meaning(name: str) -> Meaning:
 class StepMetrics:
     """One row of metrics.jsonl.
 
-    `values` may be nested one level, {"parts": {"format": 0.5}} becomes "parts/format". `seconds`
-    are of this step, by phase of `Clock`. An evaluation names its split, and in `during` the phase
-    whose weights it read, at which `step`.
+    `values` may be nested one level: {"components": {"format": 0.5}} becomes "components/format".
+    `seconds` are of this step, by phase of `Clock`. An evaluation names its split, and in `during`
+    the phase whose weights it read, at which `step`.
     """
 
     phase: Phase

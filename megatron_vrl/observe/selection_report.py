@@ -17,7 +17,7 @@ STYLE = (
     "table{border-collapse:collapse}td,th{padding:.15rem .8rem;text-align:left}"
     "td:last-child{text-align:right}svg{max-width:100%;height:auto}"
 )
-PART = {"multiple_choice": "accuracy"}  # whose spread is drawn; temporal IoU for the others
+COMPONENT = {"multiple_choice": "accuracy"}  # whose spread is drawn; temporal IoU for the others
 
 
 def selection_report(summary: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
@@ -58,23 +58,23 @@ def _bars(verdicts: dict[str, dict[str, int]]) -> Figure:
 
 
 def _spreads(rows: Sequence[dict[str, Any]]) -> Figure:
-    """A panel for each task: mean and standard deviation of the part that its rule reads."""
+    """A panel for each task: mean and standard deviation of the component that its rule reads."""
     tasks = sorted({row["task"] for row in rows})
     figure = Figure(figsize=(7, 2.8), layout="constrained")
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        part = PART.get(task, "temporal_iou")
+        component = COMPONENT.get(task, "temporal_iou")
         for kept, colour, label in ((False, "0.6", "dropped"), (True, "C0", "kept")):
             found = [
-                row["parts"][part]
+                row["components"][component]
                 for row in rows
                 if row["task"] == task
-                and part in row["parts"]
+                and component in row["components"]
                 and (row["verdict"] == "kept") == kept
             ]
             axes.scatter(
                 [s["mean"] for s in found], [s["std"] for s in found], s=8, c=colour, label=label
             )
-        axes.set(title=task, xlabel=f"mean {part}", ylabel="standard deviation")
+        axes.set(title=task, xlabel=f"mean {component}", ylabel="standard deviation")
         axes.title.set_fontsize(9)
         axes.legend(fontsize=7)
     return figure

@@ -14,6 +14,7 @@ from typing import Literal
 from megatron_vrl.config import Rewards
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.rewards import accuracy, boundary_iou, format, temporal_iou, temporal_r1
+from megatron_vrl.rewards.overlong import OVERLONG
 from megatron_vrl.tasks import TASKS, Parsed
 from megatron_vrl.types import VideoSample
 
@@ -24,6 +25,7 @@ PARTS: dict[str, Callable[[VideoSample, Parsed], float]] = {
     "boundary_iou": boundary_iou.score,
 }
 LENGTH = "length"
+RESERVED = (OVERLONG, "kl")  # components that algorithm settings add
 OPTIONAL = {"boundary_iou": "temporal_iou", LENGTH: "format"}  # part -> the task's part it needs
 TEMPORAL_R1_COMPONENTS: dict[str, dict[str, Callable[[VideoSample, str], float]]] = {
     "temporal_grounding": {
@@ -70,7 +72,7 @@ def weights_of(cfg: Rewards) -> dict[str, dict[str, float]]:
         "grounded_qa": cfg.grounded_qa,
     }
     for name in cfg.functions:
-        if name in PARTS or name == LENGTH:
+        if name in (*PARTS, LENGTH, *RESERVED):
             raise ConfigError(f"rewards.functions.{name}: this name is taken; choose another.")
     for task, of_part in weights.items():
         parts = TASKS[task].parts

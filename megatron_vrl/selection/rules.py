@@ -32,7 +32,7 @@ class Candidate:
 
     id: str
     task: str
-    parts: Mapping[str, Spread]  # reward part -> over the answers; {} for an unreadable video
+    components: Mapping[str, Spread]  # of each over the answers; {} for an unreadable video
     reward: Spread
     unreadable: float  # share of answers without a readable form
     verdict: str = ""  # KEPT, or why not
@@ -44,7 +44,7 @@ class Candidate:
             "id": self.id,
             "task": self.task,
             "reward": {"mean": self.reward.mean, "std": self.reward.std},
-            "parts": {n: {"mean": s.mean, "std": s.std} for n, s in self.parts.items()},
+            "components": {n: {"mean": s.mean, "std": s.std} for n, s in self.components.items()},
             "unreadable": self.unreadable,
             "verdict": self.verdict,
             "rank": self.rank,
@@ -54,13 +54,13 @@ class Candidate:
 def candidate(
     name: str, task: str, answers: Sequence[Mapping[str, Any]], weights: Mapping[str, float]
 ) -> Candidate:
-    """`answers`: {"parts": {...}, "failure": text or None} each; none for an unreadable video."""
-    names = list(answers[0]["parts"]) if answers else []
+    """`answers`: {"components": {...}, "failure": text or None} each; none if unreadable video."""
+    names = list(answers[0]["components"]) if answers else []
     return Candidate(
         id=name,
         task=task,
-        parts={part: _spread([answer["parts"][part] for answer in answers]) for part in names},
-        reward=_spread([weighted(answer["parts"], weights) for answer in answers]),
+        components={n: _spread([answer["components"][n] for answer in answers]) for n in names},
+        reward=_spread([weighted(answer["components"], weights) for answer in answers]),
         unreadable=sum(answer["failure"] is not None for answer in answers) / max(1, len(answers)),
     )
 
@@ -80,13 +80,13 @@ def select(candidates: Sequence[Candidate], rule: Selection) -> list[Candidate]:
 
 
 def _verdict(found: Candidate, rule: Selection) -> dict[str, Any]:
-    if not found.parts:
+    if not found.components:
         return {"verdict": UNDECODABLE, "rank": 0.0}
     verdicts = []
-    if "accuracy" in found.parts:
-        verdicts.append(_of_options(found.parts["accuracy"]))
-    if "temporal_iou" in found.parts:
-        verdicts.append(_of_intervals(found.parts["temporal_iou"], rule))
+    if "accuracy" in found.components:
+        verdicts.append(_of_options(found.components["accuracy"]))
+    if "temporal_iou" in found.components:
+        verdicts.append(_of_intervals(found.components["temporal_iou"], rule))
     kept = [rank for verdict, rank in verdicts if verdict == KEPT]
     if kept:  # of a grounded question either half may teach
         return {"verdict": KEPT, "rank": max(kept)}

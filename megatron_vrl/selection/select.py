@@ -1,7 +1,7 @@
 """Select training data: several answers to every sample of a pool, then rules on their rewards.
 
-OUT/answers-I.jsonl has every raw answer with its reward parts, a line for each sample, written a
-block at a time, so that stopped work goes on and gives what it would have given. From these files
+OUT/answers-I.jsonl has every raw answer with its reward components, a line for each sample, written
+a block at a time, so that stopped work goes on and gives what it would have given. From these files
 alone come OUT/stats.jsonl (means, spreads and verdict of every sample), OUT/kept.jsonl (for
 data.selection), OUT/summary.json and OUT/report.html: other rules cost no inference. The pool may
 be shared out over several processes, each with its own I. The same inside a run, between epochs,
@@ -156,13 +156,13 @@ def _answered(
 
 def judged(judge: RewardManager, sample: VideoSample, rollouts: Sequence[Rollout]) -> list[Row]:
     """What is kept of each answer. Raises DataError if a function of the user's cannot grade it."""
-    parts = judge.parts(sample, rollouts)
+    components = judge.components(sample, rollouts)
     for name, failed in judge.take_failures().items():
         raise DataError(f"The reward function {name!r} {failed[0]}: correct it and go on.")
-    return [_row(sample, *pair) for pair in zip(rollouts, parts, strict=True)]
+    return [_row(sample, *pair) for pair in zip(rollouts, components, strict=True)]
 
 
-def _row(sample: VideoSample, rollout: Rollout, parts: dict[str, float]) -> Row:
+def _row(sample: VideoSample, rollout: Rollout, components: dict[str, float]) -> Row:
     parsed = TASKS[sample.task].parse(rollout.text, sample)
     return {
         "text": rollout.text,
@@ -171,7 +171,7 @@ def _row(sample: VideoSample, rollout: Rollout, parts: dict[str, float]) -> Row:
         "interval_s": parsed.interval_s,
         "option": parsed.option or None,
         "failure": parsed.failure or None,
-        "parts": parts,
+        "components": components,
     }
 
 

@@ -9,10 +9,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_vrl.config import Rewards
+from megatron_vrl.algorithms import advantages
+from megatron_vrl.config import Algorithm, Rewards
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.rewards import boundary_iou, score, weights_of
 from megatron_vrl.rewards.manager import RewardManager
+from megatron_vrl.rewards.overlong import Overlong
 from megatron_vrl.tasks import Parsed
 from megatron_vrl.types import Rollout, VideoSample
 from tests.tiny import prompt
@@ -46,8 +48,8 @@ def rollout(text: str, num_tokens: int = 8) -> Rollout:
 
 
 @contextmanager
-def judging(**keys):
-    judge = RewardManager(Rewards(function_workers=1, **keys))
+def judging(overlong=None, **keys):
+    judge = RewardManager(Rewards(function_workers=1, **keys), overlong)
     try:
         yield judge
     finally:
@@ -70,7 +72,7 @@ def test_boundary_iou_by_its_formula(answer_s, value):
     assert boundary_iou.score(several, parsed) >= boundary_iou.score(SAMPLE, parsed)
 
 
-def test_an_optional_part_is_there_when_it_is_named():
+def test_an_optional_component_is_there_when_it_is_named():
     weights = {"format": 0.2, "temporal_iou": 0.3, "boundary_iou": 0.5}
     late = RIGHT.replace("15.0", "18.0")
     for mode in ("strict", "temporal_r1"):
@@ -87,8 +89,22 @@ def test_length_is_worth_something_on_right_answers_only():
         wrong = RIGHT.replace('"6.0"', '"20"').replace('"15.0"', '"25"')
         answers = [rollout(RIGHT, n) for n in (3, 4, 8, 9)] + [rollout(wrong, 6)]
         (group,) = judge.groups([SAMPLE], [PROMPT], [answers])
-    assert group.parts["length"].tolist() == [0.0, 1.0, 1.0, 0.0, 0.0]
-    np.testing.assert_allclose(group.rewards, [1.0, 1.2, 1.2, 1.0, 0.0])
+    assert group.components["length"].values.tolist() == [0.0, 1.0, 1.0, 0.0, 0.0]
+    np.testing.assert_allclose(group.total, [1.0, 1.2, 1.2, 1.0, 0.0])
+
+
+def test_answers_near_the_length_limit_lose_reward_and_the_metric_shows_it():
+    """The penalty is a component: the total that is trained on is the one that is reported."""
+    answers = [rollout(RIGHT, n) for n in (4, 6, 8)]
+    with judging(Overlong(limit=8, buffer=4, weight=0.4)) as judge:
+        (group,) = judge.groups([SAMPLE], [PROMPT], [answers])
+        alone = judge.components(SAMPLE, answers)
+    assert list(group.components) == ["format", "temporal_iou", "overlong"]
+    assert group.components["overlong"].values.tolist() == [0.0, -0.5, -1.0]
+    assert group.total.tolist() == [1.0, 1.0 + 0.4 * -0.5, 1.0 + 0.4 * -1.0]
+    (advantage,) = advantages([group.components], Algorithm(name="dr_grpo"))
+    assert advantage.tolist() == (group.total - group.total.mean()).tolist()
+    assert [list(row) for row in alone] == [["format", "temporal_iou"]] * 3
 
 
 def judged(name: str, texts: list[str], **keys):
@@ -100,11 +116,11 @@ def judged(name: str, texts: list[str], **keys):
         return group, judge.take_failures()
 
 
-def test_a_users_function_is_a_part():
+def test_a_users_function_is_a_component():
     texts = [RIGHT, "the door opens", ""]
     group, failures = judged("named", texts, function_timeout_s=30.0)
-    assert group.parts["own"].tolist() == [0.0, 1.0, 0.0] and failures == {}
-    np.testing.assert_allclose(group.rewards, [1.0, 1.0, 0.0])
+    assert group.components["own"].values.tolist() == [0.0, 1.0, 0.0] and failures == {}
+    np.testing.assert_allclose(group.total, [1.0, 1.0, 0.0])
 
 
 @pytest.mark.parametrize(
@@ -119,10 +135,10 @@ def test_a_users_function_is_a_part():
 )
 def test_a_failure_is_named_and_never_a_silent_zero(name, text, what):
     group, failures = judged(name, [text, "fine", "fine"], function_timeout_s=2.0)
-    assert math.isnan(group.parts["own"][0]) and math.isnan(group.rewards[0])
+    assert math.isnan(group.components["own"].values[0]) and math.isnan(group.total[0])
     assert failures["own"][0] == f"{what}, on an answer to v/0"
     if name in ("broken", "slow", "leaves"):  # it costs the answer it failed on alone
-        assert len(failures["own"]) == 1 and np.isfinite(group.rewards[1:]).all()
+        assert len(failures["own"]) == 1 and np.isfinite(group.total[1:]).all()
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,14 @@ from megatron_vrl.selection.rules import KEPT, OVER_BUDGET, UNDECODABLE, candida
 RULE = Selection(min_std=0.1, min_mean=0.2)
 
 
-def answers(**parts):
+def answers(**components):
     """{"accuracy": [1, 0]} -> two answers."""
-    length = len(next(iter(parts.values())))
+    length = len(next(iter(components.values())))
     return [
-        {"parts": {name: float(values[i]) for name, values in parts.items()}, "failure": None}
+        {
+            "components": {name: float(values[i]) for name, values in components.items()},
+            "failure": None,
+        }
         for i in range(length)
     ]
 
@@ -54,7 +57,7 @@ def test_the_rules(rows, expected):
 def test_the_grounding_rule_by_its_definition(ious, min_std, min_mean):
     rule = Selection(min_std=min_std, min_mean=min_mean)
     (found,) = select([candidate("a", "temporal_grounding", answers(temporal_iou=ious), {})], rule)
-    assert found.parts["temporal_iou"].std == pytest.approx(statistics.pstdev(ious), abs=1e-12)
+    assert found.components["temporal_iou"].std == pytest.approx(statistics.pstdev(ious), abs=1e-12)
     if abs(found.rank - min_std) > 1e-9 and abs(statistics.fmean(ious) - min_mean) > 1e-9:
         keeps = statistics.pstdev(ious) >= min_std and statistics.fmean(ious) >= min_mean
         assert (found.verdict == KEPT) == keeps
@@ -90,7 +93,7 @@ def test_a_row_is_ready_for_json():
         "id": "a",
         "task": "multiple_choice",
         "reward": {"mean": 0.75, "std": 0.25},
-        "parts": {"accuracy": {"mean": 0.5, "std": 0.5}, "format": {"mean": 1.0, "std": 0.0}},
+        "components": {"accuracy": {"mean": 0.5, "std": 0.5}, "format": {"mean": 1.0, "std": 0.0}},
         "unreadable": 0.5,
         "verdict": KEPT,
         "rank": 0.5,
