@@ -51,6 +51,7 @@ class VideoSample:
     intervals_s: tuple[Interval, ...]  # true intervals, seconds; () when the task has none
     options: tuple[str, ...]  # option texts in order; () when the task has none
     option: str  # letter of the right option, "A".."Z"; "" when the task has none
+    truth: Any = None  # right answer of a task with a truth of its own: its `Truth.record`
     window_s: Interval | None = None  # part of the file that is shown; other times count from it
     folder: str = ""  # data folder, which the file must not leave; "": not asked for
     labels: tuple[str, ...] = ()  # "kind/name" groups that an evaluation reports apart
@@ -118,6 +119,17 @@ class Rollout:
     weight_version: int  # of the weights that its prompt was read with
     newest_version: int  # of those of its last token: another if weights came in between
     seed: int  # that it was drawn with
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parsed:
+    """An answer as its task's parser reads it; training rewards and evaluation share it."""
+
+    interval_s: Interval | None = None  # start < end, inside the video, seconds
+    option: str = ""  # letter of one of the sample's options
+    value: Any = None  # answer to a task with a truth of its own; None when it cannot be read
+    formatted: bool = False  # the response has exactly the format of the target, and can be read
+    failure: str = ""  # why something that the task asks for could not be read
 
 
 class RewardComponent(NamedTuple):

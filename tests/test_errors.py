@@ -29,7 +29,7 @@ from megatron_vrl.errors import CheckpointError, ConfigError
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.models.pipeline_split import check_divides
 from megatron_vrl.models.precision import check_available
-from megatron_vrl.rewards import weights_of
+from megatron_vrl.rewards.weights import reward_weights
 from megatron_vrl.trainer.state import RunState
 from tests.running import CONFIG, ENVIRONMENT, ROOT, run_python, train_command
 from tests.tiny_models import hf_model, save
@@ -132,9 +132,9 @@ def test_a_look_at_a_split_that_is_not_there(key):
         check_dev(cfg)
 
 
-def test_a_weight_for_a_part_no_task_has():
+def test_a_weight_for_a_component_no_task_has():
     with pytest.raises(ConfigError, match=r"acuracy.*accuracy"):
-        weights_of(Rewards(multiple_choice={"format": 0.5, "acuracy": 0.5}))
+        reward_weights(Rewards(weights={"multiple_choice": {"acuracy": 0.5}}))
 
 
 def test_program_prints_the_sentence_alone():

@@ -7,6 +7,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from megatron_vrl.tasks import TASKS
+
 STYLE = (
     ":root{color-scheme:light dark;--paper:#fdfcf9;--ink:#26241f}"
     "@media(prefers-color-scheme:dark){:root{--paper:#191816;--ink:#e4e0d8}"
@@ -17,7 +19,6 @@ STYLE = (
     "table{border-collapse:collapse}td,th{padding:.15rem .8rem;text-align:left}"
     "td:last-child{text-align:right}svg{max-width:100%;height:auto}"
 )
-COMPONENT = {"multiple_choice": "accuracy"}  # whose spread is drawn; temporal IoU for the others
 
 
 def selection_report(summary: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
@@ -58,11 +59,11 @@ def _bars(verdicts: dict[str, dict[str, int]]) -> Figure:
 
 
 def _spreads(rows: Sequence[dict[str, Any]]) -> Figure:
-    """A panel for each task: mean and standard deviation of the component that its rule reads."""
+    """A panel for each task: mean and standard deviation of one component of its answers."""
     tasks = sorted({row["task"] for row in rows})
     figure = Figure(figsize=(7, 2.8), layout="constrained")
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        component = COMPONENT.get(task, "temporal_iou")
+        component = _drawn(task)
         for kept, colour, label in ((False, "0.6", "dropped"), (True, "C0", "kept")):
             found = [
                 row["components"][component]
@@ -78,6 +79,12 @@ def _spreads(rows: Sequence[dict[str, Any]]) -> Figure:
         axes.title.set_fontsize(9)
         axes.legend(fontsize=7)
     return figure
+
+
+def _drawn(task: str) -> str:
+    """Return the component whose spread is drawn: the first graded one, else the first."""
+    kinds = TASKS[task].correctness
+    return next((name for name, kind in kinds.items() if kind == "graded"), next(iter(kinds)))
 
 
 def _svg(figure: Figure) -> str:

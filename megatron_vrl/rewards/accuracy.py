@@ -1,7 +1,6 @@
 """Accuracy: 1 when the chosen option is the right one. An unreadable or ambiguous choice is 0."""
 
-from megatron_vrl.tasks import Parsed
-from megatron_vrl.types import VideoSample
+from megatron_vrl.types import Parsed, VideoSample
 
 
 def score(sample: VideoSample, parsed: Parsed) -> float:

@@ -7,8 +7,7 @@ gives most counts. Here the times are ordered and inside the video, so no factor
 """
 
 from megatron_vrl.rewards.temporal_iou import iou
-from megatron_vrl.tasks import Parsed
-from megatron_vrl.types import Interval, VideoSample
+from megatron_vrl.types import Interval, Parsed, VideoSample
 
 
 def score(sample: VideoSample, parsed: Parsed) -> float:

@@ -1,7 +1,6 @@
 """Format: 1 when the response has exactly the form of the task's target and can be read."""
 
-from megatron_vrl.tasks import Parsed
-from megatron_vrl.types import VideoSample
+from megatron_vrl.types import Parsed, VideoSample
 
 
 def score(sample: VideoSample, parsed: Parsed) -> float:

@@ -12,9 +12,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_vrl.config import Rewards
-from megatron_vrl.rewards import LENGTH, length, score, weights_of
+from megatron_vrl.rewards import length
+from megatron_vrl.rewards.length import LENGTH
 from megatron_vrl.rewards.overlong import OVERLONG, Overlong, overlong_penalty
+from megatron_vrl.rewards.score import score
 from megatron_vrl.rewards.user_functions import Call, Returned, Workers
+from megatron_vrl.rewards.weights import reward_weights
+from megatron_vrl.tasks import TASKS
 from megatron_vrl.types import Prompt, RewardComponent, Rollout, ScoredGroup, VideoSample
 
 
@@ -27,7 +31,7 @@ class RewardManager:
         `overlong` adds the overlong penalty to the components of a group.
         """
         self._cfg = cfg
-        self.weights = weights_of(cfg)  # task -> component -> weight
+        self.weights = reward_weights(cfg)  # task -> component -> weight
         self._overlong = overlong if overlong and overlong.buffer else None
         self._workers: Workers | None = None
         used = {name for of_task in self.weights.values() for name in of_task}
@@ -82,8 +86,9 @@ class RewardManager:
         weights = self.weights[sample.task]
         components, _ = score(sample, rollout.text, self._cfg.mode, weights)
         if LENGTH in weights:
+            correctness = [components[name] for name in TASKS[sample.task].correctness]
             components[LENGTH] = length.score(
-                components, len(rollout.token_ids), self._cfg.length_tokens
+                correctness, len(rollout.token_ids), self._cfg.length_tokens
             )
         return components
 

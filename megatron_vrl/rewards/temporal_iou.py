@@ -4,8 +4,7 @@ Where a sample has several true intervals, the one that fits best counts: the qu
 span that shows the answer, not for all of them (this is also how NExT-GQA is evaluated).
 """
 
-from megatron_vrl.tasks import Parsed
-from megatron_vrl.types import Interval, VideoSample
+from megatron_vrl.types import Interval, Parsed, VideoSample
 
 
 def score(sample: VideoSample, parsed: Parsed) -> float:

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from megatron_vrl.config import Selection
-from megatron_vrl.rewards import weighted
+from megatron_vrl.rewards.score import weighted_sum
+from megatron_vrl.tasks import TASKS
 
 KEPT, OVER_BUDGET, UNDECODABLE = "kept", "over budget", "undecodable"
 
@@ -60,7 +61,7 @@ def candidate(
         id=name,
         task=task,
         components={n: _spread([answer["components"][n] for answer in answers]) for n in names},
-        reward=_spread([weighted(answer["components"], weights) for answer in answers]),
+        reward=_spread([weighted_sum(answer["components"], weights) for answer in answers]),
         unreadable=sum(answer["failure"] is not None for answer in answers) / max(1, len(answers)),
     )
 
@@ -83,12 +84,11 @@ def _verdict(found: Candidate, rule: Selection) -> dict[str, Any]:
     if not found.components:
         return {"verdict": UNDECODABLE, "rank": 0.0}
     verdicts = []
-    if "accuracy" in found.components:
-        verdicts.append(_of_options(found.components["accuracy"]))
-    if "temporal_iou" in found.components:
-        verdicts.append(_of_intervals(found.components["temporal_iou"], rule))
+    for name, kind in TASKS[found.task].correctness.items():
+        spread = found.components[name]
+        verdicts.append(_of_binary(spread) if kind == "binary" else _of_graded(spread, rule))
     kept = [rank for verdict, rank in verdicts if verdict == KEPT]
-    if kept:  # of a grounded question either half may teach
+    if kept:  # one component with a learning signal is enough
         return {"verdict": KEPT, "rank": max(kept)}
     return {
         "verdict": ", ".join(verdict for verdict, _ in verdicts),
@@ -96,17 +96,19 @@ def _verdict(found: Candidate, rule: Selection) -> dict[str, Any]:
     }
 
 
-def _of_options(accuracy: Spread) -> tuple[str, float]:
-    if accuracy.mean == 0.0:
+def _of_binary(found: Spread) -> tuple[str, float]:
+    """Return verdict and rank by a component that is 0 or 1."""
+    if found.mean == 0.0:
         return "all wrong", 0.0
-    return ("all right", 0.0) if accuracy.mean == 1.0 else (KEPT, accuracy.std)
+    return ("all right", 0.0) if found.mean == 1.0 else (KEPT, found.std)
 
 
-def _of_intervals(iou: Spread, rule: Selection) -> tuple[str, float]:
-    poor = iou.mean < rule.min_mean
-    if iou.std < rule.min_std:
-        return ("little spread and poor" if poor else "little spread and good"), iou.std
-    return ("spread but poor" if poor else KEPT), iou.std
+def _of_graded(found: Spread, rule: Selection) -> tuple[str, float]:
+    """Return verdict and rank by a component with values between 0 and 1."""
+    poor = found.mean < rule.min_mean
+    if found.std < rule.min_std:
+        return ("little spread and poor" if poor else "little spread and good"), found.std
+    return ("spread but poor" if poor else KEPT), found.std
 
 
 def _quotas(passed: Mapping[str, int], budget: int) -> dict[str, int]:

@@ -25,8 +25,8 @@ from megatron_vrl.evaluation.generate import Answerer, InferenceConfig
 from megatron_vrl.evaluation.predict import check_settings, check_videos, readable
 from megatron_vrl.observe.progress import progress_bar
 from megatron_vrl.observe.selection_report import selection_report
-from megatron_vrl.rewards import weights_of
 from megatron_vrl.rewards.manager import RewardManager
+from megatron_vrl.rewards.weights import reward_weights
 from megatron_vrl.rollout.request import SamplingSpec
 from megatron_vrl.selection.rules import KEPT, Candidate, candidate, select
 from megatron_vrl.storage.files import full_disk_named, read_rows, write_file
@@ -96,7 +96,7 @@ def apply_rules(cfg: RunConfig, samples: Sequence[VideoSample], out: Path) -> li
     rows = {
         row["id"]: row for path in sorted(out.glob("answers-*.jsonl")) for row in read_rows(path)
     }
-    weights = weights_of(cfg.rewards)
+    weights = reward_weights(cfg.rewards)
     found = [
         candidate(sample.id, sample.task, rows[sample.id]["answers"], weights[sample.task])
         for sample in samples

@@ -25,7 +25,15 @@ def answers(**components):
     ]
 
 
-def verdict(rows, task="temporal_grounding", rule=RULE):
+TASK_OF = {
+    ("accuracy",): "multiple_choice",
+    ("temporal_iou",): "temporal_grounding",
+    ("accuracy", "temporal_iou"): "grounded_qa",
+}
+
+
+def verdict(rows, rule=RULE):
+    task = TASK_OF[tuple(rows[0]["components"])] if rows else "temporal_grounding"
     (found,) = select([candidate("a", task, rows, {"temporal_iou": 1.0})], rule)
     return found.verdict
 
