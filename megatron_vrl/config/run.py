@@ -104,6 +104,7 @@ class Source(Section):
         "next_gqa",
         "multiple_choice",
         "temporal_r1",
+        "generic",
         "tvgbench",
         "activitynet_rtl",
         "mvbench",
@@ -111,7 +112,7 @@ class Source(Section):
         "video_mme",
         "mmvu",
     ] = "temporal_r1"
-    """Published form of the file, see megatron_vrl/data/formats/training.py and benchmarks.py."""
+    """Format of the file, see megatron_vrl/data/formats/training.py and benchmarks.py."""
     sampling_strategy: str = "all"
     """all | first:N | end:N | random:N, where N may be a percentage."""
     weight: Annotated[float, Field(gt=0)] = 1.0
