@@ -1,4 +1,4 @@
-"""One page on a selection: kept and dropped by task and reason, and how the answers spread."""
+"""HTML report of a data selection: samples kept and dropped, and the spread of their answers."""
 
 import io
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ STYLE = (
 
 
 def selection_report(summary: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
-    """HTML without references to other files. `rows` as in stats.jsonl."""
+    """Return a self-contained HTML page. `summary` is summary.json, `rows` are of stats.jsonl."""
     rules = ", ".join(f"{key} {value}" for key, value in summary["rules"].items())
     tables = "".join(
         f"<tr><td>{escape(task)}</td><td>{escape(verdict)}</td><td>{count}</td></tr>"
@@ -42,7 +42,7 @@ def selection_report(summary: dict[str, Any], rows: Sequence[dict[str, Any]]) ->
 
 
 def _bars(verdicts: dict[str, dict[str, int]]) -> Figure:
-    """One bar for each task, cut by verdict; what is kept comes first."""
+    """Return a bar chart: samples of each task by verdict, the kept ones first."""
     names = sorted({name for of_task in verdicts.values() for name in of_task})
     names.sort(key=lambda name: name != "kept")
     figure = Figure(figsize=(7, 1.2 + 0.5 * len(verdicts)), layout="constrained")
@@ -59,7 +59,7 @@ def _bars(verdicts: dict[str, dict[str, int]]) -> Figure:
 
 
 def _spreads(rows: Sequence[dict[str, Any]]) -> Figure:
-    """A panel for each task: mean and standard deviation of one component of its answers."""
+    """Return one panel for each task: mean and standard deviation of its drawn component."""
     tasks = sorted({row["task"] for row in rows})
     figure = Figure(figsize=(7, 2.8), layout="constrained")
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
@@ -88,6 +88,7 @@ def _drawn(task: str) -> str:
 
 
 def _svg(figure: Figure) -> str:
+    """Return the figure as an <svg> element."""
     out = io.StringIO()
     figure.savefig(out, format="svg", metadata={"Date": None})
     text = out.getvalue()

@@ -78,6 +78,7 @@ class RewardManager:
         return failures
 
     def close(self) -> None:
+        """End the processes of the user's functions."""
         if self._workers:
             self._workers.close()
 

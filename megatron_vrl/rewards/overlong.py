@@ -13,7 +13,7 @@ OVERLONG = "overlong"
 
 
 class Overlong(NamedTuple):
-    """Length limit and scale of the penalty."""
+    """Settings of the overlong penalty."""
 
     limit: int  # tokens of the longest answer: rollout.max_response_tokens
     buffer: int  # tokens before the limit: algorithm.overlong_buffer; 0: no penalty

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_vrl.config import Selection
+from megatron_vrl.errors import DataError
 from megatron_vrl.selection.rules import KEPT, OVER_BUDGET, UNDECODABLE, candidate, select
 
 RULE = Selection(min_std=0.1, min_mean=0.2)
@@ -90,6 +91,11 @@ def test_a_budget_keeps_the_widest_of_each_task(ious, rights, budget):
         assert min(inside, default=1.0) >= max(beyond, default=0.0)
         share = budget * sum(f.task == task for f in free) / max(1, len(free))
         assert abs(len(inside) - min(share, sum(f.task == task for f in free))) < 1
+
+
+def test_answers_of_an_earlier_version_are_refused():
+    with pytest.raises(DataError, match="answers to sample a have no reward components"):
+        candidate("a", "grounded_qa", [{"parts": {"format": 1.0}, "failure": None}], {})
 
 
 def test_a_row_is_ready_for_json():
