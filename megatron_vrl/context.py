@@ -33,6 +33,7 @@ from megatron_vrl.parallel.mesh import Mesh, gather_objects, init_mesh, raise_on
 from megatron_vrl.policy.policy import Policy
 from megatron_vrl.policy.vision_cache import VisionEmbeddingCache, embed_across_ranks
 from megatron_vrl.rewards.manager import RewardManager
+from megatron_vrl.rewards.overlong import Overlong
 from megatron_vrl.rollout.manager import Engine, RolloutManager
 from megatron_vrl.rollout.replay import ReplayEngine, ReplayFiles
 from megatron_vrl.rollout.vllm.in_process import InProcessEngine
@@ -167,7 +168,12 @@ def build(cfg: RunConfig) -> RunContext:
     mesh = init_mesh(cfg.parallel, cfg.run.seed)
     check_batches(cfg, mesh.data.size)
     with raise_on_all_ranks(mesh):
-        reward_manager = RewardManager(cfg.rewards)
+        overlong = Overlong(
+            limit=cfg.rollout.max_response_tokens,
+            buffer=cfg.algorithm.overlong_buffer,
+            weight=cfg.algorithm.overlong_penalty,
+        )
+        reward_manager = RewardManager(cfg.rewards, overlong)
         encoder = prompt_encoder(
             hf_dir,
             arch,

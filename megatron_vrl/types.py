@@ -4,6 +4,7 @@ A stage that learns something makes the next type; it never fills a hole in an o
 Shape letters: F frames, P prompt tokens, R response tokens, N rollouts of one group.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -50,6 +51,7 @@ class VideoSample:
     intervals_s: tuple[Interval, ...]  # true intervals, seconds; () when the task has none
     options: tuple[str, ...]  # option texts in order; () when the task has none
     option: str  # letter of the right option, "A".."Z"; "" when the task has none
+    truth: Any = None  # right answer of a task with a truth of its own: its `Truth.record`
     window_s: Interval | None = None  # part of the file that is shown; other times count from it
     folder: str = ""  # data folder, which the file must not leave; "": not asked for
     labels: tuple[str, ...] = ()  # "kind/name" groups that an evaluation reports apart
@@ -120,14 +122,55 @@ class Rollout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Parsed:
+    """An answer as its task's parser reads it; training rewards and evaluation share it."""
+
+    interval_s: Interval | None = None  # start < end, inside the video, seconds
+    option: str = ""  # letter of one of the sample's options
+    value: Any = None  # answer to a task with a truth of its own; None when it cannot be read
+    formatted: bool = False  # the response has exactly the format of the target, and can be read
+    failure: str = ""  # why something that the task asks for could not be read
+
+
+class RewardComponent(NamedTuple):
+    """One reward component of a group's answers, and its weight in their total reward.
+
+    Components of a task lie in [0, 1]; `overlong` lies in [-1, 0] and `kl` has any value.
+    """
+
+    values: NDArray[np.float64]  # [N]
+    weight: float
+
+
+def total_reward(components: Mapping[str, RewardComponent]) -> NDArray[np.float64]:
+    """Return the weighted sum [N] of the components, added in their order.
+
+    Example: format [1, 0] with weight 0.5 and temporal_iou [0.4, 0] with weight 0.5 -> [0.7, 0].
+    """
+    return sum_in_order([one.weight * one.values for one in components.values()])
+
+
+def sum_in_order(terms: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """Return the sum of at least one array, added from left to right: equal terms, equal sums."""
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredGroup:
-    """N answers to one prompt with their rewards."""
+    """N answers to one prompt with their reward components."""
 
     sample: VideoSample
     prompt: Prompt
     rollouts: tuple[Rollout, ...]  # N
-    parts: dict[str, NDArray[np.float64]]  # reward part -> [N], each in [0, 1]
-    rewards: NDArray[np.float64]  # [N] weighted sum of the parts
+    components: Mapping[str, RewardComponent]  # all that the advantages are made of, in order
+
+    @property
+    def total(self) -> NDArray[np.float64]:
+        """Total rewards [N]: what is trained on, logged and stored."""
+        return total_reward(self.components)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -66,7 +66,7 @@ def main() -> None:
 def _ask(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from megatron_vrl.tasks import TASKS
 
-    chooses = "accuracy" in TASKS[arguments.task].parts
+    chooses = TASKS[arguments.task].truth.option
     if chooses and not 2 <= len(arguments.option) <= 26:
         raise ConfigError(
             f"--task {arguments.task} chooses among 2 to 26 options, and {len(arguments.option)} "

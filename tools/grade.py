@@ -17,10 +17,10 @@ A line out:
     {"id": "a", "score": 1.0, "parts": {"format": 1.0, "temporal_iou": 1.0},
      "parsed": {"interval_s": [6.0, 15.0]}, "failure": null}
 
-"score" is the sum of the parts by the weights of section `rewards` (docs/tasks.md says what each
-part counts). "failure" says why the response could not be read. Lines are written as they are
-graded. A line that cannot be graded ends the program with one sentence and exit code 2; the lines
-before it stay written.
+"parts" holds the reward components, and "score" their sum by `rewards.weights` (docs/tasks.md says
+what each component is). "failure" says why the response could not be read. Lines are written as
+they are graded. A line that cannot be graded ends the program with one sentence and exit code 2;
+the lines before it stay written.
 """
 
 import json
@@ -32,7 +32,7 @@ from megatron_vrl.errors import DataError
 from megatron_vrl.evaluation.grading import Grader
 from megatron_vrl.process.command_line import tool_parser
 from megatron_vrl.process.entry import protocol_name, run_program
-from megatron_vrl.rewards import weights_of
+from megatron_vrl.rewards.weights import reward_weights
 from megatron_vrl.tasks import TASKS
 
 
@@ -53,8 +53,8 @@ def main() -> None:
     parser.add_overrides()
     arguments = parser.parse_intermixed_args()
     rewards = overridden(GradeConfig, {}, arguments.overrides, "command line").rewards
-    weights_of(rewards)
-    _grade_all(Grader(task=arguments.task, mode=arguments.mode, rewards=rewards))
+    weights = reward_weights(rewards)[arguments.task]
+    _grade_all(Grader(task=arguments.task, mode=arguments.mode, weights=weights))
 
 
 def _grade_all(grader: Grader) -> None:

@@ -190,7 +190,7 @@ def measured_pool(out: Path, seed: int, share: float) -> list[Measured]:
             id=row["id"],
             is_wrong=row["id"].startswith(tuple(wrong)),
             passes=row["verdict"] == "kept",
-            **row["parts"]["temporal_iou"],
+            **row["components"]["temporal_iou"],
         )
         for row in map(json.loads, rows)
     ]

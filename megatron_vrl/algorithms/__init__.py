@@ -24,23 +24,20 @@ from megatron_vrl.algorithms import (
     reinforce_plus_plus,
     rloo,
 )
-from megatron_vrl.algorithms.combine import Part
-from megatron_vrl.algorithms.dapo import overlong_penalty
 from megatron_vrl.algorithms.groups import has_signal
 from megatron_vrl.algorithms.kl import kl_penalty
 from megatron_vrl.algorithms.rollout_correction import rollout_is_weight
 from megatron_vrl.algorithms.tokens import Tokens, local_sequence_sum
+from megatron_vrl.types import RewardComponent
 
 __all__ = [
     "ALGORITHMS",
     "Algorithm",
-    "Part",
     "Tokens",
     "advantages",
     "has_signal",
     "kl_penalty",
     "local_sequence_sum",
-    "overlong_penalty",
     "rollout_is_weight",
     "token_loss",
 ]
@@ -72,9 +69,9 @@ ALGORITHMS: dict[str, Algorithm] = {
 
 
 def advantages(
-    groups: Sequence[Mapping[str, Part]], cfg: config.Algorithm
+    groups: Sequence[Mapping[str, RewardComponent]], cfg: config.Algorithm
 ) -> list[NDArray[np.float64]]:
-    """Reward parts of every group of the step, over all ranks -> advantages [n] of each group.
+    """Reward components of every group of the step, over all ranks -> advantages [n] of each group.
 
     Raises ValueError for a reward that is not finite: callers leave those out before.
     """

@@ -1,60 +1,46 @@
-"""Several reward parts of an answer -> one advantage.
+"""Combine several reward components of an answer into one advantage.
 
-sum_then_normalise: the weighted sum is the reward. normalise_then_sum: every part becomes an
-advantage by itself and these are summed by weight, so that parts which add up to the same sum stay
-apart (GDPO, arXiv 2601.05242). Left out: GDPO's last step, the normalisation of these sums over the
-batch, which only changes their scale.
+`sum_then_normalise` adds the weighted components and computes the advantage of the sum.
+`normalise_then_sum` computes an advantage of each component and adds these by weight, so that
+components with equal sums stay apart (GDPO, arXiv 2601.05242). GDPO's last step, which normalises
+the sums over the batch and only changes their scale, is left out.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megatron_vrl.algorithms.groups import Advantages, Rewards
+from megatron_vrl.types import RewardComponent, sum_in_order, total_reward
+
+Components = Mapping[str, RewardComponent]  # of one group; its task decides which there are
 
 
-class Part(NamedTuple):
-    """One reward part of a group's answers."""
-
-    values: NDArray[np.float64]  # [n]
-    weight: float
+def sum_then_normalise(groups: Sequence[Components], rule: Advantages) -> list[Rewards]:
+    """Return the advantages [n] of every group's total reward."""
+    return rule([total_reward(components) for components in groups])
 
 
-RunContext = Mapping[str, Part]  # of one group; its task decides which there are
+def normalise_then_sum(groups: Sequence[Components], rule: Advantages) -> list[Rewards]:
+    """Return the weighted sums [n] of the components' advantages.
 
-
-def sum_then_normalise(groups: Sequence[RunContext], rule: Advantages) -> list[Rewards]:
-    """Advantages [n] of every group's weighted sum of parts."""
-    return rule([_sum([part.weight * part.values for part in parts.values()]) for parts in groups])
-
-
-def normalise_then_sum(groups: Sequence[RunContext], rule: Advantages) -> list[Rewards]:
-    """Weighted sums of the parts' advantages; a part's rule sees the groups that have it."""
+    `rule` gets a component of all groups that have it: those of one task, or of several.
+    """
     terms: list[list[Rewards]] = [[] for _ in groups]
-    for name in dict.fromkeys(name for parts in groups for name in parts):
-        having = [index for index, parts in enumerate(groups) if name in parts]
-        of_part = rule([groups[index][name].values for index in having])
-        for index, values in zip(having, of_part, strict=True):
+    for name in dict.fromkeys(name for components in groups for name in components):
+        having = [index for index, components in enumerate(groups) if name in components]
+        advantages = rule([groups[index][name].values for index in having])
+        for index, values in zip(having, advantages, strict=True):
             terms[index].append(groups[index][name].weight * values)
-    return [_sum(term) for term in terms]
+    return [sum_in_order(term) for term in terms]
 
 
-def check_finite(groups: Sequence[RunContext]) -> None:
-    """Raises ValueError for a reward that is no number."""
-    for parts in groups:
-        for name, part in parts.items():
-            if not np.isfinite(part.weight * part.values).all():
+def check_finite(groups: Sequence[Components]) -> None:
+    """Raise ValueError if a weighted reward component is NaN or infinite."""
+    for components in groups:
+        for name, component in components.items():
+            if not np.isfinite(component.weight * component.values).all():
                 raise ValueError(
-                    f"A reward of part {name!r} is not finite: {part.values.tolist()} with "
-                    f"weight {part.weight}."
+                    f"Reward component {name!r} is not finite: {component.values.tolist()} with "
+                    f"weight {component.weight}."
                 )
-
-
-def _sum(terms: Sequence[Rewards]) -> Rewards:
-    """In the order given, so that equal rewards have equal sums."""
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total

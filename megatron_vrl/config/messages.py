@@ -65,12 +65,13 @@ def _wanted(kind: str, limits: dict[str, Any]) -> str:
 
 def _unknown(loc: tuple[int | str, ...], value: Any, schema: type[BaseModel]) -> str:
     where = ".".join(map(str, loc))
+    if new := RENAMED.get(where):
+        key = f".{next(iter(value))}" if isinstance(value, dict) and len(value) == 1 else ""
+        return f"{where + key!r} is now called {new + key!r}."
     full = where
     while isinstance(value, dict) and value:  # an unknown section: its first key says more
         name, value = next(iter(value.items()))
         full += f".{name}"
-    if new := RENAMED.get(where):
-        return f"{where!r} is now called {new!r}."
     if ours := name_here(full):
         return f"unknown key {full!r}; the key here is {ours!r}."
     known = _names(schema, loc[:-1])

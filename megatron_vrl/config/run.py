@@ -104,6 +104,7 @@ class Source(Section):
         "next_gqa",
         "multiple_choice",
         "temporal_r1",
+        "generic",
         "tvgbench",
         "activitynet_rtl",
         "mvbench",
@@ -111,7 +112,7 @@ class Source(Section):
         "video_mme",
         "mmvu",
     ] = "temporal_r1"
-    """Published form of the file, see megatron_vrl/data/formats/training.py and benchmarks.py."""
+    """Format of the file, see megatron_vrl/data/formats/training.py and benchmarks.py."""
     sampling_strategy: str = "all"
     """all | first:N | end:N | random:N, where N may be a percentage."""
     weight: Annotated[float, Field(gt=0)] = 1.0
@@ -151,20 +152,22 @@ class Data(Section):
 
 class Rewards(Section):
     mode: Literal["strict", "temporal_r1"] = "strict"
-    """strict: format and accuracy read one answer block; seed: the released scores, bit for bit."""
-    temporal_grounding: dict[str, float] = {"format": 0.5, "temporal_iou": 0.5}
-    """Weight of each reward part, per task."""
-    multiple_choice: dict[str, float] = {"format": 0.5, "accuracy": 0.5}
-    grounded_qa: dict[str, float] = {"format": 0.5, "temporal_iou": 0.25, "accuracy": 0.25}
+    """strict: format and content are read from one answer block; temporal_r1: the scores released
+    with Temporal-R1, bit for bit, for temporal grounding."""
+    weights: dict[str, dict[str, float]] = {}
+    """Task -> reward component -> weight, for example
+    `rewards.weights.temporal_grounding.format=1`. A component that is left out keeps its task's
+    default weight (docs/tasks.md); a weight of 0 logs a component without training on it."""
     length_tokens: tuple[Positive, Positive] = (320, 512)
-    """Fewest and most tokens of a right answer that earns the part `length`."""
+    """Fewest and most tokens of a right answer that earns the component `length`."""
     functions: dict[str, str] = {}
-    """Reward parts of your own: name -> `package.module:function`, called with (response, sample),
-    which returns a number in [0, 1]; weigh it by that name. See docs/tasks.md."""
+    """Reward components of your own: name -> `package.module:function`. The function is called with
+    (response, sample) and returns a number in [0, 1]; `weights` weighs it by its name. See
+    docs/tasks.md."""
     function_timeout_s: Annotated[float, Field(gt=0)] = 1.0
-    """Longest that one call of such a function may take."""
+    """Longest time for one call of such a function, in seconds."""
     function_workers: Positive = 2
-    """Processes that run them, on each rank."""
+    """Processes that run the functions, on each rank."""
 
 
 class Algorithm(Section):
@@ -190,8 +193,8 @@ class Algorithm(Section):
     the mean over tokens; sequence_sum: mean over answers of the sum over tokens; constant_length:
     sequence_sum over rollout.max_response_tokens; seed: mean inside each micro-batch."""
     combine: Literal["sum_then_normalise", "normalise_then_sum"] = "sum_then_normalise"
-    """Several reward parts: the weighted sum becomes an advantage; or each part does, and those
-    are summed by weight (GDPO)."""
+    """Several reward components. sum_then_normalise: their weighted sum becomes an advantage;
+    normalise_then_sum: each becomes an advantage, and these are summed by weight (GDPO)."""
     rollout_is: Literal["none", "token", "sequence"] = "none"
     """Weigh the policy loss with trainer probability / engine probability, of each token or of
     the whole answer."""
@@ -263,9 +266,10 @@ class Selection(Section):
     """Answers sampled for each sample of the pool."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     min_std: Annotated[float, Field(ge=0)] = 0.05
-    """Least spread of the answers' temporal IoU that a grounding sample is kept with."""
+    """A sample with a graded component, such as temporal_iou, is kept only if the component's
+    standard deviation over the answers is at least this."""
     min_mean: Annotated[float, Field(ge=0)] = 0.1
-    """Least mean of their temporal IoU."""
+    """The same sample is kept only if the component's mean is at least this."""
     budget: Annotated[int, Field(ge=0)] = 0
     """Most samples to keep, shared out over the tasks by what passes their rules; 0: all."""
     every_epochs: Annotated[int, Field(ge=0)] = 0

@@ -25,6 +25,7 @@ from megatron_vrl.data.formats.training import (
 from megatron_vrl.data.problems import Problem
 from megatron_vrl.data.units import FileTimes, wrong_with
 from megatron_vrl.errors import DataError, VideoError
+from megatron_vrl.tasks import TASKS
 from megatron_vrl.types import VideoClip, VideoSample
 from megatron_vrl.video import VideoReader
 from megatron_vrl.video.time_axis import problems_of_times
@@ -160,7 +161,7 @@ class DatasetCheck:
             yield "annotation", "an option has no text."
         if not sample.query:
             yield "annotation", "the question has no text; it is left out."
-        if sample.task != "multiple_choice" and not sample.intervals_s:
+        if TASKS[sample.task].truth.intervals and not sample.intervals_s:
             yield "interval", "no interval within the video; the question is left out."
         if sample.window_s is None and sample.duration_s:
             yield from _durations(sample, self._durations_s[sample.clip])

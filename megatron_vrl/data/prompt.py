@@ -54,7 +54,8 @@ class PromptEncoder:
     def prompt(self, sample: VideoSample, video: EncodedVideo) -> Prompt:
         """Raises ConfigError if the prompt exceeds data.max_prompt_tokens."""
         task = TASKS[sample.task]
-        question = task.temporal_r1_question if self._wording == "temporal_r1" else task.question
+        released = task.temporal_r1_question if self._wording == "temporal_r1" else None
+        question = released or task.question
         return self.encode(
             sample.id, SYSTEM_PROMPTS[self._system_prompt], (video,), question(sample)
         )

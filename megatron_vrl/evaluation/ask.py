@@ -68,6 +68,7 @@ def _found(sample: VideoSample, rollout: Rollout) -> dict[str, Any]:
         "thinking": thinking.strip(),
         "interval_s": parsed.interval_s,
         "option": parsed.option or None,
+        **({} if parsed.value is None else {"value": parsed.value}),
         "failure": (parsed.failure and (cut or parsed.failure)) or None,
     }
 
@@ -77,6 +78,8 @@ def told(found: dict[str, Any]) -> str:
     lines = [f"thinking: {found['thinking']}"] if found["thinking"] else []
     if found["option"]:
         lines.append(f"option:   {found['option']}")
+    if "value" in found:
+        lines.append(f"answer:   {found['value']}")
     if found["interval_s"]:
         start_s, end_s = found["interval_s"]
         lines.append(f"interval: {start_s:.1f} s to {end_s:.1f} s of {found['duration_s']:.1f} s")

@@ -6,7 +6,6 @@ A question whose video cannot be read stays in and counts as answered with nothi
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -16,16 +15,12 @@ from megatron_vrl.config import Rewards
 from megatron_vrl.context import RunContext, interleave
 from megatron_vrl.data.problems import Problem, summary
 from megatron_vrl.errors import UserError, VideoError, counted
-from megatron_vrl.evaluation.metrics import (
-    best_constant_interval,
-    best_constant_letter,
-    summarise,
-)
+from megatron_vrl.evaluation.metrics import summarise
 from megatron_vrl.parallel.mesh import gather_objects, world_axis
 from megatron_vrl.rollout.request import SamplingSpec
 from megatron_vrl.tasks import TASKS
 from megatron_vrl.trainer.preemption import stop_if_asked
-from megatron_vrl.types import Interval, Prompt, VideoSample
+from megatron_vrl.types import Prompt, VideoSample
 
 SAMPLES_AT_A_TIME = 128  # per rank; bounds the decoded frames in memory
 
@@ -95,25 +90,24 @@ def _check_share(bad: Sequence[Problem], count: int, ctx: RunContext) -> None:
 
 
 def trivial_answers(samples: Sequence[VideoSample], cfg: Rewards) -> dict[str, dict[str, float]]:
-    """What answers score that look at neither video nor question: label -> metrics.
+    """Return label -> metrics of answers that look at neither video nor question.
 
-    They are written in the right form and scored like a model's. "best constant" is the best
-    interval (as a share of the duration) and letter for these very samples.
+    Each task writes its own (`Task.baselines`). A task without one of the labels answers its
+    "best constant" there.
     """
-    constant: dict[str, tuple[Interval, str]] = {}
-    for task in {sample.task for sample in samples}:
-        of_task = [sample for sample in samples if sample.task == task]
-        interval = best_constant_interval(of_task)[0] if of_task[0].intervals_s else (0.0, 1.0)
-        letter = best_constant_letter(of_task)[0] if of_task[0].option else ""
-        constant[task] = interval, letter
-    whole = [_answer(sample, (0.0, 1.0), constant[sample.task][1]) for sample in samples]
-    best = [_answer(sample, *constant[sample.task]) for sample in samples]
-    return {
-        "whole video": summarise(samples, whole, cfg),
-        "best constant": summarise(samples, best, cfg),
+    of_task: dict[str, list[int]] = {}
+    for index, sample in enumerate(samples):
+        of_task.setdefault(sample.task, []).append(index)
+    answers = {
+        task: TASKS[task].baselines([samples[index] for index in indices])
+        for task, indices in of_task.items()
     }
-
-
-def _answer(sample: VideoSample, share: Interval, letter: str) -> str:
-    interval_s = (share[0] * sample.duration_s, share[1] * sample.duration_s)
-    return TASKS[sample.task].target(replace(sample, intervals_s=(interval_s,), option=letter))
+    metrics = {}
+    for label in dict.fromkeys(label for labelled in answers.values() for label in labelled):
+        responses = [""] * len(samples)
+        for task, indices in of_task.items():
+            chosen = answers[task].get(label, answers[task]["best constant"])
+            for index, response in zip(indices, chosen, strict=True):
+                responses[index] = response
+        metrics[label] = summarise(samples, responses, cfg)
+    return metrics

@@ -1,32 +1,33 @@
-"""One stored response and its truth -> score: what tools/grade.py does with a line.
+"""Grade one stored response against its truth: what tools/grade.py does with a line.
 
-The same parser and parts as in training, in either mode. `failure` says why a response could not
-be read; a readable wrong answer has none. Left out: parts that need more than the text of the
-response (its length in tokens, a user's own function).
+Parser and reward components are those of training, in either mode. `failure` says why a response
+could not be read; a readable wrong answer has none. Left out: components that need more than the
+text of the response, such as `length` and a user's own functions.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megatron_vrl.config import Rewards
 from megatron_vrl.errors import DataError
-from megatron_vrl.rewards import TEMPORAL_R1_COMPONENTS, score, temporal_r1, weights_of
-from megatron_vrl.tasks import TASKS, Parsed
+from megatron_vrl.rewards import temporal_r1
+from megatron_vrl.rewards.score import score
+from megatron_vrl.tasks import TASKS, Task, Truth
 from megatron_vrl.tasks.answer import read_option
-from megatron_vrl.types import Interval, VideoSample
+from megatron_vrl.types import Interval, Parsed, VideoSample
 
-ANY_LETTER = ("",) * 26  # where a line does not tell the options' texts, any letter names one
+ANY_LETTER = ("",) * 26  # options of a line without `options`: any letter names one
 
+Model = TypeVar("Model", bound=BaseModel)
 Time = Annotated[float, Field(allow_inf_nan=False)]
 Span = Annotated[list[Time], Field(min_length=2, max_length=2)]
 
 
 class Line(BaseModel):
-    """What a line may hold; which fields it must hold depends on the task."""
+    """Fields of a line; its task decides which of them it must have."""
 
     model_config = ConfigDict(strict=True)
 
@@ -37,34 +38,40 @@ class Line(BaseModel):
     option: str | None = None
     options: Annotated[list[str], Field(min_length=2, max_length=26)] | None = None
     """Texts of the options. Without them an option is read by its letter alone."""
+    truth: dict[str, Any] | None = None
+    """Right answer of a task with a truth of its own: the fields of its `Truth.record`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grader:
+    """Grades the responses to one task."""
+
     task: str  # a row of `megatron_vrl.tasks.TASKS`
     mode: Literal["strict", "temporal_r1"]
-    rewards: Rewards  # its weights count, its mode does not
+    weights: Mapping[str, float]  # component -> weight in the score
 
     def grade(self, fields: Any) -> dict[str, Any]:
-        """The row {id, score, parts, parsed, failure}, ready for JSON.
+        """Return the row {id, score, parts, parsed, failure}, ready for JSON.
 
-        Raises DataError naming the field that is missing or refused.
+        `parts` are the reward components. Raises DataError naming the field that is missing or
+        refused.
         """
-        line = _checked(fields, self.task)
-        sample = _sample(line, self.task, self.mode)
-        parts, total = score(sample, line.response, self.mode, weights_of(self.rewards)[self.task])
+        task = TASKS[self.task]
+        line = _checked(fields, task)
+        sample = _sample(line, task, self.mode)
+        components, total = score(sample, line.response, self.mode, self.weights)
         parsed = self._parsed(sample, line.response)
         return {
             "id": line.id,
             "score": float(total),
-            "parts": {name: float(value) for name, value in parts.items()},
-            "parsed": _shown(parsed, TASKS[self.task].parts),
+            "parts": {name: float(value) for name, value in components.items()},
+            "parsed": _shown(parsed, task.truth),
             "failure": parsed.failure or None,
         }
 
     def _parsed(self, sample: VideoSample, response: str) -> Parsed:
-        """What the mode's own parser reads."""
-        if self.mode == "strict" or self.task not in TEMPORAL_R1_COMPONENTS:
+        """Return the answer as the parser of the mode reads it."""
+        if self.mode == "strict" or not TASKS[self.task].temporal_r1_components:
             return TASKS[self.task].parse(response, sample)
         interval_s, failure = temporal_r1.read_interval(response)
         if interval_s is not None and not all(map(math.isfinite, interval_s)):
@@ -72,37 +79,43 @@ class Grader:
         return Parsed(interval_s=interval_s, failure=failure)
 
 
-def _checked(fields: Any, task: str) -> Line:
+def _checked(fields: Any, task: Task) -> Line:
+    """Return a line whose fields have the right types, with all that the task needs."""
     if not isinstance(fields, dict):
         raise DataError(f"holds {type(fields).__name__}, expected an object")
-    try:
-        line = Line.model_validate(fields)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(map(str, first["loc"]))
-        if first["type"] == "missing":
-            raise DataError(f"field {field!r} is missing") from None
-        raise DataError(
-            f"field {field!r} is {first['input']!r:.80}, refused: {first['msg']}"
-        ) from None
-    parts = TASKS[task].parts
-    needed = ["duration_s", "intervals_s"] if "temporal_iou" in parts else []
-    needed += ["option"] if "accuracy" in parts else []
+    line = _validated(Line, fields)
+    needed = ["duration_s", "intervals_s"] if task.truth.intervals else []
+    needed += ["option"] if task.truth.option else []
+    needed += ["truth"] if task.truth.record else []
     for field in needed:
         if fields.get(field) is None:
-            raise DataError(f"field {field!r} is missing, which {task} needs")
+            raise DataError(f"field {field!r} is missing, which {task.name} needs")
     return line
 
 
-def _sample(line: Line, task: str, mode: str) -> VideoSample:
+def _validated(model: type[Model], fields: dict[str, Any], within: str = "") -> Model:
+    """Return `fields` as `model`; `within` is the name before a field's in the DataError."""
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    field = within + ".".join(map(str, first["loc"]))
+    if first["type"] == "missing":
+        raise DataError(f"field {field!r} is missing")
+    raise DataError(f"field {field!r} is {first['input']!r:.80}, refused: {first['msg']}")
+
+
+def _sample(line: Line, task: Task, mode: str) -> VideoSample:
+    """Return the line as a sample with a truth and without a question."""
     options = tuple(line.options or ANY_LETTER)
     option, failure = read_option(line.option, options) if line.option is not None else ("", "")
     if failure:
         raise DataError(f"field 'option' is {line.option!r:.80}, expected the letter of an option")
     duration_s = line.duration_s or 0.0
+    record = task.truth.record
     return VideoSample(
         id=str(line.id),
-        task=task,
+        task=task.name,
         video="",
         duration_s=duration_s,
         query="",
@@ -110,11 +123,12 @@ def _sample(line: Line, task: str, mode: str) -> VideoSample:
         intervals_s=_truths(line.intervals_s or [], duration_s, mode),
         options=options,
         option=option,
+        truth=record and _validated(record, line.truth or {}, "truth."),
     )
 
 
 def _truths(spans: Sequence[list[float]], duration_s: float, mode: str) -> tuple[Interval, ...]:
-    """As the readers cut them in strict mode; in seed mode as they stand."""
+    """Return the true intervals: cut to the video in mode strict, unchanged in temporal_r1."""
     if mode == "temporal_r1":
         return tuple((start_s, end_s) for start_s, end_s in spans)
     cut = [(max(start_s, 0.0), min(end_s, duration_s)) for start_s, end_s in spans]
@@ -127,10 +141,13 @@ def _truths(spans: Sequence[list[float]], duration_s: float, mode: str) -> tuple
     return kept
 
 
-def _shown(parsed: Parsed, parts: Sequence[str]) -> dict[str, Any]:
+def _shown(parsed: Parsed, truth: Truth) -> dict[str, Any]:
+    """Return what was read, under the names of the kinds of truth that the task has."""
     shown: dict[str, Any] = {}
-    if "temporal_iou" in parts:
+    if truth.intervals:
         shown["interval_s"] = list(parsed.interval_s) if parsed.interval_s else None
-    if "accuracy" in parts:
+    if truth.option:
         shown["option"] = parsed.option or None
+    if truth.record:
+        shown["value"] = parsed.value
     return shown

@@ -123,10 +123,11 @@ def _read(
     sample: VideoSample, response: str, protocol: Protocol
 ) -> tuple[Interval | None, str, str]:
     """(interval, option, why one of them is missing)."""
-    if protocol == "strict" or sample.task == "grounded_qa":
-        parsed = TASKS[sample.task].parse(response, sample)
+    task = TASKS[sample.task]
+    if protocol == "strict" or task.truth.intervals == task.truth.option:
+        parsed = task.parse(response, sample)
         return parsed.interval_s, parsed.option, parsed.failure
-    if sample.task == "temporal_grounding":
+    if task.truth.intervals:
         interval_s, failure = temporal_r1.read_interval(response)
         return interval_s, "", failure
     option, failure = temporal_r1.read_option(response)
@@ -138,10 +139,10 @@ def _values(
 ) -> dict[str, float]:
     """By the name of the metric whose mean it makes."""
     values: dict[str, float] = {}
-    parts = TASKS[sample.task].parts
-    if "accuracy" in parts:
+    truth = TASKS[sample.task].truth
+    if truth.option:
         values["accuracy"] = float(option == sample.option)
-    if "temporal_iou" in parts:
+    if truth.intervals:
         measure = temporal_r1.hull_iou if protocol == "temporal_r1" else iou
         truths = sample.intervals_s
         best = max((measure(interval_s, t) for t in truths), default=0.0) if interval_s else 0.0
@@ -150,7 +151,7 @@ def _values(
         for threshold in THRESHOLDS:
             values[f"r1@{threshold}"] = values[f"iou@{threshold}"] = float(best >= threshold)
             values[f"iop@{threshold}"] = float(inside >= threshold)
-        if "accuracy" in parts:
+        if truth.option:
             values["accuracy_gqa"] = values["accuracy"] * values["iop@0.5"]
     return values
 

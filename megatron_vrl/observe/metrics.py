@@ -8,6 +8,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from megatron_vrl.tasks import TASKS
+
 Phase = Literal["sft", "grpo", "eval"]
 
 
@@ -17,13 +19,11 @@ class Meaning(NamedTuple):
 
 
 MEANINGS = {
-    "temporal_grounding/miou": Meaning("mIoU", "%"),
-    "temporal_grounding/r1@0.3": Meaning("R@0.3", "%"),
-    "temporal_grounding/r1@0.5": Meaning("R@0.5", "%"),
-    "temporal_grounding/r1@0.7": Meaning("R@0.7", "%"),
-    "multiple_choice/accuracy": Meaning("MC accuracy", "%"),
-    "grounded_qa/accuracy": Meaning("QA accuracy", "%"),
-    "grounded_qa/miou": Meaning("QA mIoU", "%"),
+    **{
+        f"{task.name}/{metric}": Meaning(*title)
+        for task in TASKS.values()
+        for metric, title in task.titles.items()
+    },
     "format_rate": Meaning("format", "%"),
     "reward": Meaning("reward", ""),
     "response_tokens": Meaning("response length", "tokens"),
@@ -56,9 +56,9 @@ def meaning(name: str) -> Meaning:
 class StepMetrics:
     """One row of metrics.jsonl.
 
-    `values` may be nested one level, {"parts": {"format": 0.5}} becomes "parts/format". `seconds`
-    are of this step, by phase of `Clock`. An evaluation names its split, and in `during` the phase
-    whose weights it read, at which `step`.
+    `values` may be nested one level: {"components": {"format": 0.5}} becomes "components/format".
+    `seconds` are of this step, by phase of `Clock`. An evaluation names its split, and in `during`
+    the phase whose weights it read, at which `step`.
     """
 
     phase: Phase

@@ -24,7 +24,7 @@ class Answer:
     text: str
     intervals_s: tuple[Interval, ...]  # predicted, seconds; () when none could be read
     option: str  # predicted letter; "" when none could be read
-    parts: dict[str, float]  # reward part -> [0, 1]
+    components: dict[str, float]  # reward component -> value
     reward: float
     advantage: float
     tokens: int

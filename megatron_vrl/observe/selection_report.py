@@ -1,4 +1,4 @@
-"""One page on a selection: kept and dropped by task and reason, and how the answers spread."""
+"""HTML report of a data selection: samples kept and dropped, and the spread of their answers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,8 +9,8 @@ from matplotlib.ticker import MaxNLocator
 from megatron_vrl.errors import counted
 from megatron_vrl.observe.charts import CATEGORIES, INK, SHADES, chart_font, quiet_axes, themed
 from megatron_vrl.observe.page import render
+from megatron_vrl.tasks import TASKS
 
-PART = {"multiple_choice": "accuracy"}  # whose spread is drawn; temporal IoU for the others
 KEPT = "kept"
 MARKS = {"kept": 0, "dropped": 4}  # numbers of colours
 Rows = Sequence[dict[str, Any]]
@@ -31,12 +31,14 @@ def selection_report(summary: dict[str, Any], rows: Rows) -> str:
             colours={name: CATEGORIES[number] for name, number in numbers.items()},
             marks={name: CATEGORIES[number] for name, number in MARKS.items()},
             bars=_bars(summary["verdicts"], numbers),
-            spreads=[(task, _part(task), _spread(task, rows)) for task in tasks],
+            spreads=[(task, _drawn(task), _spread(task, rows)) for task in tasks],
         )
 
 
-def _part(task: str) -> str:
-    return PART.get(task, "temporal_iou")
+def _drawn(task: str) -> str:
+    """Return the component whose spread is drawn: the first graded one, else the first."""
+    kinds = TASKS[task].correctness
+    return next((name for name, kind in kinds.items() if kind == "graded"), next(iter(kinds)))
 
 
 def _bars(verdicts: dict[str, dict[str, int]], numbers: dict[str, int]) -> str:
@@ -59,17 +61,19 @@ def _bars(verdicts: dict[str, dict[str, int]], numbers: dict[str, int]) -> str:
 
 
 def _spread(task: str, rows: Rows) -> str:
-    """Return mean and standard deviation of the part that the task's rule reads."""
-    part = _part(task)
+    """Return a scatter plot: mean and standard deviation of the task's drawn component."""
+    component = _drawn(task)
     figure = Figure(figsize=(4.4, 2.8), layout="constrained")
     axes = figure.subplots()
-    found = [row for row in rows if row["task"] == task and part in row["parts"]]
+    found = [row for row in rows if row["task"] == task and component in row["components"]]
     for mark, number in reversed(MARKS.items()):
-        shown = [r["parts"][part] for r in found if (r["verdict"] == KEPT) == (mark == KEPT)]
+        shown = [
+            r["components"][component] for r in found if (r["verdict"] == KEPT) == (mark == KEPT)
+        ]
         axes.scatter(
             [s["mean"] for s in shown], [s["std"] for s in shown], s=8, color=SHADES[number]
         )
-    axes.set_xlabel(f"mean {part}", color=INK)
+    axes.set_xlabel(f"mean {component}", color=INK)
     axes.set_ylabel("standard deviation", color=INK)
     quiet_axes(axes)
     return themed(figure, f"{task}: mean and standard deviation of {counted(len(found), 'sample')}")

@@ -1,8 +1,8 @@
-"""Accuracy: 1 when the chosen option is the right one. An unreadable or ambiguous choice is 0."""
+"""Accuracy: 1 if the chosen option is the right one. An unreadable or ambiguous option scores 0."""
 
-from megatron_vrl.tasks import Parsed
-from megatron_vrl.types import VideoSample
+from megatron_vrl.types import Parsed, VideoSample
 
 
 def score(sample: VideoSample, parsed: Parsed) -> float:
+    """Return 1 for the right option, else 0."""
     return float(parsed.option == sample.option)

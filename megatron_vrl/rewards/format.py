@@ -1,8 +1,8 @@
-"""Format: 1 when the response has exactly the form of the task's target and can be read."""
+"""Format: 1 if the response has exactly the format of the task's target and can be read."""
 
-from megatron_vrl.tasks import Parsed
-from megatron_vrl.types import VideoSample
+from megatron_vrl.types import Parsed, VideoSample
 
 
 def score(sample: VideoSample, parsed: Parsed) -> float:
+    """Return 1 for a formatted response, else 0."""
     return float(parsed.formatted)

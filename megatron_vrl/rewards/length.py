@@ -1,17 +1,17 @@
-"""Length: 1 when a right answer has a length in tokens that is asked for.
+"""Length: 1 when a right answer has between the fewest and the most tokens of `length_tokens`.
 
 Video-R1 (arXiv 2503.21776) adds 0.2 to the reward of answers of 320 to 512 tokens whose accuracy
-reward is above 0.1; the bonus here is this part's weight, the limits are `rewards.length_tokens`.
-Wrong answers get nothing, whatever their length, so that length alone is never worth learning.
+reward is above 0.1. The bonus here is this component's weight, the limits are
+`rewards.length_tokens`. A wrong answer gets 0 at any length, so length alone is never rewarded.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 
-RIGHT = 0.1  # what makes an answer right enough, of each part that measures it
-MEASURES = ("accuracy", "temporal_iou")
+LENGTH = "length"
+RIGHT = 0.1  # each score of the content must exceed it
 
 
-def score(parts: Mapping[str, float], num_tokens: int, limits: tuple[int, int]) -> float:
+def score(correctness: Iterable[float], num_tokens: int, limits: tuple[int, int]) -> float:
+    """Return 1 or 0. `correctness`: the answer's components that `Task.correctness` names."""
     shortest, longest = limits
-    right = all(parts[name] > RIGHT for name in MEASURES if name in parts)
-    return float(right and shortest <= num_tokens <= longest)
+    return float(all(value > RIGHT for value in correctness) and shortest <= num_tokens <= longest)

@@ -1,7 +1,9 @@
-"""Answers -> reward parts: those of the text, their length, and the user's own functions.
+"""RewardManager: answers -> reward components and their weights.
 
-A function that cannot grade an answer gives NaN, never 0, and is named: its group is then left out
-of training as every group with a reward that is no number (megatron_vrl/trainer/experience.py).
+The components of an answer are, in this order: those that the task reads from the text, `length`,
+the user's own functions, and `overlong`. The trainer adds `kl` last, which needs log-probs
+(megatron_vrl/trainer/experience.py). A user's function that cannot grade an answer gives NaN, never
+0, and its failure is recorded; the trainer leaves a group with a NaN out of training.
 """
 
 import math
@@ -10,20 +12,29 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_vrl.config import Rewards
-from megatron_vrl.rewards import LENGTH, length, score, weighted, weights_of
+from megatron_vrl.rewards import length
+from megatron_vrl.rewards.length import LENGTH
+from megatron_vrl.rewards.overlong import OVERLONG, Overlong, overlong_penalty
+from megatron_vrl.rewards.score import score
 from megatron_vrl.rewards.user_functions import Call, Returned, Workers
-from megatron_vrl.types import Prompt, Rollout, ScoredGroup, VideoSample
+from megatron_vrl.rewards.weights import reward_weights
+from megatron_vrl.tasks import TASKS
+from megatron_vrl.types import Prompt, RewardComponent, Rollout, ScoredGroup, VideoSample
 
 
 class RewardManager:
-    """One per process."""
+    """Computes rewards; each rank has one. `close` ends the processes of the user's functions."""
 
-    def __init__(self, cfg: Rewards) -> None:
-        """Raises ConfigError for weights or functions that cannot be."""
+    def __init__(self, cfg: Rewards, overlong: Overlong | None = None) -> None:
+        """Raise ConfigError for a weight or a function that is refused.
+
+        `overlong` adds the overlong penalty to the components of a group.
+        """
         self._cfg = cfg
-        self._weights = weights_of(cfg)
+        self.weights = reward_weights(cfg)  # task -> component -> weight
+        self._overlong = overlong if overlong and overlong.buffer else None
         self._workers: Workers | None = None
-        used = {name for of_task in self._weights.values() for name in of_task}
+        used = {name for of_task in self.weights.values() for name in of_task}
         paths = {name: path for name, path in cfg.functions.items() if name in used}
         if paths:
             self._workers = Workers(paths, cfg.function_workers, cfg.function_timeout_s)
@@ -35,9 +46,9 @@ class RewardManager:
         prompts: Sequence[Prompt],
         answers: Sequence[Sequence[Rollout]],
     ) -> list[ScoredGroup]:
-        """Each prompt's answers with their rewards."""
+        """Return one scored group for each prompt and its answers."""
         rows = [
-            [self._of_answer(sample, rollout) for rollout in rollouts]
+            [self._score(sample, rollout) for rollout in rollouts]
             for sample, rollouts in zip(samples, answers, strict=True)
         ]
         self._add_functions(samples, answers, rows)
@@ -46,35 +57,59 @@ class RewardManager:
                 sample=sample,
                 prompt=prompt,
                 rollouts=tuple(rollouts),
-                parts={name: np.array([row[name] for row in of_group]) for name in of_group[0]},
-                rewards=np.array([weighted(row, self._weights[sample.task]) for row in of_group]),
+                components=self._with_weights(sample, rollouts, of_group),
             )
             for sample, prompt, rollouts, of_group in zip(
                 samples, prompts, answers, rows, strict=True
             )
         ]
 
-    def parts(self, sample: VideoSample, rollouts: Sequence[Rollout]) -> list[dict[str, float]]:
-        """Of one prompt's answers, without their sum."""
-        rows = [self._of_answer(sample, rollout) for rollout in rollouts]
+    def components(
+        self, sample: VideoSample, rollouts: Sequence[Rollout]
+    ) -> list[dict[str, float]]:
+        """Return the components of each answer to one prompt, without `overlong`."""
+        rows = [self._score(sample, rollout) for rollout in rollouts]
         self._add_functions([sample], [rollouts], [rows])
         return rows
 
     def take_failures(self) -> dict[str, list[str]]:
-        """Function -> what each of its calls did that failed since the last call of this."""
+        """Return function -> sentences on its calls that failed since the last `take_failures`."""
         failures, self._failures = self._failures, {}
         return failures
 
     def close(self) -> None:
+        """End the processes of the user's functions."""
         if self._workers:
             self._workers.close()
 
-    def _of_answer(self, sample: VideoSample, rollout: Rollout) -> dict[str, float]:
-        weights = self._weights[sample.task]
-        parts, _ = score(sample, rollout.text, self._cfg.mode, weights)
+    def _score(self, sample: VideoSample, rollout: Rollout) -> dict[str, float]:
+        """Return the components of one answer that need no other process."""
+        weights = self.weights[sample.task]
+        components, _ = score(sample, rollout.text, self._cfg.mode, weights)
         if LENGTH in weights:
-            parts[LENGTH] = length.score(parts, len(rollout.token_ids), self._cfg.length_tokens)
-        return parts
+            correctness = [components[name] for name in TASKS[sample.task].correctness]
+            components[LENGTH] = length.score(
+                correctness, len(rollout.token_ids), self._cfg.length_tokens
+            )
+        return components
+
+    def _with_weights(
+        self,
+        sample: VideoSample,
+        rollouts: Sequence[Rollout],
+        rows: Sequence[dict[str, float]],
+    ) -> dict[str, RewardComponent]:
+        """Return the components of a group from those of its answers, and `overlong`."""
+        weights = self.weights[sample.task]
+        components = {
+            name: RewardComponent(np.array([row[name] for row in rows]), weights.get(name, 0.0))
+            for name in rows[0]
+        }
+        if self._overlong:
+            limit, buffer, weight = self._overlong
+            lengths = np.array([len(rollout.token_ids) for rollout in rollouts])
+            components[OVERLONG] = RewardComponent(overlong_penalty(lengths, limit, buffer), weight)
+        return components
 
     def _add_functions(
         self,
@@ -82,14 +117,14 @@ class RewardManager:
         answers: Sequence[Sequence[Rollout]],
         rows: Sequence[Sequence[dict[str, float]]],
     ) -> None:
-        """All calls of a step at once, so that the workers share them out."""
+        """Add the values of the user's functions to `rows`, in one batch of calls."""
         if self._workers is None:
             return
         calls = [
             (row, sample, Call(name, rollout.text, sample))
             for sample, rollouts, of_group in zip(samples, answers, rows, strict=True)
             for rollout, row in zip(rollouts, of_group, strict=True)
-            for name in self._weights[sample.task]
+            for name in self.weights[sample.task]
             if name in self._cfg.functions
         ]
         results = self._workers.run([call for _, _, call in calls])
@@ -97,6 +132,7 @@ class RewardManager:
             row[call.function] = self._graded(call.function, sample, returned)
 
     def _graded(self, name: str, sample: VideoSample, returned: Returned) -> float:
+        """Return the value of a call; NaN, with the failure recorded, if it has none in [0, 1]."""
         value, error = returned
         if not error and not 0.0 <= value <= 1.0:
             error = f"returned {value!r}, expected a number in [0, 1]"

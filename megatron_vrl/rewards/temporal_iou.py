@@ -1,20 +1,23 @@
-"""Temporal IoU: overlap of the answered interval and a true one, over their union.
+"""Temporal IoU: overlap of the answered interval and a true interval, divided by their union.
 
-Where a sample has several true intervals, the one that fits best counts: the question asks for a
-span that shows the answer, not for all of them (this is also how NExT-GQA is evaluated).
+If a sample has several true intervals, the one with the largest IoU counts: the question asks for
+one interval that shows the answer, not for all of them. NExT-GQA is evaluated in this way too.
 """
 
-from megatron_vrl.tasks import Parsed
-from megatron_vrl.types import Interval, VideoSample
+from megatron_vrl.types import Interval, Parsed, VideoSample
 
 
 def score(sample: VideoSample, parsed: Parsed) -> float:
+    """Return the largest IoU with a true interval; 0 if no interval could be read."""
     if parsed.interval_s is None:
         return 0.0
     return max(iou(parsed.interval_s, truth_s) for truth_s in sample.intervals_s)
 
 
 def iou(left: Interval, right: Interval) -> float:
-    """Intervals with start < end. Exactly symmetric, and in [0, 1] in floating point too."""
+    """Return the IoU of two intervals with start < end.
+
+    The result is exactly symmetric, and lies in [0, 1] in floating point too.
+    """
     overlap = max(0.0, min(left[1], right[1]) - max(left[0], right[0]))
     return overlap / (max(left[1], right[1]) - min(left[0], right[0]))  # the union if they overlap

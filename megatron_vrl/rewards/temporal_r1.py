@@ -1,10 +1,10 @@
-"""The reward that was released with Temporal-R1 (arXiv 2506.01908), bit for bit.
+"""Reward released with Temporal-R1 (arXiv 2506.01908), bit for bit.
 
-Kept to reproduce its curves, faults included: accuracy reads the *first* answer block (even one
-inside the thinking) and format looks at the whole response; times are neither ordered nor clipped;
-the union is the convex hull; one newline after the response costs the format. Only grounding was
-released, so the other tasks score as in the strict mode. Only the first true interval is used,
-normalised by the annotated duration as in the released data.
+It reproduces the released curves, faults included. The IoU reads the *first* answer block, even one
+inside the thinking, while the format covers the whole response. Times are neither ordered nor
+clipped. The union is the convex hull. One newline after the response loses the format. The first
+true interval alone counts, divided by the annotated duration as in the released data. Only
+grounding was released, so the other tasks score as in mode strict.
 """
 
 import json
@@ -22,13 +22,15 @@ UNREADABLE = (ValueError, TypeError, KeyError, OverflowError, RecursionError)
 
 
 def format_score(sample: VideoSample, response: str) -> float:
+    """Return 1 if the whole response has the released format, else 0."""
     return 1.0 if FORMAT.fullmatch(response) else 0.0
 
 
 def read_interval(response: str) -> tuple[Interval | None, str]:
-    """(seconds, failure) of the first answer block: in no order, not clipped, perhaps not finite.
+    """Return (times in seconds, failure) of the first answer block.
 
-    Whatever goes wrong, the released score is 0; the failure, "" or one sentence, is ours.
+    The times may be out of order, outside the video or not finite. `failure` is "" or one sentence;
+    the released code has no such sentence and scores 0.
     """
     block = ANSWER.search(response)
     if block is None:
@@ -41,6 +43,7 @@ def read_interval(response: str) -> tuple[Interval | None, str]:
 
 
 def temporal_iou(sample: VideoSample, response: str) -> float:
+    """Return the hull IoU with the first true interval; 0 for any error."""
     interval_s, _ = read_interval(response)
     if interval_s is None:
         return 0.0
@@ -54,6 +57,9 @@ def temporal_iou(sample: VideoSample, response: str) -> float:
 
 
 def hull_iou(answer: Interval, truth: Interval) -> float:
-    """The order of the arguments of min and max decides what NaN gives: 0."""
+    """Return the overlap divided by the convex hull of both intervals.
+
+    The order of the arguments of min and max matters: it makes the result 0 for NaN.
+    """
     overlap = max(min(answer[1], truth[1]) - max(answer[0], truth[0]), 0)
     return max(0, overlap / (max(answer[1], truth[1]) - min(answer[0], truth[0])))

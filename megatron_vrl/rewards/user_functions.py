@@ -1,10 +1,11 @@
-"""A user's own functions of an answer, in processes of their own, each call under a time limit.
+"""User's reward functions, run in worker processes with a time limit for each call.
 
-A call that raises, dies or takes too long costs itself alone: it comes back as an error in one
-sentence, and a process that hangs is killed and replaced. Nothing of the trainer's is shared with
-the functions but what they are called with, which is pickled. Calls go to a process a few at a
-time and come back one by one, so that a short call does not wait for a process to wake up. Left
-out: keeping a function's state over a replacement; functions that need the trainer's device.
+A call that raises, ends its process or takes too long returns an error in one sentence, and no
+other call is affected. A worker process that hangs is killed and replaced. The functions share
+nothing with the trainer: their arguments are pickled. A worker gets up to CALLS_AT_A_TIME calls in
+one message and returns the results one by one, which saves a wake-up for each short call. Left out:
+keeping the state of a function when its process is replaced; functions that need the trainer's
+device.
 """
 
 import importlib
@@ -23,29 +24,36 @@ from megatron_vrl.errors import ConfigError
 from megatron_vrl.process.parent_death import deaf_to_interrupts, end_with_starter
 from megatron_vrl.types import VideoSample
 
-START_S = 120.0  # a process may import as much as the function's module asks for
+START_S = 120.0  # limit for starting a process, which imports the function's module
 CALLS_AT_A_TIME = 8
 
 
 class Call(NamedTuple):
+    """One call of a function on one response."""
+
     function: str  # a name of `paths`
     response: str
     sample: VideoSample
 
 
 class Returned(NamedTuple):
-    value: float  # NaN with an error
-    error: str  # "" when the call returned a number; else what it did instead
+    """Result of a call: a number, or an error."""
+
+    value: float  # NaN if there is an error
+    error: str  # "" if the call returned a number; else a verb phrase, "raised ValueError: ..."
 
 
 def load_function(path: str) -> Callable[..., Any]:
-    """`package.module:function`. Raises ConfigError saying which half is wrong."""
+    """Return the function at `package.module:function`.
+
+    Raises ConfigError saying whether the module or the function is wrong.
+    """
     module_name, colon, name = path.partition(":")
     if not (module_name and colon and name):
         raise ConfigError(f"{path!r} is not a function; write package.module:function.")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the user's module does
+    except Exception as error:  # the user's module may raise anything
         raise ConfigError(
             f"{path!r}: the module does not import ({_sentence(error)}); PYTHONPATH decides where "
             "it is looked for."
@@ -56,8 +64,13 @@ def load_function(path: str) -> Callable[..., Any]:
 
 
 class Workers:
+    """Pool of `count` processes that each run any of the functions."""
+
     def __init__(self, paths: Mapping[str, str], count: int, timeout_s: float) -> None:
-        """Raises ConfigError if a function cannot be loaded in a process of its own."""
+        """Start the processes. Raises ConfigError if one cannot load a function.
+
+        `paths`: function name -> `package.module:function`; `timeout_s`: limit for one call.
+        """
         self._paths, self._timeout_s = dict(paths), timeout_s
         # A forked child would hold the trainer's threads' locks and its GPU context.
         self._context = multiprocessing.get_context("spawn")
@@ -66,7 +79,7 @@ class Workers:
             worker.await_ready()
 
     def run(self, calls: Sequence[Call]) -> list[Returned]:
-        """Results in the order of the calls."""
+        """Return the results in the order of the calls."""
         results: dict[int, Returned] = {}
         waiting = deque(range(len(calls)))
         idle, busy = list(self._workers), list[_Busy]()
@@ -92,10 +105,12 @@ class Workers:
         return [results[number] for number in range(len(calls))]
 
     def close(self) -> None:
+        """End the processes."""
         for worker in self._workers:
             worker.stop()
 
     def _receive(self, task: "_Busy", results: dict[int, Returned]) -> None:
+        """Store the result of the call that is running; an error if its process has ended."""
         try:
             results[task.numbers[0]] = task.worker.connection.recv()
         except (EOFError, OSError):
@@ -107,7 +122,10 @@ class Workers:
         task.deadline_s = time.monotonic() + self._timeout_s
 
     def _give_up(self, task: "_Busy", error: str, results: dict[int, Returned]) -> None:
-        """The call under way has failed; those behind it wait for another process."""
+        """Store an error for the call that is running, and replace its process.
+
+        `run` gives the remaining calls of the task to any process.
+        """
         results[task.numbers.popleft()] = Returned(math.nan, error)
         task.worker.stop()
         new = self._start()
@@ -116,6 +134,7 @@ class Workers:
         task.worker, task.failed = new, True
 
     def _start(self) -> "_Worker":
+        """Start a process and return it before it is ready."""
         ours, theirs = self._context.Pipe()
         process = self._context.Process(target=_serve, args=(theirs, self._paths), daemon=True)
         with deaf_to_interrupts():
@@ -125,10 +144,13 @@ class Workers:
 
 
 class _Worker(NamedTuple):
+    """A process and the parent's end of its connection."""
+
     process: Any
     connection: Connection
 
     def await_ready(self) -> None:
+        """Wait until the functions are loaded. Raises ConfigError if they cannot be."""
         try:
             problem = self.connection.recv() if self.connection.poll(START_S) else "does not start"
         except EOFError:
@@ -138,6 +160,7 @@ class _Worker(NamedTuple):
             raise ConfigError(f"rewards.functions: {problem}")
 
     def stop(self) -> None:
+        """Kill the process."""
         self.process.kill()
         self.process.join()
         self.connection.close()
@@ -145,15 +168,20 @@ class _Worker(NamedTuple):
 
 @dataclass(slots=True)
 class _Busy:
+    """A worker with the calls it was given."""
+
     worker: _Worker
-    numbers: deque[int]  # of its calls, the first one under way
-    deadline_s: float  # of that one
-    failed: bool = False
+    numbers: deque[int]  # indices of its calls; the first call is running
+    deadline_s: float  # time.monotonic() at which the running call has taken too long
+    failed: bool = False  # the worker was replaced, and the remaining calls must be given out again
 
 
 def _serve(connection: Connection, paths: Mapping[str, str]) -> None:
-    """The life of a worker: it ends with its connection, and in the midst of a call with its
-    parent, whose main thread must have started it."""
+    """Main function of a worker process: load the functions, send "" or an error, run calls.
+
+    The process ends when its connection closes. It also ends during a call if its parent dies; the
+    parent's main thread must have started it.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt ends
     end_with_starter()
     try:
@@ -172,6 +200,7 @@ def _serve(connection: Connection, paths: Mapping[str, str]) -> None:
 
 
 def _returned(function: Callable[..., Any], call: Call) -> Returned:
+    """Run one call and return its number or its error."""
     try:
         value = function(call.response, call.sample)
     except Exception as error:  # the user's code may raise anything
@@ -182,5 +211,6 @@ def _returned(function: Callable[..., Any], call: Call) -> Returned:
 
 
 def _sentence(error: Exception) -> str:
+    """Return the type of the error and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -34,8 +34,8 @@ class AnswerRecord:
     seed: int
     weight_version: int  # of the weights that read the prompt
     newest_version: int  # of those of the last token
-    parts: dict[str, float | None]  # reward parts; null: no number
-    reward: float | None
+    components: dict[str, float | None]  # reward components; null: not a number
+    reward: float | None  # total: the weighted sum of the components
     advantage: float | None  # null in a group that has a reward that is no number
 
 
@@ -84,6 +84,7 @@ def record_of(
     version: int,
 ) -> GroupRecord:
     """`advantages` [N], None for a group that has none."""
+    total = group.total
     values = [None] * len(group.rollouts) if advantages is None else advantages.tolist()
     return GroupRecord(
         step=step,
@@ -105,8 +106,8 @@ def record_of(
                 seed=rollout.seed,
                 weight_version=rollout.weight_version,
                 newest_version=rollout.newest_version,
-                parts={name: float(of_group[index]) for name, of_group in group.parts.items()},
-                reward=float(group.rewards[index]),
+                components={n: float(c.values[index]) for n, c in group.components.items()},
+                reward=float(total[index]),
                 advantage=values[index],
             )
             for index, rollout in enumerate(group.rollouts)

@@ -1,7 +1,7 @@
 """Select training data: several answers to every sample of a pool, then rules on their rewards.
 
-OUT/answers-I.jsonl has every raw answer with its reward parts, a line for each sample, written a
-block at a time, so that stopped work goes on and gives what it would have given. From these files
+OUT/answers-I.jsonl has every raw answer with its reward components, a line for each sample, written
+a block at a time, so that stopped work goes on and gives what it would have given. From these files
 alone come OUT/stats.jsonl (means, spreads and verdict of every sample), OUT/kept.jsonl (for
 data.selection), OUT/summary.json and OUT/report.html: other rules cost no inference. The pool may
 be shared out over several processes, each with its own I. The same inside a run, between epochs,
@@ -27,8 +27,8 @@ from megatron_vrl.observe.progress import progress_bar
 from megatron_vrl.observe.selection_report import selection_report
 from megatron_vrl.process.entry import told_if_interrupted
 from megatron_vrl.process.run_lock import check_owned
-from megatron_vrl.rewards import weights_of
 from megatron_vrl.rewards.manager import RewardManager
+from megatron_vrl.rewards.weights import reward_weights
 from megatron_vrl.rollout.request import SamplingSpec
 from megatron_vrl.selection.rules import KEPT, Candidate, candidate, select
 from megatron_vrl.storage.files import full_disk_named, kept_rows, read_rows, write_file
@@ -100,7 +100,7 @@ def apply_rules(cfg: RunConfig, samples: Sequence[VideoSample], out: Path) -> li
     rows = {
         row["id"]: row for path in sorted(out.glob("answers-*.jsonl")) for row in read_rows(path)
     }
-    weights = weights_of(cfg.rewards)
+    weights = reward_weights(cfg.rewards)
     found = [
         candidate(sample.id, sample.task, rows[sample.id]["answers"], weights[sample.task])
         for sample in samples
@@ -160,13 +160,13 @@ def _answered(
 
 def judged(judge: RewardManager, sample: VideoSample, rollouts: Sequence[Rollout]) -> list[Row]:
     """What is kept of each answer. Raises DataError if a function of the user's cannot grade it."""
-    parts = judge.parts(sample, rollouts)
+    components = judge.components(sample, rollouts)
     for name, failed in judge.take_failures().items():
         raise DataError(f"The reward function {name!r} {failed[0]}: correct it and go on.")
-    return [_row(sample, *pair) for pair in zip(rollouts, parts, strict=True)]
+    return [_row(sample, *pair) for pair in zip(rollouts, components, strict=True)]
 
 
-def _row(sample: VideoSample, rollout: Rollout, parts: dict[str, float]) -> Row:
+def _row(sample: VideoSample, rollout: Rollout, components: dict[str, float]) -> Row:
     parsed = TASKS[sample.task].parse(rollout.text, sample)
     return {
         "text": rollout.text,
@@ -175,7 +175,7 @@ def _row(sample: VideoSample, rollout: Rollout, parts: dict[str, float]) -> Row:
         "interval_s": parsed.interval_s,
         "option": parsed.option or None,
         "failure": parsed.failure or None,
-        "parts": parts,
+        "components": components,
     }
 
 

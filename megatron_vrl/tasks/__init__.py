@@ -1,21 +1,21 @@
-"""What can be asked about a video. A new task is one file and one row here.
+"""Tasks: the kinds of questions about a video. A new task is one file and one row of `TASKS`.
 
-`SYSTEM_PROMPTS` are the choices of `data.system_prompt`. `seed` is the released text of Temporal-R1
-(arXiv 2506.01908, `sys_prompt_map` of its evaluation; its training script has a line break where
-this has a space, which YAML folds away on the command line). `think` says the same in our words.
-Neither names the JSON keys. `answer` leaves the think block empty instead of leaving it out, so one
-format rule serves both: imitate `task.target(replace(sample, rationale=""))` under it. Under `none`
-the chat template of Qwen2.5-VL says "You are a helpful assistant.", as the released evaluation of
+`SYSTEM_PROMPTS` are the choices of `data.system_prompt`. `temporal_r1` is the released text of
+Temporal-R1 (arXiv 2506.01908, `sys_prompt_map` of its evaluation; its training script has a line
+break in place of one space). `think` gives the same instruction in other words. Neither names the
+JSON keys. `answer` asks for an empty think block, not for none, so that one format rule serves all:
+the warm-up then imitates `task.target(replace(sample, rationale=""))`. Under `none` the chat
+template of Qwen2.5-VL writes "You are a helpful assistant.", as the released evaluation of
 untrained models does.
 """
 
 from megatron_vrl.tasks.grounded_qa import GROUNDED_QA
 from megatron_vrl.tasks.multiple_choice import MULTIPLE_CHOICE
-from megatron_vrl.tasks.task import Parsed, Task
+from megatron_vrl.tasks.task import Component, Task, Truth
 from megatron_vrl.tasks.temporal_grounding import TEMPORAL_GROUNDING
 from megatron_vrl.types import VideoSample
 
-__all__ = ["SYSTEM_PROMPTS", "TASKS", "Parsed", "Task", "can_be_asked"]
+__all__ = ["SYSTEM_PROMPTS", "TASKS", "Component", "Task", "Truth", "can_be_asked"]
 
 TASKS: dict[str, Task] = {
     "temporal_grounding": TEMPORAL_GROUNDING,
@@ -44,10 +44,5 @@ SYSTEM_PROMPTS: dict[str, str | None] = {
 
 
 def can_be_asked(sample: VideoSample) -> bool:
-    """Whether there is a question, and a truth to score its answer by."""
-    parts = TASKS[sample.task].parts
-    return bool(
-        sample.query
-        and (sample.intervals_s or "temporal_iou" not in parts)
-        and (sample.option or "accuracy" not in parts)
-    )
+    """Return whether the sample has a question, and a truth to score answers by."""
+    return bool(sample.query) and TASKS[sample.task].truth.is_in(sample)

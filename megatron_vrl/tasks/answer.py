@@ -1,15 +1,15 @@
-"""Reading `<think>...</think><answer>{JSON}</answer>`, strictly.
+"""Strict parser of `<think>...</think><answer>{JSON}</answer>`.
 
-One block answers: the last `<answer>...</answer>` after the last `</think>`. A block inside the
-thinking is never read, nor is one that is not closed, as in a response cut at its length limit.
-Inside the block stands one JSON object without repeated keys. Seconds are plain decimals, as a
-string or a number; units, mm:ss, exponents, NaN and infinity are refused. They are clipped to the
-video and must then be in order. An option is read from its letter ("B", "b", "(B)", "B."), from
-its text, or from both when they agree.
+The last `<answer>...</answer>` after the last `</think>` is the answer block. A block inside the
+thinking is never read, nor is a block that is not closed, as in a response cut at its length limit.
+The block holds one JSON object without repeated keys. Seconds are plain decimals, as a string or a
+number; units, mm:ss, exponents, NaN and infinity are refused. Seconds are clipped to the video and
+must then be in order. An option is read from its letter ("B", "b", "(B)", "B."), from its text, or
+from both if they agree.
 
-Reading is wider than the format: `template` gives the one form that counts as formatted. White
-space around the response and inside the JSON is free; a second answer block, tags inside the
-thinking or text outside the two blocks are not.
+The parser accepts more than the format does: `template` returns the pattern of a formatted
+response. The pattern allows white space around the response and inside the JSON. It allows no
+second answer block, no tags inside the thinking and no text outside the two blocks.
 
 Each `read_` function returns (value, failure), where failure is "" or one sentence.
 """
@@ -30,13 +30,16 @@ _LETTERED = re.compile(r"(?:\(([A-Za-z])\)|([A-Za-z])([.:)])?)(?:\s+(.+))?", re.
 
 
 def template(**fields: str) -> re.Pattern[str]:
-    """Pattern of a whole stripped response whose JSON has these string fields, in this order."""
+    """Return the pattern of a stripped response whose JSON has these string fields in this order.
+
+    Values are patterns, for example `template(option="[A-Z]")`.
+    """
     body = r"\s*,\s*".join(rf'"{key}"\s*:\s*"{value}"' for key, value in fields.items())
     return re.compile(rf"<think>{_NO_TAGS}</think>\s*<answer>\s*\{{\s*{body}\s*\}}\s*</answer>")
 
 
 def read_block(response: str) -> tuple[str, str]:
-    """Text of the answer block, stripped."""
+    """Return the stripped text of the answer block."""
     tail = response.rpartition("</think>")[2]
     if "<think>" in tail:
         return "", "the thinking is never closed"
@@ -48,9 +51,10 @@ def read_block(response: str) -> tuple[str, str]:
 
 
 def read_json(body: str) -> tuple[Any, str]:
-    """One JSON value; integers come as floats, so that no literal is too long to hold.
+    """Return one JSON value.
 
-    A number with an exponent comes as its text, which no field of an answer takes.
+    Integers become floats, so that no literal is too long. A number with an exponent becomes its
+    text, which no field of an answer accepts.
     """
     try:
         value = json.loads(
@@ -66,7 +70,7 @@ def read_json(body: str) -> tuple[Any, str]:
 
 
 def read_fields(response: str) -> tuple[dict[str, Any], str]:
-    """The JSON object in the answer block; {} when there is none."""
+    """Return the JSON object in the answer block; {} if there is none."""
     body, failure = read_block(response)
     if failure:
         return {}, failure
@@ -77,7 +81,7 @@ def read_fields(response: str) -> tuple[dict[str, Any], str]:
 
 
 def read_interval(fields: dict[str, Any], duration_s: float) -> tuple[Interval | None, str]:
-    """`start_time` and `end_time`, clipped to [0, duration_s]."""
+    """Return (`start_time`, `end_time`), clipped to [0, duration_s]; None if unreadable."""
     clipped_s = []
     for key in ("start_time", "end_time"):
         time_s = _seconds(fields.get(key))
@@ -91,9 +95,10 @@ def read_interval(fields: dict[str, Any], duration_s: float) -> tuple[Interval |
 
 
 def read_option(text: Any, options: tuple[str, ...]) -> tuple[str, str]:
-    """Letter of the one option that `text` names; a single letter is always read as a letter.
+    """Return the letter of the one option that `text` names; "" if it names none or several.
 
-    An option "" stands for one whose text is not known: any text may follow its marked letter.
+    A single letter is always read as a letter. An empty string in `options` is an option with an
+    unknown text: any text may follow its marked letter.
     """
     if not isinstance(text, str):
         return "", f"option {text!r:.40} is not a letter"
@@ -113,29 +118,34 @@ def read_option(text: Any, options: tuple[str, ...]) -> tuple[str, str]:
 
 
 def lettered(options: tuple[str, ...]) -> list[tuple[str, str]]:
-    """[("A", first option), ("B", second option), ...]"""
+    """Return [("A", first option), ("B", second option), ...]."""
     return [(chr(ord("A") + index), option) for index, option in enumerate(options)]
 
 
 def _seconds(value: Any) -> float | None:
+    """Return a plain decimal, given as text or number; None for anything else."""
     if isinstance(value, str) and _NUMBER.fullmatch(value):
         value = float(value)
     return value if isinstance(value, float) and math.isfinite(value) else None
 
 
 def _same(left: str, right: str) -> bool:
+    """Return whether two texts are equal up to case, surrounding space and a final period."""
     return left.strip().rstrip(".").casefold() == right.strip().rstrip(".").casefold()
 
 
 def _plain(literal: str) -> float | str:
+    """Return the number; the text itself if it has an exponent."""
     return literal if "e" in literal.lower() else float(literal)
 
 
 def _refuse(constant: str) -> float:
-    raise ValueError(constant)  # NaN, Infinity and -Infinity are no JSON
+    """Raise ValueError: NaN, Infinity and -Infinity are not JSON."""
+    raise ValueError(constant)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object. Raises ValueError if a key is repeated."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         raise ValueError("repeated key")

@@ -1,9 +1,12 @@
 """Grounded question answering: which option is right, and when can it be seen? (NExT-GQA)
 
-The option and the time span are read apart: an answer with one of them unreadable still earns
+The option and the interval are read separately: an answer with one of them unreadable still earns
 the other, and its failure is recorded.
 """
 
+from collections.abc import Sequence
+
+from megatron_vrl.rewards import accuracy, boundary_iou, format, temporal_iou
 from megatron_vrl.tasks.answer import (
     LETTER,
     SECONDS,
@@ -12,9 +15,11 @@ from megatron_vrl.tasks.answer import (
     read_option,
     template,
 )
+from megatron_vrl.tasks.baselines import grounded_option_baselines
+from megatron_vrl.tasks.metrics import grounded_option_metrics
 from megatron_vrl.tasks.multiple_choice import ask
-from megatron_vrl.tasks.task import Parsed, Task
-from megatron_vrl.types import VideoSample
+from megatron_vrl.tasks.task import Task, Truth
+from megatron_vrl.types import Parsed, VideoSample
 
 INSTRUCTION = "Answer with the letter of the best option and the time span that shows it."
 TEMPLATE = template(option=LETTER, start_time=SECONDS, end_time=SECONDS)
@@ -40,11 +45,25 @@ def parse(response: str, sample: VideoSample) -> Parsed:
     return Parsed(interval_s=interval_s, option=option, formatted=formatted, failure=failure)
 
 
+def baselines(samples: Sequence[VideoSample]) -> dict[str, list[str]]:
+    return grounded_option_baselines(samples, target)
+
+
 GROUNDED_QA = Task(
     name="grounded_qa",
-    parts=("format", "temporal_iou", "accuracy"),
+    truth=Truth(intervals=True, option=True),
     question=question,
-    temporal_r1_question=question,
     target=target,
     parse=parse,
+    components={
+        "format": format.score,
+        "temporal_iou": temporal_iou.score,
+        "accuracy": accuracy.score,
+    },
+    default_weights={"format": 0.5, "temporal_iou": 0.25, "accuracy": 0.25},
+    optional_components={"boundary_iou": boundary_iou.score},
+    correctness={"accuracy": "binary", "temporal_iou": "graded"},
+    metrics=grounded_option_metrics,
+    titles={"accuracy": ("QA accuracy", "%"), "miou": ("QA mIoU", "%")},
+    baselines=baselines,
 )

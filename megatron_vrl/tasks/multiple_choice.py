@@ -1,10 +1,13 @@
 """Multiple choice: which option is right?
 
-The target answers in JSON. An answer block that holds no JSON object is read as the bare option,
-so that models which were never taught the form can be evaluated; it does not count as formatted.
-The released question is that of Temporal-R1's evaluation on MVBench.
+The target answers in JSON. An answer block without a JSON object is read as the bare option, so
+that models that never learned the format can be evaluated; the answer does not count as formatted.
+`temporal_r1_question` is the wording of Temporal-R1's evaluation on MVBench.
 """
 
+from collections.abc import Sequence
+
+from megatron_vrl.rewards import accuracy, format
 from megatron_vrl.tasks.answer import (
     LETTER,
     lettered,
@@ -13,8 +16,10 @@ from megatron_vrl.tasks.answer import (
     read_option,
     template,
 )
-from megatron_vrl.tasks.task import Parsed, Task
-from megatron_vrl.types import VideoSample
+from megatron_vrl.tasks.baselines import option_baselines
+from megatron_vrl.tasks.metrics import option_metrics
+from megatron_vrl.tasks.task import Task, Truth
+from megatron_vrl.types import Parsed, VideoSample
 
 INSTRUCTION = "Answer with the letter of the best option."
 TEMPLATE = template(option=LETTER)
@@ -25,6 +30,7 @@ def question(sample: VideoSample) -> str:
 
 
 def ask(sample: VideoSample, instruction: str) -> str:
+    """Return the question with its options, one a line, and `instruction` below them."""
     options = "\n".join(f"({letter}) {option}" for letter, option in lettered(sample.options))
     return f"Question: {sample.query}\nOptions:\n{options}\n{instruction}"
 
@@ -50,11 +56,21 @@ def parse(response: str, sample: VideoSample) -> Parsed:
     return Parsed(option=option, formatted=formatted, failure=failure)
 
 
+def baselines(samples: Sequence[VideoSample]) -> dict[str, list[str]]:
+    return option_baselines(samples, target)
+
+
 MULTIPLE_CHOICE = Task(
     name="multiple_choice",
-    parts=("format", "accuracy"),
+    truth=Truth(option=True),
     question=question,
-    temporal_r1_question=temporal_r1_question,
     target=target,
     parse=parse,
+    components={"format": format.score, "accuracy": accuracy.score},
+    default_weights={"format": 0.5, "accuracy": 0.5},
+    correctness={"accuracy": "binary"},
+    metrics=option_metrics,
+    titles={"accuracy": ("MC accuracy", "%")},
+    baselines=baselines,
+    temporal_r1_question=temporal_r1_question,
 )

@@ -1,26 +1,73 @@
-"""What a task is: how it asks, how an ideal model answers, and how an answer is read."""
+"""Task: a kind of question about a video, and everything that is particular to it.
 
-from collections.abc import Callable
-from dataclasses import dataclass
+A task owns its question, its ideal answer, its parser, the fields that hold the truth, its reward
+components with their default weights, and its metrics. Training, evaluation, selection and
+tools/grade.py read all of it from here, so a new task is one file and one row of `TASKS`
+(docs/extending.md builds one).
+"""
 
-from megatron_vrl.types import Interval, VideoSample
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pydantic import BaseModel
+
+from megatron_vrl.types import Parsed, VideoSample
+
+Component = Callable[[VideoSample, Parsed], float]  # a score in [0, 1]; 0 if nothing was read
+TextComponent = Callable[[VideoSample, str], float]  # reads the response itself
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Parsed:
-    """An answer as the strict parser reads it; training rewards and evaluation share it."""
+class Truth:
+    """Fields of VideoSample that hold the right answer to a task's questions."""
 
-    interval_s: Interval | None = None  # start < end, inside the video, seconds
-    option: str = ""  # letter of one of the sample's options
-    formatted: bool = False  # the response has exactly the form of the target, and reads
-    failure: str = ""  # why something the task asks for could not be read
+    intervals: bool = False  # `intervals_s`, at least one, inside `duration_s`
+    option: bool = False  # `option`, the letter of one of `options`
+    record: type[BaseModel] | None = None  # `truth`, an object of this class; frozen and strict
+
+    def is_in(self, sample: VideoSample) -> bool:
+        """Return whether the sample has every field that an answer is scored by."""
+        return (
+            (bool(sample.intervals_s) or not self.intervals)
+            and (bool(sample.option) or not self.option)
+            and (self.record is None or isinstance(sample.truth, self.record))
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
+    """One row of `megatron_vrl.tasks.TASKS`."""
+
     name: str
-    parts: tuple[str, ...]  # rows of `megatron_vrl.rewards.PARTS`
-    question: Callable[[VideoSample], str]  # the user turn's text, after the video
-    temporal_r1_question: Callable[[VideoSample], str]  # as released, where that was; else the same
-    target: Callable[[VideoSample], str]  # the ideal response, without the stop token
-    parse: Callable[[str, VideoSample], Parsed]  # never raises: see Parsed.failure
+    truth: Truth
+
+    question: Callable[[VideoSample], str]
+    """Text of the user turn, after the video."""
+    target: Callable[[VideoSample], str]
+    """Ideal response, without the stop token; the warm-up imitates it."""
+    parse: Callable[[str, VideoSample], Parsed]
+    """Reads a response. It never raises: `Parsed.failure` says what could not be read."""
+
+    components: Mapping[str, Component]
+    """Reward components that are always computed, in the order in which they are added."""
+    default_weights: Mapping[str, float]
+    """Weights of the components where `rewards.weights` gives none."""
+    correctness: Mapping[str, Literal["binary", "graded"]]
+    """Components that score what is answered, not how it is written: 0 or 1, or anything between.
+    Data selection looks at their spread, and `length` at whether they exceed 0.1."""
+
+    metrics: Callable[[Sequence[VideoSample], Sequence[Parsed]], dict[str, float]]
+    """Evaluation metrics of at least one parsed answer; one answer for each sample."""
+    titles: Mapping[str, tuple[str, str]]
+    """Metric -> (title, unit) in tables and charts; unit "%" shows a fraction as a percentage."""
+    baselines: Callable[[Sequence[VideoSample]], dict[str, list[str]]]
+    """Label -> one response for each sample, from answers that look at neither video nor question.
+    "best constant" is always among the labels."""
+
+    optional_components: Mapping[str, Component] = field(default_factory=dict)
+    """Components that are computed only if `rewards.weights` names them."""
+    temporal_r1_question: Callable[[VideoSample], str] | None = None
+    """Wording released with Temporal-R1; None: the same question."""
+    temporal_r1_components: Mapping[str, TextComponent] = field(default_factory=dict)
+    """Released scores for `rewards.mode: temporal_r1`, named as `components`; {}: none exist."""

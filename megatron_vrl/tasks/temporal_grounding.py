@@ -1,12 +1,17 @@
 """Temporal grounding: when does the described content occur?
 
-The question's wording, with its odd "?." ending, is the one Temporal-R1 is evaluated with
+The question has the wording, with its odd "?." ending, that Temporal-R1 is evaluated with
 (arXiv 2506.01908). The target names the first true interval.
 """
 
+from collections.abc import Sequence
+
+from megatron_vrl.rewards import boundary_iou, format, temporal_iou, temporal_r1
 from megatron_vrl.tasks.answer import SECONDS, read_fields, read_interval, template
-from megatron_vrl.tasks.task import Parsed, Task
-from megatron_vrl.types import VideoSample
+from megatron_vrl.tasks.baselines import interval_baselines
+from megatron_vrl.tasks.metrics import interval_metrics
+from megatron_vrl.tasks.task import Task, Truth
+from megatron_vrl.types import Parsed, VideoSample
 
 QUESTION = 'Give the query: "{query}", when does the described content occur in the video?.'
 TEMPLATE = template(start_time=SECONDS, end_time=SECONDS)
@@ -30,11 +35,30 @@ def parse(response: str, sample: VideoSample) -> Parsed:
     return Parsed(interval_s=interval_s, formatted=formatted, failure=failure)
 
 
+def baselines(samples: Sequence[VideoSample]) -> dict[str, list[str]]:
+    return interval_baselines(samples, target)
+
+
 TEMPORAL_GROUNDING = Task(
     name="temporal_grounding",
-    parts=("format", "temporal_iou"),
+    truth=Truth(intervals=True),
     question=question,
-    temporal_r1_question=question,
     target=target,
     parse=parse,
+    components={"format": format.score, "temporal_iou": temporal_iou.score},
+    default_weights={"format": 0.5, "temporal_iou": 0.5},
+    optional_components={"boundary_iou": boundary_iou.score},
+    correctness={"temporal_iou": "graded"},
+    metrics=interval_metrics,
+    titles={
+        "miou": ("mIoU", "%"),
+        "r1@0.3": ("R@0.3", "%"),
+        "r1@0.5": ("R@0.5", "%"),
+        "r1@0.7": ("R@0.7", "%"),
+    },
+    baselines=baselines,
+    temporal_r1_components={
+        "format": temporal_r1.format_score,
+        "temporal_iou": temporal_r1.temporal_iou,
+    },
 )

@@ -14,8 +14,8 @@ from megatron_vrl.models.architecture import Architecture, padded_vocab, read_ar
 from megatron_vrl.models.fusion import gradient_fusion
 from megatron_vrl.models.pipeline_split import all_chunks, check_divides
 from megatron_vrl.parallel.mesh import check_layout
-from megatron_vrl.rewards import weights_of
 from megatron_vrl.rewards.user_functions import load_function
+from megatron_vrl.rewards.weights import reward_weights
 from megatron_vrl.rollout.replay import check_stored
 from megatron_vrl.rollout.vllm.start import max_model_len
 from megatron_vrl.trainer.reselect import check_reselection
@@ -38,7 +38,7 @@ def check(cfg: RunConfig, world: int, here: bool = False) -> list[str]:
     check_stored(cfg)
     check_visual_input(cfg)
     check_reselection(cfg)
-    weights_of(cfg.rewards)
+    reward_weights(cfg.rewards)
     for function in cfg.rewards.functions.values():
         load_function(function)
     arch, notes = _architecture(cfg)

@@ -12,15 +12,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_vrl.algorithms import Part, advantages, has_signal, kl_penalty, overlong_penalty
+from megatron_vrl.algorithms import advantages, has_signal, kl_penalty
 from megatron_vrl.batching.pack import Answer, Group
 from megatron_vrl.context import RunContext
 from megatron_vrl.models.logprob_head import Distribution
 from megatron_vrl.parallel.mesh import gather_objects, raise_on_all_ranks, world_axis
 from megatron_vrl.policy.micro_batches import plan_batches
-from megatron_vrl.rewards import weights_of
 from megatron_vrl.trainer.rollout_queue import RolloutQueue
-from megatron_vrl.types import Experience, ScoredGroup
+from megatron_vrl.types import Experience, RewardComponent, ScoredGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,21 +39,19 @@ def collect_rollouts(ctx: RunContext, rollout_queue: RolloutQueue) -> RolloutBat
     """Every rank calls it."""
     cfg = ctx.cfg
     groups: list[ScoredGroup] = []
-    rewards: list[dict[str, Part]] = []
     missing, rounds, kept = cfg.rollout.prompts_per_step, 0, list[Experience]()
     while missing > 0 and rounds <= cfg.algorithm.dynamic_sampling_rounds:
         new = _answered(ctx, rollout_queue, missing)
-        groups += new
         with ctx.clock("score"):
-            rewards += _rewards(ctx, new, dummy_group=groups[0])
-            experiences, invalid = _with_advantages(ctx, groups, rewards)
+            groups += _with_kl(ctx, new, dummy_group=(groups or new)[0])
+            experiences, invalid = _with_advantages(ctx, groups)
         drops = cfg.algorithm.drop_zero_variance_groups
         kept = [e for e in experiences if not drops or has_signal(e.advantages)]
         everywhere = sum(gather_objects(ctx.mesh.data, len(kept)))
         missing = cfg.rollout.prompts_per_step - everywhere
         rounds += 1
     dummy_group = to_train(
-        Experience(scored=groups[0], advantages=np.zeros(len(groups[0].rewards)))
+        Experience(scored=groups[0], advantages=np.zeros(len(groups[0].rollouts)))
     )
     return RolloutBatch(
         groups=groups,
@@ -112,28 +109,37 @@ def _answered(ctx: RunContext, rollout_queue: RolloutQueue, num: int) -> list[Sc
         return ctx.gather_replica(scored)
 
 
-def _rewards(
+def _with_kl(
     ctx: RunContext, groups: Sequence[ScoredGroup], dummy_group: ScoredGroup
-) -> list[dict[str, Part]]:
-    """What each group's advantages are made of. Every rank calls it, with the groups of a round."""
-    rewards = [_reward_parts(ctx, group) for group in groups]
+) -> list[ScoredGroup]:
+    """Return the groups with the component `kl`, if the KL term belongs in the reward.
+
+    Every rank calls it, with the groups of a round.
+    """
     cfg = ctx.cfg.algorithm
-    if cfg.kl > 0 and cfg.kl_in == "reward":
-        for of_group, kl in zip(rewards, _kl_of_groups(ctx, groups, dummy_group), strict=True):
-            of_group["kl"] = Part(values=-kl, weight=cfg.kl)
-    return rewards
+    if not (cfg.kl > 0 and cfg.kl_in == "reward"):
+        return list(groups)
+    added = [
+        {"kl": RewardComponent(values=-kl, weight=cfg.kl)}
+        for kl in _kl_of_groups(ctx, groups, dummy_group)
+    ]
+    return [
+        replace(group, components={**group.components, **kl})
+        for group, kl in zip(groups, added, strict=True)
+    ]
 
 
 def _with_advantages(
-    ctx: RunContext, groups: Sequence[ScoredGroup], rewards: Sequence[dict[str, Part]]
+    ctx: RunContext, groups: Sequence[ScoredGroup]
 ) -> tuple[list[Experience], tuple[str, ...]]:
-    """Experiences of this replica's valid groups, and the ids of all ranks' invalid ones.
+    """Return the experiences of this replica's valid groups, and the ids of all ranks' invalid
+    ones.
 
-    Advantages may depend on the whole step, so the data ranks tell each other their rewards.
+    An advantage may depend on the whole step, so the data ranks exchange their rewards.
     """
-    valid = [all(np.isfinite(part.values).all() for part in r.values()) for r in rewards]
+    valid = [all(np.isfinite(c.values).all() for c in g.components.values()) for g in groups]
     wrong = [g.sample.id for g, is_valid in zip(groups, valid, strict=True) if not is_valid]
-    own = [r for r, is_valid in zip(rewards, valid, strict=True) if is_valid]
+    own = [dict(g.components) for g, is_valid in zip(groups, valid, strict=True) if is_valid]
     everywhere = gather_objects(ctx.mesh.data, (own, wrong))
     before = sum(len(of_rank) for of_rank, _ in everywhere[: ctx.mesh.data.rank])
     of_all = [r for of_rank, _ in everywhere for r in of_rank]
@@ -145,22 +151,6 @@ def _with_advantages(
         if is_valid
     ]
     return experiences, tuple(sorted({name for _, names in everywhere for name in names}))
-
-
-def _reward_parts(ctx: RunContext, group: ScoredGroup) -> dict[str, Part]:
-    cfg = ctx.cfg
-    weights = weights_of(cfg.rewards)[group.sample.task]
-    rewards = {
-        name: Part(values=values, weight=weights.get(name, 0.0))
-        for name, values in group.parts.items()
-    }
-    if cfg.algorithm.overlong_buffer:
-        lengths = np.array([len(rollout.token_ids) for rollout in group.rollouts])
-        limit, buffer = cfg.rollout.max_response_tokens, cfg.algorithm.overlong_buffer
-        rewards["overlong"] = Part(
-            values=overlong_penalty(lengths, limit, buffer), weight=cfg.algorithm.overlong_penalty
-        )
-    return rewards
 
 
 def _kl_of_groups(

@@ -105,12 +105,13 @@ def end_step(
     )
     warn(sinks, state.step, rollout_batch, update_result.updates)
     if not update_result.updates and values.get("zero_variance_groups") == 1:
+        kept = values.get("format_rate")
+        form = "" if kept is None else f"; the form was kept by {100 * kept:.0f} %"
         sinks.say_once(
             "no update",
             f"Step {state.step}: nothing was learned, for in every group all answers earned the "
-            f"same reward ({values['reward']:.3f} on average; the form was kept by "
-            f"{100 * values['format_rate']:.0f} %). Later steps without an update are counted by "
-            "the metric updates_left_out alone.",
+            f"same reward ({values['reward']:.3f} on average{form}). Later steps without an update "
+            "are counted by the metric updates_left_out alone.",
         )
     record(ctx, sinks, StepMetrics(phase="grpo", step=state.step, values=values, seconds=spent))
     write_cards(ctx, sinks, rollout_batch.experiences[: cfg.observe.samples_per_step], state.step)

@@ -54,9 +54,10 @@ def answer_numbers(
     own: dict[str, list[float]] = {}
     for experience in experiences:
         group = experience.scored
-        rows = {f"parts/{name}": values.tolist() for name, values in group.parts.items()}
-        rows["format_rate"] = rows["parts/format"]
-        rows["reward"] = group.rewards.tolist()
+        rows = {f"components/{name}": c.values.tolist() for name, c in group.components.items()}
+        if "format" in group.components:
+            rows["format_rate"] = rows["components/format"]
+        rows["reward"] = group.total.tolist()
         rows["response_tokens"] = [len(r.token_ids) for r in group.rollouts]
         rows["staleness"] = [float(version - r.weight_version) for r in group.rollouts]
         rows["truncated_share"] = [float(r.finish == "length") for r in group.rollouts]

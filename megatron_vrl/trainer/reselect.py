@@ -30,7 +30,6 @@ from megatron_vrl.data.pool import Drawn, Pool
 from megatron_vrl.data.schedule import read_ids
 from megatron_vrl.errors import ConfigError, DataError
 from megatron_vrl.parallel.mesh import gather_objects, raise_on_all_ranks, world_axis
-from megatron_vrl.rewards import weights_of
 from megatron_vrl.rollout.request import SamplingSpec
 from megatron_vrl.selection.rules import KEPT, Candidate, candidate, select
 from megatron_vrl.selection.select import judged, write_selection
@@ -186,7 +185,7 @@ class DataSelection:
         return {row["id"]: self._candidate(row) for row in rows}
 
     def _candidate(self, row: Row) -> Candidate:
-        weights = weights_of(self._ctx.cfg.rewards)
+        weights = self._ctx.reward_manager.weights
         return candidate(row["id"], row["task"], row["answers"], weights[row["task"]])
 
     def _answered(self, places: Sequence[int], spec: SamplingSpec) -> list[tuple[int, Row]]:

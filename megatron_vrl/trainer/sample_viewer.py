@@ -45,8 +45,8 @@ def _answer(experience: Experience, index: int) -> samples.Answer:
         text=rollout.text,
         intervals_s=(parsed.interval_s,) if parsed.interval_s else (),
         option=parsed.option,
-        parts={name: float(values[index]) for name, values in group.parts.items()},
-        reward=float(group.rewards[index]),
+        components={name: float(c.values[index]) for name, c in group.components.items()},
+        reward=float(group.total[index]),
         advantage=float(experience.advantages[index]),
         tokens=len(rollout.token_ids),
     )

@@ -1,4 +1,4 @@
-"""Advantages of every algorithm against plain formulas; several parts; the length penalty."""
+"""Advantages of every algorithm against plain formulas; several components; the length penalty."""
 
 import math
 
@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vrl.algorithms import ALGORITHMS, Part, advantages, has_signal, overlong_penalty
+from megatron_vrl.algorithms import ALGORITHMS, advantages, has_signal
 from megatron_vrl.config import Algorithm
+from megatron_vrl.rewards.overlong import overlong_penalty
+from megatron_vrl.types import RewardComponent
 
 rewards = st.lists(st.floats(0, 1), min_size=2, max_size=8)
 steps = st.lists(rewards, min_size=1, max_size=5)
@@ -140,25 +142,29 @@ def test_a_group_of_one_is_compared_with_zero(name):
         assert alone == pytest.approx(0.5, rel=1e-5)
 
 
-# ---- several parts
+# ---- several components
 
 
-def parts(**values):
-    return {name: Part(np.array(v, float), weight) for name, (v, weight) in values.items()}
+def components(**values):
+    return {
+        name: RewardComponent(np.array(v, float), weight) for name, (v, weight) in values.items()
+    }
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 @pytest.mark.parametrize("combine", ["sum_then_normalise", "normalise_then_sum"])
-def test_one_part_is_the_reward(name, combine):
+def test_one_component_is_the_reward(name, combine):
     values = [[0.0, 0.5, 1.0], [0.2, 0.2]]
-    ours = advantages([parts(only=(v, 1.0)) for v in values], Algorithm(name=name, combine=combine))
+    ours = advantages(
+        [components(only=(v, 1.0)) for v in values], Algorithm(name=name, combine=combine)
+    )
     close(ours, of(name, values), atol=0)
 
 
-def test_sums_collapse_what_separate_parts_keep_apart():
-    """GDPO's example: parts (0, 1) against (0, 2) have one advantage when they are summed."""
-    one = parts(a=([0, 1], 1.0), b=([0, 0], 1.0))
-    both = parts(a=([0, 1], 1.0), b=([0, 1], 1.0))
+def test_sums_collapse_what_separate_components_keep_apart():
+    """GDPO's example: components (0, 1) against (0, 2) have one advantage when they are summed."""
+    one = components(a=([0, 1], 1.0), b=([0, 0], 1.0))
+    both = components(a=([0, 1], 1.0), b=([0, 1], 1.0))
     summed = advantages([one, both], Algorithm())
     close(summed[:1], summed[1:], atol=1e-5)
     separate = advantages([one, both], Algorithm(combine="normalise_then_sum"))
@@ -166,10 +172,10 @@ def test_sums_collapse_what_separate_parts_keep_apart():
     close(separate[:1], of("grpo", [[0, 1]]))
 
 
-def test_weights_and_tasks_with_different_parts():
+def test_weights_and_tasks_with_different_components():
     groups = [
-        parts(format=([0, 1, 1], 0.5), iou=([0.1, 0.2, 0.9], 0.5)),
-        parts(format=([1, 0], 0.25), accuracy=([1, 0], 0.75)),
+        components(format=([0, 1, 1], 0.5), iou=([0.1, 0.2, 0.9], 0.5)),
+        components(format=([1, 0], 0.25), accuracy=([1, 0], 0.75)),
     ]
     sums = [[0.05, 0.6, 0.95], [1.0, 0.0]]
     for name in ALGORITHMS:
@@ -187,16 +193,16 @@ def test_weights_and_tasks_with_different_parts():
 
 
 @pytest.mark.parametrize("combine", ["sum_then_normalise", "normalise_then_sum"])
-def test_equal_parts_give_exactly_nothing(combine):
-    group = parts(a=([0.1] * 5, 0.3), b=([1 / 3] * 5, 0.7), kl=([-0.07] * 5, 1.0))
+def test_equal_components_give_exactly_nothing(combine):
+    group = components(a=([0.1] * 5, 0.3), b=([1 / 3] * 5, 0.7), kl=([-0.07] * 5, 1.0))
     (ours,) = advantages([group], Algorithm(combine=combine))
     assert (ours == 0.0).all() and not has_signal(ours)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_reward_that_is_no_number_is_refused(bad):
-    with pytest.raises(ValueError, match=r"A reward of part 'iou' is not finite: \[0.5, "):
-        advantages([parts(format=([1, 1], 0.5), iou=([0.5, bad], 0.5))], Algorithm())
+    with pytest.raises(ValueError, match=r"Reward component 'iou' is not finite: \[0.5, "):
+        advantages([components(format=([1, 1], 0.5), iou=([0.5, bad], 0.5))], Algorithm())
 
 
 # ---- length

@@ -169,7 +169,7 @@ def test_a_selection_goes_on_and_its_rules_apply_anew(folder, engine, tmp_path):
     rows = [json.loads(line) for line in whole.splitlines()]
     assert [row["id"] for row in rows] == [sample.id for sample in samples]
     assert all(len(row["answers"]) == 2 for row in rows)
-    assert {"text", "parts", "interval_s", "option", "failure", "tokens"} <= set(
+    assert {"text", "components", "interval_s", "option", "failure", "tokens"} <= set(
         rows[0]["answers"][0]
     )
     path.write_text(whole[: len(whole) // 2])
@@ -180,7 +180,7 @@ def test_a_selection_goes_on_and_its_rules_apply_anew(folder, engine, tmp_path):
     collect_answers(run, samples, tmp_path, start=never)
     chosen = apply_rules(run, samples, tmp_path)
     assert len(chosen) == len(samples) and not any(c.verdict == KEPT for c in chosen)
-    rows[0]["answers"][0]["parts"]["temporal_iou"] = 1.0
+    rows[0]["answers"][0]["components"]["temporal_iou"] = 1.0
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     apply_rules(run, samples, tmp_path)
     (kept,) = (tmp_path / "kept.jsonl").read_text().splitlines()

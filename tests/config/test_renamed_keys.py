@@ -12,8 +12,16 @@ from tests.running import CONFIG
 def test_an_old_key_is_told_its_new_name(old, new):
     with pytest.raises(ConfigError, match=f"'{old}' is now called '{new}'"):
         load_config(CONFIG, [f"{old}=1"])
-    section, name = new.split(".")
+    section, name, *_ = new.split(".")
     assert name in type(getattr(load_config(CONFIG), section)).model_fields
+
+
+def test_a_nested_old_key_is_told_its_whole_new_name():
+    old, new = "rewards.multiple_choice.format", "rewards.weights.multiple_choice.format"
+    with pytest.raises(ConfigError) as error:
+        load_config(CONFIG, [f"{old}=1"])
+    assert str(error.value) == f"Command line: {old!r} is now called {new!r}."
+    assert load_config(CONFIG, [f"{new}=1"]).rewards.weights == {"multiple_choice": {"format": 1}}
 
 
 @pytest.mark.parametrize(("old", "new"), RENAMED_VALUES.items())

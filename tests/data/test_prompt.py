@@ -123,7 +123,8 @@ def test_the_released_wording(published):
         "<|im_start|>assistant\n"
     )
     for name in ("temporal_grounding", "grounded_qa"):
-        assert TASKS[name].temporal_r1_question(sample(name)) == TASKS[name].question(sample(name))
+        text = encode.tokenizer.decode(encode.prompt(sample(name), CLIP).engine_token_ids)
+        assert TASKS[name].question(sample(name)) in text  # no other wording was released
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_vrl.config import Rewards
 from megatron_vrl.errors import DataError
 from megatron_vrl.evaluation.grading import Grader
+from megatron_vrl.tasks import TASKS
 from tests.running import ENVIRONMENT, ROOT
 
 GROUNDING = {"id": "a", "duration_s": 30.0, "intervals_s": [[6.0, 15.0]]}
@@ -26,7 +26,7 @@ SEED_FORM = re.compile(
 
 
 def grade(fields, task="temporal_grounding", mode="strict"):
-    return Grader(task=task, mode=mode, rewards=Rewards()).grade(fields)
+    return Grader(task=task, mode=mode, weights=TASKS[task].default_weights).grade(fields)
 
 
 def released_score(response: str, duration_s: float, truth_s: tuple[float, float]) -> float:
@@ -194,7 +194,7 @@ def test_the_tool_writes_what_precedes_a_bad_line():
 
 def test_the_tool_weighs_as_told_and_knows_its_tasks():
     line = json.dumps(GROUNDING | {"response": " " + RIGHT, "id": "\ud800"})
-    weights = "rewards.temporal_grounding={temporal_iou: 0.25}"
+    weights = "rewards.weights.temporal_grounding={format: 0, temporal_iou: 0.25}"
     done = run(line, "--task", "temporal_grounding", weights)
     assert json.loads(done.stdout)["score"] == 0.25 and done.returncode == 0
     assert run(line, "--task", "grounding").returncode == 2

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from megatron_vrl.config import Rewards
-from megatron_vrl.evaluation.metrics import (
+from megatron_vrl.evaluation.metrics import summarise
+from megatron_vrl.rewards.temporal_iou import iou
+from megatron_vrl.tasks.baselines import (
     GRID_STEPS,
     best_constant_interval,
     best_constant_letter,
     constant_interval_miou,
-    summarise,
 )
-from megatron_vrl.rewards.temporal_iou import iou
 from megatron_vrl.types import VideoSample
 
 SAMPLE = VideoSample(

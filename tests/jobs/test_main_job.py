@@ -107,7 +107,7 @@ def test_metrics_of_every_step_and_evaluation(run):
     grpo = rows_of(run, "grpo")
     assert [row["step"] for row in grpo] == [1, 2, 3, 4]
     for row in grpo:
-        assert row.keys() >= {"reward", "format_rate", "response_tokens", "parts/format"}
+        assert row.keys() >= {"reward", "format_rate", "response_tokens", "components/format"}
         assert row["seconds"].keys() >= {"encode", "rollout", "score", "update"}
     evaluations = [(row["during"], row["step"], row["split"]) for row in rows_of(run, "eval")]
     assert evaluations == [

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 
 from megatron_vrl.rollout.records import read_rollouts
+from megatron_vrl.tasks import TASKS
 from tests.jobs.test_main_job import numbers, rows_of
 from tests.running import ENVIRONMENT, ROOT, train_command
 
 BRIEF = "{format: 0.5, brief: 0.5}"  # answers earn something before any warm-up
 OPTIONS = (
     "rewards.functions={brief: tests.rewards.user_functions:brief}",
-    *(f"rewards.{t}={BRIEF}" for t in ("temporal_grounding", "multiple_choice", "grounded_qa")),
+    *(f"rewards.weights.{task}={BRIEF}" for task in TASKS),
     "data.evaluation={}",
     "sft.steps=0",
     "grpo.steps=2",

@@ -18,7 +18,7 @@ VERDICTS = {
 
 def row(task: str, verdict: str) -> dict[str, Any]:
     part = "accuracy" if task == "multiple_choice" else "temporal_iou"
-    return {"task": task, "verdict": verdict, "parts": {part: {"mean": 0.4, "std": 0.2}}}
+    return {"task": task, "verdict": verdict, "components": {part: {"mean": 0.4, "std": 0.2}}}
 
 
 def page(verdicts: dict[str, dict[str, int]]) -> str:

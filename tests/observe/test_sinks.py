@@ -38,7 +38,7 @@ def test_rows_are_on_disk_before_close(tmp_path: Path) -> None:
     metrics = StepMetrics(
         phase="grpo",
         step=1,
-        values={"reward": np.float32(0.5), "parts": {"format": 1}, "kl": float("nan")},
+        values={"reward": np.float32(0.5), "components": {"format": 1}, "kl": float("nan")},
         seconds={"rollout": 1.23456},
     )
     sinks.write(metrics)
@@ -48,7 +48,7 @@ def test_rows_are_on_disk_before_close(tmp_path: Path) -> None:
             "step": 1,
             "seconds": {"rollout": 1.2346},
             "reward": 0.5,
-            "parts/format": 1.0,
+            "components/format": 1.0,
             "kl": None,
         }
     ]

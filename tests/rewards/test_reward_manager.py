@@ -9,12 +9,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_vrl.config import Rewards
+from megatron_vrl.algorithms import advantages
+from megatron_vrl.config import Algorithm, Rewards
 from megatron_vrl.errors import ConfigError
-from megatron_vrl.rewards import boundary_iou, score, weights_of
+from megatron_vrl.rewards import boundary_iou
 from megatron_vrl.rewards.manager import RewardManager
-from megatron_vrl.tasks import Parsed
-from megatron_vrl.types import Rollout, VideoSample
+from megatron_vrl.rewards.overlong import Overlong
+from megatron_vrl.rewards.score import score
+from megatron_vrl.rewards.weights import reward_weights
+from megatron_vrl.types import Parsed, Rollout, VideoSample
 from tests.tiny import prompt
 
 FUNCTIONS = "tests.rewards.user_functions"
@@ -46,8 +49,8 @@ def rollout(text: str, num_tokens: int = 8) -> Rollout:
 
 
 @contextmanager
-def judging(**keys):
-    judge = RewardManager(Rewards(function_workers=1, **keys))
+def judging(overlong=None, **keys):
+    judge = RewardManager(Rewards(function_workers=1, **keys), overlong)
     try:
         yield judge
     finally:
@@ -70,41 +73,55 @@ def test_boundary_iou_by_its_formula(answer_s, value):
     assert boundary_iou.score(several, parsed) >= boundary_iou.score(SAMPLE, parsed)
 
 
-def test_an_optional_part_is_there_when_it_is_named():
+def test_an_optional_component_is_there_when_it_is_named():
     weights = {"format": 0.2, "temporal_iou": 0.3, "boundary_iou": 0.5}
     late = RIGHT.replace("15.0", "18.0")
     for mode in ("strict", "temporal_r1"):
-        parts, total = score(SAMPLE, late, mode, weights)
-        assert parts["boundary_iou"] == pytest.approx(0.675)
+        components, total = score(SAMPLE, late, mode, weights)
+        assert components["boundary_iou"] == pytest.approx(0.675)
         assert total == pytest.approx(0.2 + 0.3 * 0.75 + 0.5 * 0.675)
-    with pytest.raises(ConfigError, match="no reward part 'boundary_iou'"):
-        weights_of(Rewards(multiple_choice={"boundary_iou": 1.0}))
+    with pytest.raises(ConfigError, match="no reward component 'boundary_iou'"):
+        reward_weights(Rewards(weights={"multiple_choice": {"boundary_iou": 1.0}}))
 
 
 def test_length_is_worth_something_on_right_answers_only():
-    weights = {"temporal_iou": 1.0, "length": 0.2}
-    with judging(temporal_grounding=weights, length_tokens=(4, 8)) as judge:
+    weights = {"format": 0.0, "temporal_iou": 1.0, "length": 0.2}
+    with judging(weights={"temporal_grounding": weights}, length_tokens=(4, 8)) as judge:
         wrong = RIGHT.replace('"6.0"', '"20"').replace('"15.0"', '"25"')
         answers = [rollout(RIGHT, n) for n in (3, 4, 8, 9)] + [rollout(wrong, 6)]
         (group,) = judge.groups([SAMPLE], [PROMPT], [answers])
-    assert group.parts["length"].tolist() == [0.0, 1.0, 1.0, 0.0, 0.0]
-    np.testing.assert_allclose(group.rewards, [1.0, 1.2, 1.2, 1.0, 0.0])
+    assert group.components["length"].values.tolist() == [0.0, 1.0, 1.0, 0.0, 0.0]
+    np.testing.assert_allclose(group.total, [1.0, 1.2, 1.2, 1.0, 0.0])
+
+
+def test_answers_near_the_length_limit_lose_reward_and_the_metric_shows_it():
+    """The penalty is a component: the total that is trained on is the one that is reported."""
+    answers = [rollout(RIGHT, n) for n in (4, 6, 8)]
+    with judging(Overlong(limit=8, buffer=4, weight=0.4)) as judge:
+        (group,) = judge.groups([SAMPLE], [PROMPT], [answers])
+        alone = judge.components(SAMPLE, answers)
+    assert list(group.components) == ["format", "temporal_iou", "overlong"]
+    assert group.components["overlong"].values.tolist() == [0.0, -0.5, -1.0]
+    assert group.total.tolist() == [1.0, 1.0 + 0.4 * -0.5, 1.0 + 0.4 * -1.0]
+    (advantage,) = advantages([group.components], Algorithm(name="dr_grpo"))
+    assert advantage.tolist() == (group.total - group.total.mean()).tolist()
+    assert [list(row) for row in alone] == [["format", "temporal_iou"]] * 3
 
 
 def judged(name: str, texts: list[str], **keys):
     """The group and failures of the texts under one function, beside temporal IoU."""
-    weights = {"temporal_iou": 1.0, "own": 1.0}
+    weights = {"temporal_grounding": {"format": 0.0, "temporal_iou": 1.0, "own": 1.0}}
     functions = {"own": f"{FUNCTIONS}:{name}"}
-    with judging(temporal_grounding=weights, functions=functions, **keys) as judge:
+    with judging(weights=weights, functions=functions, **keys) as judge:
         (group,) = judge.groups([SAMPLE], [PROMPT], [[rollout(text) for text in texts]])
         return group, judge.take_failures()
 
 
-def test_a_users_function_is_a_part():
+def test_a_users_function_is_a_component():
     texts = [RIGHT, "the door opens", ""]
     group, failures = judged("named", texts, function_timeout_s=30.0)
-    assert group.parts["own"].tolist() == [0.0, 1.0, 0.0] and failures == {}
-    np.testing.assert_allclose(group.rewards, [1.0, 1.0, 0.0])
+    assert group.components["own"].values.tolist() == [0.0, 1.0, 0.0] and failures == {}
+    np.testing.assert_allclose(group.total, [1.0, 1.0, 0.0])
 
 
 @pytest.mark.parametrize(
@@ -119,10 +136,10 @@ def test_a_users_function_is_a_part():
 )
 def test_a_failure_is_named_and_never_a_silent_zero(name, text, what):
     group, failures = judged(name, [text, "fine", "fine"], function_timeout_s=2.0)
-    assert math.isnan(group.parts["own"][0]) and math.isnan(group.rewards[0])
+    assert math.isnan(group.components["own"].values[0]) and math.isnan(group.total[0])
     assert failures["own"][0] == f"{what}, on an answer to v/0"
     if name in ("broken", "slow", "leaves"):  # it costs the answer it failed on alone
-        assert len(failures["own"]) == 1 and np.isfinite(group.rewards[1:]).all()
+        assert len(failures["own"]) == 1 and np.isfinite(group.total[1:]).all()
 
 
 @pytest.mark.parametrize(
@@ -136,18 +153,24 @@ def test_a_failure_is_named_and_never_a_silent_zero(name, text, what):
 def test_a_function_that_is_not_there_is_named_at_the_start(path, sentence):
     with pytest.raises(ConfigError) as error:
         RewardManager(
-            Rewards(multiple_choice={"own": 1.0}, functions={"own": path}, function_workers=1)
+            Rewards(
+                weights={"multiple_choice": {"own": 1.0}},
+                functions={"own": path},
+                function_workers=1,
+            )
         )
     assert sentence in str(error.value)
-    with pytest.raises(ConfigError, match="this name is taken"):
-        RewardManager(Rewards(functions={"length": path}))
+    for taken in ("format", "boundary_iou", "length", "overlong", "kl"):
+        with pytest.raises(ConfigError, match="this name is taken"):
+            RewardManager(Rewards(functions={taken: path}))
 
 
 @pytest.mark.parametrize("with_function", [False, True])
 def test_rewards_of_128_rollouts_take_less_than_50_ms(with_function):
-    keys = {"temporal_grounding": {"format": 0.5, "temporal_iou": 0.5, "boundary_iou": 0.1}}
+    weights = {"boundary_iou": 0.1}
+    keys = {"weights": {"temporal_grounding": weights}}
     if with_function:
-        keys["temporal_grounding"]["own"] = 0.1
+        weights["own"] = 0.1
         keys["function_timeout_s"] = 30.0
         keys["functions"] = {"own": f"{FUNCTIONS}:brief"}
     long = RIGHT.replace("x", "I watch the door and wait until it opens. " * 50)

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from megatron_vrl.config import Rewards
 from megatron_vrl.errors import ConfigError
-from megatron_vrl.rewards import PARTS, TEMPORAL_R1_COMPONENTS, score, weights_of
+from megatron_vrl.rewards.score import score
 from megatron_vrl.rewards.temporal_iou import iou
+from megatron_vrl.rewards.weights import reward_weights
 from megatron_vrl.tasks import TASKS
 from megatron_vrl.types import VideoSample
 
@@ -82,10 +83,10 @@ GOLDEN = [  # name, response, released (IoU, format), strict (IoU, format)
 @pytest.mark.parametrize(("name", "response", "released", "strict"), GOLDEN)
 def test_golden_vectors(name, response, released, strict):
     for mode, (temporal_iou, form) in (("temporal_r1", released), ("strict", strict)):
-        parts, total = score(SAMPLE, response, mode, HALF)
-        assert parts["format"] == form
-        assert parts["temporal_iou"] == pytest.approx(temporal_iou, abs=1e-12)
-        assert total == 0.5 * parts["format"] + 0.5 * parts["temporal_iou"]
+        components, total = score(SAMPLE, response, mode, HALF)
+        assert components["format"] == form
+        assert components["temporal_iou"] == pytest.approx(temporal_iou, abs=1e-12)
+        assert total == 0.5 * components["format"] + 0.5 * components["temporal_iou"]
 
 
 def test_the_papers_example():
@@ -126,11 +127,11 @@ def test_released_and_strict_agree_on_ordered_answers_inside_the_video(truth, pr
 @given(
     st.text(max_size=80), st.sampled_from(list(TASKS)), st.sampled_from(["strict", "temporal_r1"])
 )
-def test_every_part_and_total_is_in_range(text, task, mode):
+def test_every_component_and_total_is_in_range(text, task, mode):
     sample = replace(SAMPLE, task=task)
     for response in (text, f"<think></think><answer>{text}</answer>", answer(text, text)):
-        parts, total = score(sample, response, mode, weights_of(Rewards())[task])
-        assert all(0.0 <= value <= 1.0 for value in parts.values())
+        components, total = score(sample, response, mode, reward_weights(Rewards())[task])
+        assert all(0.0 <= value <= 1.0 for value in components.values())
         assert 0.0 <= total <= 1.0
 
 
@@ -153,9 +154,9 @@ def test_grounded_totals_tell_the_halves_apart():
     assert total("A", 20.0, 30.0) == pytest.approx(0.5)
 
 
-def test_a_part_without_a_weight_is_logged_and_counts_nothing():
-    parts, total = score(SAMPLE, RIGHT, "strict", {"temporal_iou": 0.25})
-    assert parts == {"format": 1.0, "temporal_iou": 1.0} and total == 0.25
+def test_a_component_without_a_weight_is_logged_and_counts_nothing():
+    components, total = score(SAMPLE, RIGHT, "strict", {"temporal_iou": 0.25})
+    assert components == {"format": 1.0, "temporal_iou": 1.0} and total == 0.25
     assert score(SAMPLE, RIGHT, "strict", {})[1] == 0.0
 
 
@@ -164,33 +165,41 @@ def test_a_part_without_a_weight_is_logged_and_counts_nothing():
     [
         (
             {"temporal_io": 1.0},
-            "rewards.temporal_grounding.temporal_io=1.0: the task has no reward part "
+            "rewards.weights.temporal_grounding.temporal_io=1.0: the task has no reward component "
             "'temporal_io'; did you mean 'temporal_iou'?",
         ),
         (
             {"accuracy": 1.0},
-            "rewards.temporal_grounding.accuracy=1.0: the task has no reward part 'accuracy'; "
-            "known: format, temporal_iou, boundary_iou, length.",
+            "rewards.weights.temporal_grounding.accuracy=1.0: the task has no reward "
+            "component 'accuracy'; known: format, temporal_iou, boundary_iou, length.",
         ),
         (
             {"format": -0.5},
-            "rewards.temporal_grounding.format=-0.5: a weight must be a number >= 0.",
+            "rewards.weights.temporal_grounding.format=-0.5: a weight must be a number >= 0.",
         ),
         (
             {"format": float("nan")},
-            "rewards.temporal_grounding.format=nan: a weight must be a number >= 0.",
+            "rewards.weights.temporal_grounding.format=nan: a weight must be a number >= 0.",
         ),
     ],
 )
 def test_weights_are_checked(weights, sentence):
     with pytest.raises(ConfigError) as error:
-        weights_of(Rewards(temporal_grounding=weights))
+        reward_weights(Rewards(weights={"temporal_grounding": weights}))
     assert str(error.value) == sentence
 
 
+def test_a_component_without_a_given_weight_keeps_its_default():
+    weights = reward_weights(Rewards(weights={"temporal_grounding": {"format": 1.0}}))
+    assert weights["temporal_grounding"] == {"format": 1.0, "temporal_iou": 0.5}
+    assert weights["multiple_choice"] == TASKS["multiple_choice"].default_weights
+    with pytest.raises(ConfigError, match="no such task; did you mean 'temporal_grounding'"):
+        reward_weights(Rewards(weights={"temporal_groundin": {"format": 1.0}}))
+
+
 def test_released_scores_exist_for_grounding_alone():
-    assert set(TEMPORAL_R1_COMPONENTS) == {"temporal_grounding"}
-    assert set(PARTS) == {"format", "temporal_iou", "accuracy", "boundary_iou"}
+    released = [name for name, task in TASKS.items() if task.temporal_r1_components]
+    assert released == ["temporal_grounding"]
     sample = replace(SAMPLE, task="multiple_choice")
     response = "<think></think><answer>(b)</answer>"
     modes = ("temporal_r1", "strict")

@@ -15,7 +15,7 @@ from megatron_vrl.rollout.records import encode, read_rollouts, record_of, short
 from megatron_vrl.rollout.replay import ReplayEngine, ReplayFiles, check_stored
 from megatron_vrl.rollout.request import SamplingSpec
 from megatron_vrl.storage.compressed import FrameFile
-from megatron_vrl.types import Rollout, ScoredGroup, VideoSample
+from megatron_vrl.types import RewardComponent, Rollout, ScoredGroup, VideoSample
 from tests.tiny import prompt, video
 
 SPEC = SamplingSpec(n=2, temperature=0.9, top_p=1.0, max_tokens=8, seed=7)
@@ -49,8 +49,7 @@ def scored(number: int, version: int = 0) -> ScoredGroup:
             )
             for index in range(SPEC.n)
         ),
-        parts={"format": np.array([1.0, np.nan])},
-        rewards=np.array([0.5, np.nan]),
+        components={"format": RewardComponent(np.array([1.0, np.nan]), 0.5)},
     )
 
 
@@ -104,7 +103,7 @@ def test_other_programs_read_the_groups(folder):
         (1, "s1"),
     ]
     (_, second) = rows[0]["answers"]
-    assert (second["reward"], second["parts"]) == (None, {"format": None})
+    assert (second["reward"], second["components"]) == (None, {"format": None})
 
 
 def test_groups_are_ready_when_they_were_taken(folder):

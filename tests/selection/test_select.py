@@ -8,21 +8,33 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_vrl.config import Selection
+from megatron_vrl.errors import DataError
 from megatron_vrl.selection.rules import KEPT, OVER_BUDGET, UNDECODABLE, candidate, select
 
 RULE = Selection(min_std=0.1, min_mean=0.2)
 
 
-def answers(**parts):
+def answers(**components):
     """{"accuracy": [1, 0]} -> two answers."""
-    length = len(next(iter(parts.values())))
+    length = len(next(iter(components.values())))
     return [
-        {"parts": {name: float(values[i]) for name, values in parts.items()}, "failure": None}
+        {
+            "components": {name: float(values[i]) for name, values in components.items()},
+            "failure": None,
+        }
         for i in range(length)
     ]
 
 
-def verdict(rows, task="temporal_grounding", rule=RULE):
+TASK_OF = {
+    ("accuracy",): "multiple_choice",
+    ("temporal_iou",): "temporal_grounding",
+    ("accuracy", "temporal_iou"): "grounded_qa",
+}
+
+
+def verdict(rows, rule=RULE):
+    task = TASK_OF[tuple(rows[0]["components"])] if rows else "temporal_grounding"
     (found,) = select([candidate("a", task, rows, {"temporal_iou": 1.0})], rule)
     return found.verdict
 
@@ -54,7 +66,7 @@ def test_the_rules(rows, expected):
 def test_the_grounding_rule_by_its_definition(ious, min_std, min_mean):
     rule = Selection(min_std=min_std, min_mean=min_mean)
     (found,) = select([candidate("a", "temporal_grounding", answers(temporal_iou=ious), {})], rule)
-    assert found.parts["temporal_iou"].std == pytest.approx(statistics.pstdev(ious), abs=1e-12)
+    assert found.components["temporal_iou"].std == pytest.approx(statistics.pstdev(ious), abs=1e-12)
     if abs(found.rank - min_std) > 1e-9 and abs(statistics.fmean(ious) - min_mean) > 1e-9:
         keeps = statistics.pstdev(ious) >= min_std and statistics.fmean(ious) >= min_mean
         assert (found.verdict == KEPT) == keeps
@@ -81,6 +93,11 @@ def test_a_budget_keeps_the_widest_of_each_task(ious, rights, budget):
         assert abs(len(inside) - min(share, sum(f.task == task for f in free))) < 1
 
 
+def test_answers_of_an_earlier_version_are_refused():
+    with pytest.raises(DataError, match="answers to sample a have no reward components"):
+        candidate("a", "grounded_qa", [{"parts": {"format": 1.0}, "failure": None}], {})
+
+
 def test_a_row_is_ready_for_json():
     rows = answers(accuracy=[0, 1], format=[1, 1])
     rows[0]["failure"] = "no <answer>"
@@ -90,7 +107,7 @@ def test_a_row_is_ready_for_json():
         "id": "a",
         "task": "multiple_choice",
         "reward": {"mean": 0.75, "std": 0.25},
-        "parts": {"accuracy": {"mean": 0.5, "std": 0.5}, "format": {"mean": 1.0, "std": 0.0}},
+        "components": {"accuracy": {"mean": 0.5, "std": 0.5}, "format": {"mean": 1.0, "std": 0.0}},
         "unreadable": 0.5,
         "verdict": KEPT,
         "rank": 0.5,

@@ -10,9 +10,10 @@ from megatron_vrl.algorithms import ALGORITHMS, has_signal, token_loss
 from megatron_vrl.config import Algorithm, Data, Rewards, Source
 from megatron_vrl.data.formats.training import READERS
 from megatron_vrl.evaluation.metrics import summarise
-from megatron_vrl.rewards import PARTS, TEMPORAL_R1_COMPONENTS, score, weights_of
-from megatron_vrl.tasks import SYSTEM_PROMPTS, TASKS, Parsed
-from megatron_vrl.types import VideoSample
+from megatron_vrl.rewards.score import score
+from megatron_vrl.rewards.weights import reward_weights
+from megatron_vrl.tasks import SYSTEM_PROMPTS, TASKS, can_be_asked
+from megatron_vrl.types import Parsed, VideoSample
 from tests.algorithms.make_tokens import tokens_of
 
 SAMPLE = VideoSample(
@@ -32,26 +33,34 @@ SAMPLE = VideoSample(
 def test_a_task_accepts_its_own_target(name):
     task, sample = TASKS[name], replace(SAMPLE, task=name)
     assert task.name == name
-    assert set(task.parts) <= set(PARTS)
+    assert can_be_asked(sample)
+    assert not can_be_asked(replace(sample, intervals_s=(), option="", truth=None))
     assert sample.query in task.question(sample)
     for rationale in ("because", ""):
         response = task.target(replace(sample, rationale=rationale))
         assert task.parse(response, sample).formatted
         for mode in ("strict", "temporal_r1"):
-            parts, total = score(sample, response, mode, weights_of(Rewards())[name])
-            assert parts == dict.fromkeys(task.parts, 1.0)
+            components, total = score(sample, response, mode, reward_weights(Rewards())[name])
+            assert components == dict.fromkeys(task.components, 1.0)
             assert total == 1.0
     assert summarise([sample], [task.target(sample)], Rewards())[f"{name}/reward"] == 1.0
 
 
-@pytest.mark.parametrize("name", PARTS)
-def test_a_reward_part_gives_nothing_for_an_unreadable_answer(name):
-    assert PARTS[name](SAMPLE, Parsed(failure="nothing was read")) == 0.0
-
-
-@pytest.mark.parametrize("name", TEMPORAL_R1_COMPONENTS)
-def test_the_released_parts_are_those_of_the_task(name):
-    assert set(TEMPORAL_R1_COMPONENTS[name]) == set(TASKS[name].parts)
+@pytest.mark.parametrize("name", TASKS)
+def test_the_fields_of_a_task_name_its_own_components_and_metrics(name):
+    task, sample = TASKS[name], replace(SAMPLE, task=name)
+    assert set(task.default_weights) == set(task.components)
+    assert set(task.correctness) <= set(task.components)
+    assert set(task.temporal_r1_components) in (set(), set(task.components))
+    nothing = Parsed(failure="nothing was read")
+    for component in (*task.components.values(), *task.optional_components.values()):
+        assert component(sample, nothing) == 0.0
+    metrics = task.metrics([sample], [nothing])
+    assert set(task.titles) <= set(metrics) and not any(metrics.values())
+    baselines = task.baselines([sample, sample])
+    assert "best constant" in baselines
+    for responses in baselines.values():
+        assert [task.parse(response, sample).failure for response in responses] == ["", ""]
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -73,7 +82,7 @@ def test_an_algorithm_prefers_the_better_answer(name):
 
 
 def test_the_rows_are_those_the_config_knows():
-    assert set(weights_of(Rewards())) == set(TASKS)
+    assert set(reward_weights(Rewards())) == set(TASKS)
     assert set(READERS) == set(Source.model_fields["format"].annotation.__args__)
     assert set(ALGORITHMS) == set(Algorithm.model_fields["name"].annotation.__args__)
     assert set(SYSTEM_PROMPTS) == set(Data.model_fields["system_prompt"].annotation.__args__)

@@ -33,7 +33,9 @@ def test_the_seed_alone_decides_which():
 def test_an_arm_is_the_tools_rule_with_a_budget(arm):
     floor = sorted(sample.mean for sample in POOL)
     median = (floor[29] + floor[30]) / 2 if arm == "both" else 0.0
-    answers = [[{"parts": {"temporal_iou": x}, "failure": None} for x in pair] for pair in IOUS]
+    answers = [
+        [{"components": {"temporal_iou": x}, "failure": None} for x in pair] for pair in IOUS
+    ]
     rule = Selection(min_std=0.0, min_mean=median, budget=12)
     found = [candidate(str(i), "temporal_grounding", a, {}) for i, a in enumerate(answers)]
     kept = {c.id for c in select(found, rule) if c.verdict == KEPT}

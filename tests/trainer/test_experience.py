@@ -8,15 +8,16 @@ import pytest
 
 from megatron_vrl.algorithms import has_signal
 from megatron_vrl.checkpoint.hf_load import load_hf_weights
-from megatron_vrl.config import Algorithm, Batch, Model, Parallel, Rewards, Rollout
+from megatron_vrl.config import Algorithm, Batch, Model, Parallel, Rollout
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.models.logprob_head import Distribution
 from megatron_vrl.parallel.mesh import close_mesh, init_mesh
 from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.policy.policy import Policy
 from megatron_vrl.trainer import experience
+from megatron_vrl.trainer.metrics import answer_numbers
+from megatron_vrl.types import RewardComponent, ScoredGroup, VideoSample
 from megatron_vrl.types import Rollout as Answered
-from megatron_vrl.types import ScoredGroup, VideoSample
 from tests.tiny import prompt, video
 from tests.tiny_models import hf_model, save
 
@@ -54,21 +55,20 @@ def scored(name: str, rewards: list[float], lengths: list[int] | None = None) ->
             )
             for n in lengths
         ),
-        parts={"format": np.array(rewards), "temporal_iou": np.array(rewards)},
-        rewards=np.array(rewards),
+        components={
+            "format": RewardComponent(np.array(rewards), 0.5),
+            "temporal_iou": RewardComponent(np.array(rewards), 0.5),
+        },
     )
 
 
 def judged(ctx, groups):
-    return experience._with_advantages(
-        ctx, groups, experience._rewards(ctx, groups, dummy_group=groups[0])
-    )
+    return experience._with_advantages(ctx, experience._with_kl(ctx, groups, dummy_group=groups[0]))
 
 
 def ctx_of(mesh, **algorithm):
     cfg = SimpleNamespace(
         algorithm=Algorithm(**{"kl": 0.0, **algorithm}),
-        rewards=Rewards(),
         rollout=Rollout(max_response_tokens=8),
     )
     return SimpleNamespace(cfg=cfg, mesh=mesh)
@@ -91,21 +91,15 @@ def test_cut_off_answers_count_in_the_statistics_but_not_in_the_loss(mesh):
     assert [a.advantage for a in cut.answers] == [a.advantage for a in whole.answers[::2]]
 
 
-def test_answers_near_the_length_limit_lose_reward(mesh):
-    group = scored("a", [1.0, 1.0], lengths=[4, 8])
-    [even], _ = judged(ctx_of(mesh), [group])
-    [uneven], _ = judged(ctx_of(mesh, overlong_buffer=4), [group])
-    assert not has_signal(even.advantages)
-    assert uneven.advantages[0] > 0 > uneven.advantages[1]
-
-
-def test_parts_without_weight_do_not_count(mesh):
+def test_components_without_weight_do_not_count(mesh):
     group = replace(
-        scored("a", [0.0, 1.0]), parts={"format": np.ones(2), "temporal_iou": np.array([0.0, 1.0])}
+        scored("a", [0.0, 1.0]),
+        components={
+            "format": RewardComponent(np.ones(2), 1.0),
+            "temporal_iou": RewardComponent(np.array([0.0, 1.0]), 0.0),
+        },
     )
-    ctx = ctx_of(mesh)
-    ctx.cfg.rewards = Rewards(temporal_grounding={"format": 1.0})
-    [found], _ = judged(ctx, [group])
+    [found], _ = judged(ctx_of(mesh), [group])
     assert not has_signal(found.advantages)
 
 
@@ -121,8 +115,14 @@ def test_kl_in_the_reward_is_the_sum_over_each_answer(mesh, tmp_path, tokens):
     ctx = ctx_of(mesh, kl=0.5, kl_estimator="k1", kl_in="reward")
     ctx.policy, ctx.cfg.batch = policy, Batch(tokens=tokens)
     ctx.rollout_manager = SimpleNamespace(banned_token_ids=())  # all that is asked of it here
-    rewards = experience._rewards(ctx, groups, dummy_group=groups[0])
-    for group, of_group in zip(groups, rewards, strict=True):
+    with_kl = experience._with_kl(ctx, groups, dummy_group=groups[0])
+    metrics = answer_numbers(ctx, judged(ctx, groups)[0], version=0)
+    kl = np.concatenate([group.components["kl"].values for group in with_kl])
+    task = np.array([0.0, 1.0, 0.0, 0.0, 0.0])
+    assert metrics["components/kl"] == kl.mean()  # what is trained is what is logged
+    assert metrics["reward"] == pytest.approx((task + 0.5 * kl).mean(), rel=1e-12)
+    for group, of_group in zip(groups, [group.components for group in with_kl], strict=True):
+        assert list(of_group) == ["format", "temporal_iou", "kl"]
         assert of_group["kl"].weight == 0.5
         whole, _ = judged(ctx_of(mesh), [group])
         for answer, found in zip(

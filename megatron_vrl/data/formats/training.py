@@ -7,6 +7,8 @@ next_gqa        [{id, video, question, options, duration, glue [[s, e], ...], an
 multiple_choice the same without `glue`
 temporal_r1     [{dataset, video, problem, solution [s, e] in [0, 1], video_length}], as released
                 with Temporal-R1, where the tag "charades_train" comes without `video_length`
+generic         [{id, task, video, duration, question, truth {...}}]: questions of a task with a
+                truth of its own, see megatron_vrl/data/formats/generic.py
 
 The forms of further benchmarks are in benchmarks.py, the reading of .json and .jsonl in
 json_files.py. Any record may also have `clip` [s, e], the part of its video that is shown; its
@@ -27,6 +29,7 @@ from pydantic import TypeAdapter
 
 from megatron_vrl.config import Source
 from megatron_vrl.data.formats.benchmarks import BENCHMARK_READERS
+from megatron_vrl.data.formats.generic import GENERIC_READER
 from megatron_vrl.data.formats.json_files import (
     Found,
     begins_a_list,
@@ -328,6 +331,7 @@ READERS: dict[str, Reader] = {
     "temporal_r1": Reader(
         form=TypeAdapter(list[TemporalR1]), samples=temporal_r1, is_list=True, unit="shares"
     ),
+    "generic": GENERIC_READER,
     **BENCHMARK_READERS,
 }
 
