@@ -1,15 +1,14 @@
-"""Composition root: names in the config -> concrete parts. Nothing else picks classes.
+"""Composition root: build the concrete classes that a configuration names.
 
-`RunContext` is what the loops work with. Its helpers hide which rank does what: a step's samples
-are dealt over all ranks for decoding and rollout, and each model replica ends up with its own
-share.
+`RunContext` holds everything that a training loop works with. `ENGINES` maps rollout.placement to
+the rollout engine. No other module chooses a class by a configuration value.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 
@@ -17,19 +16,17 @@ from megatron_vrl.checkpoint.checkpoint import load_weights
 from megatron_vrl.checkpoint.hf_export import WeightExport
 from megatron_vrl.checkpoint.layout import hf_dir_of
 from megatron_vrl.checkpoint.saver import Saver
-from megatron_vrl.config import RunConfig, Source, check_batches
+from megatron_vrl.config import RunConfig, check_batches
 from megatron_vrl.config.inference import inference_files
-from megatron_vrl.data.mix import load, open_pool
-from megatron_vrl.data.pool import Pool
 from megatron_vrl.data.prompt import PromptEncoder, VisionTokens
-from megatron_vrl.errors import VideoError
+from megatron_vrl.data.prompt_pipeline import PromptPipeline
 from megatron_vrl.models.architecture import Architecture, read_architecture
 from megatron_vrl.models.pipeline_split import check_divides
 from megatron_vrl.models.precision import DTYPES
 from megatron_vrl.models.vocabulary import check_tokenizer
 from megatron_vrl.observe.clock import Clock
 from megatron_vrl.observe.profiler import StepProfiler
-from megatron_vrl.parallel.mesh import Mesh, gather_objects, init_mesh, raise_on_all_ranks
+from megatron_vrl.parallel.mesh import Mesh, init_mesh, raise_on_all_ranks
 from megatron_vrl.policy.policy import Policy
 from megatron_vrl.policy.vision_cache import VisionEmbeddingCache, embed_across_ranks
 from megatron_vrl.rewards.manager import RewardManager
@@ -39,18 +36,22 @@ from megatron_vrl.rollout.vllm.in_process import InProcessEngine
 from megatron_vrl.rollout.vllm.special_tokens import banned_token_ids
 from megatron_vrl.rollout.vllm.start import identity, start_engine
 from megatron_vrl.rollout.workers.pool import WorkerPool
-from megatron_vrl.types import Prompt, VideoSample
+from megatron_vrl.types import Prompt
 from megatron_vrl.video import VideoReader
 
-Item = TypeVar("Item")
+# Return the prompts with vision embeddings if rollout.visual_input asks for them, else unchanged.
+# Every rank calls it, with its own prompts.
+Embed = Callable[[Sequence[Prompt]], list[Prompt]]
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunContext:
+    """Components of a run on this rank."""
+
     cfg: RunConfig
     mesh: Mesh
     clock: Clock
-    profiler: StepProfiler  # around a step
+    profiler: StepProfiler  # context manager around a step
     arch: Architecture
     policy: Policy
     saver: Saver
@@ -58,53 +59,13 @@ class RunContext:
     reward_manager: RewardManager
     reader: VideoReader
     encoder: PromptEncoder
-    look: Callable[[Sequence[Prompt]], list[Prompt]]  # at the videos, where their tokens are kept
+    prompts: PromptPipeline  # of `reader` and `encoder`
+    embed: Embed
     hf_dir: Path  # config, tokenizer and processor files of the checkpoint
-
-    def replica_share(self, items: Sequence[Item]) -> list[Item]:
-        """The items of this rank's model replica."""
-        return list(items[self.mesh.data.rank :: self.mesh.data.size])
-
-    def rank_share(self, items: Sequence[Item]) -> list[Item]:
-        """The items this rank decodes and rolls out for its replica."""
-        return self.replica_share(items)[self.mesh.model.rank :: self.mesh.model.size]
-
-    def gather_replica(self, items: list[Item]) -> list[Item]:
-        """Inverse of `rank_share`: the replica's items in order, on each of its ranks."""
-        return interleave(gather_objects(self.mesh.model, items))
-
-    def samples(self, sources: Sequence[Source]) -> list[VideoSample]:
-        """Read annotation files; every rank calls it and gets the same samples."""
-        with raise_on_all_ranks(self.mesh):
-            return load(sources, self.cfg.run.seed, self.reader.duration_s)
-
-    def pool(self, sources: Sequence[Source]) -> Pool:
-        """What to draw training samples from; every rank calls it."""
-        with raise_on_all_ranks(self.mesh):
-            return open_pool(sources, self.cfg.run.seed, self.reader.duration_s)
-
-    def encode(self, samples: Sequence[VideoSample]) -> list[Prompt | VideoError]:
-        """Decode and tokenise; every rank calls it, each with its own samples. An error stands for
-        a video that cannot be read."""
-        made: list[Prompt | VideoError] = []
-        with raise_on_all_ranks(self.mesh):
-            videos = self.reader.encode([sample.clip for sample in samples])
-            for sample, video in zip(samples, videos, strict=True):
-                if isinstance(video, VideoError):
-                    made.append(video)
-                else:
-                    made.append(self.encoder.prompt(sample, video))
-        looked = iter(self.look([one for one in made if isinstance(one, Prompt)]))
-        return [next(looked) if isinstance(one, Prompt) else one for one in made]
-
-
-def interleave(shares: Sequence[Sequence[Item]]) -> list[Item]:
-    """[[a0, a2], [a1]] -> [a0, a1, a2]: undoes dealing items out in turn."""
-    longest = max(map(len, shares), default=0)
-    return [share[i] for i in range(longest) for share in shares if i < len(share)]
 
 
 def vision_tokens(arch: Architecture) -> VisionTokens:
+    """Return the vision settings that a prompt depends on."""
     return VisionTokens(
         video_token=arch.video_token,
         image_token=arch.image_token,
@@ -120,9 +81,9 @@ def prompt_encoder(
     max_tokens: int,
     wording: Literal["default", "temporal_r1"] = "default",
 ) -> PromptEncoder:
-    """Return the encoder of a checkpoint.
+    """Return the prompt encoder of a checkpoint.
 
-    Raises CheckpointError if its tokenizer does not load or has tokens without an embedding.
+    Raises CheckpointError if the tokenizer does not load or has tokens without an embedding.
     """
     encoder = PromptEncoder(hf_dir, vision_tokens(arch), system_prompt, max_tokens, wording)
     check_tokenizer(encoder.tokenizer, arch, hf_dir)
@@ -151,12 +112,12 @@ ENGINES: dict[str, Callable[[RunConfig, Path, tuple[int, ...], torch.device], En
 }
 
 
-def _look(cfg: RunConfig, policy: Policy) -> Callable[[Sequence[Prompt]], list[Prompt]]:
+def _embed(cfg: RunConfig, policy: Policy) -> Embed:
     if cfg.rollout.visual_input == "pixels":
         return list
     first = policy.mesh.pipeline.rank == 0
-    eyes = VisionEmbeddingCache(policy, cfg.rollout.embedding_cache_mib) if first else None
-    return partial(embed_across_ranks, eyes, policy.mesh)
+    cache = VisionEmbeddingCache(policy, cfg.rollout.embedding_cache_mib) if first else None
+    return partial(embed_across_ranks, cache, policy.mesh)
 
 
 def build(cfg: RunConfig) -> RunContext:
@@ -180,6 +141,7 @@ def build(cfg: RunConfig) -> RunContext:
     load_weights(cfg.model.checkpoint, policy)
     banned = banned_token_ids(encoder.tokenizer, arch.vocab)
     dtype = DTYPES[cfg.model.dtype]
+    reader = VideoReader(cfg.video)
     return RunContext(
         cfg=cfg,
         mesh=mesh,
@@ -204,8 +166,9 @@ def build(cfg: RunConfig) -> RunContext:
             banned,
         ),
         reward_manager=reward_manager,
-        reader=VideoReader(cfg.video),
+        reader=reader,
         encoder=encoder,
-        look=_look(cfg, policy),
+        prompts=PromptPipeline(reader, encoder),
+        embed=_embed(cfg, policy),
         hf_dir=hf_dir,
     )

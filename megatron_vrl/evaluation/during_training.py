@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_vrl.config import Rewards
-from megatron_vrl.context import RunContext, interleave
+from megatron_vrl.context import RunContext
 from megatron_vrl.data.problems import Problem, summary
 from megatron_vrl.errors import UserError, VideoError
 from megatron_vrl.evaluation.metrics import (
@@ -21,7 +21,7 @@ from megatron_vrl.evaluation.metrics import (
     best_constant_letter,
     summarise,
 )
-from megatron_vrl.parallel.mesh import gather_objects, world_axis
+from megatron_vrl.parallel.mesh import gather_shards, raise_on_all_ranks, shard, world_axis
 from megatron_vrl.rollout.request import SamplingSpec
 from megatron_vrl.tasks import TASKS
 from megatron_vrl.types import Interval, Prompt, VideoSample
@@ -36,24 +36,23 @@ def evaluate(ctx: RunContext, samples: Sequence[VideoSample], version: int) -> d
     """
     cfg, mesh = ctx.cfg, ctx.mesh
     ctx.rollout_manager.sync_weights(version)
-    spec = SamplingSpec(
-        n=1, temperature=0.0, top_p=1.0, max_tokens=cfg.evaluation.max_response_tokens, seed=0
-    )
-    own = list(samples[mesh.rank :: mesh.world])
+    spec = SamplingSpec.greedy(cfg.evaluation.max_response_tokens)
+    own = shard(samples, world_axis(mesh))
     most = -(-len(samples) // mesh.world)  # every rank joins every agreement on videos
     answers: list[_Answered] = []
     for start in range(0, most, SAMPLES_AT_A_TIME):
         block = own[start : start + SAMPLES_AT_A_TIME]
-        encoded = ctx.encode(block)
-        prompts = [one for one in encoded if isinstance(one, Prompt)]
+        with raise_on_all_ranks(mesh):
+            loaded = ctx.prompts.load(block)
+        prompts = ctx.embed([one for one in loaded if isinstance(one, Prompt)])
         rollouts = iter(ctx.rollout_manager.generate(prompts, spec))
-        for sample, one in zip(block, encoded, strict=True):
+        for sample, one in zip(block, loaded, strict=True):
             if isinstance(one, VideoError):
-                answers.append(_Answered("", 0, _problem(sample, one)))
+                answers.append(_Answered("", 0, Problem.of_video(sample, one)))
             else:
                 (rollout,) = next(rollouts)
                 answers.append(_Answered(rollout.text, len(rollout.token_ids)))
-    ordered = interleave(gather_objects(world_axis(mesh), answers))
+    ordered = gather_shards(answers, world_axis(mesh))
     _check_share([a.problem for a in ordered if a.problem], len(samples), ctx)
     metrics = summarise(samples, [answer.text for answer in ordered], cfg.rewards)
     read = [answer.tokens for answer in ordered if not answer.problem]
@@ -66,10 +65,6 @@ class _Answered(NamedTuple):
     text: str
     tokens: int
     problem: Problem | None = None  # with the video
-
-
-def _problem(sample: VideoSample, error: VideoError) -> Problem:
-    return Problem(sample=sample.id, video=sample.video, kind=error.kind, reason=str(error))
 
 
 def _check_share(bad: Sequence[Problem], count: int, ctx: RunContext) -> None:

@@ -8,7 +8,7 @@ a prompt's computation; each sample is a group of one.
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -30,8 +30,9 @@ from megatron_vrl.config import (
 from megatron_vrl.config.base import Positive
 from megatron_vrl.config.inference import read_inference
 from megatron_vrl.config.loader import checked, overridden
-from megatron_vrl.context import interleave, prompt_encoder
-from megatron_vrl.data.prompt import PromptEncoder, check_text
+from megatron_vrl.context import prompt_encoder
+from megatron_vrl.data.prompt import PromptEncoder, PromptSpec, check_text
+from megatron_vrl.data.prompt_pipeline import PromptPipeline
 from megatron_vrl.errors import ConfigError, DataError, VideoError, counted
 from megatron_vrl.models.architecture import Architecture, config_dtype, read_architecture
 from megatron_vrl.models.logprob_head import Distribution
@@ -40,18 +41,20 @@ from megatron_vrl.observe.progress import progress_bar
 from megatron_vrl.parallel.mesh import (
     Mesh,
     gather_objects,
+    gather_shards,
     init_mesh,
     raise_on_all_ranks,
+    shard,
     world_axis,
 )
 from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.policy.policy import Policy
-from megatron_vrl.types import EncodedVideo, Visual
+from megatron_vrl.types import Prompt
 from megatron_vrl.video import VideoReader
 from megatron_vrl.video.image import read_image, read_image_rules
 
 SAMPLES_AT_A_TIME = 16  # of one model replica
-FILLER = ""  # id of the answer that keeps a rank busy
+DUMMY = ""  # id of the answer of the dummy group
 Row = dict[str, Any]
 
 
@@ -155,8 +158,10 @@ class Scorer:
         self._policy = Policy(arch, frozen, cfg.parallel, mesh)
         load_weights(cfg.model.checkpoint, self._policy)
         self._mesh, self._encoder, self._batch = mesh, encoder, cfg.batch
-        self._videos = VideoReader(cfg.video)
-        self._image_rules = read_image_rules(hf_dir_of(cfg.model.checkpoint))
+        rules = read_image_rules(hf_dir_of(cfg.model.checkpoint))
+        self._prompts = PromptPipeline(
+            VideoReader(cfg.video), encoder, lambda path: read_image(path, rules)
+        )
 
     def score(self, block: Sequence[ScoredSample]) -> list[Row]:
         """The block's rows in its order, on rank 0; [] elsewhere. Every rank gives all samples.
@@ -165,7 +170,7 @@ class Scorer:
         """
         mesh = self._mesh
         groups = self._groups(block)
-        dummy_group = self._group(ScoredSample(id="filler", question="", response=""), (), FILLER)
+        dummy_group = self._dummy_group()
         batches = plan_batches(groups, dummy_group, self._batch, mesh)
         outputs = self._policy.logprobs(batches, Distribution())
         found = [
@@ -175,52 +180,51 @@ class Scorer:
             for name, pieces in zip(
                 batch.answer_id, _by_answer(batch, output.cpu().numpy()), strict=True
             )
-            if name != FILLER
+            if name != DUMMY
         ]
         rows = {int(g.answers[0].id): _row(g) for g in groups} if mesh.model.rank == 0 else {}
         everywhere = gather_objects(world_axis(mesh), (rows, found))
         return _joined(block, everywhere) if mesh.rank == 0 else []
 
     def _groups(self, block: Sequence[ScoredSample]) -> list[Group]:
-        """Those of this replica's samples; each of its ranks decodes some of them."""
-        data, model = self._mesh.data, self._mesh.model
-        mine = range(len(block))[data.rank :: data.size][model.rank :: model.size]
+        """Return the groups of this replica's samples. Each of its ranks decodes a shard of them.
+
+        The id of an answer is the number of its sample in the block.
+        """
+        mesh = self._mesh
+        mine = shard(range(len(block)), mesh.data, mesh.model)
         groups: list[Group] = []
-        with raise_on_all_ranks(self._mesh):
-            paths = [path for number in mine for path in block[number].videos]
-            videos = dict(zip(paths, self._videos.encode(paths), strict=True))
-            for number in mine:
-                shown = self._shown(block[number], videos)
-                groups.append(self._group(block[number], shown, str(number)))
-        return interleave(gather_objects(model, groups))
+        with raise_on_all_ranks(mesh):
+            prompts = self._prompts.load_specs([_spec(block[number]) for number in mine])
+            for number, prompt in zip(mine, prompts, strict=True):
+                if isinstance(prompt, VideoError):
+                    raise VideoError(f"Sample {block[number].id}: {prompt}")
+                groups.append(self._group(prompt, block[number].response, str(number)))
+        return gather_shards(groups, mesh.model)
 
-    def _shown(
-        self, sample: ScoredSample, videos: Mapping[str, EncodedVideo | VideoError]
-    ) -> tuple[Visual, ...]:
-        """Videos, then images."""
-        visuals: list[Visual] = []
-        try:
-            for path in sample.videos:
-                video = videos[path]
-                if isinstance(video, VideoError):
-                    raise video
-                visuals.append(video)
-            visuals += [read_image(path, self._image_rules) for path in sample.images]
-        except VideoError as error:
-            raise VideoError(f"Sample {sample.id}: {error}") from None
-        return tuple(visuals)
+    def _dummy_group(self) -> Group:
+        """Return a group for ranks with fewer micro-batches than others. Its rows are dropped."""
+        return self._group(self._encoder.encode("dummy", None, (), ""), "", DUMMY)
 
-    def _group(self, sample: ScoredSample, visuals: tuple[Visual, ...], number: str) -> Group:
-        """The answer's id is the sample's number in its block."""
-        token_ids = self._encoder.answer(sample.response)
+    def _group(self, prompt: Prompt, response: str, answer_id: str) -> Group:
+        token_ids = self._encoder.answer(response)
         answer = Answer(
             token_ids=token_ids,
             advantage=0.0,
             engine_logprobs=np.zeros(len(token_ids), np.float32),
-            id=number,
+            id=answer_id,
         )
-        prompt = self._encoder.encode(sample.id, sample.system, visuals, sample.question)
         return Group(prompt=prompt, answers=(answer,))
+
+
+def _spec(sample: ScoredSample) -> PromptSpec:
+    return PromptSpec(
+        id=sample.id,
+        system=sample.system,
+        videos=sample.videos,
+        images=sample.images,
+        question=sample.question,
+    )
 
 
 def _by_answer(

@@ -14,12 +14,11 @@ from typing import Any
 from megatron_vrl.config import Video
 from megatron_vrl.errors import ConfigError, DataError, VideoError, counted
 from megatron_vrl.evaluation.benchmark import Prediction, prediction_of
-from megatron_vrl.evaluation.generate import Answerer, Answers, InferenceConfig
+from megatron_vrl.evaluation.generate import Answerer, InferenceConfig
 from megatron_vrl.observe.progress import progress_bar
-from megatron_vrl.rollout.request import SamplingSpec
 from megatron_vrl.storage.files import full_disk_named, read_rows, write_file
 from megatron_vrl.tasks import can_be_asked
-from megatron_vrl.types import VideoSample
+from megatron_vrl.types import Rollout, VideoSample
 from megatron_vrl.video import VideoReader
 
 TEMPORAL_R1_DEFAULTS: dict[
@@ -56,16 +55,15 @@ def predict(
     left = [s for s in samples if s.id not in done and can_be_asked(s)]
     if left:
         longest = cfg.evaluation.max_response_tokens
-        spec = SamplingSpec(n=1, temperature=0.0, top_p=1.0, max_tokens=longest, seed=0)
         answerer = start(cfg, longest)
         total, before = len(rows) + len(left), len(rows)
         with (
             path.open("a", encoding="utf-8") as file,
             progress_bar("evaluate", total, "questions", before) as bar,
         ):
-            for sample, answers in answerer.answer(left, spec, SAMPLES_AT_A_TIME):
+            for sample, answer in answerer.answer_greedily(left, longest, SAMPLES_AT_A_TIME):
                 with full_disk_named(path):
-                    file.write(json.dumps(_row(sample, answers)) + "\n")
+                    file.write(json.dumps(_row(sample, answer)) + "\n")
                     file.flush()
                 bar.update()
     return [prediction_of(json.dumps(row), str(path)) for row in read_rows(path)]
@@ -105,10 +103,10 @@ def too_many_bad(problems: Sequence[str], count: int, most: float) -> str:
     )
 
 
-def _row(sample: VideoSample, answers: Answers) -> dict[str, Any]:
-    if isinstance(answers, VideoError):
-        return {"id": sample.id, "response": None, "problem": str(answers)}
-    (answer,) = answers
+def _row(sample: VideoSample, answer: Rollout | VideoError) -> dict[str, Any]:
+    """Return the line of predictions.jsonl for one question."""
+    if isinstance(answer, VideoError):
+        return {"id": sample.id, "response": None, "problem": str(answer)}
     return {
         "id": sample.id,
         "response": answer.text,

@@ -16,7 +16,12 @@ from megatron_vrl.algorithms import Part, advantages, has_signal, kl_penalty, ov
 from megatron_vrl.batching.pack import Answer, Group
 from megatron_vrl.context import RunContext
 from megatron_vrl.models.logprob_head import Distribution
-from megatron_vrl.parallel.mesh import gather_objects, raise_on_all_ranks, world_axis
+from megatron_vrl.parallel.mesh import (
+    gather_objects,
+    gather_shards,
+    raise_on_all_ranks,
+    world_axis,
+)
 from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.rewards import weights_of
 from megatron_vrl.trainer.rollout_queue import RolloutQueue
@@ -101,7 +106,7 @@ def sampled_distribution(ctx: RunContext) -> Distribution:
 
 def _answered(ctx: RunContext, rollout_queue: RolloutQueue, num: int) -> list[ScoredGroup]:
     """Scored groups of this rank's share of `num` samples and of its replica's other ranks."""
-    answered = rollout_queue.take(num)
+    answered = rollout_queue.collect(num)
     samples = [sample for sample, _, _ in answered]
     prompts = [prompt for _, prompt, _ in answered]
     with ctx.clock("score"):
@@ -109,7 +114,7 @@ def _answered(ctx: RunContext, rollout_queue: RolloutQueue, num: int) -> list[Sc
             scored = ctx.reward_manager.groups(
                 samples, prompts, [answers for _, _, answers in answered]
             )
-        return ctx.gather_replica(scored)
+        return gather_shards(scored, ctx.mesh.model)
 
 
 def _rewards(

@@ -97,7 +97,7 @@ def end_step(
     spent = ctx.clock.take()
     state.add_seconds(spent)
     values = (
-        step_numbers(ctx, rollout_batch, update_result, spent, version) | going.dataloader.numbers()
+        step_numbers(ctx, rollout_batch, update_result, spent, version) | going.dataloader.metrics()
     )
     warn(sinks, state.step, rollout_batch, update_result.updates)
     if not update_result.updates and values.get("zero_variance_groups") == 1:

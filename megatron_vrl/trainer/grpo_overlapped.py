@@ -27,7 +27,7 @@ def train_overlapped(
                 ctx.rollout_manager.sync_weights(state.version)
             going.reselection.make_if_due()
             steps = min(1 + cfg.rollout.max_staleness, cfg.grpo.steps - state.step)
-            going.rollout_queue.fill(steps * cfg.rollout.prompts_per_step)
+            going.rollout_queue.submit(steps * cfg.rollout.prompts_per_step)
             rollout_batch = collect_rollouts(ctx, going.rollout_queue)
             going.files.write(rollout_batch, state.step + 1, state.version)
             with clock("update"):

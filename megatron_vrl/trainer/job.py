@@ -11,6 +11,7 @@ from megatron_vrl.checkpoint.hf_load import save_hf
 from megatron_vrl.config import RunConfig
 from megatron_vrl.config.inference import inference_files
 from megatron_vrl.context import RunContext, build
+from megatron_vrl.data.mix import load
 from megatron_vrl.errors import CheckpointError, RunInUse, UserError
 from megatron_vrl.evaluation.during_training import evaluate, trivial_answers
 from megatron_vrl.models.fusion import gradient_fusion
@@ -55,7 +56,11 @@ def run_job(cfg: RunConfig) -> Path:
     owner.join()
     state = restored(ctx)
     load_stage_weights(ctx, state)
-    splits = {name: ctx.samples(sources) for name, sources in cfg.data.evaluation.items()}
+    with raise_on_all_ranks(ctx.mesh):
+        splits = {
+            name: load(sources, cfg.run.seed, ctx.reader.duration_s)
+            for name, sources in cfg.data.evaluation.items()
+        }
     with raise_on_all_ranks(ctx.mesh):
         sinks = open_sinks(
             out_dir,

@@ -29,7 +29,7 @@ from megatron_vrl.data.mix import SampleStream
 from megatron_vrl.data.pool import Drawn, Pool
 from megatron_vrl.data.schedule import read_ids
 from megatron_vrl.errors import ConfigError, DataError
-from megatron_vrl.parallel.mesh import gather_objects, raise_on_all_ranks, world_axis
+from megatron_vrl.parallel.mesh import gather_objects, raise_on_all_ranks, shard, world_axis
 from megatron_vrl.rewards import weights_of
 from megatron_vrl.rollout.request import SamplingSpec
 from megatron_vrl.selection.rules import KEPT, Candidate, candidate, select
@@ -38,7 +38,7 @@ from megatron_vrl.storage.files import full_disk_named, read_rows, write_file
 from megatron_vrl.trainer.preemption import stop_if_asked
 from megatron_vrl.trainer.sample_stream import only, schedule_of
 from megatron_vrl.trainer.state import RunState, finish_saving, save
-from megatron_vrl.types import EncodedVideo, VideoSample
+from megatron_vrl.types import Prompt, VideoSample
 
 FOLDER, ANSWERS = "selection", "answers-0.jsonl"
 Row = dict[str, Any]
@@ -155,7 +155,8 @@ class DataSelection:
             if block[0] in known:
                 continue
             stop_if_asked(ctx.mesh, self._state.step)
-            own = self._answered([places[name] for name in ctx.rank_share(block)], spec)
+            mine = shard(block, ctx.mesh.data, ctx.mesh.model)
+            own = self._answered([places[name] for name in mine], spec)
             of_all = dict(chain(*gather_objects(world_axis(ctx.mesh), own)))
             rows = [of_all[places[name]] for name in block]
             with raise_on_all_ranks(ctx.mesh):
@@ -194,15 +195,10 @@ class DataSelection:
         ctx = self._ctx
         with raise_on_all_ranks(ctx.mesh):
             samples = {place: _sample(self._pool[place]) for place in places}
-            videos = ctx.reader.encode([sample.clip for sample in samples.values()])
-            shown = dict(zip(places, videos, strict=True))
-            prompts = {
-                place: ctx.encoder.prompt(samples[place], video)
-                for place, video in shown.items()
-                if isinstance(video, EncodedVideo)
-            }
+            loaded = dict(zip(places, ctx.prompts.load(list(samples.values())), strict=True))
+        prompts = {place: one for place, one in loaded.items() if isinstance(one, Prompt)}
         answers = ctx.rollout_manager.generate(
-            ctx.look(list(prompts.values())), spec, list(prompts)
+            ctx.embed(list(prompts.values())), spec, list(prompts)
         )
         rows: list[tuple[int, Row]] = []
         with raise_on_all_ranks(ctx.mesh):
@@ -212,7 +208,7 @@ class DataSelection:
                 if place in of_place:
                     row["answers"] = judged(ctx.reward_manager, sample, of_place[place])
                 else:
-                    row["problem"] = str(shown[place])
+                    row["problem"] = str(loaded[place])
                 rows.append((place, row))
         return rows
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from megatron_vrl.context import RunContext
-from megatron_vrl.parallel.mesh import raise_on_all_ranks
+from megatron_vrl.parallel.mesh import raise_on_all_ranks, shard
 from megatron_vrl.rollout.records import PATTERN, Fate, GroupRecord, encode, record_of
 from megatron_vrl.storage.compressed import FrameFile, keep_frames
 from megatron_vrl.trainer.experience import RolloutBatch
@@ -51,7 +51,7 @@ def _records(
     kept = {id(experience) for experience in rollout_batch.kept}
     spec = sampling_spec(ctx.cfg)
     records = []
-    for group in rollout_batch.groups[ctx.mesh.model.rank :: ctx.mesh.model.size]:
+    for group in shard(rollout_batch.groups, ctx.mesh.model):
         experience = experiences.get(id(group))
         fate: Fate = "kept" if id(experience) in kept else "uniform" if experience else "invalid"
         advantages = experience.advantages if experience else None

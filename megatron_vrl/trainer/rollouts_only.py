@@ -87,14 +87,14 @@ def _steps(ctx: RunContext, state: RunState, sinks: Sinks, progress: Path) -> No
         ctx.rollout_manager.sync_weights(state.version)
     while state.step < cfg.grpo.steps:
         steps = min(1 + cfg.rollout.max_staleness, cfg.grpo.steps - state.step)
-        going.rollout_queue.fill(steps * cfg.rollout.prompts_per_step)
+        going.rollout_queue.submit(steps * cfg.rollout.prompts_per_step)
         rollout_batch = collect_rollouts(ctx, going.rollout_queue)
         going.files.write(rollout_batch, state.step + 1, state.version)
         state.step += 1
         state.stream, state.under_way = going.dataloader.position, going.rollout_queue.positions()
         warn(sinks, state.step, rollout_batch, updates=[])
         values = answer_numbers(ctx, rollout_batch.experiences, state.version)
-        values |= {"rollout_rounds": float(rollout_batch.rounds)} | going.dataloader.numbers()
+        values |= {"rollout_rounds": float(rollout_batch.rounds)} | going.dataloader.metrics()
         row = StepMetrics(phase="grpo", step=state.step, values=values, seconds=clock.take())
         record(ctx, sinks, row)
         with raise_on_all_ranks(ctx.mesh):  # every rank has written the step

@@ -11,16 +11,22 @@ from numpy.typing import NDArray
 
 from megatron_vrl.config import Data, Source
 from megatron_vrl.context import RunContext
-from megatron_vrl.data.mix import SampleStream
+from megatron_vrl.data.mix import SampleStream, open_pool
 from megatron_vrl.data.pool import Pool
 from megatron_vrl.data.schedule import Schedule, read_ids, read_mean_rewards, stages_of
 from megatron_vrl.errors import ConfigError, DataError
 from megatron_vrl.parallel.mesh import raise_on_all_ranks
 
 
+def open_run_pool(ctx: RunContext, sources: Sequence[Source]) -> Pool:
+    """Return the pool of some sources of the run. Every rank calls it and gets the same."""
+    with raise_on_all_ranks(ctx.mesh):
+        return open_pool(sources, ctx.cfg.run.seed, ctx.reader.duration_s)
+
+
 def training_pool(ctx: RunContext) -> Pool:
-    """What GRPO may draw. Every rank calls it and gets the same."""
-    pool = ctx.pool(ctx.cfg.data.train)
+    """Return the pool that GRPO draws from. Every rank calls it and gets the same."""
+    pool = open_run_pool(ctx, ctx.cfg.data.train)
     with raise_on_all_ranks(ctx.mesh):
         return selected(pool, ctx.cfg.data)
 

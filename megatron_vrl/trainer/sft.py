@@ -15,11 +15,12 @@ from megatron_vrl.errors import ConfigError, UserError
 from megatron_vrl.models.logprob_head import Distribution
 from megatron_vrl.observe.metrics import StepMetrics
 from megatron_vrl.observe.sinks import Sinks
+from megatron_vrl.parallel.mesh import gather_shards
 from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.process.signals import begin_steps
 from megatron_vrl.trainer.dataloader import PromptDataLoader
 from megatron_vrl.trainer.record import evaluate_dev, record
-from megatron_vrl.trainer.sample_stream import weighted
+from megatron_vrl.trainer.sample_stream import open_run_pool, weighted
 from megatron_vrl.trainer.state import RunState, save_if_due, start_phase
 from megatron_vrl.types import VideoSample
 
@@ -46,7 +47,7 @@ def _attempt(ctx: RunContext, state: RunState, sinks: Sinks, dev: list[VideoSamp
     """One pass from `state.step` to the threshold (True) or the last step."""
     cfg, clock = ctx.cfg, ctx.clock
     seed = cfg.run.seed + state.attempt
-    stream = weighted(ctx.pool(cfg.data.sft), cfg.data.sft, seed)
+    stream = weighted(open_run_pool(ctx, cfg.data.sft), cfg.data.sft, seed)
     stream.restore(state.stream)
     dataloader = PromptDataLoader(ctx, stream, state, sinks.say)
     start_phase(ctx, state, cfg.sft.optimizer, cfg.sft.steps)
@@ -55,12 +56,11 @@ def _attempt(ctx: RunContext, state: RunState, sinks: Sinks, dev: list[VideoSamp
     while state.step < cfg.sft.steps:
         with ctx.profiler("sft", state.step + 1):
             with clock("encode"):
-                groups = ctx.gather_replica(
-                    [
-                        Group(prompt=prompt, answers=(_target(ctx, sample),))
-                        for sample, prompt, _ in dataloader.take(cfg.sft.batch_size)
-                    ]
-                )
+                own = [
+                    Group(prompt=prompt, answers=(_target(ctx, sample),))
+                    for sample, prompt, _ in dataloader.take(cfg.sft.batch_size)
+                ]
+                groups = gather_shards(own, ctx.mesh.model)
             if state.step + 1 < cfg.sft.steps:
                 dataloader.prefetch(cfg.sft.batch_size)
             with clock("update"):
@@ -71,7 +71,7 @@ def _attempt(ctx: RunContext, state: RunState, sinks: Sinks, dev: list[VideoSamp
         state.version += 1
         values = {"loss": update.loss, "grad_norm": update.grad_norm, "lr": update.lr}
         values |= {k: v for k, v in update.metrics.items() if k.startswith("fp8/")}
-        values |= dataloader.numbers()
+        values |= dataloader.metrics()
         reached = _evaluate_if_due(ctx, state, sinks, dev)
         spent = clock.take()
         state.add_seconds(spent)

@@ -48,7 +48,7 @@ def ctx_of(mesh, samples, bad, share):
     )
     shown = prompt([video((1, 2, 2), 1.0, 0)], 0)
 
-    def encode(block):
+    def load(block):
         return [
             VideoError(f"{s.video} is empty.", "empty") if s.id in bad else shown for s in block
         ]
@@ -58,7 +58,8 @@ def ctx_of(mesh, samples, bad, share):
             evaluation=Evaluation(), rewards=Rewards(), video=Video(max_bad_fraction=share)
         ),
         mesh=mesh,
-        encode=encode,
+        prompts=SimpleNamespace(load=load),
+        embed=list,
         rollout_manager=SimpleNamespace(
             sync_weights=lambda version: None,
             generate=lambda prompts, spec: [[answer] for _ in prompts],
