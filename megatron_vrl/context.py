@@ -12,16 +12,15 @@ from typing import Literal
 
 import torch
 
-from megatron_vrl.checkpoint.checkpoint import load_weights
 from megatron_vrl.checkpoint.hf_export import WeightExport
-from megatron_vrl.checkpoint.layout import hf_dir_of
 from megatron_vrl.checkpoint.saver import Saver
-from megatron_vrl.config import RunConfig, check_batches
+from megatron_vrl.config import RunConfig
 from megatron_vrl.config.inference import inference_files
+from megatron_vrl.data.datasets import Datasets
 from megatron_vrl.data.prompt import PromptEncoder, VisionTokens
 from megatron_vrl.data.prompt_pipeline import PromptPipeline
-from megatron_vrl.models.architecture import Architecture, read_architecture
-from megatron_vrl.models.pipeline_split import check_divides
+from megatron_vrl.errors import CheckpointError
+from megatron_vrl.models.architecture import Architecture
 from megatron_vrl.models.precision import DTYPES
 from megatron_vrl.models.vocabulary import check_tokenizer
 from megatron_vrl.observe.clock import Clock
@@ -45,6 +44,26 @@ Embed = Callable[[Sequence[Prompt]], list[Prompt]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedRun:
+    """Result of the start-up check (`trainer.dry_run.check`), which `build` need not repeat."""
+
+    notes: list[str]  # for the user: sizes, layout, files that are not on this machine
+    arch: Architecture  # fits the layout, the batches and the longest prompt
+    hf_dir: Path  # config, tokenizer and processor files of model.checkpoint
+    encoder: PromptEncoder | None  # None: the checkpoint is not on this machine
+    datasets: Datasets  # with the annotations that the check parsed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyContext:
+    """Components that a run is restored into, before the rollout engine starts."""
+
+    mesh: Mesh
+    policy: Policy
+    saver: Saver
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunContext:
     """Components of a run on this rank."""
 
@@ -61,6 +80,7 @@ class RunContext:
     encoder: PromptEncoder
     prompts: PromptPipeline  # of `reader` and `encoder`
     embed: Embed
+    datasets: Datasets  # annotations that are parsed already
     hf_dir: Path  # config, tokenizer and processor files of the checkpoint
 
 
@@ -120,26 +140,36 @@ def _embed(cfg: RunConfig, policy: Policy) -> Embed:
     return partial(embed_across_ranks, cache, policy.mesh)
 
 
-def build(cfg: RunConfig) -> RunContext:
-    """Join the other ranks and build everything. Raises UserError on every rank alike."""
-    hf_dir = hf_dir_of(cfg.model.checkpoint)
-    arch = read_architecture(hf_dir)
-    check_divides(arch, cfg.model, cfg.parallel)
+def build_policy(cfg: RunConfig, checked: CheckedRun) -> PolicyContext:
+    """Join the other ranks and build the model. Its weights are loaded by the caller.
+
+    Raises UserError on every rank alike.
+    """
+    if checked.encoder is None:
+        raise CheckpointError(
+            f"There is no checkpoint {cfg.model.checkpoint}: set model.checkpoint."
+        )
     mesh = init_mesh(cfg.parallel, cfg.run.seed)
-    check_batches(cfg, mesh.data.size)
+    torch.use_deterministic_algorithms(cfg.run.deterministic)
+    policy = Policy(checked.arch, cfg.model, cfg.parallel, mesh)
+    saver = Saver(
+        Path(cfg.run.out_dir) / "checkpoints",
+        policy,
+        checked.hf_dir,
+        keep=cfg.checkpoint.keep,
+        asynchronous=cfg.checkpoint.asynchronous,
+        files=inference_files(cfg),
+    )
+    return PolicyContext(mesh=mesh, policy=policy, saver=saver)
+
+
+def build(cfg: RunConfig, checked: CheckedRun, trained: PolicyContext) -> RunContext:
+    """Start the rollout engine and build the rest. Raises UserError on every rank alike."""
+    mesh, policy, encoder = trained.mesh, trained.policy, checked.encoder
+    assert encoder is not None, "see build_policy"
     with raise_on_all_ranks(mesh):
         reward_manager = RewardManager(cfg.rewards)
-        encoder = prompt_encoder(
-            hf_dir,
-            arch,
-            cfg.data.system_prompt,
-            cfg.data.max_prompt_tokens,
-            cfg.data.question,
-        )
-    torch.use_deterministic_algorithms(cfg.run.deterministic)
-    policy = Policy(arch, cfg.model, cfg.parallel, mesh)
-    load_weights(cfg.model.checkpoint, policy)
-    banned = banned_token_ids(encoder.tokenizer, arch.vocab)
+    banned = banned_token_ids(encoder.tokenizer, checked.arch.vocab)
     dtype = DTYPES[cfg.model.dtype]
     reader = VideoReader(cfg.video)
     return RunContext(
@@ -147,20 +177,13 @@ def build(cfg: RunConfig) -> RunContext:
         mesh=mesh,
         clock=Clock(),
         profiler=StepProfiler(Path(cfg.run.out_dir), cfg.observe, mesh.rank),
-        arch=arch,
+        arch=checked.arch,
         policy=policy,
-        saver=Saver(
-            Path(cfg.run.out_dir) / "checkpoints",
-            policy,
-            hf_dir,
-            keep=cfg.checkpoint.keep,
-            asynchronous=cfg.checkpoint.asynchronous,
-            files=inference_files(cfg),
-        ),
+        saver=trained.saver,
         rollout_manager=RolloutManager(
             cfg.rollout,
             mesh,
-            ENGINES[cfg.rollout.placement](cfg, hf_dir, banned, mesh.device),
+            ENGINES[cfg.rollout.placement](cfg, checked.hf_dir, banned, mesh.device),
             WeightExport(policy.chunks, dtype),
             dtype,
             banned,
@@ -170,5 +193,6 @@ def build(cfg: RunConfig) -> RunContext:
         encoder=encoder,
         prompts=PromptPipeline(reader, encoder),
         embed=_embed(cfg, policy),
-        hf_dir=hf_dir,
+        datasets=checked.datasets,
+        hf_dir=checked.hf_dir,
     )

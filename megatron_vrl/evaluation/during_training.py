@@ -1,7 +1,7 @@
-"""Evaluation on the rollout engine: greedy answers, the reward's own parser, task metrics.
+"""Evaluation of a run on its rollout engine: greedy answers and task metrics.
 
-A question whose video cannot be read stays in and counts as answered with nothing; the metric
-`undecodable` says how many there are.
+Answers are read by the parser of the rewards. A question whose video cannot be read counts as
+answered with an empty text. The metric `undecodable` counts such questions.
 """
 
 import sys
@@ -24,23 +24,29 @@ from megatron_vrl.evaluation.metrics import (
 from megatron_vrl.parallel.mesh import gather_shards, raise_on_all_ranks, shard, world_axis
 from megatron_vrl.rollout.request import SamplingSpec
 from megatron_vrl.tasks import TASKS
+from megatron_vrl.trainer.preemption import stop_if_asked
 from megatron_vrl.types import Interval, Prompt, VideoSample
 
 SAMPLES_AT_A_TIME = 128  # per rank; bounds the decoded frames in memory
 
 
-def evaluate(ctx: RunContext, samples: Sequence[VideoSample], version: int) -> dict[str, float]:
-    """Metrics of one greedy answer to each sample. Every rank calls it and gets them all.
+def evaluate(
+    ctx: RunContext, samples: Sequence[VideoSample], version: int, step: int
+) -> dict[str, float]:
+    """Return the metrics of one greedy answer to each sample. Every rank calls it.
 
-    Raises UserError on every rank if more than video.max_bad_fraction of the videos cannot be read.
+    `version` identifies the weights; `step` is the last finished step. Raises on every rank:
+    StopRequested before the next batch of questions if the run was asked to stop, UserError if more
+    than video.max_bad_fraction of the videos cannot be read.
     """
     cfg, mesh = ctx.cfg, ctx.mesh
     ctx.rollout_manager.sync_weights(version)
     spec = SamplingSpec.greedy(cfg.evaluation.max_response_tokens)
     own = shard(samples, world_axis(mesh))
-    most = -(-len(samples) // mesh.world)  # every rank joins every agreement on videos
+    most = -(-len(samples) // mesh.world)  # questions of the rank with the most
     answers: list[_Answered] = []
     for start in range(0, most, SAMPLES_AT_A_TIME):
+        stop_if_asked(mesh, step, evaluating=True)
         block = own[start : start + SAMPLES_AT_A_TIME]
         with raise_on_all_ranks(mesh):
             loaded = ctx.prompts.load(block)
@@ -53,7 +59,7 @@ def evaluate(ctx: RunContext, samples: Sequence[VideoSample], version: int) -> d
                 (rollout,) = next(rollouts)
                 answers.append(_Answered(rollout.text, len(rollout.token_ids)))
     ordered = gather_shards(answers, world_axis(mesh))
-    _check_share([a.problem for a in ordered if a.problem], len(samples), ctx)
+    _check_bad_fraction([a.problem for a in ordered if a.problem], len(samples), ctx)
     metrics = summarise(samples, [answer.text for answer in ordered], cfg.rewards)
     read = [answer.tokens for answer in ordered if not answer.problem]
     metrics["response_tokens"] = float(np.mean(read)) if read else 0.0
@@ -67,8 +73,11 @@ class _Answered(NamedTuple):
     problem: Problem | None = None  # with the video
 
 
-def _check_share(bad: Sequence[Problem], count: int, ctx: RunContext) -> None:
-    """Every rank has the same `bad`; rank 0 says what they are."""
+def _check_bad_fraction(bad: Sequence[Problem], count: int, ctx: RunContext) -> None:
+    """Raises UserError if more than video.max_bad_fraction of the videos are bad.
+
+    Otherwise rank 0 prints a summary. Every rank passes the same `bad`.
+    """
     if not bad:
         return
     most = ctx.cfg.video.max_bad_fraction
@@ -83,10 +92,10 @@ def _check_share(bad: Sequence[Problem], count: int, ctx: RunContext) -> None:
 
 
 def trivial_answers(samples: Sequence[VideoSample], cfg: Rewards) -> dict[str, dict[str, float]]:
-    """What answers score that look at neither video nor question: label -> metrics.
+    """Return the metrics of answers that use neither video nor question: label -> metrics.
 
-    They are written in the right form and scored like a model's. "best constant" is the best
-    interval (as a share of the duration) and letter for these very samples.
+    The answers have the right format and are scored like a model's. "best constant" is the interval
+    (as a fraction of the duration) and the letter with the best score on these samples.
     """
     constant: dict[str, tuple[Interval, str]] = {}
     for task in {sample.task for sample in samples}:
@@ -102,6 +111,7 @@ def trivial_answers(samples: Sequence[VideoSample], cfg: Rewards) -> dict[str, d
     }
 
 
-def _answer(sample: VideoSample, share: Interval, letter: str) -> str:
-    interval_s = (share[0] * sample.duration_s, share[1] * sample.duration_s)
+def _answer(sample: VideoSample, fraction: Interval, letter: str) -> str:
+    """Return the text of an answer with an interval (as fractions of the duration) and a letter."""
+    interval_s = (fraction[0] * sample.duration_s, fraction[1] * sample.duration_s)
     return TASKS[sample.task].target(replace(sample, intervals_s=(interval_s,), option=letter))
