@@ -15,7 +15,7 @@ from tqdm import tqdm
 from megatron_vrl.config import Rewards
 from megatron_vrl.context import RunContext
 from megatron_vrl.data.problems import Problem, summary
-from megatron_vrl.errors import UserError, VideoError
+from megatron_vrl.errors import UserError, VideoError, counted
 from megatron_vrl.evaluation.metrics import (
     best_constant_interval,
     best_constant_letter,
@@ -81,7 +81,8 @@ def _check_bad_fraction(bad: Sequence[Problem], count: int, ctx: RunContext) -> 
     if not bad:
         return
     most = ctx.cfg.video.max_bad_fraction
-    found = f"{len(bad)} of {count} questions of an evaluation have bad videos: {summary(bad)}"
+    asked = counted(count, "question")
+    found = f"{len(bad)} of {asked} of an evaluation have bad videos: {summary(bad)}"
     if len(bad) > most * count:
         raise UserError(
             f"{found}; that is over video.max_bad_fraction={most}: check the data with "

@@ -1,9 +1,9 @@
-"""Log-probs of given responses, token by token, over any layout: what score_responses.py runs.
+"""Log-probs of given responses, token by token, in any parallel layout (score_responses.py).
 
-The trainer's own path from sample to number: its decoders, prompts, packing, model and schedule,
-forward only, at temperature 1 and with no token banned. Samples are read, scored and written a
-block at a time, so memory does not grow with their number. Left out: several responses that share
-a prompt's computation; each sample is a group of one.
+Decoding, prompts, packing, model and schedule are those of training. The pass is forward only, at
+temperature 1 and with no token banned. Samples are read, scored and written in blocks, so memory
+does not grow with their number. Left out: sharing a prompt's computation between several
+responses; each sample is a group of one answer.
 """
 
 import json
@@ -64,7 +64,7 @@ class PromptLimit(Section):
 
 
 class ScoreConfig(Section):
-    """The sections of a run's configuration that a log-prob depends on."""
+    """Sections of a run's configuration that a log-prob depends on."""
 
     model: Model
     parallel: Parallel = Parallel()
@@ -86,12 +86,12 @@ class ScoredSample(Section):
 
 
 def score_config(checkpoint: str, overrides: Sequence[str]) -> ScoreConfig:
-    """The checkpoint's `inference.yaml` < overrides.
+    """Return the configuration: `inference.yaml` of the checkpoint, replaced by `overrides`.
 
-    Computes in the checkpoint's own type unless `model.dtype` is overridden.
+    The dtype is that of the checkpoint unless `model.dtype` is overridden.
     """
     directory = hf_dir_of(checkpoint)
-    read_architecture(directory)  # says what is wrong with the checkpoint, if something is
+    read_architecture(directory)  # raises CheckpointError if config.json is wrong
     dtype = config_dtype(directory) or "float32"
     kept = read_inference(directory)
     tree: dict[str, Any] = {name: kept[name] for name in ("video",) if name in kept}
@@ -107,10 +107,10 @@ def score_config(checkpoint: str, overrides: Sequence[str]) -> ScoreConfig:
 
 
 def score_file(cfg: ScoreConfig, samples: Path, out: Path) -> str:
-    """Score every sample of a file into another; what was done, in a line.
+    """Write the log-probs of every sample of a file to `out`, and return a summary line.
 
-    Every rank calls it; rank 0 writes. Raises UserError on every rank alike, and then `out` is
-    what it was before.
+    Every rank calls it and rank 0 writes. Raises UserError on every rank alike; `out` is unchanged
+    then.
     """
     directory = hf_dir_of(cfg.model.checkpoint)
     arch = read_architecture(directory)
@@ -131,12 +131,15 @@ def score_file(cfg: ScoreConfig, samples: Path, out: Path) -> str:
                 tokens += sum(len(row["logprobs"]) for row in rows)
                 total += sum(sum(row["logprobs"]) for row in rows)
                 bar.update(len(block))
-    numbers = f"{counted(count, 'response')}, {counted(tokens, 'token')}"
-    return f"{out}: {numbers}, mean log-prob {total / max(tokens, 1):.4f}"
+    counts = f"{counted(count, 'response')}, {counted(tokens, 'token')}"
+    return f"{out}: {counts}, mean log-prob {total / max(tokens, 1):.4f}"
 
 
 def read_samples(path: Path) -> Iterator[tuple[int, ScoredSample]]:
-    """(line number, sample) of each line that is not blank. Raises DataError naming the line."""
+    """Yield (line number, sample) of each line that is not blank.
+
+    Raises DataError naming the line.
+    """
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
@@ -147,7 +150,7 @@ def read_samples(path: Path) -> Iterator[tuple[int, ScoredSample]]:
 
 
 class Scorer:
-    """The model over the mesh, and what makes its input. Every rank calls every method."""
+    """Model and prompt pipeline over the mesh. Every rank calls every method."""
 
     def __init__(
         self, cfg: ScoreConfig, arch: Architecture, encoder: PromptEncoder, mesh: Mesh
@@ -164,7 +167,9 @@ class Scorer:
         )
 
     def score(self, block: Sequence[ScoredSample]) -> list[Row]:
-        """The block's rows in its order, on rank 0; [] elsewhere. Every rank gives all samples.
+        """Return the rows of a block in its order on rank 0, and [] on the other ranks.
+
+        Every rank passes all samples of the block.
 
         Raises VideoError or ConfigError on every rank, naming the sample.
         """
@@ -230,7 +235,7 @@ def _spec(sample: ScoredSample) -> PromptSpec:
 def _by_answer(
     batch: MicroBatch, logprobs: NDArray[np.float32]
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-    """(index in the answer, log-prob) of this context rank's tokens [N], answer after answer."""
+    """Yield for each answer (index in the answer, log-prob) of this context rank's tokens [N]."""
     # The token before an answer's first input is the last of its prompt, or of another answer.
     index = batch.rows[batch.source] - batch.answer_start[batch.sequence] + 1
     index = np.maximum(index, 0)
@@ -240,7 +245,7 @@ def _by_answer(
 
 
 def _row(group: Group) -> Row:
-    """All of a sample's row but the log-probs."""
+    """Return the row of a sample without its log-probs."""
     prompt, (answer,) = group.prompt, group.answers
     first = int(prompt.positions.max()) + 1
     steps = np.broadcast_to(
@@ -255,7 +260,7 @@ def _row(group: Group) -> Row:
 
 
 def _joined(block: Sequence[ScoredSample], everywhere: Sequence[tuple[dict, list]]) -> list[Row]:
-    """Rows of all replicas in the block's order, with the tokens of all context ranks."""
+    """Return the rows of all replicas in the block's order, with all context ranks' log-probs."""
     rows = {number: row for rows, _ in everywhere for number, row in rows.items()}
     values = {n: np.full(len(row["response_token_ids"]), np.nan) for n, row in rows.items()}
     seen = dict.fromkeys(rows, 0)
@@ -268,7 +273,7 @@ def _joined(block: Sequence[ScoredSample], everywhere: Sequence[tuple[dict, list
 
 
 def _check(path: Path) -> int:
-    """The number of samples. Raises DataError for the first line that cannot be scored."""
+    """Return the number of samples. Raises DataError for the first line that is not valid."""
     count = 0
     for number, sample in read_samples(path):
         where = f"{path}, line {number}"
@@ -301,7 +306,7 @@ def _parsed(line: bytes, origin: str) -> ScoredSample:
 
 @contextmanager
 def _rows_into(path: Path, mesh: Mesh) -> Iterator[Callable[[list[Row]], None]]:
-    """A function that writes rows beside their place; they take the name when all are there."""
+    """Yield a function that writes rows to PATH.partial, which is renamed at the end."""
     partial = path.with_name(path.name + ".partial")
     with raise_on_all_ranks(mesh), _named(path):
         if path.is_dir():
@@ -327,6 +332,7 @@ def _rows_into(path: Path, mesh: Mesh) -> Iterator[Callable[[list[Row]], None]]:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
+    """Raise DataError naming `path` in place of an OSError."""
     try:
         yield
     except OSError as error:

@@ -1,9 +1,9 @@
-"""A checkpoint's answers to a benchmark, kept as they come so that a stopped run goes on.
+"""Greedy answers of a checkpoint to a benchmark, written one by one so that a call can resume.
 
-OUT/predictions.jsonl grows by a line for each answer, beside OUT/settings.json with all that the
-answers depend on: the same call goes on after the last whole line, one with other settings is
-refused. A video that cannot be read is a line without a response; the question is asked when a
-later call finds the video readable.
+Each answer is a line of OUT/predictions.jsonl. OUT/settings.json holds the settings that the
+answers depend on. The same call resumes after the last whole line; a call with other settings is
+refused. A question whose video cannot be read gets a line without a response, and is asked again
+when a later call can read the video.
 """
 
 import json
@@ -37,10 +37,10 @@ def predict(
     settings: dict[str, Any],
     start: Callable[[InferenceConfig, int], Answerer] = Answerer,
 ) -> list[Prediction]:
-    """Greedy answers to every question that can be asked, as far as `out` does not have them.
+    """Answer every question that can be asked and that `out` does not have; return all answers.
 
-    An engine is started when something is left to answer. Raises UserError, before that if no
-    video of `samples` is there.
+    An engine starts only if a question is left. Raises UserError, before an engine starts if no
+    video of `samples` exists.
     """
     check_videos(samples, "--videos")
     out.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def readable(cfg: Video, samples: Sequence[VideoSample]) -> set[str]:
 
 
 def too_many_bad(problems: Sequence[str], count: int, most: float) -> str:
-    """Return a sentence if more than the share `most` of `count` samples have `problems`."""
+    """Return a sentence if more than the fraction `most` of `count` samples have `problems`."""
     if len(problems) <= most * count:
         return ""
     return (
@@ -116,7 +116,7 @@ def _row(sample: VideoSample, answer: Rollout | VideoError) -> dict[str, Any]:
 
 
 def check_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Raises ConfigError if `path` holds others; else writes them there."""
+    """Write the settings to `path`. Raises ConfigError if the file has other settings."""
     if path.exists():
         before = json.loads(path.read_text())
         changed = sorted(key for key in settings if before.get(key) != settings[key])

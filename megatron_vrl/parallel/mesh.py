@@ -1,7 +1,8 @@
-"""The grid of ranks: which part of the model and of the batch this process owns.
+"""Device mesh: the part of the model and of the batch that this process owns.
 
-The only door to Megatron's `parallel_state`. Rank order is Megatron's: tensor fastest, then
-context, then data, then pipeline. Process groups are gloo on the CPU and NCCL on GPUs.
+No other module uses Megatron's `parallel_state`. Ranks are ordered as in Megatron: tensor fastest,
+then context, data and pipeline. Process groups are gloo on the CPU and NCCL on GPUs. `shard` and
+`gather_shards` split items over axes and join them again.
 """
 
 import os
@@ -149,7 +150,7 @@ def _model_axis(data_rank: int) -> Axis:
 
 
 def gather_objects(axis: Axis, value: Any) -> list[Any]:
-    """The values of all ranks along `axis`, in rank order. Every rank of the axis calls it."""
+    """Return the values of all ranks along `axis`, in rank order. Every rank of it calls it."""
     if axis.size == 1:
         return [value]
     values: list[Any] = [None] * axis.size

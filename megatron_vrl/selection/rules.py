@@ -1,10 +1,9 @@
-"""Variance-aware selection: which samples have something to teach, from several answers to each.
+"""Rules of variance-aware data selection, from the rewards of several answers to each sample.
 
-After the idea of Temporal-RLT (arXiv 2506.01908): keep questions answered right sometimes and wrong
-sometimes, and grounding samples whose answers spread and are not all poor. The paper's numbers are
-not public; statistics and thresholds here are ours. Standard deviations are over the answers
-themselves (divided by n). Samples are ranked by it in every task: for a share p of right answers it
-is sqrt(p (1 - p)).
+The idea is Temporal-RLT's (arXiv 2506.01908): keep questions that are answered correctly sometimes,
+and grounding samples whose IoU varies and is not always low. The paper gives no thresholds, so the
+statistics and thresholds here are ours. Standard deviations are over the answers (divided by n).
+Samples of every task are ranked by it. For a fraction p of correct answers it is sqrt(p (1 - p)).
 """
 
 from collections import Counter
@@ -28,18 +27,18 @@ class Spread:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """One sample of the pool with what its answers say of it."""
+    """One sample of the pool with the statistics of its answers."""
 
     id: str
     task: str
-    parts: Mapping[str, Spread]  # reward part -> over the answers; {} for an unreadable video
+    parts: Mapping[str, Spread]  # reward component -> statistics; {} for an unreadable video
     reward: Spread
-    unreadable: float  # share of answers without a readable form
-    verdict: str = ""  # KEPT, or why not
-    rank: float = 0.0  # the higher, the more the answers spread
+    unreadable: float  # fraction of answers without a readable format
+    verdict: str = ""  # KEPT, or the reason for dropping
+    rank: float = 0.0  # higher if the answers vary more
 
     def row(self) -> dict[str, Any]:
-        """Ready for JSON."""
+        """Return the fields as JSON values."""
         return {
             "id": self.id,
             "task": self.task,
@@ -54,7 +53,10 @@ class Candidate:
 def candidate(
     name: str, task: str, answers: Sequence[Mapping[str, Any]], weights: Mapping[str, float]
 ) -> Candidate:
-    """`answers`: {"parts": {...}, "failure": text or None} each; none for an unreadable video."""
+    """Return the statistics of a sample's answers, without a verdict.
+
+    `answers`: {"parts": {...}, "failure": text or None} each; empty for an unreadable video.
+    """
     names = list(answers[0]["parts"]) if answers else []
     return Candidate(
         id=name,
@@ -66,17 +68,17 @@ def candidate(
 
 
 def select(candidates: Sequence[Candidate], rule: Selection) -> list[Candidate]:
-    """The same, in order, each with its verdict and rank."""
-    judged = [replace(c, **_verdict(c, rule)) for c in candidates]
-    passed = Counter(c.task for c in judged if c.verdict == KEPT)
+    """Return the candidates in their order, each with its verdict and rank."""
+    with_verdict = [replace(c, **_verdict(c, rule)) for c in candidates]
+    passed = Counter(c.task for c in with_verdict if c.verdict == KEPT)
     quota = _quotas(passed, rule.budget) if rule.budget else passed
     over: set[str] = set()
     for task, most in quota.items():
         ranked = sorted(
-            (c for c in judged if c.task == task and c.verdict == KEPT), key=lambda c: -c.rank
+            (c for c in with_verdict if c.task == task and c.verdict == KEPT), key=lambda c: -c.rank
         )
         over |= {c.id for c in ranked[most:]}
-    return [replace(c, verdict=OVER_BUDGET) if c.id in over else c for c in judged]
+    return [replace(c, verdict=OVER_BUDGET) if c.id in over else c for c in with_verdict]
 
 
 def _verdict(found: Candidate, rule: Selection) -> dict[str, Any]:
@@ -88,7 +90,7 @@ def _verdict(found: Candidate, rule: Selection) -> dict[str, Any]:
     if "temporal_iou" in found.parts:
         verdicts.append(_of_intervals(found.parts["temporal_iou"], rule))
     kept = [rank for verdict, rank in verdicts if verdict == KEPT]
-    if kept:  # of a grounded question either half may teach
+    if kept:  # a grounded question needs only one of the two
         return {"verdict": KEPT, "rank": max(kept)}
     return {
         "verdict": ", ".join(verdict for verdict, _ in verdicts),
@@ -110,12 +112,15 @@ def _of_intervals(iou: Spread, rule: Selection) -> tuple[str, float]:
 
 
 def _quotas(passed: Mapping[str, int], budget: int) -> dict[str, int]:
-    """The budget by the tasks' shares; what rounding leaves goes to the largest remainders."""
+    """Return the budget of each task in proportion to its passed samples.
+
+    Remaining samples after rounding down go to the largest remainders.
+    """
     total = sum(passed.values())
     if total <= budget:
         return dict(passed)
     exact = {task: budget * count / total for task, count in passed.items()}
-    quotas = {task: int(share) for task, share in exact.items()}
+    quotas = {task: int(quota) for task, quota in exact.items()}
     by_remainder = sorted(exact, key=lambda task: quotas[task] - exact[task])
     for task in by_remainder[: budget - sum(quotas.values())]:
         quotas[task] += 1
