@@ -65,7 +65,7 @@ class WeightExport:
 
     @property
     def leads(self) -> bool:
-        """Whether this rank is the one of its pipeline stage that uses `own_buckets`."""
+        """True on the one rank of each pipeline stage that uses `own_buckets`."""
         mesh = self._mesh
         return mesh.tensor.rank == mesh.context.rank == mesh.data.rank == 0
 

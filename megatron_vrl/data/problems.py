@@ -1,4 +1,4 @@
-"""What is wrong with a sample, in the one form of quarantine.jsonl and of tools/check_data.py."""
+"""Problem of a sample, as a row of quarantine.jsonl and of tools/check_data.py."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass

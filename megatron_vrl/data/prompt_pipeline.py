@@ -1,7 +1,7 @@
 """Samples -> decoded videos -> prompts, for training, evaluation, selection and the tools.
 
-A video or image that cannot be read costs its own sample: `load` returns the VideoError in the
-place of the prompt, and the caller decides whether to skip, replace, count or raise. No process
+A video or image that cannot be read costs its own sample: `load` returns the VideoError
+instead of the prompt, and the caller decides whether to skip, replace, count or raise. No process
 group is used here. Code that runs on several ranks wraps the call in `raise_on_all_ranks`.
 """
 
@@ -30,7 +30,7 @@ class PromptPipeline:
         encoder: PromptEncoder,
         read_image: Callable[[str], EncodedImage] | None = None,
     ) -> None:
-        """Without `read_image`, specs with images are not accepted."""
+        """`read_image` is needed for specs with images only."""
         self._videos, self._encoder, self._read_image = videos, encoder, read_image
 
     def load(self, samples: Sequence[VideoSample]) -> list[Prompt | VideoError]:

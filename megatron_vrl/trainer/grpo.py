@@ -41,7 +41,7 @@ StepEnd = Callable[[RolloutBatch, UpdateResult | None, int], None]
 def train_grpo(ctx: RunContext, state: RunState, sinks: Sinks, dev: list[VideoSample]) -> None:
     """Run GRPO from `state.step` to its end. Every rank calls it."""
     cfg = ctx.cfg
-    if state.step == 0:  # otherwise `restore` has loaded reference and optimizer
+    if state.step == 0:  # otherwise `load_stage` has loaded reference and optimizer
         if cfg.algorithm.kl > 0:
             ctx.policy.keep_reference()
         ctx.policy.start_phase(cfg.grpo.optimizer, cfg.grpo.steps)

@@ -28,7 +28,7 @@ from megatron_vrl.trainer.dry_run import check, padding_notes
 from megatron_vrl.trainer.grpo import train_grpo
 from megatron_vrl.trainer.preemption import stop_if_asked
 from megatron_vrl.trainer.record import record
-from megatron_vrl.trainer.restore import restore
+from megatron_vrl.trainer.restore import load_stage, restore
 from megatron_vrl.trainer.run_dir import check_run_dir, check_writable
 from megatron_vrl.trainer.run_scope import run_scope
 from megatron_vrl.trainer.sft import train_sft
@@ -50,8 +50,10 @@ def run_job(cfg: RunConfig) -> Path:
     owner = Owner(out_dir, int(os.environ.get("RANK", "0")), cfg.run.lock_timeout_s)
     trained = build_policy(cfg, checked)
     owner.join()
-    state = restore(cfg, trained)
+    restored = restore(cfg, trained)
     ctx = build(cfg, checked, trained)
+    load_stage(cfg, trained, restored)
+    state = restored.state
     with raise_on_all_ranks(ctx.mesh):
         splits = {
             name: ctx.datasets.load(sources, ctx.reader.duration_s)

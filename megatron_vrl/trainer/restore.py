@@ -1,6 +1,6 @@
 """Load what a run starts with or resumes from.
 
-`restore` decides once which of three cases holds, and reads each file of weights once:
+`restore` decides which of three cases holds, and each file of weights is read once:
 
     case          newest checkpoint            loads
     FRESH         none                         weights of model.checkpoint
@@ -10,9 +10,14 @@
 With a KL term, a run in the middle of GRPO also loads the weights that GRPO started from, into the
 reference model. Example: a run that was killed after step 23 of GRPO, with a checkpoint at step 20,
 loads grpo-0-000000 into the reference and grpo-0-000020 into policy and optimizer.
+
+`restore` runs before the rollout engine starts, so that a damaged checkpoint costs no engine start.
+`load_stage` runs after it: a fresh run creates optimizer and reference after the engine, too, and
+vLLM sizes its KV cache by the memory that is free when it starts.
 """
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_vrl.checkpoint.checkpoint import read_state
@@ -20,27 +25,45 @@ from megatron_vrl.checkpoint.saver import Saver
 from megatron_vrl.config import Optimizer, RunConfig
 from megatron_vrl.context import PolicyContext
 from megatron_vrl.parallel.mesh import Mesh
-from megatron_vrl.policy.policy import Policy
 from megatron_vrl.trainer.state import RunState, checkpoint_name
 
 
-def restore(cfg: RunConfig, trained: PolicyContext) -> RunState:
-    """Load the policy and return the state of the run. Every rank calls it.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restored:
+    state: RunState
+    pending: Path | None  # checkpoint that `load_stage` is to load; None: the weights are loaded
 
-    In the middle of a stage the policy has its optimizer afterwards. Otherwise the stage creates
-    it. Raises CheckpointError on every rank.
+
+def restore(cfg: RunConfig, trained: PolicyContext) -> Restored:
+    """Find the state of the run, and load the weights unless it is in the middle of a stage.
+
+    Every rank calls it. Raises CheckpointError on every rank.
     """
-    policy, saver = trained.policy, trained.saver
+    saver = trained.saver
     found = _newest(saver, trained.mesh)
     if found is None:
         saver.load_weights(cfg.model.checkpoint)
-        return RunState()
+        return Restored(state=RunState(), pending=None)
     state = RunState(**read_state(found))
-    if state.step == 0:
-        saver.load_weights(found)
-    else:
-        _resume_stage(cfg, state, policy, saver, found)
-    return state
+    if state.step > 0:
+        return Restored(state=state, pending=found)
+    saver.load_weights(found)
+    return Restored(state=state, pending=None)
+
+
+def load_stage(cfg: RunConfig, trained: PolicyContext, restored: Restored) -> None:
+    """Load reference model, policy and optimizer of a run in the middle of a stage.
+
+    Every rank calls it. At the start of a stage it does nothing: the stage creates its optimizer.
+    """
+    if restored.pending is None:
+        return
+    policy, saver, state = trained.policy, trained.saver, restored.state
+    if state.stage == "grpo" and cfg.algorithm.kl > 0:
+        saver.load_weights(saver.root / checkpoint_name("grpo", state.attempt, 0))
+        policy.keep_reference()
+    policy.start_phase(*_phase(cfg, state))
+    saver.load_checkpoint(restored.pending)
 
 
 def _newest(saver: Saver, mesh: Mesh) -> Path | None:
@@ -50,18 +73,6 @@ def _newest(saver: Saver, mesh: Mesh) -> Path | None:
         for sentence in damaged:
             print(f"warning: {sentence}", file=sys.stderr)
     return found
-
-
-def _resume_stage(
-    cfg: RunConfig, state: RunState, policy: Policy, saver: Saver, found: Path
-) -> None:
-    """Load the reference model if there is one, then policy and optimizer."""
-    if state.stage == "grpo" and cfg.algorithm.kl > 0:
-        saver.load_weights(saver.root / checkpoint_name("grpo", state.attempt, 0))
-        policy.keep_reference()
-    optimizer, num_steps = _phase(cfg, state)
-    policy.start_phase(optimizer, num_steps)
-    saver.load_checkpoint(found)
 
 
 def _phase(cfg: RunConfig, state: RunState) -> tuple[Optimizer, int]:

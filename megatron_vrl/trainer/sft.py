@@ -49,7 +49,7 @@ def _attempt(ctx: RunContext, state: RunState, sinks: Sinks, dev: list[VideoSamp
     stream = weighted(open_run_pool(ctx, cfg.data.sft), cfg.data.sft, seed)
     stream.restore(state.stream)
     dataloader = PromptDataLoader(ctx, stream, state, sinks.say)
-    if state.step == 0:  # otherwise `restore` has loaded the optimizer
+    if state.step == 0:  # otherwise `load_stage` has loaded the optimizer
         ctx.policy.start_phase(cfg.sft.optimizer, cfg.sft.steps)
     sinks.begin("sft", cfg.sft.steps, state.step)
     begin_steps()

@@ -16,7 +16,7 @@ from megatron_vrl.data.datasets import Datasets
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.parallel.mesh import close_mesh, init_mesh
 from megatron_vrl.policy.policy import Policy
-from megatron_vrl.trainer.restore import restore
+from megatron_vrl.trainer.restore import load_stage, restore
 from megatron_vrl.trainer.state import RunState, checkpoint_name
 from tests.running import CONFIG
 from tests.tiny_models import hf_model, save
@@ -61,7 +61,9 @@ class Process:
         self.trained = PolicyContext(mesh=mesh, policy=policy, saver=saver)
 
     def restored(self) -> RunState:
-        return restore(self.cfg, self.trained)
+        found = restore(self.cfg, self.trained)
+        load_stage(self.cfg, self.trained, found)
+        return found.state
 
     def weights(self, value: float | None = None) -> dict[str, torch.Tensor]:
         """The weights, after `value` is added to each."""
