@@ -38,13 +38,13 @@ class PromptDataLoader:
     """Data loader over one sample stream. Every rank calls its methods, in the same order."""
 
     def __init__(
-        self, ctx: RunContext, stream: SampleStream, state: RunState, say: Callable[[str], None]
+        self, ctx: RunContext, stream: SampleStream, state: RunState, log: Callable[[str], None]
     ):
         """Remove the rows of quarantine.jsonl that the resumed run will write again.
 
-        Samples that were in flight when `state` was saved are drawn first.
+        Samples that were in flight when `state` was saved are drawn first. `log` gets messages.
         """
-        self._ctx, self._stream, self._state, self._say = ctx, stream, state, say
+        self._ctx, self._stream, self._state, self._log = ctx, stream, state, log
         path = Path(ctx.cfg.run.out_dir) / "quarantine.jsonl"
         self._file: RowFile | None = None
         with raise_on_all_ranks(ctx.mesh):
@@ -164,6 +164,6 @@ class PromptDataLoader:
                 others.append(problem)
             else:
                 self._reported.add(problem.kind)
-                self._say(f"Quarantined {problem.sample}: {problem.reason}")
+                self._log(f"Quarantined {problem.sample}: {problem.reason}")
         if others:
-            self._say(f"Quarantined {len(others)} more: {summary(others)}; see quarantine.jsonl.")
+            self._log(f"Quarantined {len(others)} more: {summary(others)}; see quarantine.jsonl.")

@@ -79,14 +79,14 @@ class DataSelection:
         state: RunState,
         pool: Pool,
         stream: SampleStream,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
         """Apply the selections that `state` records to `stream`, a stream of `pool`.
 
         Raises DataError if the files of a recorded selection are missing.
         """
         self._ctx, self._state, self._pool, self._stream = ctx, state, pool, stream
-        self._say = say
+        self._log = log
         self._root = Path(ctx.cfg.run.out_dir) / FOLDER
         self._saved_step = state.step  # step of the last checkpoint that is known here
         with raise_on_all_ranks(ctx.mesh):
@@ -119,7 +119,7 @@ class DataSelection:
                     write_selection(self._folder(epoch), chosen, len(chosen), rule)
                 self._apply(kept, epoch, position)
         self._state.selections.append([epoch, position])
-        self._say(f"From epoch {epoch} on {_sentence(chosen, kept)}; see {self._folder(epoch)}.")
+        self._log(f"From epoch {epoch} on {_sentence(chosen, kept)}; see {self._folder(epoch)}.")
 
     @property
     def _is_due(self) -> bool:
