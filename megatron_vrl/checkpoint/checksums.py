@@ -98,9 +98,9 @@ def check_sums_alone(checkpoint: Path, num_threads: int = 2) -> None:
     Raises CheckpointError, naming the first file that is missing or differs.
     """
     sums = read_sums(checkpoint)
-    shares = [sorted(sums)[i::num_threads] for i in range(num_threads)]
+    shards = [sorted(sums)[i::num_threads] for i in range(num_threads)]
     with ThreadPoolExecutor(num_threads) as pool:
-        list(pool.map(lambda names: _check(checkpoint, sums, names), shares))
+        list(pool.map(lambda names: _check(checkpoint, sums, names), shards))
 
 
 def _check(checkpoint: Path, sums: Sums, names: Sequence[str]) -> None:

@@ -43,7 +43,7 @@ from megatron_vrl.types import VideoSample
 from megatron_vrl.video import VideoReader
 
 BLOCK = 32  # samples answered by one call of the engine and written at once
-Share = tuple[int, int]  # (which, of how many)
+Shard = tuple[int, int]  # (which, of how many)
 
 
 def pool(cfg: RunConfig) -> list[VideoSample]:
@@ -56,7 +56,7 @@ def collect_answers(
     cfg: RunConfig,
     samples: Sequence[VideoSample],
     out: Path,
-    share: Share = (0, 1),
+    shard: Shard = (0, 1),
     start: Callable[[InferenceConfig, int], Answerer] = Answerer,
 ) -> None:
     """Answer the blocks of this shard of the pool that `out` does not have.
@@ -66,8 +66,8 @@ def collect_answers(
     """
     check_videos(samples, "the data_folder of the pool")
     out.mkdir(parents=True, exist_ok=True)
-    which, of = share
-    check_settings(out / f"settings-{which}.json", _settings(cfg, share))
+    which, of = shard
+    check_settings(out / f"settings-{which}.json", _settings(cfg, shard))
     path = out / f"answers-{which}.jsonl"
     blocks = [samples[i : i + BLOCK] for i in range(0, len(samples), BLOCK)]
     mine = list(range(which, len(blocks), of))
@@ -154,7 +154,7 @@ def _inference(cfg: RunConfig) -> InferenceConfig:
     )
 
 
-def _settings(cfg: RunConfig, share: Share) -> dict[str, Any]:
+def _settings(cfg: RunConfig, shard: Shard) -> dict[str, Any]:
     """Return the settings that the answers depend on. The rules are not among them."""
     data = cfg.data.model_dump(
         mode="json", include={"train", "system_prompt", "question", "max_prompt_tokens"}
@@ -169,7 +169,7 @@ def _settings(cfg: RunConfig, share: Share) -> dict[str, Any]:
         "top_p": cfg.rollout.top_p,
         "max_response_tokens": cfg.rollout.max_response_tokens,
         "rewards": cfg.rewards.model_dump(mode="json", include={"mode", "functions"}),
-        "share": list(share),
+        "share": list(shard),
     }
 
 
