@@ -89,7 +89,7 @@ def _check_bad_fraction(bad: Sequence[Problem], count: int, ctx: RunContext) -> 
             "tools/check_data.py, or raise the limit."
         )
     if ctx.mesh.rank == 0:
-        tqdm.write(f"{found}; they count as answered with nothing.", file=sys.stderr)
+        tqdm.write(f"{found}; they count as empty answers.", file=sys.stderr)
 
 
 def trivial_answers(samples: Sequence[VideoSample], cfg: Rewards) -> dict[str, dict[str, float]]:
