@@ -1,35 +1,31 @@
-"""Composition root: names in the config -> concrete parts. Nothing else picks classes.
+"""Composition root: build the concrete classes that a configuration names.
 
-`RunContext` is what the loops work with. Its helpers hide which rank does what: a step's samples
-are dealt over all ranks for decoding and rollout, and each model replica ends up with its own
-share.
+`RunContext` holds everything that a training loop works with. `ENGINES` maps rollout.placement to
+the rollout engine. No other module chooses a class by a configuration value.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 
-from megatron_vrl.checkpoint.checkpoint import load_weights
 from megatron_vrl.checkpoint.hf_export import WeightExport
-from megatron_vrl.checkpoint.layout import hf_dir_of
 from megatron_vrl.checkpoint.saver import Saver
-from megatron_vrl.config import RunConfig, Source, check_batches
+from megatron_vrl.config import RunConfig
 from megatron_vrl.config.inference import inference_files
-from megatron_vrl.data.mix import load, open_pool
-from megatron_vrl.data.pool import Pool
+from megatron_vrl.data.datasets import Datasets
 from megatron_vrl.data.prompt import PromptEncoder, VisionTokens
-from megatron_vrl.errors import VideoError
-from megatron_vrl.models.architecture import Architecture, read_architecture
-from megatron_vrl.models.pipeline_split import check_divides
+from megatron_vrl.data.prompt_pipeline import PromptPipeline
+from megatron_vrl.errors import CheckpointError
+from megatron_vrl.models.architecture import Architecture
 from megatron_vrl.models.precision import DTYPES
 from megatron_vrl.models.vocabulary import check_tokenizer
 from megatron_vrl.observe.clock import Clock
 from megatron_vrl.observe.profiler import StepProfiler
-from megatron_vrl.parallel.mesh import Mesh, gather_objects, init_mesh, raise_on_all_ranks
+from megatron_vrl.parallel.mesh import Mesh, init_mesh, raise_on_all_ranks
 from megatron_vrl.policy.policy import Policy
 from megatron_vrl.policy.vision_cache import VisionEmbeddingCache, embed_across_ranks
 from megatron_vrl.rewards.manager import RewardManager
@@ -40,18 +36,42 @@ from megatron_vrl.rollout.vllm.in_process import InProcessEngine
 from megatron_vrl.rollout.vllm.special_tokens import banned_token_ids
 from megatron_vrl.rollout.vllm.start import identity, start_engine
 from megatron_vrl.rollout.workers.pool import WorkerPool
-from megatron_vrl.types import Prompt, VideoSample
+from megatron_vrl.types import Prompt
 from megatron_vrl.video import VideoReader
 
-Item = TypeVar("Item")
+# Return the prompts with vision embeddings if rollout.visual_input asks for them, else unchanged.
+# Every rank calls it, with its own prompts.
+Embed = Callable[[Sequence[Prompt]], list[Prompt]]
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedRun:
+    """Result of the start-up check (`trainer.dry_run.check`), which `build` need not repeat."""
+
+    notes: list[str]  # for the user: sizes, layout, files that are not on this machine
+    arch: Architecture  # fits the layout, the batches and the longest prompt
+    hf_dir: Path  # config, tokenizer and processor files of model.checkpoint
+    encoder: PromptEncoder | None  # None: the checkpoint is not on this machine
+    datasets: Datasets  # with the annotations that the check parsed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyContext:
+    """Components that a run is restored into, before the rollout engine starts."""
+
+    mesh: Mesh
+    policy: Policy
+    saver: Saver
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunContext:
+    """Components of a run on this rank."""
+
     cfg: RunConfig
     mesh: Mesh
     clock: Clock
-    profiler: StepProfiler  # around a step
+    profiler: StepProfiler  # context manager around a step
     arch: Architecture
     policy: Policy
     saver: Saver
@@ -59,53 +79,14 @@ class RunContext:
     reward_manager: RewardManager
     reader: VideoReader
     encoder: PromptEncoder
-    look: Callable[[Sequence[Prompt]], list[Prompt]]  # at the videos, where their tokens are kept
+    prompts: PromptPipeline  # of `reader` and `encoder`
+    embed: Embed
+    datasets: Datasets  # annotations that are parsed already
     hf_dir: Path  # config, tokenizer and processor files of the checkpoint
-
-    def replica_share(self, items: Sequence[Item]) -> list[Item]:
-        """The items of this rank's model replica."""
-        return list(items[self.mesh.data.rank :: self.mesh.data.size])
-
-    def rank_share(self, items: Sequence[Item]) -> list[Item]:
-        """The items this rank decodes and rolls out for its replica."""
-        return self.replica_share(items)[self.mesh.model.rank :: self.mesh.model.size]
-
-    def gather_replica(self, items: list[Item]) -> list[Item]:
-        """Inverse of `rank_share`: the replica's items in order, on each of its ranks."""
-        return interleave(gather_objects(self.mesh.model, items))
-
-    def samples(self, sources: Sequence[Source]) -> list[VideoSample]:
-        """Read annotation files; every rank calls it and gets the same samples."""
-        with raise_on_all_ranks(self.mesh):
-            return load(sources, self.cfg.run.seed, self.reader.duration_s)
-
-    def pool(self, sources: Sequence[Source]) -> Pool:
-        """What to draw training samples from; every rank calls it."""
-        with raise_on_all_ranks(self.mesh):
-            return open_pool(sources, self.cfg.run.seed, self.reader.duration_s)
-
-    def encode(self, samples: Sequence[VideoSample]) -> list[Prompt | VideoError]:
-        """Decode and tokenise; every rank calls it, each with its own samples. An error stands for
-        a video that cannot be read."""
-        made: list[Prompt | VideoError] = []
-        with raise_on_all_ranks(self.mesh):
-            videos = self.reader.encode([sample.clip for sample in samples])
-            for sample, video in zip(samples, videos, strict=True):
-                if isinstance(video, VideoError):
-                    made.append(video)
-                else:
-                    made.append(self.encoder.prompt(sample, video))
-        looked = iter(self.look([one for one in made if isinstance(one, Prompt)]))
-        return [next(looked) if isinstance(one, Prompt) else one for one in made]
-
-
-def interleave(shares: Sequence[Sequence[Item]]) -> list[Item]:
-    """[[a0, a2], [a1]] -> [a0, a1, a2]: undoes dealing items out in turn."""
-    longest = max(map(len, shares), default=0)
-    return [share[i] for i in range(longest) for share in shares if i < len(share)]
 
 
 def vision_tokens(arch: Architecture) -> VisionTokens:
+    """Return the vision settings that a prompt depends on."""
     return VisionTokens(
         video_token=arch.video_token,
         image_token=arch.image_token,
@@ -121,9 +102,9 @@ def prompt_encoder(
     max_tokens: int,
     wording: Literal["default", "temporal_r1"] = "default",
 ) -> PromptEncoder:
-    """Return the encoder of a checkpoint.
+    """Return the prompt encoder of a checkpoint.
 
-    Raises CheckpointError if its tokenizer does not load or has tokens without an embedding.
+    Raises CheckpointError if the tokenizer does not load or has tokens without an embedding.
     """
     encoder = PromptEncoder(hf_dir, vision_tokens(arch), system_prompt, max_tokens, wording)
     check_tokenizer(encoder.tokenizer, arch, hf_dir)
@@ -152,21 +133,41 @@ ENGINES: dict[str, Callable[[RunConfig, Path, tuple[int, ...], torch.device], En
 }
 
 
-def _look(cfg: RunConfig, policy: Policy) -> Callable[[Sequence[Prompt]], list[Prompt]]:
+def _embed(cfg: RunConfig, policy: Policy) -> Embed:
     if cfg.rollout.visual_input == "pixels":
         return list
     first = policy.mesh.pipeline.rank == 0
-    eyes = VisionEmbeddingCache(policy, cfg.rollout.embedding_cache_mib) if first else None
-    return partial(embed_across_ranks, eyes, policy.mesh)
+    cache = VisionEmbeddingCache(policy, cfg.rollout.embedding_cache_mib) if first else None
+    return partial(embed_across_ranks, cache, policy.mesh)
 
 
-def build(cfg: RunConfig) -> RunContext:
-    """Join the other ranks and build everything. Raises UserError on every rank alike."""
-    hf_dir = hf_dir_of(cfg.model.checkpoint)
-    arch = read_architecture(hf_dir)
-    check_divides(arch, cfg.model, cfg.parallel)
+def build_policy(cfg: RunConfig, checked: CheckedRun) -> PolicyContext:
+    """Join the other ranks and build the model. Its weights are loaded by the caller.
+
+    Raises UserError on every rank alike.
+    """
+    if checked.encoder is None:
+        raise CheckpointError(
+            f"There is no checkpoint {cfg.model.checkpoint}: set model.checkpoint."
+        )
     mesh = init_mesh(cfg.parallel, cfg.run.seed)
-    check_batches(cfg, mesh.data.size)
+    torch.use_deterministic_algorithms(cfg.run.deterministic)
+    policy = Policy(checked.arch, cfg.model, cfg.parallel, mesh)
+    saver = Saver(
+        Path(cfg.run.out_dir) / "checkpoints",
+        policy,
+        checked.hf_dir,
+        keep=cfg.checkpoint.keep,
+        asynchronous=cfg.checkpoint.asynchronous,
+        files=inference_files(cfg),
+    )
+    return PolicyContext(mesh=mesh, policy=policy, saver=saver)
+
+
+def build(cfg: RunConfig, checked: CheckedRun, trained: PolicyContext) -> RunContext:
+    """Start the rollout engine and build the rest. Raises UserError on every rank alike."""
+    mesh, policy, encoder = trained.mesh, trained.policy, checked.encoder
+    assert encoder is not None, "see build_policy"
     with raise_on_all_ranks(mesh):
         overlong = Overlong(
             limit=cfg.rollout.max_response_tokens,
@@ -174,44 +175,30 @@ def build(cfg: RunConfig) -> RunContext:
             weight=cfg.algorithm.overlong_penalty,
         )
         reward_manager = RewardManager(cfg.rewards, overlong)
-        encoder = prompt_encoder(
-            hf_dir,
-            arch,
-            cfg.data.system_prompt,
-            cfg.data.max_prompt_tokens,
-            cfg.data.question,
-        )
-    torch.use_deterministic_algorithms(cfg.run.deterministic)
-    policy = Policy(arch, cfg.model, cfg.parallel, mesh)
-    load_weights(cfg.model.checkpoint, policy)
-    banned = banned_token_ids(encoder.tokenizer, arch.vocab)
+    banned = banned_token_ids(encoder.tokenizer, checked.arch.vocab)
     dtype = DTYPES[cfg.model.dtype]
+    reader = VideoReader(cfg.video)
     return RunContext(
         cfg=cfg,
         mesh=mesh,
         clock=Clock(),
         profiler=StepProfiler(Path(cfg.run.out_dir), cfg.observe, mesh.rank),
-        arch=arch,
+        arch=checked.arch,
         policy=policy,
-        saver=Saver(
-            Path(cfg.run.out_dir) / "checkpoints",
-            policy,
-            hf_dir,
-            keep=cfg.checkpoint.keep,
-            asynchronous=cfg.checkpoint.asynchronous,
-            files=inference_files(cfg),
-        ),
+        saver=trained.saver,
         rollout_manager=RolloutManager(
             cfg.rollout,
             mesh,
-            ENGINES[cfg.rollout.placement](cfg, hf_dir, banned, mesh.device),
+            ENGINES[cfg.rollout.placement](cfg, checked.hf_dir, banned, mesh.device),
             WeightExport(policy.chunks, dtype),
             dtype,
             banned,
         ),
         reward_manager=reward_manager,
-        reader=VideoReader(cfg.video),
+        reader=reader,
         encoder=encoder,
-        look=_look(cfg, policy),
-        hf_dir=hf_dir,
+        prompts=PromptPipeline(reader, encoder),
+        embed=_embed(cfg, policy),
+        datasets=checked.datasets,
+        hf_dir=checked.hf_dir,
     )

@@ -77,7 +77,7 @@ def _ask(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if "://" not in arguments.video and not Path(arguments.video).is_file():
         raise VideoError(f"--video {arguments.video} is not a file: correct it.", "missing")
     silence_libraries()
-    from megatron_vrl.evaluation.ask import Question, ask, told
+    from megatron_vrl.evaluation.ask import Question, as_text, ask
     from megatron_vrl.evaluation.generate import inference_config
 
     plain = ["data.system_prompt=answer"] if arguments.plain else []
@@ -90,7 +90,7 @@ def _ask(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         options=tuple(arguments.option) if chooses else (),
     )
     found = ask(cfg, question, arguments.strip)
-    return found, told(found)
+    return found, as_text(found)
 
 
 if __name__ == "__main__":

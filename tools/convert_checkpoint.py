@@ -6,7 +6,7 @@
     convert_checkpoint.py verify A B
 
 Runs in one process and holds one tensor at a time. A Megatron checkpoint is what training writes
-(`weights/`, `published/`), so it loads in any layout. DST must not exist.
+(`weights/`, `huggingface/`), so it loads in any layout. DST must not exist.
 """
 
 import os

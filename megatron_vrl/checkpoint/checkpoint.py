@@ -1,11 +1,20 @@
-"""Megatron distributed checkpoints of a run: weights, optimizer, and where the run stood.
+"""Megatron distributed checkpoints: weights, optimizer state and the state of the run.
 
-A checkpoint is a directory: `weights/` (torch_dist, resharded on load), `published/` (config,
-tokenizer and processor files, so that an engine can start from it), `state.json` and CHECKSUMS. It
-is written beside its place, as NAME.partial, and takes its name when it is whole. Before anything
-of it is used its files are compared with CHECKSUMS and its pickles read under an allow-list.
+A checkpoint is a directory with
 
-Which of a run's checkpoints is written when, and which are kept: `saver.py`.
+    weights/      torch_dist files, which are resharded on load
+    huggingface/  config, tokenizer and processor files, with which an engine can start
+    state.json    state of the run
+    CHECKSUMS     hash of every file
+
+States of a checkpoint:
+
+    WRITTEN    as NAME.partial: every rank's writer has ended and has hashed its files
+    COMMITTED  CHECKSUMS is complete and the directory has been renamed to NAME
+    VERIFIED   by the process that loads it: files equal CHECKSUMS, pickles pass the allow-list
+
+`load_weights` and `load_checkpoint` use no file of a Megatron checkpoint before it is verified.
+`saver.py` decides when a run writes checkpoints and which ones it keeps.
 """
 
 import json
@@ -23,10 +32,10 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from megatron_vrl.checkpoint.checksums import check_sums, file_sum, write_sums
+from megatron_vrl.checkpoint.checksums import ChecksumVerifier, file_sum, write_sums
 from megatron_vrl.checkpoint.hf_load import load_hf_weights
 from megatron_vrl.checkpoint.hf_reader import copy_side_files
-from megatron_vrl.checkpoint.layout import STATE, is_megatron
+from megatron_vrl.checkpoint.layout import HF, STATE, WEIGHTS, is_megatron
 from megatron_vrl.checkpoint.safe_pickle import check_pickles
 from megatron_vrl.errors import CheckpointError
 from megatron_vrl.parallel.mesh import Mesh, raise_on_all_ranks
@@ -36,13 +45,13 @@ from megatron_vrl.storage.files import full_disk_named
 # Megatron 0.16's default sharding of optimizer state no longer works; this one reshards freely.
 _OPTIMIZER = {"distrib_optim_sharding_type": "fully_reshardable"}
 _LAYERS = {"non_homogeneous_layers": True}  # a name for each layer, instead of one stack of them
-_SUMS = "sums-{}.json"  # what one rank's writer leaves for `publish`
+_SUMS = "sums-{}.json"  # hashes of one rank's files, merged into CHECKSUMS by `commit`
 
 
 def save_checkpoint(
     directory: str | Path, policy: Policy, state: dict[str, Any], template: str | Path
 ) -> None:
-    """Write one checkpoint and wait for it; every rank calls it. `state` must be JSON.
+    """Write and commit one checkpoint. Every rank calls it. `state` must be JSON.
 
     Raises UserError on every rank if the disk is full.
     """
@@ -50,7 +59,7 @@ def save_checkpoint(
     request = begin_save(directory, policy, state, template)
     with write_failure_named(directory, policy.mesh):
         request.execute_sync()
-    publish(directory, policy.mesh)
+    commit(directory, policy.mesh)
 
 
 def begin_save(
@@ -60,22 +69,23 @@ def begin_save(
     template: str | Path,
     files: Mapping[str, str] | None = None,
 ) -> AsyncRequest:
-    """Prepare DIRECTORY.partial; what the request says is then to be done on every rank.
+    """Prepare DIRECTORY.partial and return the request by which this rank writes its tensors.
 
-    `files`: name -> text of what lies beside the files of `template`.
+    `template`: folder with the config, tokenizer and processor files. `files`: name -> text of
+    more files to write beside them.
     """
     partial = _partial(directory)
     with raise_on_all_ranks(policy.mesh), full_disk_named(directory):
         if policy.mesh.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-            (partial / "weights").mkdir(parents=True)
-            copy_side_files(template, partial / "published")
+            (partial / WEIGHTS).mkdir(parents=True)
+            copy_side_files(template, partial / HF)
             for name, text in (files or {}).items():
-                (partial / "published" / name).write_text(text)
+                (partial / HF / name).write_text(text)
             (partial / STATE).write_text(json.dumps(state, indent=1))
     with write_failure_named(directory, policy.mesh):
         request = dist_checkpointing.save(
-            _sharded(policy), str(partial / "weights"), async_sharded_save=True
+            _sharded(policy), str(partial / WEIGHTS), async_sharded_save=True
         )
     assert request is not None
     if request.async_fn is None:  # this rank has nothing to write
@@ -85,19 +95,25 @@ def begin_save(
 
 
 def _then_hash(write: Callable[..., None], partial: Path, rank: int) -> Callable[..., None]:
-    """Megatron's writer, then the sums of the files it wrote. Runs in the writer's process."""
+    """Return a writer that runs Megatron's `write` and then hashes the files it wrote.
+
+    It runs in the writer process.
+    """
 
     def run(rank_: int, buckets: list[Any], *rest: Any) -> None:
         write(rank_, buckets, *rest)
         with suppress(OSError):  # the writer reports its own failure
-            sums = {f"weights/{name}": file_sum(Path(path)) for path, name, _ in buckets}
+            sums = {f"{WEIGHTS}/{name}": file_sum(Path(path)) for path, name, _ in buckets}
             (partial / _SUMS.format(rank)).write_text(json.dumps(sums))
 
     return run
 
 
-def publish(directory: Path, mesh: Mesh) -> None:
-    """Give a checkpoint that all ranks have written its name. Every rank calls it."""
+def commit(directory: Path, mesh: Mesh) -> None:
+    """Complete CHECKSUMS of a written checkpoint and rename it to `directory`.
+
+    Every rank calls it, after the writers of all ranks have ended.
+    """
     partial, old = _partial(directory), directory.with_name(directory.name + ".old")
     with raise_on_all_ranks(mesh), full_disk_named(directory):
         if mesh.rank == 0:
@@ -114,7 +130,10 @@ def publish(directory: Path, mesh: Mesh) -> None:
 
 @contextmanager
 def write_failure_named(directory: Path, mesh: Mesh) -> Iterator[None]:
-    """Turn Megatron's "a writer failed", which every rank raises, into one sentence."""
+    """Raise a CheckpointError in place of Megatron's error of a failed writer.
+
+    Every rank raises it.
+    """
     try:
         yield
     except CheckpointException:
@@ -127,18 +146,23 @@ def write_failure_named(directory: Path, mesh: Mesh) -> Iterator[None]:
         ) from None
 
 
-def check_checkpoint(checkpoint: Path, mesh: Mesh) -> Metadata:
-    """Raises CheckpointError on every rank unless it is whole and harmless. Every rank calls it."""
-    check_sums(checkpoint, mesh)
+def verify(checkpoint: Path, mesh: Mesh, verifier: ChecksumVerifier) -> Metadata:
+    """Verify a committed checkpoint and return the metadata of its tensors. Every rank calls it.
+
+    Raises CheckpointError on every rank if a file is damaged or a pickle is not allowed.
+    """
+    verifier.check(checkpoint, mesh)
     with raise_on_all_ranks(mesh):
-        return check_pickles(checkpoint / "weights")
+        return check_pickles(checkpoint / WEIGHTS)
 
 
-def load_weights(checkpoint: str | Path, policy: Policy) -> None:
-    """Weights alone, from a Hugging Face or a Megatron checkpoint. Every rank calls it."""
+def load_weights(
+    checkpoint: str | Path, policy: Policy, verifier: ChecksumVerifier | None = None
+) -> None:
+    """Load the weights of a Hugging Face or a Megatron checkpoint. Every rank calls it."""
     checkpoint = Path(checkpoint)
     if is_megatron(checkpoint):
-        _load(checkpoint, _sharded_model(policy), policy)
+        _load(checkpoint, _sharded_model(policy), policy, verifier)
     elif checkpoint.is_dir():
         load_hf_weights(policy.chunks, checkpoint)
     else:
@@ -147,12 +171,15 @@ def load_weights(checkpoint: str | Path, policy: Policy) -> None:
         policy.optimizer.reload_model_params()
 
 
-def load_checkpoint(checkpoint: str | Path, policy: Policy) -> None:
-    """Weights and optimizer; `policy.start_phase` must have been called. Every rank calls it."""
-    _load(Path(checkpoint), _sharded(policy, is_loading=True), policy)
+def load_checkpoint(
+    checkpoint: str | Path, policy: Policy, verifier: ChecksumVerifier | None = None
+) -> None:
+    """Load weights and optimizer state, after `policy.start_phase`. Every rank calls it."""
+    _load(Path(checkpoint), _sharded(policy, is_loading=True), policy, verifier)
 
 
 def read_state(checkpoint: str | Path) -> dict[str, Any]:
+    """Return the content of state.json. Raises CheckpointError if it cannot be read."""
     try:
         return json.loads((Path(checkpoint) / STATE).read_text())
     except (OSError, ValueError) as error:
@@ -171,24 +198,30 @@ def _sharded(policy: Policy, is_loading: bool = False) -> dict[str, Any]:
 
 
 def _sharded_model(policy: Policy) -> dict[str, Any]:
-    """Chunks under local names; on disk a tensor is named by its layer in the whole model.
+    """Return the model's sharded state dict, {"chunkI": {parameter: ShardedTensor}}.
 
-    Without Megatron's `_extra_state`, which only FP8 layers fill and which would be pickles.
+    On disk a tensor is named by its layer in the whole model. Megatron's `_extra_state` is left
+    out: only FP8 layers fill it, and it is stored as pickles.
     """
     state: dict[str, Any] = {}
     for number, chunk in enumerate(policy.chunks):
-        entries = chunk.sharded_state_dict(metadata=dict(_LAYERS))  # it adds to it
+        entries = chunk.sharded_state_dict(metadata=dict(_LAYERS))  # Megatron adds keys to it
         kept = {name: entry for name, entry in entries.items() if "_extra_state" not in name}
         state[f"chunk{number}"] = kept
     return state
 
 
-def _load(checkpoint: Path, sharded: dict[str, Any], policy: Policy) -> None:
-    metadata = check_checkpoint(checkpoint, policy.mesh)
+def _load(
+    checkpoint: Path,
+    sharded: dict[str, Any],
+    policy: Policy,
+    verifier: ChecksumVerifier | None,
+) -> None:
+    metadata = verify(checkpoint, policy.mesh, verifier or ChecksumVerifier())
     with raise_on_all_ranks(policy.mesh):
         _check_fit(checkpoint, sharded, metadata)
     try:
-        loaded = dist_checkpointing.load(sharded, str(checkpoint / "weights"))
+        loaded = dist_checkpointing.load(sharded, str(checkpoint / WEIGHTS))
     except (
         CheckpointingException,
         CheckpointException,
@@ -203,20 +236,20 @@ def _load(checkpoint: Path, sharded: dict[str, Any], policy: Policy) -> None:
     for number, chunk in enumerate(policy.chunks):
         left = chunk.load_state_dict(loaded[f"chunk{number}"], strict=False)
         lost = [*left.missing_keys, *left.unexpected_keys]
-        assert all("_extra_state" in name for name in lost), lost  # which is not saved
+        assert all("_extra_state" in name for name in lost), lost  # `_extra_state` is not saved
     if "optimizer" in sharded:
         assert policy.optimizer is not None
         policy.optimizer.load_state_dict(loaded["optimizer"])
 
 
 def _check_fit(checkpoint: Path, sharded: dict[str, Any], metadata: Metadata) -> None:
-    """Raises CheckpointError naming the first tensor that is not there or has another shape."""
-    place = checkpoint / "weights"
+    """Raises CheckpointError naming the first tensor that is missing or has another shape."""
+    folder = checkpoint / WEIGHTS
     for wanted in _tensors(sharded):
         stored = metadata.state_dict_metadata.get(wanted.key)
         if not isinstance(stored, TensorStorageMetadata):
             raise CheckpointError(
-                f"{place} lacks the tensor {wanted.key}: it is of another model, or without the "
+                f"{folder} lacks the tensor {wanted.key}: it is of another model, or without the "
                 "optimizer."
             )
         shapes = [list(stored.size), list(wanted.global_shape)]
@@ -224,12 +257,13 @@ def _check_fit(checkpoint: Path, sharded: dict[str, Any], metadata: Metadata) ->
             shapes = [shape[1:] for shape in shapes]
         if shapes[0] != shapes[1]:
             raise CheckpointError(
-                f"{place}: {wanted.key} has the shape {list(stored.size)}, and the model asks for "
+                f"{folder}: {wanted.key} has the shape {list(stored.size)}, and the model asks for "
                 f"{list(wanted.global_shape)}: it is of another model."
             )
 
 
 def _tensors(sharded: Any) -> Iterator[ShardedTensor]:
+    """Yield the tensors of a sharded state dict, with those that its factories build."""
     for value in nested_values(sharded):
         if isinstance(value, ShardedTensorFactory):
             yield from _tensors({"built": value.build()})

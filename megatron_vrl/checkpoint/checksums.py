@@ -1,8 +1,8 @@
-"""CHECKSUMS: a 128-bit hash of every file of a checkpoint, against damage.
+"""CHECKSUMS: a 128-bit XXH3 hash of every file of a checkpoint, to detect damage.
 
-XXH3, since it keeps up with memory (7 GiB/s on one core here, SHA-256 one); it does not stop a
-forger, against whom `pickles.py` stands. Writers hash what they write, while or right after they
-write it; readers hash each file once per process, each rank a share of them.
+XXH3 is as fast as memory (7 GiB/s on one core, SHA-256 reaches 1). It does not detect a forged
+checkpoint; `safe_pickle.py` restricts what a forged one can do. Writers hash a file while they
+write it or right after. Readers hash each file once, and each rank hashes a shard of the files.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,16 +13,15 @@ from typing import IO
 import xxhash
 
 from megatron_vrl.errors import CheckpointError
-from megatron_vrl.parallel.mesh import Mesh, raise_on_all_ranks
+from megatron_vrl.parallel.mesh import Mesh, raise_on_all_ranks, shard, world_axis
 
 NAME = "CHECKSUMS"
 READ_BYTES = 2**22
 Sums = dict[str, str]  # path relative to the checkpoint -> hex digest
-_seen: set[tuple[Path, int]] = set()  # CHECKSUMS files that this process has gone through
 
 
 class HashingFile:
-    """A binary file that is hashed as it is written."""
+    """Binary file whose content is hashed while it is written."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._digest = file, xxhash.xxh3_128()
@@ -38,12 +37,13 @@ class HashingFile:
         return self._file.tell()
 
     def close(self) -> str:
-        """Hex digest of all that was written."""
+        """Close the file and return the hex digest of its content."""
         self._file.close()
         return self._digest.hexdigest()
 
 
 def file_sum(path: Path) -> str:
+    """Return the hex digest of a file."""
     digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
         while content := file.read(READ_BYTES):
@@ -52,7 +52,7 @@ def file_sum(path: Path) -> str:
 
 
 def write_sums(checkpoint: Path, known: Mapping[str, str]) -> None:
-    """Write CHECKSUMS; files that are not `known` yet are hashed here."""
+    """Write CHECKSUMS. Files that are not in `known` are hashed here."""
     sums = dict(known)
     for path in sorted(checkpoint.rglob("*")):
         name = str(path.relative_to(checkpoint))
@@ -63,6 +63,7 @@ def write_sums(checkpoint: Path, known: Mapping[str, str]) -> None:
 
 
 def read_sums(checkpoint: Path) -> Sums:
+    """Return the content of CHECKSUMS. Raises CheckpointError if it cannot be read."""
     try:
         lines = (checkpoint / NAME).read_text().splitlines()
         return {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
@@ -72,25 +73,34 @@ def read_sums(checkpoint: Path) -> Sums:
         ) from None
 
 
-def check_sums(checkpoint: Path, mesh: Mesh) -> None:
-    """Compare every file with CHECKSUMS, once per process. Every rank calls it.
+class ChecksumVerifier:
+    """Compares checkpoints with their CHECKSUMS, each checkpoint once in the object's life."""
 
-    Raises CheckpointError on every rank, naming the first file that is missing or differs.
-    """
-    with raise_on_all_ranks(mesh):
-        sums = read_sums(checkpoint)
-        key = (checkpoint.resolve(), (checkpoint / NAME).stat().st_mtime_ns)
-        if key not in _seen:
-            _check(checkpoint, sums, sorted(sums)[mesh.rank :: mesh.world])
-    _seen.add(key)
+    def __init__(self) -> None:
+        self._verified: set[tuple[Path, int]] = set()  # checkpoint, mtime of its CHECKSUMS
+
+    def check(self, checkpoint: Path, mesh: Mesh) -> None:
+        """Compare every file of `checkpoint` with CHECKSUMS. Every rank calls it.
+
+        Raises CheckpointError on every rank, naming the first file that is missing or differs.
+        """
+        with raise_on_all_ranks(mesh):
+            sums = read_sums(checkpoint)
+            key = (checkpoint.resolve(), (checkpoint / NAME).stat().st_mtime_ns)
+            if key not in self._verified:
+                _check(checkpoint, sums, shard(sorted(sums), world_axis(mesh)))
+        self._verified.add(key)
 
 
 def check_sums_alone(checkpoint: Path, num_threads: int = 2) -> None:
-    """The same in a process without a mesh."""
+    """Compare every file of `checkpoint` with CHECKSUMS in a process without a mesh.
+
+    Raises CheckpointError, naming the first file that is missing or differs.
+    """
     sums = read_sums(checkpoint)
-    shares = [sorted(sums)[i::num_threads] for i in range(num_threads)]
+    shards = [sorted(sums)[i::num_threads] for i in range(num_threads)]
     with ThreadPoolExecutor(num_threads) as pool:
-        list(pool.map(lambda names: _check(checkpoint, sums, names), shares))
+        list(pool.map(lambda names: _check(checkpoint, sums, names), shards))
 
 
 def _check(checkpoint: Path, sums: Sums, names: Sequence[str]) -> None:

@@ -1,8 +1,8 @@
-"""Conversion between Hugging Face and Megatron, and comparison, one tensor at a time.
+"""Convert checkpoints between Hugging Face and Megatron, and compare them, tensor by tensor.
 
-No model is built and no process group is needed: memory holds one row of the mapping table, read
-and joined, never a stage. Both directions check names, shapes and room on the disk before they
-write, into a directory that takes its name when it is whole.
+No model is built and no process group is needed. Memory holds the tensors of one row of the weight
+map at a time. Both directions check names, shapes and disk space before they write. The target is
+written as TARGET.partial and renamed when it is complete.
 """
 
 import shutil
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from megatron_vrl.checkpoint.checksums import check_sums_alone, write_sums
 from megatron_vrl.checkpoint.hf_reader import HFCheckpoint, HFCheckpointWriter, copy_side_files
-from megatron_vrl.checkpoint.layout import STATE, hf_dir_of, is_megatron
+from megatron_vrl.checkpoint.layout import HF, STATE, WEIGHTS, hf_dir_of, is_megatron
 from megatron_vrl.checkpoint.torch_dist import TorchDistReader, TorchDistWriter
 from megatron_vrl.errors import CheckpointError
 from megatron_vrl.models.architecture import Architecture, read_architecture
@@ -32,39 +32,39 @@ Writer = TypeVar("Writer", TorchDistWriter, HFCheckpointWriter)
 
 
 class Source(Protocol):
-    """A checkpoint of either kind, by rows of the table."""
+    """Checkpoint of either kind, read by rows of the weight map."""
 
-    def published(self, row: Row) -> list[Tensor]:
-        """The row's tensors as Hugging Face has them."""
+    def hf(self, row: Row) -> list[Tensor]:
+        """Return the row's tensors in Hugging Face's layout."""
         ...
 
     def megatron(self, row: Row) -> Tensor:
-        """The row's tensor as Megatron has it, whole."""
+        """Return the row's unsharded tensor in Megatron's layout."""
         ...
 
 
-class _Published:
+class _HuggingFace:
     def __init__(self, directory: Path, arch: Architecture) -> None:
         self._files = HFCheckpoint(directory, arch)
         self.type_note = self._files.type_note
 
-    def published(self, row: Row) -> list[Tensor]:
+    def hf(self, row: Row) -> list[Tensor]:
         return [self._files.tensor(name) for name in row.published]
 
     def megatron(self, row: Row) -> Tensor:
-        return row.layout.join(self.published(row))
+        return row.layout.join(self.hf(row))
 
 
 class _Megatron:
     def __init__(self, directory: Path, arch: Architecture) -> None:
-        self._files = TorchDistReader(directory / "weights")
+        self._files = TorchDistReader(directory / WEIGHTS)
         shapes = hf_shapes(arch)
         known = set()
         for row in chunk_rows(arch, whole(arch)):
             stored, wanted = self._files.shape(row.megatron), megatron_shape(row, shapes)
             if row.layout.rows is not None and stored[0] >= wanted[0]:
                 stored = (wanted[0], *stored[1:])  # zeros for the tensor-parallel ranks
-            _same_shape(directory / "weights", row.megatron, stored, wanted)
+            _same_shape(directory / WEIGHTS, row.megatron, stored, wanted)
             known.add(row.megatron)
         extra = {n for n in self._files.names() - known if not n.startswith("optimizer.")}
         if extra:
@@ -73,7 +73,7 @@ class _Megatron:
                 "not have: config.json is of another model."
             )
 
-    def published(self, row: Row) -> list[Tensor]:
+    def hf(self, row: Row) -> list[Tensor]:
         return row.layout.part(self.megatron(row))
 
     def megatron(self, row: Row) -> Tensor:
@@ -81,45 +81,45 @@ class _Megatron:
 
 
 def convert_to_megatron(source: Path, target: Path, progress: bool | None = None) -> Architecture:
-    """Hugging Face -> what training loads in any layout. Raises CheckpointError."""
+    """Convert a Hugging Face checkpoint into a Megatron one. Raises CheckpointError."""
     arch = _architecture(source, wants_megatron=False)
-    tensors = _Published(source, arch)
+    tensors = _HuggingFace(source, arch)
     with _new_directory(target, source) as partial:
-        copy_side_files(source, partial / "published")
-        with _let_go(TorchDistWriter(partial / "weights")) as writer:
+        copy_side_files(source, partial / HF)
+        with _abandoned_on_error(TorchDistWriter(partial / WEIGHTS)) as writer:
             for row in _rows(arch, progress):
                 writer.add(row.megatron, tensors.megatron(row))
             sums = writer.close()
         (partial / STATE).write_text("{}")
-        write_sums(partial, {f"weights/{name}": digest for name, digest in sums.items()})
+        write_sums(partial, {f"{WEIGHTS}/{name}": digest for name, digest in sums.items()})
     return arch
 
 
 def convert_to_hf(source: Path, target: Path, progress: bool | None = None) -> Architecture:
-    """Megatron, as training or this tool wrote it -> Hugging Face. Raises CheckpointError."""
+    """Convert a Megatron checkpoint into a Hugging Face one. Raises CheckpointError."""
     arch = _architecture(source, wants_megatron=True)
     tensors = _Megatron(source, arch)
     with _new_directory(target, source) as partial:
         copy_side_files(hf_dir_of(source), partial)
-        with _let_go(HFCheckpointWriter(partial)) as writer:
+        with _abandoned_on_error(HFCheckpointWriter(partial)) as writer:
             for row in _rows(arch, progress):
-                for name, tensor in zip(row.published, tensors.published(row), strict=True):
+                for name, tensor in zip(row.published, tensors.hf(row), strict=True):
                     writer.add(name, tensor)
             writer.close()
     return arch
 
 
 def compare(first: Path, second: Path, progress: bool | None = None) -> int:
-    """How many tensors the two hold. Raises CheckpointError naming the first that differs.
+    """Compare two checkpoints bit for bit and return their number of tensors.
 
-    Bit for bit: a NaN equals itself and -0 is not 0. A Megatron checkpoint must also agree with
-    its CHECKSUMS.
+    A NaN equals itself, and -0 differs from 0. Raises CheckpointError naming the first tensor that
+    differs, or a file of a Megatron checkpoint that differs from CHECKSUMS.
     """
     arch, _ = (read_architecture(hf_dir_of(path)) for path in (first, second))
     sources = [_opened(path, arch) for path in (first, second)]
     count = 0
     for row in _rows(arch, progress):
-        pairs = zip(*(source.published(row) for source in sources), strict=True)
+        pairs = zip(*(source.hf(row) for source in sources), strict=True)
         for name, (a, b) in zip(row.published, pairs, strict=True):
             count += 1
             if not _equal(a, b):
@@ -130,17 +130,17 @@ def compare(first: Path, second: Path, progress: bool | None = None) -> int:
 
 
 def stored_tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
-    """(published name, whole tensor) of a checkpoint of either kind, one row at a time."""
+    """Yield (Hugging Face name, unsharded tensor) of a checkpoint of either kind."""
     arch = read_architecture(hf_dir_of(checkpoint))
     tensors = _opened(checkpoint, arch)
-    if isinstance(tensors, _Published) and (note := tensors.type_note()):
+    if isinstance(tensors, _HuggingFace) and (note := tensors.type_note()):
         print(f"warning: {note}", file=sys.stderr)
     for row in _rows(arch, progress=False):
-        yield from zip(row.published, tensors.published(row), strict=True)
+        yield from zip(row.published, tensors.hf(row), strict=True)
 
 
 def _opened(path: Path, arch: Architecture) -> Source:
-    return _Megatron(path, arch) if is_megatron(path) else _Published(path, arch)
+    return _Megatron(path, arch) if is_megatron(path) else _HuggingFace(path, arch)
 
 
 def _architecture(source: Path, wants_megatron: bool) -> Architecture:
@@ -156,15 +156,15 @@ def _architecture(source: Path, wants_megatron: bool) -> Architecture:
 
 
 def _rows(arch: Architecture, progress: bool | None) -> Iterator[Row]:
-    """`progress` None: a bar if stderr is a terminal."""
+    """Return the rows of the whole model. `progress` None: show a bar if stderr is a terminal."""
     off = None if progress is None else not progress
     return iter(tqdm(chunk_rows(arch, whole(arch)), "tensors", disable=off))
 
 
-def _same_shape(place: Path, name: str, stored: Shape, wanted: Shape) -> None:
+def _same_shape(folder: Path, name: str, stored: Shape, wanted: Shape) -> None:
     if stored != wanted:
         raise CheckpointError(
-            f"{place}: {name} has the shape {list(stored)}, and config.json asks for "
+            f"{folder}: {name} has the shape {list(stored)}, and config.json asks for "
             f"{list(wanted)}: config.json is of another model."
         )
 
@@ -172,12 +172,13 @@ def _same_shape(place: Path, name: str, stored: Shape, wanted: Shape) -> None:
 def _equal(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return torch.equal(a.contiguous().view(words), b.contiguous().view(words))
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return torch.equal(a.contiguous().view(bits), b.contiguous().view(bits))
 
 
 @contextmanager
-def _let_go(writer: Writer) -> Iterator[Writer]:
+def _abandoned_on_error(writer: Writer) -> Iterator[Writer]:
+    """Abandon the writer if the block raises."""
     try:
         yield writer
     except BaseException:
@@ -187,7 +188,7 @@ def _let_go(writer: Writer) -> Iterator[Writer]:
 
 @contextmanager
 def _new_directory(target: Path, source: Path) -> Iterator[Path]:
-    """A directory that becomes `target` at the end, and vanishes if that is not reached."""
+    """Yield TARGET.partial, which is renamed to `target` at the end or removed on an error."""
     if target.exists():
         raise CheckpointError(f"{target} exists already: remove it or choose another directory.")
     partial = target.with_name(target.name + ".partial")
@@ -203,6 +204,7 @@ def _new_directory(target: Path, source: Path) -> Iterator[Path]:
 
 
 def _check_room(source: Path, target: Path) -> None:
+    """Raises CheckpointError if the disk of `target` is too small for the files of `source`."""
     files = [*source.glob("*.safetensors"), *source.glob("weights/*")]
     wanted = sum(file.stat().st_size for file in files)
     free = shutil.disk_usage(target.parent).free

@@ -1,10 +1,9 @@
-"""The trainer's weights as a stream of published tensors, a bucket at a time.
+"""Stream of the policy's weights under Hugging Face names, in buckets of tensors.
 
-What goes into which bucket is planned once: a bucket holds whole modules (an engine may pack a
-layer as soon as it has its weight and its bias) and at most `max_bytes`, unless one module is
-larger. A bucket costs one gather over the tensor-parallel ranks and, where every stage wants
-everything, one broadcast from its pipeline stage; so memory holds one gathered bucket and what the
-consumer makes of it, never a stage.
+Buckets are planned once. A bucket holds whole modules, because an engine may pack a layer as soon
+as it has the weight and the bias. It has at most `max_bytes` unless one module is larger. A bucket
+costs one all-gather over the tensor-parallel ranks and, if every pipeline stage wants the whole
+model, one broadcast from its stage. Memory holds one gathered bucket at a time, never a stage.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,9 +23,9 @@ DEFAULT_BUCKET_BYTES = 128 << 20
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """One bucket of one pipeline stage, as every stage knows it."""
+    """Plan of one bucket of one pipeline stage, known to every stage."""
 
-    names: tuple[str, ...]  # published
+    names: tuple[str, ...]  # Hugging Face names
     shapes: tuple[torch.Size, ...]
     dtype: torch.dtype
 
@@ -36,7 +35,7 @@ class Planned:
 
 
 class WeightExport:
-    """Made once for a model; streams its weights as they are at each call."""
+    """Exporter of one model. Each call streams the current weights."""
 
     def __init__(
         self,
@@ -45,8 +44,11 @@ class WeightExport:
         value: Callable[[Tensor], Tensor] = torch.Tensor.detach,
         max_bytes: int = DEFAULT_BUCKET_BYTES,
     ) -> None:
-        """`dtype` None: the parameters' own. `value` is taken of each parameter: itself, or for
-        example its gradient. Every rank calls it."""
+        """Plan the buckets. Every rank calls it.
+
+        `dtype` None: the dtype of each parameter. `value` maps a parameter to the tensor to export:
+        the parameter itself, or for example its gradient.
+        """
         self._chunks, self._dtype, self._value = chunks, dtype, value
         self._mesh = chunks[0].mesh
         self._rows = [_bucket_rows(model, self._size_of(model), max_bytes) for model in chunks]
@@ -58,17 +60,20 @@ class WeightExport:
 
     @property
     def bucket_bytes(self) -> int:
-        """Size of the largest bucket of any stage."""
+        """Size of the largest bucket of any stage, in bytes."""
         return max(b.num_bytes for stage in self._plans for chunk in stage for b in chunk)
 
     @property
     def leads(self) -> bool:
-        """Whether this rank is the one that `own_buckets` asks of its pipeline stage."""
+        """True on the one rank of each pipeline stage that uses `own_buckets`."""
         mesh = self._mesh
         return mesh.tensor.rank == mesh.context.rank == mesh.data.rank == 0
 
     def buckets(self) -> Iterator[NamedTensors]:
-        """The whole model on every rank. Every rank exhausts it and each of its buckets."""
+        """Yield the buckets of the whole model on every rank.
+
+        Every rank must exhaust the iterator and each bucket.
+        """
         if self._mesh.pipeline.size == 1:
             yield from self._own_buckets()
             return
@@ -80,13 +85,16 @@ class WeightExport:
                     yield self._broadcast(planned, stage, own)
 
     def own_buckets(self) -> Iterator[NamedTensors]:
-        """This stage's layers on its leading rank. Every rank exhausts it and each bucket; those
-        that do not lead have no use for what they get, and other replicas get nothing."""
+        """Yield the buckets of this pipeline stage on the rank that `leads`.
+
+        Every rank must exhaust the iterator and each bucket. Ranks that do not lead discard the
+        tensors, and other replicas get no buckets.
+        """
         if self._mesh.context.rank == self._mesh.data.rank == 0:
             yield from self._own_buckets()
 
     def tensors(self) -> NamedTensors:
-        """`buckets`, one tensor after another."""
+        """Yield the tensors of `buckets` one by one."""
         for bucket in self.buckets():
             yield from bucket
 
@@ -148,7 +156,7 @@ class WeightExport:
 def _bucket_rows(
     model: Qwen25VL, num_bytes: Callable[[Row], int], max_bytes: int
 ) -> list[list[Row]]:
-    """The chunk's exported rows, in buckets of whole modules."""
+    """Return the exported rows of a chunk of layers, in buckets of whole modules."""
     modules: dict[str, list[Row]] = {}
     for row in chunk_rows(model.arch, model.chunk):
         if row.exported:

@@ -1,7 +1,7 @@
-"""Weights in and out: a Hugging Face checkpoint into this rank's shards, and back as a stream.
+"""Load a Hugging Face checkpoint into this rank's shards, and save the policy as one.
 
-Reading touches only the tensors of this pipeline stage, one at a time. The stream is that of
-export.py: every rank yields the whole model, a bucket at a time.
+Loading reads only the tensors of this pipeline stage, one at a time. Saving streams the whole model
+through every rank in buckets (`hf_export.py`).
 """
 
 import shutil
@@ -22,7 +22,7 @@ from megatron_vrl.storage.files import full_disk_named
 
 
 def load_hf_weights(chunks: Sequence[Qwen25VL], directory: str | Path) -> None:
-    """Copy a Hugging Face checkpoint into this rank's shards. Every rank calls it.
+    """Load a Hugging Face checkpoint into this rank's shards. Every rank calls it.
 
     Raises CheckpointError on every rank, naming file and tensor.
     """
@@ -51,10 +51,10 @@ def _load_chunk(model: Qwen25VL, source: HFCheckpoint) -> None:
 def hf_tensors(
     chunks: Sequence[Qwen25VL], value: Callable[[Tensor], Tensor] = torch.Tensor.detach
 ) -> Iterator[tuple[str, Tensor]]:
-    """The whole model as (published name, tensor), the same on every rank, in a fixed order.
+    """Yield (Hugging Face name, tensor) of the whole model, the same on every rank, in fixed order.
 
-    Every rank must call it and exhaust it. `value` is taken of each parameter: itself, or for
-    example its gradient.
+    Every rank must call it and exhaust it. `value` maps a parameter to the tensor to yield: the
+    parameter itself, or for example its gradient.
     """
     return WeightExport(chunks, value=value).tensors()
 
@@ -67,9 +67,8 @@ def save_hf(
 ) -> None:
     """Write a Hugging Face checkpoint that stock transformers and vLLM load.
 
-    `template` is a directory whose config, tokenizer and processor files are copied; `files` are
-    more of them, name -> text. Every rank calls it; rank 0 writes, into a temporary directory that
-    takes the name when it is complete.
+    `template`: folder whose config, tokenizer and processor files are copied. `files`: name -> text
+    of more files. Every rank calls it. Rank 0 writes DIRECTORY.partial and renames it at the end.
     """
     directory = Path(directory)
     partial = directory.with_name(directory.name + ".partial")
@@ -82,7 +81,7 @@ def save_hf(
                 (partial / name).write_text(text)
     shards = HFCheckpointWriter(partial) if writer else None
     failure: UserError | None = None
-    for name, tensor in hf_tensors(chunks):  # to its end, whatever happens to the disk
+    for name, tensor in hf_tensors(chunks):  # exhaust it even if the disk is full
         if shards is not None and failure is None:
             try:
                 with full_disk_named(directory):

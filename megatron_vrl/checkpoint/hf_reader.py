@@ -1,8 +1,8 @@
-"""Hugging Face checkpoints on disk: tensors read on demand, shards written as a stream.
+"""Hugging Face checkpoints on disk: read tensors on demand, write shards as a stream.
 
-Neither direction holds more than one tensor. A shard's header is written last, into room kept at
-the front of the file, so nothing need be known beforehand about the tensors that come (the
-format lets a header end in spaces: https://huggingface.co/docs/safetensors).
+Memory holds at most one tensor in either direction. The writer reserves space for a shard's header
+at the front of the file and writes the header last, so it need not know the tensors in advance.
+The format allows a header to end in spaces (https://huggingface.co/docs/safetensors).
 """
 
 import json
@@ -36,7 +36,7 @@ TYPE_NAMES = {stored: str(dtype).removeprefix("torch.") for dtype, stored in DTY
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 CHAT_TEMPLATES = "additional_chat_templates"  # a directory, of transformers 5
 COMPARED_ROWS = 8192  # of a head and the embedding at a time
-# Buffers that every reader computes itself; transformers ignores them, too.
+# Buffers that every reader computes. transformers ignores them, too.
 HARMLESS = re.compile(r"rotary(_pos)?_emb\.inv_freq$")
 # Tensors of quantisers: compressed-tensors, DeepSeek's FP8, ModelOpt, bitsandbytes, GPTQ, AWQ.
 QUANTISED = re.compile(
@@ -46,12 +46,12 @@ QUANTISED = re.compile(
 
 
 class HFCheckpoint:
-    """Tensors of a Hugging Face folder by published name, read on demand.
+    """Tensors of a Hugging Face folder by name, read on demand.
 
-    The headers are compared with the model that config.json describes before any tensor is read:
-    a tensor that is missing, left over, of another shape, or not float32, bfloat16 or float16, is
-    a CheckpointError that names file and tensor. Two kinds of left-over tensors are let be: the
-    buffers of HARMLESS, and a head that is bit-equal to the embedding it is tied to.
+    The constructor compares the headers with the model of config.json. It raises CheckpointError,
+    naming file and tensor, for a tensor that is missing, unknown, of another shape, or not float32,
+    bfloat16 or float16. Two kinds of unknown tensors are ignored: the buffers of HARMLESS, and a
+    head that is bit-equal to the embedding it is tied to.
     """
 
     def __init__(self, directory: str | Path, arch: Architecture) -> None:
@@ -70,7 +70,7 @@ class HFCheckpoint:
         return self._entry(name).file
 
     def tensor(self, name: str) -> Tensor:
-        """The file is opened for each tensor, so that what was read can leave memory."""
+        """Return a tensor. The file is opened each time, so that read pages can leave memory."""
         stored = self._entry(name)
         with opened(stored.file) as shard:
             return shard.get_tensor(stored.name)
@@ -153,7 +153,7 @@ def _check_tensor(stored: StoredTensor, name: str, shape: tuple[int, ...]) -> No
 
 
 class HFCheckpointWriter:
-    """Writes `add`ed tensors to DIRECTORY as shards that stock readers load, once `close`d."""
+    """Writer of a Hugging Face checkpoint: `add` tensors, then `close`."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -164,7 +164,7 @@ class HFCheckpointWriter:
         self._end = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Raises OSError if the disk is full."""
+        """Append a tensor. Raises OSError if the disk is full."""
         entry = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape)}
         entry["data_offsets"] = [self._end, self._end + tensor.nbytes]
         if self._file is None or not self._fits(name, entry, tensor.nbytes):
@@ -183,9 +183,9 @@ class HFCheckpointWriter:
         self._name_shards()
 
     def abandon(self) -> None:
-        """Let go of the file after an error."""
+        """Close the open file after an error."""
         if self._file is not None:
-            with suppress(OSError):  # of a full disk, once more
+            with suppress(OSError):  # the disk is still full
                 self._file.close()
 
     def _fits(self, name: str, entry: dict[str, Any], num_bytes: int) -> bool:
@@ -213,7 +213,7 @@ class HFCheckpointWriter:
         return self.directory / f"shard-{number}.safetensors"
 
     def _name_shards(self) -> None:
-        """Published names, with an index when there are several."""
+        """Rename the shards as transformers does, and write an index if there are several."""
         count = len(self._shards)
         if count == 1:
             self._path(0).rename(self.directory / SINGLE)
@@ -233,9 +233,9 @@ def _json_bytes(entries: dict[str, Any]) -> int:
 
 
 def copy_side_files(template: str | Path, directory: Path) -> None:
-    """Copy config, tokenizer and processor files: everything of a checkpoint but its weights.
+    """Copy config, tokenizer and processor files: all files of a checkpoint but its weights.
 
-    Other directories than that of more chat templates are left out.
+    Directories other than `additional_chat_templates` are left out.
     """
     directory.mkdir(parents=True, exist_ok=True)
     for file in Path(template).iterdir():

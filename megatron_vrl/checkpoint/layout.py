@@ -1,15 +1,35 @@
-"""Which file of a checkpoint lies where; what the loops and the converter both go by."""
+"""Names of the files of a checkpoint, shared by training, the tools and the converter."""
 
 from pathlib import Path
 
+from megatron_vrl.errors import CheckpointError
+
 STATE = "state.json"
+WEIGHTS = "weights"  # torch_dist files of a Megatron checkpoint
+HF = "huggingface"  # config, tokenizer and processor files of a Megatron checkpoint
+_OLD_HF = "published"
 
 
 def is_megatron(checkpoint: Path) -> bool:
-    return (checkpoint / "weights").is_dir()
+    """Return whether a checkpoint is Megatron's, and not Hugging Face's."""
+    return (checkpoint / WEIGHTS).is_dir()
 
 
 def hf_dir_of(checkpoint: str | Path) -> Path:
-    """Directory with the config, tokenizer and processor files of either kind of checkpoint."""
-    inner = Path(checkpoint) / "published"
+    """Return the folder with the config, tokenizer and processor files of a checkpoint.
+
+    Raises CheckpointError if the folder has the name that it had in older checkpoints.
+    """
+    refuse_old_name(Path(checkpoint))
+    inner = Path(checkpoint) / HF
     return inner if inner.is_dir() else Path(checkpoint)
+
+
+def refuse_old_name(checkpoint: Path) -> None:
+    """Raises CheckpointError if a Megatron checkpoint has a folder `published/`."""
+    if is_megatron(checkpoint) and (checkpoint / _OLD_HF).is_dir():
+        raise CheckpointError(
+            f"{checkpoint} has the folder {_OLD_HF}, which is called {HF} now: rename it, there "
+            f"and in CHECKSUMS (cd {checkpoint} && mv {_OLD_HF} {HF} && "
+            f"sed -i 's#  {_OLD_HF}/#  {HF}/#' CHECKSUMS)."
+        )

@@ -1,9 +1,9 @@
-"""No pickle of a checkpoint runs code: each is first read under an allow-list.
+"""Check the pickles of a checkpoint against an allow-list before torch loads them.
 
-torch reads `.metadata` with a plain `pickle.load`, which calls whatever the file names. What our
-checkpoints hold in pickles is a dozen record classes; any other name is refused. The rest
-(`common.pt`, tensors, byte objects) are torch zip files, whose pickle is read the same way, with
-stand-ins for tensors.
+torch reads `.metadata` with a plain `pickle.load`, which calls any function that the file names.
+Our checkpoints pickle a dozen record classes, and any other name is an error. `common.pt`, tensors
+and byte objects are torch zip files. Their pickles are read by the same unpickler, with None in the
+place of tensors.
 """
 
 import io
@@ -36,7 +36,7 @@ ALLOWED = frozenset(
         *(f"torch.{name}" for name in ("int64", "int32", "uint8", "bool")),
     }
 )
-# Read as None: what makes a tensor out of a storage, and the storages' names.
+# Functions that rebuild tensors, and storage classes. All are read as None.
 TENSOR_PARTS = frozenset(
     {
         "torch._utils._rebuild_tensor_v2",
@@ -47,22 +47,22 @@ TENSOR_PARTS = frozenset(
 )
 
 
-def _nothing(*_: Any) -> None:
+def _none(*_: Any) -> None:
     return None
 
 
 class _Restricted(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, place: str, tensors: bool) -> None:
+    def __init__(self, file: io.BytesIO, origin: str, tensors: bool) -> None:
         super().__init__(file)
-        self._place, self._tensors = place, tensors
+        self._origin, self._tensors = origin, tensors
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}"
         if self._tensors and full in TENSOR_PARTS:
-            return _nothing
+            return _none
         if full not in ALLOWED:
             raise CheckpointError(
-                f"{self._place} names {full}, which no checkpoint of this program holds; loading "
+                f"{self._origin} names {full}, which no checkpoint of this program holds; loading "
                 "it could run code, so it was not read: use a checkpoint from a source you trust."
             )
         return super().find_class(module, name)
@@ -72,7 +72,10 @@ class _Restricted(pickle.Unpickler):
 
 
 def read_metadata(weights: Path) -> Metadata:
-    """`.metadata` of a torch_dist folder. Raises CheckpointError if it is absent or refused."""
+    """Return the `.metadata` of a torch_dist folder.
+
+    Raises CheckpointError if the file is missing, damaged or names a class that is not allowed.
+    """
     file = weights / ".metadata"
     try:
         metadata = _read(file.read_bytes(), str(file))
@@ -84,8 +87,11 @@ def read_metadata(weights: Path) -> Metadata:
 
 
 def check_pickles(weights: Path) -> Metadata:
-    """Read every pickle of a torch_dist folder but those of tensors, which torch itself reads under
-    an allow-list (`weights_only`). Raises CheckpointError naming file and class."""
+    """Check every pickle of a torch_dist folder and return its metadata.
+
+    Pickles of tensors are left out: torch reads them under its own allow-list (`weights_only`).
+    Raises CheckpointError naming the file and the class.
+    """
     metadata = read_metadata(weights)
     for file in sorted(weights.rglob("*.pt")):
         _read_zip(file.read_bytes(), str(file))
@@ -95,35 +101,39 @@ def check_pickles(weights: Path) -> Metadata:
 
 
 def _byte_objects(weights: Path, metadata: Metadata) -> Iterator[tuple[str, bytes]]:
-    for index, place in (metadata.storage_data or {}).items():
+    """Yield (name for messages, content) of each pickled object among the tensors."""
+    for index, stored in (metadata.storage_data or {}).items():
         kind = metadata.state_dict_metadata.get(index.fqn)
         if not isinstance(kind, BytesStorageMetadata):
             continue
-        path = weights / place.relative_path
+        path = weights / stored.relative_path
         try:
             with open(path, "rb") as file:
-                file.seek(place.offset)
-                yield f"{path} ({index.fqn})", file.read(place.length)
+                file.seek(stored.offset)
+                yield f"{path} ({index.fqn})", file.read(stored.length)
         except OSError as error:
             raise CheckpointError(f"Cannot read {path}: {error.strerror}. Restore it.") from None
 
 
-def _read_zip(content: bytes, place: str) -> None:
-    """torch falls back to a bare pickle where a file is no zip, so such a file is refused."""
+def _read_zip(content: bytes, origin: str) -> None:
+    """Check the pickles of a torch zip file.
+
+    Raises CheckpointError if it is no zip: torch would read it as a bare pickle.
+    """
     try:
         archive = zipfile.ZipFile(io.BytesIO(content))
         pickles = [name for name in archive.namelist() if name.endswith(".pkl")]
         contents = [archive.read(name) for name in pickles]
     except (zipfile.BadZipFile, ValueError, EOFError) as error:
-        raise CheckpointError(f"{place} is damaged ({error}): restore it.") from None
+        raise CheckpointError(f"{origin} is damaged ({error}): restore it.") from None
     for inner in contents:
-        _read(inner, place, tensors=True)
+        _read(inner, origin, tensors=True)
 
 
-def _read(content: bytes, place: str, tensors: bool = False) -> Any:
+def _read(content: bytes, origin: str, tensors: bool = False) -> Any:
     try:
-        return _Restricted(io.BytesIO(content), place, tensors).load()
+        return _Restricted(io.BytesIO(content), origin, tensors).load()
     except CheckpointError:
         raise
     except Exception as error:  # a damaged pickle can fail in any way
-        raise CheckpointError(f"{place} is damaged ({error}): restore it.") from None
+        raise CheckpointError(f"{origin} is damaged ({error}): restore it.") from None

@@ -1,9 +1,18 @@
-"""The checkpoints of a run: written in the background, the newest kept, a damaged one passed over.
+"""Checkpoints of a run under one root: asynchronous saves, retention, and loading.
 
-Weights and optimizer are copied to the memory of a forked writer process, which writes and hashes
-while training goes on; at most one is in flight. A later step, the next save or the end of the run
-finds that all ranks' writers are done and publishes: checkpoint, then ROOT/latest, which is
-replaced atomically, and only then are older ones removed. So the only good copy is never at risk.
+Life of a save:
+
+    BEGUN      `save` has copied weights and optimizer state to forked writer processes, which
+               write and hash files while training goes on
+    WRITTEN    the writers of all ranks have ended
+    COMMITTED  `poll`, `finish` or the next `save` has renamed ROOT/NAME.partial to ROOT/NAME
+    LATEST     ROOT/latest names it (replaced atomically); only then older checkpoints are removed
+
+At most one save is in flight. Example with keep=2: `save` at step 20 begins grpo-0-000020 while
+000010 and 000015 are on the disk. `poll` after step 22 commits it, writes ROOT/latest and removes
+000010. A process killed at step 21 leaves grpo-0-000020.partial and resumes from 000015.
+
+A checkpoint that fails verification is set aside as NAME.damaged, and the one before it is used.
 """
 
 import os
@@ -16,12 +25,15 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 
 from megatron_vrl.checkpoint.checkpoint import (
     begin_save,
-    check_checkpoint,
-    publish,
+    commit,
+    load_checkpoint,
+    load_weights,
     read_state,
+    verify,
     write_failure_named,
 )
-from megatron_vrl.checkpoint.layout import STATE
+from megatron_vrl.checkpoint.checksums import ChecksumVerifier
+from megatron_vrl.checkpoint.layout import STATE, refuse_old_name
 from megatron_vrl.errors import CheckpointError
 from megatron_vrl.parallel.mesh import Mesh, raise_on_all_ranks
 from megatron_vrl.policy.policy import Policy
@@ -31,7 +43,10 @@ DAMAGED = ".damaged"
 
 
 class Saver:
-    """Every rank calls every method. Errors of a write are raised by a later call, on all ranks."""
+    """Saver and loader of one run's checkpoints. Every rank calls every method.
+
+    An error of a writer is raised by a later call, on all ranks.
+    """
 
     def __init__(
         self,
@@ -43,17 +58,21 @@ class Saver:
         asynchronous: bool = True,
         files: Mapping[str, str] | None = None,
     ) -> None:
-        """`files`: name -> text of what lies beside the files of `template`."""
+        """`template`: folder with the config, tokenizer and processor files of the model.
+
+        `files`: name -> text of more files to write beside them. `keep`: number of checkpoints.
+        """
         self.root = Path(root)
+        self._verifier = ChecksumVerifier()
         self._policy, self._template, self._files = policy, template, files
         self._keep, self._asynchronous = keep, asynchronous
         self._calls = AsyncCallsQueue(persistent=False)  # a persistent one needs a GPU
         self._in_flight: tuple[str, str] | None = None  # name, pinned
 
     def save(self, name: str, state: dict[str, Any], pinned: str = "") -> None:
-        """Begin ROOT/name from the weights as they are, after what is in flight has ended.
+        """Begin to write ROOT/name from the current weights, after the save in flight has ended.
 
-        When it is published, `pinned` and the `keep` newest stay alone.
+        When it is committed, all but the `keep` newest and the checkpoint `pinned` are removed.
         """
         self.finish()
         request = begin_save(self.root / name, self._policy, state, self._template, self._files)
@@ -63,21 +82,35 @@ class Saver:
             self.finish()
 
     def poll(self) -> None:
-        """Publish what is in flight if every rank's writer is done."""
+        """Commit the save in flight if the writers of all ranks have ended."""
         self._finalise(blocking=False)
 
     def finish(self) -> None:
-        """Wait for what is in flight, and publish it."""
+        """Wait for the save in flight and commit it."""
         self._finalise(blocking=True)
 
     def abandon(self) -> None:
-        """End the writer of what is in flight; for a run that ends of an error. Any rank may call
-        it alone. The checkpoint stays NAME.partial, which the next save removes."""
+        """Kill this rank's writer of the save in flight, when a run ends with an error.
+
+        A rank may call it alone. The checkpoint stays NAME.partial, which the next save removes.
+        """
         for call in self._calls.async_calls:
             writer = call.async_caller.process
             if writer is not None:
                 writer.kill()
                 writer.join()
+
+    def newest_sound(self) -> tuple[Path | None, list[str]]:
+        """Call `newest_sound` for the checkpoints of this run."""
+        return newest_sound(self.root, self._policy.mesh, self._verifier)
+
+    def load_weights(self, checkpoint: str | Path) -> None:
+        """Load the weights of a checkpoint, which need not be of this run."""
+        load_weights(checkpoint, self._policy, self._verifier)
+
+    def load_checkpoint(self, checkpoint: Path) -> None:
+        """Load the weights and optimizer state of a checkpoint, after `policy.start_phase`."""
+        load_checkpoint(checkpoint, self._policy, self._verifier)
 
     def _finalise(self, blocking: bool) -> None:
         if self._in_flight is None:
@@ -91,7 +124,7 @@ class Saver:
             self._in_flight = None
             raise
         self._in_flight = None
-        publish(self.root / name, mesh)
+        commit(self.root / name, mesh)
         with raise_on_all_ranks(mesh), full_disk_named(self.root):
             if mesh.rank == 0:
                 write_file(self.root / "latest", name)
@@ -105,23 +138,28 @@ class Saver:
 
 
 def latest(root: str | Path) -> Path | None:
-    """The newest complete checkpoint under ROOT, or None."""
+    """Return the newest committed checkpoint under `root`, or None."""
     return next(iter(_candidates(Path(root))), None)
 
 
-def newest_sound(root: str | Path, mesh: Mesh) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose files are all as they were written, and a sentence for each
-    newer one that is not. Those are set aside as NAME.damaged. Every rank calls it.
+def newest_sound(
+    root: str | Path, mesh: Mesh, verifier: ChecksumVerifier | None = None
+) -> tuple[Path | None, list[str]]:
+    """Return the newest checkpoint that passes verification, or None without checkpoints.
 
-    Raises CheckpointError if there are checkpoints and all are damaged.
+    Newer ones are set aside as NAME.damaged; the list has a sentence for each. Every rank calls it.
+    Raises CheckpointError if there are checkpoints and all are damaged, or one is of an old layout.
     """
+    verifier = verifier or ChecksumVerifier()
     with raise_on_all_ranks(mesh):
         candidates = _candidates(Path(root))
+        for candidate in candidates:
+            refuse_old_name(candidate)
     sentences: list[str] = []
     found = None
     for candidate in candidates:
         try:
-            check_checkpoint(candidate, mesh)
+            verify(candidate, mesh, verifier)
             with raise_on_all_ranks(mesh):
                 read_state(candidate)
             found = candidate
@@ -143,7 +181,7 @@ def newest_sound(root: str | Path, mesh: Mesh) -> tuple[Path | None, list[str]]:
 
 
 def _candidates(root: Path) -> list[Path]:
-    """Complete checkpoints: the one that `latest` names, then the newest first."""
+    """Return the committed checkpoints: first the one that `latest` names, then newest first."""
     newest_first = _complete(root)[::-1]
     marker = root / "latest"
     marked = root / marker.read_text().strip() if marker.is_file() else None
@@ -151,7 +189,7 @@ def _candidates(root: Path) -> list[Path]:
 
 
 def _complete(root: Path) -> list[Path]:
-    """Complete checkpoints under ROOT, oldest first."""
+    """Return the committed checkpoints under `root`, oldest first."""
     found = [s.parent for s in root.glob(f"*/{STATE}") if s.parent.suffix not in _UNFIT]
     return sorted(found, key=lambda directory: (directory / STATE).stat().st_mtime)
 

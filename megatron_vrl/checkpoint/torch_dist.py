@@ -1,9 +1,9 @@
-"""Megatron's checkpoint format, torch_dist, one tensor at a time and without a model.
+"""Read and write Megatron's checkpoint format torch_dist, tensor by tensor and without a model.
 
-What `megatron.core.dist_checkpointing.load` reads: tensors as `torch.save` writes them, one behind
-the other in `*.distcp` files, and in `.metadata` where each lies and which part of which tensor it
-is. Written by one process, read in any layout. Names are those of the whole model's layers, see
-`checkpoint/checkpoint.py`.
+`megatron.core.dist_checkpointing.load` reads these files in any layout. `*.distcp` files hold
+tensors as `torch.save` writes them, one after another. `.metadata` holds the position of each and
+the part of a tensor that it is. Tensors are named by their layer in the whole model (see
+`checkpoint/checkpoint.py`).
 """
 
 import io
@@ -33,13 +33,13 @@ from megatron_vrl.checkpoint.safe_pickle import check_pickles
 from megatron_vrl.errors import CheckpointError
 
 FILE_BYTES = 4 * 2**30
-CHUNK_BYTES = 256 * 2**20  # of a tensor; a reader that wants a part reads whole chunks
+CHUNK_BYTES = 256 * 2**20  # of a tensor; readers always read whole chunks
 _FORMAT = {"sharded_backend": "torch_dist", "common_backend": "torch"}
 
 
 @contextmanager
 def _without_crc32() -> Iterator[None]:
-    """CHECKSUMS serve instead; the sums inside a file took longer than all the rest."""
+    """Turn off torch's CRC32 in this block. CHECKSUMS replace it, and it took most of the time."""
     before = get_crc32_options()
     set_crc32_options(False)
     try:
@@ -49,7 +49,7 @@ def _without_crc32() -> Iterator[None]:
 
 
 class TorchDistWriter:
-    """Writes tensors to WEIGHTS, a new directory; complete once `close`d."""
+    """Writer of a new torch_dist folder: `add` tensors, then `close`."""
 
     def __init__(self, weights: Path) -> None:
         self.weights = weights
@@ -61,7 +61,7 @@ class TorchDistWriter:
         self._name = ""
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Raises OSError if the disk is full."""
+        """Append a tensor. Raises OSError if the disk is full."""
         row_bytes = max(1, tensor.nbytes // len(tensor))
         chunks: list[ChunkStorageMetadata] = []
         first = 0
@@ -85,12 +85,12 @@ class TorchDistWriter:
             with _without_crc32():
                 torch.save(part, cast(IO[bytes], self._file))
         except RuntimeError as error:
-            if isinstance(error.__context__, OSError):  # torch hides it behind its own clean-up
+            if isinstance(error.__context__, OSError):  # the cause of torch's own error
                 raise error.__context__ from None
             raise
         length = self._file.tell() - offset
-        place = _StorageInfo(self._name, offset, length)
-        self._results.append(WriteResult(index=index, size_in_bytes=length, storage_data=place))
+        stored = _StorageInfo(self._name, offset, length)
+        self._results.append(WriteResult(index=index, size_in_bytes=length, storage_data=stored))
 
     def _begin_file(self) -> None:
         self._end_file()
@@ -103,12 +103,12 @@ class TorchDistWriter:
             self._file = None
 
     def abandon(self) -> None:
-        """Let go of the file after an error."""
-        with suppress(OSError):  # of a full disk, once more
+        """Close the open file after an error."""
+        with suppress(OSError):  # the disk is still full
             self._end_file()
 
     def close(self) -> Sums:
-        """Write what makes it a checkpoint; sums of the files with tensors."""
+        """Write the metadata files, and return the hashes of the files with tensors."""
         self._end_file()
         torch.save({}, self.weights / "common.pt")
         FileSystemWriter(self.weights).finish(self._metadata, [self._results])
@@ -118,25 +118,25 @@ class TorchDistWriter:
 
 
 class _Window(io.RawIOBase):
-    """Part of a file as a file of its own: `torch.load` reads from it into the tensor at once."""
+    """Part of a file as a file object, from which `torch.load` reads without a copy."""
 
     def __init__(self, path: Path, first: int, length: int) -> None:
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115
-        self._first, self._length, self._place = first, length, 0
+        self._first, self._length, self._position = first, length, 0
 
     def readinto(self, buffer: Any) -> int:
-        room = memoryview(buffer).cast("B")[: max(0, self._length - self._place)]
-        read = os.preadv(self._file.fileno(), [room], self._first + self._place)
-        self._place += read
+        room = memoryview(buffer).cast("B")[: max(0, self._length - self._position)]
+        read = os.preadv(self._file.fileno(), [room], self._first + self._position)
+        self._position += read
         return read
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._length}[whence]
-        self._place = start + offset
-        return self._place
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
+        self._position = start + offset
+        return self._position
 
     def tell(self) -> int:
-        return self._place
+        return self._position
 
     def readable(self) -> bool:
         return True
@@ -150,21 +150,21 @@ class _Window(io.RawIOBase):
 
 
 class TorchDistReader:
-    """The tensors of WEIGHTS as whole ones, whatever layout they were written in.
+    """Reader of a torch_dist folder of any layout. It returns unsharded tensors.
 
-    Raises CheckpointError naming the file and the tensor.
+    Every method raises CheckpointError naming the file and the tensor.
     """
 
     def __init__(self, weights: Path) -> None:
         self.weights = weights
         metadata = check_pickles(weights)
-        self._places: dict[MetadataIndex, Any] = metadata.storage_data
+        self._stored: dict[MetadataIndex, Any] = metadata.storage_data
         self._kinds = {
             name: kind
             for name, kind in metadata.state_dict_metadata.items()
             if isinstance(kind, TensorStorageMetadata)
         }
-        files = sorted({place.relative_path for place in metadata.storage_data.values()})
+        files = sorted({stored.relative_path for stored in metadata.storage_data.values()})
         for file in files:
             if not (weights / file).is_file():
                 raise CheckpointError(f"{weights} lacks its file {file}: restore it.")
@@ -190,8 +190,8 @@ class TorchDistReader:
         return whole
 
     def _chunk(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
-        place = self._places[MetadataIndex(name, chunk.offsets)]
-        with _Window(self.weights / place.relative_path, place.offset, place.length) as file:
+        stored = self._stored[MetadataIndex(name, chunk.offsets)]
+        with _Window(self.weights / stored.relative_path, stored.offset, stored.length) as file:
             tensor: Tensor = torch.load(cast(IO[bytes], file), weights_only=True)
         if tensor.shape != chunk.sizes:
             raise ValueError(f"a part of shape {list(tensor.shape)} for {list(chunk.sizes)}")

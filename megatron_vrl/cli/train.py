@@ -82,7 +82,7 @@ def _dry_run(cfg: RunConfig, strict: bool) -> str:
     from megatron_vrl.trainer.run_dir import check_writable
 
     world = int(os.environ.get("WORLD_SIZE", "0")) or cfg.parallel.processes or 1
-    notes = check(cfg, world)
+    notes = check(cfg, world).notes
     check_writable(cfg.run.out_dir, keep=False)
     if strict:
         refuse_missing(notes)

@@ -1,7 +1,10 @@
-"""What is wrong with a sample, in the one form of quarantine.jsonl and of tools/check_data.py."""
+"""Problem of a sample, as a row of quarantine.jsonl and of tools/check_data.py."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+
+from megatron_vrl.errors import VideoError
+from megatron_vrl.types import VideoSample
 
 ANNOTATION_KINDS = {
     *("annotation", "unit", "interval", "zero_length", "reversed", "before_start", "duplicate")
@@ -15,6 +18,11 @@ class Problem:
     video: str  # path or URL; "" if it is not known
     kind: str  # of VideoError, of ANNOTATION_KINDS, or duration, times, tokens
     reason: str  # one sentence
+
+    @classmethod
+    def of_video(cls, sample: VideoSample, error: VideoError) -> "Problem":
+        """Return the problem of a sample whose video cannot be read."""
+        return cls(sample=sample.id, video=sample.video, kind=error.kind, reason=str(error))
 
     def row(self) -> dict[str, str]:
         return asdict(self)

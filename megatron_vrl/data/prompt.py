@@ -1,9 +1,9 @@
-"""Sample + encoded video -> Prompt: the one place where a question becomes tokens.
+"""Tokenise one sample and its decoded video into a Prompt, for the trainer and the engine.
 
-The chat template of the checkpoint renders it (`chat.py`), video first, text second; the same ids
-feed the engine (one pad token, which it expands itself) and the trainer (one per vision cell). A
-prompt that is too long is refused: cutting it would drop vision tokens and break the match with the
-video's grid.
+The checkpoint's chat template (`chat_template.py`) renders the video first and the text second. The
+engine gets one pad token per video and expands it itself. The trainer gets one pad token per merged
+vision cell. A prompt over data.max_prompt_tokens is an error: cutting the prompt would drop vision
+tokens, and the rest would not match the video's grid.
 """
 
 from dataclasses import dataclass, replace
@@ -17,12 +17,12 @@ from megatron_vrl.batching.positions import VisionBlock, mrope_positions
 from megatron_vrl.data.chat_template import STOP, ChatTokenizer, Message
 from megatron_vrl.errors import CheckpointError, ConfigError, DataError
 from megatron_vrl.tasks import SYSTEM_PROMPTS, TASKS
-from megatron_vrl.types import EncodedVideo, Prompt, VideoSample, Visual
+from megatron_vrl.types import EncodedVideo, Prompt, VideoClip, VideoSample, Visual
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VisionTokens:
-    """What the checkpoint's config says of vision in a prompt."""
+    """Vision settings of the checkpoint's config that a prompt depends on."""
 
     video_token: int
     image_token: int
@@ -30,8 +30,19 @@ class VisionTokens:
     tokens_per_second: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSpec:
+    """The parts of a prompt before its videos and images are read."""
+
+    id: str  # of the sample, for messages
+    system: str | None  # system prompt; None: the default of the chat template
+    videos: tuple[VideoClip | str, ...]
+    images: tuple[str, ...] = ()  # paths; images follow the videos
+    question: str
+
+
 class PromptEncoder:
-    """Tokenizer and template of one checkpoint under one system prompt."""
+    """Tokenizer and chat template of one checkpoint, with one system prompt."""
 
     def __init__(
         self,
@@ -41,7 +52,7 @@ class PromptEncoder:
         max_tokens: int,
         wording: Literal["default", "temporal_r1"] = "default",
     ) -> None:
-        """Raises CheckpointError if tokenizer or chat template do not serve."""
+        """Raises CheckpointError if the tokenizer or the chat template cannot be used."""
         self._pads = (vision.video_token, vision.image_token)
         self._chat = ChatTokenizer(hf_dir, self._pads)
         self.tokenizer = self._chat.tokenizer
@@ -51,22 +62,31 @@ class PromptEncoder:
         self._wording = wording
         self._stop = self.tokenizer.convert_tokens_to_ids(STOP)
 
-    def prompt(self, sample: VideoSample, video: EncodedVideo) -> Prompt:
-        """Raises ConfigError if the prompt exceeds data.max_prompt_tokens."""
+    def spec(self, sample: VideoSample) -> PromptSpec:
+        """Return the system prompt, the clip and the question of a sample."""
         task = TASKS[sample.task]
         released = task.temporal_r1_question if self._wording == "temporal_r1" else None
         question = released or task.question
-        return self.encode(
-            sample.id, SYSTEM_PROMPTS[self._system_prompt], (video,), question(sample)
+        return PromptSpec(
+            id=sample.id,
+            system=SYSTEM_PROMPTS[self._system_prompt],
+            videos=(sample.clip,),
+            question=question(sample),
         )
+
+    def prompt(self, sample: VideoSample, video: EncodedVideo) -> Prompt:
+        """Return the prompt of a sample. Raises what `encode` raises."""
+        spec = self.spec(sample)
+        return self.encode(spec.id, spec.system, (video,), spec.question)
 
     def encode(
         self, name: str, system: str | None, visuals: tuple[Visual, ...], question: str
     ) -> Prompt:
-        """Visuals first, in their order, then the question; `system` None: the template's own.
+        """Return the prompt with all `visuals` in their order, then the question.
 
+        `name` is the sample's id. `system` None: the system prompt of the chat template.
         Raises ConfigError if the prompt exceeds data.max_prompt_tokens, and DataError if a text
-        has no encoding; both name the sample.
+        has no encoding. Both name the sample.
         """
         vision = self._vision
         check_text(name, system or "", question)
@@ -96,7 +116,7 @@ class PromptEncoder:
         )
 
     def target(self, sample: VideoSample) -> NDArray[np.int64]:
-        """Tokens [R] of the ideal answer, stop token included: what the warm-up imitates.
+        """Return the tokens [R] of the ideal answer with its stop token, the target of SFT.
 
         Raises DataError, naming the sample, if its text has no encoding.
         """
@@ -107,11 +127,11 @@ class PromptEncoder:
         return self.answer(text)
 
     def answer(self, text: str) -> NDArray[np.int64]:
-        """Tokens [R] of an answer, stop token included; no other token is special."""
+        """Return the tokens [R] of `text`, read without special tokens, and the stop token."""
         return np.array([*self._chat.text_ids(text), self._stop], dtype=np.int64)
 
     def _render(self, system: str | None, visuals: tuple[Visual, ...], question: str) -> list[int]:
-        """Token ids with one single pad per visual."""
+        """Return the token ids of the rendered chat, with one pad token per visual."""
         kinds = ["video" if isinstance(visual, EncodedVideo) else "image" for visual in visuals]
         content = [{"type": kind} for kind in kinds] + [{"type": "text", "text": question}]
         messages: list[Message] = [{"role": "user", "content": content}]
@@ -122,13 +142,13 @@ class PromptEncoder:
         if [token for token in ids if token in self._pads] != [pads[kind] for kind in kinds]:
             raise CheckpointError(
                 f"{self._chat.directory}: its chat template does not show {', '.join(kinds)} as "
-                "one pad token each, in their order; take the published one."
+                "one pad token each, in their order; take the template of the released model."
             )
         return ids
 
 
 def check_text(name: str, *texts: str) -> None:
-    """Raises DataError, naming the sample, if a text holds half a character."""
+    """Raises DataError, naming the sample, if a text holds half of a surrogate pair."""
     for text in texts:
         try:
             text.encode()

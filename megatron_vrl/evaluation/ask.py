@@ -1,4 +1,4 @@
-"""One question about one video, asked as in training: the answer, its reading, and a picture."""
+"""Ask a checkpoint one question about one video: the parsed answer, and a strip of frames."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,6 @@ from typing import Any
 from megatron_vrl.errors import VideoError
 from megatron_vrl.evaluation.generate import Answerer, InferenceConfig
 from megatron_vrl.observe.timeline_strip import timeline_strip
-from megatron_vrl.rollout.request import SamplingSpec
 from megatron_vrl.tasks import TASKS
 from megatron_vrl.types import Rollout, VideoSample
 
@@ -27,13 +26,13 @@ def ask(
     picture: Path,
     start: Callable[[InferenceConfig, int], Answerer] = Answerer,
 ) -> dict[str, Any]:
-    """What the checkpoint answers, ready for JSON; the strip of frames is written to `picture`.
+    """Return the checkpoint's answer as JSON values, and write the strip of frames to `picture`.
 
     Raises VideoError if the video cannot be read, before an engine starts.
     """
     longest = cfg.evaluation.max_response_tokens
     answerer = start(cfg, longest)
-    video = answerer.show(question.video)
+    video = answerer.decode(question.video)
     sample = VideoSample(
         id=question.video,
         task=question.task,
@@ -45,18 +44,17 @@ def ask(
         options=question.options,
         option="",
     )
-    spec = SamplingSpec(n=1, temperature=0.0, top_p=1.0, max_tokens=longest, seed=0)
-    ((_, answers),) = answerer.answer([sample], spec, 1)
-    if isinstance(answers, VideoError):
-        raise answers
-    found = _found(sample, answers[0])
+    ((_, answer),) = answerer.answer_greedily([sample], longest, 1)
+    if isinstance(answer, VideoError):
+        raise answer
+    found = _parsed(sample, answer)
     intervals_s = [found["interval_s"]] if found["interval_s"] else []
     picture.parent.mkdir(parents=True, exist_ok=True)
     timeline_strip(video.frames, video.timestamps_s, video.duration_s, intervals_s).save(picture)
     return found | {"strip": str(picture)}
 
 
-def _found(sample: VideoSample, rollout: Rollout) -> dict[str, Any]:
+def _parsed(sample: VideoSample, rollout: Rollout) -> dict[str, Any]:
     parsed = TASKS[sample.task].parse(rollout.text, sample)
     thinking = rollout.text.partition("<think>")[2].rpartition("</think>")[0]
     cut = "the answer was cut at the length limit" if rollout.finish == "length" else ""
@@ -73,8 +71,8 @@ def _found(sample: VideoSample, rollout: Rollout) -> dict[str, Any]:
     }
 
 
-def told(found: dict[str, Any]) -> str:
-    """The same for a person."""
+def as_text(found: dict[str, Any]) -> str:
+    """Return the result of `ask` as lines for a terminal."""
     lines = [f"thinking: {found['thinking']}"] if found["thinking"] else []
     if found["option"]:
         lines.append(f"option:   {found['option']}")

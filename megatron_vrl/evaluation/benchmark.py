@@ -1,7 +1,7 @@
-"""A benchmark without a model: annotations and predictions in, records and numbers out.
+"""Grade predictions of a benchmark, without a model.
 
-OUT/items.jsonl has a record of every question, OUT/summary.json the numbers. Predictions are lines
-{"id", "response"}, from anywhere; megatron_vrl/evaluation/predict.py makes them.
+Predictions are lines {"id", "response"} from any model; evaluation/predict.py writes them.
+OUT/items.jsonl has a record of every question and OUT/summary.json the metrics.
 """
 
 import json
@@ -28,7 +28,7 @@ class Prediction:
 
 
 def questions(name: str, annotations: str, videos: str, protocol: Protocol) -> list[VideoSample]:
-    """Every question of the file, each id once; intervals as the protocol has them."""
+    """Return every question of a file with unique ids, and with the protocol's intervals."""
     source = Source.model_validate(
         {"json_path": annotations, "data_folder": videos, "format": BENCHMARKS[name].form}
     )
@@ -46,7 +46,7 @@ def questions(name: str, annotations: str, videos: str, protocol: Protocol) -> l
 
 
 def read_predictions(path: Path, samples: Sequence[VideoSample]) -> list[Prediction]:
-    """Lines {"id", "response"}, in any order. Raises DataError naming the line."""
+    """Read lines {"id", "response"} in any order. Raises DataError naming the line."""
     known = {sample.id for sample in samples}
     found: dict[str, Prediction] = {}
     try:
@@ -70,7 +70,7 @@ def read_predictions(path: Path, samples: Sequence[VideoSample]) -> list[Predict
 def items_of(
     samples: Sequence[VideoSample], predictions: Sequence[Prediction], protocol: Protocol
 ) -> list[Item]:
-    """One for each question, in the order of the annotations."""
+    """Return the graded item of each question, in the order of the annotations."""
     by_id = {prediction.id: prediction for prediction in predictions}
     missing = Prediction(id="", response=None)
     return [
@@ -80,7 +80,7 @@ def items_of(
 
 
 def write_results(out: Path, name: str, protocol: str, items: Sequence[Item]) -> dict[str, Any]:
-    """OUT/items.jsonl and OUT/summary.json; the latter's content."""
+    """Write OUT/items.jsonl and OUT/summary.json, and return the content of the summary."""
     found = {"benchmark": name, "protocol": protocol, **summary(BENCHMARKS[name], items)}
     out.mkdir(parents=True, exist_ok=True)
     rows = (json.dumps(item.record(), allow_nan=False) for item in items)
@@ -90,7 +90,7 @@ def write_results(out: Path, name: str, protocol: str, items: Sequence[Item]) ->
 
 
 def table(found: dict[str, Any]) -> str:
-    """The numbers for a person, in percent, with 95 % intervals over questions."""
+    """Return the metrics as text, in percent, with 95 % intervals over questions."""
     failures = ", ".join(f"{n} {kind.replace('_', ' ')}" for kind, n in found["failures"].items())
     lines = [
         f"{found['benchmark']}, protocol {found['protocol']}: "
@@ -108,7 +108,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def prediction_of(line: str, origin: str) -> Prediction:
-    """Raises DataError, which begins with `origin`."""
+    """Parse one line of predictions. Raises DataError, which begins with `origin`."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:

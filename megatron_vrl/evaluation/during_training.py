@@ -1,7 +1,7 @@
-"""Evaluation on the rollout engine: greedy answers, the reward's own parser, task metrics.
+"""Evaluation of a run on its rollout engine: greedy answers and task metrics.
 
-A question whose video cannot be read stays in and counts as answered with nothing; the metric
-`undecodable` says how many there are.
+Answers are read by the parser of the rewards. A question whose video cannot be read counts as
+answered with an empty text. The metric `undecodable` counts such questions.
 """
 
 import sys
@@ -12,11 +12,11 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_vrl.config import Rewards
-from megatron_vrl.context import RunContext, interleave
+from megatron_vrl.context import RunContext
 from megatron_vrl.data.problems import Problem, summary
 from megatron_vrl.errors import UserError, VideoError, counted
 from megatron_vrl.evaluation.metrics import summarise
-from megatron_vrl.parallel.mesh import gather_objects, world_axis
+from megatron_vrl.parallel.mesh import gather_shards, raise_on_all_ranks, shard, world_axis
 from megatron_vrl.rollout.request import SamplingSpec
 from megatron_vrl.tasks import TASKS
 from megatron_vrl.trainer.preemption import stop_if_asked
@@ -28,34 +28,33 @@ SAMPLES_AT_A_TIME = 128  # per rank; bounds the decoded frames in memory
 def evaluate(
     ctx: RunContext, samples: Sequence[VideoSample], version: int, step: int
 ) -> dict[str, float]:
-    """Metrics of one greedy answer to each sample. Every rank calls it and gets them all.
+    """Return the metrics of one greedy answer to each sample. Every rank calls it.
 
-    `step`: the last that is finished. Raises on every rank: StopRequested before the next batch of
-    questions if the run was asked to stop, UserError if more than video.max_bad_fraction of the
-    videos cannot be read.
+    `version` identifies the weights; `step` is the last finished step. Raises on every rank:
+    StopRequested before the next batch of questions if the run was asked to stop, UserError if more
+    than video.max_bad_fraction of the videos cannot be read.
     """
     cfg, mesh = ctx.cfg, ctx.mesh
     ctx.rollout_manager.sync_weights(version)
-    spec = SamplingSpec(
-        n=1, temperature=0.0, top_p=1.0, max_tokens=cfg.evaluation.max_response_tokens, seed=0
-    )
-    own = list(samples[mesh.rank :: mesh.world])
-    most = -(-len(samples) // mesh.world)  # every rank joins every agreement on videos
+    spec = SamplingSpec.greedy(cfg.evaluation.max_response_tokens)
+    own = shard(samples, world_axis(mesh))
+    most = -(-len(samples) // mesh.world)  # questions of the rank with the most
     answers: list[_Answered] = []
     for start in range(0, most, SAMPLES_AT_A_TIME):
         stop_if_asked(mesh, step, evaluating=True)
         block = own[start : start + SAMPLES_AT_A_TIME]
-        encoded = ctx.encode(block)
-        prompts = [one for one in encoded if isinstance(one, Prompt)]
+        with raise_on_all_ranks(mesh):
+            loaded = ctx.prompts.load(block)
+        prompts = ctx.embed([one for one in loaded if isinstance(one, Prompt)])
         rollouts = iter(ctx.rollout_manager.generate(prompts, spec))
-        for sample, one in zip(block, encoded, strict=True):
+        for sample, one in zip(block, loaded, strict=True):
             if isinstance(one, VideoError):
-                answers.append(_Answered("", 0, _problem(sample, one)))
+                answers.append(_Answered("", 0, Problem.of_video(sample, one)))
             else:
                 (rollout,) = next(rollouts)
                 answers.append(_Answered(rollout.text, len(rollout.token_ids)))
-    ordered = interleave(gather_objects(world_axis(mesh), answers))
-    _check_share([a.problem for a in ordered if a.problem], len(samples), ctx)
+    ordered = gather_shards(answers, world_axis(mesh))
+    _check_bad_fraction([a.problem for a in ordered if a.problem], len(samples), ctx)
     metrics = summarise(samples, [answer.text for answer in ordered], cfg.rewards)
     read = [answer.tokens for answer in ordered if not answer.problem]
     metrics["response_tokens"] = float(np.mean(read)) if read else 0.0
@@ -69,12 +68,11 @@ class _Answered(NamedTuple):
     problem: Problem | None = None  # with the video
 
 
-def _problem(sample: VideoSample, error: VideoError) -> Problem:
-    return Problem(sample=sample.id, video=sample.video, kind=error.kind, reason=str(error))
+def _check_bad_fraction(bad: Sequence[Problem], count: int, ctx: RunContext) -> None:
+    """Raises UserError if more than video.max_bad_fraction of the videos are bad.
 
-
-def _check_share(bad: Sequence[Problem], count: int, ctx: RunContext) -> None:
-    """Every rank has the same `bad`; rank 0 says what they are."""
+    Otherwise rank 0 prints a summary. Every rank passes the same `bad`.
+    """
     if not bad:
         return
     most = ctx.cfg.video.max_bad_fraction
@@ -86,7 +84,7 @@ def _check_share(bad: Sequence[Problem], count: int, ctx: RunContext) -> None:
             "tools/check_data.py, or raise the limit."
         )
     if ctx.mesh.rank == 0:
-        tqdm.write(f"{found}; they count as answered with nothing.", file=sys.stderr)
+        tqdm.write(f"{found}; they count as empty answers.", file=sys.stderr)
 
 
 def trivial_answers(samples: Sequence[VideoSample], cfg: Rewards) -> dict[str, dict[str, float]]:

@@ -1,7 +1,7 @@
-"""Questions answered by a checkpoint on vLLM alone, without a trainer: for tools.
+"""Answers of a checkpoint from vLLM in one process, without a trainer, for the tools.
 
-The prompts, decoders and engine of training in one process. A video that cannot be read costs its
-own questions. Left out: several processes; a tool is started once for each share of the work.
+Prompts, video decoding and engine are those of training. A video that cannot be read costs only its
+own questions. Left out: several processes. A tool splits its work over processes with `--share`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,6 +15,7 @@ from megatron_vrl.checkpoint.layout import hf_dir_of
 from megatron_vrl.config.inference import read_inference
 from megatron_vrl.config.loader import overridden, read_tree
 from megatron_vrl.context import prompt_encoder
+from megatron_vrl.data.prompt_pipeline import PromptPipeline
 from megatron_vrl.errors import CheckpointError, ConfigError, VideoError
 from megatron_vrl.models.architecture import config_dtype, read_architecture
 from megatron_vrl.observe.progress import say_engine_starts
@@ -28,7 +29,7 @@ Answers = list[Rollout] | VideoError
 
 
 class InferenceConfig(config.Section):
-    """The sections of a run's configuration that an answer depends on."""
+    """Sections of a run's configuration that an answer depends on."""
 
     model: config.Model
     video: config.Video = config.Video()
@@ -43,9 +44,10 @@ def inference_config(
     run_config: str = "",
     defaults: dict[str, dict[str, Any]] | None = None,
 ) -> InferenceConfig:
-    """`inference.yaml` of the checkpoint < `defaults` < a run's YAML < overrides.
+    """Return the configuration to ask `checkpoint` with.
 
-    The checkpoint's own type computes.
+    A later source replaces an earlier one: `inference.yaml` of the checkpoint, `defaults`, the
+    YAML file `run_config`, `overrides`. The engine computes in the dtype of the checkpoint.
     """
     directory = hf_dir_of(checkpoint)
     if not Path(checkpoint).is_dir():
@@ -53,7 +55,7 @@ def inference_config(
             advice(Path(checkpoint)) or f"There is no checkpoint {checkpoint}: give a directory."
         )
         raise CheckpointError(known)
-    read_architecture(directory)  # says what is wrong with it, if something is
+    read_architecture(directory)  # raises CheckpointError if config.json is wrong
     dtype = config_dtype(directory) or "float32"
     tree = read_inference(directory)
     for name, keys in (defaults or {}).items():
@@ -67,22 +69,22 @@ def inference_config(
 
 
 class Answerer:
-    def __init__(self, cfg: InferenceConfig, max_response_tokens: int) -> None:
-        """The engine starts, and loads the weights, when the first prompt is ready for it.
+    """Prompt pipeline and vLLM engine of one checkpoint."""
 
-        Raises UserError.
-        """
+    def __init__(self, cfg: InferenceConfig, max_response_tokens: int) -> None:
+        """Check the checkpoint. The engine starts with the first prompt. Raises UserError."""
         self._cfg = cfg
         self._directory = hf_dir_of(cfg.model.checkpoint)
         arch = read_architecture(self._directory)
-        self._reader = VideoReader(cfg.video)
-        self._encoder = prompt_encoder(
+        encoder = prompt_encoder(
             self._directory,
             arch,
             cfg.data.system_prompt,
             cfg.data.max_prompt_tokens,
             cfg.data.question,
         )
+        self._reader = VideoReader(cfg.video)
+        self._prompts = PromptPipeline(self._reader, encoder)
         longest = cfg.data.max_prompt_tokens + max_response_tokens
         self._max_model_len = min(longest, arch.max_positions)
 
@@ -100,19 +102,35 @@ class Answerer:
         return engine
 
     def answer(
-        self, samples: Sequence[VideoSample], spec: SamplingSpec, at_a_time: int
+        self, samples: Sequence[VideoSample], spec: SamplingSpec, batch_size: int
     ) -> Iterator[tuple[VideoSample, Answers]]:
-        """`spec.n` answers to each sample, in order; `at_a_time` bounds the frames in memory."""
-        for start in range(0, len(samples), at_a_time):
-            block = samples[start : start + at_a_time]
-            videos = self._reader.encode([sample.clip for sample in block])
-            shown = zip(block, videos, strict=True)
-            prompts = [self._encoder.prompt(s, v) for s, v in shown if isinstance(v, EncodedVideo)]
+        """Yield each sample with its `spec.n` answers, or with the error of its video, in order.
+
+        The frames of `batch_size` samples are in memory at a time. Raises ConfigError if a prompt
+        and its answer may not fit the engine.
+        """
+        for start in range(0, len(samples), batch_size):
+            block = samples[start : start + batch_size]
+            loaded = self._prompts.load(block)
+            prompts = [one for one in loaded if isinstance(one, Prompt)]
             self._check_length(prompts, spec)
             rollouts = iter(self._engine.generate(prompts, spec) if prompts else [])
-            for sample, video in zip(block, videos, strict=True):
-                readable = isinstance(video, EncodedVideo)
-                yield sample, next(rollouts) if readable else video  # type: ignore[misc]
+            for sample, one in zip(block, loaded, strict=True):
+                yield sample, one if isinstance(one, VideoError) else next(rollouts)
+
+    def answer_greedily(
+        self, samples: Sequence[VideoSample], max_tokens: int, batch_size: int
+    ) -> Iterator[tuple[VideoSample, Rollout | VideoError]]:
+        """Yield each sample with its greedy answer, or with the error of its video, in order."""
+        for sample, answers in self.answer(samples, SamplingSpec.greedy(max_tokens), batch_size):
+            yield sample, answers if isinstance(answers, VideoError) else answers[0]
+
+    def decode(self, path: str) -> EncodedVideo:
+        """Return the frames that the model sees. Raises VideoError."""
+        (video,) = self._reader.encode([path])
+        if isinstance(video, VideoError):
+            raise video
+        return video
 
     def _check_length(self, prompts: Sequence[Prompt], spec: SamplingSpec) -> None:
         """Raises ConfigError if a prompt and its answer may not fit the engine."""
@@ -124,10 +142,3 @@ class Answerer:
                     "pass the training config (--config RUN/config.yaml), or lower "
                     "video.total_pixels or evaluation.max_response_tokens."
                 )
-
-    def show(self, path: str) -> EncodedVideo:
-        """The frames as the model sees them. Raises VideoError."""
-        (video,) = self._reader.encode([path])
-        if isinstance(video, VideoError):
-            raise video
-        return video

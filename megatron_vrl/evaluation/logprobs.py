@@ -1,14 +1,14 @@
-"""Log-probs of given responses, token by token, over any layout: what score_responses.py runs.
+"""Log-probs of given responses, token by token, in any parallel layout (score_responses.py).
 
-The trainer's own path from sample to number: its decoders, prompts, packing, model and schedule,
-forward only, at temperature 1 and with no token banned. Samples are read, scored and written a
-block at a time, so memory does not grow with their number. Left out: several responses that share
-a prompt's computation; each sample is a group of one.
+Decoding, prompts, packing, model and schedule are those of training. The pass is forward only, at
+temperature 1 and with no token banned. Samples are read, scored and written in blocks, so memory
+does not grow with their number. Left out: sharing a prompt's computation between several
+responses; each sample is a group of one answer.
 """
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -30,8 +30,9 @@ from megatron_vrl.config import (
 from megatron_vrl.config.base import Positive
 from megatron_vrl.config.inference import read_inference
 from megatron_vrl.config.loader import checked, overridden
-from megatron_vrl.context import interleave, prompt_encoder
-from megatron_vrl.data.prompt import PromptEncoder, check_text
+from megatron_vrl.context import prompt_encoder
+from megatron_vrl.data.prompt import PromptEncoder, PromptSpec, check_text
+from megatron_vrl.data.prompt_pipeline import PromptPipeline
 from megatron_vrl.errors import ConfigError, DataError, VideoError, counted
 from megatron_vrl.models.architecture import Architecture, config_dtype, read_architecture
 from megatron_vrl.models.logprob_head import Distribution
@@ -40,18 +41,20 @@ from megatron_vrl.observe.progress import progress_bar
 from megatron_vrl.parallel.mesh import (
     Mesh,
     gather_objects,
+    gather_shards,
     init_mesh,
     raise_on_all_ranks,
+    shard,
     world_axis,
 )
 from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.policy.policy import Policy
-from megatron_vrl.types import EncodedVideo, Visual
+from megatron_vrl.types import Prompt
 from megatron_vrl.video import VideoReader
 from megatron_vrl.video.image import read_image, read_image_rules
 
 SAMPLES_AT_A_TIME = 16  # of one model replica
-FILLER = ""  # id of the answer that keeps a rank busy
+DUMMY = ""  # id of the answer of the dummy group
 Row = dict[str, Any]
 
 
@@ -61,7 +64,7 @@ class PromptLimit(Section):
 
 
 class ScoreConfig(Section):
-    """The sections of a run's configuration that a log-prob depends on."""
+    """Sections of a run's configuration that a log-prob depends on."""
 
     model: Model
     parallel: Parallel = Parallel()
@@ -83,12 +86,12 @@ class ScoredSample(Section):
 
 
 def score_config(checkpoint: str, overrides: Sequence[str]) -> ScoreConfig:
-    """The checkpoint's `inference.yaml` < overrides.
+    """Return the configuration: `inference.yaml` of the checkpoint, replaced by `overrides`.
 
-    Computes in the checkpoint's own type unless `model.dtype` is overridden.
+    The dtype is that of the checkpoint unless `model.dtype` is overridden.
     """
     directory = hf_dir_of(checkpoint)
-    read_architecture(directory)  # says what is wrong with the checkpoint, if something is
+    read_architecture(directory)  # raises CheckpointError if config.json is wrong
     dtype = config_dtype(directory) or "float32"
     kept = read_inference(directory)
     tree: dict[str, Any] = {name: kept[name] for name in ("video",) if name in kept}
@@ -104,10 +107,10 @@ def score_config(checkpoint: str, overrides: Sequence[str]) -> ScoreConfig:
 
 
 def score_file(cfg: ScoreConfig, samples: Path, out: Path) -> str:
-    """Score every sample of a file into another; what was done, in a line.
+    """Write the log-probs of every sample of a file to `out`, and return a summary line.
 
-    Every rank calls it; rank 0 writes. Raises UserError on every rank alike, and then `out` is
-    what it was before.
+    Every rank calls it and rank 0 writes. Raises UserError on every rank alike; `out` is unchanged
+    then.
     """
     directory = hf_dir_of(cfg.model.checkpoint)
     arch = read_architecture(directory)
@@ -128,12 +131,15 @@ def score_file(cfg: ScoreConfig, samples: Path, out: Path) -> str:
                 tokens += sum(len(row["logprobs"]) for row in rows)
                 total += sum(sum(row["logprobs"]) for row in rows)
                 bar.update(len(block))
-    numbers = f"{counted(count, 'response')}, {counted(tokens, 'token')}"
-    return f"{numbers}, mean log-prob {total / max(tokens, 1):.4f}"
+    counts = f"{counted(count, 'response')}, {counted(tokens, 'token')}"
+    return f"{counts}, mean log-prob {total / max(tokens, 1):.4f}"
 
 
 def read_samples(path: Path) -> Iterator[tuple[int, ScoredSample]]:
-    """(line number, sample) of each line that is not blank. Raises DataError naming the line."""
+    """Yield (line number, sample) of each line that is not blank.
+
+    Raises DataError naming the line.
+    """
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
@@ -144,7 +150,7 @@ def read_samples(path: Path) -> Iterator[tuple[int, ScoredSample]]:
 
 
 class Scorer:
-    """The model over the mesh, and what makes its input. Every rank calls every method."""
+    """Model and prompt pipeline over the mesh. Every rank calls every method."""
 
     def __init__(
         self, cfg: ScoreConfig, arch: Architecture, encoder: PromptEncoder, mesh: Mesh
@@ -155,17 +161,21 @@ class Scorer:
         self._policy = Policy(arch, frozen, cfg.parallel, mesh)
         load_weights(cfg.model.checkpoint, self._policy)
         self._mesh, self._encoder, self._batch = mesh, encoder, cfg.batch
-        self._videos = VideoReader(cfg.video)
-        self._image_rules = read_image_rules(hf_dir_of(cfg.model.checkpoint))
+        rules = read_image_rules(hf_dir_of(cfg.model.checkpoint))
+        self._prompts = PromptPipeline(
+            VideoReader(cfg.video), encoder, lambda path: read_image(path, rules)
+        )
 
     def score(self, block: Sequence[ScoredSample]) -> list[Row]:
-        """The block's rows in its order, on rank 0; [] elsewhere. Every rank gives all samples.
+        """Return the rows of a block in its order on rank 0, and [] on the other ranks.
+
+        Every rank passes all samples of the block.
 
         Raises VideoError or ConfigError on every rank, naming the sample.
         """
         mesh = self._mesh
         groups = self._groups(block)
-        dummy_group = self._group(ScoredSample(id="filler", question="", response=""), (), FILLER)
+        dummy_group = self._dummy_group()
         batches = plan_batches(groups, dummy_group, self._batch, mesh)
         outputs = self._policy.logprobs(batches, Distribution())
         found = [
@@ -175,58 +185,57 @@ class Scorer:
             for name, pieces in zip(
                 batch.answer_id, _by_answer(batch, output.cpu().numpy()), strict=True
             )
-            if name != FILLER
+            if name != DUMMY
         ]
         rows = {int(g.answers[0].id): _row(g) for g in groups} if mesh.model.rank == 0 else {}
         everywhere = gather_objects(world_axis(mesh), (rows, found))
         return _joined(block, everywhere) if mesh.rank == 0 else []
 
     def _groups(self, block: Sequence[ScoredSample]) -> list[Group]:
-        """Those of this replica's samples; each of its ranks decodes some of them."""
-        data, model = self._mesh.data, self._mesh.model
-        mine = range(len(block))[data.rank :: data.size][model.rank :: model.size]
+        """Return the groups of this replica's samples. Each of its ranks decodes a shard of them.
+
+        The id of an answer is the number of its sample in the block.
+        """
+        mesh = self._mesh
+        mine = shard(range(len(block)), mesh.data, mesh.model)
         groups: list[Group] = []
-        with raise_on_all_ranks(self._mesh):
-            paths = [path for number in mine for path in block[number].videos]
-            videos = dict(zip(paths, self._videos.encode(paths), strict=True))
-            for number in mine:
-                shown = self._shown(block[number], videos)
-                groups.append(self._group(block[number], shown, str(number)))
-        return interleave(gather_objects(model, groups))
+        with raise_on_all_ranks(mesh):
+            prompts = self._prompts.load_specs([_spec(block[number]) for number in mine])
+            for number, prompt in zip(mine, prompts, strict=True):
+                if isinstance(prompt, VideoError):
+                    raise VideoError(f"Sample {block[number].id}: {prompt}")
+                groups.append(self._group(prompt, block[number].response, str(number)))
+        return gather_shards(groups, mesh.model)
 
-    def _shown(
-        self, sample: ScoredSample, videos: Mapping[str, EncodedVideo | VideoError]
-    ) -> tuple[Visual, ...]:
-        """Videos, then images."""
-        visuals: list[Visual] = []
-        try:
-            for path in sample.videos:
-                video = videos[path]
-                if isinstance(video, VideoError):
-                    raise video
-                visuals.append(video)
-            visuals += [read_image(path, self._image_rules) for path in sample.images]
-        except VideoError as error:
-            raise VideoError(f"Sample {sample.id}: {error}") from None
-        return tuple(visuals)
+    def _dummy_group(self) -> Group:
+        """Return a group for ranks with fewer micro-batches than others. Its rows are dropped."""
+        return self._group(self._encoder.encode("dummy", None, (), ""), "", DUMMY)
 
-    def _group(self, sample: ScoredSample, visuals: tuple[Visual, ...], number: str) -> Group:
-        """The answer's id is the sample's number in its block."""
-        token_ids = self._encoder.answer(sample.response)
+    def _group(self, prompt: Prompt, response: str, answer_id: str) -> Group:
+        token_ids = self._encoder.answer(response)
         answer = Answer(
             token_ids=token_ids,
             advantage=0.0,
             engine_logprobs=np.zeros(len(token_ids), np.float32),
-            id=number,
+            id=answer_id,
         )
-        prompt = self._encoder.encode(sample.id, sample.system, visuals, sample.question)
         return Group(prompt=prompt, answers=(answer,))
+
+
+def _spec(sample: ScoredSample) -> PromptSpec:
+    return PromptSpec(
+        id=sample.id,
+        system=sample.system,
+        videos=sample.videos,
+        images=sample.images,
+        question=sample.question,
+    )
 
 
 def _by_answer(
     batch: MicroBatch, logprobs: NDArray[np.float32]
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-    """(index in the answer, log-prob) of this context rank's tokens [N], answer after answer."""
+    """Yield for each answer (index in the answer, log-prob) of this context rank's tokens [N]."""
     # The token before an answer's first input is the last of its prompt, or of another answer.
     index = batch.rows[batch.source] - batch.answer_start[batch.sequence] + 1
     index = np.maximum(index, 0)
@@ -236,7 +245,7 @@ def _by_answer(
 
 
 def _row(group: Group) -> Row:
-    """All of a sample's row but the log-probs."""
+    """Return the row of a sample without its log-probs."""
     prompt, (answer,) = group.prompt, group.answers
     first = int(prompt.positions.max()) + 1
     steps = np.broadcast_to(
@@ -251,7 +260,7 @@ def _row(group: Group) -> Row:
 
 
 def _joined(block: Sequence[ScoredSample], everywhere: Sequence[tuple[dict, list]]) -> list[Row]:
-    """Rows of all replicas in the block's order, with the tokens of all context ranks."""
+    """Return the rows of all replicas in the block's order, with all context ranks' log-probs."""
     rows = {number: row for rows, _ in everywhere for number, row in rows.items()}
     values = {n: np.full(len(row["response_token_ids"]), np.nan) for n, row in rows.items()}
     seen = dict.fromkeys(rows, 0)
@@ -264,7 +273,7 @@ def _joined(block: Sequence[ScoredSample], everywhere: Sequence[tuple[dict, list
 
 
 def _check(path: Path) -> int:
-    """The number of samples. Raises DataError for the first line that cannot be scored."""
+    """Return the number of samples. Raises DataError for the first line that is not valid."""
     count = 0
     for number, sample in read_samples(path):
         where = f"{path}, line {number}"
@@ -297,7 +306,7 @@ def _parsed(line: bytes, origin: str) -> ScoredSample:
 
 @contextmanager
 def _rows_into(path: Path, mesh: Mesh) -> Iterator[Callable[[list[Row]], None]]:
-    """A function that writes rows beside their place; they take the name when all are there."""
+    """Yield a function that writes rows to PATH.partial, which is renamed at the end."""
     partial = path.with_name(path.name + ".partial")
     with raise_on_all_ranks(mesh), _named(path):
         if path.is_dir():
@@ -323,6 +332,7 @@ def _rows_into(path: Path, mesh: Mesh) -> Iterator[Callable[[list[Row]], None]]:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
+    """Raise DataError naming `path` in place of an OSError."""
     try:
         yield
     except OSError as error:

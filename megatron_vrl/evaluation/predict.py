@@ -1,9 +1,9 @@
-"""A checkpoint's answers to a benchmark, kept as they come so that a stopped run goes on.
+"""Greedy answers of a checkpoint to a benchmark, written one by one so that a call can resume.
 
-OUT/predictions.jsonl grows by a line for each answer, beside OUT/settings.json with all that the
-answers depend on: the same call goes on after the last whole line, one with other settings is
-refused. A video that cannot be read is a line without a response; the question is asked when a
-later call finds the video readable.
+Each answer is a line of OUT/predictions.jsonl. OUT/settings.json holds the settings that the
+answers depend on. The same call resumes after the last whole line; a call with other settings is
+refused. A question whose video cannot be read gets a line without a response, and is asked again
+when a later call can read the video.
 """
 
 import json
@@ -14,14 +14,13 @@ from typing import Any
 from megatron_vrl.config import Video
 from megatron_vrl.errors import ConfigError, DataError, VideoError, counted
 from megatron_vrl.evaluation.benchmark import Prediction, prediction_of
-from megatron_vrl.evaluation.generate import Answerer, Answers, InferenceConfig
+from megatron_vrl.evaluation.generate import Answerer, InferenceConfig
 from megatron_vrl.observe.progress import progress_bar
 from megatron_vrl.process.entry import told_if_interrupted
 from megatron_vrl.process.run_lock import check_owned
-from megatron_vrl.rollout.request import SamplingSpec
 from megatron_vrl.storage.files import full_disk_named, kept_rows, read_rows, write_file
 from megatron_vrl.tasks import can_be_asked
-from megatron_vrl.types import VideoSample
+from megatron_vrl.types import Rollout, VideoSample
 from megatron_vrl.video import VideoReader
 
 TEMPORAL_R1_DEFAULTS: dict[
@@ -40,10 +39,10 @@ def predict(
     settings: dict[str, Any],
     start: Callable[[InferenceConfig, int], Answerer] = Answerer,
 ) -> list[Prediction]:
-    """Greedy answers to every question that can be asked, as far as `out` does not have them.
+    """Answer every question that can be asked and that `out` does not have; return all answers.
 
-    An engine is started when something is left to answer. Raises UserError, before that if no
-    video of `samples` is there.
+    An engine starts only if a question is left. Raises UserError, before an engine starts if no
+    video of `samples` exists.
     """
     check_videos(samples, "--videos")
     out.mkdir(parents=True, exist_ok=True)
@@ -58,7 +57,6 @@ def predict(
     left = [s for s in samples if s.id not in done and can_be_asked(s)]
     if left:
         longest = cfg.evaluation.max_response_tokens
-        spec = SamplingSpec(n=1, temperature=0.0, top_p=1.0, max_tokens=longest, seed=0)
         total, before = len(rows) + len(left), len(rows)
         with (
             told_if_interrupted(lambda: kept_rows(path, total, "answer")),
@@ -66,10 +64,10 @@ def predict(
             progress_bar("evaluate", total, "questions", before) as bar,
         ):
             answerer = start(cfg, longest)
-            for sample, answers in answerer.answer(left, spec, SAMPLES_AT_A_TIME):
+            for sample, answer in answerer.answer_greedily(left, longest, SAMPLES_AT_A_TIME):
                 check_owned(out)
                 with full_disk_named(path):
-                    file.write(json.dumps(_row(sample, answers)) + "\n")
+                    file.write(json.dumps(_row(sample, answer)) + "\n")
                     file.flush()
                 bar.update()
     return [prediction_of(json.dumps(row), str(path)) for row in read_rows(path)]
@@ -99,7 +97,7 @@ def readable(cfg: Video, samples: Sequence[VideoSample]) -> set[str]:
 
 
 def too_many_bad(problems: Sequence[str], count: int, most: float) -> str:
-    """Return a sentence if more than the share `most` of `count` samples have `problems`."""
+    """Return a sentence if more than the fraction `most` of `count` samples have `problems`."""
     if len(problems) <= most * count:
         return ""
     return (
@@ -109,10 +107,10 @@ def too_many_bad(problems: Sequence[str], count: int, most: float) -> str:
     )
 
 
-def _row(sample: VideoSample, answers: Answers) -> dict[str, Any]:
-    if isinstance(answers, VideoError):
-        return {"id": sample.id, "response": None, "problem": str(answers)}
-    (answer,) = answers
+def _row(sample: VideoSample, answer: Rollout | VideoError) -> dict[str, Any]:
+    """Return the line of predictions.jsonl for one question."""
+    if isinstance(answer, VideoError):
+        return {"id": sample.id, "response": None, "problem": str(answer)}
     return {
         "id": sample.id,
         "response": answer.text,
@@ -122,7 +120,7 @@ def _row(sample: VideoSample, answers: Answers) -> dict[str, Any]:
 
 
 def check_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Raises ConfigError if `path` holds others; else writes them there."""
+    """Write the settings to `path`. Raises ConfigError if the file has other settings."""
     if path.exists():
         before = json.loads(path.read_text())
         changed = sorted(key for key in settings if before.get(key) != settings[key])

@@ -1,7 +1,8 @@
-"""The grid of ranks: which part of the model and of the batch this process owns.
+"""Device mesh: the part of the model and of the batch that this process owns.
 
-The only door to Megatron's `parallel_state`. Rank order is Megatron's: tensor fastest, then
-context, then data, then pipeline. Process groups are gloo on the CPU and NCCL on GPUs.
+No other module uses Megatron's `parallel_state`. Ranks are ordered as in Megatron: tensor fastest,
+then context, data and pipeline. Process groups are gloo on the CPU and NCCL on GPUs. `shard` and
+`gather_shards` split items over axes and join them again.
 """
 
 import os
@@ -11,13 +12,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from megatron_vrl.config import Parallel
 from megatron_vrl.errors import ConfigError, UserError
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,12 +150,37 @@ def _model_axis(data_rank: int) -> Axis:
 
 
 def gather_objects(axis: Axis, value: Any) -> list[Any]:
-    """The values of all ranks along `axis`, in rank order. Every rank of the axis calls it."""
+    """Return the values of all ranks along `axis`, in rank order. Every rank of it calls it."""
     if axis.size == 1:
         return [value]
     values: list[Any] = [None] * axis.size
     dist.all_gather_object(values, value, group=axis.group)
     return values
+
+
+def shard(items: Sequence[Item], *axes: Axis) -> list[Item]:
+    """Return this rank's shard of `items`: every k-th item, along one axis after the other.
+
+    Example: with data size 2 and model size 2, `shard(range(8), mesh.data, mesh.model)` is [0, 4],
+    [2, 6] on the two ranks of replica 0 and [1, 5], [3, 7] on those of replica 1.
+    """
+    for axis in axes:
+        items = items[axis.rank :: axis.size]
+    return list(items)
+
+
+def gather_shards(items: Sequence[Item], axis: Axis) -> list[Item]:
+    """Return the shards of all ranks along `axis` as one list, in the order before `shard`.
+
+    Every rank of the axis calls it.
+    """
+    return interleave(gather_objects(axis, list(items)))
+
+
+def interleave(shards: Sequence[Sequence[Item]]) -> list[Item]:
+    """Return the items that `shard` split: [[a0, a2], [a1]] -> [a0, a1, a2]."""
+    longest = max(map(len, shards), default=0)
+    return [items[i] for i in range(longest) for items in shards if i < len(items)]
 
 
 def exchange_objects(axis: Axis, outgoing: Sequence[Sequence[Any]]) -> list[Any]:

@@ -1,9 +1,9 @@
-"""This rank's groups -> micro-batches that fit those of all other ranks.
+"""Pack a rank's groups into micro-batches, the same number on every data-parallel rank.
 
-Every data-parallel rank must run the same number of micro-batches, and every token must weigh as
-if the whole step were one batch. Both need a word from the other ranks; nothing else here does.
-`rebalance` comes before, if at all: it hands groups to other data ranks until all have nearly the
-same work. Left out: splitting a group, whose prompt two ranks would then compute.
+Every token weighs as if the whole step were one batch. `plan_batches` needs one all-gather over the
+data-parallel ranks for the number of micro-batches and the weights; the rest is local. `rebalance`
+may run before: it moves groups between data-parallel ranks until their work is nearly equal. Left
+out: splitting a group, since two ranks would then compute its prompt.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from megatron_vrl.batching.pack import Group, MicroBatch, as_plain, pack, share_
 from megatron_vrl.config import Batch
 from megatron_vrl.parallel.mesh import Mesh, exchange_objects, gather_objects
 
-TILE_ROWS = 16  # of a matrix product on tensor cores; FP8 takes nothing else
+TILE_ROWS = 16  # rows of a tensor-core tile; FP8 kernels require a multiple of it
 Cost = Callable[[Group], float]
 Normalisation = Literal[
     "global_tokens", "sequence_mean", "sequence_sum", "constant_length", "temporal_r1"
@@ -26,26 +26,26 @@ Normalisation = Literal[
 
 
 def tokens(group: Group) -> float:
-    """The cost of a group where attention and the vision tower cost nothing more."""
+    """Return the number of tokens of a group as its cost."""
     return float(group.num_tokens)
 
 
 def rebalance(groups: Sequence[Group], mesh: Mesh, cost: Cost) -> list[Group]:
-    """The groups of this data rank after all data ranks have shared theirs out by `cost`.
+    """Partition the groups of all data-parallel ranks by `cost`, and return this rank's.
 
     Every rank calls it with the groups of its replica, the same on all ranks of the replica. Only
-    groups that change rank are sent, with their frames. A rank may end with none.
+    groups that change rank are sent, with their frames. The result may be empty.
     """
     everywhere = gather_objects(mesh.data, [cost(group) for group in groups])
     costs = [c for of_rank in everywhere for c in of_rank]
     homes = [rank for rank, of_rank in enumerate(everywhere) for _ in of_rank]
-    places = destinations(costs, homes, mesh.data.size)
+    targets = destinations(costs, homes, mesh.data.size)
     first = homes.index(mesh.data.rank) if groups else 0
     outgoing: list[list[tuple[int, Group]]] = [[] for _ in range(mesh.data.size)]
     for number, group in enumerate(groups, start=first):  # counted over all ranks
-        outgoing[places[number]].append((number, group))
+        outgoing[targets[number]].append((number, group))
     kept, outgoing[mesh.data.rank] = outgoing[mesh.data.rank], []
-    if places != homes:
+    if targets != homes:
         kept += exchange_objects(mesh.data, outgoing)
     return [group for _, group in sorted(kept, key=lambda pair: pair[0])]
 
@@ -60,11 +60,12 @@ def plan_batches(
     cost: Cost = tokens,
     max_response_tokens: int = 1,
 ) -> list[MicroBatch]:
-    """Every rank calls it, with the groups of its data rank; [] if no rank has any.
+    """Return the micro-batches of this rank's groups; [] if no rank has groups.
 
-    A rank with fewer micro-batches than another cuts its own finer, and what then is missing is
-    filled with an answer of `dummy_group` whose tokens weigh 0. `cost` balances the micro-batches.
-    See `_token_weights` for `normalisation`; `max_response_tokens` is read by `constant_length`.
+    Every rank calls it, with the groups of its data-parallel rank. A rank with fewer micro-batches
+    than another first splits its own into smaller ones, and then adds dummy micro-batches: an
+    answer of `dummy_group` whose tokens have weight 0. Micro-batches are balanced by `cost`. See
+    `_token_weights` for `normalisation`; only `constant_length` uses `max_response_tokens`.
     """
     laid_out = as_plain(groups) if cfg.layout == "plain" else list(groups)
     sizes, costs = [g.num_tokens for g in laid_out], [cost(g) for g in laid_out]
@@ -74,12 +75,12 @@ def plan_batches(
     most = max(counts)
     if most == 0:
         return []
-    if mesh.interleaved:  # its micro-batches are handed on in rounds of the pipeline's size
+    if mesh.interleaved:  # this schedule takes a multiple of the pipeline's size
         most = -(-most // mesh.pipeline.size) * mesh.pipeline.size
     if len(bins) < most:
         bins = into_micro_batches(sizes, costs, cfg.tokens, at_least=most)
-    idle = replace(dummy_group, answers=dummy_group.answers[:1])
-    members = [[laid_out[i] for i in bin_] for bin_ in bins] + [[idle]] * (most - len(bins))
+    dummy = replace(dummy_group, answers=dummy_group.answers[:1])
+    members = [[laid_out[i] for i in bin_] for bin_ in bins] + [[dummy]] * (most - len(bins))
     batches = _packed(members, mesh)
     step = _Step(sum(targets), sum(answers), len(bins) * mesh.data.size, max_response_tokens)
     weights = [_token_weights(batch, normalisation, step) for batch in batches[: len(bins)]]
@@ -90,7 +91,7 @@ def plan_batches(
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """What a token's weight is divided by; counted over all data ranks."""
+    """Counts over all data-parallel ranks, by which token weights are divided."""
 
     tokens: int  # that have a loss
     answers: int
@@ -101,13 +102,14 @@ class _Step:
 def _token_weights(
     batch: MicroBatch, normalisation: Normalisation, step: _Step
 ) -> NDArray[np.float32]:
-    """[N] of a whole micro-batch.
+    """Return the weight [N] of each token of a micro-batch before context ranks split it.
 
-    `global_tokens`: every token of the step the same (DAPO, arXiv 2503.14476). `sequence_mean`:
-    every answer the same, its tokens equally (GRPO, arXiv 2402.03300). `sequence_sum`: an answer
-    weighs its length. `constant_length`: that over the longest response there may be (Dr. GRPO,
-    arXiv 2503.20783). `seed`: mean inside each micro-batch, then over micro-batches, then over
-    data ranks, as Temporal-R1 released it; the only one that depends on how answers are packed.
+    `global_tokens`: mean over all tokens of the step (DAPO, arXiv 2503.14476). `sequence_mean`:
+    mean over answers of the mean over their tokens (GRPO, arXiv 2402.03300). `sequence_sum`: mean
+    over answers of the sum over their tokens. `constant_length`: `sequence_sum` divided by the
+    maximum response length (Dr. GRPO, arXiv 2503.20783). `temporal_r1`: mean inside each
+    micro-batch, then over micro-batches, then over data ranks, as in Temporal-R1's released code;
+    only this one depends on how answers are packed.
     """
     length = np.bincount(batch.sequence)[batch.sequence]  # [N] of the token's answer
     divisors: dict[Normalisation, Any] = {
@@ -121,11 +123,11 @@ def _token_weights(
 
 
 def _packed(bins: Sequence[Sequence[Group]], mesh: Mesh) -> list[MicroBatch]:
-    """One micro-batch of each bin, padded to what the layout and the hardware divide."""
+    """Pack each bin into a micro-batch, padded to a multiple for the layout and the hardware."""
     zigzag = 2 * mesh.context.size if mesh.context.size > 1 else 1
     tile = TILE_ROWS if mesh.device.type == "cuda" else 1
     multiple = mesh.tensor.size * zigzag * tile
-    # The interleaved schedule sends tensors of one shape: all are as long as the longest.
+    # The interleaved schedule sends tensors of one shape: pad all to the longest.
     longest = max(sum(group.num_tokens for group in groups) for groups in bins)
     at_least = longest if mesh.interleaved else 0
     return [pack(groups, multiple=multiple, at_least=at_least) for groups in bins]

@@ -1,4 +1,4 @@
-"""Megatron's optimizer for one phase, and its learning rate as a function of the step."""
+"""Megatron's optimizer for one training phase, and its learning-rate schedule."""
 
 import math
 
@@ -11,15 +11,15 @@ from megatron_vrl.config import Optimizer
 def make_optimizer(
     chunks: list[DistributedDataParallel], cfg: Optimizer, *, bf16: bool, distributed: bool
 ) -> MegatronOptimizer:
-    """A fresh AdamW with float32 main weights; every rank calls it.
+    """Return a new AdamW optimizer with float32 main weights. Every rank calls it.
 
-    Weight decay spares biases and norms, as everywhere on Megatron.
+    Biases and norms have no weight decay, as is Megatron's default.
     """
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
             lr=cfg.lr,
-            min_lr=0.0,  # read by Megatron only; `learning_rate` below decides
+            min_lr=0.0,  # Megatron requires it; `learning_rate` below sets the rate
             weight_decay=cfg.weight_decay,
             adam_beta1=cfg.betas[0],
             adam_beta2=cfg.betas[1],
@@ -31,13 +31,13 @@ def make_optimizer(
         chunks,
     )
     for part in optimizer.chained_optimizers:
-        if part.optimizer is not None:  # None: all that this rank holds is frozen
-            part.init_state_fn(part.optimizer)  # a checkpoint may come before the first update
+        if part.optimizer is not None:  # None: all parameters of this rank are frozen
+            part.init_state_fn(part.optimizer)  # a checkpoint may be loaded before the first update
     return optimizer
 
 
 def learning_rate(cfg: Optimizer, step: int, num_steps: int) -> float:
-    """Rate of the update that follows `step` finished ones: linear warm-up, then the decay."""
+    """Return the learning rate of the update after `step` updates: linear warm-up, then decay."""
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / cfg.warmup_steps
     if cfg.decay == "constant":

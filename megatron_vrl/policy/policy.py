@@ -1,12 +1,12 @@
-"""The model being trained: forward, backward and update over all of its ranks.
+"""Policy model: forward pass, backward pass and optimizer update over all ranks.
 
-Every rank of the mesh calls every method, with its share of its data rank's micro-batches; the
-number of micro-batches must be the same on all. The loss is a sum of token losses times token
-weights, so gradients are summed, never averaged, and no split of the batch can change them.
+Every rank of the mesh calls every method, with the micro-batches of its data-parallel rank. All
+ranks must have the same number of micro-batches. The loss is the sum of token losses times token
+weights. Gradients are summed and never averaged, so the split of a batch does not change them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -36,19 +36,19 @@ from megatron_vrl.parallel.mesh import Mesh, gather_objects, world_axis
 from megatron_vrl.policy.optimizer import learning_rate, make_optimizer
 
 TokenLoss = Callable[[Tokens], tuple[Tensor, dict[str, Tensor]]]  # loss [N], metrics {name: [N]}
-Job = tuple[MicroBatch, Callable[..., Any]]  # and what the last stage does with its output
-FINITE = "finite"  # [N] of a record, beside its sums: which token losses are finite
-LogProbs = Sequence[Tensor | None]  # [N] of every micro-batch; None off the last stage
+Job = tuple[MicroBatch, Callable[..., Any]]  # the function gets the output on the last stage
+FINITE = "finite"  # entry [N] of a record beside its sums: True where the token loss is finite
+LogProbs = Sequence[Tensor | None]  # [N] of every micro-batch; None on other stages than the last
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Update:
-    """What one optimizer update did; the same on every rank."""
+    """Result of one optimizer update. It is the same on every rank."""
 
     loss: float
     grad_norm: float
     applied: bool  # False: a gradient was not finite and the update was left out
-    suspects: tuple[str, ...]  # then: the answers, on any rank, that it may have come from
+    suspects: tuple[str, ...]  # if not applied: answers of any rank that may be the cause
     lr: float
     metrics: dict[str, float]  # token means; "_max": maxima; "fp8/": see models/fp8_monitor.py
 
@@ -68,19 +68,11 @@ class Policy:
             use_distributed_optimizer=parallel.distributed_optimizer,
         )
         self._ddp = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in self.chunks]
-        config = self.chunks[0].config  # Megatron's schedules read the first chunk's
-        config.finalize_model_grads_func = self._finalize_gradients
-        if parallel.overlap:
-            pause = [wrapped.no_sync for wrapped in self._ddp]
-            begin = [wrapped.start_grad_sync for wrapped in self._ddp]
-            several = parallel.virtual > 1  # else Megatron wants the function and not a list of one
-            config.no_sync_func = pause if several else pause[0]
-            config.grad_sync_func = begin if several else begin[0]
         self.optimizer: MegatronOptimizer | None = None
         self._reference: list[Qwen25VL] = []
 
     def _built(self) -> list[Qwen25VL]:
-        """This rank's chunks of layers, one for each virtual pipeline stage."""
+        """Return this rank's chunks of layers, one for each virtual pipeline stage."""
         model, parallel, mesh = self._model_cfg, self._parallel_cfg, self.mesh
         return [
             Qwen25VL(self.arch, model, parallel, mesh, virtual).to(mesh.device)
@@ -88,7 +80,7 @@ class Policy:
         ]
 
     def start_phase(self, cfg: Optimizer, num_steps: int) -> None:
-        """Begin with a fresh optimizer on the weights as they are."""
+        """Create a new optimizer for the current weights."""
         self._optimizer_cfg, self._num_steps = cfg, num_steps
         self.optimizer = make_optimizer(
             self._ddp,
@@ -98,21 +90,27 @@ class Policy:
         )
 
     def keep_reference(self) -> None:
-        """Keep a copy of the weights as they are, for the KL term.
+        """Copy the current weights as the reference model of the KL term.
 
-        It asks for gradients as the policy does and never gets any: torch chooses the operations of
-        a product by that flag, and only the same operations make a KL term of exactly 0.
+        The copy keeps requires_grad, although it gets no gradients. torch chooses the kernels of a
+        matrix product by that flag, and only equal kernels give a KL term of exactly 0.
         """
         self._reference = self._built()
         for kept, chunk in zip(self._reference, self.chunks, strict=True):
             kept.load_state_dict(chunk.state_dict())
 
     def logprobs(self, batches: Sequence[MicroBatch], of: Distribution) -> LogProbs:
-        """Log-prob [N] of every batch under the weights as they are; None off the last stage."""
+        """Return the log-probs [N] of every batch under the policy.
+
+        On other pipeline stages than the last they are None.
+        """
         return self._logprobs(self.chunks, batches, of)
 
     def reference_logprobs(self, batches: Sequence[MicroBatch], of: Distribution) -> LogProbs:
-        """Log-prob [N] of every batch under the reference; None off the last stage or without."""
+        """Return the log-probs [N] of every batch under the reference model.
+
+        They are None on other pipeline stages than the last, and if no reference was kept.
+        """
         if not self._reference:
             return [None] * len(batches)
         return self._logprobs(self._reference, batches, of)
@@ -135,22 +133,22 @@ class Policy:
         old: LogProbs | None = None,
         reference: LogProbs | None = None,
     ) -> Update:
-        """One optimizer update from this rank's micro-batches; `step` updates were made before.
+        """Make one optimizer update from this rank's micro-batches, after `step` updates.
 
-        `old`: log-probs when the batch of rollouts began, None: those of this very pass.
-        `reference`: for the KL term, None: without.
+        `old`: log-probs from before the first update on these rollouts; None: those of this pass.
+        `reference`: log-probs of the reference model for the KL term; None: no KL term.
         """
         assert self.optimizer is not None, "start_phase first"
-        nothing: LogProbs = [None] * len(batches)
+        absent: LogProbs = [None] * len(batches)
         jobs = [
             (batch, partial(self._weighted, token_loss, batch, before, kept))
-            for batch, before, kept in zip(
-                batches, old or nothing, reference or nothing, strict=True
-            )
+            for batch, before, kept in zip(batches, old or absent, reference or absent, strict=True)
         ]
         self._zero_gradients()
         forget(self.chunks)
-        metrics = self._reduce(self._run(self._ddp, jobs, of))
+        with self._reducing_gradients():
+            records = self._run(self._ddp, jobs, of)
+        metrics = self._reduce(records)
         if self._model_cfg.fp8 != "none":
             metrics |= fp8_metrics(self.chunks, self.mesh.device)
         lr = learning_rate(self._optimizer_cfg, step, self._num_steps)
@@ -176,33 +174,47 @@ class Policy:
         self.optimizer.zero_grad()
 
     def _suspects(self, jobs: Sequence[Job], of: Distribution) -> tuple[str, ...]:
-        """Answers of the micro-batches whose own gradient is not finite, over all ranks.
+        """Return the answers of all ranks whose micro-batch has a gradient that is not finite.
 
-        The micro-batches are computed once more, a few at a time, and their gradients looked at
-        before data ranks add them up. Of a micro-batch, the answers whose loss is not finite; all
-        of them if the fault shows in the backward pass only.
+        The micro-batches are computed again, a few at a time, and their gradients are checked
+        before data-parallel ranks sum them. A micro-batch names the answers with a loss that is
+        not finite, or all its answers if only the backward pass fails.
         """
-        config = self.chunks[0].config
-        finalize, config.finalize_model_grads_func = config.finalize_model_grads_func, None
         at_a_time = self.mesh.pipeline.size if self.mesh.interleaved else 1
         found: set[str] = set()
-        with ExitStack() as apart:
+        with ExitStack() as local, self._reducing_gradients(finalize=False):
             for wrapped in self._ddp:
-                apart.enter_context(wrapped.no_sync())
+                local.enter_context(wrapped.no_sync())
             for start in range(0, len(jobs), at_a_time):
                 self._zero_gradients()
                 part = jobs[start : start + at_a_time]
                 records = self._run(self._ddp, part, of)
                 if self._gradients_are_finite(self.mesh.model.group):
                     continue
-                for (batch, _), record in zip(part, records, strict=False):  # on the last stage
+                for (batch, _), record in zip(part, records, strict=False):  # [] but on the last
                     bad = record[FINITE].cpu().numpy() == 0
                     named = batch.sequence[bad] if bad.any() else batch.sequence
                     found |= {batch.answer_id[answer] for answer in named}
-        config.finalize_model_grads_func = finalize
         self._zero_gradients()
         everywhere = gather_objects(world_axis(self.mesh), found)
         return tuple(sorted(set().union(*everywhere)))
+
+    @contextmanager
+    def _reducing_gradients(self, finalize: bool = True) -> Iterator[None]:
+        """Set the functions by which Megatron's schedule reduces gradients, in this block only.
+
+        Without `finalize` the gradients of a schedule stay those of this rank.
+        """
+        functions: dict[str, Any] = {}
+        functions["finalize_model_grads_func"] = self._finalize_gradients if finalize else None
+        if self._parallel_cfg.overlap:
+            pause = [wrapped.no_sync for wrapped in self._ddp]
+            begin = [wrapped.start_grad_sync for wrapped in self._ddp]
+            several = len(self._ddp) > 1  # else Megatron wants the function and not a list of one
+            functions["no_sync_func"] = pause if several else pause[0]
+            functions["grad_sync_func"] = begin if several else begin[0]
+        with changed_config(self.chunks[0].config, functions):  # schedules read the first chunk's
+            yield
 
     def _run(
         self,
@@ -211,7 +223,10 @@ class Policy:
         of: Distribution,
         forward_only: bool = False,
     ) -> list[Any]:
-        """Megatron's schedule over the micro-batches; what the last stage made of each output."""
+        """Run Megatron's schedule over the micro-batches.
+
+        Returns the result of each job's function on the last pipeline stage, [] on the others.
+        """
 
         def forward_step(data: Iterator[Job], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
             batch, on_output = next(data)
@@ -231,7 +246,8 @@ class Policy:
         return records
 
     def _patches(self, batch: MicroBatch) -> Tensor | None:
-        if len(batch.seen) == len(batch.visuals):  # nothing to see, or all seen before
+        """Return the pixel patches of a micro-batch; None if no visual needs the tower."""
+        if len(batch.seen) == len(batch.visuals):  # no visuals, or all have embeddings
             return None
         patches = [patchify(visual.frames, self.mesh.device) for visual in batch.visuals]
         return torch.cat(patches).to(self.chunks[0].config.params_dtype)
@@ -239,8 +255,11 @@ class Policy:
     def _finalize_gradients(
         self, model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any
     ) -> None:
-        """Sum over data ranks, tied heads and sequence-parallel norms; then the vision tower's
-        parts, since each tensor-parallel rank saw its own temporal steps only."""
+        """Sum gradients over data ranks, tied embeddings and sequence-parallel norms.
+
+        Then sum the vision tower's gradients over tensor-parallel ranks, each of which encoded its
+        own temporal steps only.
+        """
         finalize_model_grads(model, None, **kwargs)
         tensor, vision = self.mesh.tensor, self.chunks[0].vision
         if tensor.size == 1 or vision is None:
@@ -253,7 +272,8 @@ class Policy:
                 grad.copy_(summed.view_as(grad))
 
     def _gradients_are_finite(self, group: dist.ProcessGroup | None) -> bool:
-        # By the extremes, which NaN spreads to: `isfinite` of a buffer takes twice its memory.
+        """Return whether all gradients of the ranks of `group` are finite."""
+        # NaN propagates to the extremes. `isfinite` of a buffer would take twice its memory.
         extremes = [
             torch.stack(buffer.grad_data.aminmax())
             for wrapped in self._ddp
@@ -266,7 +286,7 @@ class Policy:
         return bool(flag.item())
 
     def _reduce(self, records: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Token sums -> means over the whole step, on every rank."""
+        """Return means over the tokens of the whole step, from the token sums of all ranks."""
         names = sorted(records[0].keys() - {FINITE}) if records else []
         box: list[Any] = [names]
         last = dist.get_global_rank(self.mesh.pipeline.group, self.mesh.pipeline.size - 1)
@@ -300,7 +320,7 @@ class Policy:
         reference: Tensor | None,
         output: Tensor,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Megatron's loss function of one micro-batch: scalar, token count, sums to report."""
+        """Return the loss, the token count and the record of one micro-batch, for Megatron."""
         logprob, entropy = output
         on = lambda array: torch.from_numpy(array).to(logprob.device)  # noqa: E731
         losses, metrics = token_loss(
@@ -318,7 +338,7 @@ class Policy:
         )
         weight = on(batch.weight)
         loss = (losses * weight).sum()
-        counted = weight > 0  # filler micro-batches weigh nothing
+        counted = weight > 0  # tokens of dummy micro-batches have weight 0
         record = {
             name: (value.detach() * counted).amax()
             if name.endswith("_max")
@@ -330,9 +350,23 @@ class Policy:
         return loss, counted.sum().int(), record
 
     def _over_context(self, sums: Tensor) -> Tensor:
+        """Sum in place over the context-parallel ranks."""
         if self.mesh.context.size > 1:
             dist.all_reduce(sums, group=self.mesh.context.group)
         return sums
+
+
+@contextmanager
+def changed_config(config: Any, values: Mapping[str, Any]) -> Iterator[None]:
+    """Set fields of a Megatron config in this block, and restore them however it ends."""
+    before = {name: getattr(config, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(config, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
 
 
 def _logprob_of(output: Tensor, non_loss_data: bool) -> Tensor:

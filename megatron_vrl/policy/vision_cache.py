@@ -1,11 +1,11 @@
-"""What a frozen vision tower makes of a video, computed once: for engine, reference and update.
+"""LRU cache of a frozen vision tower's embeddings, shared by rollout, reference and update.
 
-Tokens are kept in host memory, dropped when they were used longest ago, and belong to a weight
-epoch: the tower's parameters as they are until one of them is written to (torch counts that; a
-write through `.data` it does not see). Of a new epoch nothing old is kept.
+The embeddings lie in host memory, at most `memory_mib` of them. Each entry belongs to a weight
+epoch: the cache is emptied when the version counter of a tower parameter changes. A write through
+`.data` does not change that counter and is not noticed.
 
-With pipeline stages the first one, which alone has the tower, looks for the others. Left out: the
-warm-up, which shows the tower its pixels at every step.
+Only the first pipeline stage has the vision tower, so it also embeds the prompts of the other
+stages. SFT does not use the cache and runs the tower at every step.
 """
 
 from collections import OrderedDict
@@ -27,36 +27,37 @@ Key = tuple[Any, ...]
 
 
 def embed_across_ranks(
-    eyes: "VisionEmbeddingCache | None", mesh: Mesh, prompts: Sequence[Prompt]
+    cache: "VisionEmbeddingCache | None", mesh: Mesh, prompts: Sequence[Prompt]
 ) -> list[Prompt]:
-    """Call `VisionEmbeddingCache.look` for each pipeline stage's own prompts.
+    """Return this rank's prompts with their vision embeddings.
 
-    `eyes` is the cache of the first stage and None elsewhere. All stages call it together.
+    `cache` is the cache of the first pipeline stage and None elsewhere. All stages call it
+    together, each with its own prompts.
     """
     if mesh.pipeline.size == 1:
-        assert eyes is not None
-        return eyes.look(prompts)
-    of_stages = gather_objects(mesh.pipeline, list(prompts))
-    seen = [[p.seen for p in eyes.look(own)] for own in of_stages] if eyes else []
+        assert cache is not None
+        return cache.embed(prompts)
+    by_stage = gather_objects(mesh.pipeline, list(prompts))
+    seen = [[p.seen for p in cache.embed(of_stage)] for of_stage in by_stage] if cache else []
     own_seen = gather_objects(mesh.pipeline, seen)[0][mesh.pipeline.rank]
     return [replace(p, seen=tokens) for p, tokens in zip(prompts, own_seen, strict=True)]
 
 
 class VisionEmbeddingCache:
-    """One for each process of the first pipeline stage; ranks need not call it together."""
+    """Cache of one process of the first pipeline stage. Ranks need not call it together."""
 
     def __init__(self, policy: Policy, memory_mib: int) -> None:
         assert policy.chunks[0].vision is not None, "not the first pipeline stage"
         self.epoch = 0  # of the tower's weights
-        self.encoded = 0  # videos shown to the tower
+        self.encoded = 0  # forward passes of the tower
         self._tower = policy.chunks[0].vision
         self._device = policy.mesh.device
-        self._limit, self._used = memory_mib * MIB, 0
-        self._kept: OrderedDict[Key, NDArray[Any]] = OrderedDict()  # longest unused first
+        self._limit, self._used = memory_mib * MIB, 0  # bytes
+        self._kept: OrderedDict[Key, NDArray[Any]] = OrderedDict()  # least recently used first
         self._written = self._tower.written()
 
-    def look(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """The prompts with the vision tokens of their videos."""
+    def embed(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Return the prompts with the vision embeddings of their visuals."""
         if (written := self._tower.written()) != self._written:
             self._written, self.epoch = written, self.epoch + 1
             self._kept.clear()
@@ -83,6 +84,6 @@ class VisionEmbeddingCache:
 
 
 def _key(visual: Visual) -> Key:
-    """The frames without reading them: file, which of its frames, and their size."""
+    """Return the cache key of a visual: file digest, grid and frame indices, not the pixels."""
     frames = visual.frame_indices.tobytes() if isinstance(visual, EncodedVideo) else b""
     return visual.digest, visual.grid_thw, frames

@@ -36,6 +36,11 @@ class SamplingSpec:
         if not 0 < self.top_p <= 1:
             raise RolloutError(f"top_p={self.top_p} keeps no token; choose a value in (0, 1].")
 
+    @classmethod
+    def greedy(cls, max_tokens: int) -> "SamplingSpec":
+        """Return the spec of one greedy answer of at most `max_tokens` tokens."""
+        return cls(n=1, temperature=0.0, top_p=1.0, max_tokens=max_tokens, seed=0)
+
     def of_prompt(self, index: int) -> "SamplingSpec":
         """For one of several prompts. Each draws from a seed of its own, so an answer does not
         depend on what is generated beside it, nor on which engine does it."""

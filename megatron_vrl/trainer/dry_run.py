@@ -1,4 +1,8 @@
-"""Everything that can be checked without training: layout, architecture, rewards, annotations."""
+"""Start-up check: everything that can be checked without starting an engine.
+
+It checks the layout, the architecture, the checkpoint's headers, the tokenizer, the rewards and the
+annotations. A run calls it before it builds anything, and `--dry-run` calls nothing else.
+"""
 
 from pathlib import Path
 
@@ -7,8 +11,9 @@ import torch
 from megatron_vrl.checkpoint.hf_reader import HFCheckpoint
 from megatron_vrl.checkpoint.layout import hf_dir_of, is_megatron
 from megatron_vrl.config import RunConfig, Source, check_batches, check_dev, check_off_policy
-from megatron_vrl.context import prompt_encoder
-from megatron_vrl.data.mix import load, open_pool
+from megatron_vrl.context import CheckedRun, prompt_encoder
+from megatron_vrl.data.datasets import Datasets
+from megatron_vrl.data.prompt import PromptEncoder
 from megatron_vrl.errors import ConfigError, DataError, counted
 from megatron_vrl.models.architecture import Architecture, padded_vocab, read_architecture
 from megatron_vrl.models.fusion import gradient_fusion
@@ -24,10 +29,11 @@ from megatron_vrl.trainer.sample_stream import check_records
 MISSING = "not on this machine: "
 
 
-def check(cfg: RunConfig, world: int, here: bool = False) -> list[str]:
-    """Raises UserError for what cannot work; returns notes on what is not on this machine.
+def check(cfg: RunConfig, world: int, here: bool = False) -> CheckedRun:
+    """Return the checked architecture, prompt encoder and annotations, and notes for the user.
 
-    `here`: the run starts on this machine, so every annotation file must be there.
+    Raises UserError if the configuration cannot work. `here`: the run starts on this machine, so
+    every annotation file must exist. Otherwise a missing one is a note.
     """
     check_layout(cfg.parallel, world)
     parallel = cfg.parallel
@@ -41,7 +47,8 @@ def check(cfg: RunConfig, world: int, here: bool = False) -> list[str]:
     reward_weights(cfg.rewards)
     for function in cfg.rewards.functions.values():
         load_function(function)
-    arch, notes = _architecture(cfg)
+    hf_dir = hf_dir_of(cfg.model.checkpoint)
+    arch, notes = _architecture(cfg, hf_dir)
     if (longest := max_model_len(cfg)) > arch.max_positions:
         raise ConfigError(
             f"data.max_prompt_tokens={cfg.data.max_prompt_tokens} and the longest answer are "
@@ -49,13 +56,14 @@ def check(cfg: RunConfig, world: int, here: bool = False) -> list[str]:
             "data.max_prompt_tokens, rollout.max_response_tokens or evaluation.max_response_tokens."
         )
     check_divides(arch, cfg.model, cfg.parallel)
-    _check_checkpoint(cfg, arch)
-    missing = _opened(cfg, here)
+    encoder = _check_checkpoint(cfg, hf_dir, arch)
+    datasets = Datasets(cfg.run.seed)
+    missing = _parse(cfg, datasets, here)
     check_records(cfg.data)
     answers = cfg.rollout.prompts_per_step * cfg.rollout.group_size
     updates = cfg.grpo.mini_batches * cfg.grpo.epochs
     fusion = gradient_fusion(cfg.model, torch.cuda.is_available())
-    return [
+    notes = [
         f"model: {arch.num_parameters:,} parameters",
         _layout(world, replicas, cfg),
         *_stages(arch, cfg),
@@ -67,26 +75,26 @@ def check(cfg: RunConfig, world: int, here: bool = False) -> list[str]:
         *dict.fromkeys(missing),
         *_gpu_notes(cfg),
     ]
+    return CheckedRun(notes=notes, arch=arch, hf_dir=hf_dir, encoder=encoder, datasets=datasets)
 
 
-def _opened(cfg: RunConfig, here: bool) -> list[str]:
-    """Read or index every annotation file; return notes on what is not on this machine.
+def _parse(cfg: RunConfig, datasets: Datasets, here: bool) -> list[str]:
+    """Parse or index every annotation file, and return notes on missing files and folders.
 
-    Raises UserError naming the config's key and the file.
+    Raises DataError naming the config's key and the file.
     """
-    named = {"data.sft": cfg.data.sft, "data.train": cfg.data.train}
-    named |= {f"data.evaluation.{name}": part for name, part in cfg.data.evaluation.items()}
+    keys = {"data.sft": cfg.data.sft, "data.train": cfg.data.train}
+    keys |= {f"data.evaluation.{name}": part for name, part in cfg.data.evaluation.items()}
     missing = []
-    for key, sources in named.items():
-        read_all = load if key.startswith("data.evaluation.") else open_pool
+    for key, sources in keys.items():
+        read_all = datasets.load if key.startswith("data.evaluation.") else datasets.open_pool
         for source in sources:
             missing += _missing(source)
-            if not here and _is_elsewhere(source):
-                continue
-            try:
-                read_all([source], cfg.run.seed, _unknown)
-            except DataError as error:
-                raise DataError(f"{key}: {error}") from None
+        found = [source for source in sources if here or not _is_elsewhere(source)]
+        try:
+            read_all(found, _one_second)
+        except DataError as error:
+            raise DataError(f"{key}: {error}") from None
     return missing
 
 
@@ -115,7 +123,7 @@ def refuse_missing(notes: list[str]) -> None:
 
 
 def check_visual_input(cfg: RunConfig) -> None:
-    """Raises ConfigError if the vision tower's results cannot be kept."""
+    """Raises ConfigError if vision embeddings are to be cached while the tower is trained."""
     if cfg.rollout.visual_input == "pixels":
         return
     if not (cfg.model.freeze_vision and cfg.model.freeze_merger):
@@ -143,7 +151,7 @@ def _stages(arch: Architecture, cfg: RunConfig) -> list[str]:
 
 
 def padding_notes(arch: Architecture, cfg: RunConfig) -> list[str]:
-    """What to say of a vocabulary that the tensor ranks do not divide."""
+    """Return a note if the vocabulary is padded for the tensor-parallel ranks."""
     rows = padded_vocab(arch, cfg.parallel)
     if rows == arch.vocab:
         return []
@@ -153,30 +161,37 @@ def padding_notes(arch: Architecture, cfg: RunConfig) -> list[str]:
     ]
 
 
-def _unknown(path: str) -> float:
-    """Stands in for the seconds in a video's header: a dry run opens no video."""
+def _one_second(path: str) -> float:
+    """Return an invented duration: the check opens no video."""
     return 1.0
 
 
-def _architecture(cfg: RunConfig) -> tuple[Architecture, list[str]]:
-    checkpoint = hf_dir_of(cfg.model.checkpoint)
-    if (checkpoint / "config.json").exists() or not cfg.model.architecture:
-        return read_architecture(checkpoint), []
+def _architecture(cfg: RunConfig, hf_dir: Path) -> tuple[Architecture, list[str]]:
+    """Return the architecture, and a note if model.architecture had to give it."""
+    if (hf_dir / "config.json").exists() or not cfg.model.architecture:
+        return read_architecture(hf_dir), []
     note = f"{MISSING}checkpoint {cfg.model.checkpoint}"
     return read_architecture(cfg.model.architecture), [note]
 
 
-def _check_checkpoint(cfg: RunConfig, arch: Architecture) -> None:
-    """Raises CheckpointError for a checkpoint at hand whose weights or tokenizer do not fit."""
-    directory = hf_dir_of(cfg.model.checkpoint)
-    if not (directory / "config.json").exists():
-        return
-    prompt_encoder(directory, arch, cfg.data.system_prompt, cfg.data.max_prompt_tokens)
+def _check_checkpoint(cfg: RunConfig, hf_dir: Path, arch: Architecture) -> PromptEncoder | None:
+    """Return the prompt encoder of the checkpoint, or None if it is not on this machine.
+
+    Raises CheckpointError if the tokenizer or the weights do not fit the architecture.
+    """
+    if not (hf_dir / "config.json").exists():
+        return None
+    data = cfg.data
+    encoder = prompt_encoder(
+        hf_dir, arch, data.system_prompt, data.max_prompt_tokens, data.question
+    )
     if not is_megatron(Path(cfg.model.checkpoint)):
-        HFCheckpoint(directory, arch)
+        HFCheckpoint(hf_dir, arch)
+    return encoder
 
 
 def _missing(source: Source) -> list[str]:
+    """Return a note for the annotation file and the video folder that do not exist."""
     paths = {"annotation file": source.json_path, "video folder": source.data_folder}
     if "://" in source.data_folder:
         del paths["video folder"]  # a URL is not asked before its first video is wanted

@@ -1,9 +1,9 @@
-"""A step's experience: prompts rolled out, answers scored, groups of equal rewards left out.
+"""Experience of a step: collect rollouts, score them, and drop zero-variance groups.
 
-A group teaches nothing if all its advantages are 0. `algorithm.dynamic_sampling_rounds` asks for
-more prompts in their place (the dynamic sampling of DAPO, arXiv 2503.14476); as many as are
-missing, where DAPO samples whole batches and keeps a surplus. A group with a reward that is no
-number is never trained on: it is left out, named and counted.
+In a zero-variance group all advantages are 0. algorithm.dynamic_sampling_rounds collects more
+prompts in their place, as in DAPO (arXiv 2503.14476). DAPO samples whole batches and keeps a
+surplus; here only the missing number is sampled. A group with a reward that is not a number is
+never trained on. It is dropped, named in a message and counted.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,12 @@ from megatron_vrl.algorithms import advantages, has_signal, kl_penalty
 from megatron_vrl.batching.pack import Answer, Group
 from megatron_vrl.context import RunContext
 from megatron_vrl.models.logprob_head import Distribution
-from megatron_vrl.parallel.mesh import gather_objects, raise_on_all_ranks, world_axis
+from megatron_vrl.parallel.mesh import (
+    gather_objects,
+    gather_shards,
+    raise_on_all_ranks,
+    world_axis,
+)
 from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.trainer.rollout_queue import RolloutQueue
 from megatron_vrl.types import Experience, RewardComponent, ScoredGroup
@@ -24,19 +29,22 @@ from megatron_vrl.types import Experience, RewardComponent, ScoredGroup
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutBatch:
-    """What a step learns from; lists are this replica's, the rest is the same on every rank."""
+    """Rollouts of a step. The lists are this replica's; the rest is the same on every rank."""
 
     groups: list[ScoredGroup]  # every scored group
     experiences: list[Experience]  # of those whose rewards are numbers
     kept: list[Experience]  # those to train on
-    dummy_group: Group  # a group of this replica that keeps a rank without work busy
-    invalid: tuple[str, ...]  # samples with a reward that is no number
+    dummy_group: Group  # for micro-batches of a rank that has fewer than others
+    invalid: tuple[str, ...]  # ids of samples with a reward that is not a number
     rounds: int
-    failures: dict[str, list[str]]  # reward function of the user's -> what its failed calls did
+    failures: dict[str, list[str]]  # user's reward function -> errors of its failed calls
 
 
 def collect_rollouts(ctx: RunContext, rollout_queue: RolloutQueue) -> RolloutBatch:
-    """Every rank calls it."""
+    """Collect and score prompts until rollout.prompts_per_step groups are kept.
+
+    It stops after algorithm.dynamic_sampling_rounds more rounds. Every rank calls it.
+    """
     cfg = ctx.cfg
     groups: list[ScoredGroup] = []
     missing, rounds, kept = cfg.rollout.prompts_per_step, 0, list[Experience]()
@@ -65,7 +73,7 @@ def collect_rollouts(ctx: RunContext, rollout_queue: RolloutQueue) -> RolloutBat
 
 
 def _failures(ctx: RunContext) -> dict[str, list[str]]:
-    """Of all ranks."""
+    """Return the failed calls of reward functions on all ranks."""
     joined: dict[str, list[str]] = {}
     for of_rank in gather_objects(world_axis(ctx.mesh), ctx.reward_manager.take_failures()):
         for name, failed in of_rank.items():
@@ -74,7 +82,10 @@ def _failures(ctx: RunContext) -> dict[str, list[str]]:
 
 
 def to_train(experience: Experience, mask_truncated: bool = False) -> Group:
-    """The group as it is packed. The advantages are those of all its answers."""
+    """Return the group to pack. Advantages were computed over all its answers.
+
+    `mask_truncated` drops the answers that were cut at the length limit.
+    """
     scored = experience.scored
     answers = [
         Answer(
@@ -90,15 +101,15 @@ def to_train(experience: Experience, mask_truncated: bool = False) -> Group:
 
 
 def sampled_distribution(ctx: RunContext) -> Distribution:
-    """Which the engine samples from, and so the trainer's log-probs are of."""
+    """Return the distribution that the engine samples from, for the trainer's log-probs."""
     return Distribution(
         temperature=ctx.cfg.rollout.temperature, banned=ctx.rollout_manager.banned_token_ids
     )
 
 
 def _answered(ctx: RunContext, rollout_queue: RolloutQueue, num: int) -> list[ScoredGroup]:
-    """Scored groups of this rank's share of `num` samples and of its replica's other ranks."""
-    answered = rollout_queue.take(num)
+    """Collect `num` prompts over all ranks and return the scored groups of this replica."""
+    answered = rollout_queue.collect(num)
     samples = [sample for sample, _, _ in answered]
     prompts = [prompt for _, prompt, _ in answered]
     with ctx.clock("score"):
@@ -106,7 +117,7 @@ def _answered(ctx: RunContext, rollout_queue: RolloutQueue, num: int) -> list[Sc
             scored = ctx.reward_manager.groups(
                 samples, prompts, [answers for _, _, answers in answered]
             )
-        return ctx.gather_replica(scored)
+        return gather_shards(scored, ctx.mesh.model)
 
 
 def _with_kl(
@@ -132,10 +143,9 @@ def _with_kl(
 def _with_advantages(
     ctx: RunContext, groups: Sequence[ScoredGroup]
 ) -> tuple[list[Experience], tuple[str, ...]]:
-    """Return the experiences of this replica's valid groups, and the ids of all ranks' invalid
-    ones.
+    """Return the experiences of this replica's valid groups, and the ids of all invalid groups.
 
-    An advantage may depend on the whole step, so the data ranks exchange their rewards.
+    Advantages may depend on the whole step, so the data-parallel ranks exchange their rewards.
     """
     valid = [all(np.isfinite(c.values).all() for c in g.components.values()) for g in groups]
     wrong = [g.sample.id for g, is_valid in zip(groups, valid, strict=True) if not is_valid]
@@ -156,9 +166,10 @@ def _with_advantages(
 def _kl_of_groups(
     ctx: RunContext, groups: Sequence[ScoredGroup], dummy_group: ScoredGroup
 ) -> list[NDArray[np.float64]]:
-    """KL to the reference [n] of each group's answers, summed over tokens.
+    """Return the KL to the reference of each group's answers [n], summed over tokens.
 
-    The policy's log-probs are the engine's, which holds the same weights: no pass of ours.
+    The policy's log-probs come from the engine, which holds the same weights, so the policy needs
+    no forward pass.
     """
     to_score = [
         _numbered(group, first) for first, group in zip(_starts(groups), groups, strict=True)
@@ -167,24 +178,24 @@ def _kl_of_groups(
     sums = np.zeros(sum(len(group.rollouts) for group in groups))
     references = ctx.policy.reference_logprobs(batches, sampled_distribution(ctx))
     for batch, reference in zip(batches, references, strict=True):
-        if reference is not None and ctx.mesh.tensor.rank == 0:  # tensor ranks hold the same
+        if reference is not None and ctx.mesh.tensor.rank == 0:  # equal on tensor ranks
             engine = reference.new_tensor(batch.engine_logprob)
             penalty = kl_penalty(engine, reference, ctx.cfg.algorithm).double().cpu().numpy()
             numbers = np.array([int(name) for name in batch.answer_id])[batch.sequence]
-            counted = batch.weight > 0  # not those of a filler
+            counted = batch.weight > 0  # tokens of dummy micro-batches have weight 0
             np.add.at(sums, numbers[counted], penalty[counted])
     total = sum(gather_objects(ctx.mesh.model, sums))  # context ranks hold parts of an answer
     return np.split(total, _starts(groups)[1:]) if groups else []
 
 
 def _starts(groups: Sequence[ScoredGroup]) -> list[int]:
-    """Number of each group's first answer."""
+    """Return the number of each group's first answer, counted over all groups."""
     counts = np.array([len(group.rollouts) for group in groups], dtype=np.int64)
     return (np.cumsum(counts) - counts).tolist()
 
 
 def _numbered(group: ScoredGroup, first: int) -> Group:
-    """To be scored only: its answers are called by their numbers."""
+    """Return the group for a forward pass, with answer numbers as answer ids."""
     whole = to_train(Experience(scored=group, advantages=np.zeros(len(group.rollouts))))
     answers = [replace(a, id=str(first + i)) for i, a in enumerate(whole.answers)]
     return replace(whole, answers=tuple(answers))

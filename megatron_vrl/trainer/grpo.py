@@ -1,11 +1,19 @@
-"""Reinforcement learning: take prompts, roll out, score, drop what teaches nothing, keep what was
-said, pack, update, hand the weights over, report, save.
+"""GRPO: sync weights, generate, score, drop zero-variance groups, log rollouts, update, report.
 
-Synchronous here: a step's answers are all of the weights that it begins with. The loop in
-grpo_overlapped.py shares everything but the order of things.
+`run_steps` is the loop of synchronous training, of overlapped training and of --rollouts-only. They
+differ by `lookahead`, the number of later steps whose prompts are submitted together with those of
+the current step:
+
+    lookahead=0    every answer of a step is sampled with the weights that the step begins with
+    lookahead=k    answers may be up to k updates old, and weights may change while an answer is
+                   generated; each token keeps the log-prob of the weights that sampled it, so the
+                   importance weights of the loss are right
+
+With lookahead, a slow answer does not delay the step: another answered prompt takes its place until
+the slow one would exceed rollout.max_staleness.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_vrl.context import RunContext
@@ -15,61 +23,54 @@ from megatron_vrl.policy.policy import Update
 from megatron_vrl.process.signals import begin_steps
 from megatron_vrl.trainer.dataloader import PromptDataLoader
 from megatron_vrl.trainer.experience import RolloutBatch, collect_rollouts
-from megatron_vrl.trainer.metrics import step_numbers
+from megatron_vrl.trainer.metrics import step_metrics
 from megatron_vrl.trainer.record import evaluate_dev, record
 from megatron_vrl.trainer.reselect import DataSelection
 from megatron_vrl.trainer.rollout_files import RolloutFiles
 from megatron_vrl.trainer.rollout_queue import RolloutQueue
 from megatron_vrl.trainer.sample_stream import training_pool, training_stream
 from megatron_vrl.trainer.sample_viewer import write_cards
-from megatron_vrl.trainer.state import RunState, keep_reference, save_if_due, start_phase
+from megatron_vrl.trainer.state import RunState, save_if_due
 from megatron_vrl.trainer.update import UpdateResult, update_policy
 from megatron_vrl.types import VideoSample
+
+# Called after each step, with its rollouts, its update and the version of the weights before it.
+StepEnd = Callable[[RolloutBatch, UpdateResult | None, int], None]
 
 
 def train_grpo(ctx: RunContext, state: RunState, sinks: Sinks, dev: list[VideoSample]) -> None:
     """Run GRPO from `state.step` to its end. Every rank calls it."""
-    cfg, clock = ctx.cfg, ctx.clock
-    going = begin(ctx, state, sinks, dev)
-    while state.step < cfg.grpo.steps:
-        with ctx.profiler("grpo", state.step + 1):
-            with clock("sync"):
-                ctx.rollout_manager.sync_weights(state.version)
-            going.reselection.make_if_due()
-            rollout_batch = collect_rollouts(ctx, going.rollout_queue)
-            going.files.write(rollout_batch, state.step + 1, state.version)
-            if state.step + 1 < cfg.grpo.steps:
-                going.dataloader.prefetch(cfg.rollout.prompts_per_step)
-            with clock("update"):
-                update_result = update_policy(ctx, rollout_batch, state.step)
-        end_step(ctx, state, sinks, going, rollout_batch, update_result, dev)
+    cfg = ctx.cfg
+    if state.step == 0:  # otherwise `load_stage` has loaded reference and optimizer
+        if cfg.algorithm.kl > 0:
+            ctx.policy.keep_reference()
+        ctx.policy.start_phase(cfg.grpo.optimizer, cfg.grpo.steps)
+    loop = open_loop(ctx, state, sinks)
+    if state.evaluating == "dev":
+        evaluate_dev(ctx, state, sinks, dev, during="grpo")
+
+    def end_step(rollouts: RolloutBatch, update: UpdateResult | None, version: int) -> None:
+        assert update is not None
+        _report_step(ctx, state, sinks, loop, rollouts, update, version)
+        if cfg.grpo.evaluate_every and state.step % cfg.grpo.evaluate_every == 0:
+            evaluate_dev(ctx, state, sinks, dev, during="grpo")
+        save_if_due(ctx, state)
+
+    run_steps(ctx, state, loop, cfg.rollout.max_staleness, end_step)
 
 
 @dataclass(frozen=True, slots=True)
 class LoopState:
-    """What goes on from step to step, beside the policy."""
+    """Objects of the loop that live from step to step, beside the policy."""
 
     dataloader: PromptDataLoader
     rollout_queue: RolloutQueue
     files: RolloutFiles
-    reselection: DataSelection
+    selection: DataSelection
 
 
-def begin(ctx: RunContext, state: RunState, sinks: Sinks, dev: list[VideoSample]) -> LoopState:
-    """Set the policy and the data to where the run stands, and make an evaluation in which it was
-    stopped."""
-    cfg = ctx.cfg
-    if cfg.algorithm.kl > 0:
-        keep_reference(ctx, state)
-    start_phase(ctx, state, cfg.grpo.optimizer, cfg.grpo.steps)
-    going = begin_data(ctx, state, sinks)
-    if state.evaluating == "dev":
-        evaluate_dev(ctx, state, sinks, dev, during="grpo")
-    return going
-
-
-def begin_data(ctx: RunContext, state: RunState, sinks: Sinks) -> LoopState:
-    """The data alone, for a policy that stands where it should."""
+def open_loop(ctx: RunContext, state: RunState, sinks: Sinks) -> LoopState:
+    """Open the data and the rollout files at the step where the run stands."""
     pool = training_pool(ctx)
     stream = training_stream(ctx, pool)
     stream.restore(state.stream)
@@ -84,50 +85,73 @@ def begin_data(ctx: RunContext, state: RunState, sinks: Sinks) -> LoopState:
     )
 
 
-def end_step(
+def run_steps(
+    ctx: RunContext,
+    state: RunState,
+    loop: LoopState,
+    lookahead: int,
+    end_step: StepEnd,
+    trains: bool = True,
+) -> None:
+    """Make the steps that are left. Without `trains` the weights stay as they are."""
+    cfg, clock = ctx.cfg, ctx.clock
+    while state.step < cfg.grpo.steps:
+        left = cfg.grpo.steps - state.step
+        with ctx.profiler("grpo", state.step + 1):
+            with clock("sync"):
+                ctx.rollout_manager.sync_weights(state.version)
+            loop.selection.make_if_due()
+            loop.rollout_queue.submit(min(1 + lookahead, left) * cfg.rollout.prompts_per_step)
+            rollouts = collect_rollouts(ctx, loop.rollout_queue)
+            loop.files.write(rollouts, state.step + 1, state.version)
+            if lookahead == 0 and left > 1:
+                loop.dataloader.prefetch(cfg.rollout.prompts_per_step)
+            update = None
+            if trains:
+                with clock("update"):
+                    update = update_policy(ctx, rollouts, state.step)
+        version = state.version
+        state.step += 1
+        state.stream, state.under_way = loop.dataloader.position, loop.rollout_queue.positions()
+        state.version += trains
+        end_step(rollouts, update, version)
+
+
+def _report_step(
     ctx: RunContext,
     state: RunState,
     sinks: Sinks,
-    going: LoopState,
-    rollout_batch: RolloutBatch,
-    update_result: UpdateResult,
-    dev: list[VideoSample],
+    loop: LoopState,
+    rollouts: RolloutBatch,
+    update: UpdateResult,
+    version: int,
 ) -> None:
-    """Count the step, report it, evaluate and save where it is time."""
-    cfg, version = ctx.cfg, state.version
-    state.step += 1
-    state.stream, state.under_way = going.dataloader.position, going.rollout_queue.positions()
-    state.version += 1
+    """Write the metrics, warnings and samples of a finished step."""
     spent = ctx.clock.take()
     state.add_seconds(spent)
-    values = (
-        step_numbers(ctx, rollout_batch, update_result, spent, version) | going.dataloader.numbers()
-    )
-    warn(sinks, state.step, rollout_batch, update_result.updates)
-    if not update_result.updates and values.get("zero_variance_groups") == 1:
-        kept = values.get("format_rate")
-        form = "" if kept is None else f"; the form was kept by {100 * kept:.0f} %"
+    values = step_metrics(ctx, rollouts, update, spent, version) | loop.dataloader.metrics()
+    warn(sinks, state.step, rollouts, update.updates)
+    if not update.updates and values.get("zero_variance_groups") == 1:
+        formatted = values.get("format_rate")
+        rest = "" if formatted is None else f"; {100 * formatted:.0f} % had the right format"
         sinks.say_once(
             "no update",
-            f"Step {state.step}: nothing was learned, for in every group all answers earned the "
-            f"same reward ({values['reward']:.3f} on average{form}). Later steps without an update "
-            "are counted by the metric updates_left_out alone.",
+            f"Step {state.step}: there was no update, since in every group all answers earned the "
+            f"same reward ({values['reward']:.3f} on average{rest}). Later steps without an update "
+            "are only counted by the metric updates_left_out.",
         )
     record(ctx, sinks, StepMetrics(phase="grpo", step=state.step, values=values, seconds=spent))
-    write_cards(ctx, sinks, rollout_batch.experiences[: cfg.observe.samples_per_step], state.step)
-    if cfg.grpo.evaluate_every and state.step % cfg.grpo.evaluate_every == 0:
-        evaluate_dev(ctx, state, sinks, dev, during="grpo")
-    save_if_due(ctx, state)
+    write_cards(ctx, sinks, rollouts.experiences[: ctx.cfg.observe.samples_per_step], state.step)
 
 
-def warn(sinks: Sinks, step: int, rollout_batch: RolloutBatch, updates: Sequence[Update]) -> None:
-    """Name the samples that a step could not be taught by."""
-    if rollout_batch.invalid:
+def warn(sinks: Sinks, step: int, rollouts: RolloutBatch, updates: Sequence[Update]) -> None:
+    """Log the samples that were left out of a step, and the updates that were not applied."""
+    if rollouts.invalid:
         sinks.say(
-            f"Step {step}: left out {', '.join(rollout_batch.invalid)}, with a reward that is "
-            "not a number: look at its reward function."
+            f"Step {step}: left out {', '.join(rollouts.invalid)}, with a reward that is not a "
+            "number: look at its reward function."
         )
-    for name, failed in rollout_batch.failures.items():
+    for name, failed in rollouts.failures.items():
         sinks.say(
             f"Step {step}: the reward function {name!r} failed on {len(failed)} answers, whose "
             f"groups are left out; it {failed[0]}."

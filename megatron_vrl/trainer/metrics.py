@@ -1,4 +1,4 @@
-"""A GRPO step's numbers over all ranks: rewards, updates, and how well the hardware was used."""
+"""Metrics of a GRPO step over all ranks: rewards, updates, throughput and MFU."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,15 +25,18 @@ from megatron_vrl.trainer.update import UpdateResult
 from megatron_vrl.types import Experience
 
 
-def step_numbers(
+def step_metrics(
     ctx: RunContext,
     rollout_batch: RolloutBatch,
     update_result: UpdateResult,
     seconds: Mapping[str, float],
     version: int,
 ) -> dict[str, Any]:
-    """Every rank calls it, after the step; `version` names the weights that it began with."""
-    numbers: dict[str, Any] = answer_numbers(ctx, rollout_batch.experiences, version)
+    """Return the metrics of a finished step. Every rank calls it.
+
+    `version` identifies the weights that the step began with.
+    """
+    numbers: dict[str, Any] = answer_metrics(ctx, rollout_batch.experiences, version)
     numbers |= {
         "invalid_groups": float(len(rollout_batch.invalid)),
         "reward_errors": float(sum(map(len, rollout_batch.failures.values()))),
@@ -41,16 +44,16 @@ def step_numbers(
         "groups_trained": float(sum(gather_objects(ctx.mesh.data, len(rollout_batch.kept)))),
         "updates_left_out": float(sum(not update.applied for update in update_result.updates)),
     }
-    if not update_result.updates:  # nothing to learn from: that, too, is an update left out
+    if not update_result.updates:  # a step without trainable groups counts as one, too
         numbers["updates_left_out"] = 1.0
     numbers |= _of_updates(update_result.updates)
     return numbers | _meters(ctx, update_result, seconds)
 
 
-def answer_numbers(
+def answer_metrics(
     ctx: RunContext, experiences: Sequence[Experience], version: int
 ) -> dict[str, float]:
-    """Means over every answer of the step."""
+    """Return means over every answer of the step. Every rank calls it."""
     own: dict[str, list[float]] = {}
     for experience in experiences:
         group = experience.scored
@@ -73,7 +76,7 @@ def answer_numbers(
 
 
 def _of_updates(updates: Sequence[Update]) -> dict[str, float]:
-    """Means over the step's updates, of names that end in "_max" the largest."""
+    """Return means over the step's updates, and maxima of names that end in "_max"."""
     rows = [{"loss": u.loss, "grad_norm": u.grad_norm, "lr": u.lr, **u.metrics} for u in updates]
     return {
         name: float((np.max if name.endswith("_max") else np.mean)([row[name] for row in rows]))
@@ -84,6 +87,7 @@ def _of_updates(updates: Sequence[Update]) -> dict[str, float]:
 def _meters(
     ctx: RunContext, update_result: UpdateResult, seconds: Mapping[str, float]
 ) -> dict[str, float]:
+    """Return throughput, MFU and peak memory."""
     mesh, arch, cfg = ctx.mesh, ctx.arch, ctx.cfg.model
     batches, groups = update_result.batches, update_result.groups
     computed = sum((batch_work(arch, batch) for batch in batches), Work())

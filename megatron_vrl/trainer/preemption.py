@@ -1,8 +1,8 @@
-"""A run that is asked to stop, by SIGUSR1, Ctrl-C or SIGTERM (see megatron_vrl/process/signals.py).
+"""Stop a run on SIGUSR1, Ctrl-C or SIGTERM (see megatron_vrl/process/signals.py).
 
-The step under way is finished, or the batch of an evaluation; a checkpoint is written, and the
-processes end with exit code 0. The same command goes on from there, and makes an evaluation that
-was not finished again. One rank that heard it is enough.
+The current step, or the current batch of an evaluation, is finished, a checkpoint is written, and
+all processes exit with code 0. The same command resumes from the checkpoint and repeats an
+evaluation that was not finished. One rank that received the signal stops all ranks.
 """
 
 import torch
@@ -15,10 +15,10 @@ from megatron_vrl.process.signals import stop_asked
 
 
 def stop_if_asked(mesh: Mesh, step: int, *, evaluating: bool = False) -> None:
-    """Raises StopRequested on every rank if any has heard the signal, RunInUse if a run on another
-    host has taken the run directory. Every rank calls it.
+    """Raise StopRequested on every rank if any rank has received a signal. Every rank calls it.
 
-    `step`: the last that is finished. `evaluating`: between two batches of an evaluation after it.
+    Raises RunInUse if a run on another host has taken the run directory. `step`: last finished
+    step. `evaluating`: the call is between two batches of an evaluation after it.
     """
     flags = torch.tensor([float(stop_asked()), float(ownership_lost())], device=mesh.device)
     dist.all_reduce(flags, dist.ReduceOp.MAX)

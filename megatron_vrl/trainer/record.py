@@ -1,4 +1,7 @@
-"""What a loop writes down. Rank 0 writes, every rank calls: a full disk ends them all together."""
+"""Write the metrics of a step and of an evaluation.
+
+Rank 0 writes and every rank calls, so that all ranks raise together if the disk is full.
+"""
 
 from megatron_vrl.context import RunContext
 from megatron_vrl.evaluation.during_training import evaluate
@@ -10,6 +13,7 @@ from megatron_vrl.types import VideoSample
 
 
 def record(ctx: RunContext, sinks: Sinks, metrics: StepMetrics) -> None:
+    """Write one row of metrics. Raises UserError on every rank if the disk is full."""
     with raise_on_all_ranks(ctx.mesh):
         sinks.write(metrics)
 
@@ -17,9 +21,9 @@ def record(ctx: RunContext, sinks: Sinks, metrics: StepMetrics) -> None:
 def evaluate_dev(
     ctx: RunContext, state: RunState, sinks: Sinks, dev: list[VideoSample], during: Phase
 ) -> dict[str, float]:
-    """Score the split `dev` inside a phase, after the row of its step is written.
+    """Evaluate the split `dev` after a step whose row is written, and write the metrics.
 
-    A run that ends before the row of the evaluation is written makes it again when it goes on.
+    A run that ends before the row of the evaluation is written repeats it when it resumes.
     """
     state.evaluating = "dev"
     with ctx.clock("evaluate"):

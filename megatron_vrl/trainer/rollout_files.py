@@ -1,7 +1,8 @@
-"""OUT/rollouts: every group of answers with its rewards, as each rank writes them step by step.
+"""Rollout files OUT/rollouts/rank-NNNN.jsonl.zst: every group with its answers and rewards.
 
-A run that goes on from a checkpoint first takes back what it had written of later steps, so that
-no group is there twice and none is lost, whatever was killed and however many ranks go on.
+Each rank appends the groups of its shard after each step. A run that resumes from a checkpoint
+first removes the groups of later steps from all files, so that every group is there once, also if
+the run was killed while it wrote or resumes with another number of ranks.
 """
 
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from megatron_vrl.context import RunContext
-from megatron_vrl.parallel.mesh import raise_on_all_ranks
+from megatron_vrl.parallel.mesh import raise_on_all_ranks, shard
 from megatron_vrl.rollout.records import PATTERN, Fate, GroupRecord, encode, record_of
 from megatron_vrl.storage.compressed import FrameFile, keep_frames
 from megatron_vrl.trainer.experience import RolloutBatch
@@ -19,13 +20,14 @@ FOLDER = "rollouts"
 
 
 class RolloutFiles:
-    """This rank's. Every rank calls its methods, in the same order."""
+    """Rollout file of this rank. Every rank calls its methods, in the same order."""
 
     def __init__(self, ctx: RunContext, steps_done: int) -> None:
+        """Remove the groups of steps after `steps_done`."""
         self._ctx = ctx
         self._file: FrameFile | None = None
         mesh, folder = ctx.mesh, Path(ctx.cfg.run.out_dir) / FOLDER
-        with raise_on_all_ranks(mesh):  # a rank's file may be of a rank that is no more
+        with raise_on_all_ranks(mesh):  # more files than ranks are possible
             for path in sorted(folder.glob(PATTERN))[mesh.rank :: mesh.world]:
                 keep_frames(path, lambda content: _step(content) <= steps_done)
         if ctx.cfg.rollout.save:
@@ -33,8 +35,11 @@ class RolloutFiles:
                 self._file = FrameFile(folder / f"rank-{mesh.rank:04d}.jsonl.zst")
 
     def write(self, rollout_batch: RolloutBatch, step: int, version: int) -> None:
-        """`step`, from 1, begins with the weights `version`. Before the update: a full disk then
-        ends the run where its checkpoint says that the step is still to be made."""
+        """Append the groups of `step`, counted from 1, which begins with the weights `version`.
+
+        Call it before the update: if the disk is full, the run ends before the step and repeats
+        it when it resumes.
+        """
         if self._file is None:
             return
         ctx = self._ctx
@@ -46,12 +51,12 @@ class RolloutFiles:
 def _records(
     ctx: RunContext, rollout_batch: RolloutBatch, step: int, version: int
 ) -> list[GroupRecord]:
-    """This rank's share: the ranks of a replica hold the same groups."""
+    """Return the records of this rank's shard. The ranks of a replica hold the same groups."""
     experiences = {id(e.scored): e for e in rollout_batch.experiences}
     kept = {id(experience) for experience in rollout_batch.kept}
     spec = sampling_spec(ctx.cfg)
     records = []
-    for group in rollout_batch.groups[ctx.mesh.model.rank :: ctx.mesh.model.size]:
+    for group in shard(rollout_batch.groups, ctx.mesh.model):
         experience = experiences.get(id(group))
         fate: Fate = "kept" if id(experience) in kept else "uniform" if experience else "invalid"
         advantages = experience.advantages if experience else None
@@ -64,5 +69,5 @@ class _Head(msgspec.Struct):
 
 
 def _step(content: bytes) -> int:
-    """Of a frame, which holds groups of one step."""
+    """Return the step of a compressed frame. All its groups are of one step."""
     return msgspec.json.decode(content.partition(b"\n")[0], type=_Head).step

@@ -1,8 +1,20 @@
-"""Prompts on their way: drawn, asked of the engines, and answered.
+"""Queue of rollout requests between the data loader and the engines.
 
-What is asked for stays under way until it is taken; a step takes what was asked longest ago or is
-ready first. The seed of an answer comes from its sample's place in the stream, so neither layout
-nor timing changes it, and a run that goes on from a checkpoint asks again what was under way.
+States of a prompt:
+
+    drawn -> IN FLIGHT -> ANSWERED -> collected
+
+`submit` draws prompts from the data loader and sends them to the engines. A prompt is in flight
+until `collect` returns it, also when its answers are ready. `collect` first takes the requests that
+would be staler than rollout.max_staleness at the next step, oldest first, and then the ones that
+are answered first.
+
+Example with 2 prompts per step and max_staleness 1. Step 1 submits prompts 0 to 3 at version 0,
+collects 0 and 2, which are answered first, and trains. Step 2, at version 1, submits 4 and 5. It
+must collect 1 and 3, since at version 2 they would be 2 versions old.
+
+The seed of an answer comes from the position of its sample in the stream. Layout and timing do not
+change it. A resumed run submits again what was in flight when its checkpoint was written.
 """
 
 from dataclasses import dataclass
@@ -10,7 +22,7 @@ from itertools import chain
 
 from megatron_vrl.config import RunConfig
 from megatron_vrl.context import RunContext
-from megatron_vrl.parallel.mesh import gather_objects, world_axis
+from megatron_vrl.parallel.mesh import gather_objects, shard, world_axis
 from megatron_vrl.rollout.manager import Asked
 from megatron_vrl.rollout.request import SamplingSpec
 from megatron_vrl.trainer.dataloader import PromptDataLoader
@@ -19,7 +31,7 @@ from megatron_vrl.types import Prompt, Rollout, VideoSample
 
 
 def sampling_spec(cfg: RunConfig) -> SamplingSpec:
-    """How a training step's answers are drawn; each prompt then has a seed of its own."""
+    """Return how the answers of a training step are sampled. Each prompt gets its own seed."""
     return SamplingSpec(
         n=cfg.rollout.group_size,
         temperature=cfg.rollout.temperature,
@@ -34,62 +46,60 @@ class InFlightRequest:
     sample: VideoSample
     prompt: Prompt
     position: int  # of the sample in the stream
-    version: int  # of the weights when it was asked
+    version: int  # of the weights when the request was submitted
     asked: Asked
 
 
 class RolloutQueue:
-    """This rank's. Every rank calls its methods, in the same order."""
+    """This rank's queue. Every rank calls its methods, in the same order."""
 
     def __init__(self, ctx: RunContext, state: RunState, dataloader: PromptDataLoader) -> None:
-        self._ctx, self._state, self._draws = ctx, state, dataloader
-        self._under_way: list[InFlightRequest] = []
+        self._ctx, self._state, self._dataloader = ctx, state, dataloader
+        self._in_flight: list[InFlightRequest] = []  # in the order of submission
 
-    def fill(self, num: int) -> None:
-        """Ask for as many as `num` prompts of all ranks lack."""
+    def submit(self, num: int) -> None:
+        """Submit prompts until `num` prompts of all ranks are in flight."""
         lacking = num - len(self.positions())
         if lacking > 0:
-            self._ask(lacking)
+            self._submit_new(lacking)
 
-    def take(self, num: int) -> list[tuple[VideoSample, Prompt, list[Rollout]]]:
-        """This rank's share of `num` answered prompts. Asks for what is not under way.
-
-        Those that would be staler than rollout.max_staleness at the next step come first.
-        """
-        self.fill(num)
-        ctx, rollout_queue = self._ctx, self._under_way
+    def collect(self, num: int) -> list[tuple[VideoSample, Prompt, list[Rollout]]]:
+        """Return this rank's shard of `num` answered prompts, after submitting what is missing."""
+        self.submit(num)
+        ctx, mesh = self._ctx, self._ctx.mesh
         oldest = self._state.version - ctx.cfg.rollout.max_staleness
-        due = [flight for flight in rollout_queue if flight.version <= oldest]
-        ordered = due + [flight for flight in rollout_queue if flight.version > oldest]
-        share = min(len(ctx.rank_share(range(num))), len(ordered))
+        due = [request for request in self._in_flight if request.version <= oldest]
+        ordered = due + [request for request in self._in_flight if request.version > oldest]
+        count = min(len(shard(range(num), mesh.data, mesh.model)), len(ordered))
         with ctx.clock("rollout"):
-            asked = [flight.asked for flight in ordered]
-            chosen = ctx.rollout_manager.first(asked, required=min(len(due), share), count=share)
+            asked = [request.asked for request in ordered]
+            chosen = ctx.rollout_manager.first(asked, required=min(len(due), count), count=count)
             taken = [ordered[index] for index in sorted(chosen)]
-            answers = ctx.rollout_manager.results([flight.asked for flight in taken])
-        self._under_way = [flight for flight in rollout_queue if flight not in taken]
-        return [(f.sample, f.prompt, a) for f, a in zip(taken, answers, strict=True)]
+            answers = ctx.rollout_manager.results([request.asked for request in taken])
+        self._in_flight = [request for request in self._in_flight if request not in taken]
+        return [(r.sample, r.prompt, a) for r, a in zip(taken, answers, strict=True)]
 
     def positions(self) -> list[int]:
-        """Places in the stream of all ranks' samples that are under way."""
-        own = [flight.position for flight in self._under_way]
+        """Return the stream positions of all ranks' samples that are in flight, ascending."""
+        own = [request.position for request in self._in_flight]
         return sorted(chain(*gather_objects(world_axis(self._ctx.mesh), own)))
 
-    def _ask(self, num: int) -> None:
+    def _submit_new(self, num: int) -> None:
+        """Draw `num` samples over all ranks and send this rank's shard to the engines."""
         ctx = self._ctx
         with ctx.clock("encode"):
-            drawn = self._draws.take(num)
-            prompts = ctx.look([made.prompt for made in drawn])
+            drawn = self._dataloader.take(num)
+            prompts = ctx.embed([prepared.prompt for prepared in drawn])
         with ctx.clock("rollout"):
-            positions = [made.position for made in drawn]
+            positions = [prepared.position for prepared in drawn]
             asked = ctx.rollout_manager.ask(prompts, sampling_spec(ctx.cfg), positions)
-        self._under_way += [
+        self._in_flight += [
             InFlightRequest(
-                sample=made.sample,
+                sample=prepared.sample,
                 prompt=prompt,
-                position=made.position,
+                position=prepared.position,
                 version=self._state.version,
                 asked=one,
             )
-            for made, prompt, one in zip(drawn, prompts, asked, strict=True)
+            for prepared, prompt, one in zip(drawn, prompts, asked, strict=True)
         ]

@@ -1,4 +1,4 @@
-"""What a run directory holds already, and whether this run may go on in it."""
+"""Checks of a run directory: whether this run may resume in it, and whether it is writable."""
 
 import os
 import tempfile
@@ -10,14 +10,14 @@ import yaml
 from megatron_vrl.config import RunConfig
 from megatron_vrl.errors import ConfigError
 
-PROGRESS = "rollouts/progress.json"  # of rollouts that are made without training
+PROGRESS = "rollouts/progress.json"  # state of --rollouts-only
 
 
 def check_run_dir(cfg: RunConfig, trains: bool) -> None:
-    """Raises ConfigError if run.out_dir holds a run that learns or asks for something else.
+    """Raises ConfigError if run.out_dir holds a run with another configuration.
 
-    Layout, engine size, checkpoints and logging may change between two calls, and rollouts without
-    training may go on for more steps.
+    `trains`: False for --rollouts-only, which may resume with more steps. Layout, engine size,
+    checkpoint and logging settings may change when a run resumes.
     """
     out_dir = Path(cfg.run.out_dir)
     if trains and (out_dir / PROGRESS).exists():
@@ -32,9 +32,9 @@ def check_run_dir(cfg: RunConfig, trains: bool) -> None:
 
 
 def check_writable(out_dir: str, keep: bool) -> None:
-    """Raises ConfigError unless run.out_dir can be made and a file be written there.
+    """Raises ConfigError unless run.out_dir can be created and written.
 
-    Folders that were made for the trial are removed again, unless `keep`: other ranks use them.
+    Folders that the check creates are removed again, unless `keep`.
     """
     folder = Path(out_dir)
     made = [parent for parent in (folder, *folder.parents) if not os.path.lexists(parent)]
@@ -48,11 +48,12 @@ def check_writable(out_dir: str, keep: bool) -> None:
         ) from None
     finally:
         for parent in () if keep else made:
-            with suppress(OSError):  # not made, or in use by now
+            with suppress(OSError):  # it was not created, or another process uses it
                 parent.rmdir()
 
 
 def _check_same(cfg: RunConfig, out_dir: Path, sections: tuple[str, ...]) -> None:
+    """Raises ConfigError naming the first key of `sections` that differs from OUT/config.yaml."""
     before = yaml.safe_load((out_dir / "config.yaml").read_text())
     now = cfg.model_dump(mode="json")
     for section in sections:

@@ -1,7 +1,7 @@
-"""The samples that training takes: sources, what a selection keeps of them, and their order.
+"""Sample stream of training: sources, data.selection, curriculum and source weights.
 
-A selection and a curriculum go by ids, so with one of them every record of a pool is parsed once at
-the start; without, none before its turn.
+data.selection and data.curriculum name samples by id. With one of them every record of a pool is
+parsed at the start. Without, a record of an indexed pool is parsed when it is drawn.
 """
 
 from collections.abc import Sequence, Set
@@ -18,26 +18,33 @@ from megatron_vrl.errors import ConfigError, DataError
 from megatron_vrl.parallel.mesh import raise_on_all_ranks
 
 
+def open_run_pool(ctx: RunContext, sources: Sequence[Source]) -> Pool:
+    """Return the pool of some sources of the run. Every rank calls it and gets the same."""
+    with raise_on_all_ranks(ctx.mesh):
+        return ctx.datasets.open_pool(sources, ctx.reader.duration_s)
+
+
 def training_pool(ctx: RunContext) -> Pool:
-    """What GRPO may draw. Every rank calls it and gets the same."""
-    pool = ctx.pool(ctx.cfg.data.train)
+    """Return the pool that GRPO draws from. Every rank calls it and gets the same."""
+    pool = open_run_pool(ctx, ctx.cfg.data.train)
     with raise_on_all_ranks(ctx.mesh):
         return selected(pool, ctx.cfg.data)
 
 
 def training_stream(ctx: RunContext, pool: Pool) -> SampleStream:
-    """Of `training_pool`, at its start. Every rank calls it."""
+    """Return the stream of `training_pool`, at its start. Every rank calls it."""
     with raise_on_all_ranks(ctx.mesh):
         return ordered(pool, ctx.cfg.data, ctx.cfg.run.seed)
 
 
 def stream_of(pool: Pool, data: Data, seed: int) -> SampleStream:
+    """Return the stream of the selected samples of a pool, in the order of the curriculum."""
+    check_records(data)
     return ordered(selected(pool, data), data, seed)
 
 
 def selected(pool: Pool, data: Data) -> Pool:
-    """As far as data.selection keeps it."""
-    check_records(data)
+    """Return the samples of a pool that data.selection keeps. Raises DataError if none is kept."""
     if data.selection:
         ids = read_ids(data.selection)
         pool = only(pool, ids)
@@ -50,10 +57,12 @@ def selected(pool: Pool, data: Data) -> Pool:
 
 
 def only(pool: Pool, ids: Set[str]) -> Pool:
+    """Return the samples of a pool with one of the ids."""
     return pool.only(np.array([name in ids for name in pool.names()], dtype=bool))
 
 
 def ordered(pool: Pool, data: Data, seed: int) -> SampleStream:
+    """Return the stream of a pool, in the order of data.curriculum."""
     stages = None
     if data.curriculum != "none":
         rewards = read_mean_rewards(data.difficulty)
@@ -64,18 +73,19 @@ def ordered(pool: Pool, data: Data, seed: int) -> SampleStream:
 def weighted(
     pool: Pool, sources: Sequence[Source], seed: int, stages: NDArray[np.int64] | None = None
 ) -> SampleStream:
-    """A stream in which each source comes as often as its weight says."""
+    """Return a stream that draws each source in proportion to its weight."""
     return SampleStream(pool, seed, schedule_of(pool, sources, seed, stages))
 
 
 def schedule_of(
     pool: Pool, sources: Sequence[Source], seed: int, stages: NDArray[np.int64] | None = None
 ) -> Schedule:
+    """Return the order of a pool's samples. `stages`: curriculum stage of each sample."""
     return Schedule(pool.sizes, [source.weight for source in sources], seed, stages)
 
 
 def check_records(data: Data) -> None:
-    """Raises UserError if what a selection or a curriculum goes by is not there."""
+    """Raises UserError if the files of data.selection or data.difficulty cannot be used."""
     if data.curriculum != "none" and not data.difficulty:
         raise ConfigError(
             f"data.curriculum={data.curriculum} needs recorded rewards: give data.difficulty."

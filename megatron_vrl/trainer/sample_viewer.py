@@ -1,4 +1,4 @@
-"""Scored groups -> cards of the report: question, frames, and every answer with its rewards."""
+"""Samples shown in the report: question, frames, and every answer with its rewards."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from megatron_vrl.types import EncodedVideo, Experience
 def write_cards(
     ctx: RunContext, sinks: Sinks, experiences: Sequence[Experience], step: int
 ) -> None:
-    """Keep these groups for the report. Rank 0 writes, every rank calls."""
+    """Write groups of a step for the report. Rank 0 writes and every rank calls."""
     with raise_on_all_ranks(ctx.mesh):
         for experience in experiences:
             (video,) = experience.scored.prompt.visuals

@@ -1,31 +1,31 @@
-"""Supervised warm-up on the trainer, data and model of GRPO: loss on the answers only.
+"""Supervised fine-tuning (SFT) before GRPO: cross-entropy of the ideal answers.
 
-A short cold start: it ends at the first evaluation of the split `dev` at or above a threshold. If
-the threshold is not reached within its steps, it starts over from the first weights with the next
-seed, as often as `sft.restarts` allows.
+SFT uses the data loader, the packing and the model of GRPO. It is a short cold start: it ends when
+an evaluation of the split `dev` reaches sft.stop_at. If that does not happen within sft.steps, SFT
+starts over from model.checkpoint with the next seed, at most sft.restarts times.
 """
 
 import numpy as np
 
 from megatron_vrl.algorithms.sft import token_loss
 from megatron_vrl.batching.pack import Answer, Group
-from megatron_vrl.checkpoint.checkpoint import load_weights
 from megatron_vrl.context import RunContext
 from megatron_vrl.errors import ConfigError, UserError
 from megatron_vrl.models.logprob_head import Distribution
 from megatron_vrl.observe.metrics import StepMetrics
 from megatron_vrl.observe.sinks import Sinks
+from megatron_vrl.parallel.mesh import gather_shards
 from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.process.signals import begin_steps
 from megatron_vrl.trainer.dataloader import PromptDataLoader
 from megatron_vrl.trainer.record import evaluate_dev, record
-from megatron_vrl.trainer.sample_stream import weighted
-from megatron_vrl.trainer.state import RunState, save_if_due, start_phase
+from megatron_vrl.trainer.sample_stream import open_run_pool, weighted
+from megatron_vrl.trainer.state import RunState, save_if_due
 from megatron_vrl.types import VideoSample
 
 
 def train_sft(ctx: RunContext, state: RunState, sinks: Sinks, dev: list[VideoSample]) -> None:
-    """Run the warm-up to its end. Every rank calls it. Raises UserError if it never gets there."""
+    """Run SFT to its end. Every rank calls it. Raises UserError if it misses the threshold."""
     cfg = ctx.cfg.sft
     while not _attempt(ctx, state, sinks, dev):
         if state.attempt == cfg.restarts:
@@ -35,7 +35,7 @@ def train_sft(ctx: RunContext, state: RunState, sinks: Sinks, dev: list[VideoSam
             )
         state.attempt += 1
         state.begin("sft")
-        load_weights(ctx.cfg.model.checkpoint, ctx.policy)
+        ctx.saver.load_weights(ctx.cfg.model.checkpoint)
         sinks.say(
             f"SFT did not reach {cfg.stop_metric} {cfg.stop_at} in {cfg.steps} steps; "
             f"starting over with seed {ctx.cfg.run.seed + state.attempt}."
@@ -43,26 +43,26 @@ def train_sft(ctx: RunContext, state: RunState, sinks: Sinks, dev: list[VideoSam
 
 
 def _attempt(ctx: RunContext, state: RunState, sinks: Sinks, dev: list[VideoSample]) -> bool:
-    """One pass from `state.step` to the threshold (True) or the last step."""
+    """Train from `state.step` to the threshold (returns True) or the last step."""
     cfg, clock = ctx.cfg, ctx.clock
     seed = cfg.run.seed + state.attempt
-    stream = weighted(ctx.pool(cfg.data.sft), cfg.data.sft, seed)
+    stream = weighted(open_run_pool(ctx, cfg.data.sft), cfg.data.sft, seed)
     stream.restore(state.stream)
     dataloader = PromptDataLoader(ctx, stream, state, sinks.say)
-    start_phase(ctx, state, cfg.sft.optimizer, cfg.sft.steps)
+    if state.step == 0:  # otherwise `load_stage` has loaded the optimizer
+        ctx.policy.start_phase(cfg.sft.optimizer, cfg.sft.steps)
     sinks.begin("sft", cfg.sft.steps, state.step)
     begin_steps()
-    if state.evaluating == "dev" and _reaches(ctx, state, sinks, dev):
+    if state.evaluating == "dev" and _reaches_threshold(ctx, state, sinks, dev):
         return True
     while state.step < cfg.sft.steps:
         with ctx.profiler("sft", state.step + 1):
             with clock("encode"):
-                groups = ctx.gather_replica(
-                    [
-                        Group(prompt=prompt, answers=(_target(ctx, sample),))
-                        for sample, prompt, _ in dataloader.take(cfg.sft.batch_size)
-                    ]
-                )
+                own = [
+                    Group(prompt=prompt, answers=(_target(ctx, sample),))
+                    for sample, prompt, _ in dataloader.take(cfg.sft.batch_size)
+                ]
+                groups = gather_shards(own, ctx.mesh.model)
             if state.step + 1 < cfg.sft.steps:
                 dataloader.prefetch(cfg.sft.batch_size)
             with clock("update"):
@@ -73,19 +73,20 @@ def _attempt(ctx: RunContext, state: RunState, sinks: Sinks, dev: list[VideoSamp
         state.version += 1
         values = {"loss": update.loss, "grad_norm": update.grad_norm, "lr": update.lr}
         values |= {k: v for k, v in update.metrics.items() if k.startswith("fp8/")}
-        values |= dataloader.numbers()
+        values |= dataloader.metrics()
         spent = clock.take()
         state.add_seconds(spent)
         row = StepMetrics(phase="sft", step=state.step, values=values, seconds=spent)
         record(ctx, sinks, row)
         is_due = cfg.sft.stop_metric and state.step % cfg.sft.evaluate_every == 0
-        if is_due and _reaches(ctx, state, sinks, dev):
+        if is_due and _reaches_threshold(ctx, state, sinks, dev):
             return True
         save_if_due(ctx, state)
     return not cfg.sft.stop_metric
 
 
 def _target(ctx: RunContext, sample: VideoSample) -> Answer:
+    """Return the ideal answer of a sample."""
     token_ids = ctx.encoder.target(sample)
     return Answer(
         token_ids=token_ids,
@@ -94,8 +95,10 @@ def _target(ctx: RunContext, sample: VideoSample) -> Answer:
     )
 
 
-def _reaches(ctx: RunContext, state: RunState, sinks: Sinks, dev: list[VideoSample]) -> bool:
-    """Evaluate on dev and return whether the stopping threshold has been reached."""
+def _reaches_threshold(
+    ctx: RunContext, state: RunState, sinks: Sinks, dev: list[VideoSample]
+) -> bool:
+    """Evaluate on `dev` and return whether sft.stop_metric has reached sft.stop_at."""
     cfg = ctx.cfg.sft
     metrics = evaluate_dev(ctx, state, sinks, dev, during="sft")
     if cfg.stop_metric not in metrics:

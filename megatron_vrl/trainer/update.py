@@ -1,7 +1,8 @@
-"""One step's learning: groups shared out over the data ranks, packed, and one or more updates.
+"""Optimizer updates of a step: rebalance groups over data ranks, pack them, and update.
 
-With a single update the log-probs that it finds are the old ones. With several they are computed
-once before the first, and so is the reference pass, which a KL coefficient of 0 leaves out.
+With one update per step the old log-probs are those of the update's own forward pass. With several
+they are computed once before the first. The reference pass is also made once, and only if
+algorithm.kl is not 0.
 """
 
 from collections.abc import Sequence
@@ -20,14 +21,16 @@ from megatron_vrl.trainer.experience import RolloutBatch, sampled_distribution, 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateResult:
+    """Updates of a step, with the work of this data-parallel rank."""
+
     groups: list[Group]  # that this data rank trained on
     batches: list[MicroBatch]  # of one pass over them
-    updates: list[Update]  # the same on every rank; empty if there was nothing to learn
+    updates: list[Update]  # the same on every rank; empty if no group was kept
     passes: int  # forward passes without gradient over `batches`
 
 
 def update_policy(ctx: RunContext, rollout_batch: RolloutBatch, step: int) -> UpdateResult:
-    """Every rank calls it; `step` steps were made before."""
+    """Train on a step's rollouts, after `step` finished steps. Every rank calls it."""
     cfg = ctx.cfg
     cost = lambda group: group_work(ctx.arch, group).flops  # noqa: E731
     given = [to_train(e, cfg.algorithm.mask_truncated) for e in rollout_batch.kept]

@@ -114,7 +114,7 @@ def test_weights_come_back_bit_equal_and_before_any_update(policy, checkpoint, t
     assert (hf_dir_of(tmp_path / "saved") / "config.json").exists()
     assert {p.name for p in (tmp_path / "saved").iterdir()} == {
         "weights",
-        "published",
+        "huggingface",
         "state.json",
         "CHECKSUMS",
     }
@@ -215,6 +215,34 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(policy, con
         newest_sound(tmp_path, policy.mesh)
     assert (tmp_path / "1").exists()
     assert newest_sound(tmp_path / "empty", policy.mesh) == (None, [])
+
+
+def test_the_old_name_of_a_folder_is_refused_and_its_sentence_is_the_cure(
+    policy, converted, tmp_path
+):
+    old = tmp_path / "1"
+    shutil.copytree(converted, old)
+    (old / "huggingface").rename(old / "published")
+    sums = (old / "CHECKSUMS").read_text()
+    (old / "CHECKSUMS").write_text(sums.replace("  huggingface/", "  published/"))
+    for use in (lambda: hf_dir_of(old), lambda: newest_sound(tmp_path, policy.mesh)):
+        with pytest.raises(CheckpointError, match="called huggingface now: rename it") as error:
+            use()
+    assert old.is_dir()  # and not set aside as a damaged one
+    command = str(error.value).partition("(")[2].removesuffix(").")
+    subprocess.run(command, shell=True, check=True)
+    assert newest_sound(tmp_path, policy.mesh) == (old, [])
+    assert (hf_dir_of(old) / "config.json").is_file()
+
+
+def test_a_saver_hashes_a_checkpoint_once(policy, converted, tmp_path):
+    shutil.copytree(converted, tmp_path / "1")
+    saver = Saver(tmp_path, policy, converted, keep=1)
+    assert saver.newest_sound() == (tmp_path / "1", [])
+    flip_bit(tmp_path / "1" / "huggingface" / "config.json")  # is not read again by this saver
+    saver.load_weights(tmp_path / "1")
+    with pytest.raises(CheckpointError, match=r"config\.json is damaged"):
+        Saver(tmp_path, policy, converted, keep=1).load_weights(tmp_path / "1")
 
 
 def test_unreadable_state_is_named(tmp_path):

@@ -123,7 +123,7 @@ def test_zeros_that_pad_the_vocabulary_are_left_out(folder, tmp_path):
             tensor = torch.cat([tensor, torch.zeros(3, tensor.shape[1])])
         writer.add(name, tensor)
     writer.close()
-    shutil.copytree(folder / "megatron" / "published", padded / "published")
+    shutil.copytree(folder / "megatron" / "huggingface", padded / "huggingface")
     convert_to_hf(padded, tmp_path / "back")
     assert_same(folder / "hf", tmp_path / "back")
 
@@ -212,15 +212,15 @@ MEGATRON_MISTAKES = {
         r"weights: the tensor \S+ cannot be read",
     ),
     "another model": (
-        lambda d: changed_config(d / "published", num_hidden_layers=5),
+        lambda d: changed_config(d / "huggingface", num_hidden_layers=5),
         r"lacks the tensor language\.decoder\.layers\.4\.",
     ),
     "another shape": (
-        lambda d: changed_config(d / "published", intermediate_size=100),
+        lambda d: changed_config(d / "huggingface", intermediate_size=100),
         r"weights: language\.\S+ has the shape \[192, 64\].* asks for \[200, 64\]",
     ),
     "smaller model": (
-        lambda d: changed_config(d / "published", num_hidden_layers=3),
+        lambda d: changed_config(d / "huggingface", num_hidden_layers=3),
         r"holds language\.decoder\.layers\.3\.\S+, which the model",
     ),
 }

@@ -10,7 +10,7 @@ from PIL import Image
 from megatron_vrl.config import load_config
 from megatron_vrl.config.inference import inference_files
 from megatron_vrl.errors import ConfigError, DataError
-from megatron_vrl.evaluation.ask import Question, ask, told
+from megatron_vrl.evaluation.ask import Question, as_text, ask
 from megatron_vrl.evaluation.benchmark import items_of, questions, read_predictions
 from megatron_vrl.evaluation.generate import Answerer, inference_config
 from megatron_vrl.evaluation.predict import predict, too_many_bad
@@ -118,7 +118,9 @@ def test_a_question_is_asked_again_when_its_video_can_be_read(folder, cfg, engin
     first = predict(cfg, samples, tmp_path / "out", {}, engine)
     assert [bool(p.problem) for p in first] == [False, True]
     assert predict(cfg, samples, tmp_path / "out", {}, never) == first
-    engine(cfg, 0)._reader = VideoReader(cfg.video)  # as a later process has; one remembers
+    engine(cfg, 0)._prompts._videos = VideoReader(
+        cfg.video
+    )  # as a later process has; one remembers
     shutil.copy(clips[1], tmp_path / "two.mp4")
     second = predict(cfg, samples, tmp_path / "out", {}, engine)
     assert [p.id for p in second] == [p.id for p in first] and second[0] == first[0]
@@ -195,7 +197,7 @@ def test_one_question(folder, cfg, engine, tmp_path):
     question = Question(video=str(tmp_path / "clip.mp4"), text="a red square", task="grounded_qa")
     found = ask(cfg, question, tmp_path / "strip.png", engine)
     assert found["failure"] and found["interval_s"] is None  # the weights are random
-    assert "not read" in told(found)
+    assert "not read" in as_text(found)
     assert Image.open(tmp_path / "strip.png").width == 1280
 
 

@@ -68,7 +68,7 @@ def test_the_recipe_passes_a_dry_run_on_eight_ranks():
 def test_the_recipe_takes_every_size(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     cfg = load_config(RECIPE, [f"model.architecture={path}", "parallel.tensor=2"])
-    assert any("replicas of tensor 2" in note for note in check(cfg, 8))
+    assert any("replicas of tensor 2" in note for note in check(cfg, 8).notes)
 
 
 def test_a_dry_run_refuses_more_tokens_than_the_model_has_positions(monkeypatch):
@@ -85,7 +85,7 @@ def test_a_dry_run_says_how_the_model_is_cut(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps(published | {"vocab_size": 151935}))
     layout = ["parallel.tensor=2", "parallel.pipeline=2", "parallel.split=balanced"]
     cfg = load_config(RECIPE, [f"model.architecture={tmp_path / 'config.json'}", *layout])
-    notes = check(cfg, 8)
+    notes = check(cfg, 8).notes
     assert "layers of each pipeline stage: 6, 30" in notes
     padded = "padded to 151936 rows, which parallel.tensor=2 divides"
     assert any(padded in note for note in notes)

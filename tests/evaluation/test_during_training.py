@@ -51,7 +51,7 @@ def ctx_of(mesh, samples, bad, share):
     )
     shown = prompt([video((1, 2, 2), 1.0, 0)], 0)
 
-    def encode(block):
+    def load(block):
         return [
             VideoError(f"{s.video} is empty.", "empty") if s.id in bad else shown for s in block
         ]
@@ -61,7 +61,8 @@ def ctx_of(mesh, samples, bad, share):
             evaluation=Evaluation(), rewards=Rewards(), video=Video(max_bad_fraction=share)
         ),
         mesh=mesh,
-        encode=encode,
+        prompts=SimpleNamespace(load=load),
+        embed=list,
         rollout_manager=SimpleNamespace(
             sync_weights=lambda version: None,
             generate=lambda prompts, spec: [[answer] for _ in prompts],
@@ -71,7 +72,7 @@ def ctx_of(mesh, samples, bad, share):
 
 def test_bad_videos_count_as_answered_with_nothing(mesh, capsys):
     samples = [sample(number) for number in range(10)]
-    metrics = evaluate(ctx_of(mesh, samples, {"s3", "s7"}, share=0.2), samples, 0, 0)
+    metrics = evaluate(ctx_of(mesh, samples, {"s3", "s7"}, share=0.2), samples, version=0, step=0)
     assert metrics["undecodable"] == 2
     assert metrics["temporal_grounding/miou"] == pytest.approx(0.8)
     assert metrics["response_tokens"] == 6
@@ -82,12 +83,12 @@ def test_bad_videos_count_as_answered_with_nothing(mesh, capsys):
 def test_too_many_end_the_run(mesh):
     samples = [sample(number) for number in range(10)]
     with pytest.raises(UserError, match=r"over video.max_bad_fraction=0.1: check the data"):
-        evaluate(ctx_of(mesh, samples, {"s3", "s7"}, share=0.1), samples, 0, 0)
+        evaluate(ctx_of(mesh, samples, {"s3", "s7"}, share=0.1), samples, version=0, step=0)
 
 
 def test_without_bad_videos_nothing_is_said(mesh, capsys):
     samples = [sample(number) for number in range(3)]
-    metrics = evaluate(ctx_of(mesh, samples, set(), share=0.0), samples, 0, 0)
+    metrics = evaluate(ctx_of(mesh, samples, set(), share=0.0), samples, version=0, step=0)
     assert metrics["undecodable"] == 0
     assert metrics["temporal_grounding/miou"] == pytest.approx(1.0)
     assert capsys.readouterr().err == ""

@@ -167,7 +167,7 @@ def test_export_loads_in_transformers_and_is_the_trained_model(run):
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("tensors are bit-equal\n")
     asked = yaml.safe_load((run / "config.yaml").read_text())
-    for directory in (run / "export", newest / "published"):
+    for directory in (run / "export", newest / "huggingface"):
         for section, kept in yaml.safe_load((directory / "inference.yaml").read_text()).items():
             assert kept.items() <= asked[section].items()
     shards = (run.parent / "quickstart" / "model-hf").glob("*.safetensors")

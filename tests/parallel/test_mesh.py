@@ -1,10 +1,20 @@
 """The grid of ranks: what divides, and that ranks fail together."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_vrl.config import Parallel
 from megatron_vrl.errors import ConfigError, VideoError
-from megatron_vrl.parallel.mesh import check_layout, close_mesh, init_mesh, raise_on_all_ranks
+from megatron_vrl.parallel.mesh import (
+    Axis,
+    check_layout,
+    close_mesh,
+    init_mesh,
+    interleave,
+    raise_on_all_ranks,
+    shard,
+)
 
 
 @pytest.fixture
@@ -73,3 +83,17 @@ def test_an_error_inside_is_raised_after_all_agreed(mesh):
 def test_our_own_bugs_are_not_held_back(mesh):
     with pytest.raises(ZeroDivisionError), raise_on_all_ranks(mesh):
         1 / 0  # noqa: B018
+
+
+def _axis(rank: int, size: int) -> Axis:
+    return Axis(rank=rank, size=size, group=None)
+
+
+@given(st.lists(st.integers()), st.integers(1, 5), st.integers(1, 3))
+def test_shards_of_all_ranks_are_the_items_in_order(items, data, model):
+    ranks = [
+        [shard(items, _axis(d, data), _axis(m, model)) for m in range(model)] for d in range(data)
+    ]
+    assert interleave([interleave(of_replica) for of_replica in ranks]) == items
+    for d, of_replica in enumerate(ranks):
+        assert interleave(of_replica) == shard(items, _axis(d, data))

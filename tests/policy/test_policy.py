@@ -207,3 +207,23 @@ def test_a_gradient_that_is_no_number_is_not_applied_and_named(checkpoint, mesh,
     everyone = tuple(answer.id for answer in NAMED[2].answers)
     assert update.suspects == (everyone[1:2] if where == "forward" else everyone)
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+
+
+def test_an_update_that_raises_leaves_megatrons_config_as_it_was(checkpoint, mesh):
+    cfg = Model(checkpoint=str(checkpoint), dtype="float32")
+    policy = Policy(read_architecture(checkpoint), cfg, Parallel(overlap=True), mesh)
+    load_hf_weights(policy.chunks, checkpoint)
+    policy.start_phase(Optimizer(lr=1e-3), num_steps=1)
+    config = policy.chunks[0].config
+    names = ("finalize_model_grads_func", "no_sync_func", "grad_sync_func")
+    seen = []
+
+    def failing(tokens):
+        seen.append([getattr(config, name) is not None for name in names])
+        raise ZeroDivisionError
+
+    batches = plan_batches(GROUPS, GROUPS[0], Batch(), mesh)
+    with pytest.raises(ZeroDivisionError):
+        policy.update(batches, failing, Distribution(), 0)
+    assert seen == [[True, True, True]]
+    assert [getattr(config, name) for name in names] == [None, None, None]

@@ -31,7 +31,7 @@ def mesh():
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return save(hf_model(), tmp_path_factory.mktemp("eyes") / "hf")
+    return save(hf_model(), tmp_path_factory.mktemp("cache") / "hf")
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def logprobs(policy, prompts):
 
 
 def test_log_probs_are_those_of_the_pixels(policy, monkeypatch):
-    seen = VisionEmbeddingCache(policy, 64).look(PROMPTS)
+    seen = VisionEmbeddingCache(policy, 64).embed(PROMPTS)
     assert [len(one.seen) for one in seen] == [1, 0, 2]
     expected = logprobs(policy, PROMPTS)
     monkeypatch.setattr(policy.chunks[0].vision, "_encode", None)  # the tower is not asked again
@@ -74,48 +74,48 @@ def test_log_probs_are_those_of_the_pixels(policy, monkeypatch):
 
 
 def test_each_video_is_seen_once(policy):
-    eyes = VisionEmbeddingCache(policy, 64)
+    cache = VisionEmbeddingCache(policy, 64)
     for _ in range(2):
-        first, *_ = eyes.look(PROMPTS)
-        assert eyes.encoded == 3
-    (again,) = eyes.look([replace(PROMPTS[0], id="another question")])
-    assert again.seen[0] is first.seen[0] and eyes.encoded == 3
+        first, *_ = cache.embed(PROMPTS)
+        assert cache.encoded == 3
+    (again,) = cache.embed([replace(PROMPTS[0], id="another question")])
+    assert again.seen[0] is first.seen[0] and cache.encoded == 3
     other_frames = replace(PROMPTS[0].visuals[0], frame_indices=np.arange(4) + 9)
-    eyes.look([replace(PROMPTS[0], visuals=(other_frames,))])
-    assert eyes.encoded == 4
+    cache.embed([replace(PROMPTS[0], visuals=(other_frames,))])
+    assert cache.encoded == 4
 
 
 def test_a_tower_that_was_written_to_sees_anew(policy, checkpoint):
-    eyes = VisionEmbeddingCache(policy, 64)
-    (before,) = eyes.look(PROMPTS[:1])
+    cache = VisionEmbeddingCache(policy, 64)
+    (before,) = cache.embed(PROMPTS[:1])
     with torch.no_grad():
         policy.chunks[0].vision.merger.out.weight.mul_(1.5)
-    (after,) = eyes.look(PROMPTS[:1])
-    assert eyes.epoch == 1 and not np.allclose(before.seen[0], after.seen[0])
+    (after,) = cache.embed(PROMPTS[:1])
+    assert cache.epoch == 1 and not np.allclose(before.seen[0], after.seen[0])
     changed = logprobs(policy, PROMPTS[:1])
     torch.testing.assert_close(logprobs(policy, [after]), changed, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(logprobs(policy, [before]), changed, atol=1e-3)
     load_hf_weights(policy.chunks, checkpoint)
-    (back,) = eyes.look(PROMPTS[:1])
-    assert eyes.epoch == 2 and np.array_equal(back.seen[0], before.seen[0])
+    (back,) = cache.embed(PROMPTS[:1])
+    assert cache.epoch == 2 and np.array_equal(back.seen[0], before.seen[0])
 
 
 def test_memory_is_bounded(policy, monkeypatch):
     monkeypatch.setattr("megatron_vrl.policy.vision_cache.MIB", 1)
     prompts = [prompt([video((2, 4, 4), 1.0, seed)], seed) for seed in range(4)]
-    (first,) = VisionEmbeddingCache(policy, 10**6).look(prompts[:1])
-    eyes = VisionEmbeddingCache(policy, 2 * first.seen[0].nbytes)
-    eyes.look(prompts[:2])
-    eyes.look([prompts[0], prompts[2]])  # 1 was used longest ago
-    assert eyes.encoded == 3 and len(eyes._kept) == 2
-    eyes.look(prompts[:1])
-    assert eyes.encoded == 3
-    eyes.look(prompts[1:2])
-    assert eyes.encoded == 4
+    (first,) = VisionEmbeddingCache(policy, 10**6).embed(prompts[:1])
+    cache = VisionEmbeddingCache(policy, 2 * first.seen[0].nbytes)
+    cache.embed(prompts[:2])
+    cache.embed([prompts[0], prompts[2]])  # 1 was used longest ago
+    assert cache.encoded == 3 and len(cache._kept) == 2
+    cache.embed(prompts[:1])
+    assert cache.encoded == 3
+    cache.embed(prompts[1:2])
+    assert cache.encoded == 4
 
 
 def test_what_was_seen_before_is_no_work(policy):
-    seen = VisionEmbeddingCache(policy, 64).look(PROMPTS)
+    seen = VisionEmbeddingCache(policy, 64).embed(PROMPTS)
     arch = policy.arch
     (batch,), (pixels,) = batches_of(policy, seen), batches_of(policy, PROMPTS)
     ideal = sum(group_work(arch, group).flops for group in groups_of(seen))

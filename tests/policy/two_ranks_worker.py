@@ -49,16 +49,16 @@ def main() -> None:
 
 
 def seen(mesh: Mesh) -> list[list[float]]:
-    """As if the ranks were two pipeline stages: what the first one's eyes saw of own prompts."""
+    """Return own embeddings, made by the cache of rank 0 as if ranks were pipeline stages."""
     prompts = [group.prompt for group in (GROUPS[:1] if mesh.rank == 0 else GROUPS[1:3])]
 
-    def look(of_stage: Sequence[Prompt]) -> list[Prompt]:
+    def embed(of_stage: Sequence[Prompt]) -> list[Prompt]:
         return [replace(p, seen=(np.full(1, float(len(p.token_ids))),)) for p in of_stage]
 
-    eyes: Any = SimpleNamespace(look=look) if mesh.rank == 0 else None
+    cache: Any = SimpleNamespace(embed=embed) if mesh.rank == 0 else None
     stages: Any = SimpleNamespace(pipeline=mesh.data)
-    looked = embed_across_ranks(eyes, stages, prompts)
-    return [[float(one.seen[0][0]), float(len(one.token_ids))] for one in looked]
+    embedded = embed_across_ranks(cache, stages, prompts)
+    return [[float(one.seen[0][0]), float(len(one.token_ids))] for one in embedded]
 
 
 def summary(planned: list[MicroBatch]) -> dict[str, Any]:

@@ -86,32 +86,32 @@ def largest_gap(policy, engine, prompts, answers) -> float:
 def test_one_look_serves_engine_reference_and_update(policy, engine, prompts, shown):
     pixels = engine.generate(prompts, SPEC)
     assert len(shown) > 0
-    eyes, before = VisionEmbeddingCache(policy, 64), len(shown)
-    seen = eyes.look(prompts)
+    cache, before = VisionEmbeddingCache(policy, 64), len(shown)
+    seen = cache.embed(prompts)
     answers = engine.generate(seen, SPEC)
     for ours, theirs in zip(answers, pixels, strict=True):
         assert [a.token_ids.tolist() for a in ours] == [a.token_ids.tolist() for a in theirs]
     policy.keep_reference()
     assert largest_gap(policy, engine, seen, answers) < 1e-4
-    assert len(shown) == before and eyes.encoded == len(prompts)
+    assert len(shown) == before and cache.encoded == len(prompts)
 
 
 def test_a_changed_tower_changes_what_the_engine_answers(policy, engine, prompts, shown):
-    eyes = VisionEmbeddingCache(policy, 64)
-    before = engine.generate(eyes.look(prompts), SPEC)
+    cache = VisionEmbeddingCache(policy, 64)
+    before = engine.generate(cache.embed(prompts), SPEC)
     with torch.no_grad():
         policy.chunks[0].vision.merger.out.weight.mul_(-1.5)
     engine.push_weights(WeightExport(policy.chunks).tensors(), version=2)
-    seen = eyes.look(prompts)
+    seen = cache.embed(prompts)
     after = engine.generate(seen, SPEC)
-    assert eyes.epoch == 1 and eyes.encoded == 2 * len(prompts) and not shown
+    assert cache.epoch == 1 and cache.encoded == 2 * len(prompts) and not shown
     assert largest_gap(policy, engine, seen, after) < 1e-4
     first = [np.concatenate([a.logprobs for rs in made for a in rs]) for made in (before, after)]
     assert first[0].shape != first[1].shape or np.abs(first[0] - first[1]).max() > 1e-2
 
 
 def test_tokens_travel_to_workers_without_pixels(policy, prompts):
-    (seen,) = VisionEmbeddingCache(policy, 64).look(prompts[:1])
+    (seen,) = VisionEmbeddingCache(policy, 64).embed(prompts[:1])
     ask = Ask(request=request_of(seen), spec=SPEC.of_prompt(0), version=0)
     (video,) = decode(encode(ask), Ask).request.videos
     assert video.frames.size == 0 and np.array_equal(video.tokens, seen.seen[0])

@@ -10,11 +10,18 @@ import pytest
 from transformers import AutoTokenizer
 
 from megatron_vrl.config import Parallel, Video
-from megatron_vrl.context import RunContext, interleave
 from megatron_vrl.data.mix import SampleStream
 from megatron_vrl.data.prompt import PromptEncoder, VisionTokens
+from megatron_vrl.data.prompt_pipeline import PromptPipeline
 from megatron_vrl.errors import UserError
-from megatron_vrl.parallel.mesh import Mesh, close_mesh, gather_objects, init_mesh, world_axis
+from megatron_vrl.parallel.mesh import (
+    Mesh,
+    close_mesh,
+    gather_objects,
+    gather_shards,
+    init_mesh,
+    world_axis,
+)
 from megatron_vrl.storage.files import read_rows
 from megatron_vrl.trainer.dataloader import PromptDataLoader
 from megatron_vrl.trainer.state import RunState
@@ -65,15 +72,13 @@ def ctx_of(mesh: Mesh, folder: Path, published: Path, max_bad_fraction: float) -
         max_pixels=784,
         max_bad_fraction=max_bad_fraction,
     )
-    ctx = SimpleNamespace(
+    reader = VideoReader(video)
+    return SimpleNamespace(
         mesh=mesh,
         cfg=SimpleNamespace(run=SimpleNamespace(out_dir=str(folder)), video=video),
-        reader=VideoReader(video),
-        encoder=PromptEncoder(published, vision, "none", 4096),
+        reader=reader,
+        prompts=PromptPipeline(reader, PromptEncoder(published, vision, "none", 4096)),
     )
-    ctx.replica_share = lambda items: RunContext.replica_share(ctx, items)
-    ctx.rank_share = lambda items: RunContext.rank_share(ctx, items)
-    return ctx
 
 
 def draw_steps(ctx: SimpleNamespace, folder: Path, state: RunState, steps: int) -> list:
@@ -89,12 +94,12 @@ def draw_steps(ctx: SimpleNamespace, folder: Path, state: RunState, steps: int) 
             assert prompt.visuals[0].path == sample.video
         dataloader.prefetch(BATCH)
         mine = [one.sample.id for one in made]
-        found.append(interleave(gather_objects(ctx.mesh.data, mine)))
+        found.append(gather_shards(mine, ctx.mesh.data))
         state.step, state.stream = state.step + 1, dataloader.position
     own = [one.position for one in made]
-    state.under_way = interleave(gather_objects(ctx.mesh.data, own))  # asked and not answered
-    numbers = dataloader.numbers()
-    assert numbers["bad_samples"] == len(dataloader._bad) and numbers["videos_decoded"] >= 1
+    state.under_way = gather_shards(own, ctx.mesh.data)  # asked and not answered
+    metrics = dataloader.metrics()
+    assert metrics["bad_samples"] == len(dataloader._bad) and metrics["videos_decoded"] >= 1
     return found
 
 

@@ -27,7 +27,7 @@ def check_with(tmp_path, monkeypatch):
         sources = {name: [source] for name in KEYS} | {key: [source, wrong]}
         overrides = [f"{name}={json.dumps(of_key)}" for name, of_key in sources.items()]
         overrides.append("model.architecture=configs/models/qwen2.5-vl-3b.json")
-        return check(load_config(RECIPE, ["data.evaluation={}", *overrides]), 8, here)
+        return check(load_config(RECIPE, ["data.evaluation={}", *overrides]), 8, here).notes
 
     return checked
 

@@ -21,7 +21,7 @@ from megatron_vrl.trainer.state import RunState
 from megatron_vrl.types import Rollout as Answered
 from tests.data.test_mix import sample
 from tests.running import CONFIG
-from tests.tiny import video
+from tests.tiny import prompt, video
 
 SOURCE = {"json_path": "a", "data_folder": "b"}
 NUM, UNREADABLE, DULL = 10, 3, {1, 4, 8}  # to the dull ones all answers are alike
@@ -59,26 +59,27 @@ class Run:
             cfg=cfg,
             mesh=mesh,
             clock=Clock(),
-            rank_share=list,
-            reader=SimpleNamespace(encode=self.encode),
-            encoder=SimpleNamespace(prompt=lambda sample, video: sample),
-            look=list,
+            prompts=SimpleNamespace(load=self.load),
+            embed=list,
             rollout_manager=SimpleNamespace(generate=self.generate),
             reward_manager=RewardManager(cfg.rewards),
         )
         self.reselection = DataSelection(ctx, state, self.pool, self.stream, self.said.append)
 
     @staticmethod
-    def encode(clip):
+    def load(samples):
         bad = VideoError("is cut off", "cut_off")
-        shown = video((1, 2, 2), 1.0, 0)
-        return [bad if one.path == f"{UNREADABLE}.mp4" else shown for one in clip]
+        shown = prompt([video((1, 2, 2), 1.0, 0)], 0)
+        return [
+            bad if one.video == f"{UNREADABLE}.mp4" else replace(shown, id=one.video)
+            for one in samples
+        ]
 
     def generate(self, prompts, spec, numbers):
         if len(self.asked) == self.calls:
             raise RolloutError("killed")
         self.asked.append(list(numbers))
-        assert [p.video for p in prompts] == [f"{number}.mp4" for number in numbers]
+        assert [p.id for p in prompts] == [f"{number}.mp4" for number in numbers]
         ends = [(2, 2) if number in DULL else (2, 9) for number in numbers]
         return [[_answer(end) for end in pair] for pair in ends]
 
