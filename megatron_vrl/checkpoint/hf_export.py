@@ -1,10 +1,10 @@
-"""The trainer's weights as a stream of published tensors, a bucket at a time.
+"""Export of the trainer's weights as a stream of HF tensors, a bucket at a time.
 
-What goes into which bucket is planned once: a bucket holds whole modules (an engine may pack a
-layer as soon as it has its weight and its bias) and at most `max_bytes`, unless one module is
-larger. A bucket costs one gather over the tensor-parallel ranks and, where every stage wants
-everything, one broadcast from its pipeline stage; so memory holds one gathered bucket and what the
-consumer makes of it, never a stage.
+The contents of the buckets are planned once. A bucket holds whole modules, since an engine may pack
+a layer as soon as it has its weight and its bias. It holds at most `max_bytes`, unless one module
+is larger. A bucket costs one all-gather over the tensor-parallel ranks and, in `buckets`, one
+broadcast from its pipeline stage. Memory therefore holds one gathered bucket and the consumer's
+copies of it, never a whole stage.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,10 +23,10 @@ DEFAULT_BUCKET_BYTES = 128 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
-    """One bucket of one pipeline stage, as every stage knows it."""
+class BucketPlan:
+    """Contents of one bucket of one pipeline stage. Every stage knows the plans of all stages."""
 
-    names: tuple[str, ...]  # published
+    names: tuple[str, ...]  # HF names
     shapes: tuple[torch.Size, ...]
     dtype: torch.dtype
 
@@ -36,7 +36,7 @@ class Planned:
 
 
 class WeightExport:
-    """Made once for a model; streams its weights as they are at each call."""
+    """Stream of one model's current weights. The plan is made once."""
 
     def __init__(
         self,
@@ -45,48 +45,58 @@ class WeightExport:
         value: Callable[[Tensor], Tensor] = torch.Tensor.detach,
         max_bytes: int = DEFAULT_BUCKET_BYTES,
     ) -> None:
-        """`dtype` None: the parameters' own. `value` is taken of each parameter: itself, or for
-        example its gradient. Every rank calls it."""
+        """Plan the buckets; every rank calls it.
+
+        chunks: this rank's virtual pipeline stages.
+        dtype: of the exported tensors. None keeps the parameters' dtypes.
+        value: function of a parameter whose result is exported; by default the parameter itself.
+        """
         self._chunks, self._dtype, self._value = chunks, dtype, value
         self._mesh = chunks[0].mesh
         self._rows = [_bucket_rows(model, self._size_of(model), max_bytes) for model in chunks]
         own = [
-            [self._planned(model, rows) for rows in buckets]
+            [self._plan(model, rows) for rows in buckets]
             for model, buckets in zip(chunks, self._rows, strict=True)
         ]
         self._plans = gather_objects(self._mesh.pipeline, own)  # [stage][virtual stage][bucket]
 
     @property
     def bucket_bytes(self) -> int:
-        """Size of the largest bucket of any stage."""
+        """Size of the largest bucket of any stage, bytes."""
         return max(b.num_bytes for stage in self._plans for chunk in stage for b in chunk)
 
     @property
     def leads(self) -> bool:
-        """Whether this rank is the one that `own_buckets` asks of its pipeline stage."""
+        """True on the rank of each pipeline stage that uses the tensors of `own_buckets`."""
         mesh = self._mesh
         return mesh.tensor.rank == mesh.context.rank == mesh.data.rank == 0
 
     def buckets(self) -> Iterator[NamedTensors]:
-        """The whole model on every rank. Every rank exhausts it and each of its buckets."""
+        """Yield the whole model on every rank.
+
+        A collective: every rank exhausts the iterator and each bucket.
+        """
         if self._mesh.pipeline.size == 1:
             yield from self._own_buckets()
             return
         for virtual, model in enumerate(self._chunks):
             for stage, of_stage in enumerate(self._plans):
                 mine = stage == self._mesh.pipeline.rank
-                for number, planned in enumerate(of_stage[virtual]):
+                for number, plan in enumerate(of_stage[virtual]):
                     own = self._gathered(model, self._rows[virtual][number]) if mine else None
-                    yield self._broadcast(planned, stage, own)
+                    yield self._broadcast(plan, stage, own)
 
     def own_buckets(self) -> Iterator[NamedTensors]:
-        """This stage's layers on its leading rank. Every rank exhausts it and each bucket; those
-        that do not lead have no use for what they get, and other replicas get nothing."""
+        """Yield this pipeline stage's layers on its leading rank (`leads`).
+
+        A collective: every rank exhausts the iterator and each bucket. The other ranks of the
+        leading replica discard the tensors, and other replicas get no buckets.
+        """
         if self._mesh.context.rank == self._mesh.data.rank == 0:
             yield from self._own_buckets()
 
     def tensors(self) -> NamedTensors:
-        """`buckets`, one tensor after another."""
+        """Yield the tensors of `buckets` one after another."""
         for bucket in self.buckets():
             yield from bucket
 
@@ -96,6 +106,7 @@ class WeightExport:
                 yield self._gathered(model, rows)
 
     def _size_of(self, model: Qwen25VL) -> Callable[[Row], int]:
+        """Return a function: row of the weight map -> exported size in bytes."""
         params, ranks = dict(model.named_parameters()), self._mesh.tensor.size
 
         def num_bytes(row: Row) -> int:
@@ -105,7 +116,8 @@ class WeightExport:
 
         return num_bytes
 
-    def _planned(self, model: Qwen25VL, rows: Sequence[Row]) -> Planned:
+    def _plan(self, model: Qwen25VL, rows: Sequence[Row]) -> BucketPlan:
+        """Return the plan of one bucket, from shapes alone."""
         params = dict(model.named_parameters())
         names: list[str] = []
         shapes: list[torch.Size] = []
@@ -114,10 +126,13 @@ class WeightExport:
             shards = [torch.empty_like(param, device="meta")] * self._mesh.tensor.size
             names += row.published
             shapes += [part.shape for part in row.layout.part(row.layout.unshard(shards))]
-        return Planned(tuple(names), tuple(shapes), self._dtype or params[rows[0].megatron].dtype)
+        return BucketPlan(
+            tuple(names), tuple(shapes), self._dtype or params[rows[0].megatron].dtype
+        )
 
     @torch.no_grad()
     def _gathered(self, model: Qwen25VL, rows: Sequence[Row]) -> NamedTensors:
+        """Yield the whole tensors of one bucket after an all-gather over tensor-parallel ranks."""
         params, tensor = dict(model.named_parameters()), self._mesh.tensor
         values = [self._value(params[row.megatron]) for row in rows]
         values = [value.to(self._dtype or value.dtype) for value in values]
@@ -133,22 +148,23 @@ class WeightExport:
             parts = row.layout.part(row.layout.unshard(of_row))
             yield from zip(row.published, parts, strict=True)
 
-    def _broadcast(self, planned: Planned, stage: int, own: NamedTensors | None) -> NamedTensors:
+    def _broadcast(self, plan: BucketPlan, stage: int, own: NamedTensors | None) -> NamedTensors:
+        """Yield one bucket on all stages. own: its tensors on its stage, None on the others."""
         group = self._mesh.pipeline.group
-        sizes = [shape.numel() for shape in planned.shapes]
+        sizes = [shape.numel() for shape in plan.shapes]
         if own is not None:
             flat = torch.cat([tensor.reshape(-1) for _, tensor in own])
         else:
-            flat = torch.empty(sum(sizes), dtype=planned.dtype, device=self._mesh.device)
+            flat = torch.empty(sum(sizes), dtype=plan.dtype, device=self._mesh.device)
         dist.broadcast(flat, dist.get_global_rank(group, stage), group=group)
-        for name, part, shape in zip(planned.names, flat.split(sizes), planned.shapes, strict=True):
+        for name, part, shape in zip(plan.names, flat.split(sizes), plan.shapes, strict=True):
             yield name, part.view(shape)
 
 
 def _bucket_rows(
     model: Qwen25VL, num_bytes: Callable[[Row], int], max_bytes: int
 ) -> list[list[Row]]:
-    """The chunk's exported rows, in buckets of whole modules."""
+    """Return the chunk's exported rows in buckets of whole modules."""
     modules: dict[str, list[Row]] = {}
     for row in chunk_rows(model.arch, model.chunk):
         if row.exported:

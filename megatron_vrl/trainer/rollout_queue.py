@@ -11,7 +11,7 @@ from itertools import chain
 from megatron_vrl.config import RunConfig
 from megatron_vrl.context import RunContext
 from megatron_vrl.parallel.mesh import gather_objects, world_axis
-from megatron_vrl.rollout.manager import Asked
+from megatron_vrl.rollout.interfaces import RolloutFuture
 from megatron_vrl.rollout.request import SamplingSpec
 from megatron_vrl.trainer.dataloader import PromptDataLoader
 from megatron_vrl.trainer.state import RunState
@@ -35,7 +35,7 @@ class InFlightRequest:
     prompt: Prompt
     position: int  # of the sample in the stream
     version: int  # of the weights when it was asked
-    asked: Asked
+    asked: RolloutFuture
 
 
 class RolloutQueue:
@@ -64,7 +64,7 @@ class RolloutQueue:
         share = min(len(ctx.rank_share(range(num))), len(ordered))
         with ctx.clock("rollout"):
             asked = [flight.asked for flight in ordered]
-            chosen = ctx.rollout_manager.first(asked, required=min(len(due), share), count=share)
+            chosen = ctx.rollout_manager.wait(asked, required=min(len(due), share), count=share)
             taken = [ordered[index] for index in sorted(chosen)]
             answers = ctx.rollout_manager.results([flight.asked for flight in taken])
         self._under_way = [flight for flight in rollout_queue if flight not in taken]
@@ -82,7 +82,7 @@ class RolloutQueue:
             prompts = ctx.look([made.prompt for made in drawn])
         with ctx.clock("rollout"):
             positions = [made.position for made in drawn]
-            asked = ctx.rollout_manager.ask(prompts, sampling_spec(ctx.cfg), positions)
+            asked = ctx.rollout_manager.submit(prompts, sampling_spec(ctx.cfg), positions)
         self._under_way += [
             InFlightRequest(
                 sample=made.sample,

@@ -1,4 +1,4 @@
-"""One engine over two processes: answers, and checksums of what its shards hold, as JSON."""
+"""Tensor-parallel engine of two processes: prints its tokens and weight checksums as JSON."""
 
 import json
 import sys

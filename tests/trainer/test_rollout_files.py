@@ -58,7 +58,7 @@ def write(files: RolloutFiles, *steps: int) -> None:
 def test_every_group_is_written_with_what_became_of_it(parts):
     write(RolloutFiles(parts, steps_done=0), 1)
     found = list(read_rollouts(f"{parts.cfg.run.out_dir}/rollouts"))
-    assert [row["fate"] for row in found] == ["kept", "uniform", "invalid"]
+    assert [row["status"] for row in found] == ["kept", "zero_variance", "invalid"]
     values = [[(a["reward"], a["advantage"]) for a in row["answers"]] for row in found]
     assert values == [
         [(0.0, -1.0), (1.0, 1.0)],
