@@ -1,4 +1,4 @@
-"""Interfaces between the trainer, the places that rollouts come from, and the inference engine.
+"""Interfaces between the trainer, the sources of rollouts and the inference engine.
 
 `RolloutManager` needs two things of a placement (`rollout.placement`):
 

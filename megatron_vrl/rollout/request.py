@@ -1,4 +1,4 @@
-"""Rollout requests, their form as vLLM prompts, and a check that vLLM read them as the trainer.
+"""Rollout requests, their conversion to vLLM prompts, and a check of what vLLM read.
 
 A `RolloutRequest` carries what an engine needs, so it is also the message to a rollout worker. For
 every request the prompt tokens, video grid and seconds per grid step that the engine derived are

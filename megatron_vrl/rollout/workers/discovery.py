@@ -11,9 +11,7 @@ from pathlib import Path
 
 from megatron_vrl.errors import ConfigError
 
-TOKEN_VARIABLE = (
-    "MEGATRON_VRL_ROLLOUT_TOKEN"  # environment variable with the secret of workers and trainer
-)
+TOKEN_VARIABLE = "MEGATRON_VRL_ROLLOUT_TOKEN"  # environment: secret of workers and trainer
 
 
 @contextmanager
