@@ -9,7 +9,7 @@ from megatron_vrl.config.base import SECTION, Positive, Share
 Transport = Literal["auto", "shared_memory", "cuda_ipc", "broadcast", "http"]
 
 
-class Rollout(BaseModel):
+class RolloutConfig(BaseModel):
     model_config = SECTION
 
     placement: Literal["colocated", "workers", "replay"] = "colocated"

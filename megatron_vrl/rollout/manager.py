@@ -20,7 +20,7 @@ class RolloutManager:
 
     def __init__(
         self,
-        cfg: config.Rollout,
+        cfg: config.RolloutConfig,
         mesh: Mesh,
         generator: Generator,
         weight_sync: WeightSync,

@@ -34,7 +34,7 @@ def weights(checkpoint):
 def shared_engine(checkpoint):
     from megatron_vrl.rollout.vllm.engine import VllmEngine
 
-    cfg = config.Rollout(max_num_seqs=64, kv_cache_mib=64)
+    cfg = config.RolloutConfig(max_num_seqs=64, kv_cache_mib=64)
     return VllmEngine(str(checkpoint), cfg, dtype="float32", seed=1, max_model_len=MAX_MODEL_LEN)
 
 

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from megatron_vrl.checkpoint.hf_export import WeightExport
-from megatron_vrl.config import Model, Parallel, Rollout
+from megatron_vrl.config import Model, Parallel, RolloutConfig
 from megatron_vrl.errors import RolloutError
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.parallel.mesh import close_mesh, init_mesh
@@ -57,7 +57,7 @@ def test_weights_that_no_worker_takes_end_the_run(tmp_path):
     cfg = Model(checkpoint=str(checkpoint), dtype="float32")
     policy = Policy(read_architecture(checkpoint), cfg, Parallel(), mesh)
     with worker_that_takes_no_weights() as (address, asked):
-        rollout = Rollout(placement="workers", workers=[address], worker_wait_timeout_s=1.0)
+        rollout = RolloutConfig(placement="workers", workers=[address], worker_wait_timeout_s=1.0)
         pool = WorkerPool(rollout, SERVED, torch.device("cpu"))
         sync = WorkerSync(mesh, WeightExport(policy.chunks), pool, transform_of("none"))
         rollouts = RolloutManager(rollout, mesh, pool, sync, None, ())

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from megatron_vrl.config import Parallel, Rollout
+from megatron_vrl.config import Parallel, RolloutConfig
 from megatron_vrl.observe.clock import Clock
 from megatron_vrl.parallel.mesh import close_mesh, init_mesh
 from megatron_vrl.rollout.records import read_rollouts
@@ -23,7 +23,9 @@ def mesh():
 
 @pytest.fixture
 def parts(mesh, tmp_path):
-    cfg = SimpleNamespace(run=SimpleNamespace(out_dir=str(tmp_path), seed=3), rollout=Rollout())
+    cfg = SimpleNamespace(
+        run=SimpleNamespace(out_dir=str(tmp_path), seed=3), rollout=RolloutConfig()
+    )
     return SimpleNamespace(mesh=mesh, cfg=cfg, clock=Clock())
 
 
@@ -90,6 +92,6 @@ def test_a_run_killed_while_it_wrote_goes_on(parts, tmp_path):
 
 
 def test_nothing_is_written_where_that_is_not_wanted(parts, tmp_path):
-    parts.cfg.rollout = Rollout(save=False)
+    parts.cfg.rollout = RolloutConfig(save=False)
     write(RolloutFiles(parts, steps_done=0), 1)
     assert not (tmp_path / "rollouts").exists()

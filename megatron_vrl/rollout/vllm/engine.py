@@ -59,7 +59,7 @@ class VllmEngine:
     def __init__(
         self,
         hf_dir: str,
-        cfg: config.Rollout,
+        cfg: config.RolloutConfig,
         *,
         dtype: str,
         seed: int,
@@ -109,7 +109,9 @@ class VllmEngine:
             None  # of the weights; None before the first sync and during a sync
         )
 
-    def _arguments(self, hf_dir: str, cfg: config.Rollout, dtype: str, seed: int) -> dict[str, Any]:
+    def _arguments(
+        self, hf_dir: str, cfg: config.RolloutConfig, dtype: str, seed: int
+    ) -> dict[str, Any]:
         on_device: dict[str, Any] = {
             "enforce_eager": True,  # compiling pays off on a GPU only
             "kv_cache_memory_bytes": cfg.kv_cache_mib << 20,

@@ -74,7 +74,7 @@ class WorkerPool:
     """Generator over all active workers, and this rank's end of weight syncs with them."""
 
     def __init__(
-        self, cfg: config.Rollout, served_model: ServedModel, device: torch.device
+        self, cfg: config.RolloutConfig, served_model: ServedModel, device: torch.device
     ) -> None:
         """device: where this rank's weights are."""
         self.version: int | None = None  # of the weights that active workers hold

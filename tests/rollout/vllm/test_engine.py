@@ -328,11 +328,11 @@ def test_refusals_are_one_sentence(engine, weights, make_prompt, checkpoint):
     engine.push_weights(weights.items(), version=3)  # a failed sync does not break the next one
     assert engine.weights_checksum() == tensor_checksums(weights.items(), torch.float32)
     with pytest.raises(RolloutError, match=r"/nowhere has no config\.json"):
-        VllmEngine("/nowhere", config.Rollout(), dtype="float32", seed=1, max_model_len=64)
+        VllmEngine("/nowhere", config.RolloutConfig(), dtype="float32", seed=1, max_model_len=64)
     with pytest.raises(RolloutError, match=r"kv_cache_mib=1, .* KV cache is needed"):
         VllmEngine(
             str(checkpoint),
-            config.Rollout(kv_cache_mib=1),
+            config.RolloutConfig(kv_cache_mib=1),
             dtype="float32",
             seed=1,
             max_model_len=4096,
