@@ -105,9 +105,7 @@ class VllmEngine:
         self._inputs = InputCheck()
         self._in_flight: dict[str, tuple[int, int]] = {}  # key -> seed, version at submission
         self._cache_name = ""  # salt of cache entries; other salts share nothing
-        self.version: int | None = (
-            None  # of the weights; None before the first sync and during a sync
-        )
+        self.version: int | None = None  # of the weights; None before and during a sync
 
     def _arguments(
         self, hf_dir: str, cfg: config.RolloutConfig, dtype: str, seed: int
