@@ -30,12 +30,20 @@ from megatron_vrl.policy.policy import Policy
 from megatron_vrl.policy.vision_cache import VisionEmbeddingCache, embed_across_ranks
 from megatron_vrl.rewards.manager import RewardManager
 from megatron_vrl.rewards.overlong import Overlong
-from megatron_vrl.rollout.manager import Engine, RolloutManager
+from megatron_vrl.rollout.backends import start_engine
+from megatron_vrl.rollout.in_process import InProcessEngine
+from megatron_vrl.rollout.interfaces import Checksums, Generator, WeightSync
+from megatron_vrl.rollout.manager import RolloutManager
 from megatron_vrl.rollout.replay import ReplayEngine, ReplayFiles
-from megatron_vrl.rollout.vllm.in_process import InProcessEngine
 from megatron_vrl.rollout.vllm.special_tokens import banned_token_ids
-from megatron_vrl.rollout.vllm.start import identity, start_engine
+from megatron_vrl.rollout.weight_sync import (
+    InProcessSync,
+    WeightVerifier,
+    WorkerSync,
+    transform_of,
+)
 from megatron_vrl.rollout.workers.pool import WorkerPool
+from megatron_vrl.rollout.workers.worker_info import served_model
 from megatron_vrl.types import Prompt
 from megatron_vrl.video import VideoReader
 
@@ -111,26 +119,69 @@ def prompt_encoder(
     return encoder
 
 
-def _colocated(
-    cfg: RunConfig, hf_dir: Path, banned: tuple[int, ...], device: torch.device
-) -> Engine:
-    return InProcessEngine(start_engine(cfg, hf_dir))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutInputs:
+    """What every value of `rollout.placement` is built from."""
+
+    cfg: RunConfig
+    mesh: Mesh
+    hf_dir: Path
+    export: WeightExport
+    banned_token_ids: tuple[int, ...]
 
 
-def _workers(cfg: RunConfig, hf_dir: Path, banned: tuple[int, ...], device: torch.device) -> Engine:
-    return WorkerPool(cfg.rollout, identity(cfg, hf_dir, banned), device)
+def _colocated(inputs: RolloutInputs) -> RolloutManager:
+    transform = transform_of(inputs.cfg.rollout.quantization)
+    engine = InProcessEngine(start_engine(inputs.cfg, inputs.hf_dir))
+    sync = InProcessSync(inputs.mesh, inputs.export, engine, transform)
+    return _manager(inputs, engine, sync, _verifier(inputs, engine.checksums))
 
 
-def _replay(cfg: RunConfig, hf_dir: Path, banned: tuple[int, ...], device: torch.device) -> Engine:
-    files = ReplayFiles(cfg.rollout.replay_dir, loud=torch.distributed.get_rank() == 0)
-    return ReplayEngine(files, weighed=cfg.algorithm.rollout_is != "none")
+def _workers(inputs: RolloutInputs) -> RolloutManager:
+    cfg, mesh = inputs.cfg, inputs.mesh
+    served = served_model(cfg, inputs.hf_dir, inputs.banned_token_ids)
+    pool = WorkerPool(cfg.rollout, served, mesh.device)
+    sync = WorkerSync(mesh, inputs.export, pool, transform_of(cfg.rollout.quantization))
+    verifier = _verifier(inputs, pool.checksums if mesh.rank == 0 else dict)
+    return _manager(inputs, pool, sync, verifier)
 
 
-ENGINES: dict[str, Callable[[RunConfig, Path, tuple[int, ...], torch.device], Engine]] = {
+def _replay(inputs: RolloutInputs) -> RolloutManager:
+    cfg = inputs.cfg
+    files = ReplayFiles(cfg.rollout.replay_dir, loud=inputs.mesh.rank == 0)
+    engine = ReplayEngine(files, importance_weights=cfg.algorithm.rollout_is != "none")
+    return _manager(inputs, engine, engine, verifier=None)
+
+
+PLACEMENTS: dict[str, Callable[[RolloutInputs], RolloutManager]] = {
     "colocated": _colocated,
     "workers": _workers,
     "replay": _replay,
 }
+
+
+def _manager(
+    inputs: RolloutInputs, generator: Generator, sync: WeightSync, verifier: WeightVerifier | None
+) -> RolloutManager:
+    return RolloutManager(
+        inputs.cfg.rollout, inputs.mesh, generator, sync, verifier, inputs.banned_token_ids
+    )
+
+
+def _verifier(
+    inputs: RolloutInputs, engine_checksums: Callable[[], dict[str, Checksums]]
+) -> WeightVerifier | None:
+    """Return the comparison of weights, or None for an engine that converts them to FP8."""
+    cfg = inputs.cfg
+    if cfg.rollout.quantization == "fp8":
+        return None
+    return WeightVerifier(
+        inputs.mesh,
+        inputs.export,
+        transform_of(cfg.rollout.quantization),
+        DTYPES[cfg.model.dtype],
+        engine_checksums,
+    )
 
 
 def _embed(cfg: RunConfig, policy: Policy) -> Embed:
@@ -186,13 +237,14 @@ def build(cfg: RunConfig, checked: CheckedRun, trained: PolicyContext) -> RunCon
         arch=checked.arch,
         policy=policy,
         saver=trained.saver,
-        rollout_manager=RolloutManager(
-            cfg.rollout,
-            mesh,
-            ENGINES[cfg.rollout.placement](cfg, checked.hf_dir, banned, mesh.device),
-            WeightExport(policy.chunks, dtype),
-            dtype,
-            banned,
+        rollout_manager=PLACEMENTS[cfg.rollout.placement](
+            RolloutInputs(
+                cfg=cfg,
+                mesh=mesh,
+                hf_dir=checked.hf_dir,
+                export=WeightExport(policy.chunks, dtype),
+                banned_token_ids=banned,
+            )
         ),
         reward_manager=reward_manager,
         reader=reader,

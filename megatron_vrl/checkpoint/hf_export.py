@@ -22,10 +22,10 @@ DEFAULT_BUCKET_BYTES = 128 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
-    """Plan of one bucket of one pipeline stage, known to every stage."""
+class BucketPlan:
+    """Contents of one bucket of one pipeline stage. Every stage knows the plans of all stages."""
 
-    names: tuple[str, ...]  # Hugging Face names
+    names: tuple[str, ...]  # HF names
     shapes: tuple[torch.Size, ...]
     dtype: torch.dtype
 
@@ -53,7 +53,7 @@ class WeightExport:
         self._mesh = chunks[0].mesh
         self._rows = [_bucket_rows(model, self._size_of(model), max_bytes) for model in chunks]
         own = [
-            [self._planned(model, rows) for rows in buckets]
+            [self._plan(model, rows) for rows in buckets]
             for model, buckets in zip(chunks, self._rows, strict=True)
         ]
         self._plans = gather_objects(self._mesh.pipeline, own)  # [stage][virtual stage][bucket]
@@ -80,9 +80,9 @@ class WeightExport:
         for virtual, model in enumerate(self._chunks):
             for stage, of_stage in enumerate(self._plans):
                 mine = stage == self._mesh.pipeline.rank
-                for number, planned in enumerate(of_stage[virtual]):
+                for number, plan in enumerate(of_stage[virtual]):
                     own = self._gathered(model, self._rows[virtual][number]) if mine else None
-                    yield self._broadcast(planned, stage, own)
+                    yield self._broadcast(plan, stage, own)
 
     def own_buckets(self) -> Iterator[NamedTensors]:
         """Yield the buckets of this pipeline stage on the rank that `leads`.
@@ -104,6 +104,7 @@ class WeightExport:
                 yield self._gathered(model, rows)
 
     def _size_of(self, model: Qwen25VL) -> Callable[[Row], int]:
+        """Return a function: row of the weight map -> exported size in bytes."""
         params, ranks = dict(model.named_parameters()), self._mesh.tensor.size
 
         def num_bytes(row: Row) -> int:
@@ -113,7 +114,8 @@ class WeightExport:
 
         return num_bytes
 
-    def _planned(self, model: Qwen25VL, rows: Sequence[Row]) -> Planned:
+    def _plan(self, model: Qwen25VL, rows: Sequence[Row]) -> BucketPlan:
+        """Return the plan of one bucket, from shapes alone."""
         params = dict(model.named_parameters())
         names: list[str] = []
         shapes: list[torch.Size] = []
@@ -122,10 +124,13 @@ class WeightExport:
             shards = [torch.empty_like(param, device="meta")] * self._mesh.tensor.size
             names += row.published
             shapes += [part.shape for part in row.layout.part(row.layout.unshard(shards))]
-        return Planned(tuple(names), tuple(shapes), self._dtype or params[rows[0].megatron].dtype)
+        return BucketPlan(
+            tuple(names), tuple(shapes), self._dtype or params[rows[0].megatron].dtype
+        )
 
     @torch.no_grad()
     def _gathered(self, model: Qwen25VL, rows: Sequence[Row]) -> NamedTensors:
+        """Yield the whole tensors of one bucket after an all-gather over tensor-parallel ranks."""
         params, tensor = dict(model.named_parameters()), self._mesh.tensor
         values = [self._value(params[row.megatron]) for row in rows]
         values = [value.to(self._dtype or value.dtype) for value in values]
@@ -141,15 +146,16 @@ class WeightExport:
             parts = row.layout.part(row.layout.unshard(of_row))
             yield from zip(row.published, parts, strict=True)
 
-    def _broadcast(self, planned: Planned, stage: int, own: NamedTensors | None) -> NamedTensors:
+    def _broadcast(self, plan: BucketPlan, stage: int, own: NamedTensors | None) -> NamedTensors:
+        """Yield one bucket on all stages. own: its tensors on its stage, None on the others."""
         group = self._mesh.pipeline.group
-        sizes = [shape.numel() for shape in planned.shapes]
+        sizes = [shape.numel() for shape in plan.shapes]
         if own is not None:
             flat = torch.cat([tensor.reshape(-1) for _, tensor in own])
         else:
-            flat = torch.empty(sum(sizes), dtype=planned.dtype, device=self._mesh.device)
+            flat = torch.empty(sum(sizes), dtype=plan.dtype, device=self._mesh.device)
         dist.broadcast(flat, dist.get_global_rank(group, stage), group=group)
-        for name, part, shape in zip(planned.names, flat.split(sizes), planned.shapes, strict=True):
+        for name, part, shape in zip(plan.names, flat.split(sizes), plan.shapes, strict=True):
             yield name, part.view(shape)
 
 

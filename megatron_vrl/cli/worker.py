@@ -18,7 +18,7 @@ from megatron_vrl.observe.silence_logs import silence_libraries
 from megatron_vrl.process.command_line import OverrideParser
 from megatron_vrl.process.entry import run_program
 from megatron_vrl.process.parent_death import end_with_parent
-from megatron_vrl.rollout.workers.discovery import TOKEN_VARIABLE, announced
+from megatron_vrl.rollout.workers.discovery import TOKEN_VARIABLE, announce
 
 GRACE_S = 2  # for answers under way when the worker is told to stop
 
@@ -72,14 +72,15 @@ def _serve(cfg: RunConfig, listener: socket.socket, token: str) -> None:
     from megatron_vrl.checkpoint.layout import hf_dir_of
     from megatron_vrl.models.architecture import read_architecture
     from megatron_vrl.models.vocabulary import check_tokenizer_files
-    from megatron_vrl.rollout.vllm.start import identity, start_engine
+    from megatron_vrl.rollout.backends import start_engine
     from megatron_vrl.rollout.workers.protocol import IDLE_S
     from megatron_vrl.rollout.workers.server import make_app
+    from megatron_vrl.rollout.workers.worker_info import served_model
 
     hf_dir = hf_dir_of(cfg.model.checkpoint)
     check_tokenizer_files(hf_dir, read_architecture(hf_dir))
     engine = start_engine(cfg, hf_dir, cfg.rollout.tensor)
-    app = make_app(engine, identity(cfg, hf_dir, engine.banned_token_ids), token)
+    app = make_app(engine, served_model(cfg, hf_dir, engine.banned_token_ids), token)
     server = uvicorn.Server(
         uvicorn.Config(
             app,
@@ -89,7 +90,7 @@ def _serve(cfg: RunConfig, listener: socket.socket, token: str) -> None:
         )
     )
     address = _address(listener)
-    with announced(cfg.rollout.discovery_dir, address):
+    with announce(cfg.rollout.discovery_dir, address):
         print(f"worker: serving on {address}", flush=True)
         server.run(sockets=[listener])
     os._exit(0)  # vLLM's own way of leaving waits for groups that it shares with nobody

@@ -3,7 +3,7 @@
 `run.py` holds the sections and `load_config`; the other modules hold what it is built from.
 """
 
-from megatron_vrl.config.rollout import Rollout
+from megatron_vrl.config.rollout import RolloutConfig
 from megatron_vrl.config.run import (
     Algorithm,
     Batch,
@@ -41,7 +41,7 @@ __all__ = [
     "Optimizer",
     "Parallel",
     "Rewards",
-    "Rollout",
+    "RolloutConfig",
     "Run",
     "RunConfig",
     "Section",

@@ -1,4 +1,4 @@
-"""The section `rollout`: who answers, how much, and how the weights get there."""
+"""Section `rollout` of the config: generation and weight sync."""
 
 from typing import Annotated, Literal
 
@@ -9,58 +9,64 @@ from megatron_vrl.config.base import SECTION, Positive, Share
 Transport = Literal["auto", "shared_memory", "cuda_ipc", "broadcast", "http"]
 
 
-class Rollout(BaseModel):
+class RolloutConfig(BaseModel):
     model_config = SECTION
 
     placement: Literal["colocated", "workers", "replay"] = "colocated"
-    """colocated: one vLLM engine in every trainer process; workers: separate processes, started
-    with launch/rollout_worker.sh; replay: none, answers come from `replay_dir`."""
+    """Where rollouts come from. colocated: an engine in every trainer process; workers: engines in
+    processes of their own, started with launch/rollout_worker.sh; replay: stored rollouts in
+    `replay_dir`, without an engine."""
+    backend: Literal["vllm"] = "vllm"
+    """Inference engine of `colocated` and `workers`."""
     replay_dir: str = ""
-    """Directory of stored rollouts, OUT/rollouts of another run."""
+    """Directory of stored rollouts for `replay`: OUT/rollouts of another run."""
     visual_input: Literal["pixels", "embeddings"] = "pixels"
-    """embeddings: the trainer's vision tower, frozen, sees each video once, for the engine too."""
+    """Input of videos to the engine. embeddings: the trainer's frozen vision tower encodes each
+    video once, for the engine and the trainer."""
     embedding_cache_mib: Positive = 1024
-    """Host memory of one process for embeddings that later steps may use again, MiB."""
+    """Host memory of one trainer process for cached vision embeddings, MiB."""
     save: bool = True
-    """Write every group of answers with its rewards to OUT/rollouts."""
+    """Write every group of rollouts with its rewards to OUT/rollouts."""
     workers: list[str] = []
     """Addresses of workers, host:port."""
     discovery_dir: str = ""
-    """Directory that workers and trainer share, where workers announce their addresses."""
+    """Directory shared by workers and trainer, where workers announce their addresses."""
     tensor: Positive = 1
-    """Processes that share the model in one worker."""
+    """Tensor-parallel processes of one worker."""
     min_workers: Positive = 1
-    """The run begins when so many workers are there; any others join at a later step."""
+    """Number of workers that the first weight sync waits for. Others may join at a later step."""
     worker_wait_timeout_s: Annotated[float, Field(gt=0)] = 300.0
-    """How long to wait for workers, at the start and when none is left, before the run stops."""
+    """Longest wait for workers, at the start and when none is left. Then the run stops."""
     heartbeat_timeout_s: Annotated[float, Field(gt=0)] = 30.0
-    """A worker that does not answer its health check for so long is lost."""
+    """A worker that answers no health check for so long is lost."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
-    """A worker that takes longer for one prompt's answers is lost."""
+    """A worker that takes longer for the rollouts of one prompt is lost."""
     max_staleness: Annotated[int, Field(ge=0)] = 0
-    """Updates that the weights may be ahead of those that an answer was sampled with. 0: the loop
-    is synchronous; more: workers generate the next steps' answers while this one trains."""
+    """Maximum policy lag: a prompt is submitted at most this many optimizer updates before its
+    rollouts are trained on. 0: synchronous. More: workers generate for later steps during an
+    update."""
     group_size: Positive = 8
-    """Answers sampled for one prompt."""
+    """Rollouts per prompt."""
     prompts_per_step: Positive = 16
     """Prompts of one step, over all ranks."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_p: Share = 1.0
     max_response_tokens: Positive = 2048
     max_num_seqs: Positive = 64
-    """Sequences one engine decodes at a time."""
+    """Sequences that one engine decodes at a time."""
     kv_cache_mib: Positive = 1024
-    """Memory of one engine's KV cache, MiB (CPU; on a GPU see gpu_memory_utilization)."""
+    """KV cache of one engine on a CPU, MiB. On a GPU see gpu_memory_utilization."""
     gpu_memory_utilization: Share = 0.5
-    """Share of a GPU's memory that a colocated engine may take."""
+    """Fraction of a GPU's memory that one engine may take."""
     check_weights_every: Positive = 50
-    """Compare checksums of engine and trainer at the first and every k-th hand-over."""
+    """Compare checksums of engine and trainer weights at the first and every k-th weight sync."""
     transport: Transport = "auto"
-    """How workers get the weights. auto: through memory that both see (the GPU's, if both use the
-    same one, or the machine's), else by broadcast (NCCL between GPUs, gloo without); http: as
-    bytes, over the worker's one port."""
+    """Transport of weights to workers. auto: cuda_ipc on one GPU, shared_memory on one machine,
+    otherwise broadcast (NCCL between GPUs, gloo without). http: bytes over the worker's port."""
     cpu_prepack_weights: bool = False
-    """On a CPU, lay every matrix out for oneDNN at each hand-over, which takes ten copies' time."""
+    """CPU only: prepack weights for oneDNN after each weight sync. Decoding is faster, and a sync
+    takes about 10 times longer."""
     quantization: Literal["none", "fp8", "fp8_emulated"] = "none"
-    """fp8: the engine computes the language layers in FP8 (a GPU); rounded: it gets their matrices
-    rounded to FP8 and computes as ever (anywhere). Both want algorithm.importance."""
+    """FP8 of the language layers. fp8: the engine quantises and computes in FP8, on a GPU.
+    fp8_emulated: the engine gets weights rounded to FP8 and computes in `model.dtype`. Both need
+    algorithm.rollout_is."""

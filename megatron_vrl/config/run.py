@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from megatron_vrl.config.algorithm_presets import ALGORITHM_PRESETS, AlgorithmName
 from megatron_vrl.config.base import SECTION, Positive
 from megatron_vrl.config.loader import overridden, read_mix, read_tree
-from megatron_vrl.config.rollout import Rollout
+from megatron_vrl.config.rollout import RolloutConfig
 from megatron_vrl.config.video import Video
 from megatron_vrl.errors import ConfigError
 
@@ -314,7 +314,7 @@ class RunConfig(Section):
     parallel: Parallel = Parallel()
     video: Video = Video()
     data: Data = Data()
-    rollout: Rollout = Rollout()
+    rollout: RolloutConfig = RolloutConfig()
     rewards: Rewards = Rewards()
     algorithm: Algorithm = Algorithm()
     sft: Sft = Sft()

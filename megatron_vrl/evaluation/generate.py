@@ -34,7 +34,7 @@ class InferenceConfig(config.Section):
     model: config.Model
     video: config.Video = config.Video()
     data: config.Data = config.Data()
-    rollout: config.Rollout = config.Rollout()
+    rollout: config.RolloutConfig = config.RolloutConfig()
     evaluation: config.Evaluation = config.Evaluation()
 
 

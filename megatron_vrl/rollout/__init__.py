@@ -1,1 +1,1 @@
-"""Sampling answers with vLLM, and handing it the trainer's weights."""
+"""Generation of rollouts, and weight sync from the trainer to the inference engines."""

@@ -1,15 +1,21 @@
-"""Named tensors in flat buckets of memory that other processes can read, a few large copies per
-update.
+"""Weight buckets: named tensors in one flat piece of memory that other processes can map.
 
-A writer owns one piece of memory and uses it for every bucket of every update: its pages are made
-once, which costs as much as several copies. On a CPU it is an anonymous file (`memfd_create`). It
-has no name in /dev/shm: the kernel frees it with its last mapping, so no crash can leave one
-behind, and a container's small /dev/shm is no limit. Whoever runs as the same user on this machine
-can map it through /proc while the writer lives. On a GPU it is memory of that GPU, opened by a
-CUDA IPC handle. A reader keeps what it opened for each writer; in the writer's own process it
-reads the memory itself.
+A `BucketWriter` owns one piece of memory and reuses it for every bucket of every weight sync, since
+creating its pages costs as much as several copies. On a CPU the memory is an anonymous file
+(`memfd_create`). It has no name in /dev/shm: the kernel frees it with its last mapping, a crash
+leaves nothing behind, and the size of a container's /dev/shm does not matter. Processes of the same
+user on the same machine can map it through /proc while the writer lives. On a GPU the memory is
+opened by a CUDA IPC handle.
 
-A reader must be done with a bucket before the writer fills the next one.
+A `BucketReader` in another process maps the memory of each writer once. The writer's own process
+uses `BucketWriter.tensors`.
+
+A reader must have finished with a bucket before the writer fills the next one.
+
+Example of two buckets in one memory, float32, tensors padded to 64 bytes:
+
+    write([("a", [3, 5]), ("b", [8])])   a: bytes 0 to 60, b: bytes 64 to 96, num_bytes 128
+    write([("c", [4])])                  c: bytes 0 to 16, num_bytes 64; a is overwritten
 """
 
 import os
@@ -17,7 +23,6 @@ import re
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from weakref import WeakValueDictionary
 
 import torch
 
@@ -25,15 +30,15 @@ from megatron_vrl.errors import RolloutError
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
-MEMORY = re.compile(r"/proc/[0-9]+/fd/[0-9]+")  # nothing else is ever mapped
-ALIGNMENT_BYTES = 64  # a tensor may start at a multiple of its element size only
+MEMFD_PATH = re.compile(r"/proc/[0-9]+/fd/[0-9]+")  # a reader maps no other path
+ALIGNMENT_BYTES = 64  # a tensor must start at a multiple of its element size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CudaHandle:
-    """What `UntypedStorage._share_cuda_` gives, to open another process's memory on a GPU."""
+    """CUDA IPC handle of GPU memory: the values that `UntypedStorage._share_cuda_` returns."""
 
-    gpu: str  # UUID: indices differ between processes
+    gpu: str  # UUID; GPU indices differ between processes
     memory: bytes
     num_bytes: int
     offset_bytes: int
@@ -44,22 +49,24 @@ class CudaHandle:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Bucket:
-    """What a receiver needs to open one bucket; plain values, so it travels over any RPC."""
+class WeightBucket:
+    """Location and contents of one bucket. All values are plain, so any RPC can carry it."""
 
-    path: str = ""  # /proc/PID/fd/N of the writer; "": it lies on a GPU
+    path: str = ""  # /proc/PID/fd/N of the writer; "" for memory of a GPU
     handle: CudaHandle | None = None
-    memory: str  # names the writer's memory: a new writer may come to have the same path
-    num_bytes: int  # of the bucket
-    memory_bytes: int  # of the memory
-    dtype: str  # of every tensor, as torch names it: "bfloat16"
+    memory: str  # unique id of the memory; a later writer may have the same path
+    num_bytes: int  # of the bucket, padding included
+    memory_bytes: int  # of the whole memory
+    dtype: str  # of every tensor, for example "bfloat16"
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
 
 
 class BucketWriter:
+    """Owner of one piece of memory that holds one bucket at a time."""
+
     def __init__(self, dtype: torch.dtype, device: torch.device | None = None) -> None:
-        """`device`: a GPU, or None for memory of the machine."""
+        """device: a GPU, or None for host memory."""
         self._dtype, self._device = dtype, device
         self._file = -1 if device else os.memfd_create("megatron_vrl_weights")
         self._path = "" if device else f"/proc/{os.getpid()}/fd/{self._file}"
@@ -67,9 +74,11 @@ class BucketWriter:
         self._handle: CudaHandle | None = None
         self._memory = torch.empty(0, dtype=torch.uint8)
 
-    def write(self, named_tensors: NamedTensors) -> Bucket:
-        """Fill the memory with these tensors, cast to the writer's dtype. They are taken one at a
-        time."""
+    def write(self, named_tensors: NamedTensors) -> WeightBucket:
+        """Fill the memory with these tensors, cast to the writer's dtype.
+
+        The tensors are taken from the iterable one at a time.
+        """
         names: list[str] = []
         shapes: list[tuple[int, ...]] = []
         end = 0
@@ -81,8 +90,8 @@ class BucketWriter:
             shapes.append(tuple(tensor.shape))
         if self._device is not None:
             torch.cuda.synchronize(self._device)
-        return self._here(
-            Bucket(
+        return self._located(
+            WeightBucket(
                 memory="",
                 num_bytes=end,
                 memory_bytes=0,
@@ -92,25 +101,33 @@ class BucketWriter:
             )
         )
 
-    def hold(self, bucket: Bucket) -> tuple[Bucket, torch.Tensor]:
-        """Room for a bucket of another writer: where it will be, and its bytes, to be filled."""
-        self._grow(bucket.num_bytes)
-        return self._here(bucket), self.flat(bucket)
+    def reserve(self, bucket: WeightBucket) -> WeightBucket:
+        """Make room for a bucket of another writer and return it with this writer's location.
 
-    def flat(self, bucket: Bucket) -> torch.Tensor:
-        """The bytes of the bucket that is held, uint8 [num_bytes]."""
+        `flat` and `contents` give the bytes to fill.
+        """
+        self._grow(bucket.num_bytes)
+        return self._located(bucket)
+
+    def tensors(self, bucket: WeightBucket) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the tensors of the bucket in this memory, for use in the writer's process."""
+        return views(self._memory, bucket)
+
+    def flat(self, bucket: WeightBucket) -> torch.Tensor:
+        """Return the bytes of the bucket in this memory, uint8 [num_bytes]."""
         return self._memory[: bucket.num_bytes]
 
-    def contents(self, bucket: Bucket) -> memoryview:
-        """The same in this machine's memory, to be sent or filled where it lies there."""
+    def contents(self, bucket: WeightBucket) -> memoryview:
+        """Return the bytes of the bucket in host memory: shared memory, or a copy of a GPU's."""
         return self.flat(bucket).cpu().numpy().data
 
     def close(self) -> None:
-        """Readers that have mapped the memory keep it."""
+        """Release the file. Readers keep the memory that they have mapped."""
         if self._device is None:
             os.close(self._file)
 
-    def _here(self, bucket: Bucket) -> Bucket:
+    def _located(self, bucket: WeightBucket) -> WeightBucket:
+        """Return the bucket with the location of this writer's memory."""
         return replace(
             bucket,
             path=self._path,
@@ -120,7 +137,7 @@ class BucketWriter:
         )
 
     def _grow(self, num_bytes: int) -> None:
-        """What was in the memory stays."""
+        """Enlarge the memory to at least `num_bytes` and keep its contents."""
         if num_bytes <= len(self._memory):
             return
         size = max(num_bytes, 2 * len(self._memory))
@@ -132,34 +149,33 @@ class BucketWriter:
             larger[: len(self._memory)] = self._memory
             self._memory, self._handle = larger, _cuda_handle(larger)
         self._name = uuid.uuid4().hex
-        _own[self._name] = self._memory
 
 
 class BucketReader:
-    """Reads buckets as views of the writer's memory."""
+    """Cache of the memory of other processes' writers, opened once for each."""
 
     def __init__(self) -> None:
-        self._open: dict[str, torch.Tensor] = {}  # by name
-        self._used: set[str] = set()
+        self._open: dict[str, torch.Tensor] = {}  # by WeightBucket.memory
+        self._used: set[str] = set()  # in this weight sync
 
-    def read(self, bucket: Bucket) -> Iterator[tuple[str, torch.Tensor]]:
-        """Raises RolloutError for what is no memory of a process."""
-        memory = _own.get(bucket.memory)
-        if memory is None:
-            if bucket.memory not in self._open:
-                self._open[bucket.memory] = _open(bucket)
-            memory = self._open[bucket.memory]
-            self._used.add(bucket.memory)
-        yield from views(memory, bucket)
+    def read(self, bucket: WeightBucket) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the tensors of the bucket as views of the writer's memory.
+
+        Raises RolloutError if the bucket's location is not the memory of a process.
+        """
+        if bucket.memory not in self._open:
+            self._open[bucket.memory] = _open(bucket)
+        self._used.add(bucket.memory)
+        yield from views(self._open[bucket.memory], bucket)
 
     def end_update(self) -> None:
-        """Close what this update did not read: its writer is gone, or has larger memory."""
+        """Close memory that this weight sync did not read; its writer is gone or has grown."""
         self._open = {name: self._open[name] for name in self._used}
         self._used = set()
 
 
-def views(memory: torch.Tensor, bucket: Bucket) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a bucket whose bytes lie in `memory`."""
+def views(memory: torch.Tensor, bucket: WeightBucket) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of a bucket whose bytes start at the beginning of `memory`."""
     dtype, start = torch_dtype(bucket.dtype), 0
     for name, shape in zip(bucket.names, bucket.shapes, strict=True):
         yield name, _view(memory, start, shape, dtype)
@@ -167,24 +183,21 @@ def views(memory: torch.Tensor, bucket: Bucket) -> Iterator[tuple[str, torch.Ten
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The torch type of that name: "float32" -> torch.float32."""
+    """Return the torch dtype of a name: "float32" -> torch.float32."""
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
 def visible_gpus() -> tuple[str, ...]:
-    """UUIDs of the GPUs that this process can use, in its own order."""
+    """Return the UUIDs of the GPUs visible to this process, by device index."""
     count = torch.cuda.device_count()
     return tuple(str(torch.cuda.get_device_properties(index).uuid) for index in range(count))
 
 
-_own: WeakValueDictionary[str, torch.Tensor] = WeakValueDictionary()  # memory of this process
-
-
-def _open(bucket: Bucket) -> torch.Tensor:
+def _open(bucket: WeightBucket) -> torch.Tensor:
     if bucket.handle is not None:
         return _cuda_memory(bucket.handle)
-    if not MEMORY.fullmatch(bucket.path):
-        raise RolloutError(f"{bucket.path} is not the memory of a process; send a bucket.")
+    if not MEMFD_PATH.fullmatch(bucket.path):
+        raise RolloutError(f"{bucket.path} is not the memory of a process: send a weight bucket.")
     return _mapped(bucket.path, bucket.memory_bytes)
 
 
@@ -211,7 +224,7 @@ def _cuda_handle(memory: torch.Tensor) -> CudaHandle:
 def _cuda_memory(handle: CudaHandle) -> torch.Tensor:
     if handle.gpu not in visible_gpus():
         raise RolloutError(
-            f"The weights lie on GPU {handle.gpu}, which this process cannot see: show it in "
+            f"The weights are on GPU {handle.gpu}, which this process cannot see: add it to "
             "CUDA_VISIBLE_DEVICES, or set rollout.transport=broadcast."
         )
     index = visible_gpus().index(handle.gpu)

@@ -1,6 +1,8 @@
-"""Weights as an FP8 engine has them, in the trainer's type: the matrices of the language layers
-rounded to E4M3, one scale for each output channel (vLLM's `fp8_per_channel`, which also rounds
-activations, token by token; they are left as they are here)."""
+"""Emulated FP8 weights: language matrices rounded to E4M3 and kept in the trainer's dtype.
+
+One scale per output channel, as vLLM's `fp8_per_channel` uses. vLLM also rounds the activations
+of every token; they keep their precision here.
+"""
 
 import re
 from collections.abc import Iterator
@@ -9,16 +11,17 @@ import torch
 
 from megatron_vrl.rollout.buckets import NamedTensors
 
-MATRICES = re.compile(r"model\.layers\.\d+\..*_proj\.weight")  # published names
-LARGEST = torch.finfo(torch.float8_e4m3fn).max
+MATRICES = re.compile(r"model\.layers\.\d+\..*_proj\.weight")  # HF names
+E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
-def rounded(named_tensors: NamedTensors) -> Iterator[tuple[str, torch.Tensor]]:
+def emulate_fp8(named_tensors: NamedTensors) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors in order, with the matrices of the language layers rounded to E4M3."""
     for name, tensor in named_tensors:
-        yield name, _rounded(tensor) if MATRICES.fullmatch(name) else tensor
+        yield name, _round_to_e4m3(tensor) if MATRICES.fullmatch(name) else tensor
 
 
-def _rounded(weight: torch.Tensor) -> torch.Tensor:
-    """weight [out, in]."""
-    scale = weight.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / LARGEST
+def _round_to_e4m3(weight: torch.Tensor) -> torch.Tensor:
+    """Return weight [out, in] rounded with one scale per row, in its own dtype."""
+    scale = weight.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / E4M3_MAX
     return ((weight / scale).to(torch.float8_e4m3fn).float() * scale).to(weight.dtype)

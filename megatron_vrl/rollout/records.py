@@ -1,8 +1,9 @@
-"""Stored rollouts: what a line of OUT/rollouts/*.jsonl.zst holds, and how to read them.
+"""Format of stored rollouts: OUT/rollouts/*.jsonl.zst.
 
-A line is a group, an append is a step of one rank (`storage/compressed.py`). Everything that an
-answer was is in it, so that training can go on from the file alone (`rollout/replay.py`) and other
-programs can read it; the frames of its video are not.
+A line is the group of one prompt as JSON, and an append is one step of one rank
+(`storage/compressed.py`). A line holds everything about the rollouts, so that a run can train from
+the files alone (`rollout/replay.py`) and other programs can read them. It does not hold the frames
+of the video.
 """
 
 import hashlib
@@ -22,33 +23,35 @@ from megatron_vrl.storage.compressed import frames
 from megatron_vrl.types import Prompt, Rollout, ScoredGroup
 
 PATTERN = "*.jsonl.zst"
-Fate = Literal["kept", "uniform", "invalid"]
+GroupStatus = Literal["kept", "zero_variance", "invalid"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerRecord:
+    """One rollout of a group."""
+
     token_ids: list[int]  # [R]
     logprobs: list[float | None]  # [R] under the engine, at the sampling temperature
     text: str
     finish: Literal["stop", "length"]
     seed: int
     weight_version: int  # of the weights that read the prompt
-    newest_version: int  # of those of the last token
+    newest_version: int  # of the weights that generated the last token
     components: dict[str, float | None]  # reward components; null: not a number
     reward: float | None  # total: the weighted sum of the components
-    advantage: float | None  # null in a group that has a reward that is no number
+    advantage: float | None  # null in an invalid group
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupRecord:
-    """A prompt's answers, as a line of the file."""
+    """All rollouts of one prompt: one line of the file."""
 
     step: int  # of GRPO, from 1
     version: int  # of the trainer's weights when the step began
     sample: str
     task: str
-    fate: Fate  # kept: trained on; uniform: all advantages 0; invalid: a reward that is no number
-    prompt_token_ids: list[int]  # with one pad for each video
+    status: GroupStatus  # kept: trained on; zero_variance: all advantages 0; invalid: a NaN reward
+    prompt_token_ids: list[int]  # with one pad per video
     prompt_digest: str  # of tokens, positions and video files
     temperature: float
     top_p: float
@@ -57,10 +60,11 @@ class GroupRecord:
 
     @property
     def seed(self) -> int:
-        """With the sample's name it tells this group from all others of a run."""
+        """Seed of the first rollout. Sample and seed identify a group within a run."""
         return self.answers[0].seed
 
     def rollouts(self) -> list[Rollout]:
+        """Return the rollouts as the engine returned them."""
         return [
             Rollout(
                 token_ids=np.array(answer.token_ids, dtype=np.int64),
@@ -78,12 +82,16 @@ class GroupRecord:
 def record_of(
     group: ScoredGroup,
     advantages: NDArray[np.float64] | None,
-    fate: Fate,
+    status: GroupStatus,
     spec: SamplingSpec,
     step: int,
     version: int,
 ) -> GroupRecord:
-    """`advantages` [N], None for a group that has none."""
+    """Return the record of a group.
+
+    advantages: [N], or None for an invalid group. step: of GRPO, from 1. version: of the trainer's
+    weights when the step began.
+    """
     total = group.total
     values = [None] * len(group.rollouts) if advantages is None else advantages.tolist()
     return GroupRecord(
@@ -91,7 +99,7 @@ def record_of(
         version=version,
         sample=group.sample.id,
         task=group.sample.task,
-        fate=fate,
+        status=status,
         prompt_token_ids=list(map(int, group.prompt.engine_token_ids)),
         prompt_digest=prompt_digest(group.prompt),
         temperature=spec.temperature,
@@ -116,6 +124,7 @@ def record_of(
 
 
 def prompt_digest(prompt: Prompt) -> str:
+    """Return a digest of the prompt's tokens, positions, video files and grids."""
     digest = hashlib.blake2b(digest_size=16)
     for array in (prompt.token_ids, prompt.positions):
         digest.update(np.ascontiguousarray(array).data)
@@ -125,7 +134,7 @@ def prompt_digest(prompt: Prompt) -> str:
 
 
 def short_floats(values: NDArray[np.float32]) -> list[float | None]:
-    """Of nine digits, which tell every two 32-bit floats apart: half the bytes of seventeen."""
+    """Round to 9 significant digits, which round-trip float32 at half the JSON size of 17."""
     exact = values.astype(np.float64)
     with np.errstate(divide="ignore"):
         digits = np.where(exact == 0, 0, 8 - np.floor(np.log10(np.abs(exact))))
@@ -135,32 +144,39 @@ def short_floats(values: NDArray[np.float32]) -> list[float | None]:
 
 
 def encode(record: GroupRecord) -> bytes:
+    """Return the record as a line of JSON without the line feed."""
     return msgspec.json.encode(record)
 
 
 def decode(line: bytes, path: Path) -> GroupRecord:
-    """Raises DataError for a line that is no group."""
+    """Return the record of a line. Raises DataError if the line is not a group."""
     try:
         return msgspec.json.decode(line, type=GroupRecord)
     except msgspec.DecodeError as error:
-        raise DataError(f"{path} holds a line that is no group of rollouts: {error}.") from None
+        raise DataError(f"{path} holds a line that is not a group of rollouts: {error}.") from None
 
 
 def files_of(directory: str | Path) -> list[Path]:
-    """Raises DataError if there are none."""
+    """Return the rollout files of a directory, sorted. Raises DataError if there are none."""
     files = sorted(Path(directory).glob(PATTERN))
     if not files:
-        raise DataError(f"{directory} holds no stored rollouts ({PATTERN}): give a run's rollouts.")
+        raise DataError(
+            f"{directory} holds no stored rollouts ({PATTERN}): name the rollouts of a run."
+        )
     return files
 
 
 def read_rollouts(directory: str | Path) -> Iterator[dict[str, Any]]:
-    """Every stored group, file by file, as plain dictionaries (pandas.DataFrame takes them)."""
+    """Yield every stored group as a plain dictionary, file by file.
+
+    `pandas.DataFrame(read_rollouts(directory))` makes a table of them.
+    """
     for path in files_of(directory):
-        for frame in frames(path, say):
+        for frame in frames(path, warn):
             for line in frame.content.splitlines():
                 yield msgspec.json.decode(line)
 
 
-def say(sentence: str) -> None:
+def warn(sentence: str) -> None:
+    """Print a warning to stderr."""
     print(f"warning: {sentence}", file=sys.stderr)

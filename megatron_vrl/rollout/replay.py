@@ -1,11 +1,16 @@
-"""Rollouts that were made before, from files: no engine, no vLLM.
+"""Generation from stored rollouts (`rollout.placement: replay`), without engine and vLLM.
 
-A prompt is looked up by its sample and the seed that it is asked with. The seed comes from the
-sample's place in the stream, so a run with the same data and run.seed asks for the groups that the
-files hold. Each is ready at the step that took it when it was made: a run that generated beside
-training takes the same groups again. What becomes of the answers is new: rewards are computed anew.
+A prompt is looked up by its sample and its seed. The seed derives from the sample's position in the
+data stream, so a run with the same data and run.seed asks for the groups that the files hold.
+Rewards are computed again.
 
-Left out: greedy answers for evaluations, which are not stored.
+A group becomes ready at the step that trained on it in the original run, so that a replay of an
+overlapped run trains on the same groups at the same steps. Example: weights version 3, futures of
+groups that the original run took at versions 2, 3 and 5. The first two are done. The third is done
+when the version reaches 5, or at once if version 3 is synced a second time, since the trainer then
+needs more groups at version 3 than the original run took.
+
+Greedy rollouts for evaluations are not stored and cannot be replayed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,9 +22,7 @@ import msgspec
 
 from megatron_vrl.config import RunConfig
 from megatron_vrl.errors import ConfigError, DataError, RolloutError
-from megatron_vrl.rollout.buckets import NamedTensors
-from megatron_vrl.rollout.identity import Member
-from megatron_vrl.rollout.records import GroupRecord, decode, files_of, prompt_digest, say
+from megatron_vrl.rollout.records import GroupRecord, decode, files_of, prompt_digest, warn
 from megatron_vrl.rollout.request import SamplingSpec
 from megatron_vrl.storage.compressed import frames, read_frame
 from megatron_vrl.types import Prompt, Rollout
@@ -27,10 +30,12 @@ from megatron_vrl.types import Prompt, Rollout
 Key = tuple[str, int]  # sample, seed of the first answer
 
 
-class Place(NamedTuple):
+class RecordLocation(NamedTuple):
+    """Position of a group's line."""
+
     path: Path
-    begin: int  # of its frame
-    line: int
+    begin: int  # of the compressed frame, bytes
+    line: int  # within the frame
 
 
 class _Seed(msgspec.Struct):
@@ -38,30 +43,33 @@ class _Seed(msgspec.Struct):
 
 
 class _Head(msgspec.Struct):
-    """What the index wants of a line; the rest is skipped."""
+    """Fields of a line that the index needs. msgspec skips the others."""
 
     sample: str
     answers: list[_Seed]
 
 
 class ReplayFiles:
-    """Groups by key. Holds where they lie; reads them when they are asked for."""
+    """Index of the stored groups by key. Groups are read from disk when they are asked for."""
 
     def __init__(self, directory: str | Path, loud: bool = True) -> None:
-        """Reads every file once. Raises DataError for a group that is there twice."""
-        self._places: dict[Key, Place] = {}
+        """Index all files. loud: warn about torn frames.
+
+        Raises DataError if a group is stored twice.
+        """
+        self._locations: dict[Key, RecordLocation] = {}
         self.directory = Path(directory)
         for path in files_of(directory):
-            for frame in frames(path, say if loud else lambda sentence: None):
+            for frame in frames(path, warn if loud else lambda sentence: None):
                 for number, line in enumerate(frame.content.splitlines()):
-                    self._note(_key(line, path), Place(path, frame.begin, number))
+                    self._note(_key(line, path), RecordLocation(path, frame.begin, number))
 
     def groups(self, keys: Sequence[Key]) -> dict[Key, GroupRecord]:
-        """Those that are there. A frame that holds several is read once."""
+        """Return the stored groups among `keys`. A frame with several of them is read once."""
         wanted: dict[tuple[Path, int], list[tuple[int, Key]]] = {}
         for key in keys:
-            if place := self._places.get(key):
-                wanted.setdefault((place.path, place.begin), []).append((place.line, key))
+            if location := self._locations.get(key):
+                wanted.setdefault((location.path, location.begin), []).append((location.line, key))
         return dict(self._read(wanted))
 
     def _read(
@@ -72,35 +80,39 @@ class ReplayFiles:
             for number, key in of_frame:
                 yield key, decode(lines[number], path)
 
-    def _note(self, key: Key, place: Place) -> None:
-        if key in self._places:
+    def _note(self, key: Key, location: RecordLocation) -> None:
+        if key in self._locations:
             raise DataError(
-                f"{self.directory} holds the answers to sample {key[0]} with seed {key[1]} twice "
-                f"({self._places[key].path.name}, {place.path.name}): give the files of one run."
+                f"{self.directory} holds the rollouts of sample {key[0]} with seed {key[1]} twice "
+                f"({self._locations[key].path.name}, {location.path.name}): name the files of one "
+                "run."
             )
-        self._places[key] = place
+        self._locations[key] = location
 
 
 @dataclass(frozen=True, slots=True)
 class ReplayFuture:
-    """To one prompt; `group` is None if there are none."""
+    """Rollouts of one prompt. group: None if they are not stored."""
 
     engine: "ReplayEngine"
     prompt: Prompt
     spec: SamplingSpec
     group: GroupRecord | None
 
-    @property
     def done(self) -> bool:
-        taken_at = self.group.version if self.group else None
-        return self.engine.is_ready(taken_at)
+        """Return True once the trainer's version has reached the one that took the group."""
+        return self.engine.is_ready(self.group.version if self.group else None)
 
     def result(self) -> list[Rollout]:
-        """Raises RolloutError if they are not there, or are answers to something else."""
+        """Return the rollouts.
+
+        Raises RolloutError if they are not stored, or belong to another prompt or spec.
+        """
         if self.group is None:
             raise RolloutError(
-                f"{self.engine.directory} holds no answers to sample {self.prompt.id} with seed "
-                f"{self.spec.seed}: make them with the run.seed, data and grpo.steps of this run."
+                f"{self.engine.directory} holds no rollouts of sample {self.prompt.id} with seed "
+                f"{self.spec.seed}: generate them with the run.seed, data and grpo.steps of this "
+                "run."
             )
         _check_same(self.group, self.prompt, self.spec, self.engine.directory)
         rollouts = self.group.rollouts()
@@ -109,18 +121,22 @@ class ReplayFuture:
 
 
 class ReplayEngine:
-    everywhere = True
-    takes_weights = False
-    starved = True  # what is not ready will not be by waiting
+    """Generator over stored rollouts. Its weight sync only records the version number."""
 
-    def __init__(self, files: ReplayFiles, weighed: bool) -> None:
-        """`weighed`: whether the loss has importance weights, which old answers want."""
+    no_live_workers = True  # waiting never makes a stored group ready
+
+    def __init__(self, files: ReplayFiles, importance_weights: bool) -> None:
+        """importance_weights: the loss corrects for rollouts of other weights than the trainer's;
+        without them such rollouts are refused."""
         self.directory = files.directory
-        self._files, self._weighed = files, weighed
+        self._files, self._importance_weights = files, importance_weights
         self._version = -1  # of the trainer's weights
         self._all_ready = False
 
-    def ask(self, prompts: Sequence[Prompt], specs: Sequence[SamplingSpec]) -> list[ReplayFuture]:
+    def submit(
+        self, prompts: Sequence[Prompt], specs: Sequence[SamplingSpec]
+    ) -> list[ReplayFuture]:
+        """Look up one group per prompt. A group that is missing raises in `result`."""
         keys = [(p.id, s.seed) for p, s in zip(prompts, specs, strict=True)]
         groups = self._files.groups(keys)
         return [
@@ -128,101 +144,84 @@ class ReplayEngine:
             for prompt, spec, key in zip(prompts, specs, keys, strict=True)
         ]
 
+    def sync(self, version: int, min_workers: int) -> bool:
+        """Record the trainer's version and return True.
+
+        A second sync of one version makes every group ready, see the module docstring.
+        """
+        self._all_ready = version == self._version
+        self._version = version
+        return True
+
     def is_ready(self, taken_at: int | None) -> bool:
-        """Whether a group is given out that was taken for training at these weights."""
+        """Return True if a group that was trained on at version `taken_at` may be returned."""
         return self._all_ready or (taken_at is not None and taken_at <= self._version)
 
     def check_age(self, sample: str, rollouts: Sequence[Rollout]) -> None:
-        """Raises RolloutError if answers of other weights would be trained on as if of these."""
+        """Raise RolloutError if rollouts of other weights would be trained on as on-policy."""
         for rollout in rollouts:
-            if not self._weighed and rollout.newest_version != self._version:
+            if not self._importance_weights and rollout.newest_version != self._version:
                 raise RolloutError(
-                    f"Sample {sample} was answered by weights {rollout.newest_version}, and the "
-                    f"trainer has {self._version}: set algorithm.rollout_is=token (or sequence)."
+                    f"The rollouts of sample {sample} are of weights {rollout.newest_version}, and "
+                    f"the trainer has {self._version}: set algorithm.rollout_is=token (or "
+                    "sequence)."
                 )
 
-    def gather(self, at_least: int) -> list[Member]:
-        return []
 
-    def start(self, members: Sequence[Member]) -> None:
-        """Nothing takes weights here."""
-
-    def takes_turns(self, members: Sequence[Member]) -> bool:
-        return False
-
-    def load(self, members: Sequence[Member], tensors: NamedTensors) -> None:
-        """Nothing takes weights here."""
-
-    def settle(self) -> None:
-        """Nothing takes weights here."""
-
-    def finish(self, members: Sequence[Member], version: int) -> None:
-        """The same weights once more: the trainer wants more groups than were taken at them."""
-        self._all_ready = version == self._version
-        self._version = version
-
-    @property
-    def failed(self) -> set[str]:
-        return set()
-
-    def enlist(self, members: Sequence[Member], version: int) -> None:
-        """There is nobody."""
-
-    def checksums(self) -> dict[str, dict[str, str]]:
-        return {}
-
-
-def check_stored(cfg: RunConfig) -> None:
-    """Raises UserError for what cannot be done from stored rollouts."""
+def check_replay(cfg: RunConfig) -> None:
+    """Raise UserError if `placement: replay` is set with a config that needs an engine."""
     directory = cfg.rollout.replay_dir
     if cfg.rollout.placement != "replay":
         return
     if not directory:
         raise ConfigError(
-            "rollout.placement=replay needs rollout.replay_dir: name a run's rollouts."
+            "rollout.placement=replay needs rollout.replay_dir: name the rollouts of a run."
         )
-    for key, wants in (
+    for key, is_set in (
         ("data.evaluation", bool(cfg.data.evaluation)),
         ("sft.stop_metric", bool(cfg.sft.steps and cfg.sft.stop_metric)),
         ("grpo.evaluate_every", bool(cfg.grpo.evaluate_every)),
     ):
-        if wants:
+        if is_set:
             raise ConfigError(
-                f"rollout.placement=replay answers no evaluation, which {key} asks for: set "
-                "data.evaluation={}, sft.stop_metric='' and grpo.evaluate_every=0, and evaluate "
-                "the export with tools/evaluate.py."
+                f"rollout.placement=replay generates nothing for evaluations, and {key} is set: "
+                "set data.evaluation={}, sft.stop_metric='' and grpo.evaluate_every=0, and "
+                "evaluate the export with tools/evaluate.py."
             )
     if Path(directory).resolve() == (Path(cfg.run.out_dir) / "rollouts").resolve():
         raise ConfigError(
-            f"rollout.replay_dir={directory} is where this run writes its own: choose another "
+            f"rollout.replay_dir={directory} is where this run writes its rollouts: choose another "
             "run.out_dir."
         )
     files_of(directory)
 
 
 def _check_same(group: GroupRecord, prompt: Prompt, spec: SamplingSpec, directory: Path) -> None:
-    pairs = {
+    """Raise RolloutError if the group was generated with another spec or for another prompt."""
+    settings = {
         "rollout.group_size": (len(group.answers), spec.n),
         "rollout.temperature": (group.temperature, spec.temperature),
         "rollout.top_p": (group.top_p, spec.top_p),
         "rollout.max_response_tokens": (group.max_tokens, spec.max_tokens),
     }
-    for key, (there, here) in pairs.items():
-        if there != here:
+    for key, (stored, wanted) in settings.items():
+        if stored != wanted:
             raise RolloutError(
-                f"The answers to sample {prompt.id} in {directory} were made with {key}={there}, "
-                f"not {here}: set {key}={there}."
+                f"The rollouts of sample {prompt.id} in {directory} were generated with "
+                f"{key}={stored}, not {wanted}: set {key}={stored}."
             )
     if group.prompt_digest != prompt_digest(prompt):
         raise RolloutError(
-            f"The answers to sample {prompt.id} in {directory} are to another prompt: its video, "
-            "its question or a setting of `video` or `data` has changed since."
+            f"The rollouts of sample {prompt.id} in {directory} belong to another prompt, since "
+            "its video, its question or a setting of `video` or `data` has changed: restore it, or "
+            "generate the rollouts again."
         )
 
 
 def _key(line: bytes, path: Path) -> Key:
+    """Return the key of a line. Raises DataError if the line is not a group."""
     try:
         head = msgspec.json.decode(line, type=_Head)
         return head.sample, head.answers[0].seed
     except (msgspec.DecodeError, IndexError) as error:
-        raise DataError(f"{path} holds a line that is no group of rollouts: {error}.") from None
+        raise DataError(f"{path} holds a line that is not a group of rollouts: {error}.") from None

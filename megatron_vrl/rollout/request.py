@@ -1,8 +1,8 @@
-"""What is asked of an engine, how vLLM wants it said, and the check that it read the same.
+"""Rollout requests, their conversion to vLLM prompts, and a check of what vLLM read.
 
-A request holds what travels to a rollout worker and no more. Prompt tokens, grid and seconds per
-grid step that the engine derived are compared with the trainer's for every request: a prompt that
-the two sides place differently is an error that names the sample.
+A `RolloutRequest` carries what an engine needs, so it is also the message to a rollout worker. For
+every request the prompt tokens, video grid and seconds per grid step that the engine derived are
+compared with the trainer's. A difference is an error that names the sample.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from megatron_vrl.config import RunConfig
 from megatron_vrl.errors import RolloutError
 from megatron_vrl.parallel.arrays import as_tensor
 from megatron_vrl.types import EncodedVideo, Prompt
@@ -22,81 +23,98 @@ from megatron_vrl.types import EncodedVideo, Prompt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingSpec:
-    n: int  # answers per prompt
-    temperature: float  # 0 is greedy, and asks for n == 1
+    """Sampling parameters of one request."""
+
+    n: int  # rollouts per prompt
+    temperature: float  # 0: greedy, which needs n == 1
     top_p: float
     max_tokens: int
-    seed: int  # give every rank and every step its own
+    seed: int  # of the first rollout; the i-th one has seed + i
 
     def __post_init__(self) -> None:
         if self.temperature == 0 and self.n > 1:
             raise RolloutError(
-                f"n={self.n} greedy answers would be equal; set n=1 or temperature>0."
+                f"n={self.n} greedy rollouts would be equal: set n=1 or temperature>0."
             )
         if not 0 < self.top_p <= 1:
-            raise RolloutError(f"top_p={self.top_p} keeps no token; choose a value in (0, 1].")
+            raise RolloutError(f"top_p={self.top_p} keeps no token: choose a value in (0, 1].")
 
     @classmethod
     def greedy(cls, max_tokens: int) -> "SamplingSpec":
         """Return the spec of one greedy answer of at most `max_tokens` tokens."""
         return cls(n=1, temperature=0.0, top_p=1.0, max_tokens=max_tokens, seed=0)
 
-    def of_prompt(self, index: int) -> "SamplingSpec":
-        """For one of several prompts. Each draws from a seed of its own, so an answer does not
-        depend on what is generated beside it, nor on which engine does it."""
+    def for_prompt(self, index: int) -> "SamplingSpec":
+        """Return the spec of prompt `index`, with a seed derived from the spec's seed and `index`.
+
+        A rollout therefore depends neither on the prompts beside it nor on the engine.
+        """
         seed = np.random.SeedSequence([self.seed, index]).generate_state(1)[0] >> 1
         return replace(self, seed=int(seed))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoInput:
-    frames: NDArray[np.uint8]  # [F, height, width, 3] RGB, resized; F is 0 beside tokens
+    """One video of a request: pixels, or embeddings from the trainer's vision tower."""
+
+    frames: NDArray[np.uint8]  # [F, height, width, 3] RGB, resized; F is 0 with embeddings
     grid_thw: tuple[int, int, int]
     seconds_per_grid: float
-    tokens: NDArray[Any] | None = None  # [tokens, hidden] as the trainer's tower made them
+    embeddings: NDArray[Any] | None = None  # [vision tokens, hidden]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    id: str  # of its sample, for messages
-    token_ids: NDArray[np.int64]  # [P] as the trainer has them
-    engine_token_ids: tuple[int, ...]  # with one single pad per video
+class RolloutRequest:
+    """One prompt as an engine receives it."""
+
+    id: str  # of the sample, for error messages
+    token_ids: NDArray[np.int64]  # [P] as the trainer has them: one pad per vision token
+    engine_token_ids: tuple[int, ...]  # with one pad per video
     videos: tuple[VideoInput, ...]
 
 
-def request_of(prompt: Prompt) -> Request:
-    """Raises RolloutError for a still picture: vLLM would encode it by rules of its own."""
+def make_request(prompt: Prompt) -> RolloutRequest:
+    """Return the request of a prompt.
+
+    Raises RolloutError for an image, which vLLM would resize by its own rules.
+    """
     videos = [visual for visual in prompt.visuals if isinstance(visual, EncodedVideo)]
     if len(videos) < len(prompt.visuals):
         raise RolloutError(f"Sample {prompt.id} has an image; rollouts take videos only.")
-    return Request(
+    return RolloutRequest(
         id=prompt.id,
         token_ids=prompt.token_ids,
         engine_token_ids=prompt.engine_token_ids,
         videos=tuple(
             VideoInput(
-                frames=video.frames if tokens is None else video.frames[:0],
+                frames=video.frames if embeddings is None else video.frames[:0],
                 grid_thw=video.grid_thw,
                 seconds_per_grid=video.seconds_per_grid,
-                tokens=tokens,
+                embeddings=embeddings,
             )
-            for video, tokens in zip(videos, prompt.seen or repeat(None), strict=False)
+            for video, embeddings in zip(videos, prompt.seen or repeat(None), strict=False)
         ),
     )
 
 
-def check_length(request: Request, spec: SamplingSpec, max_model_len: int) -> None:
-    """Raises RolloutError if prompt and answer may not fit the engine."""
+def max_model_len(cfg: RunConfig) -> int:
+    """Return the tokens of the longest prompt and the longest response together."""
+    response = max(cfg.rollout.max_response_tokens, cfg.evaluation.max_response_tokens)
+    return cfg.data.max_prompt_tokens + response
+
+
+def check_length(request: RolloutRequest, spec: SamplingSpec, max_model_len: int) -> None:
+    """Raise RolloutError if prompt and response may not fit the engine."""
     if len(request.token_ids) + spec.max_tokens > max_model_len:
         raise RolloutError(
             f"Sample {request.id}: {len(request.token_ids)} prompt tokens and up to "
-            f"{spec.max_tokens} answer tokens do not fit the engine's {max_model_len}; "
+            f"{spec.max_tokens} response tokens do not fit the engine's {max_model_len}: "
             "lower data.max_prompt_tokens or rollout.max_response_tokens."
         )
 
 
-def vllm_prompt(request: Request, cache_name: str) -> dict[str, Any]:
-    """What vLLM computes is shared by prompts of one `cache_name` only."""
+def vllm_prompt(request: RolloutRequest, cache_name: str) -> dict[str, Any]:
+    """Return the request as a vLLM prompt. Only prompts of one `cache_name` share cache entries."""
     prompt: dict[str, Any] = {
         "prompt_token_ids": list(request.engine_token_ids),
         "multi_modal_data": {"video": _vllm_videos(request.videos)},
@@ -108,28 +126,29 @@ def vllm_prompt(request: Request, cache_name: str) -> dict[str, Any]:
 
 
 def _vllm_videos(videos: tuple[VideoInput, ...]) -> Any:
-    tokens = [as_tensor(video.tokens) for video in videos if video.tokens is not None]
-    if not tokens:
+    embeddings = [as_tensor(video.embeddings) for video in videos if video.embeddings is not None]
+    if not embeddings:
         return [(video.frames, _metadata(video)) for video in videos]
     return {
-        "video_embeds": torch.cat(tokens),
+        "video_embeds": torch.cat(embeddings),
         "video_grid_thw": torch.tensor([video.grid_thw for video in videos]),
         "second_per_grid_ts": torch.tensor([video.seconds_per_grid for video in videos]),
     }
 
 
 def _digest(video: VideoInput) -> str:
-    shown = video.frames if video.tokens is None else video.tokens
-    digest = hashlib.blake2b(np.ascontiguousarray(shown).data, digest_size=16)
+    values = video.frames if video.embeddings is None else video.embeddings
+    digest = hashlib.blake2b(np.ascontiguousarray(values).data, digest_size=16)
     digest.update(repr((video.grid_thw, video.seconds_per_grid)).encode())
     return digest.hexdigest()
 
 
 def _metadata(video: VideoInput) -> dict[str, Any]:
-    """Metadata under which the processor takes all frames as they are.
+    """Return metadata that makes vLLM's processor take all frames without sampling.
 
-    It derives the seconds per grid step as 2 / fps, so fps is stated from that side, and keeps it
-    in 32 bits: positions agree with a trainer that uses float(np.float32(seconds_per_grid)).
+    The processor derives the seconds per grid step as 2 / fps, so fps is computed from them. The
+    processor keeps the result in 32 bits: positions agree with a trainer that uses
+    float(np.float32(seconds_per_grid)).
     """
     num_frames = len(video.frames)
     fps = 2.0 / video.seconds_per_grid
@@ -144,23 +163,24 @@ def _metadata(video: VideoInput) -> dict[str, Any]:
 
 
 class InputCheck:
-    """Compares what vLLM made of a prompt with what the trainer has.
+    """Comparison of the engine's input with the trainer's request.
 
-    vLLM sends a video's values into the engine once and later only its hash, so what was sent
-    under a hash is remembered.
+    vLLM sends a video's values to the engine once and later only its hash. The grid and the seconds
+    per grid step of each hash are therefore remembered.
     """
 
     def __init__(self) -> None:
         self._sent: dict[str, tuple[tuple[int, ...], float]] = {}  # hash -> grid, seconds per grid
 
-    def check(self, request: Request, engine_input: Mapping[str, Any]) -> None:
-        """Raises RolloutError naming the sample."""
+    def check(self, request: RolloutRequest, engine_input: Mapping[str, Any]) -> None:
+        """Raise RolloutError naming the sample if vLLM read the prompt differently."""
         used = list(engine_input["prompt_token_ids"])
         if used != request.token_ids.tolist():
             grids = [video.grid_thw for video in request.videos]
             raise RolloutError(
-                f"Sample {request.id}: vLLM read {len(used)} prompt tokens, the trainer "
-                f"{len(request.token_ids)}, or others; the grids are {grids}."
+                f"Sample {request.id}: vLLM read other prompt tokens ({len(used)}) than the "
+                f"trainer ({len(request.token_ids)}) with video grids {grids}: check that vllm is "
+                "the pinned version."
             )
         if not request.videos:
             return
@@ -170,9 +190,10 @@ class InputCheck:
             if item is not None:
                 grid = tuple(item["video_grid_thw"].data.tolist())
                 self._sent[name] = grid, float(item["second_per_grid_ts"].data)
-            wanted = video.grid_thw, float(torch.tensor(video.seconds_per_grid))  # in 32 bits
-            if self._sent[name] != wanted:
+            expected = video.grid_thw, float(torch.tensor(video.seconds_per_grid))  # in 32 bits
+            if self._sent[name] != expected:
                 raise RolloutError(
-                    f"Sample {request.id}: vLLM placed a video with grid and seconds per step "
-                    f"{self._sent[name]}, the trainer with {wanted}."
+                    f"Sample {request.id}: vLLM has grid and seconds per grid step "
+                    f"{self._sent[name]} of a video, the trainer {expected}: check that vllm is "
+                    "the pinned version."
                 )

@@ -21,8 +21,8 @@ from megatron_vrl.models.pipeline_split import all_chunks, check_divides
 from megatron_vrl.parallel.mesh import check_layout
 from megatron_vrl.rewards.user_functions import load_function
 from megatron_vrl.rewards.weights import reward_weights
-from megatron_vrl.rollout.replay import check_stored
-from megatron_vrl.rollout.vllm.start import max_model_len
+from megatron_vrl.rollout.replay import check_replay
+from megatron_vrl.rollout.request import max_model_len
 from megatron_vrl.trainer.reselect import check_reselection
 from megatron_vrl.trainer.sample_stream import check_records
 
@@ -41,7 +41,7 @@ def check(cfg: RunConfig, world: int, here: bool = False) -> CheckedRun:
     check_batches(cfg, replicas)
     check_dev(cfg)
     check_off_policy(cfg)
-    check_stored(cfg)
+    check_replay(cfg)
     check_visual_input(cfg)
     check_reselection(cfg)
     reward_weights(cfg.rewards)

@@ -11,7 +11,7 @@ import msgspec
 
 from megatron_vrl.context import RunContext
 from megatron_vrl.parallel.mesh import raise_on_all_ranks, shard
-from megatron_vrl.rollout.records import PATTERN, Fate, GroupRecord, encode, record_of
+from megatron_vrl.rollout.records import PATTERN, GroupRecord, GroupStatus, encode, record_of
 from megatron_vrl.storage.compressed import FrameFile, keep_frames
 from megatron_vrl.trainer.experience import RolloutBatch
 from megatron_vrl.trainer.rollout_queue import sampling_spec
@@ -58,9 +58,11 @@ def _records(
     records = []
     for group in shard(rollout_batch.groups, ctx.mesh.model):
         experience = experiences.get(id(group))
-        fate: Fate = "kept" if id(experience) in kept else "uniform" if experience else "invalid"
+        status: GroupStatus = (
+            "kept" if id(experience) in kept else "zero_variance" if experience else "invalid"
+        )
         advantages = experience.advantages if experience else None
-        records.append(record_of(group, advantages, fate, spec, step, version))
+        records.append(record_of(group, advantages, status, spec, step, version))
     return records
 
 

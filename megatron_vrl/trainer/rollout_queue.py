@@ -23,7 +23,7 @@ from itertools import chain
 from megatron_vrl.config import RunConfig
 from megatron_vrl.context import RunContext
 from megatron_vrl.parallel.mesh import gather_objects, shard, world_axis
-from megatron_vrl.rollout.manager import Asked
+from megatron_vrl.rollout.interfaces import RolloutFuture
 from megatron_vrl.rollout.request import SamplingSpec
 from megatron_vrl.trainer.dataloader import PromptDataLoader
 from megatron_vrl.trainer.state import RunState
@@ -47,7 +47,7 @@ class InFlightRequest:
     prompt: Prompt
     position: int  # of the sample in the stream
     version: int  # of the weights when the request was submitted
-    asked: Asked
+    future: RolloutFuture
 
 
 class RolloutQueue:
@@ -72,10 +72,10 @@ class RolloutQueue:
         ordered = due + [request for request in self._in_flight if request.version > oldest]
         count = min(len(shard(range(num), mesh.data, mesh.model)), len(ordered))
         with ctx.clock("rollout"):
-            asked = [request.asked for request in ordered]
-            chosen = ctx.rollout_manager.first(asked, required=min(len(due), count), count=count)
+            futures = [request.future for request in ordered]
+            chosen = ctx.rollout_manager.wait(futures, required=min(len(due), count), count=count)
             taken = [ordered[index] for index in sorted(chosen)]
-            answers = ctx.rollout_manager.results([request.asked for request in taken])
+            answers = ctx.rollout_manager.results([request.future for request in taken])
         self._in_flight = [request for request in self._in_flight if request not in taken]
         return [(r.sample, r.prompt, a) for r, a in zip(taken, answers, strict=True)]
 
@@ -92,14 +92,14 @@ class RolloutQueue:
             prompts = ctx.embed([prepared.prompt for prepared in drawn])
         with ctx.clock("rollout"):
             positions = [prepared.position for prepared in drawn]
-            asked = ctx.rollout_manager.ask(prompts, sampling_spec(ctx.cfg), positions)
+            futures = ctx.rollout_manager.submit(prompts, sampling_spec(ctx.cfg), positions)
         self._in_flight += [
             InFlightRequest(
                 sample=prepared.sample,
                 prompt=prompt,
                 position=prepared.position,
                 version=self._state.version,
-                asked=one,
+                future=future,
             )
-            for prepared, prompt, one in zip(drawn, prompts, asked, strict=True)
+            for prepared, prompt, future in zip(drawn, prompts, futures, strict=True)
         ]

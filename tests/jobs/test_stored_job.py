@@ -117,7 +117,7 @@ def test_training_from_them_until_they_run_out(train, original, rollouts_only, w
         succeeds=False,
     )
     assert done.returncode == 2
-    assert "error: runs/only/rollouts holds no answers to sample train_" in done.stderr
+    assert "error: runs/only/rollouts holds no rollouts of sample train_" in done.stderr
     rows = rows_of(run, "grpo")
     assert [(row["step"], row["staleness"]) for row in rows] == [(1, 0), (2, 1)]
     assert rows[1]["rollout_is_weight"] != 1

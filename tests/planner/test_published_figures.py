@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_vrl.config import Batch, Model, Parallel, Rollout, Run, RunConfig
+from megatron_vrl.config import Batch, Model, Parallel, RolloutConfig, Run, RunConfig
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.planner.hardware import GPUS
 from megatron_vrl.planner.memory import optimizer_bytes
@@ -30,7 +30,7 @@ def pretraining(arch, gpus, batch, **parallel):
         run=Run(out_dir=""),
         model=Model(checkpoint="", **layers),
         parallel=Parallel(overlap=True, **parallel),
-        rollout=Rollout(group_size=1, prompts_per_step=batch, max_response_tokens=LENGTH),
+        rollout=RolloutConfig(group_size=1, prompts_per_step=batch, max_response_tokens=LENGTH),
         batch=Batch(tokens=LENGTH),
     )
     asked = Question(gpu=GPUS["h100"], gpus=gpus, prompt=1, response=LENGTH)

@@ -1,4 +1,4 @@
-"""One tiny checkpoint and one engine for all tests of the rollout folder."""
+"""Fixtures of the rollout tests: one tiny checkpoint and one engine for all."""
 
 import sys
 from pathlib import Path
@@ -26,7 +26,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def weights(checkpoint):
-    """Published name -> tensor."""
+    """Tensors of the checkpoint by HF name."""
     return sharded_tensors(checkpoint)
 
 
@@ -34,13 +34,13 @@ def weights(checkpoint):
 def shared_engine(checkpoint):
     from megatron_vrl.rollout.vllm.engine import VllmEngine
 
-    cfg = config.Rollout(max_num_seqs=64, kv_cache_mib=64)
+    cfg = config.RolloutConfig(max_num_seqs=64, kv_cache_mib=64)
     return VllmEngine(str(checkpoint), cfg, dtype="float32", seed=1, max_model_len=MAX_MODEL_LEN)
 
 
 @pytest.fixture
 def engine(shared_engine, weights):
-    """The engine with the checkpoint's weights, whatever the test before left in it."""
+    """Engine with the weights of the checkpoint."""
     shared_engine.push_weights(weights.items(), version=1)
     return shared_engine
 
@@ -58,7 +58,7 @@ def make_prompt(checkpoint):
 
 
 def prompt_maker(checkpoint):
-    """make_prompt(seed, grid_thw, seconds_per_grid) -> Prompt of noise frames; no positions."""
+    """Return make_prompt(seed, grid_thw, seconds_per_grid) -> Prompt of noise; no positions."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)

@@ -1,4 +1,4 @@
-"""One engine over two processes: answers, and checksums of what its shards hold, as JSON."""
+"""Tensor-parallel engine of two processes: prints its tokens and weight checksums as JSON."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ SPEC = SamplingSpec(n=4, temperature=1.0, top_p=1.0, max_tokens=16, seed=3)
 def main(checkpoint: Path, factor: float) -> None:
     engine = VllmEngine(
         str(checkpoint),
-        config.Rollout(max_num_seqs=16, kv_cache_mib=64),
+        config.RolloutConfig(max_num_seqs=16, kv_cache_mib=64),
         dtype="float32",
         seed=1,
         max_model_len=MAX_MODEL_LEN,

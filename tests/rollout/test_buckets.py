@@ -1,4 +1,4 @@
-"""Buckets carry tensors unchanged, to this process, to another and over a network."""
+"""Buckets keep tensors unchanged in this process, in another one and over a network."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_vrl.errors import RolloutError
-from megatron_vrl.rollout.buckets import BucketReader, BucketWriter, views
+from megatron_vrl.rollout.buckets import BucketReader, BucketWriter
 from megatron_vrl.rollout.checksums import tensor_checksums
 from megatron_vrl.rollout.workers.protocol import encode
 
@@ -31,18 +31,18 @@ def test_round_trip(tensors, dtype):
             torch.testing.assert_close(received[name], tensor.to(dtype), rtol=0, atol=0)
 
 
-def test_bytes_that_crossed_a_network_read_alike(tensors):
+def test_a_bucket_sent_as_bytes_keeps_its_tensors(tensors):
     writer = BucketWriter(torch.float32)
     bucket = writer.write(tensors.items())
     inbox = BucketWriter(torch.float32)
-    here, memory = inbox.hold(bucket)
+    here = inbox.reserve(bucket)
     inbox.contents(here)[:] = writer.contents(bucket)
-    for read in (dict(views(memory, here)), dict(BucketReader().read(here))):
+    for read in (dict(inbox.tensors(here)), dict(BucketReader().read(here))):
         for name, tensor in tensors.items():
             torch.testing.assert_close(read[name], tensor, rtol=0, atol=0)
 
 
-def test_the_memory_is_made_once(tensors):
+def test_memory_is_allocated_once(tensors):
     writer, before = BucketWriter(torch.float32), os.listdir("/proc/self/fd")
     buckets = [writer.write(tensors.items()) for _ in range(3)]
     assert len({(bucket.memory, bucket.memory_bytes) for bucket in buckets}) == 1
@@ -51,7 +51,7 @@ def test_the_memory_is_made_once(tensors):
     assert len(os.listdir("/proc/self/fd")) == len(before) - 1
 
 
-def test_only_memory_is_mapped(tensors, tmp_path):
+def test_other_files_are_not_mapped(tensors, tmp_path):
     secret = tmp_path / "file"
     secret.write_bytes(bytes(1 << 16))
     bucket = BucketWriter(torch.float32).write(tensors.items())
@@ -63,7 +63,7 @@ def test_another_process_can_map_a_bucket(tensors):
     writer = BucketWriter(torch.float32)
     bucket = writer.write(tensors.items())
     code = (
-        "from megatron_vrl.rollout.buckets import Bucket, BucketReader\n"
+        "from megatron_vrl.rollout.buckets import WeightBucket, BucketReader\n"
         f"print(sum(t.double().sum().item() for _, t in BucketReader().read({bucket!r})))"
     )
     result = subprocess.run(
@@ -72,7 +72,7 @@ def test_another_process_can_map_a_bucket(tensors):
     assert float(result.stdout) == pytest.approx(sum(t.double().sum() for t in tensors.values()))
 
 
-def test_checksums_see_one_bit_and_not_the_order(tensors):
+def test_checksums_depend_on_every_bit_and_not_on_the_order(tensors):
     checksums = tensor_checksums(tensors.items(), torch.float32)
     assert tensor_checksums(reversed(tensors.items()), torch.float32) == checksums
     changed = dict(tensors, t1=torch.nextafter(tensors["t1"], torch.tensor(9.0)))
@@ -80,7 +80,7 @@ def test_checksums_see_one_bit_and_not_the_order(tensors):
     assert {name for name in checksums if checksums[name] != other[name]} == {"t1"}
 
 
-def test_checksums_use_published_names_and_one_zero():
+def test_checksums_use_hf_names_and_ignore_the_sign_of_zero():
     zero = {"model.language_model.norm.weight": torch.zeros(2), "model.visual.a": torch.ones(1)}
     other = {"model.norm.weight": -torch.zeros(2), "visual.a": torch.ones(1)}
     assert tensor_checksums(zero.items(), torch.float32) == tensor_checksums(
@@ -90,15 +90,15 @@ def test_checksums_use_published_names_and_one_zero():
 
 @pytest.mark.gpu
 def test_another_process_can_open_a_bucket_on_the_gpu(tensors):
-    """By CUDA IPC; the reader keeps what it opened, and the next bucket lies in it."""
+    """The reader opens the memory by CUDA IPC once, and reads the next bucket in it."""
     writer, codec = BucketWriter(torch.bfloat16, torch.device("cuda", 0)), "megatron_vrl.rollout"
     code = (
         "import sys\n"
-        f"from {codec}.buckets import Bucket, BucketReader\n"
-        f"from {codec}.wire import decode\n"
+        f"from {codec}.buckets import WeightBucket, BucketReader\n"
+        f"from {codec}.workers.protocol import decode\n"
         "reader = BucketReader()\n"
         "for line in sys.stdin:\n"
-        "    bucket = decode(bytes.fromhex(line), Bucket)\n"
+        "    bucket = decode(bytes.fromhex(line), WeightBucket)\n"
         "    total = sum(t.double().sum().item() for _, t in reader.read(bucket))\n"
         "    print(total, len(reader._open), flush=True)\n"
     )
@@ -108,7 +108,7 @@ def test_another_process_can_open_a_bucket_on_the_gpu(tensors):
     for factor in (1, 2):
         scaled = {name: (tensor * factor).bfloat16() for name, tensor in tensors.items()}
         bucket = writer.write(scaled.items())
-        assert dict(BucketReader().read(bucket))["t1"].equal(scaled["t1"].cuda())  # in-process
+        assert dict(writer.tensors(bucket))["t1"].equal(scaled["t1"].cuda())
         reader.stdin.write(encode(bucket).hex() + "\n")
         reader.stdin.flush()
         total, opened = reader.stdout.readline().split()

@@ -1,4 +1,4 @@
-"""The trainer's vision tokens instead of pixels: same answers, and vLLM's tower is not asked."""
+"""Vision embeddings instead of pixels: equal rollouts, and vLLM's tower never runs."""
 
 from dataclasses import replace
 
@@ -18,8 +18,8 @@ from megatron_vrl.parallel.mesh import init_mesh
 from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.policy.policy import Policy
 from megatron_vrl.policy.vision_cache import VisionEmbeddingCache
-from megatron_vrl.rollout.request import SamplingSpec, request_of
-from megatron_vrl.rollout.workers.protocol import Ask, decode, encode
+from megatron_vrl.rollout.request import SamplingSpec, make_request
+from megatron_vrl.rollout.workers.protocol import GenerateRequest, decode, encode
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 SPEC = SamplingSpec(n=2, temperature=1.0, top_p=1.0, max_tokens=12, seed=5)
@@ -55,7 +55,7 @@ def prompts(policy, make_prompt):
 
 @pytest.fixture
 def shown(engine):
-    """A list that grows by one each time the engine's tower sees something."""
+    """A list that grows by one at each run of the engine's vision tower."""
     calls: list[int] = []
 
     def hook(model):
@@ -66,7 +66,7 @@ def shown(engine):
 
 
 def largest_gap(policy, engine, prompts, answers) -> float:
-    """Between the trainer's log-prob and the engine's, over every token of every answer."""
+    """Return the largest difference of the trainer's and the engine's log-prob of a token."""
     groups = [
         Group(
             prompt=prompt,
@@ -83,7 +83,7 @@ def largest_gap(policy, engine, prompts, answers) -> float:
     return max(float(np.abs(ours.numpy() - b.engine_logprob).max()) for ours, b in pairs)
 
 
-def test_one_look_serves_engine_reference_and_update(policy, engine, prompts, shown):
+def test_one_encoding_serves_engine_reference_and_update(policy, engine, prompts, shown):
     pixels = engine.generate(prompts, SPEC)
     assert len(shown) > 0
     cache, before = VisionEmbeddingCache(policy, 64), len(shown)
@@ -96,7 +96,7 @@ def test_one_look_serves_engine_reference_and_update(policy, engine, prompts, sh
     assert len(shown) == before and cache.encoded == len(prompts)
 
 
-def test_a_changed_tower_changes_what_the_engine_answers(policy, engine, prompts, shown):
+def test_a_changed_tower_changes_the_rollouts(policy, engine, prompts, shown):
     cache = VisionEmbeddingCache(policy, 64)
     before = engine.generate(cache.embed(prompts), SPEC)
     with torch.no_grad():
@@ -110,11 +110,11 @@ def test_a_changed_tower_changes_what_the_engine_answers(policy, engine, prompts
     assert first[0].shape != first[1].shape or np.abs(first[0] - first[1]).max() > 1e-2
 
 
-def test_tokens_travel_to_workers_without_pixels(policy, prompts):
+def test_embeddings_are_sent_to_workers_without_pixels(policy, prompts):
     (seen,) = VisionEmbeddingCache(policy, 64).embed(prompts[:1])
-    ask = Ask(request=request_of(seen), spec=SPEC.of_prompt(0), version=0)
-    (video,) = decode(encode(ask), Ask).request.videos
-    assert video.frames.size == 0 and np.array_equal(video.tokens, seen.seen[0])
-    plain = Ask(request=request_of(prompts[0]), spec=SPEC.of_prompt(0), version=0)
-    (video,) = decode(encode(plain), Ask).request.videos
-    assert video.tokens is None and np.array_equal(video.frames, prompts[0].visuals[0].frames)
+    ask = GenerateRequest(request=make_request(seen), spec=SPEC.for_prompt(0), version=0)
+    (video,) = decode(encode(ask), GenerateRequest).request.videos
+    assert video.frames.size == 0 and np.array_equal(video.embeddings, seen.seen[0])
+    plain = GenerateRequest(request=make_request(prompts[0]), spec=SPEC.for_prompt(0), version=0)
+    (video,) = decode(encode(plain), GenerateRequest).request.videos
+    assert video.embeddings is None and np.array_equal(video.frames, prompts[0].visuals[0].frames)

@@ -1,4 +1,4 @@
-"""Stored rollouts: records exact, answers found by sample and seed, and what is refused."""
+"""Stored rollouts: exact records, look-up by sample and seed, and refusals."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from megatron_vrl.config import RunConfig
 from megatron_vrl.errors import ConfigError, DataError, RolloutError
 from megatron_vrl.rollout.records import encode, read_rollouts, record_of, short_floats
-from megatron_vrl.rollout.replay import ReplayEngine, ReplayFiles, check_stored
+from megatron_vrl.rollout.replay import ReplayEngine, ReplayFiles, check_replay
 from megatron_vrl.rollout.request import SamplingSpec
 from megatron_vrl.storage.compressed import FrameFile
 from megatron_vrl.types import RewardComponent, Rollout, ScoredGroup, VideoSample
@@ -45,7 +45,7 @@ def scored(number: int, version: int = 0) -> ScoredGroup:
                 finish="stop",
                 weight_version=version,
                 newest_version=version,
-                seed=SPEC.of_prompt(number).seed + index,
+                seed=SPEC.for_prompt(number).seed + index,
             )
             for index in range(SPEC.n)
         ),
@@ -69,11 +69,11 @@ def folder(tmp_path):
     return tmp_path
 
 
-def ask(folder, *numbers: int, version: int = 0, weighed: bool = False, spec=SPEC):
-    engine = ReplayEngine(ReplayFiles(folder), weighed)
-    engine.finish([], version)
+def ask(folder, *numbers: int, version: int = 0, importance_weights: bool = False, spec=SPEC):
+    engine = ReplayEngine(ReplayFiles(folder), importance_weights)
+    engine.sync(version, 1)
     prompts = [scored(number).prompt for number in numbers]
-    return engine, engine.ask(prompts, [spec.of_prompt(number) for number in numbers])
+    return engine, engine.submit(prompts, [spec.for_prompt(number) for number in numbers])
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1))
@@ -83,10 +83,10 @@ def test_nine_digits_keep_every_number_of_32_bits(values):
     assert np.array(stored, dtype=np.float32).tobytes() == exact.tobytes()
 
 
-def test_answers_come_back_as_they_were(folder):
+def test_rollouts_are_replayed_exactly(folder):
     _, asked = ask(folder, 2, 1, 0)
     for number, answers in zip((2, 1, 0), asked, strict=True):
-        assert answers.done
+        assert answers.done()
         for found, made in zip(answers.result(), scored(number).rollouts, strict=True):
             for name in Rollout.__slots__:
                 there, here = getattr(found, name), getattr(made, name)
@@ -106,28 +106,30 @@ def test_other_programs_read_the_groups(folder):
     assert (second["reward"], second["components"]) == (None, {"format": None})
 
 
-def test_groups_are_ready_when_they_were_taken(folder):
+def test_groups_become_ready_at_the_version_that_took_them(folder):
     engine, (first, later) = ask(folder, 0, 4)
-    assert (first.done, later.done) == (True, False)
-    engine.finish([], 1)
-    assert later.done
+    assert (first.done(), later.done()) == (True, False)
+    engine.sync(1, 1)
+    assert later.done()
 
 
-def test_the_same_weights_once_more_give_out_whatever_there_is(folder):
+def test_a_second_sync_of_one_version_makes_all_groups_ready(folder):
     engine, (later, missing) = ask(folder, 4, 9)
-    assert engine.starved and not later.done and not missing.done
-    engine.finish([], 0)
-    assert later.done and missing.done
-    engine.finish([], 1)
-    assert not missing.done
+    assert engine.no_live_workers and not later.done() and not missing.done()
+    engine.sync(0, 1)
+    assert later.done() and missing.done()
+    engine.sync(1, 1)
+    assert not missing.done()
 
 
-def test_answers_that_are_not_there_name_their_sample(folder):
+def test_missing_rollouts_name_their_sample(folder):
     _, (missing,) = ask(folder, 9)
-    with pytest.raises(RolloutError, match=r"holds no answers to sample s9 with seed \d+: make"):
+    with pytest.raises(
+        RolloutError, match=r"holds no rollouts of sample s9 with seed \d+: generate"
+    ):
         missing.result()
     _, (other_seed,) = ask(folder, 0, spec=replace(SPEC, seed=8))
-    with pytest.raises(RolloutError, match="holds no answers to sample s0 "):
+    with pytest.raises(RolloutError, match="holds no rollouts of sample s0 "):
         other_seed.result()
 
 
@@ -139,59 +141,59 @@ def test_answers_that_are_not_there_name_their_sample(folder):
         ({"max_tokens": 4}, "rollout.max_response_tokens=8, not 4"),
     ],
 )
-def test_answers_to_another_spec_are_refused(folder, change, key):
+def test_rollouts_of_another_spec_are_refused(folder, change, key):
     _, (asked,) = ask(folder, 0, spec=replace(SPEC, **change))
-    with pytest.raises(RolloutError, match=f"sample s0 in .* were made with {key}"):
+    with pytest.raises(RolloutError, match=f"sample s0 in .* were generated with {key}"):
         asked.result()
 
 
-def test_answers_to_another_video_are_refused(folder):
+def test_rollouts_of_another_video_are_refused(folder):
     engine, _ = ask(folder)
     other = replace(scored(0).prompt, visuals=(video((2, 4, 4), 1.0, 5),))
-    (asked,) = engine.ask([other], [SPEC.of_prompt(0)])
-    with pytest.raises(RolloutError, match=r"sample s0 in .* are to another prompt"):
+    (asked,) = engine.submit([other], [SPEC.for_prompt(0)])
+    with pytest.raises(RolloutError, match=r"sample s0 in .* belong to another prompt"):
         asked.result()
 
 
-def test_old_answers_want_importance_weights(folder):
+def test_old_rollouts_need_importance_weights(folder):
     _, (asked,) = ask(folder, 0, version=3)
-    with pytest.raises(RolloutError, match="s0 was answered by weights 0, and the trainer has 3"):
+    with pytest.raises(RolloutError, match="sample s0 are of weights 0, and the trainer has 3"):
         asked.result()
-    _, (weighed,) = ask(folder, 0, version=3, weighed=True)
-    assert [rollout.weight_version for rollout in weighed.result()] == [0, 0]
+    _, (importance_weights,) = ask(folder, 0, version=3, importance_weights=True)
+    assert [rollout.weight_version for rollout in importance_weights.result()] == [0, 0]
 
 
-def test_a_group_that_is_there_twice_is_refused(folder):
+def test_a_group_that_is_stored_twice_is_refused(folder):
     shutil.copy(folder / "rank-0001.jsonl.zst", folder / "rank-0002.jsonl.zst")
     with pytest.raises(DataError, match=r"sample s1 with seed .* twice"):
         ReplayFiles(folder)
 
 
-def test_lines_of_other_files_are_named(tmp_path):
+def test_other_files_are_refused_by_name(tmp_path):
     file = FrameFile(tmp_path / "other.jsonl.zst")
     file.append([b'{"id": 3}'])
-    with pytest.raises(DataError, match="holds a line that is no group of rollouts"):
+    with pytest.raises(DataError, match="holds a line that is not a group of rollouts"):
         ReplayFiles(tmp_path)
 
 
-def test_what_stored_rollouts_cannot_do_is_said_at_the_start(folder):
+def test_configs_that_replay_cannot_serve_are_refused(folder):
     def check(rollout=None, **sections):
         rollout = {"placement": "replay", "replay_dir": str(folder)} | (rollout or {})
         run, model = {"out_dir": str(folder / "out")}, {"checkpoint": "c"}
-        check_stored(RunConfig(**{"run": run, "model": model, "rollout": rollout, **sections}))
+        check_replay(RunConfig(**{"run": run, "model": model, "rollout": rollout, **sections}))
 
     check()
     check({"placement": "colocated", "replay_dir": "nowhere"})
     for wrong, sentence in (
         ({"rollout": {"replay_dir": ""}}, "needs rollout.replay_dir"),
         ({"rollout": {"replay_dir": "nowhere"}}, "nowhere holds no stored rollouts"),
-        ({"data": {"evaluation": {"dev": []}}}, "which data.evaluation asks for"),
-        ({"sft": {"steps": 1, "stop_metric": "m"}}, "which sft.stop_metric asks for"),
-        ({"grpo": {"evaluate_every": 2}}, "which grpo.evaluate_every asks for"),
+        ({"data": {"evaluation": {"dev": []}}}, "data.evaluation is set"),
+        ({"sft": {"steps": 1, "stop_metric": "m"}}, "sft.stop_metric is set"),
+        ({"grpo": {"evaluate_every": 2}}, "grpo.evaluate_every is set"),
     ):
         with pytest.raises((ConfigError, DataError), match=sentence):
             check(**wrong)
     (folder / "out").mkdir()
     (folder / "out" / "rollouts").symlink_to(folder)
-    with pytest.raises(ConfigError, match="where this run writes its own"):
+    with pytest.raises(ConfigError, match="where this run writes its rollouts"):
         check()

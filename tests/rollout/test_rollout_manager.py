@@ -1,4 +1,4 @@
-"""Hand-overs that nobody takes: the run ends with a sentence and does not offer for ever."""
+"""Weight syncs that no worker takes: the run ends with a sentence and does not retry forever."""
 
 import socket
 import threading
@@ -12,29 +12,32 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from megatron_vrl.checkpoint.hf_export import WeightExport
-from megatron_vrl.config import Model, Parallel, Rollout
+from megatron_vrl.config import Model, Parallel, RolloutConfig
 from megatron_vrl.errors import RolloutError
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.parallel.mesh import close_mesh, init_mesh
 from megatron_vrl.policy.policy import Policy
-from megatron_vrl.rollout.identity import Health, Identity, machine
 from megatron_vrl.rollout.manager import RolloutManager
+from megatron_vrl.rollout.weight_sync import WorkerSync, transform_of
 from megatron_vrl.rollout.workers.pool import WorkerPool
 from megatron_vrl.rollout.workers.protocol import encode
+from megatron_vrl.rollout.workers.worker_info import Health, ServedModel, machine
 from tests.tiny_models import hf_model, save
 
-SERVED = Identity(architecture="a", dtype="float32", max_model_len=64, banned_tokens="b")
+SERVED = ServedModel(architecture="a", dtype="float32", max_model_len=64, banned_tokens="b")
 
 
 @contextmanager
 def worker_that_takes_no_weights():
-    """Well, but its engine is not; its address and the paths it was asked for."""
+    """A worker with good health that refuses every call: its address and the paths called."""
     asked = []
 
     async def answer(request):
         asked.append(request.url.path)
         if request.url.path == "/health":
-            health = Health(instance="i", machine=machine(), gpus=(), identity=SERVED, version=None)
+            health = Health(
+                instance="i", machine=machine(), gpus=(), served_model=SERVED, version=None
+            )
             return Response(encode(health))
         return Response(b"no", 500)
 
@@ -48,19 +51,18 @@ def worker_that_takes_no_weights():
     thread.join()
 
 
-def test_weights_that_nobody_takes_end_the_run(tmp_path):
+def test_weights_that_no_worker_takes_end_the_run(tmp_path):
     checkpoint = save(hf_model(), tmp_path / "hf")
     mesh = init_mesh(Parallel(), seed=1)
     cfg = Model(checkpoint=str(checkpoint), dtype="float32")
     policy = Policy(read_architecture(checkpoint), cfg, Parallel(), mesh)
     with worker_that_takes_no_weights() as (address, asked):
-        rollout = Rollout(placement="workers", workers=[address], worker_wait_timeout_s=1.0)
+        rollout = RolloutConfig(placement="workers", workers=[address], worker_wait_timeout_s=1.0)
         pool = WorkerPool(rollout, SERVED, torch.device("cpu"))
-        rollouts = RolloutManager(
-            rollout, mesh, pool, WeightExport(policy.chunks), torch.float32, ()
-        )
+        sync = WorkerSync(mesh, WeightExport(policy.chunks), pool, transform_of("none"))
+        rollouts = RolloutManager(rollout, mesh, pool, sync, None, ())
         with pytest.raises(RolloutError, match=r"No rollout worker took the weights within"):
             rollouts.sync_weights(0)
-        assert asked.count("/weights/start") > 1 and rollouts.version is None
+        assert asked.count("/weights/begin") > 1 and rollouts.version is None
         pool.close()
     close_mesh()

@@ -1,4 +1,4 @@
-"""An engine whose model two processes share equals the one of this process."""
+"""A tensor-parallel engine of two processes equals the engine of this process."""
 
 import json
 
@@ -10,10 +10,10 @@ from tests.rollout.tensor_worker import SPEC
 from tests.running import run_python
 
 pytestmark = pytest.mark.slow
-FACTOR = 1.05  # of the second hand-over
+FACTOR = 1.05  # of the second weight sync
 
 
-def test_answers_and_weights_of_two_shards(engine, checkpoint, weights, make_prompt):
+def test_rollouts_and_weights_of_two_shards(engine, checkpoint, weights, make_prompt):
     changed = {name: tensor * FACTOR for name, tensor in weights.items()}
     engine.push_weights(changed.items(), version=2)
     ours = engine.generate([make_prompt(0), make_prompt(1)], SPEC)

@@ -23,7 +23,7 @@ def main(checkpoint: Path) -> None:
     torch.distributed.init_process_group("gloo")
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
     rank = torch.distributed.get_rank()
-    cfg = config.Rollout(max_num_seqs=16, kv_cache_mib=64)
+    cfg = config.RolloutConfig(max_num_seqs=16, kv_cache_mib=64)
     engine = VllmEngine(str(checkpoint), cfg, dtype="float32", seed=1, max_model_len=MAX_MODEL_LEN)
     make_prompt = prompt_maker(checkpoint)
     weights = sharded_tensors(checkpoint)

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_vrl.algorithms import has_signal
 from megatron_vrl.checkpoint.hf_load import load_hf_weights
-from megatron_vrl.config import Algorithm, Batch, Model, Parallel, Rollout
+from megatron_vrl.config import Algorithm, Batch, Model, Parallel, RolloutConfig
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.models.logprob_head import Distribution
 from megatron_vrl.parallel.mesh import close_mesh, init_mesh
@@ -16,8 +16,7 @@ from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.policy.policy import Policy
 from megatron_vrl.trainer import experience
 from megatron_vrl.trainer.metrics import answer_numbers
-from megatron_vrl.types import RewardComponent, ScoredGroup, VideoSample
-from megatron_vrl.types import Rollout as Answered
+from megatron_vrl.types import RewardComponent, Rollout, ScoredGroup, VideoSample
 from tests.tiny import prompt, video
 from tests.tiny_models import hf_model, save
 
@@ -44,7 +43,7 @@ def scored(name: str, rewards: list[float], lengths: list[int] | None = None) ->
         ),
         prompt=prompt([video((1, 2, 2), 1.0, 0)], 0),
         rollouts=tuple(
-            Answered(
+            Rollout(
                 token_ids=np.arange(n),
                 logprobs=np.zeros(n, dtype=np.float32),
                 text="",
@@ -69,7 +68,7 @@ def judged(ctx, groups):
 def ctx_of(mesh, **algorithm):
     cfg = SimpleNamespace(
         algorithm=Algorithm(**{"kl": 0.0, **algorithm}),
-        rollout=Rollout(max_response_tokens=8),
+        rollout=RolloutConfig(max_response_tokens=8),
     )
     return SimpleNamespace(cfg=cfg, mesh=mesh)
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from megatron_vrl.config import Data, Parallel, Rewards, Rollout, Selection, load_config
+from megatron_vrl.config import Data, Parallel, Rewards, RolloutConfig, Selection, load_config
 from megatron_vrl.data.pool import Pool
 from megatron_vrl.errors import ConfigError, DataError, RolloutError, VideoError
 from megatron_vrl.observe.clock import Clock
@@ -18,7 +18,7 @@ from megatron_vrl.trainer import reselect
 from megatron_vrl.trainer.reselect import DataSelection, check_reselection
 from megatron_vrl.trainer.sample_stream import ordered
 from megatron_vrl.trainer.state import RunState
-from megatron_vrl.types import Rollout as Answered
+from megatron_vrl.types import Rollout
 from tests.data.test_mix import sample
 from tests.running import CONFIG
 from tests.tiny import prompt, video
@@ -46,7 +46,7 @@ class Run:
             run=SimpleNamespace(seed=1, out_dir=str(out_dir)),
             data=Data(train=[SOURCE]),
             selection=Selection(**keys),
-            rollout=Rollout(prompts_per_step=4),
+            rollout=RolloutConfig(prompts_per_step=4),
             rewards=Rewards(),
             checkpoint=SimpleNamespace(every_steps=50),
         )
@@ -86,7 +86,7 @@ class Run:
 
 def _answer(end):
     answer = {"start_time": "1.0", "end_time": str(float(end))}
-    return Answered(
+    return Rollout(
         token_ids=np.arange(3),
         logprobs=np.zeros(3, dtype=np.float32),
         text=f"<think>t</think><answer>{json.dumps(answer)}</answer>",

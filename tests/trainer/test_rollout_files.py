@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from megatron_vrl.config import Parallel, Rollout
+from megatron_vrl.config import Parallel, RolloutConfig
 from megatron_vrl.observe.clock import Clock
 from megatron_vrl.parallel.mesh import close_mesh, init_mesh
 from megatron_vrl.rollout.records import read_rollouts
@@ -23,7 +23,9 @@ def mesh():
 
 @pytest.fixture
 def parts(mesh, tmp_path):
-    cfg = SimpleNamespace(run=SimpleNamespace(out_dir=str(tmp_path), seed=3), rollout=Rollout())
+    cfg = SimpleNamespace(
+        run=SimpleNamespace(out_dir=str(tmp_path), seed=3), rollout=RolloutConfig()
+    )
     return SimpleNamespace(mesh=mesh, cfg=cfg, clock=Clock())
 
 
@@ -58,7 +60,7 @@ def write(files: RolloutFiles, *steps: int) -> None:
 def test_every_group_is_written_with_what_became_of_it(parts):
     write(RolloutFiles(parts, steps_done=0), 1)
     found = list(read_rollouts(f"{parts.cfg.run.out_dir}/rollouts"))
-    assert [row["fate"] for row in found] == ["kept", "uniform", "invalid"]
+    assert [row["status"] for row in found] == ["kept", "zero_variance", "invalid"]
     values = [[(a["reward"], a["advantage"]) for a in row["answers"]] for row in found]
     assert values == [
         [(0.0, -1.0), (1.0, 1.0)],
@@ -90,6 +92,6 @@ def test_a_run_killed_while_it_wrote_goes_on(parts, tmp_path):
 
 
 def test_nothing_is_written_where_that_is_not_wanted(parts, tmp_path):
-    parts.cfg.rollout = Rollout(save=False)
+    parts.cfg.rollout = RolloutConfig(save=False)
     write(RolloutFiles(parts, steps_done=0), 1)
     assert not (tmp_path / "rollouts").exists()

@@ -28,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Iterator[Row]:
     import numpy as np
 
-    from megatron_vrl.config import Rollout
+    from megatron_vrl.config import RolloutConfig
     from megatron_vrl.rollout.request import SamplingSpec
     from megatron_vrl.rollout.vllm.engine import VllmEngine
     from megatron_vrl.types import Prompt
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> Iterator[Row]:
         )
     with tempfile.TemporaryDirectory() as folder:
         hf = checkpoint_of(Path(folder) / "hf", arguments.hidden, arguments.layers)
-        cfg = Rollout(max_num_seqs=arguments.prompts * arguments.group)
+        cfg = RolloutConfig(max_num_seqs=arguments.prompts * arguments.group)
         longest = count + arguments.answer_tokens
         engine = VllmEngine(str(hf), cfg, dtype=arguments.dtype, seed=1, max_model_len=longest)
         rates, tokens = [], 0

@@ -1,8 +1,8 @@
-"""A hand-over of weights to a vLLM engine, beside a plain copy of the same bytes into memory that
-is there already: in turns, one path after another. Paths: `colocated`, the trainer's tensors in the
+"""Time of a weight sync to a vLLM engine, beside a plain copy of the same bytes into memory that
+exists already: in turns, one path after another. Paths: `colocated`, the trainer's tensors in the
 engine's own process; the others to a rollout worker on this machine, by each `rollout.transport`
-that leads there. Stages: export (what the trainer gathers), load (fill a bucket, wait for the one
-before), settle (wait for the last one), finish (versions and caches)."""
+that can reach it. Stages: export (gather the trainer's tensors), push (fill a bucket, wait for the
+one before), flush (wait for the last one), commit (begin and end: versions and caches)."""
 
 import argparse
 import statistics
@@ -11,12 +11,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, nullcontext, redirect_stdout
+from contextlib import ExitStack, closing, contextmanager, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-STAGES = ("export", "load", "settle", "finish")
+STAGES = ("export", "push", "flush", "commit")
 TRANSPORTS = ("shared_memory", "cuda_ipc", "broadcast", "http")
 TOOLS = Path(__file__).resolve().parents[1]
 
@@ -58,14 +59,14 @@ def run(arguments: argparse.Namespace) -> Iterator[Row]:
 def _in_turns(
     copy: Callable[[], None], export: Any, engine: Any, rounds: int
 ) -> tuple[list[float], list[Row]]:
-    """Seconds of copies and of hand-overs; the first round warms up."""
+    """Return the seconds of copies and of weight syncs; the first round warms up."""
     measured = [(_timed(copy), _sync_all(export, engine, version)) for version in range(1 + rounds)]
     copies, rows = zip(*measured[1:], strict=True)
     return list(copies), list(rows)
 
 
 def checkpoint_of(folder: Path, hidden: int, layers: int) -> Path:
-    """Random weights of these sizes, with a tokenizer."""
+    """Make a checkpoint of these sizes with random weights and a tokenizer."""
     sys.path.append(str(TOOLS))
     import make_tiny_model
 
@@ -104,7 +105,7 @@ def _config(folder: Path, arguments: argparse.Namespace) -> Any:
 
 @contextmanager
 def _worker(folder: Path, cfg: Any) -> Iterator[None]:
-    """A rollout worker in a process of its own."""
+    """Run a rollout worker in a process of its own."""
     command = [sys.executable, "-m", "megatron_vrl.cli.worker"]
     process = subprocess.Popen(
         [*command, "--config", str(folder / "config.yaml")], stdout=sys.stderr
@@ -117,8 +118,7 @@ def _worker(folder: Path, cfg: Any) -> Iterator[None]:
 
 
 def _sides(cfg: Any) -> tuple[Any, Iterator[tuple[str, Any]]]:
-    """The trainer's export; and by path a context of whatever takes its weights, one at a time as
-    in a run."""
+    """Return the trainer's export, and by path a context with the calls of a weight sync."""
     from megatron_vrl.checkpoint.hf_export import WeightExport
     from megatron_vrl.checkpoint.hf_load import load_hf_weights
     from megatron_vrl.config import Parallel
@@ -126,29 +126,30 @@ def _sides(cfg: Any) -> tuple[Any, Iterator[tuple[str, Any]]]:
     from megatron_vrl.models.architecture import read_architecture
     from megatron_vrl.parallel.mesh import init_mesh
     from megatron_vrl.policy.policy import Policy
-    from megatron_vrl.rollout.vllm.in_process import InProcessEngine
-    from megatron_vrl.rollout.vllm.start import identity, start_engine
+    from megatron_vrl.rollout.backends import start_engine
+    from megatron_vrl.rollout.in_process import InProcessEngine
     from megatron_vrl.rollout.workers.pool import WorkerPool
+    from megatron_vrl.rollout.workers.worker_info import served_model
 
     checkpoint = Path(cfg.model.checkpoint)
     mesh = init_mesh(Parallel(), seed=1)
     policy = Policy(read_architecture(checkpoint), cfg.model, Parallel(), mesh)
     load_hf_weights(policy.chunks, checkpoint)
     engine = start_engine(cfg, checkpoint)
-    served = identity(cfg, checkpoint, engine.banned_token_ids)
+    served = served_model(cfg, checkpoint, engine.banned_token_ids)
 
     def sides() -> Iterator[tuple[str, Any]]:
-        yield "colocated", nullcontext(InProcessEngine(engine))
+        yield "colocated", _colocated_side(InProcessEngine(engine))
         for transport in TRANSPORTS:
             rollout = cfg.rollout.model_copy(update={"transport": transport})
             pool = WorkerPool(rollout, served, mesh.device)
             try:
-                pool.takes_turns(pool.gather(1))
+                pool.serialize_stages(pool.wait_ready(1))
             except RolloutError as error:
                 print(f"bench: {error}", file=sys.stderr)
                 pool.close()
             else:
-                yield transport, closing(pool)
+                yield transport, _worker_side(pool)
 
     return WeightExport(policy.chunks, engine.dtype), sides()
 
@@ -166,23 +167,53 @@ def _plain_copy(export: Any) -> tuple[int, Callable[[], None]]:
     return sum(tensor.nbytes for tensor in source), copy
 
 
-def _sync_all(export: Any, engine: Any, version: int) -> dict[str, float]:
+@dataclass(frozen=True)
+class _Side:
+    """Calls of one weight sync."""
+
+    begin: Callable[[], None]
+    push: Callable[[Any], None]
+    flush: Callable[[], None]
+    commit: Callable[[int], None]
+
+
+@contextmanager
+def _colocated_side(engine: Any) -> Iterator[_Side]:
+    yield _Side(engine.begin_sync, engine.push, lambda: None, engine.commit)
+
+
+@contextmanager
+def _worker_side(pool: Any) -> Iterator[_Side]:
+    workers = pool.wait_ready(1)
+
+    def commit(version: int) -> None:
+        pool.commit(workers, version)
+        assert not pool.failed, pool.failed
+        pool.activate(workers, version)
+
+    with closing(pool):
+        yield _Side(
+            begin=lambda: pool.begin_sync(workers),
+            push=lambda tensors: pool.push(workers, tensors),
+            flush=pool.flush,
+            commit=commit,
+        )
+
+
+def _sync_all(export: Any, side: _Side, version: int) -> dict[str, float]:
     spent = dict.fromkeys(STAGES, 0.0)
-    members = engine.gather(1)
-    spent["finish"] += _timed(lambda: engine.start(members))
+    spent["commit"] += _timed(side.begin)
     for bucket in export.buckets():
         exported = _Timed(bucket)
-        spent["load"] += _timed(lambda of=exported: engine.load(members, of)) - exported.seconds
+        spent["push"] += _timed(lambda of=exported: side.push(of)) - exported.seconds
         spent["export"] += exported.seconds
-    spent["settle"] = _timed(engine.settle)
-    spent["finish"] += _timed(lambda: engine.finish(members, version))
-    engine.enlist(members, version)
-    assert not engine.failed, engine.failed
+    spent["flush"] = _timed(side.flush)
+    spent["commit"] += _timed(lambda: side.commit(version))
     return spent
 
 
 class _Timed:
-    """An iterator, and the seconds that were spent in it."""
+    """Iterator that counts the seconds spent in it."""
 
     def __init__(self, iterator: Iterator[Any]) -> None:
         self.seconds = 0.0

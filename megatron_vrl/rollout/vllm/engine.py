@@ -1,15 +1,26 @@
 """One vLLM engine in this process.
 
-As `VllmEngine` it lives in every trainer process, tensor-parallel size 1; a rollout worker
-(server.py) holds one too, of any tensor-parallel size. Engines of different ranks share nothing
-after the start: ranks may call `generate` and `push_weights` at different times and different
-numbers of times. Only the constructor is collective when torch.distributed is initialised: vLLM
-makes its (one-member) groups there.
+A trainer rank holds an engine of tensor-parallel size 1 (`rollout.placement: colocated`). A rollout
+worker (`workers/server.py`) holds one of any size. Engines of different ranks share nothing after
+the start: ranks may call `generate` and `push_weights` at different times and different numbers of
+times. Only the constructor is collective when torch.distributed is initialised, since vLLM makes
+its (one-member) groups there.
 
-Log-probs are those of the distribution that was sampled: after the ban of tokens that no answer
-may hold, after temperature and top-p ("processed"). The trainer computes the same numbers if it
-masks the logits of `banned_token_ids` and divides by the temperature; what then remains is
-arithmetic. Without the mask its log-probs are lower by -log(1 - banned mass), at every token.
+Log-probs are those of the sampling distribution: after banned tokens, temperature and top-p
+("processed"). The trainer computes the same log-probs when it masks the logits of
+`banned_token_ids` and divides by the temperature. Without the mask the trainer's log-probs are
+lower by -log(1 - banned mass) at every token.
+
+Life of a request (`submit`, `step`, `abort`):
+
+    WAITING   submit: vLLM has queued the prompt; the weight version is noted
+    RUNNING   step: the prompt is computed, then one token per sequence and step
+    FINISHED  step returns all `spec.n` rollouts of the request, and the engine forgets it
+    ABORTED   abort: the engine forgets it, and returns nothing
+
+Example: submit("a", request, spec with n=2) at version 7, then 40 calls of `step`, with a weight
+sync to version 8 after the 30th. `step` returns {"a": [rollout, rollout]}, each with
+weight_version=7 and newest_version=8.
 """
 
 from collections.abc import Sequence
@@ -22,18 +33,20 @@ import torch
 
 from megatron_vrl import config
 from megatron_vrl.errors import RolloutError
-from megatron_vrl.rollout.buckets import Bucket, NamedTensors, torch_dtype
-from megatron_vrl.rollout.checksums import live_checksums
+from megatron_vrl.rollout.buckets import NamedTensors, WeightBucket, torch_dtype
+from megatron_vrl.rollout.interfaces import Checksums
 from megatron_vrl.rollout.request import (
     InputCheck,
-    Request,
+    RolloutRequest,
     SamplingSpec,
     check_length,
-    request_of,
+    make_request,
     vllm_prompt,
 )
+from megatron_vrl.rollout.vllm.compat import keep_process_groups
+from megatron_vrl.rollout.vllm.live_checksums import live_checksums
 from megatron_vrl.rollout.vllm.special_tokens import banned_token_ids, stop_token_ids
-from megatron_vrl.rollout.vllm.startup import import_vllm, trainer_state_kept
+from megatron_vrl.rollout.vllm.startup import import_vllm, preserve_trainer_state
 from megatron_vrl.types import Prompt, Rollout
 
 MIN_BATCHED_TOKENS = 2048
@@ -41,32 +54,38 @@ PIXEL_CACHE_GIB = 1.0  # processed pixels of recent videos, host memory
 
 
 class VllmEngine:
+    """InferenceEngine on vLLM's synchronous LLM class."""
+
     def __init__(
         self,
         hf_dir: str,
-        cfg: config.Rollout,
+        cfg: config.RolloutConfig,
         *,
         dtype: str,
         seed: int,
         max_model_len: int,
         tensor: int = 1,
     ) -> None:
-        """Start from the directory's config and tokenizer; weights are zeros until the first
-        update. All ranks call this together. `tensor`: processes that share the model; more than
-        one is for a process without torchrun.
+        """Start the engine. All ranks call it together.
+
+        hf_dir: Hugging Face checkpoint; config and tokenizer are read. The weights are zeros until
+            the first weight sync.
+        max_model_len: tokens of prompt and response together.
+        tensor: processes that share the model. More than one needs a process without torchrun.
         """
         if not (Path(hf_dir) / "config.json").is_file():
             raise RolloutError(f"{hf_dir} has no config.json; give a Hugging Face checkpoint.")
         self._vllm = import_vllm()
         self.dtype = torch_dtype(dtype)
         self.max_model_len = max_model_len
+        self.in_process = tensor == 1
         self._on_gpu = self._vllm.platforms.current_platform.is_cuda()
         groups_exist = torch.distributed.is_initialized()
-        # Under torchrun the rank comes from the launcher and the trainer's groups are used.
+        # Under torchrun the launcher sets the rank, and vLLM uses the trainer's groups.
         several_ranks = groups_exist and torch.distributed.get_world_size() > 1
         executor = "external_launcher" if several_ranks else "mp" if tensor > 1 else "uni"
         arguments = self._arguments(hf_dir, cfg, dtype, seed) | {"tensor_parallel_size": tensor}
-        with trainer_state_kept():
+        with preserve_trainer_state():
             try:
                 self._llm = self._vllm.LLM(**arguments, distributed_executor_backend=executor)
             except (ValueError, OSError) as error:
@@ -75,27 +94,27 @@ class VllmEngine:
                     f"gpu_memory_utilization={cfg.gpu_memory_utilization}, "
                     f"max_model_len={max_model_len}: {_reason(error)}"
                 ) from error
-        # vLLM's clean-up at exit would destroy the trainer's process groups, or fail on groups that
-        # the trainer has closed by then; all of them end with the process.
-        self._llm.llm_engine.engine_core._finalizer.detach()
+        keep_process_groups(self._llm)
         self._tokenizer = self._llm.get_tokenizer()
         self._stop_token_ids = stop_token_ids(self._tokenizer)
         vocab = self._llm.model_config.get_vocab_size()
         self.banned_token_ids = banned_token_ids(self._tokenizer, vocab)
-        # vLLM compiles two helpers of its sampler even when told to be eager: 3 - 19 s on a CPU.
+        # vLLM compiles two helpers of its sampler even in eager mode: 3 to 19 s on a CPU.
         self._stance = "default" if self._on_gpu else "force_eager"
         self._asleep = False
         self._inputs = InputCheck()
-        self._under_way: dict[str, tuple[int, int]] = {}  # group -> seed, version at its start
-        self._cache_name = ""  # of what is cached now
-        self.version: int | None = None  # of the weights; None: none yet, or an update is under way
+        self._in_flight: dict[str, tuple[int, int]] = {}  # key -> seed, version at submission
+        self._cache_name = ""  # salt of cache entries; other salts share nothing
+        self.version: int | None = None  # of the weights; None before and during a sync
 
-    def _arguments(self, hf_dir: str, cfg: config.Rollout, dtype: str, seed: int) -> dict[str, Any]:
+    def _arguments(
+        self, hf_dir: str, cfg: config.RolloutConfig, dtype: str, seed: int
+    ) -> dict[str, Any]:
         on_device: dict[str, Any] = {
             "enforce_eager": True,  # compiling pays off on a GPU only
             "kv_cache_memory_bytes": cfg.kv_cache_mib << 20,
             "block_size": 32,  # short prompts share more of their cache than with 128
-            # A prompt in parts turns back its seed's generator, which torch cannot on a CPU.
+            # Chunked prefill rewinds the generator of a seed, which torch cannot do on a CPU.
             "enable_chunked_prefill": False,
         }
         if self._on_gpu:
@@ -106,7 +125,7 @@ class VllmEngine:
         if cfg.quantization == "fp8":
             if not self._on_gpu:
                 raise RolloutError(
-                    "rollout.quantization=fp8 needs a GPU; rounded shows here what FP8 weights do."
+                    "rollout.quantization=fp8 needs a GPU: set fp8_emulated to emulate FP8 weights."
                 )
             on_device |= {
                 "quantization": "fp8_per_channel",
@@ -123,51 +142,56 @@ class VllmEngine:
             "weight_transfer_config": {"backend": "shared_memory"},
             "additional_config": {"cpu_prepack_weights": cfg.cpu_prepack_weights},
             "logprobs_mode": "processed_logprobs",
-            "generation_config": "vllm",  # the published one sets a repetition penalty
+            "generation_config": "vllm",  # the checkpoint's sets a repetition penalty
             "limit_mm_per_prompt": {"video": 1, "image": 0},
             "mm_processor_kwargs": {"do_resize": False, "cap_pixels_per_frame": False},
             "mm_processor_cache_gb": PIXEL_CACHE_GIB,
-            "enable_mm_embeds": True,  # a trainer may send what its own tower saw
+            "enable_mm_embeds": True,  # the trainer may send vision embeddings instead of pixels
             "disable_log_stats": True,
         }
 
     def generate(self, prompts: Sequence[Prompt], spec: SamplingSpec) -> list[list[Rollout]]:
-        """Return `spec.n` answers per prompt, in order.
+        """Return `spec.n` rollouts per prompt, in order.
 
-        Equal weights, prompts and spec give equal tokens and log-probs, to the bit, whatever the
-        engine answered before: each call starts with empty caches.
+        Equal weights, prompts and spec give equal tokens and log-probs to the bit, since each call
+        starts with empty caches.
         """
-        return self.answer(prompts, [spec.of_prompt(index) for index in range(len(prompts))])
+        return self.generate_each(
+            prompts, [spec.for_prompt(index) for index in range(len(prompts))]
+        )
 
-    def answer(
+    def generate_each(
         self, prompts: Sequence[Prompt], specs: Sequence[SamplingSpec]
     ) -> list[list[Rollout]]:
-        """The same with a spec for each prompt."""
-        requests = [request_of(prompt) for prompt in prompts]
+        """Return `specs[i].n` rollouts of prompt i, in order, as `generate` does."""
+        requests = [make_request(prompt) for prompt in prompts]
         for request, spec in zip(requests, specs, strict=True):
             check_length(request, spec, self.max_model_len)
-        answers: dict[str, list[Rollout]] = {}
+        finished: dict[str, list[Rollout]] = {}
         keys = [str(index) for index in range(len(requests))]
-        with trainer_state_kept():
+        with preserve_trainer_state():
             try:
                 for key, request, spec in zip(keys, requests, specs, strict=True):
                     self.submit(key, request, spec)
-                while len(answers) < len(keys):
-                    answers |= self.step()
+                while len(finished) < len(keys):
+                    finished |= self.step()
             finally:
-                self.abort([key for key in keys if key not in answers])
-        return [answers[key] for key in keys]
+                self.abort([key for key in keys if key not in finished])
+        return [finished[key] for key in keys]
 
-    def submit(self, key: str, request: Request, spec: SamplingSpec) -> None:
-        """Queue a group under a key of its own; `spec` is of this prompt alone.
+    def submit(self, key: str, request: RolloutRequest, spec: SamplingSpec) -> None:
+        """Queue a request under a unique key.
+
+        spec: of this prompt alone, see `SamplingSpec.for_prompt`.
 
         An idle engine drops its caches first. A cached prefix changes which rows a kernel computes
-        together, and some kernels round by that: a resumed run, whose caches are empty, would get
-        other last bits. Raises RolloutError if the prompt cannot be answered, and then holds
-        nothing of it.
+        together, and some kernels round by the number of rows. A resumed run, whose caches are
+        empty, would otherwise get other last bits.
+
+        Raises RolloutError if the prompt cannot be answered; the engine then keeps nothing of it.
         """
         if self.version is None:
-            raise RolloutError("The engine has no weights yet; call push_weights first.")
+            raise RolloutError("The engine has no weights yet: sync weights first.")
         check_length(request, spec, self.max_model_len)
         if not self.busy:
             self._clear_caches()
@@ -176,66 +200,69 @@ class VllmEngine:
         try:
             self._inputs.check(request, engine_input)
         except RolloutError:
-            engine.reset_mm_cache()  # it takes the video to have been sent, which it was not
+            engine.reset_mm_cache()  # vLLM believes that the engine has the video, which it has not
             raise
         engine.add_request(key, engine_input, self._sampling_params(spec))
-        self._under_way[key] = spec.seed, self.version
+        self._in_flight[key] = spec.seed, self.version
 
     @property
     def busy(self) -> bool:
-        return bool(self._under_way)
+        """True while requests are in flight."""
+        return bool(self._in_flight)
 
     def step(self) -> dict[str, list[Rollout]]:
-        """Compute one token for what is under way; the groups that are finished, by key."""
+        """Compute one token per running sequence and return the finished requests by key."""
         with torch.compiler.set_stance(self._stance):
             outputs = self._llm.llm_engine.step()
         finished: dict[str, list[Rollout]] = {}
         for output in outputs:
-            seed, version = self._under_way.pop(output.request_id)
-            finished[output.request_id] = [self._rollout(a, seed, version) for a in output.outputs]
+            seed, version = self._in_flight.pop(output.request_id)
+            finished[output.request_id] = [self._rollout(c, seed, version) for c in output.outputs]
         return finished
 
     def abort(self, keys: Sequence[str]) -> None:
-        """Drop groups that are under way; others are ignored."""
-        known = [key for key in keys if key in self._under_way]
+        """Drop requests in flight. Unknown keys are ignored."""
+        known = [key for key in keys if key in self._in_flight]
         if known:
             self._llm.llm_engine.abort_request(known)
         for key in known:
-            del self._under_way[key]
+            del self._in_flight[key]
 
     def push_weights(self, named_tensors: NamedTensors, version: int) -> None:
-        """Replace all weights by tensors under their published names; stamp later rollouts.
+        """Replace all weights and stamp later rollouts with `version`.
 
-        The tensors must be whole (not shards) and cover every parameter; any order, any
-        floating type.
+        named_tensors: HF names and whole tensors (no shards) that cover every parameter, in any
+            order and any floating dtype.
         """
         self.start_update()
         self.load(named_tensors)
         self.finish_update(version)
 
     def start_update(self) -> None:
-        """Until `finish_update` the engine has no weights to generate with."""
-        self.version = None  # a failed update leaves no usable weights
-        with trainer_state_kept():
+        """Invalidate the weights. The engine generates nothing until `finish_update`."""
+        self.version = None  # stays None if the update fails
+        with preserve_trainer_state():
             self._llm.collective_rpc("start_weight_update")
 
-    def load(self, weights: NamedTensors | Bucket) -> None:
-        """Some of the weights: tensors of this process, or a bucket of another's memory.
+    def load(self, weights: NamedTensors | WeightBucket) -> None:
+        """Load some of the weights; whole modules come in one call.
 
-        A layer's tensors come in one call; they may be reused afterwards.
+        weights: tensors of this process (only if `in_process`), or a bucket in the memory of
+            another process. Their memory may be reused after the call.
         """
-        update = {"bucket" if isinstance(weights, Bucket) else "tensors": weights}
-        with trainer_state_kept():
+        update = {"bucket" if isinstance(weights, WeightBucket) else "tensors": weights}
+        with preserve_trainer_state():
             self._llm.collective_rpc("update_weights", args=(update,))
 
     def finish_update(self, version: int) -> None:
-        """Raises RolloutError if a tensor was left out.
+        """Make the new weights usable. Raises RolloutError if a tensor was left out.
 
-        Clears the prefix cache and the vision encoder cache, both of which hold results of the old
-        weights; decoded and normalised pixels stay. Answers under way need both and go on with the
-        new weights; then nothing is cleared, and what comes later has names of its own in them.
+        An idle engine clears the prefix cache and the vision encoder cache, which hold results of
+        the old weights. With requests in flight both caches stay, since these requests read them
+        and go on with the new weights; later requests use another cache salt. Decoded and
+        normalised pixels stay cached in both cases.
         """
-        with trainer_state_kept():
+        with preserve_trainer_state():
             self._llm.collective_rpc("update_weights", args=({"complete": True},))
             self._llm.collective_rpc("finish_weight_update")
             if self.busy:
@@ -245,23 +272,23 @@ class VllmEngine:
             self._llm.llm_engine.set_weight_version(str(version))
         self.version = version
 
-    def weights_checksum(self) -> dict[str, str]:
-        """SHA-256 of every live weight by published name, see `checksums.tensor_checksums`."""
+    def weights_checksum(self) -> Checksums:
+        """Return SHA-256 of every live weight by HF name, see `checksums.tensor_checksums`."""
         return self._llm.apply_model(partial(live_checksums, dtype=self.dtype))[0]
 
     @property
     def device(self) -> torch.device:
-        """Of its first process."""
+        """Device of the engine's first process."""
         return torch.device("cuda", 0) if self._on_gpu else torch.device("cpu")
 
     def sleep(self) -> None:
-        """Free the engine's GPU memory; weights wait in host memory. Does nothing on a CPU."""
+        """Free the engine's GPU memory and move the weights to host memory. No effect on a CPU."""
         if self._on_gpu and not self._asleep:
             self._llm.sleep(level=1)
             self._asleep = True
 
     def wake(self) -> None:
-        """Take the memory back before the next push_weights or generate."""
+        """Take the GPU memory back. Call it before `generate` and before a weight sync."""
         if self._asleep:
             self._llm.wake_up()
             self._asleep = False
@@ -271,7 +298,7 @@ class VllmEngine:
         engine = self._llm.llm_engine
         if not engine.reset_prefix_cache():
             raise RolloutError(
-                "vLLM kept its prefix cache although no request is under way: check that vllm is "
+                "vLLM kept its prefix cache although no request is in flight: check that vllm is "
                 "the pinned version."
             )
         engine.reset_encoder_cache()
@@ -286,32 +313,32 @@ class VllmEngine:
             output_kind=self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
             stop_token_ids=self._stop_token_ids,
             logit_bias=dict.fromkeys(self.banned_token_ids, float("-inf")),
-            logprobs=0,  # of the sampled token only
+            logprobs=0,  # only of the sampled token
             flat_logprobs=True,
             detokenize=False,  # once at the end, not at every step
         )
 
-    def _rollout(self, answer: Any, seed: int, version: int) -> Rollout:
-        token_ids = np.array(answer.token_ids, dtype=np.int64)  # [R]
-        logprobs = np.array(answer.logprobs.logprobs, dtype=np.float32)  # [R]
-        if len(logprobs) != len(token_ids) or answer.finish_reason not in ("stop", "length"):
+    def _rollout(self, completion: Any, seed: int, version: int) -> Rollout:
+        token_ids = np.array(completion.token_ids, dtype=np.int64)  # [R]
+        logprobs = np.array(completion.logprobs.logprobs, dtype=np.float32)  # [R]
+        if len(logprobs) != len(token_ids) or completion.finish_reason not in ("stop", "length"):
             raise RolloutError(
                 f"vLLM returned {len(token_ids)} tokens with {len(logprobs)} log-probs, finished "
-                f"by {answer.finish_reason!r}; check that vllm is the pinned version."
+                f"by {completion.finish_reason!r}; check that vllm is the pinned version."
             )
         return Rollout(
             token_ids=token_ids,
             logprobs=logprobs,
-            text=self._tokenizer.decode(answer.token_ids, skip_special_tokens=True),
-            finish=answer.finish_reason,
+            text=self._tokenizer.decode(completion.token_ids, skip_special_tokens=True),
+            finish=completion.finish_reason,
             weight_version=version,
-            newest_version=int(answer.weight_versions[-1].version),
-            seed=seed + answer.index,  # as vLLM deals them out to the answers of a prompt
+            newest_version=int(completion.weight_versions[-1].version),
+            seed=seed + completion.index,  # vLLM's seed of the index-th completion
         )
 
 
 def _reason(error: Exception) -> str:
-    """The line that says what is wrong; pydantic puts a count of errors before it."""
+    """Return the line of a vLLM error that names the cause; pydantic puts a count before it."""
     lines = str(error).strip().splitlines()
     line = lines[1] if "validation error" in lines[0] else lines[0]
     return line.partition(" [type=")[0].strip()

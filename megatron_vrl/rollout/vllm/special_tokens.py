@@ -1,4 +1,4 @@
-"""Tokens that end an answer, and those that no answer may hold."""
+"""Tokens that end a rollout, and tokens that no rollout may contain."""
 
 from typing import Any
 
@@ -6,12 +6,17 @@ from megatron_vrl.types import STRUCTURE_TOKENS
 
 
 def stop_token_ids(tokenizer: Any) -> list[int]:
+    """Return the ids of <|im_end|> and <|endoftext|>."""
     stops: list[int] = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     return stops
 
 
 def banned_token_ids(tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
-    """Vision and other special tokens, and rows of the vocabulary that stand for no token."""
+    """Return the ids that no rollout may contain, ascending.
+
+    These are vision and other special tokens, and rows of the embedding without a token. Stop
+    tokens are allowed.
+    """
     special = set(tokenizer.all_special_ids)
     special |= {
         index

@@ -1,12 +1,13 @@
-"""Let a CUDA build of torchvision import next to a CPU build of torch.
+"""Patch that lets a CUDA build of torchvision import beside a CPU build of torch.
 
-vLLM's Qwen2-VL video processor uses torchvision's transforms, which are plain Python. The registry
-ships torchvision for CUDA only; there `import torchvision` stops because the schemas of two
-compiled ops are missing. Declaring them is enough. The ops themselves stay uncallable: nothing
-here uses them. Left out: real CUDA installations, where torchvision loads by itself.
+vLLM's Qwen2-VL video processor uses torchvision's transforms, which are plain Python. Package
+registries carry torchvision for CUDA only, and `import torchvision` fails there because the schemas
+of two compiled ops are missing. Declaring the schemas is enough. The ops stay uncallable, and
+nothing here calls them. A CUDA build of torch needs no patch and gets none.
 
 `launch/install.sh` calls `install_hook` at the start of every Python of its environment, so that
-stock vLLM and transformers work there too, in whatever processes they start.
+vLLM and transformers import torchvision in the processes that they start. Seen with torchvision
+0.28.0.
 """
 
 import functools
@@ -21,7 +22,7 @@ from typing import Any
 def declare_missing_ops() -> Any:
     """Declare the two ops once per process, before the first `import torchvision`.
 
-    The library is returned so that the cache keeps it alive: its schemas die with it.
+    Return the library object. The cache keeps it alive, since its schemas end with it.
     """
     import torch
 
@@ -34,7 +35,7 @@ def declare_missing_ops() -> Any:
 
 
 class _Hook(MetaPathFinder):
-    """Finds nothing; sees `import torchvision` coming."""
+    """Import hook that finds no module, and declares the ops at the import of torchvision."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -45,5 +46,5 @@ class _Hook(MetaPathFinder):
 
 
 def install_hook() -> None:
-    """Declare the ops when torchvision is about to be imported; costs nothing until then."""
+    """Declare the ops when torchvision is first imported, and do nothing until then."""
     sys.meta_path.insert(0, _Hook())

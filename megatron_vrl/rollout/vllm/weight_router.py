@@ -1,12 +1,17 @@
-"""Where each tensor of a hand-over goes in a vLLM model, learnt by watching vLLM's own loader.
+"""Cached locations of HF tensors in a vLLM model, recorded from vLLM's own loader.
 
-vLLM looks for a tensor's place by its name, at every call anew: it lists all parameters of the
-model and tries its patterns on each name. The first hand-over goes that way; the copies that it
-makes of each tensor are remembered, and the next ones repeat them.
+vLLM finds a tensor's location by its name at every load: it lists all parameters of the model and
+tries its patterns on every name. `WeightRouter` runs the loader once for each tensor, records the
+copies that the loader makes (a TorchDispatchMode sees them), and repeats only those copies at later
+syncs. docs/results/rollouts.md has the gain.
 
-A tensor is remembered only if the loader did nothing with it but copy parts of it into parameters.
-One that it read or computed with goes through vLLM every time, and with it what follows in its
-bucket.
+Fall-back: a tensor goes through vLLM's loader, and with it the rest of its bucket, if
+
+- the router has not seen the tensor, or has seen it with another shape or other strides. The loader
+  is then recorded again;
+- the loader did more with it than copy parts of it into parameters (read or computed something).
+
+A router is valid while the model's parameters stay at their addresses (`is_valid`).
 """
 
 from collections.abc import Iterator
@@ -19,112 +24,114 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_vrl.rollout.buckets import NamedTensors
 
-Form = tuple[torch.Size, tuple[int, ...]]  # shape and strides
+Layout = tuple[torch.Size, tuple[int, ...]]  # shape and strides
 
 
 @dataclass(frozen=True, slots=True)
 class _Copy:
-    """Of a view of the tensor, which begins `offset` elements after it, into a parameter's."""
+    """Copy of a view of the source tensor into a view of a parameter."""
 
-    form: Form
-    offset: int
+    layout: Layout  # of the source view
+    offset: int  # of the source view behind the start of the tensor, elements
     into: torch.Tensor
 
 
 @dataclass(slots=True)
-class _Place:
-    form: Form  # of the tensor when it was watched
+class _Route:
+    """All copies that the loader made of one tensor."""
+
+    layout: Layout  # of the tensor when the loader was recorded
     copies: list[_Copy] = field(default_factory=list)
-    parameters: set[str] = field(default_factory=set)
-    copies_only: bool = True
+    parameters: set[str] = field(default_factory=set)  # names of the parameters written
+    copies_only: bool = True  # False: the loader also read or computed with the tensor
 
 
 class WeightRouter:
-    """Of the tensors of one model."""
+    """Loader of one model's weights that repeats recorded copies."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._model: Any = model
-        self._parameters = _parameters(model)
-        self._known: dict[str, _Place] = {}
+        self._parameters = _parameter_addresses(model)
+        self._routes: dict[str, _Route] = {}
 
-    def still_hold(self) -> bool:
-        """Whether the model's parameters lie where they lay."""
-        return self._parameters == _parameters(self._model)
+    def is_valid(self) -> bool:
+        """Return True while every parameter is where it was when the router was made."""
+        return self._parameters == _parameter_addresses(self._model)
 
     @torch.no_grad()
     def load_weights(self, tensors: NamedTensors) -> set[str]:
-        """Into the model -> names of the parameters that these tensors filled, wholly or partly."""
-        filled: set[str] = set()
+        """Load the tensors and return the names of the parameters that were written."""
+        written: set[str] = set()
         rest = iter(tensors)
         for name, tensor in rest:
-            place = self._known.get(name)
-            if place is None or place.form != _form(tensor):
-                return filled | self._learn(chain([(name, tensor)], rest))
-            if not place.copies_only:
-                return filled | self._model.load_weights(chain([(name, tensor)], rest))
-            for copy in place.copies:
+            route = self._routes.get(name)
+            if route is None or route.layout != _layout(tensor):
+                return written | self._record(chain([(name, tensor)], rest))
+            if not route.copies_only:
+                return written | self._model.load_weights(chain([(name, tensor)], rest))
+            for copy in route.copies:
                 offset = tensor.storage_offset() + copy.offset
-                copy.into.copy_(tensor.as_strided(*copy.form, offset))
-            filled |= place.parameters
-            del tensor  # its memory can serve the next one
-        return filled
+                copy.into.copy_(tensor.as_strided(*copy.layout, offset))
+            written |= route.parameters
+            del tensor  # the iterator may reuse its memory for the next tensor
+        return written
 
-    def _learn(self, tensors: NamedTensors) -> set[str]:
-        watched = _Watch(self._parameters)
-        with watched:
-            filled: set[str] = self._model.load_weights(watched.each(tensors))
-        self._known |= watched.places
-        return filled
+    def _record(self, tensors: NamedTensors) -> set[str]:
+        recorder = _Recorder(self._parameters)
+        with recorder:
+            written: set[str] = self._model.load_weights(recorder.each(tensors))
+        self._routes |= recorder.routes
+        return written
 
 
-class _Watch(TorchDispatchMode):
-    """Notes what a loader does with each tensor until it asks for the next one."""
+class _Recorder(TorchDispatchMode):
+    """Records what a loader does with each tensor until it takes the next one."""
 
     def __init__(self, parameters: dict[int, str]) -> None:
         super().__init__()
-        self.places: dict[str, _Place] = {}
+        self.routes: dict[str, _Route] = {}
         self._parameters = parameters
         self._tensor: torch.Tensor | None = None
 
     def each(self, tensors: NamedTensors) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in tensors:
-            self._tensor, self._place = tensor, _Place(_form(tensor))
-            self.places[name] = self._place
+            self._tensor, self._route = tensor, _Route(_layout(tensor))
+            self.routes[name] = self._route
             yield name, tensor
-            self._tensor = None  # whatever makes the next one is not watched
+            self._tensor = None  # operations that produce the next tensor are not recorded
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         result = function(*args, **(kwargs or {}))
-        if self._tensor is None or not any(map(self._is_of_tensor, args)):
+        if self._tensor is None or not any(map(self._shares_memory, args)):
             return result
-        if self._is_of_tensor(result):  # a view
+        if self._shares_memory(result):  # a view
             return result
-        if function is torch.ops.aten.copy_.default and _memory(args[0]) in self._parameters:
+        if function is torch.ops.aten.copy_.default and _address(args[0]) in self._parameters:
             into, view = args[:2]
             offset = view.storage_offset() - self._tensor.storage_offset()
-            self._place.copies.append(_Copy(_form(view), offset, into))
-            self._place.parameters.add(self._parameters[_memory(into)])
+            self._route.copies.append(_Copy(_layout(view), offset, into))
+            self._route.parameters.add(self._parameters[_address(into)])
         else:
-            self._place.copies_only = False
+            self._route.copies_only = False
         return result
 
-    def _is_of_tensor(self, value: Any) -> bool:
+    def _shares_memory(self, value: Any) -> bool:
         return (
             self._tensor is not None
             and isinstance(value, torch.Tensor)
-            and _memory(value) == _memory(self._tensor)
+            and _address(value) == _address(self._tensor)
         )
 
 
-def _parameters(model: torch.nn.Module) -> dict[int, str]:
-    return {_memory(parameter): name for name, parameter in model.named_parameters()}
+def _parameter_addresses(model: torch.nn.Module) -> dict[int, str]:
+    return {_address(parameter): name for name, parameter in model.named_parameters()}
 
 
-def _memory(tensor: torch.Tensor) -> int:
+def _address(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _form(tensor: torch.Tensor) -> Form:
+def _layout(tensor: torch.Tensor) -> Layout:
     return tensor.shape, tensor.stride()

@@ -1,10 +1,11 @@
-"""Weights by broadcast: one sender's process group with the workers that share no memory with it.
+"""Broadcast of weight buckets to workers that share no memory with the sender.
 
-A group stands apart from torch.distributed's default one, so its members may die, and it is made
-anew whenever they are others. NCCL between GPUs, gloo without. Nothing waits in it for ever: both
-sides look whether a broadcast is done and give it up when the other end is gone. As in every job
-of torch, what goes over it is neither encrypted nor signed; its address is one that its members
-use anyway, and its name, which joining it takes, is told to them over HTTP only.
+A group is independent of torch.distributed's default group, so its workers may die. A new group is
+made when the workers change. The backend is NCCL between GPUs, gloo otherwise. No call waits
+forever: both sides poll the broadcast and abandon it when the other end is gone.
+
+Like every process group of torch, a group is neither encrypted nor authenticated. It listens on an
+address that leads to the workers, and joining needs a random name that is sent over HTTP only.
 """
 
 import os
@@ -20,34 +21,37 @@ import torch
 import torch.distributed as dist
 
 JOIN_TIMEOUT_S = 30
-LOOK_EVERY_S = 0.001
+POLL_INTERVAL_S = 0.001
 
 
-class Broken(Exception):
-    """A broadcast that did not come to its end, or a group that was not made."""
+class BroadcastError(Exception):
+    """Failed broadcast, or a group that could not be made."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Join:
-    """How a worker comes into a sender's group."""
+class JoinBroadcast:
+    """Body of POST /weights/join: invitation of one worker to a sender's group."""
 
     name: str
-    sender: str  # whose older group this one replaces
-    host: str  # of the sender
+    sender: str  # id of the sender; a new group replaces its older one
+    host: str  # where the sender listens
     port: int
     rank: int
     size: int
     backend: Literal["nccl", "gloo"]
-    device: str = "cpu"  # of the sender's rank; a worker knows its own
+    device: str = "cpu"  # of the sender; a worker uses its own
 
 
-class Group:
-    """Rank 0 sends, every other rank receives."""
+class BroadcastGroup:
+    """Process group of one sender (rank 0) and its workers."""
 
-    def __init__(self, join: Join, own_host: str, listener: socket.socket | None = None) -> None:
-        """All ranks call it together; the sender brings the socket on which the others find it.
+    def __init__(
+        self, join: JoinBroadcast, own_host: str, listener: socket.socket | None = None
+    ) -> None:
+        """Join the group; all ranks call it together.
 
-        Raises Broken if one does not come within JOIN_TIMEOUT_S.
+        listener: the sender's socket at join.host, join.port. None for workers.
+        Raises BroadcastError if a rank does not join within JOIN_TIMEOUT_S.
         """
         timeout = timedelta(seconds=JOIN_TIMEOUT_S)
         try:
@@ -60,48 +64,52 @@ class Group:
                 master_listen_fd=None if listener is None else listener.detach(),
             )
             named = dist.PrefixStore(join.name, store)
-            named.set(f"rank {join.rank}", "here")  # NCCL would wait for ever for one who is not
+            named.set(f"rank {join.rank}", "here")  # NCCL waits forever for a missing rank
             named.wait([f"rank {rank}" for rank in range(join.size)], timeout)
             self._group = _make(named, join, own_host, timeout)
         except (RuntimeError, OSError) as error:
-            raise Broken(_first_line(error)) from None
-        self._store = store  # lives as long as the group
-        self._how = dist.BroadcastOptions()
-        self._how.rootRank = self._how.rootTensor = 0
+            raise BroadcastError(_first_line(error)) from None
+        self._store = store  # must live as long as the group
+        self._options = dist.BroadcastOptions()
+        self._options.rootRank = self._options.rootTensor = 0
 
     def start(self, flat: torch.Tensor) -> Any:
-        """Begin to send or to receive these bytes; give what this returns to `finish`."""
-        return self._group.broadcast([flat], self._how)
+        """Start to send or receive these bytes and return the handle for `finish`."""
+        return self._group.broadcast([flat], self._options)
 
     def finish(self, work: Any, timeout_s: float, lost: Callable[[], bool] = lambda: False) -> None:
-        """Wait for it. Raises Broken when the time is over, an end is gone, or `lost` says so."""
+        """Wait until the broadcast is done.
+
+        lost: polled; True abandons the broadcast.
+        Raises BroadcastError after `timeout_s`, if an end is gone, or if `lost` returns True.
+        """
         deadline = time.monotonic() + timeout_s
         while not work.is_completed():
             if lost():
-                raise Broken("a worker was lost")
+                raise BroadcastError("a worker was lost")
             if time.monotonic() > deadline:
-                raise Broken(f"not done after {timeout_s:g} s")
-            time.sleep(LOOK_EVERY_S)
+                raise BroadcastError(f"not done after {timeout_s:g} s")
+            time.sleep(POLL_INTERVAL_S)
         try:
             work.wait()
         except RuntimeError as error:
-            raise Broken(_first_line(error)) from None
+            raise BroadcastError(_first_line(error)) from None
 
     def close(self) -> None:
-        """Also in the midst of a broadcast."""
+        """Leave the group, also during a broadcast."""
         self._group.abort()
 
 
 def invitation(
     towards: str, sender: str, size: int, device: torch.device, backend: Literal["nccl", "gloo"]
-) -> tuple[Join, socket.socket]:
-    """The sender's own place in a new group, and the socket that `Group` wants.
+) -> tuple[JoinBroadcast, socket.socket]:
+    """Return the sender's JoinBroadcast (rank 0) and the socket that `BroadcastGroup` needs.
 
-    `towards`: host:port of one of the others; the sender listens where that one can reach it.
+    towards: host:port of one of the workers. The sender listens on the address that leads there.
     """
     listener = socket.create_server((own_host(towards), 0))
     host, port = listener.getsockname()[:2]
-    join = Join(
+    join = JoinBroadcast(
         name=uuid.uuid4().hex,
         sender=sender,
         host=host,
@@ -115,27 +123,27 @@ def invitation(
 
 
 def own_host(towards: str) -> str:
-    """The address of this machine from which `towards` (host:port) is reached."""
+    """Return the address of this machine on the route to `towards` (host:port)."""
     host, _, port = towards.rpartition(":")
-    family, kind, proto, _, where = socket.getaddrinfo(host, int(port), type=socket.SOCK_DGRAM)[0]
+    family, kind, proto, _, target = socket.getaddrinfo(host, int(port), type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, proto) as probe:
-        probe.connect(where)  # a datagram socket: nothing is sent
+        probe.connect(target)  # a datagram socket sends nothing here
         return str(probe.getsockname()[0])
 
 
-def _make(store: Any, join: Join, own_host: str, timeout: timedelta) -> Any:
+def _make(store: Any, join: JoinBroadcast, own_host: str, timeout: timedelta) -> Any:
     if join.backend == "gloo":
         options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=own_host)]
         options._timeout = timeout
         return dist.ProcessGroupGloo(store, join.rank, join.size, options)
-    # By default torch ends the process when an NCCL peer dies; here the run goes on without it.
-    # It reads this while it makes a group.
+    # By default torch ends the process when an NCCL peer dies. Here the run continues without the
+    # peer. torch reads the variable while it makes a group.
     kept = os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING")
     os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     try:
         options = dist.ProcessGroupNCCL.Options()
-        options._timeout = timedelta(days=1)  # `finish` has a shorter one
+        options._timeout = timedelta(days=1)  # `finish` has a shorter timeout
         group = dist.ProcessGroupNCCL(store, join.rank, join.size, options)
         group.eager_connect_single_device(torch.device(join.device))
         return group

@@ -1,7 +1,7 @@
-"""Where workers and trainers find each other: a directory with one file for each worker.
+"""Discovery of rollout workers by a shared directory with one file per worker.
 
-A worker writes its address when it serves and removes it when it leaves; a file that a killed
-worker left names an address where nobody answers, which is what the trainer tries.
+A worker writes its address when it starts to serve and removes the file when it stops. A killed
+worker leaves its file behind; the trainer tries the address and ignores it when nothing answers.
 """
 
 import os
@@ -11,12 +11,15 @@ from pathlib import Path
 
 from megatron_vrl.errors import ConfigError
 
-TOKEN_VARIABLE = "MEGATRON_VRL_ROLLOUT_TOKEN"  # environment: the secret that a worker may ask for
+TOKEN_VARIABLE = "MEGATRON_VRL_ROLLOUT_TOKEN"  # environment: secret of workers and trainer
 
 
 @contextmanager
-def announced(directory: str, address: str) -> Iterator[None]:
-    """The address can be found while the block runs; `directory` "": it cannot."""
+def announce(directory: str, address: str) -> Iterator[None]:
+    """Announce the address while the block runs. directory "": do nothing.
+
+    Raises ConfigError if the directory cannot be written.
+    """
     if not directory:
         yield
         return
@@ -28,7 +31,7 @@ def announced(directory: str, address: str) -> Iterator[None]:
         unfinished.replace(entry)
     except OSError as error:
         raise ConfigError(
-            f"rollout.discovery_dir={directory} cannot be written ({error.strerror}); name a "
+            f"rollout.discovery_dir={directory} cannot be written ({error.strerror}): name a "
             "directory that workers and trainer share."
         ) from None
     try:
@@ -37,13 +40,13 @@ def announced(directory: str, address: str) -> Iterator[None]:
         entry.unlink(missing_ok=True)
 
 
-def found(directory: str) -> list[str]:
-    """Addresses that were announced and not taken back."""
+def announced_addresses(directory: str) -> list[str]:
+    """Return the announced addresses, sorted by file name. directory "": none."""
     if not directory or not Path(directory).is_dir():
         return []
     entries = sorted(p for p in Path(directory).iterdir() if p.suffix != ".tmp")
     addresses = []
     for entry in entries:
-        with suppress(FileNotFoundError):  # taken back meanwhile
+        with suppress(FileNotFoundError):  # the worker stopped meanwhile
             addresses.append(entry.read_text())
     return addresses

@@ -1,303 +1,335 @@
-"""Rollouts from worker processes, wherever they run; the trainer's end.
+"""Rollout workers as the trainer sees them: request routing, health and weight syncs.
 
-A worker that cannot be reached, does not answer its health check for `heartbeat_timeout_s`, takes
-longer than `request_timeout_s` for a group, was started anew, holds old weights or answers garbage
-is lost: its groups are asked of the others, and it gets no more work until the next hand-over of
-weights finds it well. Every group is answered once: what a lost worker still says is not listened
-to.
+Life of a worker, seen from one trainer rank:
 
-When no worker is left, `starved` says so; a hand-over to whoever is there by then goes on where
-it stopped. Calls are of one rank; what all ranks must agree on is in `rollouts.py`.
+    UNKNOWN --wait_ready--> READY --push, commit--> ACTIVE --failure--> LOST --next sync--> READY
+
+    UNKNOWN   the address is known from rollout.workers or rollout.discovery_dir
+    READY     the worker answers its health check and serves the trainer's model
+    ACTIVE    the worker holds the weights (`activate`) and receives requests
+    LOST      the worker receives no requests until it takes part in another weight sync
+
+A worker is lost if it refuses connections, answers no health check for `heartbeat_timeout_s`, takes
+longer than `request_timeout_s` for a request, was restarted, or returns an invalid response or one
+of old weights.
+
+Life of a request (`submit`):
+
+    WAITING --worker has room--> SENT --valid response--> DONE
+       ^                          |
+       +------- worker lost ------+   at most MAX_ATTEMPTS times, then the future raises
+
+Example: max_num_seqs=16 and n=8, so a worker has room for 2 requests. Of 5 requests and 2 active
+workers, 4 are sent and 1 waits. Worker B is lost: its 2 requests wait again. Worker A finishes a
+request and takes the next one. If A is lost as well, `no_live_workers` is True, and the next weight
+sync activates the workers that the remaining requests go to.
+
+Each request gets exactly one response. A late response of a lost worker is discarded, since its
+connection is closed. The methods are of one rank; `weight_sync.py` makes ranks agree.
 """
 
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
 
 import torch
 
 from megatron_vrl import config
 from megatron_vrl.errors import RolloutError
 from megatron_vrl.rollout.buckets import NamedTensors, torch_dtype
-from megatron_vrl.rollout.identity import Health, Identity, Member
-from megatron_vrl.rollout.request import Request, SamplingSpec, check_length, request_of
-from megatron_vrl.rollout.workers.client import Fault, Unreachable, WorkerClient, decode_or_fault
-from megatron_vrl.rollout.workers.discovery import found
-from megatron_vrl.rollout.workers.protocol import Answered, Ask, Checksums, encode
-from megatron_vrl.rollout.workers.weight_sender import WeightSender, say
+from megatron_vrl.rollout.interfaces import Checksums
+from megatron_vrl.rollout.request import RolloutRequest, SamplingSpec, check_length, make_request
+from megatron_vrl.rollout.workers.client import (
+    WorkerClient,
+    WorkerError,
+    WorkerUnreachable,
+    decode_response,
+)
+from megatron_vrl.rollout.workers.discovery import announced_addresses
+from megatron_vrl.rollout.workers.protocol import (
+    ChecksumsResponse,
+    GenerateRequest,
+    GenerateResponse,
+    encode,
+)
+from megatron_vrl.rollout.workers.weight_sender import WeightSender, log
+from megatron_vrl.rollout.workers.worker_info import Health, ServedModel, WorkerInfo
 from megatron_vrl.types import Prompt, Rollout
 
-LOOK_EVERY_S = 0.5
-MOST_FAULTS = 4  # of one group; then it is the group that breaks workers
+POLL_INTERVAL_S = 0.5
+MAX_ATTEMPTS = 4  # of one request; after these the request itself is assumed to be the cause
 
 
 @dataclass(slots=True)
-class _Worker:
-    member: Member
+class _LiveWorker:
+    """An ACTIVE worker; `lost` is set when it becomes LOST."""
+
+    info: WorkerInfo
     lost: asyncio.Event = field(default_factory=asyncio.Event)
-    groups: int = 0  # under way, of this rank
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A prompt that workers are answering."""
-
-    group: "Future[list[Rollout]]"
-
-    @property
-    def done(self) -> bool:
-        return self.group.done()
-
-    def result(self) -> list[Rollout]:
-        """Raises RolloutError."""
-        return self.group.result()
+    requests: int = 0  # in flight, from this rank
 
 
 class WorkerPool:
-    everywhere = False  # weights are sent by one rank of each pipeline stage
-    takes_weights = True
+    """Generator over all active workers, and this rank's end of weight syncs with them."""
 
-    def __init__(self, cfg: config.Rollout, identity: Identity, device: torch.device) -> None:
-        """`device`: where this rank's weights are."""
-        self.version: int | None = None
-        self._cfg, self._identity = cfg, identity
-        self._workers: dict[str, _Worker] = {}
-        self._link = WorkerClient()
-        self._delivery = WeightSender(
-            cfg.transport, torch_dtype(identity.dtype), device, self._link
+    def __init__(
+        self, cfg: config.RolloutConfig, served_model: ServedModel, device: torch.device
+    ) -> None:
+        """device: where this rank's weights are."""
+        self.version: int | None = None  # of the weights that active workers hold
+        self._cfg, self._served_model = cfg, served_model
+        self._workers: dict[str, _LiveWorker] = {}  # active ones, by address
+        self._client = WorkerClient()
+        self._sender = WeightSender(
+            cfg.transport, torch_dtype(served_model.dtype), device, self._client
         )
-        self._changed = self._link.call(_new_event())
+        self._changed = self._client.call(_new_event())
 
-    # Answers.
+    # Generation.
 
-    def ask(self, prompts: Sequence[Prompt], specs: Sequence[SamplingSpec]) -> list[Asked]:
-        """Begin to answer. Raises RolloutError if one does not fit the workers."""
-        requests = [request_of(prompt) for prompt in prompts]
+    def submit(
+        self, prompts: Sequence[Prompt], specs: Sequence[SamplingSpec]
+    ) -> list[Future[list[Rollout]]]:
+        """Send the prompts to workers and return one future each.
+
+        Raises RolloutError if a prompt does not fit the workers' engines.
+        """
+        requests = [make_request(prompt) for prompt in prompts]
         for request, spec in zip(requests, specs, strict=True):
-            check_length(request, spec, self._identity.max_model_len)
+            check_length(request, spec, self._served_model.max_model_len)
         version = self._known_version()
         return [
-            Asked(self._link.start(self._answered(request, spec, version)))
+            self._client.start(self._generate(request, spec, version))
             for request, spec in zip(requests, specs, strict=True)
         ]
 
     @property
-    def starved(self) -> bool:
-        """Whether no worker is left to answer."""
+    def no_live_workers(self) -> bool:
+        """True when no worker is active."""
         return not self._workers
 
-    async def _answered(self, request: Request, spec: SamplingSpec, version: int) -> list[Rollout]:
-        ask = encode(Ask(request=request, spec=spec, version=version))
-        for _ in range(MOST_FAULTS):
-            worker = await self._free_worker(spec.n)
-            worker.groups += 1
+    async def _generate(
+        self, request: RolloutRequest, spec: SamplingSpec, version: int
+    ) -> list[Rollout]:
+        """Return the rollouts of one request, from the first worker that does not fail on it."""
+        body = encode(GenerateRequest(request=request, spec=spec, version=version))
+        for _ in range(MAX_ATTEMPTS):
+            worker = await self._worker_with_room(spec.n)
+            worker.requests += 1
             try:
-                rollouts = await self._one_answer(worker, ask)
+                rollouts = await self._send(worker, body)
                 self._check(rollouts, spec, version)
-            except Fault as fault:
-                self._lose(worker, f"sample {request.id}: {fault}")
+            except WorkerError as error:
+                self._lose(worker, f"sample {request.id}: {error}")
             else:
                 return rollouts
             finally:
-                worker.groups -= 1
-                self._announce_change()
+                worker.requests -= 1
+                self._notify()
         raise RolloutError(
-            f"Sample {request.id}: {MOST_FAULTS} workers failed while they answered it; look at "
-            "their output, and at the sample."
+            f"Sample {request.id}: {MAX_ATTEMPTS} workers failed while they generated its "
+            "rollouts: look at their output, and at the sample."
         )
 
-    async def _one_answer(self, worker: _Worker, ask: bytes) -> list[Rollout]:
-        """Raises Fault, or RolloutError if no worker can answer this."""
-        answer = asyncio.ensure_future(self._link.post(worker.member.address, "generate", ask))
+    async def _send(self, worker: _LiveWorker, body: bytes) -> list[Rollout]:
+        """Return the worker's response.
+
+        Raises WorkerError, or RolloutError if no worker can fulfil the request.
+        """
+        response = asyncio.ensure_future(self._client.post(worker.info.address, "generate", body))
         lost = asyncio.ensure_future(worker.lost.wait())
         await asyncio.wait(
-            [answer, lost],
+            [response, lost],
             timeout=self._cfg.request_timeout_s,
             return_when=asyncio.FIRST_COMPLETED,
         )
         lost.cancel()
-        if answer.done():
-            return decode_or_fault(answer.result(), Answered).rollouts
-        answer.cancel()
+        if response.done():
+            return decode_response(response.result(), GenerateResponse).rollouts
+        response.cancel()
         if worker.lost.is_set():
-            raise Fault("the worker was lost")
-        raise Fault(f"no answer within request_timeout_s={self._cfg.request_timeout_s:g}")
+            raise WorkerError("the worker was lost")
+        raise WorkerError(f"no response within request_timeout_s={self._cfg.request_timeout_s:g}")
 
-    async def _free_worker(self, answers: int) -> _Worker:
-        """The one with the least to do, as soon as one has room. Groups wait here and not at a
-        worker, so that a slow one holds few of them."""
-        most = max(1, -(-self._cfg.max_num_seqs // answers))
+    async def _worker_with_room(self, n: int) -> _LiveWorker:
+        """Wait for room and return the active worker with the fewest requests.
+
+        Requests wait here and not at a worker, so that a slow worker holds few of them.
+        """
+        limit = max(1, -(-self._cfg.max_num_seqs // n))
         while True:
-            free = [worker for worker in self._workers.values() if worker.groups < most]
-            if free:
-                return min(free, key=lambda worker: worker.groups)
+            with_room = [worker for worker in self._workers.values() if worker.requests < limit]
+            if with_room:
+                return min(with_room, key=lambda worker: worker.requests)
             await self._changed.wait()
 
     def _check(self, rollouts: Sequence[Rollout], spec: SamplingSpec, version: int) -> None:
-        """Raises Fault for answers that this pool's weights and this spec cannot have given."""
+        """Raise WorkerError for rollouts that this spec and these weights cannot produce."""
         if len(rollouts) != spec.n:
-            raise Fault(f"{len(rollouts)} answers of {spec.n}")
+            raise WorkerError(f"{len(rollouts)} rollouts instead of {spec.n}")
         for index, rollout in enumerate(rollouts):
             if not 0 < len(rollout.token_ids) == len(rollout.logprobs) <= spec.max_tokens:
-                raise Fault(f"{len(rollout.token_ids)} tokens, {len(rollout.logprobs)} log-probs")
+                raise WorkerError(
+                    f"{len(rollout.token_ids)} tokens with {len(rollout.logprobs)} log-probs"
+                )
             if rollout.seed != spec.seed + index:
-                raise Fault(f"seed {rollout.seed}, not {spec.seed + index}")
+                raise WorkerError(f"seed {rollout.seed} instead of {spec.seed + index}")
             if not version <= rollout.weight_version <= rollout.newest_version <= self._newest():
-                raise Fault(f"weights {rollout.weight_version}, not {version}")
+                raise WorkerError(f"weights {rollout.weight_version} instead of {version}")
 
-    # Weights.
+    # Weight sync.
 
-    def gather(self, at_least: int) -> list[Member]:
-        """Workers that can be reached now; waits up to `worker_wait_timeout_s`. Of one rank.
+    def wait_ready(self, min_workers: int) -> list[WorkerInfo]:
+        """Return the workers that are reachable now, at least `min_workers`.
 
-        Raises RolloutError if they are too few, or one serves something else.
+        Raises RolloutError if fewer are reachable within `worker_wait_timeout_s`, or if one serves
+        another model.
         """
-        return self._link.call(self._gathered(at_least))
+        return self._client.call(self._wait_ready(min_workers))
 
-    def start(self, members: Sequence[Member]) -> None:
-        """Begin a hand-over to these workers. One rank calls it, before any calls `load`."""
-        self._delivery.start(members)
+    def begin_sync(self, workers: Sequence[WorkerInfo]) -> None:
+        """Invalidate the workers' weights. One rank calls it, before any rank pushes."""
+        self._sender.begin_sync(workers)
 
-    def takes_turns(self, members: Sequence[Member]) -> bool:
-        return self._delivery.takes_turns(members)
+    def serialize_stages(self, workers: Sequence[WorkerInfo]) -> bool:
+        """Return True if pipeline stages must send one after another."""
+        return self._sender.serialize_stages(workers)
 
-    def load(self, members: Sequence[Member], tensors: NamedTensors) -> None:
-        """Hand over one bucket; it is under way until `settle`. One rank of each pipeline stage."""
-        self._delivery.load(members, tensors)
+    def push(self, workers: Sequence[WorkerInfo], tensors: NamedTensors) -> None:
+        """Send one bucket, which is in flight until `flush`. One rank of each pipeline stage."""
+        self._sender.push(workers, tensors)
 
-    def settle(self) -> None:
-        self._delivery.settle()
+    def flush(self) -> None:
+        """Wait until the workers have loaded the bucket in flight."""
+        self._sender.flush()
 
-    def finish(self, members: Sequence[Member], version: int) -> None:
-        """End a hand-over. One rank calls it, after all have called `settle`."""
-        self._delivery.finish(members, version)
+    def commit(self, workers: Sequence[WorkerInfo], version: int) -> None:
+        """End a weight sync. One rank calls it, after all ranks have flushed."""
+        self._sender.commit(workers, version)
 
     @property
     def failed(self) -> set[str]:
-        """Addresses that this rank could not hand the weights to."""
-        return self._delivery.failed
+        """Addresses that did not take the weights from this rank."""
+        return self._sender.failed
 
-    def enlist(self, members: Sequence[Member], version: int) -> None:
-        """These workers hold the weights `version` and answer from now on. Every rank calls it."""
+    def activate(self, workers: Sequence[WorkerInfo], version: int) -> None:
+        """Send requests to exactly these workers from now on. Every rank calls it.
+
+        version: of the weights that they hold.
+        """
         self.version = version
-        self._delivery.forget_failures()
-        self._link.call(self._enlisted(members))
+        self._sender.forget_failures()
+        self._client.call(self._activate(workers))
 
-    def checksums(self) -> dict[str, dict[str, str]]:
-        """Address -> SHA-256 of every live weight by published name. Raises RolloutError."""
+    def checksums(self) -> dict[str, Checksums]:
+        """Return SHA-256 of every live weight by address. Raises RolloutError."""
         return {
-            address: self._link.call(self._checksums(address)) for address in list(self._workers)
+            address: self._client.call(self._checksums(address)) for address in list(self._workers)
         }
 
     def close(self) -> None:
-        self._delivery.close()
-        self._link.close()
+        self._sender.close()
+        self._client.close()
 
-    async def _gathered(self, at_least: int) -> list[Member]:
-        deadline = self._link.loop.time() + self._cfg.worker_wait_timeout_s
+    async def _wait_ready(self, min_workers: int) -> list[WorkerInfo]:
+        deadline = self._client.loop.time() + self._cfg.worker_wait_timeout_s
         while True:
-            addresses = list(dict.fromkeys([*self._cfg.workers, *found(self._cfg.discovery_dir)]))
+            addresses = list(
+                dict.fromkeys([*self._cfg.workers, *announced_addresses(self._cfg.discovery_dir)])
+            )
             states = await asyncio.gather(*(self._health(a) for a in addresses))
-            well = {a: s for a, s in zip(addresses, states, strict=True) if isinstance(s, Health)}
-            for address, health in well.items():
-                self._check_identity(address, health)
-            if len(well) >= at_least:
-                return [Member(a, h.instance, h.machine, h.gpus) for a, h in well.items()]
-            if self._link.loop.time() > deadline:
+            ready = {a: s for a, s in zip(addresses, states, strict=True) if isinstance(s, Health)}
+            for address, health in ready.items():
+                self._check_served_model(address, health)
+            if len(ready) >= min_workers:
+                return [WorkerInfo(a, h.instance, h.machine, h.gpus) for a, h in ready.items()]
+            if self._client.loop.time() > deadline:
                 seen = "; ".join(f"{a}: {s}" for a, s in zip(addresses, states, strict=True))
                 raise RolloutError(
-                    f"{len(well)} of at least {at_least} rollout workers came within rollout."
+                    f"{len(ready)} of at least {min_workers} rollout workers came within rollout."
                     f"worker_wait_timeout_s={self._cfg.worker_wait_timeout_s:g} "
                     f"({seen or 'no address is known'}): start them with "
                     "launch/rollout_worker.sh, and name them in rollout.workers or "
                     "rollout.discovery_dir."
                 )
-            await asyncio.sleep(LOOK_EVERY_S)
+            await asyncio.sleep(POLL_INTERVAL_S)
 
-    def _check_identity(self, address: str, health: Health) -> None:
-        for name in ("architecture", "dtype", "max_model_len", "banned_tokens"):
-            theirs, ours = getattr(health.identity, name), getattr(self._identity, name)
+    def _check_served_model(self, address: str, health: Health) -> None:
+        for name in (one.name for one in fields(ServedModel)):
+            theirs, ours = getattr(health.served_model, name), getattr(self._served_model, name)
             if theirs != ours:
                 raise RolloutError(
                     f"The worker at {address} serves {name} {theirs}, the trainer {ours}: start it "
                     "with the trainer's config."
                 )
 
-    async def _enlisted(self, members: Sequence[Member]) -> None:
-        for worker in list(self._workers.values()):
-            if worker.member not in members:
-                self._lose(worker, "it has no part in the hand-over of weights")
-        for member in members:
-            if member.address not in self._workers:
-                worker = self._workers[member.address] = _Worker(member)
-                _keep(asyncio.ensure_future(self._watch(worker)))
-        self._announce_change()
+    async def _activate(self, workers: Sequence[WorkerInfo]) -> None:
+        for live in list(self._workers.values()):
+            if live.info not in workers:
+                self._lose(live, "it took no part in the weight sync")
+        for info in workers:
+            if info.address not in self._workers:
+                live = self._workers[info.address] = _LiveWorker(info)
+                self._client.spawn(self._watch(live))
+        self._notify()
 
-    async def _checksums(self, address: str) -> dict[str, str]:
+    async def _checksums(self, address: str) -> Checksums:
         try:
-            return decode_or_fault(
-                await self._link.post(address, "checksums", b""), Checksums
-            ).by_name
-        except Fault as fault:
+            response = await self._client.post(address, "checksums", b"")
+            return decode_response(response, ChecksumsResponse).by_name
+        except WorkerError as error:
             raise RolloutError(
-                f"The worker at {address} gives no checksums ({fault}): look at its output."
+                f"The worker at {address} returns no checksums ({error}): look at its output."
             ) from None
 
     # One worker.
 
-    async def _watch(self, worker: _Worker) -> None:
-        """Lose the worker when it falls silent or is another one at the same address."""
-        heard = self._link.loop.time()
+    async def _watch(self, worker: _LiveWorker) -> None:
+        """Poll the worker's health until it is lost."""
+        last_response = self._client.loop.time()
         while not worker.lost.is_set():
-            state = await self._health(worker.member.address)
+            state = await self._health(worker.info.address)
+            silent_s = self._client.loop.time() - last_response
             if isinstance(state, Health):
-                heard = self._link.loop.time()
-                if state.instance != worker.member.instance:
-                    self._lose(worker, "it was started anew")
-            elif isinstance(state, Unreachable) or (
-                self._link.loop.time() - heard > self._cfg.heartbeat_timeout_s
-            ):
-                self._lose(worker, f"no word for {self._link.loop.time() - heard:.1f} s: {state}")
-            await asyncio.sleep(min(LOOK_EVERY_S, self._cfg.heartbeat_timeout_s / 4))
+                last_response = self._client.loop.time()
+                if state.instance != worker.info.instance:
+                    self._lose(worker, "it was restarted")
+            elif isinstance(state, WorkerUnreachable) or silent_s > self._cfg.heartbeat_timeout_s:
+                self._lose(worker, f"no health response for {silent_s:.1f} s: {state}")
+            await asyncio.sleep(min(POLL_INTERVAL_S, self._cfg.heartbeat_timeout_s / 4))
 
-    def _lose(self, worker: _Worker, reason: str) -> None:
+    def _lose(self, worker: _LiveWorker, reason: str) -> None:
+        """Make the worker LOST: its requests wait for other workers."""
         if not worker.lost.is_set():
             worker.lost.set()
-            if self._workers.get(worker.member.address) is worker:
-                del self._workers[worker.member.address]
-            say(f"lost {worker.member.address}: {reason}")
-            self._announce_change()
+            if self._workers.get(worker.info.address) is worker:
+                del self._workers[worker.info.address]
+            log(f"lost {worker.info.address}: {reason}")
+            self._notify()
 
-    async def _health(self, address: str) -> "Health | Fault":
+    async def _health(self, address: str) -> Health | WorkerError:
         try:
-            return await self._link.health(address, max(0.1, self._cfg.heartbeat_timeout_s / 2))
-        except Fault as fault:
-            return fault
+            return await self._client.health(address, max(0.1, self._cfg.heartbeat_timeout_s / 2))
+        except WorkerError as error:
+            return error
 
-    def _announce_change(self) -> None:
-        """Wake whoever waits for a worker or for an answer."""
+    def _notify(self) -> None:
+        """Wake the requests that wait for a worker with room."""
         self._changed.set()
         self._changed = asyncio.Event()
 
     def _known_version(self) -> int:
         if self.version is None:
-            raise RolloutError("The workers have no weights yet; hand them over first.")
+            raise RolloutError("The workers have no weights yet: sync weights first.")
         return self.version
 
     def _newest(self) -> int:
-        """Weights that are being handed over may answer before all ranks know of it."""
+        """Newest version that a response may have.
+
+        During a weight sync a worker may respond with the next version before `activate`.
+        """
         return self._known_version() + 1
-
-
-_tasks: set[asyncio.Task[Any]] = set()
-
-
-def _keep(task: "asyncio.Task[Any]") -> None:
-    """asyncio itself holds tasks weakly."""
-    _tasks.add(task)
-    task.add_done_callback(_tasks.discard)
 
 
 async def _new_event() -> asyncio.Event:

@@ -1,18 +1,35 @@
-"""A rollout worker: one engine behind HTTP, for any number of trainer ranks.
+"""Rollout worker: one inference engine behind HTTP, for any number of trainer ranks.
 
-One thread owns the engine and computes a token at a time for everything that is under way; between
-two tokens it does what else was asked of it, so groups come and go as they please and weights may
-arrive in the midst of an answer. The HTTP side only reads, waits and writes.
+`EngineThread` owns the engine and decodes one token at a time for all requests in flight. Between
+two tokens it runs the calls that the HTTP side has queued, so requests come and go independently
+and a weight sync may start in the middle of a rollout. The HTTP side only reads, waits and writes.
 
-    GET  /health           -> Health
-    POST /generate    Ask  -> Answered
-    POST /weights/start, /weights/join (Join), /weights/finish (Version)
-    POST /weights/load     framed Load, and the bucket's bytes if they follow
-    POST /checksums        -> Checksums
+    GET  /health                             -> Health
+    POST /generate        GenerateRequest    -> GenerateResponse
+    POST /weights/begin
+    POST /weights/join    JoinBroadcast
+    POST /weights/load    LoadBucket, framed; the bucket's bytes follow if `follows`
+    POST /weights/commit  CommitWeights
+    POST /checksums                          -> ChecksumsResponse
 
-Answers other than 200 carry one sentence: 401 the token is wrong; 409 the worker's state does not
-allow it (no weights, older weights); 422 the request cannot be answered by any worker; 424 a
-broadcast broke, and the weights must come another way.
+A status other than 200 carries one sentence: 401 wrong token; 409 the worker's state does not allow
+the call (no weights, older weights); 422 no worker can fulfil the request; 424 a broadcast failed,
+and the bucket must be sent by another transport.
+
+States of a worker, seen from inside:
+
+    NO WEIGHTS --/weights/begin--> SYNCING --/weights/commit--> SERVING --/weights/begin--> SYNCING
+
+    NO WEIGHTS   /generate returns 409
+    SYNCING      decoding stops; new requests wait and are answered with the new weights
+    SERVING      requests are decoded
+
+A /weights/begin while SYNCING means that a trainer broke off a sync. vLLM cannot restart an update,
+so the process exits with code 3 and `launch/rollout_worker.sh` starts it again.
+
+Example: two requests are in flight at version 4 and have 30 tokens each. /weights/begin: decoding
+stops. A third request arrives and waits. /weights/commit with version 5: the first two go on with
+the new weights (weight_version=4, newest_version=5), and the third starts with version 5.
 """
 
 import asyncio
@@ -35,134 +52,160 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from megatron_vrl.errors import RolloutError
-from megatron_vrl.rollout.buckets import Bucket, BucketWriter, visible_gpus
-from megatron_vrl.rollout.identity import Health, Identity, machine
-from megatron_vrl.rollout.vllm.engine import VllmEngine
-from megatron_vrl.rollout.workers.broadcast import Broken, Group, Join, own_host
+from megatron_vrl.rollout.buckets import BucketWriter, WeightBucket, visible_gpus
+from megatron_vrl.rollout.interfaces import InferenceEngine
+from megatron_vrl.rollout.workers.broadcast import (
+    BroadcastError,
+    BroadcastGroup,
+    JoinBroadcast,
+    own_host,
+)
+from megatron_vrl.rollout.workers.discovery import TOKEN_VARIABLE
 from megatron_vrl.rollout.workers.protocol import (
-    Answered,
-    Ask,
-    Checksums,
-    Garbage,
-    Load,
-    Version,
+    ChecksumsResponse,
+    CommitWeights,
+    GenerateRequest,
+    GenerateResponse,
+    InvalidMessage,
+    LoadBucket,
     decode,
     encode,
     read_framed,
 )
+from megatron_vrl.rollout.workers.worker_info import Health, ServedModel, machine
 from megatron_vrl.types import Rollout
 
-BROKEN = 3  # exit code: start me again
+RESTART = 3  # exit code on which the launch script starts the worker again
 BROADCAST_TIMEOUT_S = 300  # for one bucket
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 Message = TypeVar("Message")
 
 
 class StateConflict(Exception):
-    """The worker cannot do that now; another one may."""
+    """Call that the worker's state does not allow; another worker may."""
 
 
 class EngineThread:
-    """The engine and the thread that alone may touch it."""
+    """Inference engine, and the only thread that may call it."""
 
-    def __init__(self, engine: VllmEngine) -> None:
+    def __init__(self, engine: InferenceEngine) -> None:
         self.engine = engine
         self._calls: queue.Queue[tuple[Callable[[], Any], Future[Any]]] = queue.Queue()
-        self._groups: dict[str, Future[list[Rollout]]] = {}
+        self._requests: dict[str, Future[list[Rollout]]] = {}
         self._updating = False
-        self._late: list[Callable[[], None]] = []  # groups that came in the midst of an update
-        self._inboxes: dict[str, BucketWriter] = {}  # for broadcasts, by device
-        self._broadcasts: dict[str, tuple[Join, Group]] = {}  # by sender
+        self._late: list[Callable[[], None]] = []  # requests that arrived during a weight sync
+        self._inboxes: dict[
+            str, BucketWriter
+        ] = {}  # memory that broadcasts are received into, by device
+        self._broadcasts: dict[str, tuple[JoinBroadcast, BroadcastGroup]] = {}  # by sender
         threading.Thread(target=self._run, name="engine", daemon=True).start()
 
     def call(self, function: Callable[[], Any]) -> "Future[Any]":
-        """What the function returned when it was run between two tokens."""
+        """Run the function between two tokens and return its future."""
         future: Future[Any] = Future()
         self._calls.put((function, future))
         return future
 
-    def generate(self, ask: Ask) -> "Future[list[Rollout]]":
-        """What comes in the midst of an update is answered with the weights that it brings."""
-        group: Future[list[Rollout]] = Future()
+    def generate(self, request: GenerateRequest) -> "Future[list[Rollout]]":
+        """Start a request. Cancelling the future aborts it.
+
+        A request that arrives during a weight sync is generated with the new weights.
+        """
+        rollouts: Future[list[Rollout]] = Future()
         key = uuid.uuid4().hex
 
         def submit() -> None:
             if self._updating:
                 self._late.append(begin)
                 return
-            if group.cancelled():
+            if rollouts.cancelled():
                 return
-            if self.engine.version is None or self.engine.version < ask.version:
+            if self.engine.version is None or self.engine.version < request.version:
                 raise StateConflict(
-                    f"The worker holds weights {self.engine.version}, not {ask.version}."
+                    f"The worker holds weights {self.engine.version}, not {request.version}."
                 )
-            self.engine.submit(key, ask.request, ask.spec)
-            self._groups[key] = group
+            self.engine.submit(key, request.request, request.spec)
+            self._requests[key] = rollouts
 
         def failed(submitted: "Future[Any]") -> None:
             error = submitted.exception()
-            if error is not None and not group.cancelled():
-                group.set_exception(error)
+            if error is not None and not rollouts.cancelled():
+                rollouts.set_exception(error)
 
         def begin() -> None:
             self.call(submit).add_done_callback(failed)
 
         begin()
-        group.add_done_callback(lambda _: self._forget(key) if group.cancelled() else None)
-        return group
+        rollouts.add_done_callback(lambda _: self._abort(key) if rollouts.cancelled() else None)
+        return rollouts
 
     def start_update(self) -> None:
+        """Begin a weight sync, or restart the process if one was broken off."""
         if self._updating:
-            # vLLM cannot begin anew in the midst of an update; a new process can.
-            _leave("an update of weights was broken off")
+            _restart("a weight sync was broken off")
         self._updating = True
         self.engine.start_update()
 
-    def join(self, join: Join) -> None:
-        """Raises Broken."""
+    def join(self, join: JoinBroadcast) -> None:
+        """Join a sender's broadcast group. Raises BroadcastError."""
         if join.sender in self._broadcasts:
             self._broadcasts.pop(join.sender)[1].close()
         device = self.engine.device if join.backend == "nccl" else torch.device("cpu")
-        here = replace(join, device=str(device))
-        self._broadcasts[join.sender] = here, Group(here, own_host(f"{join.host}:{join.port}"))
+        own = replace(join, device=str(device))
+        group = BroadcastGroup(own, own_host(f"{join.host}:{join.port}"))
+        self._broadcasts[join.sender] = own, group
 
-    def load(self, load: Load) -> None:
-        """Raises Broken."""
+    def load(self, load: LoadBucket, inbox: BucketWriter | None) -> None:
+        """Load a bucket.
+
+        inbox: memory of this process that holds the bucket; None if the bucket is in the trainer's
+        memory or comes by broadcast. Raises BroadcastError.
+        """
         bucket = load.bucket
-        self.engine.load(self._received(load.group, bucket) if load.group else bucket)
+        if load.group:
+            inbox, bucket = self._receive_broadcast(load.group, bucket)
+        if inbox is not None and self.engine.in_process:
+            self.engine.load(inbox.tensors(bucket))
+        else:
+            self.engine.load(bucket)
 
-    def _received(self, name: str, bucket: Bucket) -> Bucket:
+    def _receive_broadcast(
+        self, name: str, bucket: WeightBucket
+    ) -> tuple[BucketWriter, WeightBucket]:
+        """Return the memory that a broadcast was received into, and the bucket there."""
         for sender, (join, group) in self._broadcasts.items():
             if join.name == name:
-                here, memory = self._inbox(join.device).hold(bucket)
+                inbox = self._inbox(join.device)
+                received = inbox.reserve(bucket)
                 try:
-                    group.finish(group.start(memory), BROADCAST_TIMEOUT_S)
-                except Broken:
+                    group.finish(group.start(inbox.flat(received)), BROADCAST_TIMEOUT_S)
+                except BroadcastError:
                     group.close()
                     del self._broadcasts[sender]
                     raise
-                return here
-        raise Broken("it is not in that group")
+                return inbox, received
+        raise BroadcastError("the worker is not in that broadcast group")
 
     def _inbox(self, device: str) -> BucketWriter:
         if device not in self._inboxes:
-            on = None if device == "cpu" else torch.device(device)
-            self._inboxes[device] = BucketWriter(self.engine.dtype, on)
+            gpu = None if device == "cpu" else torch.device(device)
+            self._inboxes[device] = BucketWriter(self.engine.dtype, gpu)
         return self._inboxes[device]
 
     def finish_update(self, version: int) -> None:
+        """End a weight sync and start the requests that arrived during it."""
         self.engine.finish_update(version)
         self._updating = False
         late, self._late = self._late, []
         for begin in late:
             begin()
 
-    def _forget(self, key: str) -> None:
-        """Whoever asked has gone."""
+    def _abort(self, key: str) -> None:
+        """Drop a request whose client has disconnected."""
 
         def abort() -> None:
-            self._groups.pop(key, None)
+            self._requests.pop(key, None)
             self.engine.abort([key])
 
         self.call(abort)
@@ -170,112 +213,116 @@ class EngineThread:
     def _run(self) -> None:
         try:
             while True:
-                self._turn()
+                self._run_calls_and_step()
         except Exception:
             traceback.print_exc()
-            _leave("the engine failed")
+            _restart("the engine failed")
 
-    def _turn(self) -> None:
-        """What was asked since the last token, then the next token."""
-        works = self.engine.busy and not self._updating
-        while not (self._calls.empty() and works):
+    def _run_calls_and_step(self) -> None:
+        """Run the queued calls, at least one if nothing can be decoded, then decode one token."""
+        can_step = self.engine.busy and not self._updating
+        while not (self._calls.empty() and can_step):
             function, future = self._calls.get()
-            if future.set_running_or_notify_cancel():  # False: whoever asked has gone
+            if future.set_running_or_notify_cancel():  # False: the client disconnected
                 try:
                     future.set_result(function())
                 except Exception as error:
                     future.set_exception(error)
-            works = self.engine.busy and not self._updating
+            can_step = self.engine.busy and not self._updating
         for key, rollouts in self.engine.step().items():
-            group = self._groups.pop(key, None)
-            if group is not None and group.set_running_or_notify_cancel():
-                group.set_result(rollouts)
+            request = self._requests.pop(key, None)
+            if request is not None and request.set_running_or_notify_cancel():
+                request.set_result(rollouts)
 
 
-def make_app(engine: VllmEngine, identity: Identity, token: str) -> Starlette:
-    """`token` "": none is asked for."""
+def make_app(engine: InferenceEngine, served_model: ServedModel, token: str) -> Starlette:
+    """Return the worker's HTTP application. token "": requests need no token."""
     thread, instance, gpus = EngineThread(engine), uuid.uuid4().hex, visible_gpus()
-    inboxes: list[BucketWriter] = []  # that nothing is received into
+    free_inboxes: list[BucketWriter] = []  # for buckets that follow a message
 
     async def health(_: bytes) -> Health:
         return Health(
             instance=instance,
             machine=machine(),
             gpus=gpus,
-            identity=identity,
+            served_model=served_model,
             version=engine.version,
         )
 
-    async def generate(body: bytes) -> Answered:
-        answer = asyncio.wrap_future(thread.generate(decode(body, Ask)))
-        return Answered(rollouts=await answer)
+    async def generate(body: bytes) -> GenerateResponse:
+        rollouts = asyncio.wrap_future(thread.generate(decode(body, GenerateRequest)))
+        return GenerateResponse(rollouts=await rollouts)
 
-    async def start(_: bytes) -> None:
+    async def begin(_: bytes) -> None:
         await asyncio.wrap_future(thread.call(thread.start_update))
 
     async def join(body: bytes) -> None:
-        message = decode(body, Join)
+        message = decode(body, JoinBroadcast)
         await asyncio.wrap_future(thread.call(lambda: thread.join(message)))
 
-    async def load(received: tuple[Load, BucketWriter | None]) -> None:
+    async def load(received: tuple[LoadBucket, BucketWriter | None]) -> None:
         message, inbox = received
-        loaded = thread.call(lambda: thread.load(message))
+        loaded = thread.call(lambda: thread.load(message, inbox))
         if inbox is not None:
-            loaded.add_done_callback(lambda _: inboxes.append(inbox))
+            loaded.add_done_callback(lambda _: free_inboxes.append(inbox))
         await asyncio.wrap_future(loaded)
 
-    async def receive(request: HttpRequest) -> tuple[Load, BucketWriter | None]:
-        pieces = request.stream()
-        message, begin = await read_framed(pieces, Load)
+    async def receive(request: HttpRequest) -> tuple[LoadBucket, BucketWriter | None]:
+        chunks = request.stream()
+        message, head = await read_framed(chunks, LoadBucket)
         if not message.follows:
             return message, None
-        inbox = inboxes.pop() if inboxes else BucketWriter(engine.dtype)
+        inbox = free_inboxes.pop() if free_inboxes else BucketWriter(engine.dtype)
         try:
-            bucket, _ = inbox.hold(message.bucket)
-            await _fill(inbox.contents(bucket), begin, pieces)
+            bucket = inbox.reserve(message.bucket)
+            await _fill(inbox.contents(bucket), head, chunks)
         except BaseException:
-            inboxes.append(inbox)
+            free_inboxes.append(inbox)
             raise
         return replace(message, bucket=bucket), inbox
 
-    async def finish(body: bytes) -> None:
-        version = decode(body, Version).version
+    async def commit(body: bytes) -> None:
+        version = decode(body, CommitWeights).version
         await asyncio.wrap_future(thread.call(lambda: thread.finish_update(version)))
 
-    async def checksums(_: bytes) -> Checksums:
-        return Checksums(by_name=await asyncio.wrap_future(thread.call(engine.weights_checksum)))
+    async def checksums(_: bytes) -> ChecksumsResponse:
+        by_name = await asyncio.wrap_future(thread.call(engine.weights_checksum))
+        return ChecksumsResponse(by_name=by_name)
 
     whole = HttpRequest.body
     routes = [
         Route("/health", _endpoint(whole, health, token)),
         _post("/generate", _endpoint(whole, generate, token)),
-        _post("/weights/start", _endpoint(whole, start, token)),
+        _post("/weights/begin", _endpoint(whole, begin, token)),
         _post("/weights/join", _endpoint(whole, join, token)),
         _post("/weights/load", _endpoint(receive, load, token)),
-        _post("/weights/finish", _endpoint(whole, finish, token)),
+        _post("/weights/commit", _endpoint(whole, commit, token)),
         _post("/checksums", _endpoint(whole, checksums, token)),
     ]
     return Starlette(routes=routes)
 
 
-async def _fill(memory: memoryview, begin: bytearray, pieces: AsyncIterator[bytes]) -> None:
-    """Raises Garbage if the pieces are fewer or more than the memory."""
-    end = len(begin)
-    memory[:end] = begin[: len(memory)]
-    async for piece in pieces:
-        start, end = end, end + len(piece)
+async def _fill(memory: memoryview, head: bytearray, chunks: AsyncIterator[bytes]) -> None:
+    """Copy `head` and the chunks into the memory.
+
+    Raises InvalidMessage if they are fewer or more bytes than the memory.
+    """
+    end = len(head)
+    memory[:end] = head[: len(memory)]
+    async for chunk in chunks:
+        start, end = end, end + len(chunk)
         if end <= len(memory):
-            memory[start:end] = piece
+            memory[start:end] = chunk
     if end != len(memory):
-        raise Garbage(f"a bucket of {len(memory)} bytes came with {end}")
+        raise InvalidMessage(f"a bucket of {len(memory)} bytes came with {end}")
 
 
-async def _or_gone(http: HttpRequest, work: Awaitable[Answer]) -> Answer:
-    """What the work gives; it is cancelled when the client goes away."""
+async def _unless_disconnected(http: HttpRequest, work: Awaitable[Result]) -> Result:
+    """Return the result of `work`, which is cancelled when the client disconnects."""
     task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(http.receive())  # the body has been read: only a goodbye can come
-    await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-    for unfinished in (task, gone):
+    disconnect = asyncio.ensure_future(http.receive())  # the body has been read already
+    await asyncio.wait({task, disconnect}, return_when=asyncio.FIRST_COMPLETED)
+    for unfinished in (task, disconnect):
         unfinished.cancel()
     return await task
 
@@ -286,28 +333,30 @@ def _post(path: str, endpoint: Callable[[HttpRequest], Awaitable[Response]]) -> 
 
 def _endpoint(
     read: Callable[[HttpRequest], Awaitable[Message]],
-    does: Callable[[Message], Awaitable[Any]],
+    handle: Callable[[Message], Awaitable[Any]],
     token: str,
 ) -> Callable[[HttpRequest], Awaitable[Response]]:
-    wanted = f"Bearer {token}"
+    """Return an endpoint: check the token, read a message, return the result of `handle`."""
+    expected = f"Bearer {token}"
 
     async def endpoint(request: HttpRequest) -> Response:
         given = request.headers.get("authorization", "")
-        if token and not hmac.compare_digest(given.encode(), wanted.encode()):
-            return PlainTextResponse("The worker asks for its token.", 401)
+        if token and not hmac.compare_digest(given.encode(), expected.encode()):
+            return PlainTextResponse(f"The worker needs the token of {TOKEN_VARIABLE}.", 401)
         try:
             message = await read(request)
-            return Response(encode(await _or_gone(request, does(message))))
+            return Response(encode(await _unless_disconnected(request, handle(message))))
         except StateConflict as error:
             return PlainTextResponse(str(error), 409)
-        except (RolloutError, Garbage) as error:
+        except (RolloutError, InvalidMessage) as error:
             return PlainTextResponse(str(error), 422)
-        except Broken as error:
+        except BroadcastError as error:
             return PlainTextResponse(str(error), 424)
 
     return endpoint
 
 
-def _leave(reason: str) -> None:
-    print(f"worker: {reason}; starting again", file=sys.stderr)
-    os._exit(BROKEN)
+def _restart(reason: str) -> None:
+    """End the process at once, with the exit code on which it is started again."""
+    print(f"worker: {reason}; restarting", file=sys.stderr)
+    os._exit(RESTART)

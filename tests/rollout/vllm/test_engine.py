@@ -1,4 +1,4 @@
-"""The engine against transformers' own model, with real vLLM."""
+"""VllmEngine with real vLLM, compared with the model of transformers."""
 
 import random
 
@@ -9,7 +9,7 @@ import torch
 from megatron_vrl import config
 from megatron_vrl.errors import RolloutError
 from megatron_vrl.rollout.checksums import tensor_checksums
-from megatron_vrl.rollout.request import SamplingSpec, request_of
+from megatron_vrl.rollout.request import SamplingSpec, make_request
 from megatron_vrl.rollout.vllm.engine import VllmEngine
 
 pytestmark = pytest.mark.slow
@@ -20,8 +20,8 @@ def spec(n=4, temperature=1.0, top_p=1.0, max_tokens=16, seed=0):
     return SamplingSpec(n=n, temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed)
 
 
-class Published:
-    """transformers' model as an oracle of log-probs, with the original Qwen2.5-VL positions."""
+class HFModel:
+    """Model of transformers as the reference for log-probs, with Qwen2.5-VL's positions."""
 
     def __init__(self, checkpoint):
         from transformers import AutoVideoProcessor, Qwen2_5_VLForConditionalGeneration
@@ -43,7 +43,7 @@ class Published:
 
     @torch.no_grad()
     def logits(self, prompt, answer):
-        """Logits [R, vocabulary] at which each token of the answer was chosen."""
+        """Return the logits [R, vocabulary] that each token of the response was sampled from."""
         (video,) = prompt.visuals
         frames = torch.from_numpy(video.frames).permute(0, 3, 1, 2)
         pixels = self.processor(frames, do_resize=False, return_tensors="pt")
@@ -58,7 +58,7 @@ class Published:
 
 
 def _positions(prompt, num_answer_tokens):
-    """[3, P + R]: text after a video goes on from the largest position of the video plus 1."""
+    """Return positions [3, P + R]. Text continues after the largest position of a video."""
     (video,) = prompt.visuals
     steps, height, width = video.grid_thw
     video_token = np.bincount(prompt.token_ids).argmax()
@@ -75,15 +75,15 @@ def _positions(prompt, num_answer_tokens):
 
 
 @pytest.fixture(scope="module")
-def published(checkpoint):
-    return Published(checkpoint)
+def hf_model(checkpoint):
+    return HFModel(checkpoint)
 
 
-def largest_gap(published, engine, prompts, groups, temperature=1.0):
+def largest_gap(hf_model, engine, prompts, groups, temperature=1.0):
     gaps = []
     for prompt, group in zip(prompts, groups, strict=True):
         for rollout in group:
-            logits = published.logits(prompt, rollout.token_ids)
+            logits = hf_model.logits(prompt, rollout.token_ids)
             logits[:, list(engine.banned_token_ids)] = -torch.inf
             logprobs = (logits / temperature).log_softmax(-1)
             chosen = logprobs.gather(1, torch.from_numpy(rollout.token_ids)[:, None])[:, 0]
@@ -92,15 +92,15 @@ def largest_gap(published, engine, prompts, groups, temperature=1.0):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_are_those_of_transformers(engine, published, weights, make_prompt, temperature):
-    published.load(weights)
+def test_logprobs_are_those_of_transformers(engine, hf_model, weights, make_prompt, temperature):
+    hf_model.load(weights)
     prompts = [make_prompt(0), make_prompt(1, (2, 4, 4), 1.0), make_prompt(2, (7, 4, 10), 0.7)]
     groups = engine.generate(prompts, spec(temperature=temperature))
     assert [len(group) for group in groups] == [4, 4, 4]
-    assert largest_gap(published, engine, prompts, groups, temperature) < 1e-4
+    assert largest_gap(hf_model, engine, prompts, groups, temperature) < 1e-4
 
 
-def test_new_weights_count_at_once_for_a_video_seen_before(engine, published, weights, make_prompt):
+def test_new_weights_apply_to_a_cached_video(engine, hf_model, weights, make_prompt):
     prompts = [make_prompt(0), make_prompt(1)]
     old = engine.generate(prompts, spec())
     vision_changed = {
@@ -109,10 +109,10 @@ def test_new_weights_count_at_once_for_a_video_seen_before(engine, published, we
     }
     engine.push_weights(vision_changed.items(), version=2)
     new = engine.generate(prompts, spec())
-    published.load(vision_changed)
-    assert largest_gap(published, engine, prompts, new) < 1e-4
-    published.load(weights)
-    assert largest_gap(published, engine, prompts, new) > 1e-2  # so the line above can fail
+    hf_model.load(vision_changed)
+    assert largest_gap(hf_model, engine, prompts, new) < 1e-4
+    hf_model.load(weights)
+    assert largest_gap(hf_model, engine, prompts, new) > 1e-2  # so the line above can fail
     engine.push_weights(weights.items(), version=3)
     again = engine.generate(prompts, spec())
     assert [r.token_ids.tolist() for g in again for r in g] == [
@@ -122,28 +122,28 @@ def test_new_weights_count_at_once_for_a_video_seen_before(engine, published, we
     assert versions == [{1}, {2}, {3}]
 
 
-def test_banned_tokens_never_occur(engine, published, weights, make_prompt):
+def test_banned_tokens_never_occur(engine, hf_model, weights, make_prompt):
     prompts = [make_prompt(0), make_prompt(1)]
     banned = list(engine.banned_token_ids)
-    favoured = dict(weights)
-    favoured["lm_head.weight"] = weights["lm_head.weight"].clone()
-    favoured["lm_head.weight"][banned] *= 100
-    engine.push_weights(favoured.items(), version=2)
+    boosted = dict(weights)
+    boosted["lm_head.weight"] = weights["lm_head.weight"].clone()
+    boosted["lm_head.weight"][banned] *= 100
+    engine.push_weights(boosted.items(), version=2)
     groups = engine.generate(prompts, spec(n=8))
-    published.load(favoured)
-    first = published.logits(prompts[0], groups[0][0].token_ids)
-    assert np.isin(first.argmax(-1).numpy(), banned).mean() > 0.5  # they would have occurred
+    hf_model.load(boosted)
+    first = hf_model.logits(prompts[0], groups[0][0].token_ids)
+    assert (
+        np.isin(first.argmax(-1).numpy(), banned).mean() > 0.5
+    )  # without the ban they would occur
     tokens = np.concatenate([r.token_ids for g in groups for r in g])
     assert not np.isin(tokens, banned).any()
 
 
-def test_an_answer_ends_with_its_stop_token_or_at_the_limit(
-    engine, weights, make_prompt, tokenizer
-):
+def test_a_rollout_ends_with_a_stop_token_or_at_the_limit(engine, weights, make_prompt, tokenizer):
     stops = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     eager = dict(weights)
     eager["lm_head.weight"] = weights["lm_head.weight"].clone()
-    eager["lm_head.weight"][stops] *= 4  # both ways of finishing get frequent
+    eager["lm_head.weight"][stops] *= 4  # both finish reasons become frequent
     engine.push_weights(eager.items(), version=2)
     groups = engine.generate([make_prompt(seed) for seed in range(4)], spec(n=16))
     rollouts = [rollout for group in groups for rollout in group]
@@ -176,8 +176,8 @@ def test_checksums_read_the_live_weights(engine, weights):
         assert {key for key in live if live[key] != expected[key]} == {name}
 
 
-def test_vllm_looks_for_a_tensors_place_only_once(engine, weights):
-    """From the second update on weights go where vLLM's loader put them in the first."""
+def test_the_loader_runs_only_in_the_first_sync(engine, weights):
+    """The second weight sync repeats the copies that vLLM's loader made in the first."""
     changed = {name: tensor * 1.5 for name, tensor in weights.items()}
     calls = []
     engine._llm.apply_model(lambda model: setattr(model, "load_weights", calls.append))
@@ -226,8 +226,8 @@ def test_a_seed_repeats_and_the_trainer_keeps_its_state(engine, weights, make_pr
     assert state() == before
 
 
-def test_earlier_answers_change_no_bit_of_later_ones(engine, make_prompt):
-    """A cached prefix or video would leave fewer rows to compute, which some kernels round by."""
+def test_earlier_requests_change_no_bit_of_later_rollouts(engine, make_prompt):
+    """A cached prefix or video would change the number of rows, which some kernels round by."""
     rows = []
 
     def count(_, inputs):
@@ -239,13 +239,13 @@ def test_earlier_answers_change_no_bit_of_later_ones(engine, make_prompt):
     def answered():
         rows.clear()
         groups = engine.generate([make_prompt(0), make_prompt(1)], spec(n=2, seed=7))
-        said = [(r.token_ids.tolist(), r.logprobs.tolist()) for group in groups for r in group]
-        return said, list(rows)
+        values = [(r.token_ids.tolist(), r.logprobs.tolist()) for group in groups for r in group]
+        return values, list(rows)
 
     fresh = answered()
     engine.generate([make_prompt(1), make_prompt(2)], spec(n=3))  # shares text and a video
     assert answered() == fresh
-    engine.submit("dropped", request_of(make_prompt(0)), spec())
+    engine.submit("dropped", make_request(make_prompt(0)), spec())
     engine.step()
     engine.abort(["dropped"])
     assert answered() == fresh
@@ -262,7 +262,7 @@ def _first_norm(model):
     return model.language_model.model.layers[0].input_layernorm
 
 
-def test_other_prompts_beside_it_change_an_answer_by_rounding_only(engine, make_prompt):
+def test_other_prompts_in_the_batch_change_log_probs_only_by_rounding(engine, make_prompt):
     [alone] = engine.generate([make_prompt(0)], spec(seed=7))
     beside, _, _ = engine.generate([make_prompt(i) for i in range(3)], spec(seed=7))
     assert [r.token_ids.tolist() for r in beside] == [r.token_ids.tolist() for r in alone]
@@ -270,39 +270,39 @@ def test_other_prompts_beside_it_change_an_answer_by_rounding_only(engine, make_
         np.testing.assert_allclose(other.logprobs, one.logprobs, atol=BATCH_TOLERANCE)
 
 
-def test_greedy_takes_the_likeliest(engine, published, weights, make_prompt):
-    published.load(weights)
+def test_greedy_takes_the_most_likely_token(engine, hf_model, weights, make_prompt):
+    hf_model.load(weights)
     prompt = make_prompt(0)
     [[rollout]] = engine.generate([prompt], spec(n=1, temperature=0.0))
-    logits = published.logits(prompt, rollout.token_ids)
+    logits = hf_model.logits(prompt, rollout.token_ids)
     logits[:, list(engine.banned_token_ids)] = -torch.inf
     assert logits.argmax(-1).tolist() == rollout.token_ids.tolist()
 
 
-def test_weights_that_arrive_in_the_midst_of_answers(engine, published, weights, make_prompt):
-    """Each token's log-prob is that of the weights that gave it; nothing stale serves the next."""
+def test_a_weight_sync_with_requests_in_flight(engine, hf_model, weights, make_prompt):
+    """Each token has the log-prob of the weights that generated it. No stale cache is reused."""
     changed = {name: tensor * 1.02 for name, tensor in weights.items()}
     prompts = [make_prompt(0), make_prompt(1)]
     long = spec(n=4, max_tokens=24)
     for number, prompt in enumerate(prompts):
-        engine.submit(str(number), request_of(prompt), long.of_prompt(number))
+        engine.submit(str(number), make_request(prompt), long.for_prompt(number))
     for _ in range(8):
         assert not engine.step()
     engine.push_weights(changed.items(), version=2)
-    engine.submit("new", request_of(prompts[0]), long.of_prompt(9))  # a video that was seen before
+    engine.submit("new", make_request(prompts[0]), long.for_prompt(9))  # a video that is cached
     groups = {}
     while engine.busy:
         groups |= engine.step()
     assert {len(group) for group in groups.values()} == {4}
     new = groups.pop("new")
     assert {(r.weight_version, r.newest_version) for r in new} == {(2, 2)}
-    published.load(changed)
-    assert largest_gap(published, engine, prompts[:1], [new]) < 1e-4
-    published.load(weights)
+    hf_model.load(changed)
+    assert largest_gap(hf_model, engine, prompts[:1], [new]) < 1e-4
+    hf_model.load(weights)
     for number, prompt in enumerate(prompts):
         for rollout in groups[str(number)]:
             assert (rollout.weight_version, rollout.newest_version) == (1, 2)
-            logits = published.logits(prompt, rollout.token_ids)
+            logits = hf_model.logits(prompt, rollout.token_ids)
             logits[:, list(engine.banned_token_ids)] = -torch.inf
             old = logits.log_softmax(-1).gather(1, torch.from_numpy(rollout.token_ids)[:, None])
             gap = (old[:, 0] - torch.from_numpy(rollout.logprobs)).abs()
@@ -317,7 +317,7 @@ def test_refusals_are_one_sentence(engine, weights, make_prompt, checkpoint):
     with pytest.raises(RolloutError, match="clip_0: vLLM read"):
         engine.generate([prompt], spec())
     prompt.token_ids[-1] -= 1
-    assert len(engine.generate([prompt], spec())[0]) == 4  # the video was not lost on the way
+    assert len(engine.generate([prompt], spec())[0]) == 4  # vLLM did not take the video for cached
     with pytest.raises(RolloutError, match="greedy"):
         spec(n=2, temperature=0.0)
     incomplete = {name: t for name, t in weights.items() if name != "model.norm.weight"}
@@ -325,14 +325,14 @@ def test_refusals_are_one_sentence(engine, weights, make_prompt, checkpoint):
         engine.push_weights(incomplete.items(), version=2)
     with pytest.raises(RolloutError, match="no weights yet"):
         engine.generate([make_prompt(0)], spec())
-    engine.push_weights(weights.items(), version=3)  # a failed update harms no later one
+    engine.push_weights(weights.items(), version=3)  # a failed sync does not break the next one
     assert engine.weights_checksum() == tensor_checksums(weights.items(), torch.float32)
     with pytest.raises(RolloutError, match=r"/nowhere has no config\.json"):
-        VllmEngine("/nowhere", config.Rollout(), dtype="float32", seed=1, max_model_len=64)
+        VllmEngine("/nowhere", config.RolloutConfig(), dtype="float32", seed=1, max_model_len=64)
     with pytest.raises(RolloutError, match=r"kv_cache_mib=1, .* KV cache is needed"):
         VllmEngine(
             str(checkpoint),
-            config.Rollout(kv_cache_mib=1),
+            config.RolloutConfig(kv_cache_mib=1),
             dtype="float32",
             seed=1,
             max_model_len=4096,

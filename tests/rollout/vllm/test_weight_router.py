@@ -1,4 +1,4 @@
-"""Places learnt from a loader in the manner of vLLM's: by name, into merged matrices."""
+"""Routes recorded from a loader like vLLM's, which copies by name into merged matrices."""
 
 import torch
 
@@ -48,12 +48,12 @@ def assert_equal(model, expected):
         assert torch.equal(parameter, expected[name]), name
 
 
-def test_a_second_update_goes_where_the_first_went_without_the_loader():
+def test_a_second_sync_repeats_the_copies_without_the_loader():
     model = Model()
-    places = WeightRouter(model)
-    assert places.load_weights(tensors(1).items()) == {"merged", "embedding"}
+    router = WeightRouter(model)
+    assert router.load_weights(tensors(1).items()) == {"merged", "embedding"}
     assert model.seen == [*tensors(1)]
-    # A bucket in another order, in one piece of memory, as generators make it on the way.
+    # A bucket in another order and in one piece of memory, as a generator yields it.
     changed = tensors(2)
     flat = torch.cat([tensor.flatten() for tensor in changed.values()])
     parts = flat.split([tensor.numel() for tensor in changed.values()])
@@ -61,14 +61,14 @@ def test_a_second_update_goes_where_the_first_went_without_the_loader():
         (name, part.view(tensor.shape))
         for (name, tensor), part in zip(changed.items(), parts, strict=True)
     ]
-    assert places.load_weights(reversed(bucket)) == {"merged", "embedding"}
+    assert router.load_weights(reversed(bucket)) == {"merged", "embedding"}
     assert model.seen == [*tensors(1)]
     assert_equal(model, as_loaded(changed))
 
 
-def test_making_the_next_tensor_is_no_use_of_the_last():
+def test_producing_the_next_tensor_is_not_recorded():
     model = Model()
-    places = WeightRouter(model)
+    router = WeightRouter(model)
 
     def made(seed):
         both = torch.cat([tensors(seed)["q"], tensors(seed)["k"]])
@@ -76,34 +76,34 @@ def test_making_the_next_tensor_is_no_use_of_the_last():
         yield "k", both.clone()[3:]  # reads what "q" is a part of
 
     for seed in (1, 2):
-        places.load_weights(made(seed))
+        router.load_weights(made(seed))
     assert model.seen == ["q", "k"]
     assert torch.equal(model.merged, torch.cat([tensors(2)["q"], tensors(2)["k"]]))
 
 
-def test_a_tensor_that_is_computed_with_goes_through_the_loader_every_time():
+def test_a_tensor_that_the_loader_computes_with_always_goes_through_it():
     model = Model()
-    places = WeightRouter(model)
+    router = WeightRouter(model)
     for sign in (1, -1):
         weights = {"q": sign * torch.ones(3, 3), "scale": sign * torch.ones(4)}
-        assert places.load_weights(weights.items()) == {"merged", "scale"}
+        assert router.load_weights(weights.items()) == {"merged", "scale"}
         assert_equal(model, as_loaded(weights))
     assert model.seen == ["q", "scale", "scale"]
 
 
-def test_other_strides_are_learnt_anew():
+def test_other_strides_are_recorded_again():
     model = Model()
-    places = WeightRouter(model)
-    places.load_weights(tensors(1).items())
+    router = WeightRouter(model)
+    router.load_weights(tensors(1).items())
     turned = tensors(2) | {"k": tensors(2)["k"].t().contiguous().t()}
-    places.load_weights(turned.items())
+    router.load_weights(turned.items())
     assert model.seen == [*tensors(1), "k"]
     assert_equal(model, as_loaded(turned))
 
 
-def test_parameters_that_moved_are_noticed():
+def test_moved_parameters_invalidate_the_router():
     model = Model()
-    places = WeightRouter(model)
-    assert places.still_hold()
+    router = WeightRouter(model)
+    assert router.is_valid()
     model.scale.data = torch.zeros(4)
-    assert not places.still_hold()
+    assert not router.is_valid()

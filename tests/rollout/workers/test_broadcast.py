@@ -1,4 +1,4 @@
-"""A sender's own group: it brings bytes, and nobody waits in it for ever."""
+"""Broadcast group: it delivers the bytes, and no rank waits forever."""
 
 import threading
 import time
@@ -8,7 +8,12 @@ import pytest
 import torch
 
 from megatron_vrl.rollout.workers import broadcast
-from megatron_vrl.rollout.workers.broadcast import Broken, Group, invitation, own_host
+from megatron_vrl.rollout.workers.broadcast import (
+    BroadcastError,
+    BroadcastGroup,
+    invitation,
+    own_host,
+)
 
 BYTES = torch.arange(100, dtype=torch.uint8)
 
@@ -23,15 +28,15 @@ def invited(size):
 
 
 def receiver(join, does):
-    """A thread that joins and does something with its group."""
+    """Start a thread that joins and calls `does` with its group."""
     thread = threading.Thread(
-        target=lambda: does(Group(join, own_host(f"{join.host}:{join.port}")))
+        target=lambda: does(BroadcastGroup(join, own_host(f"{join.host}:{join.port}")))
     )
     thread.start()
     return thread
 
 
-def test_every_worker_gets_the_bytes():
+def test_every_worker_receives_the_bytes():
     join, listener = invited(3)
     got = {}
 
@@ -45,34 +50,34 @@ def test_every_worker_gets_the_bytes():
         return receiver(replace(join, rank=rank), does)
 
     threads = [receive(1), receive(2)]
-    group = Group(join, join.host, listener)
+    group = BroadcastGroup(join, join.host, listener)
     for round_ in range(2):
         group.finish(group.start(BYTES * (round_ + 1)), timeout_s=10)
     for thread in threads:
         thread.join()
     assert len(got) == 4
     assert all(torch.equal(flat, BYTES * (round_ + 1)) for (_, round_), flat in got.items())
-    assert join.host == "127.0.0.1"  # it listens where the worker is, and nowhere else
+    assert join.host == "127.0.0.1"  # it listens only on the address that leads to the worker
 
 
-def test_a_worker_that_does_not_come_breaks_the_group():
+def test_a_missing_worker_fails_the_group():
     join, listener = invited(2)
     began = time.monotonic()
-    with pytest.raises(Broken):
-        Group(join, join.host, listener)
+    with pytest.raises(BroadcastError):
+        BroadcastGroup(join, join.host, listener)
     assert time.monotonic() - began < 20
 
 
-def test_a_broadcast_is_given_up_when_its_worker_is_lost_or_the_time_is_over():
+def test_a_broadcast_is_abandoned_when_its_worker_is_lost_or_at_the_timeout():
     join, listener = invited(2)
     leave = threading.Event()
     thread = receiver(replace(join, rank=1), lambda group: leave.wait())
-    group = Group(join, join.host, listener)
-    large = torch.zeros(1 << 26, dtype=torch.uint8)  # more than the sockets take
+    group = BroadcastGroup(join, join.host, listener)
+    large = torch.zeros(1 << 26, dtype=torch.uint8)  # more than the sockets buffer
     work = group.start(large)
-    with pytest.raises(Broken, match="a worker was lost"):
+    with pytest.raises(BroadcastError, match="a worker was lost"):
         group.finish(work, timeout_s=30, lost=lambda: True)
-    with pytest.raises(Broken, match=r"not done after 0\.1 s"):
+    with pytest.raises(BroadcastError, match=r"not done after 0\.1 s"):
         group.finish(work, timeout_s=0.1)
     leave.set()
     thread.join()

@@ -1,4 +1,4 @@
-"""A message at the head of a stream, however the network cuts it."""
+"""Framed messages at the head of a stream, cut into chunks of any size."""
 
 import asyncio
 
@@ -6,8 +6,8 @@ import pytest
 
 from megatron_vrl.rollout.workers.protocol import (
     LENGTH_BYTES,
-    Garbage,
-    Version,
+    CommitWeights,
+    InvalidMessage,
     framed,
     read_framed,
 )
@@ -21,7 +21,7 @@ async def pieces_of(data, size):
 def read(data, size):
     async def message_and_rest():
         pieces = pieces_of(data, size)
-        message, rest = await read_framed(pieces, Version)
+        message, rest = await read_framed(pieces, CommitWeights)
         return message, rest + b"".join([piece async for piece in pieces])
 
     return asyncio.run(message_and_rest())
@@ -29,15 +29,15 @@ def read(data, size):
 
 @pytest.mark.parametrize("size", [1, 3, LENGTH_BYTES, 11, 1000])
 @pytest.mark.parametrize("rest", [b"", b"weights" * 9])
-def test_message_and_what_follows(size, rest):
-    assert read(framed(Version(version=7)) + rest, size) == (Version(version=7), rest)
+def test_message_and_the_bytes_behind_it(size, rest):
+    assert read(framed(CommitWeights(version=7)) + rest, size) == (CommitWeights(version=7), rest)
 
 
 @pytest.mark.parametrize("size", [1, 1000])
-def test_a_message_that_breaks_off_is_garbage(size):
-    whole = framed(Version(version=7))
+def test_a_truncated_message_is_invalid(size):
+    whole = framed(CommitWeights(version=7))
     for cut in range(len(whole)):
-        with pytest.raises(Garbage, match="not a Version"):
+        with pytest.raises(InvalidMessage, match="not a CommitWeights"):
             read(whole[:cut], size)
-    with pytest.raises(Garbage, match="not a Version"):
+    with pytest.raises(InvalidMessage, match="not a CommitWeights"):
         read((2**64 - 1).to_bytes(LENGTH_BYTES) + b"\x00", size)

@@ -1,4 +1,4 @@
-"""Rollout workers as processes of their own: asked, killed, stopped, started anew."""
+"""Rollout workers in processes of their own: used, killed, stopped, restarted."""
 
 import asyncio
 import http.client
@@ -23,21 +23,21 @@ from megatron_vrl.rollout.buckets import BucketWriter
 from megatron_vrl.rollout.checksums import tensor_checksums
 from megatron_vrl.rollout.request import SamplingSpec
 from megatron_vrl.rollout.vllm.special_tokens import banned_token_ids
-from megatron_vrl.rollout.vllm.start import identity
 from megatron_vrl.rollout.workers.discovery import TOKEN_VARIABLE
 from megatron_vrl.rollout.workers.pool import WorkerPool
-from megatron_vrl.rollout.workers.protocol import Load, framed
+from megatron_vrl.rollout.workers.protocol import LoadBucket, framed
+from megatron_vrl.rollout.workers.worker_info import served_model
 from tests.running import ENVIRONMENT, ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 TOKEN = "open sesame"
 SPEC = SamplingSpec(n=4, temperature=1.0, top_p=1.0, max_tokens=24, seed=7)
-LONG = replace(SPEC, max_tokens=150)  # takes seconds: time enough to kill somebody
+LONG = replace(SPEC, max_tokens=150)  # takes seconds: time enough to kill a worker
 
 
 @pytest.fixture(scope="module")
 def folder(checkpoint, tmp_path_factory):
-    """A config of the tiny checkpoint, and where its workers are announced."""
+    """Directory with a config of the tiny checkpoint; its workers are announced there."""
     folder = tmp_path_factory.mktemp("workers")
     tree = {
         "run": {"out_dir": str(folder / "run")},
@@ -69,7 +69,7 @@ def start_worker(folder, *options):
 
 @pytest.fixture(scope="module")
 def workers(folder):
-    """Two of them, each under the script that starts it again."""
+    """Two workers, each under the script that restarts it."""
     scripts = [start_worker(folder) for _ in range(2)]
     yield scripts
     for script in scripts:
@@ -87,7 +87,7 @@ def pool(folder, workers, tokenizer, monkeypatch):
 def made_pool(folder, tokenizer, monkeypatch, dtype="float32", **rollout):
     monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
     cfg = load_config(folder / "config.yaml")
-    served = identity(cfg, cfg.model.checkpoint, banned_token_ids(tokenizer, 512))
+    served = served_model(cfg, cfg.model.checkpoint, banned_token_ids(tokenizer, 512))
     cfg_of_pool = cfg.rollout.model_copy(update=rollout)
     pool = WorkerPool(cfg_of_pool, replace(served, dtype=dtype), torch.device("cpu"))
     yield pool
@@ -95,18 +95,18 @@ def made_pool(folder, tokenizer, monkeypatch, dtype="float32", **rollout):
 
 
 def sync_weights(pool, weights, version, at_least=2):
-    members = pool.gather(at_least)
-    pool.start(members)
+    ready = pool.wait_ready(at_least)
+    pool.begin_sync(ready)
     for layer in layers_of(weights):
-        pool.load(members, layer)
-    pool.settle()
-    pool.finish(members, version)
-    pool.enlist([m for m in members if m.address not in pool.failed], version)
-    return members
+        pool.push(ready, layer)
+    pool.flush()
+    pool.commit(ready, version)
+    pool.activate([w for w in ready if w.address not in pool.failed], version)
+    return ready
 
 
 def layers_of(weights):
-    """A layer's tensors come together."""
+    """Return one list of (name, tensor) for each layer."""
     layers = {}
     for name, tensor in weights.items():
         layers.setdefault(name.rpartition(".")[0].rpartition(".")[0], []).append((name, tensor))
@@ -114,7 +114,7 @@ def layers_of(weights):
 
 
 def process_of(address):
-    """The process that listens there."""
+    """Return the id of the process that listens at the address."""
     port = int(address.rpartition(":")[2])
     (connection,) = [
         c
@@ -125,14 +125,14 @@ def process_of(address):
 
 
 def ask(pool, prompts, spec):
-    return pool.ask(prompts, [spec.of_prompt(index) for index in range(len(prompts))])
+    return pool.submit(prompts, [spec.for_prompt(index) for index in range(len(prompts))])
 
 
 def answered(pool, asked):
-    """Whether all are, when nobody is left to wait for."""
-    while not all(one.done for one in asked) and not pool.starved:
+    """Wait until all are done or no worker is left; return True if all are done."""
+    while not all(one.done() for one in asked) and not pool.no_live_workers:
         time.sleep(0.01)
-    return all(one.done for one in asked)
+    return all(one.done() for one in asked)
 
 
 def results(asked):
@@ -143,7 +143,7 @@ def tokens(groups):
     return [[rollout.token_ids.tolist() for rollout in group] for group in groups]
 
 
-def test_workers_answer_as_an_engine_in_this_process(pool, engine, weights, make_prompt):
+def test_workers_generate_what_an_engine_in_this_process_does(pool, engine, weights, make_prompt):
     sync_weights(pool, weights, version=1)
     prompts = [make_prompt(seed) for seed in range(6)]
     asked = ask(pool, prompts, SPEC)
@@ -160,7 +160,7 @@ def test_workers_answer_as_an_engine_in_this_process(pool, engine, weights, make
 
 
 @pytest.mark.parametrize("transport", ["shared_memory", "broadcast", "http"])
-def test_every_transport_brings_the_same_weights(
+def test_every_transport_delivers_the_same_weights(
     folder, workers, tokenizer, weights, monkeypatch, transport
 ):
     with made_pool(folder, tokenizer, monkeypatch, transport=transport) as pool:
@@ -172,46 +172,46 @@ def test_every_transport_brings_the_same_weights(
             assert not pool.failed
 
 
-def test_a_broadcast_that_loses_a_worker_goes_on_as_bytes(
+def test_a_broadcast_that_loses_a_worker_falls_back_to_http(
     folder, workers, tokenizer, weights, monkeypatch, capfd
 ):
     with made_pool(folder, tokenizer, monkeypatch, transport="broadcast") as pool:
-        members = pool.gather(2)
+        ready = pool.wait_ready(2)
         layers = list(layers_of(weights))
-        pool.start(members)
+        pool.begin_sync(ready)
         for layer in layers[:3]:
-            pool.load(members, layer)
-        pool.settle()
-        os.kill(process_of(members[0].address), signal.SIGKILL)
+            pool.push(ready, layer)
+        pool.flush()
+        os.kill(process_of(ready[0].address), signal.SIGKILL)
         for layer in layers[3:]:
-            pool.load(members, layer)
-        pool.settle()
-        assert pool.failed == {members[0].address}
-        pool.finish(members, 3)
-        pool.enlist(members[1:], 3)
+            pool.push(ready, layer)
+        pool.flush()
+        assert pool.failed == {ready[0].address}
+        pool.commit(ready, 3)
+        pool.activate(ready[1:], 3)
         sums = tensor_checksums(weights.items(), torch.float32)
-        assert pool.checksums() == {members[1].address: sums}
-        assert "broadcast of weights given up, the rest goes by http" in capfd.readouterr().err
-        sync_weights(pool, weights, version=4)  # with the one that is started again, by broadcast
+        assert pool.checksums() == {ready[1].address: sums}
+        assert (
+            "weight broadcast failed, the rest of this sync goes by http" in capfd.readouterr().err
+        )
+        sync_weights(pool, weights, version=4)  # the restarted worker takes part, by broadcast
         assert list(pool.checksums().values()) == [sums, sums]
-        assert "given up" not in capfd.readouterr().err
+        assert "broadcast failed" not in capfd.readouterr().err
 
 
-def test_a_group_that_comes_in_the_midst_of_an_update_waits_for_it(
-    pool, weights, make_prompt, capfd
-):
+def test_a_request_during_a_weight_sync_waits_for_its_end(pool, weights, make_prompt, capfd):
     sync_weights(pool, weights, version=1)
     capfd.readouterr()
-    members, changed = pool.gather(2), {name: tensor * 1.05 for name, tensor in weights.items()}
-    pool.start(members)
+    ready, changed = pool.wait_ready(2), {name: tensor * 1.05 for name, tensor in weights.items()}
+    pool.begin_sync(ready)
     during = ask(pool, [make_prompt(seed) for seed in range(6)], SPEC)
     time.sleep(0.5)
     for layer in layers_of(changed):
-        pool.load(members, layer)
-    pool.settle()
-    assert not any(one.done for one in during)
-    pool.finish(members, 2)
-    pool.enlist(members, 2)
+        pool.push(ready, layer)
+    pool.flush()
+    assert not any(one.done() for one in during)
+    pool.commit(ready, 2)
+    pool.activate(ready, 2)
     assert answered(pool, during)
     assert "lost" not in capfd.readouterr().err
     assert {r.weight_version for group in results(during) for r in group} == {2}
@@ -221,10 +221,10 @@ def test_a_group_that_comes_in_the_midst_of_an_update_waits_for_it(
 
 
 def test_a_connection_may_be_idle_between_steps(pool):
-    """One that the worker closes as the trainer takes it up again makes a worker look lost."""
-    host, port = pool.gather(2)[0].address.split(":")
+    """A worker that closed a connection just when the trainer reuses it would seem lost."""
+    host, port = pool.wait_ready(2)[0].address.split(":")
     connection = http.client.HTTPConnection(host, int(port), timeout=10)
-    connection.auto_open = 0  # or it would connect anew
+    connection.auto_open = 0  # otherwise it would reconnect
     connection.connect()
     for _ in range(2):
         connection.request("GET", "/health", headers={"Authorization": f"Bearer {TOKEN}"})
@@ -232,15 +232,15 @@ def test_a_connection_may_be_idle_between_steps(pool):
         time.sleep(8)
 
 
-def test_a_bucket_that_is_cut_short_is_refused_and_another_may_come(pool, weights):
-    members = pool.gather(2)
+def test_a_truncated_bucket_is_refused_and_the_next_one_is_loaded(pool, weights):
+    ready = pool.wait_ready(2)
     writer = BucketWriter(torch.float32)
     bucket = writer.write(weights.items())
     contents = bytes(writer.contents(bucket))
     with httpx.Client(trust_env=False, headers={"Authorization": f"Bearer {TOKEN}"}) as client:
         for wrong in (contents[:-1], contents + b"!", b""):
-            body = framed(Load(bucket=bucket, follows=True)) + wrong
-            answer = client.post(f"http://{members[0].address}/weights/load", content=body)
+            body = framed(LoadBucket(bucket=bucket, follows=True)) + wrong
+            answer = client.post(f"http://{ready[0].address}/weights/load", content=body)
             assert answer.status_code == 422
             assert answer.text == f"a bucket of {len(contents)} bytes came with {len(wrong)}"
     sync_weights(pool, weights, version=5)
@@ -248,37 +248,39 @@ def test_a_bucket_that_is_cut_short_is_refused_and_another_may_come(pool, weight
     assert list(pool.checksums().values()) == [sums, sums]
 
 
-def test_a_transport_that_does_not_lead_there_is_refused(
+def test_a_transport_that_cannot_reach_the_worker_is_refused(
     folder, workers, tokenizer, weights, monkeypatch
 ):
     with (
         made_pool(folder, tokenizer, monkeypatch, transport="cuda_ipc") as pool,
         pytest.raises(RolloutError, match=r"rollout.transport=cuda_ipc: the worker at 127.0.0.1:"),
     ):
-        pool.takes_turns(pool.gather(1))
+        pool.serialize_stages(pool.wait_ready(1))
 
 
-def test_a_killed_worker_s_groups_go_to_the_other_and_it_comes_back(pool, weights, make_prompt):
-    members = sync_weights(pool, weights, version=1)
+def test_requests_of_a_killed_worker_move_to_the_other_and_it_rejoins(pool, weights, make_prompt):
+    ready = sync_weights(pool, weights, version=1)
     prompts = [make_prompt(seed) for seed in range(8)]
     undisturbed = ask(pool, prompts, LONG)
     assert answered(pool, undisturbed)
     asked = ask(pool, prompts, LONG)
     time.sleep(0.3)
-    os.kill(process_of(members[0].address), signal.SIGKILL)
+    os.kill(process_of(ready[0].address), signal.SIGKILL)
     assert answered(pool, asked)
-    assert tokens(results(asked)) == tokens(results(undisturbed))  # each once, the same ones
+    assert tokens(results(asked)) == tokens(
+        results(undisturbed)
+    )  # each request once, with the same tokens
     changed = {name: tensor * 1.05 for name, tensor in weights.items()}
     back = sync_weights(pool, changed, version=2)
-    assert {m.instance for m in back}.isdisjoint({members[0].instance})
+    assert {w.instance for w in back}.isdisjoint({ready[0].instance})
     asked = ask(pool, prompts, SPEC)
     assert answered(pool, asked)
     assert {r.weight_version for group in results(asked) for r in group} == {2}
 
 
-def test_a_stopped_worker_is_lost_and_then_joins_again(pool, weights, make_prompt):
-    members = sync_weights(pool, weights, version=3)
-    stopped = process_of(members[0].address)
+def test_a_stopped_worker_is_lost_and_rejoins(pool, weights, make_prompt):
+    ready = sync_weights(pool, weights, version=3)
+    stopped = process_of(ready[0].address)
     asked = ask(pool, [make_prompt(seed) for seed in range(8)], LONG)
     time.sleep(0.3)
     os.kill(stopped, signal.SIGSTOP)
@@ -289,23 +291,23 @@ def test_a_stopped_worker_is_lost_and_then_joins_again(pool, weights, make_promp
     finally:
         os.kill(stopped, signal.SIGCONT)
     again = sync_weights(pool, weights, version=4)
-    assert {m.address for m in again} == {m.address for m in members}
+    assert {w.address for w in again} == {w.address for w in ready}
 
 
-def test_when_none_is_left_the_groups_wait_for_the_next_hand_over(pool, weights, make_prompt):
-    members = sync_weights(pool, weights, version=5)
+def test_without_workers_requests_wait_for_the_next_weight_sync(pool, weights, make_prompt):
+    ready = sync_weights(pool, weights, version=5)
     asked = ask(pool, [make_prompt(seed) for seed in range(4)], LONG)
-    for member in members:
-        os.kill(process_of(member.address), signal.SIGKILL)
+    for worker in ready:
+        os.kill(process_of(worker.address), signal.SIGKILL)
     assert not answered(pool, asked)
     sync_weights(pool, weights, version=5, at_least=1)
     assert answered(pool, asked)
     assert [len(group) for group in results(asked)] == [4] * 4
 
 
-def test_a_worker_without_the_weights_that_are_wanted_is_not_believed(pool, weights, make_prompt):
-    members = sync_weights(pool, weights, version=6)
-    pool.enlist(members, version=7)  # as if they had taken part
+def test_a_worker_with_old_weights_gets_no_requests(pool, weights, make_prompt):
+    ready = sync_weights(pool, weights, version=6)
+    pool.activate(ready, version=7)  # as if they had taken part in a sync
     asked = ask(pool, [make_prompt(0)], SPEC)
     assert not answered(pool, asked)
     sync_weights(pool, weights, version=7)
@@ -313,12 +315,14 @@ def test_a_worker_without_the_weights_that_are_wanted_is_not_believed(pool, weig
     assert {r.weight_version for r in results(asked)[0]} == {7}
 
 
-def test_garbage_is_noticed(folder, workers, tokenizer, weights, make_prompt, monkeypatch):
-    """One that is well in all but its answers stands before a worker."""
+def test_invalid_responses_lose_the_worker(
+    folder, workers, tokenizer, weights, make_prompt, monkeypatch
+):
+    """A proxy before a worker forwards health checks and returns invalid rollouts."""
     with made_pool(folder, tokenizer, monkeypatch) as pool:
-        real = pool.gather(2)[0].address
+        real = pool.wait_ready(2)[0].address
     with (
-        liar_before(real) as address,
+        proxy_with_invalid_rollouts(real) as address,
         made_pool(
             folder, tokenizer, monkeypatch, discovery_dir="", workers=[address, real]
         ) as pool,
@@ -330,7 +334,7 @@ def test_garbage_is_noticed(folder, workers, tokenizer, weights, make_prompt, mo
 
 
 @contextmanager
-def liar_before(address):
+def proxy_with_invalid_rollouts(address):
     import uvicorn
     from starlette.applications import Starlette
     from starlette.responses import Response
@@ -340,7 +344,7 @@ def liar_before(address):
         if request.url.path == "/generate":
             return Response(b"\x93\x01\x02\x03")
         if request.url.path.startswith("/weights"):
-            return Response(b"\xc0")  # the worker itself gets them directly
+            return Response(b"\xc0")  # the worker gets the weights directly
         async with httpx.AsyncClient(trust_env=False, headers=dict(request.headers)) as client:
             answer = await client.get(f"http://{address}{request.url.path}")
         return Response(answer.content, answer.status_code)
@@ -369,19 +373,22 @@ def test_refusals(folder, pool, weights, tokenizer, make_prompt, monkeypatch):
         made_pool(folder, tokenizer, monkeypatch, dtype="bfloat16") as other,
         pytest.raises(RolloutError, match="serves dtype float32, the trainer bfloat16"),
     ):
-        other.gather(1)
+        other.wait_ready(1)
     with (
         made_pool(folder, tokenizer, monkeypatch, worker_wait_timeout_s=1.0) as other,
         pytest.raises(RolloutError, match=r"2 of at least 3 rollout workers came within"),
     ):
-        other.gather(3)
-    address = pool.gather(1)[0].address
+        other.wait_ready(3)
+    address = pool.wait_ready(1)[0].address
     for headers in ({}, {"Authorization": "Bearer guess"}):
         answer = httpx.get(f"http://{address}/health", trust_env=False, headers=headers)
-        assert (answer.status_code, answer.text) == (401, "The worker asks for its token.")
+        assert (answer.status_code, answer.text) == (
+            401,
+            f"The worker needs the token of {TOKEN_VARIABLE}.",
+        )
 
 
-def test_a_worker_open_to_other_machines_wants_a_token(folder):
+def test_a_worker_open_to_other_machines_needs_a_token(folder):
     done = subprocess.run(
         ["bash", "launch/rollout_worker.sh", "--config", folder / "config.yaml", "--host", "::"],
         cwd=ROOT,

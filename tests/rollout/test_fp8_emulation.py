@@ -1,9 +1,9 @@
-"""Weights rounded as an FP8 engine has them."""
+"""Emulated FP8 weights."""
 
 import pytest
 import torch
 
-from megatron_vrl.rollout.fp8_emulation import rounded
+from megatron_vrl.rollout.fp8_emulation import emulate_fp8
 
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 
@@ -18,13 +18,13 @@ def tensors():
 
 
 def test_only_language_matrices_are_rounded(tensors):
-    seen = dict(rounded(tensors.items()))
+    seen = dict(emulate_fp8(tensors.items()))
     assert list(seen) == list(tensors)
     assert [name for name in tensors if not torch.equal(seen[name], tensors[name])] == [QUERY]
 
 
 def test_three_bits_of_mantissa_and_a_scale_for_each_row(tensors):
-    before, after = tensors[QUERY], dict(rounded(tensors.items()))[QUERY]
+    before, after = tensors[QUERY], dict(emulate_fp8(tensors.items()))[QUERY]
     assert torch.all(after[3] == 0)
     largest = before.abs().amax(1, keepdim=True)
     error = (after - before).abs()
@@ -32,5 +32,5 @@ def test_three_bits_of_mantissa_and_a_scale_for_each_row(tensors):
     assert torch.all(error <= torch.maximum(before.abs() / 16, largest / 448 / 1024) * 1.001)
     assert (error[:3].amax(1) > largest[:3, 0] / 100).all()
     torch.testing.assert_close(after.abs().amax(1), largest[:, 0])  # the scale keeps the largest
-    again = dict(rounded([(QUERY, after)]))[QUERY]
+    again = dict(emulate_fp8([(QUERY, after)]))[QUERY]
     torch.testing.assert_close(again, after)

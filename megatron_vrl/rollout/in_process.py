@@ -1,0 +1,49 @@
+"""Inference engine inside a trainer process (`rollout.placement: colocated`)."""
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+from megatron_vrl.rollout.buckets import NamedTensors
+from megatron_vrl.rollout.interfaces import Checksums, InferenceEngine
+from megatron_vrl.rollout.request import SamplingSpec
+from megatron_vrl.types import Prompt, Rollout
+
+
+class InProcessEngine:
+    """Generator and WeightReceiver over one engine of this process.
+
+    `submit` returns finished futures. The engine sleeps between calls, so that training has the
+    GPU memory.
+    """
+
+    no_live_workers = False
+
+    def __init__(self, engine: InferenceEngine) -> None:
+        self._engine = engine
+
+    def submit(
+        self, prompts: Sequence[Prompt], specs: Sequence[SamplingSpec]
+    ) -> list[Future[list[Rollout]]]:
+        """Generate all rollouts before returning. Raises RolloutError."""
+        self._engine.wake()
+        groups = self._engine.generate_each(prompts, specs)
+        self._engine.sleep()
+        futures: list[Future[list[Rollout]]] = []
+        for group in groups:
+            futures.append(Future())
+            futures[-1].set_result(group)
+        return futures
+
+    def begin_sync(self) -> None:
+        self._engine.wake()
+        self._engine.start_update()
+
+    def push(self, tensors: NamedTensors) -> None:
+        self._engine.load(tensors)
+
+    def commit(self, version: int) -> None:
+        self._engine.finish_update(version)
+
+    def checksums(self) -> dict[str, Checksums]:
+        """Return SHA-256 of every live weight under the engine's name, "this process"."""
+        return {"this process": self._engine.weights_checksum()}

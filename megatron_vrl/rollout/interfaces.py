@@ -1,0 +1,106 @@
+"""Interfaces between the trainer, the sources of rollouts and the inference engine.
+
+`RolloutManager` needs two things of a placement (`rollout.placement`):
+
+    placement   Generator         WeightSync
+    colocated   InProcessEngine   InProcessSync   every rank pushes into its own engine
+    workers     WorkerPool        WorkerSync      each pipeline stage sends its own layers
+    replay      ReplayEngine      ReplayEngine    only the version number is recorded
+
+`InferenceEngine` is what a backend (`rollout.backend`) provides. A trainer rank holds one with
+`colocated`, and a rollout worker holds one with `workers`.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from megatron_vrl.rollout.buckets import NamedTensors, WeightBucket
+from megatron_vrl.rollout.request import RolloutRequest, SamplingSpec
+from megatron_vrl.types import Prompt, Rollout
+
+Checksums = dict[str, str]  # HF tensor name -> SHA-256
+
+
+class RolloutFuture(Protocol):
+    """Rollouts of one prompt that may still be generated, in the manner of concurrent.futures."""
+
+    def done(self) -> bool:
+        """Return True when `result` returns or raises at once."""
+        ...
+
+    def result(self) -> list[Rollout]:
+        """Return the rollouts. Raises RolloutError."""
+        ...
+
+
+class Generator(Protocol):
+    """Source of rollouts for one trainer rank."""
+
+    def submit(
+        self, prompts: Sequence[Prompt], specs: Sequence[SamplingSpec]
+    ) -> Sequence[RolloutFuture]:
+        """Start generation with one spec per prompt. Raises RolloutError."""
+        ...
+
+    @property
+    def no_live_workers(self) -> bool:
+        """True when no pending future can finish before the next weight sync."""
+        ...
+
+
+class WeightSync(Protocol):
+    """Transfer of the trainer's weights to the engines of all ranks."""
+
+    def sync(self, version: int, min_workers: int) -> bool:
+        """Send the weights as `version` and return True if at least one engine holds them.
+
+        Every rank calls it. Raises RolloutError on every rank.
+        """
+        ...
+
+
+class WeightReceiver(Protocol):
+    """Receiving end of a weight sync in the trainer's own process."""
+
+    def begin_sync(self) -> None:
+        """Invalidate the current weights; generation stops until `commit`."""
+        ...
+
+    def push(self, tensors: NamedTensors) -> None:
+        """Load one bucket of whole modules. The tensors may be reused after the call."""
+        ...
+
+    def commit(self, version: int) -> None:
+        """Check that every tensor arrived, drop stale caches and generate as `version`."""
+        ...
+
+
+class InferenceEngine(Protocol):
+    """One inference engine. `rollout/vllm/engine.py` documents the methods."""
+
+    dtype: torch.dtype
+    banned_token_ids: tuple[int, ...]
+    version: int | None  # of the weights; None before the first sync and during a sync
+    in_process: bool  # True: the model lives in this process and can read its tensors
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def busy(self) -> bool: ...
+
+    def generate_each(
+        self, prompts: Sequence[Prompt], specs: Sequence[SamplingSpec]
+    ) -> list[list[Rollout]]: ...
+    def submit(self, key: str, request: RolloutRequest, spec: SamplingSpec) -> None: ...
+    def step(self) -> dict[str, list[Rollout]]: ...
+    def abort(self, keys: Sequence[str]) -> None: ...
+
+    def start_update(self) -> None: ...
+    def load(self, weights: NamedTensors | WeightBucket) -> None: ...
+    def finish_update(self, version: int) -> None: ...
+    def weights_checksum(self) -> Checksums: ...
+
+    def sleep(self) -> None: ...
+    def wake(self) -> None: ...
