@@ -11,7 +11,7 @@ from megatron_vrl.rewards.overlong import OVERLONG
 from megatron_vrl.tasks import TASKS, Task
 
 KL = "kl"
-RESERVED = (LENGTH, OVERLONG, KL)  # components that any task may have
+RESERVED = (LENGTH, OVERLONG, KL)  # components that no task and no function may define
 
 Weights = dict[str, dict[str, float]]  # task -> component -> weight
 
@@ -56,5 +56,6 @@ def _check_functions(cfg: Rewards) -> None:
 
 
 def _nearest(name: str, known: Collection[str]) -> str:
+    """Return the end of a sentence: the nearest known name, or all of them."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}."

@@ -65,6 +65,7 @@ def constant_interval_miou(samples: Sequence[VideoSample], interval: Interval) -
 def _by_interval(
     samples: Sequence[VideoSample], target: Target, best: Interval
 ) -> dict[str, list[str]]:
+    """Return the answers with the whole video, and with `best` (fractions), as the interval."""
     return {
         label: [target(replace(s, intervals_s=(_seconds(fraction, s),))) for s in samples]
         for label, fraction in (("whole video", WHOLE), ("best constant", best))
@@ -72,6 +73,7 @@ def _by_interval(
 
 
 def _seconds(fraction: Interval, sample: VideoSample) -> Interval:
+    """Return an interval in seconds of the sample's video."""
     return (fraction[0] * sample.duration_s, fraction[1] * sample.duration_s)
 
 
@@ -85,6 +87,7 @@ def _truths(samples: Sequence[VideoSample]) -> tuple[NDArray[np.float64], NDArra
 def _constant_miou(
     truths: NDArray[np.float64], firsts: NDArray[np.int64], interval: Interval
 ) -> float:
+    """Return the mIoU of one interval; `truths` and `firsts` are those of `_truths`."""
     start, end = interval
     overlap = np.minimum(truths[:, 1], end) - np.maximum(truths[:, 0], start)
     hull = np.maximum(truths[:, 1], end) - np.minimum(truths[:, 0], start)

@@ -49,6 +49,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def _right(samples: Sequence[VideoSample], parsed: Sequence[Parsed]) -> list[float]:
+    """Return 1 or 0 for each answer: whether its option is the right one."""
     return [accuracy.score(*pair) for pair in zip(samples, parsed, strict=True)]
 
 

@@ -23,6 +23,7 @@ from megatron_vrl.parallel.mesh import (
     world_axis,
 )
 from megatron_vrl.policy.micro_batches import plan_batches
+from megatron_vrl.rewards.weights import KL
 from megatron_vrl.trainer.rollout_queue import RolloutQueue
 from megatron_vrl.types import Experience, RewardComponent, ScoredGroup
 
@@ -131,7 +132,7 @@ def _with_kl(
     if not (cfg.kl > 0 and cfg.kl_in == "reward"):
         return list(groups)
     added = [
-        {"kl": RewardComponent(values=-kl, weight=cfg.kl)}
+        {KL: RewardComponent(values=-kl, weight=cfg.kl)}
         for kl in _kl_of_groups(ctx, groups, dummy_group)
     ]
     return [

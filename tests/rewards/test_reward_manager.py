@@ -1,4 +1,4 @@
-"""A step's rewards: optional parts, a user's own functions, what fails, and how long it takes."""
+"""A step's rewards: optional components, a user's own functions, failures, and the time taken."""
 
 import math
 import statistics
