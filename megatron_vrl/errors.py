@@ -8,8 +8,9 @@ EXIT_CODE = 2
 
 
 def counted(number: int, noun: str) -> str:
-    """Return the number and the noun, whose plural takes an s: "1 video", "2 videos"."""
-    return f"{number} {noun}" + ("" if number == 1 else "s")
+    """Return the number and the noun in its regular plural: "1 video", "2 processes"."""
+    ending = "es" if noun.endswith(("s", "ch", "x")) else "s"
+    return f"{number} {noun}" + ("" if number == 1 else ending)
 
 
 class UserError(Exception):

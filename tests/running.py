@@ -18,6 +18,15 @@ ENVIRONMENT = os.environ | {
     "PYTHONPATH": str(ROOT),
 }
 
+SHORT = (  # a main job of three steps
+    "sft.steps=0",
+    "grpo.steps=3",
+    "grpo.evaluate_every=0",
+    "rollout.prompts_per_step=2",
+    "rollout.group_size=2",
+    "video.decoder=pyav",
+)
+
 
 def python() -> str:
     """What runs Python programs in ENVIRONMENT."""
@@ -43,6 +52,26 @@ def train_command(*overrides: str, ranks: int = 1) -> list[str]:
         torchrun = str(ROOT / "launch" / "torchrun.py")
         program = [torchrun, "--standalone", "--nproc-per-node", str(ranks), *program]
     return [python(), *program]
+
+
+def sentence_of(done: subprocess.CompletedProcess) -> str:
+    """The one error line of a program that failed as it should."""
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def train_in(folder: Path, *overrides: str, ranks: int = 1) -> subprocess.CompletedProcess:
+    """A short main job in `folder` with its output caught."""
+    return subprocess.run(
+        train_command(*SHORT, *overrides, ranks=ranks),
+        cwd=folder,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
 
 
 def kill_job(launcher: subprocess.Popen) -> None:

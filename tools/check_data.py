@@ -1,78 +1,8 @@
 #!/usr/bin/env python3
-"""Look a dataset over before a run: annotations, files, durations, ground truth, duplicates.
+"""The command `mvrl check-data` as a script: tools/check_data.py ARGUMENTS."""
 
-    check_data.py --config configs/NAME.yaml [--out problems.jsonl] [--decode] [section.key=value]
-
-Every source that the config names is read from end to end, by the readers of a run. Problems are
-written one a line in the form of a run's quarantine.jsonl and summed up on the screen. Exit code 0:
-none; 1: some; 2: the config or an annotation file cannot be read, or a file has another form than
-its `format`.
-"""
-
-import argparse
-import json
-from collections.abc import Sequence
-from pathlib import Path
-
-import numpy as np
-from tqdm import tqdm
-
-from megatron_vrl.config import load_config
-from megatron_vrl.data.dataset_check import DatasetCheck, distinct_sources, num_records
-from megatron_vrl.data.problems import Problem, summary
-from megatron_vrl.errors import counted
-from megatron_vrl.process.entry import OverrideParser, run_program
-
-
-def main() -> int:
-    parser = OverrideParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML, see configs/")
-    parser.add_argument("--out", type=Path, default=Path("problems.jsonl"), metavar="FILE")
-    parser.add_argument("--decode", action="store_true", help="also decode every video")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    arguments = parser.parse_args()
-    cfg = load_config(arguments.config, arguments.overrides)
-    check, problems = DatasetCheck(cfg, arguments.decode), list[Problem]()
-    with open(arguments.out, "w") as report:
-        for source in distinct_sources(cfg):
-            name = Path(source.json_path).name
-            records = tqdm(
-                check.problems(source), total=num_records(source), unit=" records", desc=name
-            )
-            for found in records:
-                problems += found
-                report.writelines(_line(problem) for problem in found)
-                records.set_postfix(problems=len(problems), refresh=False)
-            of_file = check.of_file()
-            problems += of_file
-            report.writelines(_line(problem) for problem in of_file)
-    if not problems and arguments.out.is_file():
-        arguments.out.unlink()
-    _print_summary(check, problems, arguments.out)
-    return 1 if problems else 0
-
-
-def _line(problem: Problem) -> str:
-    return json.dumps({"phase": "check", "step": 0} | problem.row()) + "\n"
-
-
-def _print_summary(check: DatasetCheck, problems: Sequence[Problem], out: Path) -> None:
-    tokens = list(check.seen.tokens.values())
-    samples, videos = counted(check.seen.samples, "sample"), counted(len(tokens), "video")
-    print(f"{samples}, {videos} that can be read")
-    if tokens:
-        low, middle, high = np.percentile(tokens, [0, 50, 100]).astype(int)
-        print(f"tokens of a video: {low} to {high}, median {middle}")
-    for problem in problems:
-        if problem.kind == "unit":
-            print(problem.reason)
-    if problems:
-        print(f"problems: {summary(problems)}; all of them: {out}")
-    else:
-        print(f"No problems in {counted(check.seen.samples, 'sample')}.")
-
+from megatron_vrl.cli.check_data import main
+from megatron_vrl.process.entry import run_program
 
 if __name__ == "__main__":
     run_program(main)

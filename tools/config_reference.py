@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Print docs/config.md: every key, its type, its default and its help, taken from config.py.
 
-python tools/config_reference.py > docs/config.md
+config_reference.py > docs/config.md
 """
 
 import json
@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from megatron_vrl.config import Optimizer, RunConfig, Source
+from megatron_vrl.process.command_line import tool_parser
 from megatron_vrl.process.entry import run_program
 
 HEAD = """# Configuration
@@ -26,6 +27,7 @@ refused with one sentence. `--dry-run` prints the resolved whole and checks layo
 
 
 def main() -> None:
+    tool_parser(__doc__).parse_args()
     print(reference(), end="")
 
 

@@ -8,7 +8,6 @@ measurement. Each part runs in a process of its own under a time limit. One whos
 says so in its row, one that fails gives its last line; the exit code is 1 if any part failed.
 """
 
-import argparse
 import json
 import platform
 import subprocess
@@ -22,6 +21,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_vrl.observe.progress import say_written
+from megatron_vrl.process.command_line import tool_parser
 from megatron_vrl.process.entry import run_program
 
 Row = dict[str, Any]
@@ -37,12 +38,21 @@ PACKAGES = (
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    parser = tool_parser(__doc__)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/gpu-check"),
+        metavar="DIR",
+        help="default runs/gpu-check",
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu-check"))
     parser.add_argument("--only", default="", help="parts, by commas")
-    parser.add_argument("--model", default=str(ROOT / "configs/models/qwen2.5-vl-3b.json"))
+    parser.add_argument(
+        "--model",
+        default=str(ROOT / "configs/models/qwen2.5-vl-3b.json"),
+        metavar="FILE",
+        help="config.json of the benches, default Qwen2.5-VL-3B's",
+    )
     arguments = parser.parse_args(words)
     with tempfile.TemporaryDirectory() as folder:
         parts = _parts(arguments.model, Path(folder))
@@ -59,7 +69,8 @@ def main(words: Sequence[str] | None = None) -> int:
     (arguments.out / "gpu-check.json").write_text(json.dumps(report, indent=1) + "\n")
     table = _markdown(report)
     (arguments.out / "gpu-check.md").write_text(table)
-    print(table)
+    print(table, flush=True)
+    say_written(arguments.out)
     return int(any(row["status"] in ("failed", "too slow") for row in rows))
 
 

@@ -29,7 +29,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_vrl.errors import ConfigError
+from megatron_vrl.errors import ConfigError, counted
+from megatron_vrl.observe.progress import say_written
+from megatron_vrl.process.command_line import tool_parser
 from megatron_vrl.process.entry import run_program
 
 if TYPE_CHECKING:  # numpy and av are imported where they are used: --help answers at once
@@ -326,9 +328,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="directory of the set")
     parser.add_argument("--num", type=int, default=4000, help=f"clips in all, shared out: {SPLITS}")
     parser.add_argument(
@@ -337,7 +337,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--mix", action="append", default=[], metavar="TASK=SHARE", help=f"default: {TASKS}"
     )
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=1, help="of the clips, default 1")
     parser.add_argument("--objects", type=int, choices=(1, 2), default=1, help="shapes per clip")
     parser.add_argument("--workers", type=int, default=2, help="encoding processes")
     return parser.parse_args(arguments)
@@ -369,8 +369,10 @@ def main(arguments: list[str] | None = None) -> None:
     spec = {"sizes": sizes, "mix": mix, "seed": args.seed, "objects": args.objects}
     clips = plan(sizes, mix, args.seed, args.objects)
     encoded = make_set(args.out, clips, spec, args.workers)
-    state = f"{encoded} clips encoded" if encoded else "complete already, reused"
-    print(f"{args.out}: {state}; " + ", ".join(f"{name} {size}" for name, size in sizes.items()))
+    state = f"{counted(encoded, 'clip')} encoded" if encoded else "complete already, reused"
+    splits = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    print(f"{state}; {splits}", flush=True)
+    say_written(args.out)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ from make_synthetic import COLOURS, KINDS
 from released_layout import write_released
 
 from megatron_vrl.errors import ConfigError
+from megatron_vrl.observe.progress import say_written
+from megatron_vrl.process.command_line import tool_parser
 from megatron_vrl.process.entry import run_program
 from megatron_vrl.tasks import SYSTEM_PROMPTS, TASKS
 from megatron_vrl.types import VideoSample
@@ -209,11 +211,9 @@ def make_model(config: Any, seed: int) -> Any:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="directory of the checkpoint")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=1, help="of the weights, default 1")
     sizes = {
         "hidden": 128,
         "mlp": 256,
@@ -265,6 +265,9 @@ def main(arguments: list[str] | None = None) -> None:
     from megatron_vrl.rollout.vllm.torchvision_shim import declare_missing_ops
 
     declare_missing_ops()
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of writing two small shards
     tokenizer = train_tokenizer(args.vocab)
     model = make_model(make_config(args, tokenizer), args.seed)
     half_made = args.out.with_name(args.out.name + ".part")
@@ -277,7 +280,8 @@ def main(arguments: list[str] | None = None) -> None:
         model.save_pretrained(half_made)
         make_processor(tokenizer, args.min_pixels, args.max_pixels).save_pretrained(half_made)
     os.replace(half_made, args.out)
-    print(f"{args.out}: {model.num_parameters():,} parameters, {len(tokenizer)} tokens")
+    print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens", flush=True)
+    say_written(args.out)
 
 
 if __name__ == "__main__":

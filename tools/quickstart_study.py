@@ -8,7 +8,6 @@ checkpoint a second arm that spends GRPO's seconds on more SFT. One synthetic se
 Writes OUT/study.json and OUT/table.md. Finished arms are reused, so the study can be continued.
 """
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -16,7 +15,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_vrl.process.entry import OverrideParser, run_program
+from megatron_vrl.observe.progress import say_written
+from megatron_vrl.process.command_line import tool_parser
+from megatron_vrl.process.entry import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = {
@@ -40,14 +41,14 @@ SPLITS = {"heldout": "held-out", "ood": "out of domain"}
 
 
 def main() -> None:
-    parser = OverrideParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = tool_parser(__doc__)
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder of the study"
     )
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="default 1 2 3")
     parser.add_argument("--objects", type=int, default=1, help="shapes in a clip")
     parser.add_argument("--num", type=int, default=3200, help="clips of the set")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_overrides()
     arguments = parser.parse_args()
     out = arguments.out
     tool(
@@ -63,7 +64,8 @@ def main() -> None:
     (out / "study.json").write_text(json.dumps(summaries, indent=1) + "\n")
     table = "\n".join(line for split in SPLITS for line in rows(summaries, split))
     (out / "table.md").write_text(table + "\n")
-    print(table)
+    print(table, flush=True)
+    say_written(out)
 
 
 def run_seed(out: Path, seed: int, overrides: list[str]) -> dict[str, Any]:

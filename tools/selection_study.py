@@ -31,12 +31,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from make_synthetic import DURATION_S, INTERVAL_S
 
-from megatron_vrl.process.entry import OverrideParser, run_program
+from megatron_vrl.observe.progress import say_written
+from megatron_vrl.process.command_line import tool_parser
+from megatron_vrl.process.entry import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from tools.make_synthetic import DURATION_S, INTERVAL_S  # noqa: E402
 
 CONFIG = ROOT / "configs/quickstart.yaml"
 CLIPS = {"sft": 1600, "train": 384, "dev": 128, "heldout": 256, "ood": 0}
@@ -57,14 +58,21 @@ class Measured:
 
 
 def main() -> None:
-    parser = OverrideParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = tool_parser(__doc__)
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder of the study"
     )
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="default 1 2 3")
     parser.add_argument("--steps", type=int, default=60, help="of GRPO in every arm")
-    parser.add_argument("--wrong", type=float, nargs="+", default=[0.5, 0.0], metavar="SHARE")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of every arm")
+    parser.add_argument(
+        "--wrong",
+        type=float,
+        nargs="+",
+        default=[0.5, 0.0],
+        metavar="SHARE",
+        help="of wrong annotations in a pool, default 0.5 0.0",
+    )
+    parser.add_overrides("replace a value of the config of every arm")
     arguments = parser.parse_intermixed_args()
     out: Path = arguments.out
     sizes = [word for name, size in CLIPS.items() for word in ("--split", f"{name}={size}")]
@@ -77,7 +85,8 @@ def main() -> None:
                 done.append(run_arm(out, seed, share, arm, pool, arguments))
                 (out / "study.json").write_text(json.dumps(done, indent=1) + "\n")
                 (out / "table.md").write_text("\n".join(table(done)) + "\n")
-    print("\n".join(table(done)))
+    print("\n".join(table(done)), flush=True)
+    say_written(out)
 
 
 # ---- pure parts

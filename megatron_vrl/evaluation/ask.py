@@ -82,4 +82,4 @@ def told(found: dict[str, Any]) -> str:
         lines.append(f"interval: {start_s:.1f} s to {end_s:.1f} s of {found['duration_s']:.1f} s")
     if found["failure"]:
         lines.append(f"not read: {found['failure']}; it answered {found['response']!r:.200}")
-    return "\n".join([*lines, f"strip:    {found['strip']}"])
+    return "\n".join(lines)

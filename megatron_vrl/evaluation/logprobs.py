@@ -129,7 +129,7 @@ def score_file(cfg: ScoreConfig, samples: Path, out: Path) -> str:
                 total += sum(sum(row["logprobs"]) for row in rows)
                 bar.update(len(block))
     numbers = f"{counted(count, 'response')}, {counted(tokens, 'token')}"
-    return f"{out}: {numbers}, mean log-prob {total / max(tokens, 1):.4f}"
+    return f"{numbers}, mean log-prob {total / max(tokens, 1):.4f}"
 
 
 def read_samples(path: Path) -> Iterator[tuple[int, ScoredSample]]:

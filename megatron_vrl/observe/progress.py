@@ -1,6 +1,7 @@
 """Progress on stderr: lines always, bars only on a terminal."""
 
 import sys
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -9,6 +10,11 @@ def say(line: str) -> None:
     """Print a line on stderr without breaking a progress bar."""
     tqdm.write(line, file=sys.stderr)
     sys.stderr.flush()
+
+
+def say_written(path: Path) -> None:
+    """Say where a command has left a file, or the folder of several; the last line of a tool."""
+    say(f"Written: {path}")
 
 
 def say_engine_starts(checkpoint: str) -> None:

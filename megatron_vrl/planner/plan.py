@@ -91,6 +91,17 @@ class Plan:
         return max(trains, rollout) if self.overlapped else trains + rollout
 
 
+def num_workers(cfg: RunConfig) -> int:
+    """Return how many rollout workers the config asks for; 0 for other engines."""
+    rollout = cfg.rollout
+    return max(rollout.min_workers, len(rollout.workers)) if rollout.placement == "workers" else 0
+
+
+def worker_gpus(cfg: RunConfig) -> int:
+    """Return the GPUs of the rollout workers, which are not among the trainer's."""
+    return num_workers(cfg) * cfg.rollout.tensor
+
+
 def refusals(cfg: RunConfig, arch: Architecture, gpu: Gpu, gpus: int) -> list[str]:
     """Every rule of the layout that is broken, as the program itself would say it."""
     parallel = cfg.parallel
@@ -186,9 +197,7 @@ def _phases(
 ) -> dict[str, Phase]:
     parallel, gpus = cfg.parallel, asked.gpus
     machine = Machine(gpu=asked.gpu, gpus=gpus, mfu=asked.mfu)
-    engines = gpus
-    if cfg.rollout.placement == "workers":
-        engines = max(cfg.rollout.min_workers, len(cfg.rollout.workers))
+    engines = num_workers(cfg) or gpus
     count = micro_batches * cfg.grpo.mini_batches
     updates = cfg.grpo.mini_batches * cfg.grpo.epochs
     sharers = gpus // (parallel.tensor * parallel.pipeline)

@@ -1,16 +1,18 @@
 """A plan in words for a screen, and as plain values for `--json`."""
 
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 from megatron_vrl.config import RunConfig
+from megatron_vrl.errors import counted
 from megatron_vrl.models.architecture import Architecture
 from megatron_vrl.planner.generation import EngineMemory
 from megatron_vrl.planner.hardware import GIB
 from megatron_vrl.planner.memory import StageMemory
 from megatron_vrl.planner.parameters import Numbers, count_all
-from megatron_vrl.planner.plan import Memory, Plan, Question
+from megatron_vrl.planner.plan import Memory, Plan, Question, worker_gpus
 from megatron_vrl.planner.search import Found
 
 PARTS = tuple(StageMemory.__dataclass_fields__)
@@ -24,6 +26,7 @@ NAMES = {
     "activations": "activations, kept",
 }
 PIXEL_CACHE = GIB  # of a vLLM engine, `rollout/vllm/engine.py`
+COLUMNS = 80  # of the screen
 TOP = 10  # layouts that a search prints
 
 
@@ -61,6 +64,7 @@ def heading(cfg: RunConfig, arch: Architecture, asked: Question) -> dict[str, An
     return {
         "gpu": asked.gpu.name,
         "gpus": asked.gpus,
+        "worker_gpus": worker_gpus(cfg),
         "mfu": asked.mfu,
         "parallel": cfg.parallel.model_dump(),
         "recompute": cfg.model.recompute,
@@ -77,6 +81,7 @@ def heading(cfg: RunConfig, arch: Architecture, asked: Question) -> dict[str, An
 def found_values(found: Found) -> dict[str, Any]:
     return {
         "gpus": found.gpus,
+        "worker_gpus": worker_gpus(found.cfg),
         "changes": found.changes,
         "overrides": found.overrides,
         "seconds_per_step": found.plan.seconds,
@@ -119,15 +124,18 @@ def _engine_values(engine: EngineMemory) -> dict[str, int]:
 
 
 def told(cfg: RunConfig, arch: Architecture, asked: Question, plan: Plan) -> str:
+    """Return lines of at most COLUMNS columns."""
     parallel = cfg.parallel
     sequence = " with sequence parallelism" if parallel.sequence else ""
+    workers = f" and {worker_gpus(cfg)} of workers" if worker_gpus(cfg) else ""
     return "\n".join(
         [
-            f"{asked.gpus} x {asked.gpu.name} = {plan.replicas} "
-            f"replica{'s' if plan.replicas > 1 else ''} of tensor "
-            f"{parallel.tensor}{sequence} x context {parallel.context} x pipeline "
-            f"{parallel.pipeline} x virtual {parallel.virtual}; recompute {cfg.model.recompute}",
-            _model(cfg, count_all(arch)),
+            wrapped(
+                f"{asked.gpus} x {asked.gpu.name}{workers} = {counted(plan.replicas, 'replica')} "
+                f"of tensor {parallel.tensor}{sequence} x context {parallel.context} x pipeline "
+                f"{parallel.pipeline} x virtual {parallel.virtual}; recompute {cfg.model.recompute}"
+            ),
+            wrapped(_model(cfg, count_all(arch))),
             *_step(cfg, plan),
             "",
             *_memory_table(plan, cfg),
@@ -147,12 +155,14 @@ def _model(cfg: RunConfig, numbers: Numbers) -> str:
 
 def _step(cfg: RunConfig, plan: Plan) -> Iterable[str]:
     s = plan.sizes
-    yield (
-        f"step: {cfg.rollout.prompts_per_step} prompts of {s.prompt} tokens, {s.vision_tokens} of "
-        f"them video, {s.answers} answers of {s.response} each; {plan.micro_batches} micro-batches "
-        f"of {plan.batch.rows} rows a replica and update"
+    prompts = counted(cfg.rollout.prompts_per_step, "prompt")
+    batches = "micro-batch" if plan.micro_batches == 1 else "micro-batches"
+    yield wrapped(
+        f"step: {prompts} of {s.prompt} tokens, {s.vision_tokens} of them video, "
+        f"{counted(s.answers, 'answer')} of {s.response} each; {plan.micro_batches} {batches} of "
+        f"{plan.batch.rows} rows a replica and update"
     )
-    yield (
+    yield wrapped(
         f"      {plan.tokens:,} tokens, {plan.model_flops:.3g} model FLOPs, "
         f"{plan.hardware_flops:.3g} computed"
     )
@@ -178,15 +188,14 @@ def _memory_table(plan: Plan, cfg: RunConfig) -> Iterable[str]:
         if any(of(stage) for stage in stages):
             table.append([name, *(f"{of(stage) / GIB:.2f}" for stage in shown)])
     yield from aligned(table)
-    yield f"of {memory.usable / GIB:.1f} GiB that may be used" + (
-        "; the stages between are like their neighbours" if len(shown) < len(stages) else ""
-    )
+    between = "; the stages between are like their neighbours" if len(shown) < len(stages) else ""
+    yield wrapped(f"of {memory.usable / GIB:.1f} GiB that may be used{between}")
     if not memory.colocated:
         engine = memory.engine
-        yield (
+        yield wrapped(
             f"a worker's GPU: weights {engine.weights / GIB:.1f}, working "
             f"{engine.working / GIB:.1f}, KV cache {engine.kv_cache / GIB:.1f} GiB for "
-            f"{engine.sequences} answers"
+            f"{counted(engine.sequences, 'answer')}"
         )
 
 
@@ -198,7 +207,7 @@ def _part(memory: Memory, name: str, stage: int) -> int:
 def _host(cfg: RunConfig, asked: Question, memory: Memory) -> Iterable[str]:
     parts = host_bytes(cfg, asked, memory)
     listed = ", ".join(f"{k.replace('_', ' ')} {v / GIB:.1f}" for k, v in parts.items())
-    yield f"host memory of a node, GiB: {listed}"
+    yield wrapped(f"host memory of a node, GiB: {listed}")
 
 
 def _time_table(plan: Plan, mfu: float) -> Iterable[str]:
@@ -207,7 +216,34 @@ def _time_table(plan: Plan, mfu: float) -> Iterable[str]:
         parts = ", ".join(f"{cause} {s:.2f}" for cause, s in phase.parts.items() if s >= 0.005)
         table.append([name, f"{phase.seconds:.2f}", phase.bound, parts])
     table.append(["a step", f"{plan.seconds:.2f}", "", f"at mfu {mfu:g}; not measured on a GPU"])
-    yield from aligned(table, words=(0, 2, 3))
+    lines = list(aligned(table, words=(0, 2, 3)))
+    causes = lines[0].index(table[0][3])
+    yield from (wrapped(line, causes) for line in lines)
+
+
+def told_nearest(near: dict[str, Any] | None) -> str:
+    """Return a line about the `found_values` of the nearest layout."""
+    if near is None:
+        return "nearest: no layout of this config fits on such GPUs, however many"
+    peak, workers = near["peak_bytes"] / GIB, near["worker_gpus"]
+    beside = f" and {counted(workers, 'GPU')} of workers" if workers else ""
+    return wrapped(
+        f"nearest: --gpus {near['gpus']} {' '.join(near['overrides'])}  "
+        f"({counted(near['gpus'], 'GPU')}{beside}, {peak:.1f} GiB, "
+        f"{near['seconds_per_step']:.1f} s a step)",
+        9,
+    )
+
+
+def wrapped(line: str, indent: int = 6) -> str:
+    """Return a line cut to COLUMNS columns between words; what follows the first is indented."""
+    return textwrap.fill(
+        line,
+        COLUMNS,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def search_table(found: Sequence[Found], tried: int) -> str:
@@ -228,7 +264,7 @@ def search_table(found: Sequence[Found], tried: int) -> str:
                 f"{each.plan.seconds:.1f}",
             ]
         )
-    lines = [f"{len(found)} of {tried} layouts fit; by the seconds of a step:"]
+    lines = [f"{len(found)} of {counted(tried, 'layout')} fit; by the seconds of a step:"]
     return "\n".join([*lines, *aligned(table)])
 
 

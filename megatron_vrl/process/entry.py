@@ -1,33 +1,18 @@
 """How every program ends: a mistake is one sentence and exit code 2, Ctrl-C one line and 130."""
 
-import argparse
 import os
-import re
 import select
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
 from megatron_vrl.errors import EXIT_CODE, UserError
 
 LEAVE_S = 5.0
-_OPTION = re.compile(r"--\w+\.[\w.]+(=.*)?")  # a key of the configuration, written like an option
-
-
-class OverrideParser(argparse.ArgumentParser):
-    """Argument parser that answers `--grpo.steps 5` with the right form, `grpo.steps=5`."""
-
-    def error(self, message: str) -> NoReturn:
-        words = sys.argv[1:]
-        for word, following in zip(words, [*words[1:], ""], strict=True):
-            if _OPTION.fullmatch(word):
-                key, _, value = word.removeprefix("--").partition("=")
-                value = value or ("VALUE" if following.startswith("-") else following or "VALUE")
-                self.exit(EXIT_CODE, f"error: {word} is not an option: write {key}={value}.\n")
-        super().error(message)
 
 
 def protocol_name(text: str) -> str:
@@ -39,6 +24,19 @@ def protocol_name(text: str) -> str:
         return text
     print("note: `seed` is now called `temporal_r1`.", file=sys.stderr)
     return "temporal_r1"
+
+
+class _Interrupted(KeyboardInterrupt):
+    """A Ctrl-C with the sentence that follows "Interrupted."."""
+
+
+@contextmanager
+def told_if_interrupted(sentence: Callable[[], str]) -> Iterator[None]:
+    """Let the line of a Ctrl-C in the block end with `sentence()`: what is kept, how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise _Interrupted(f" {sentence()}") from None
 
 
 def run_program(
@@ -60,11 +58,12 @@ def run_program(
         if _is_first_to_fail():
             print(f"error: {error}", file=sys.stderr)
         code = EXIT_CODE
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends what is left
         if _is_first_to_fail():
             newline = "\n" if sys.stderr.isatty() else ""  # below a progress bar
-            print(f"{newline}Interrupted.", file=sys.stderr, flush=True)
+            more = str(interrupt) if isinstance(interrupt, _Interrupted) else ""
+            print(f"{newline}Interrupted.{more}", file=sys.stderr, flush=True)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
         code = 128 + signal.SIGINT
         leaving = threading.Timer(LEAVE_S, os._exit, (code,))

@@ -13,7 +13,10 @@ import ctypes
 import os
 import select
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 
 PARENT = "MEGATRON_VRL_PARENT"  # process id; set by launch/ for the process that it starts
 _PR_SET_PDEATHSIG = 1
@@ -37,6 +40,20 @@ def end_with_parent() -> None:
 def end_with_starter() -> None:
     """Be killed with the process that started this one, whoever it is. For helpers."""
     _ask_kernel()
+
+
+@contextmanager
+def deaf_to_interrupts() -> Iterator[None]:
+    """Start helpers in the block that hear no Ctrl-C, from their first instruction on.
+
+    Their parent decides what an interrupt ends; while they import they would print a traceback.
+    """
+    resource_tracker.ensure_running()  # which unblocks SIGINT once it has started
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def launcher() -> int:

@@ -1,4 +1,5 @@
-"""One run at a time in a run directory: a lock that ends with its holder, and a lease beside it.
+"""One run, or one call of a tool, at a time in a directory: a lock that ends with its holder, and a
+lease beside it.
 
 OUT/lock/rank0 is locked by rank 0 and OUT/lock/ranks by the other ranks, with flock(2), which the
 kernel releases when the process and the checkpoint writers that it forked have ended. A new run
@@ -6,6 +7,8 @@ waits for both. flock may not reach other hosts, so rank 0 also writes OUT/lock/
 counts up its `beat`. A new run on another host takes the directory when the file has not changed
 for SILENT_S; clocks of hosts are never compared. A holder whose file was replaced stops at its next
 step.
+
+A tool holds its --out folder in the same way (`owned`), alone, without ranks.
 
 Left out: a file system without flock on which two hosts start within one beat; the one that wrote
 first then stops after a beat.
@@ -20,17 +23,19 @@ import sys
 import threading
 import time
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from megatron_vrl.errors import RunInUse, UserError
+from megatron_vrl.errors import ConfigError, RunInUse, UserError
 from megatron_vrl.storage.files import write_file
 
 BEAT_S = 5.0
 SILENT_S = 6 * BEAT_S
+TOOL_WAITS_S = 3.0  # for the processes of an ended call, which hold the lock until they are gone
 _LOOK_S = 0.2
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
@@ -50,19 +55,36 @@ def ownership_lost() -> bool:
 class Owner:
     """A rank's hold of a run directory, for the life of its process."""
 
-    def __init__(self, out_dir: str | Path, rank: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        out_dir: str | Path,
+        rank: int,
+        timeout_s: float,
+        *,
+        folder: str = "lock",
+        user: str = "run",
+        advice: str = "",
+    ) -> None:
         """Rank 0 waits at most `timeout_s` seconds for an earlier run to end, then raises RunInUse.
 
-        The other ranks call `join` when rank 0 has returned.
+        It waits SILENT_S more when only a lease is in the way, which may be of a host that is gone.
+        The other ranks call `join` when rank 0 has returned. `folder` in `out_dir` has the files;
+        `user` and `advice` are words of the error.
         """
-        self._out_dir, self._rank = Path(out_dir), rank
-        self._folder = self._out_dir / "lock"
+        self._out_dir, self._rank, self._user = Path(out_dir), rank, user
+        self._timeout_s = timeout_s
+        self._advice = advice or (
+            "stop that run, choose another run.out_dir, or wait longer with run.lock_timeout_s="
+            f"{2 * timeout_s + 60:g}."
+        )
+        self._folder = self._out_dir / folder
         self._holder = self._folder / "holder.json"
         self._files: list[int] = []
         self._ended = threading.Event()
+        self._beats: threading.Thread | None = None
         if rank == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._acquire(timeout_s)
+            self._acquire()
             self._begin_lease()
 
     def join(self) -> None:
@@ -74,10 +96,19 @@ class Owner:
     def release(self) -> None:
         """Spare the next run on another host the wait. The locks stay until the process ends."""
         self._ended.set()
+        if self._beats is not None:
+            self._beats.join()  # so that it does not write the lease again
         if self._rank == 0 and not _state.lost:
             self._holder.unlink(missing_ok=True)
 
-    def _acquire(self, timeout_s: float) -> None:
+    def close(self) -> None:
+        """`release`, and give up this process's locks, too."""
+        self.release()
+        for file in self._files:
+            os.close(file)
+        self._files.clear()
+
+    def _acquire(self) -> None:
         lock, ranks = self._open("rank0"), self._open("ranks")
         reaches = _has_locks(lock)  # all processes of this kernel
         silence = _Silence()
@@ -89,21 +120,15 @@ class Owner:
             ended = holder is None or (reaches and holder["boot"] == _boot())
             if free and (ended or silence.of(holder) > SILENT_S):
                 break
-            if time.monotonic() - began > timeout_s:
+            patience_s = max(self._timeout_s, SILENT_S + BEAT_S) if free else self._timeout_s
+            in_use = f"{self._out_dir} is in use by another {self._user} ({_named(holder)})"
+            if time.monotonic() - began > patience_s:
                 os.close(lock)
                 os.close(ranks)
-                raise RunInUse(
-                    f"{self._out_dir} is in use by another run ({_named(holder)}): stop that run, "
-                    "choose another run.out_dir, or wait longer with run.lock_timeout_s="
-                    f"{2 * timeout_s + 60:g}."
-                )
+                raise RunInUse(f"{in_use}: {self._advice}")
             if not told and time.monotonic() - began > 1:
                 told = True
-                print(
-                    f"{self._out_dir} is in use by another run ({_named(holder)}); waiting up to "
-                    f"{timeout_s:g} s for its end.",
-                    file=sys.stderr,
-                )
+                print(f"{in_use}; waiting up to {patience_s:g} s for its end.", file=sys.stderr)
             time.sleep(_LOOK_S)
         os.close(ranks)  # which unlocks it for the ranks of this run
         self._files.append(lock)
@@ -121,7 +146,8 @@ class Owner:
             "beat": 0,
         }
         write_file(self._holder, json.dumps(lease))
-        threading.Thread(target=self._beat, args=(lease,), daemon=True).start()
+        self._beats = threading.Thread(target=self._beat, args=(lease,), daemon=True)
+        self._beats.start()
 
     def _beat(self, lease: dict[str, Any]) -> None:
         while not self._ended.wait(BEAT_S):
@@ -131,6 +157,71 @@ class Owner:
             lease["beat"] += 1
             with suppress(OSError, UserError):  # a full disk: the run itself meets and names it
                 write_file(self._holder, json.dumps(lease))
+
+
+@contextmanager
+def owned(out: Path, folder: str = "lock") -> Iterator[None]:
+    """Hold the --out folder of a tool, so that no second call mixes its rows with these.
+
+    Raises RunInUse if another call holds it. `folder` in `out` has the lock: calls that write other
+    files of `out` have another one.
+    """
+    advice = "wait for its end, or choose another --out."
+    try:
+        owner = Owner(out, 0, TOOL_WAITS_S, folder=folder, user="call", advice=advice)
+    except OSError as error:
+        raise ConfigError(
+            f"--out {out} cannot be written ({error.strerror}): choose another folder."
+        ) from None
+    try:
+        yield
+    finally:
+        owner.close()
+
+
+def check_owned(out: Path) -> None:
+    """Raise RunInUse if a call on another host has taken the folder that this process held."""
+    if _state.lost:
+        raise RunInUse(
+            f"{out} was taken by a call on another host, since this one showed no sign of life for "
+            "some time: wait for its end, or choose another --out."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Who holds a directory, as seen by a process that does not want it."""
+
+    now: bool
+    holder: str = ""  # in words; "" if it was given back, as at a regular end
+
+
+def held(out_dir: Path) -> Held | None:
+    """Return whether a process holds a run directory; None if it has no lock.
+
+    The lease of another host is watched for up to 2 beats.
+    """
+    lock, path = out_dir / "lock" / "rank0", out_dir / "lock" / "holder.json"
+    if not lock.is_file():
+        return None
+    file = os.open(lock, os.O_RDONLY)
+    try:
+        reaches = _has_locks(file)
+        free = _locked(file, fcntl.LOCK_SH)
+    finally:
+        os.close(file)
+    holder = _read(path)
+    words = _named(holder) if holder else ""
+    if not free:
+        return Held(True, words)
+    if holder is None or (reaches and holder["boot"] == _boot()):
+        return Held(False, words)
+    until_s = time.monotonic() + 2 * BEAT_S
+    while time.monotonic() < until_s:
+        time.sleep(_LOOK_S)
+        if _read(path) not in (holder, None):
+            return Held(True, words)
+    return Held(False, words)
 
 
 class _Silence:

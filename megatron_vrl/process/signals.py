@@ -1,9 +1,9 @@
 """Handling of SIGINT, SIGTERM, SIGHUP and SIGUSR1 in a training process.
 
 SIGUSR1, which schedulers send some time before a job's limit, asks the run to stop after the step
-under way. An interrupt (any of the others) asks the same once steps have begun, and ends the
-process at once before that; a second interrupt ends it at once in any case.
-`trainer/preemption.py` makes the ranks agree on stopping.
+under way, or after the batch of an evaluation. An interrupt (any of the others) asks the same once
+steps or evaluations have begun, and ends the process at once before that; a second interrupt ends
+it at once in any case. `trainer/preemption.py` makes the ranks agree on stopping.
 
 The signals are blocked, and a thread takes them: a handler would have to wait for Python code to
 run in the main thread, and children (decoders, writers of a checkpoint, wandb) would be ended by a
@@ -66,7 +66,7 @@ def _kill_helpers() -> None:
 
 
 def begin_steps() -> None:
-    """Make later interrupts wait for the end of the step."""
+    """Make later interrupts wait for the end of the step, or of the batch of an evaluation."""
     _state.steps_begun = True
 
 
@@ -105,7 +105,10 @@ def _interrupt(number: signal.Signals, sender: int) -> None:
         _say("Ended at once; the same command goes on from the newest checkpoint.")
         _end(number)
     elif sys.stderr.isatty():
-        _say("The run stops after this step and its checkpoint; a second Ctrl-C ends it at once.")
+        _say(
+            "The run saves and stops after this step, or this batch of an evaluation; a second "
+            "Ctrl-C ends it at once."
+        )
 
 
 def _end(number: signal.Signals) -> NoReturn:

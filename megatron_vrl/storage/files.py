@@ -9,11 +9,12 @@ import errno
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from megatron_vrl.errors import RunInUse, StopRequested, UserError
+from megatron_vrl.errors import RunInUse, StopRequested, UserError, counted
+from megatron_vrl.process.entry import a_rank_has_failed
 
 
 @contextmanager
@@ -43,30 +44,46 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in _whole_lines(path)]
 
 
+def kept_rows(path: Path, total: int, noun: str) -> str:
+    """Return the sentence of a stopped program whose rows lie in `path`, one for each `noun`."""
+    rows = len(_whole_lines(path))
+    if not rows:
+        return "Nothing was answered yet; the same command begins again."
+    return f"{path} keeps {rows} of {counted(total, noun)}; the same command goes on."
+
+
 def write_error(out_dir: Path, sentence: str) -> None:
-    """Keep the sentence that ended a run in OUT/error.txt; "" removes it when a run starts."""
+    """Keep the sentence that ended a run in OUT/error.txt, unless one is there.
+
+    "" removes it when a run starts.
+    """
     path = out_dir / "error.txt"
-    if sentence and out_dir.is_dir():
-        write_file(path, sentence + "\n")
-    elif not sentence:
+    if not sentence:
         path.unlink(missing_ok=True)
+    elif out_dir.is_dir():
+        with suppress(FileExistsError), full_disk_named(path), path.open("x") as file:
+            file.write(sentence + "\n")
 
 
 @contextmanager
-def error_kept(out_dir: Path) -> Iterator[None]:
-    """Keep in OUT/error.txt what ends the run, and remove what ended an earlier one.
+def error_kept(out_dir: Path, rank: int) -> Iterator[None]:
+    """Keep in OUT/error.txt the first error that ends the run, and remove that of an earlier one.
 
-    Rank 0 alone calls it. A run that was asked to stop has no error, and a start that was refused
-    since another process owns the directory leaves that one's file alone.
+    Every rank enters it: an error may be one rank's own, and the others then fail for their lost
+    connection, which is not kept. A run that was asked to stop has no error, and a start that was
+    refused since another process owns the directory leaves that one's file alone. All ranks see
+    `out_dir`.
     """
-    write_error(out_dir, "")
+    if rank == 0:
+        write_error(out_dir, "")
     try:
         yield
     except (StopRequested, RunInUse):
         raise
     except Exception as error:
         known = isinstance(error, UserError)
-        write_error(out_dir, str(error) if known else f"{type(error).__name__}: {error}")
+        if not a_rank_has_failed():
+            write_error(out_dir, str(error) if known else f"{type(error).__name__}: {error}")
         raise
 
 

@@ -297,7 +297,7 @@ def test_writer_closes_a_shard_whose_header_is_full(tmp_path, monkeypatch):
 def test_program_prints_what_it_did(folder, tmp_path):
     done = run_python(TOOL, "megatron-to-hf", folder / "megatron", tmp_path / "back")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"{tmp_path / 'back'}: ")
+    assert done.stderr.splitlines()[-1] == f"Written: {tmp_path / 'back'}"
     same = run_python(TOOL, "verify", folder / "hf", tmp_path / "back")
     assert same.stdout.endswith("tensors are bit-equal\n")
     assert same.stderr == ""

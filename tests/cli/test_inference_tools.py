@@ -181,6 +181,7 @@ def test_one_question_from_the_command_line_with_nothing_configured(folder, tmp_
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
     assert found["question"] == "a red square" and (tmp_path / found["strip"]).exists()
+    assert done.stderr.splitlines()[-1] == f"Written: {found['strip']}"
 
 
 def test_an_export_brings_its_prompt_and_video_rules(folder, tmp_path):

@@ -76,12 +76,14 @@ def test_every_problem_is_found(dataset, tmp_path):
     assert all(list(row) == ["phase", "step", "sample", "video", "kind", "reason"] for row in rows)
     assert "8 samples, 3 videos that can be read" in done.stdout
     assert "2 interval (first " in done.stdout
+    assert done.stderr.splitlines()[-1] == f"Written: {out}"
     assert "qa.json" in done.stderr  # the progress bar
 
     sound_source = sources[1] | {"json_path": str(_only_first(grounding))}
     sound = run_python(*tool, "--decode", *others, f"data.train={json.dumps([sound_source])}")
     assert sound.returncode == 0, sound.stdout + sound.stderr
     assert "No problems in 1 sample." in sound.stdout
+    assert "Written" not in sound.stderr and not out.exists()
 
 
 def _check(tmp_path, records, form: str, name: str = "a.json"):

@@ -259,7 +259,7 @@ def test_the_tool_prints_json_and_one_sentence_for_a_mistake(tmp_path):
     arguments = ["tools/evaluate.py", "--benchmark=charades_sta", "--annotations"]
     arguments += [tmp_path / "a.json", "--out", tmp_path / "out"]
     done = run_python(*arguments, "--predictions", tmp_path / "p.jsonl", "--json")
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, f"Written: {tmp_path / 'out'}\n")
     found = json.loads(done.stdout)
     assert found["failures"]["missing"] == 47 and found["metrics"]["miou"]["value"] == 0.0
     done = run_python(*arguments)

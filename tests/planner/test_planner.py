@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_vrl.cli import plan as program
 from megatron_vrl.cli import train
 from megatron_vrl.config import load_config
-from megatron_vrl.errors import ConfigError
+from megatron_vrl.errors import ConfigError, counted
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.planner.hardware import GPUS, find_gpu
 from megatron_vrl.planner.plan import Question, make_plan, refusals
@@ -16,7 +17,6 @@ from megatron_vrl.planner.speed import Machine
 from megatron_vrl.planner.workload import TEXT_TOKENS, step_sizes, video_grid
 from megatron_vrl.process.entry import run_program
 from tests.running import ROOT
-from tools import plan as program
 
 READY = {  # parameters, and the GPU that the config is for
     "charades_3b": 3_754_622_976,
@@ -56,7 +56,7 @@ def test_ready_configs_pass_a_dry_run_and_fit(plan, name, monkeypatch, capsys):
     said = capsys.readouterr().out
     cfg = load_config(f"configs/{name}.yaml")
     assert f"# model: {READY[name]:,} parameters" in said
-    assert f"# layout: {cfg.parallel.processes} processes" in said
+    assert f"# layout: {counted(cfg.parallel.processes, 'process')} = " in said
     code, found = as_json(plan(name, "--json"))
     assert (code, found["refused"], found["parameters"]) == (0, [], READY[name])
     assert found["gpus"] == cfg.parallel.processes > 0
@@ -73,7 +73,7 @@ def test_the_screen_says_what_json_says(plan):
     code, out, err = plan("qwen2.5-vl-7b-tp2pp2")
     _, found = as_json(plan("qwen2.5-vl-7b-tp2pp2", "--json"))
     assert (code, err) == (0, "")
-    assert len(out.splitlines()) <= 45 and max(map(len, out.splitlines())) <= 140
+    assert len(out.splitlines()) <= 45 and max(map(len, out.splitlines())) <= 80
     peaks = [stage["update_peak"] / 2**30 for stage in found["memory_bytes"].values()]
     (line,) = [line for line in out.splitlines() if line.startswith("an update, at most")]
     assert line.split()[-2:] == [f"{peak:.2f}" for peak in peaks]
@@ -121,6 +121,11 @@ def test_an_engine_without_room_is_moved_to_workers(plan):
     code, found = as_json(plan(name, "rollout.placement=colocated", "--json"))
     assert code == 2
     assert found["nearest"]["changes"] == {"rollout.placement": "workers"}
+    assert (found["nearest"]["gpus"], found["nearest"]["worker_gpus"]) == (64, 32)
+    _, out, _ = plan(name, "rollout.placement=colocated")
+    said = " ".join(out[out.index("nearest: ") :].split())
+    assert said.startswith("nearest: --gpus 64 rollout.placement=workers (64 GPUs and 32 GPUs of")
+    assert max(map(len, out.splitlines())) <= 80
 
 
 def test_search_ranks_what_fits(plan):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.running import ENVIRONMENT, ROOT
+from tests.running import CONFIG, ENVIRONMENT, ROOT
 
 RAISES = """
 import os, sys
@@ -44,6 +44,70 @@ def test_an_error_of_any_rank_is_said_once(tmp_path, failing):
     assert ranks(tmp_path, RAISES, failing) == "error: the file is empty.\n"
 
 
+KEEPS = """
+import os, sys, time
+from pathlib import Path
+from megatron_vrl.errors import DataError
+from megatron_vrl.storage.files import error_kept
+from megatron_vrl.process.entry import run_program
+
+out, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+
+def main():
+    with error_kept(out, rank):
+        if rank == 1:
+            while (out / "error.txt").exists():  # of an earlier run
+                time.sleep(0.01)
+            raise DataError("the file of rank 1 is empty.")
+        while not (out / "error.txt").exists():
+            time.sleep(0.01)
+        raise ConnectionError("rank 1 has gone")
+
+run_program(main)
+"""
+
+
+def test_the_first_error_of_any_rank_is_kept(tmp_path):
+    (tmp_path / "error.txt").write_text("of an earlier run")
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", KEEPS, tmp_path],
+            cwd=ROOT,
+            env=ENVIRONMENT | {"RANK": rank},
+            stderr=subprocess.DEVNULL,
+        )
+        for rank in "10"
+    ]
+    assert [process.wait(60) for process in started] == [2, 1]
+    assert (tmp_path / "error.txt").read_text() == "the file of rank 1 is empty.\n"
+
+
+MISTAKEN = """
+import os, sys
+from megatron_vrl.process.entry import run_program
+from megatron_vrl.cli.train import main
+
+if os.environ["RANK"] == "1":
+    sys.argv.append("model.checkpoint=gone")
+run_program(main, unblocked=frozenset())
+"""
+
+
+@pytest.mark.slow
+def test_an_error_of_one_rank_of_a_run_is_kept_in_its_directory(quickstart, tmp_path):
+    program, out = tmp_path / "program.py", tmp_path / "out"
+    program.write_text(MISTAKEN)
+    out.mkdir()
+    done = subprocess.run(
+        [sys.executable, ROOT / "launch" / "torchrun.py", "--standalone", "--nproc-per-node", "2",
+         program, "--config", CONFIG, f"run.out_dir={out}"],
+        cwd=quickstart, env=ENVIRONMENT | {"WARM_SOCKET": ""}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    (said,) = done.stderr.splitlines()
+    assert said == "error: " + (out / "error.txt").read_text().strip() and "gone" in said
+
+
 @pytest.mark.slow
 def test_under_the_launcher_an_error_of_the_second_rank_is_said_once(tmp_path):
     program = tmp_path / "program.py"
@@ -53,6 +117,33 @@ def test_under_the_launcher_an_error_of_the_second_rank_is_said_once(tmp_path):
         [*launcher, str(program), "1"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: the file is empty.\n")
+
+
+WAITS = """
+import time
+from megatron_vrl.process.entry import run_program, told_if_interrupted
+
+def main():
+    with told_if_interrupted(lambda: "7 of 9 are kept; the same command goes on."):
+        print("ready", flush=True)
+        time.sleep(60)
+
+run_program(main)
+"""
+
+
+def test_the_line_of_an_interrupted_program_says_what_is_kept():
+    command = [sys.executable, "-c", WAITS]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=ENVIRONMENT, stdout=-1, stderr=-1, text=True
+    ) as program:
+        assert program.stdout.readline() == "ready\n"
+        program.send_signal(signal.SIGINT)
+        assert program.communicate(timeout=60) == (
+            "",
+            "Interrupted. 7 of 9 are kept; the same command goes on.\n",
+        )
+    assert program.returncode == 130
 
 
 def test_an_interrupted_tool_says_one_line(tmp_path):

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vrl.errors import RunInUse
+from megatron_vrl.errors import ConfigError, RunInUse
 from megatron_vrl.process import run_lock
-from megatron_vrl.process.run_lock import Owner
-from tests.running import ENVIRONMENT, ROOT, python
+from megatron_vrl.process.run_lock import Held, Owner, check_owned, held, owned
+from tests.running import ENVIRONMENT, ROOT, python, run_python
 
 HOLDER = """
 import os, sys, time
@@ -41,6 +41,7 @@ def hold():
             env=ENVIRONMENT | {"WARM_SOCKET": ""},
             stdout=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
         started.append(process)
         assert process.stdout.readline() == "held\n"
@@ -83,6 +84,7 @@ def lease(out: Path, beat: int) -> None:
 
 def test_another_host_keeps_the_directory_as_long_as_its_lease_changes(tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock, "SILENT_S", 1.0)
+    monkeypatch.setattr(run_lock, "BEAT_S", 0.2)
     lease(tmp_path, 0)
     ended = threading.Event()
 
@@ -120,3 +122,80 @@ def test_a_holder_whose_lease_was_replaced_knows(tmp_path, monkeypatch):
         time.sleep(0.05)
     owner.release()
     assert (tmp_path / "lock" / "holder.json").exists()  # it is the other's
+
+
+def test_a_lease_that_stands_still_is_waited_out_however_short_the_timeout(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "SILENT_S", 0.5)
+    monkeypatch.setattr(run_lock, "BEAT_S", 0.2)
+    lease(tmp_path, 0)
+    Owner(tmp_path, 0, 0).release()
+
+
+def test_a_folder_of_a_tool_has_one_call_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "TOOL_WAITS_S", 0.1)
+    out = tmp_path / "new" / "out"
+    refused = rf"out is in use by another call \(host .*, process {os.getpid()}, since .*\): wait "
+    with owned(out):
+        with pytest.raises(RunInUse, match=refused), owned(out):
+            pass
+        with owned(out, "lock-1"):  # other files
+            pass
+    with pytest.raises(KeyError), owned(out):
+        raise KeyError
+    with owned(out):
+        check_owned(out)
+        monkeypatch.setattr(run_lock._state, "lost", True)
+        with pytest.raises(RunInUse, match="out was taken by a call on another host"):
+            check_owned(out)
+
+
+def test_a_folder_of_a_tool_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    sentence = r"--out .*file/out cannot be written \(Not a directory\): choose another folder"
+    with pytest.raises(ConfigError, match=sentence), owned(tmp_path / "file" / "out"):
+        pass
+
+
+def test_an_evaluation_in_a_folder_that_another_holds_is_refused(hold, tmp_path):
+    first = hold(tmp_path / "out")
+    (tmp_path / "a.json").write_text(
+        '{"v": {"timestamps": [[0, 2]], "sentences": ["a"], "duration": 10.0}}'
+    )
+    (tmp_path / "p.jsonl").write_text('{"id": "v/0", "response": "x"}\n')
+    command = (
+        *(ROOT / "tools" / "evaluate.py", "--benchmark", "charades_sta", "--out", "out"),
+        *("--annotations", "a.json", "--predictions", "p.jsonl"),
+    )
+    done = run_python(*command, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: out is in use by another call (host ")
+    assert f", process {first.pid}, since " in last and last.endswith("choose another --out.")
+    assert not (tmp_path / "out" / "items.jsonl").exists()
+    first.kill()
+    first.wait()
+    assert run_python(*command, cwd=tmp_path).returncode == 0
+
+
+def test_what_others_see_of_a_directory(hold, tmp_path, monkeypatch):
+    assert held(tmp_path) is None
+    first = hold(tmp_path)
+    seen = held(tmp_path)
+    assert seen and seen.now and f"process {first.pid}, since" in seen.holder
+    Owner(tmp_path / "other", 0, 0).close()
+    assert held(tmp_path / "other") == Held(now=False)  # given back
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    deadline = time.monotonic() + 30
+    while (seen := held(tmp_path)) and seen.now and time.monotonic() < deadline:
+        time.sleep(0.05)  # its child is being killed
+    assert seen and not seen.now and f"process {first.pid}, since" in seen.holder
+    monkeypatch.setattr(run_lock, "BEAT_S", 0.5)
+    lease(tmp_path, 0)
+    began = time.monotonic()
+    seen = held(tmp_path)
+    assert seen == Held(False, "host node7, process 7, since then")
+    assert time.monotonic() - began >= 1.0
+    threading.Timer(0.3, lease, (tmp_path, 1)).start()
+    seen = held(tmp_path)
+    assert seen and seen.now

@@ -5,18 +5,15 @@ import sys
 from dataclasses import replace
 
 import pytest
+from scaling import launch, simulate, tell
+from scaling.grid import Cell, Layout, Study, cells, ideal_bubble
+from scaling.predict import IDLE, fitted_mfu, predicted, update_parts
+from scaling.rank import message_kind, union
 
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.planner.hardware import GPUS, Gpu
 from megatron_vrl.process.entry import run_program
 from tests.running import ROOT, run_python
-
-sys.path.append(str(ROOT / "tools"))
-
-from scaling import launch, simulate, tell
-from scaling.grid import Cell, Layout, Study, cells, ideal_bubble
-from scaling.predict import IDLE, fitted_mfu, predicted, update_parts
-from scaling.rank import message_kind, union
 
 TOOL = ROOT / "tools" / "scaling_study.py"
 ARCH = read_architecture(ROOT / "configs" / "models" / "qwen2.5-vl-3b.json")
@@ -172,7 +169,7 @@ def test_wrong_input_is_one_sentence(tmp_path, monkeypatch, capsys, arguments, w
 def test_cells_that_cannot_run_say_why():
     study = Study()
     for wrong, words in {
-        cell(data=16): "16 ranks are not to be had from 2 nodes of 4",
+        cell(data=16): "16 ranks cannot run on 2 nodes of 4",
         cell(data=2, prompts=1): "work.prompts=1 is less than the 2 data ranks",
         cell(tensor=4): "parallel.tensor=4 does not divide the model's 2 KV heads",
     }.items():

@@ -12,10 +12,10 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from make_synthetic import COLOURS, DURATION_S, EASY, FPS, KINDS, apportion, bounced, plan
 
 from megatron_vrl.config import Source
 from megatron_vrl.data.formats.training import read
-from tools.make_synthetic import COLOURS, DURATION_S, EASY, FPS, KINDS, apportion, bounced, plan
 
 TOOL = Path(__file__).parents[2] / "tools/make_synthetic.py"
 SPLITS = ("sft", "train", "dev", "heldout", "ood")
@@ -151,7 +151,9 @@ def test_a_half_made_set_is_completed_and_a_whole_one_reused(folder, tmp_path):
     clip, whole = "videos/sft_00001.mp4", digests(folder)
     (tmp_path / "set" / clip).unlink()
     (tmp_path / "set/annotations/dev_grounded_qa.json").unlink()
-    assert "1 clips encoded" in make(tmp_path / "set").stdout
+    done = make(tmp_path / "set")
+    assert "1 clip encoded" in done.stdout
+    assert done.stderr.splitlines()[-1] == f"Written: {tmp_path / 'set'}"
     assert digests(tmp_path / "set") | {clip: ""} == whole | {clip: ""}
     assert apart(folder / clip, tmp_path / "set" / clip) < 0.5
     completed = digests(tmp_path / "set")

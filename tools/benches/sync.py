@@ -1,8 +1,9 @@
-"""A hand-over of weights to a vLLM engine, beside a plain copy of the same bytes into memory that
-is there already: in turns, one path after another. Paths: `colocated`, the trainer's tensors in the
-engine's own process; the others to a rollout worker on this machine, by each `rollout.transport`
-that leads there. Stages: export (what the trainer gathers), load (fill a bucket, wait for the one
-before), settle (wait for the last one), finish (versions and caches)."""
+"""Weight sync to a vLLM engine, beside a copy of the same bytes into allocated memory.
+
+Paths, one after another: `colocated` loads the trainer's tensors into an engine in its own process;
+the others send them to a rollout worker on this machine, one for each `rollout.transport` that
+works here. Stages: export (gather), load (fill a bucket, wait for the previous one), settle (wait
+for the last bucket), finish (versions and caches)."""
 
 import argparse
 import statistics
@@ -18,16 +19,15 @@ from typing import Any
 Row = dict[str, Any]
 STAGES = ("export", "load", "settle", "finish")
 TRANSPORTS = ("shared_memory", "cuda_ipc", "broadcast", "http")
-TOOLS = Path(__file__).resolve().parents[1]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--hidden", type=int, default=1024, help="of the language model")
-    parser.add_argument("--layers", type=int, default=10, help="of the language model")
+    parser.add_argument("--hidden", type=int, default=1024, help="size of the language model")
+    parser.add_argument("--layers", type=int, default=10, help="size of the language model")
     parser.add_argument(
         "--packed",
         action="store_true",
-        help="with rollout.cpu_prepack_weights, which packs for oneDNN",
+        help="set rollout.cpu_prepack_weights, which packs for oneDNN",
     )
 
 
@@ -58,15 +58,14 @@ def run(arguments: argparse.Namespace) -> Iterator[Row]:
 def _in_turns(
     copy: Callable[[], None], export: Any, engine: Any, rounds: int
 ) -> tuple[list[float], list[Row]]:
-    """Seconds of copies and of hand-overs; the first round warms up."""
+    """Return seconds of copies and of weight syncs; the first round warms up."""
     measured = [(_timed(copy), _sync_all(export, engine, version)) for version in range(1 + rounds)]
     copies, rows = zip(*measured[1:], strict=True)
     return list(copies), list(rows)
 
 
 def checkpoint_of(folder: Path, hidden: int, layers: int) -> Path:
-    """Random weights of these sizes, with a tokenizer."""
-    sys.path.append(str(TOOLS))
+    """Write a checkpoint of random weights of these sizes, with a tokenizer; return its folder."""
     import make_tiny_model
 
     sizes = {"hidden": hidden, "mlp": 4 * hidden, "heads": 16, "kv-heads": 4, "layers": layers}
@@ -104,7 +103,7 @@ def _config(folder: Path, arguments: argparse.Namespace) -> Any:
 
 @contextmanager
 def _worker(folder: Path, cfg: Any) -> Iterator[None]:
-    """A rollout worker in a process of its own."""
+    """Run a rollout worker in its own process while the block runs."""
     command = [sys.executable, "-m", "megatron_vrl.cli.worker"]
     process = subprocess.Popen(
         [*command, "--config", str(folder / "config.yaml")], stdout=sys.stderr
@@ -117,8 +116,10 @@ def _worker(folder: Path, cfg: Any) -> Iterator[None]:
 
 
 def _sides(cfg: Any) -> tuple[Any, Iterator[tuple[str, Any]]]:
-    """The trainer's export; and by path a context of whatever takes its weights, one at a time as
-    in a run."""
+    """Return the trainer's export and, by path, a context of the receiver of its weights.
+
+    One receiver is open at a time, as in a run.
+    """
     from megatron_vrl.checkpoint.hf_export import WeightExport
     from megatron_vrl.checkpoint.hf_load import load_hf_weights
     from megatron_vrl.config import Parallel
@@ -182,7 +183,7 @@ def _sync_all(export: Any, engine: Any, version: int) -> dict[str, float]:
 
 
 class _Timed:
-    """An iterator, and the seconds that were spent in it."""
+    """Iterator that counts the seconds spent in another iterator."""
 
     def __init__(self, iterator: Iterator[Any]) -> None:
         self.seconds = 0.0

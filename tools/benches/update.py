@@ -1,7 +1,8 @@
-"""The update of one group, n answers to a prompt with a video, on random weights of a published
-architecture, as a run does it: vision tower forward, language model and head forward and backward,
-gradients in float32, AdamW. All number formats and layouts take turns on one model, so that only
-they differ: `bfloat16`, and Transformer Engine's FP8 with `delayed`, `current` or `blockwise`
+"""Update of one group, n answers to a prompt with a video, on random weights of a real size.
+
+The update is that of a run: vision tower forward, language model and head forward and backward,
+gradients in float32, AdamW. Number formats and layouts take turns on one model, so that nothing
+else differs: `bfloat16`, and Transformer Engine's FP8 with `delayed`, `current` or `blockwise`
 scaling (a GPU's alone). `ratio` is the median time of the row --against over the row's own,
 `model_tflops` counts what the layout had to compute (megatron_vrl/models/qwen2_5_vl/flops.py),
 `mfu` is that over the card's bfloat16 peak whatever the format, `entropy_change` the relative
@@ -38,11 +39,13 @@ ROOT = Path(__file__).parents[2]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default=str(ROOT / "configs/models/qwen2.5-vl-3b.json"))
-    parser.add_argument("--frames", type=int, default=16)
+    parser.add_argument(
+        "--model", default=str(ROOT / "configs/models/qwen2.5-vl-3b.json"), help="a config.json"
+    )
+    parser.add_argument("--frames", type=int, default=16, help="of the video")
     parser.add_argument("--height", type=int, default=392, help="pixels, a multiple of 28")
     parser.add_argument("--width", type=int, default=700, help="pixels, a multiple of 28")
-    parser.add_argument("--answer-tokens", type=int, default=256)
+    parser.add_argument("--answer-tokens", type=int, default=256, help="of an answer")
     parser.add_argument("--group", type=int, default=8, help="answers to the prompt")
     parser.add_argument(
         "--formats", default="bfloat16", help="of bfloat16," + ",".join(FP8_RECIPES)

@@ -1,0 +1,56 @@
+"""Command-line parsers: a module's docstring is its help, and a wrong argument is one sentence."""
+
+import argparse
+import difflib
+import re
+import sys
+import textwrap
+from typing import NoReturn
+
+from megatron_vrl.errors import EXIT_CODE
+
+OVERRIDE_HELP = "set a key of the configuration; the value is YAML (docs/config.md)"
+_OPTION = re.compile(r"--\w+\.[\w.]+(=.*)?")  # a key of the configuration, written like an option
+_USAGE = re.compile(r"^    (?:mvrl |\S+\.(?:py|sh)\b).*\n(?:    .*\n)*\n?", re.MULTILINE)
+
+
+class OverrideParser(argparse.ArgumentParser):
+    """Argument parser whose errors are one sentence and exit code 2.
+
+    `--grpo.steps 5` is answered with the right form, `grpo.steps=5`. An unknown option is answered
+    with the nearest known one.
+    """
+
+    def error(self, message: str) -> NoReturn:
+        words = sys.argv[1:]
+        for word, following in zip(words, [*words, ""][1:], strict=True):
+            if _OPTION.fullmatch(word):
+                key, _, value = word.removeprefix("--").partition("=")
+                value = value or ("VALUE" if following.startswith("-") else following or "VALUE")
+                self.exit(EXIT_CODE, f"error: {word} is not an option: write {key}={value}.\n")
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
+        near = difflib.get_close_matches(unknown, self._option_string_actions, n=1)
+        hint = f" (did you mean {near[0]}?)" if unknown.startswith("--") and near else ""
+        self.exit(EXIT_CODE, f"error: {message.rstrip('.')}{hint}; see {self.prog} --help.\n")
+
+    def add_overrides(self, text: str = OVERRIDE_HELP) -> None:
+        """Add the positional arguments `section.key=value ...`, read as `arguments.overrides`."""
+        self.add_argument("overrides", nargs="*", metavar="section.key=value", help=text)
+
+
+def tool_parser(doc: str | None) -> OverrideParser:
+    """Return a parser whose help is the docstring of a command or tool.
+
+    The first indented block of commands (`mvrl NAME ...` or `NAME.py ...`) becomes the usage, the
+    rest the description. A docstring without such a block gets argparse's own usage.
+    """
+    text = doc or ""
+    parser = OverrideParser(formatter_class=argparse.RawDescriptionHelpFormatter)
+    if block := _USAGE.search(text):
+        lines = textwrap.dedent(block[0]).strip().splitlines()
+        first, second, *_ = [*lines[0].split(), ""]
+        parser.prog = f"{first} {second}" if first == "mvrl" else first
+        parser.usage = "\n       ".join(lines).replace("%", "%%")
+        text = text[: block.start()] + text[block.end() :]
+    parser.description = text.strip()
+    return parser

@@ -1,0 +1,86 @@
+"""Mistakes in a config: one sentence with the key, the value and what to write instead."""
+
+import pytest
+
+from megatron_vrl.config import Rewards, RunConfig, check_batches, check_dev, load_config
+from megatron_vrl.config.foreign_keys import FOREIGN
+from megatron_vrl.errors import ConfigError
+from megatron_vrl.rewards import weights_of
+from tests.running import CONFIG, ROOT
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("grpo.stpes=3", "Command line: unknown key 'grpo.stpes'; did you mean 'grpo.steps'?"),
+        ("gpro.steps=3", "unknown key 'gpro'; did you mean 'grpo'?"),
+        ("grpo.steps=three", "Command line: grpo.steps must be a whole number, not 'three'."),
+        ("rollout.group_size=0", "Command line: rollout.group_size must be more than 0, not 0."),
+        ("model.freeze_vision=7", "model.freeze_vision must be true or false, not 7."),
+        ("grpo.optimizer.lr=x", "Command line: grpo.optimizer.lr must be a number, not 'x'."),
+        ("video.decoder=pyva", "must be 'dali' or 'pyav', not 'pyva'; did you mean 'pyav'?"),
+        ("algorithm.adv_estimator=grpo", "the key here is 'algorithm.name'."),
+        ("actor_rollout_ref.rollout.n=4", "the key here is 'rollout.group_size'."),
+        ("grpo.num_generations=4", "the key here is 'rollout.group_size'."),
+        ("num_generations=4", "Write rollout.group_size=4."),
+        ("data.train=nope.yaml", "nope.yaml cannot be read (No such file or directory)."),
+        ("grpo", "Override 'grpo' is not of the form section.key=value."),
+        ("grpo.steps=[", "Override 'grpo.steps=[': the value is not YAML."),
+        ("model.checkpoint.x=1", "model.checkpoint is not a section."),
+    ],
+)
+def test_config_mistakes(override, sentence):
+    with pytest.raises(ConfigError) as error:
+        load_config(CONFIG, [override])
+    assert sentence in str(error.value)
+
+
+def test_config_file_that_is_missing_or_not_yaml(tmp_path):
+    with pytest.raises(ConfigError, match=r"Cannot read the config .*nowhere\.yaml: No such file"):
+        load_config(tmp_path / "nowhere.yaml")
+    (tmp_path / "c.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match="is not YAML"):
+        load_config(tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text("- a")
+    with pytest.raises(ConfigError, match="holds a list, not sections"):
+        load_config(tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text("")
+    with pytest.raises(ConfigError, match=r"c\.yaml is empty\. See"):
+        load_config(tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text("run:\n\tout_dir: x\n")
+    with pytest.raises(ConfigError, match="line 2 is indented with a tab; use spaces"):
+        load_config(tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text(CONFIG.read_text().replace("grpo:", "grpo:\n  stpes: 1", 1))
+    with pytest.raises(ConfigError, match=r"c\.yaml: unknown key 'grpo\.stpes'"):
+        load_config(tmp_path / "c.yaml", ["grpo.steps=3"])
+
+
+def test_every_foreign_name_leads_to_a_key_of_ours():
+    for ours in FOREIGN.values():
+        section = RunConfig
+        for name in ours.split(".")[:-1]:
+            section = section.model_fields[name].annotation
+        assert ours.split(".")[-1] in section.model_fields
+
+
+def test_a_step_smaller_than_the_replicas():
+    cfg = load_config(ROOT / "configs/quickstart.yaml", ["rollout.prompts_per_step=3"])
+    check_batches(cfg, 3)
+    with pytest.raises(ConfigError, match="prompts_per_step=3 is less than the 4 model replicas"):
+        check_batches(cfg, 4)
+
+
+@pytest.mark.parametrize("key", ["sft.stop_metric", "grpo.evaluate_every"])
+def test_a_look_at_a_split_that_is_not_there(key):
+    without = ["data.evaluation.dev=[]", "sft.stop_metric=''", "grpo.evaluate_every=0"]
+    values = {"sft.stop_metric": "temporal_grounding/miou", "grpo.evaluate_every": 30}
+    config = ROOT / "configs/quickstart.yaml"
+    check_dev(load_config(config, [*without, "grpo.steps=29", "grpo.evaluate_every=30"]))
+    cfg = load_config(config, [*without, f"{key}={values[key]}"])
+    with pytest.raises(ConfigError, match=rf"{key} needs the split data\.evaluation\.dev: name"):
+        check_dev(cfg)
+
+
+def test_a_weight_for_a_part_no_task_has():
+    with pytest.raises(ConfigError, match=r"acuracy.*accuracy"):
+        weights_of(Rewards(multiple_choice={"format": 0.5, "acuracy": 0.5}))

@@ -1,0 +1,108 @@
+"""How programs end on a mistake: one line on stderr, exit code 2, no traceback."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.running import CONFIG, ENVIRONMENT, ROOT, run_python, sentence_of
+
+
+def test_program_prints_the_sentence_alone():
+    done = run_python(
+        "-m", "megatron_vrl.cli.train", "--config", CONFIG, "grpo.stpes=3", "--dry-run"
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "error: Command line: unknown key 'grpo.stpes'; did you mean 'grpo.steps'?\n"
+    )
+
+
+def test_launcher_passes_the_sentence_on(tmp_path):
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch" / "train.sh"), "--config", str(tmp_path / "nowhere.yaml")],
+        env=ENVIRONMENT | {"PATH": f"{Path(sys.executable).parent}:{ENVIRONMENT['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
+    assert "Cannot read the config" in sentence_of(done)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = [sys.executable, str(ROOT / "tools/config_reference.py")]
+    with subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as program:
+        program.stdout.close()  # long before the first line
+        assert program.stderr.read() == b""
+    assert program.returncode == 0
+
+
+def test_another_broken_pipe_is_an_error():
+    """For example to a process that decodes."""
+    program = "def main(): raise BrokenPipeError('of a worker')\n"
+    program += "from megatron_vrl.process.entry import run_program; run_program(main)"
+    done = run_python("-c", program)
+    assert done.returncode == 1 and "BrokenPipeError: of a worker" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "right"),
+    [
+        (("--grpo.steps", "5"), "grpo.steps=5"),
+        (("--grpo.steps=5",), "grpo.steps=5"),
+        (("--run.out_dir", "--dry-run"), "run.out_dir=VALUE"),
+    ],
+)
+def test_an_override_written_as_an_option_is_told_its_form(words, right):
+    done = run_python("-m", "megatron_vrl.cli.train", "--config", CONFIG, *words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {words[0]} is not an option: write {right}.\n"
+
+
+@pytest.mark.parametrize(
+    ("tool", "words", "sentence"),
+    [
+        ("grade.py", (), "the following arguments are required: --task; see mvrl grade --help."),
+        (
+            "grade.py",
+            ("--task", "multiple_choice", "--mod", "x"),
+            "argument --mode: invalid choice: 'x' (choose from 'strict', 'temporal_r1'); see mvrl "
+            "grade --help.",
+        ),
+        (
+            "check_data.py",
+            ("--config", "c.yaml", "--decod3"),
+            "unrecognized arguments: --decod3 (did you mean --decode?); see mvrl check-data "
+            "--help.",
+        ),
+        (
+            "convert_checkpoint.py",
+            ("to-hf", "a", "b"),
+            "argument direction: invalid choice: 'to-hf' (choose from 'hf-to-megatron', "
+            "'megatron-to-hf', 'verify'); see mvrl convert --help.",
+        ),
+    ],
+)
+def test_a_wrong_argument_is_one_sentence(tool, words, sentence):
+    done = run_python(ROOT / "tools" / tool, *words)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {sentence}\n")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "cannot be read (No such file or directory)"),
+        ("a: [", "is not YAML: "),
+        ("- a", "has no list `datasets` of sources"),
+    ],
+)
+def test_a_pool_that_is_none_is_named_by_its_option(tmp_path, content, reason):
+    pool = tmp_path / "pool.yaml"
+    if content is not None:
+        pool.write_text(content)
+    words = ("--config", CONFIG, "--pool", pool, "--out", tmp_path / "out")
+    done = run_python(ROOT / "tools" / "select_data.py", *words)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: --pool {pool} {reason}")
+    assert done.stderr.endswith(": correct it.\n") and done.stderr.count("\n") == 1
