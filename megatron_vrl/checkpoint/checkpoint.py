@@ -154,7 +154,8 @@ def load_checkpoint(checkpoint: str | Path, policy: Policy) -> None:
 
 def read_state(checkpoint: str | Path) -> dict[str, Any]:
     try:
-        return json.loads((Path(checkpoint) / STATE).read_text())
+        state: dict[str, Any] = json.loads((Path(checkpoint) / STATE).read_text())
+        return state
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{checkpoint}/{STATE} cannot be read ({error}): remove it."

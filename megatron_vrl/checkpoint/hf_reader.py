@@ -72,7 +72,8 @@ class HFCheckpoint:
         """The file is opened for each tensor, so that what was read can leave memory."""
         stored = self._entry(name)
         with opened(stored.file) as shard:
-            return shard.get_tensor(stored.name)
+            found: Tensor = shard.get_tensor(stored.name)
+        return found
 
     def type_note(self) -> str:
         """Return a sentence if tensors are stored in another type than config.json names."""

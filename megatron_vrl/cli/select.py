@@ -24,7 +24,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_vrl.errors import ConfigError, counted
 from megatron_vrl.process.command_line import OverrideParser, tool_parser
@@ -85,7 +85,7 @@ def _select(arguments: argparse.Namespace, cfg: "RunConfig", share: tuple[int, i
     return 1 if complaint else 0
 
 
-def _complaint(cfg: "RunConfig", chosen: list) -> str:
+def _complaint(cfg: "RunConfig", chosen: list[Any]) -> str:
     """Return a sentence if too many videos cannot be read, else ""."""
     from megatron_vrl.evaluation.predict import too_many_bad
     from megatron_vrl.selection.rules import UNDECODABLE

@@ -250,7 +250,9 @@ def _row(group: Group) -> Row:
     }
 
 
-def _joined(block: Sequence[ScoredSample], everywhere: Sequence[tuple[dict, list]]) -> list[Row]:
+def _joined(
+    block: Sequence[ScoredSample], everywhere: Sequence[tuple[dict[int, Any], list[Any]]]
+) -> list[Row]:
     """Rows of all replicas in the block's order, with the tokens of all context ranks."""
     rows = {number: row for rows, _ in everywhere for number, row in rows.items()}
     values = {n: np.full(len(row["response_token_ids"]), np.nan) for n, row in rows.items()}

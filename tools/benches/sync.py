@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,7 @@ def _sync_all(export: Any, engine: Any, version: int) -> dict[str, float]:
     spent["finish"] += _timed(lambda: engine.start(members))
     for bucket in export.buckets():
         exported = _Timed(bucket)
-        spent["load"] += _timed(lambda of=exported: engine.load(members, of)) - exported.seconds
+        spent["load"] += _timed(partial(engine.load, members, exported)) - exported.seconds
         spent["export"] += exported.seconds
     spent["settle"] = _timed(engine.settle)
     spent["finish"] += _timed(lambda: engine.finish(members, version))

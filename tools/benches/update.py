@@ -172,7 +172,7 @@ def group(arch: Architecture, arguments: argparse.Namespace) -> Group:
     count = arguments.answer_tokens
     answers = tuple(
         Answer(
-            token_ids=words(count),
+            token_ids=np.asarray(words(count)),
             advantage=float(rng.normal()),
             engine_logprobs=np.full(count, -np.log(arch.vocab), dtype=np.float32),
         )
@@ -210,7 +210,7 @@ def _rows(
             "tokens_computed": sum(len(batch.token_ids) for batch in batches[layout]),
             "median_s": seconds,
             "min_s": min(row["seconds"] for row in rows),
-            "ratio": medians[base] / seconds,  # type: ignore[index]
+            "ratio": medians[base] / seconds,
             "model_tflops": flops / seconds / 1e12,
             "mfu": flops / seconds / peak if peak else None,
             "peak_gib": max(row["peak_bytes"] for row in rows) / 2**30,

@@ -39,7 +39,8 @@ class Worker:
         self._process.stdin.flush()
         for line in self._process.stdout:
             if line.startswith("{"):
-                return json.loads(line)
+                row: Row = json.loads(line)
+                return row
         raise UserError(f"{' '.join(map(str, self._process.args))} ended before its round.")  # type: ignore[arg-type]
 
     def close(self) -> None:

@@ -97,4 +97,4 @@ def _seconds(work: Callable[[], object], mesh: Mesh) -> float:
         slowest = max(gather_objects(world_axis(mesh), time.perf_counter() - began))
         if number:
             times.append(slowest)
-    return statistics.median(times)
+    return float(statistics.median(times))

@@ -45,7 +45,11 @@ def update_parts(
 ) -> dict[str, float]:
     """Seconds of an update by what is waited for; every rank on a core or GPU of its own."""
     layout, sizes = cell.layout, sizes_of(work)
-    cfg = RunConfig(run=Run(out_dir="none"), model=model_of(work), parallel=layout.parallel())
+    cfg = RunConfig(
+        run=Run.model_validate({"out_dir": "none"}),
+        model=model_of(work),
+        parallel=layout.parallel(),
+    )
     machine = Machine(gpu=gpu, gpus=layout.ranks, mfu=mfu)
     batch = Packed(of=sizes, groups=1, rows=sizes.rows)
     passes = training_pass(cfg, arch, batch, micro_batches(cell), machine, backward=True)

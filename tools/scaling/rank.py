@@ -86,7 +86,7 @@ def _timed(update: Any, mesh: Mesh) -> float:
     began = time.perf_counter()
     update()
     _finish(mesh)
-    return max(gather_objects(world_axis(mesh), time.perf_counter() - began))
+    return float(max(gather_objects(world_axis(mesh), time.perf_counter() - began)))
 
 
 def _profiled(update: Any, mesh: Mesh) -> dict[str, float]:

@@ -71,7 +71,9 @@ def _of_config(
         return None
     asked = study.simulate
     prompts = asked.prompts if mode == "strong" else asked.prompts_per_replica * replicas
-    update = {"rollout": cfg.rollout.model_copy(update={"prompts_per_step": prompts})}
+    update: dict[str, Any] = {
+        "rollout": cfg.rollout.model_copy(update={"prompts_per_step": prompts})
+    }
     update["sft"] = cfg.sft.model_copy(update={"batch_size": max(prompts, cfg.sft.batch_size)})
     changed = cfg.model_copy(update=update)
     if broken := refusals(changed, arch, gpu, gpus):
