@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every test and bench that needs a GPU, into one JSON file and one table: see tools/gpu_check.py.
-# What is missing on the machine (Transformer Engine, vLLM, DALI) is said in its row.
+# Run every test and bench that needs a GPU; write one JSON file and one table (tools/gpu_check.py).
+# The row of a part whose library is missing (Transformer Engine, vLLM, DALI) says so.
 #   launch/gpu_check.sh [--out DIR] [--only tests,update,...] [--model configs/models/NAME.json]
 set -euo pipefail
 

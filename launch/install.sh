@@ -15,7 +15,7 @@ case "${1:-}" in
         locks+=("$root/launch/locks/test.txt")
         stamps=("$venv/installed-test" "$venv/installed-cpu")
         ;;
-    *) echo "Unknown argument '$1'. Say launch/install.sh or launch/install.sh test." >&2 && exit 2 ;;
+    *) echo "Unknown argument '$1'. Run launch/install.sh or launch/install.sh test." >&2 && exit 2 ;;
 esac
 
 fail() {
@@ -54,7 +54,7 @@ make_venv() {
 Run apt-get install python3.11-venv, or make room if the disk is full."
 }
 
-run_pip() { # prints pip's words only when it fails, then says what they mean
+run_pip() { # prints the end of pip's output only when it fails, and the cause
     local log="$venv/pip.log"
     "$venv/bin/python" -m pip install --quiet --no-deps "$@" >"$log" 2>&1 && return
     tail -5 "$log" >&2
@@ -65,7 +65,7 @@ run_pip() { # prints pip's words only when it fails, then says what they mean
     elif grep -qE 'Could not find a version|ConnectionError|NewConnectionError|ReadTimeout|ProxyError' "$log"; then
         fail "the package index did not offer what the lock names. Check the network and pip's index settings."
     fi
-    fail "pip failed; its words are in $log."
+    fail "pip failed; its output is in $log."
 }
 
 main() {

@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def resolve(requirements: list[str]) -> dict[str, dict]:
-    """Ask pip what it would install; returns canonical name -> its entry of pip's report."""
+    """Return canonical name -> entry of pip's report, for what pip would install."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run"]
@@ -68,7 +68,7 @@ def resolve(requirements: list[str]) -> dict[str, dict]:
 
 
 def closure(requirements: Iterable[str], packages: dict[str, dict]) -> Iterator[str]:
-    """Names reached from `requirements` without going through a package that is left out."""
+    """Yield the names reached from `requirements` without passing a package of LEFT_OUT."""
     waiting = [Requirement(text) for text in requirements]
     seen: set[tuple[str, str]] = set()
     while waiting:

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by the other scripts, which set `root` and `fail`: PYTHON, the interpreter. The user's
-# choice comes first: PYTHON, PYTHON_EXEC, an active virtual or conda environment. Then .venv.
+# The other scripts source this file after setting `root` and `fail`. It sets PYTHON, the interpreter:
+# PYTHON if given, else an active virtual or conda environment, else .venv, else python3.
 
 cpu_only() { # cpu_only FOLDER: whether the environment holds a torch without CUDA
     compgen -G "$1/lib/python3*/site-packages/torch-*+cpu.dist-info" >/dev/null

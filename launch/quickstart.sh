@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From a clean clone to a report on a machine without a GPU: install, make clips and a tiny model,
-# warm it up, train it with GRPO. Arguments are overrides: launch/quickstart.sh grpo.steps=5
+# Go from a clean clone to a report on a machine without a GPU: install, make clips and a tiny model,
+# warm the model up, train it with GRPO. Arguments are overrides: launch/quickstart.sh grpo.steps=5
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -16,16 +16,16 @@ ranks=2
 export MEGATRON_VRL_PARENT=$$ # the launcher of the ranks ends with this script
 
 # A stage has a process group of its own (set -m): a terminal's Ctrl-C reaches this script alone,
-# which hands it on, so that the stage hears every signal once.
+# which forwards it, so that the stage receives every signal once.
 group=
 signalled=
-hand_on() { # hand_on SIGNAL CODE
+forward() { # forward SIGNAL CODE
     signalled="$2"
     [[ -z "$group" ]] || kill -"$1" -- "-$group" 2>/dev/null || true
 }
-trap 'hand_on INT 130' INT
-trap 'hand_on TERM 143' TERM
-trap 'hand_on USR1 0' USR1
+trap 'forward INT 130' INT
+trap 'forward TERM 143' TERM
+trap 'forward USR1 0' USR1
 
 stage() { # stage NAME COMMAND...: run it and say how long it took
     local name="$1" began=$SECONDS code=0
@@ -53,7 +53,7 @@ stage() { # stage NAME COMMAND...: run it and say how long it took
         echo "quickstart: $name took $((SECONDS - began)) s"
 }
 
-trained() { # when the last row of numbers was written
+trained() { # time of the last row of metrics
     stat -c %Y "$run/metrics.jsonl" 2>/dev/null || true
 }
 

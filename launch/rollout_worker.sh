@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Serve rollouts to trainers with rollout.placement=workers:
 #   launch/rollout_worker.sh --config configs/NAME.yaml [--host H] [--port P] [section.key=value ...]
-# The config is the trainer's own. A worker that dies is started again, up to RESTARTS times; one
-# that refuses its config or was told to stop is not. To listen anywhere but on 127.0.0.1, set
+# The config is the trainer's own. A worker that dies is started again, up to RESTARTS times,
+# but not one that refuses its config or was asked to stop. To listen anywhere but on 127.0.0.1, set
 # MEGATRON_VRL_ROLLOUT_TOKEN here and for the trainer. PYTHON_EXEC names another interpreter, as it
 # does for the ranks of torchrun.
 set -euo pipefail

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything a change must pass: lint, format, types, fast tests, slow tests; stops at the first
+# Run everything that a change must pass: lint, format, types, fast tests, slow tests; stops at the first
 # stage that fails. With arguments only pytest runs, with them: launch/test.sh tests/rewards -k iou
 set -euo pipefail
 
@@ -28,6 +28,6 @@ stage "format" ruff format --check .
 stage "types" mypy
 # Two files at a time: most of a fast test is one busy core, or a wait for a process.
 stage "fast tests" pytest -m "not slow and not gpu" -n 2 --dist loadfile
-# One at a time: they start up to eight processes, which two cores hold but once.
+# One at a time: each starts up to eight processes.
 stage "slow tests" pytest -m "slow and not gpu" --durations 10
 echo "test: all stages passed in $SECONDS s"

@@ -1,13 +1,13 @@
-"""torchrun, but a user's mistake stays one sentence, and an interrupt reaches all ranks.
+"""torchrun whose user errors stay one sentence and whose interrupts reach all ranks.
 
-Same arguments and behaviour, except for signals and errors:
+Arguments and behaviour are those of torchrun, except for signals and errors:
 
-- When a rank fails it has already printed a sentence or a traceback, and torchrun's own report (a
-  traceback of the launcher) would bury it. One line names the first rank that failed.
-- torchrun gives ranks sessions of their own, so a terminal's Ctrl-C reaches this process alone. The
-  first SIGINT, SIGTERM or SIGHUP is handed to the ranks, which finish the step and save. A second
-  one, or one before ranks have begun a step, ends all at once.
-- SIGUSR1 is handed to the ranks: finish the step and stop.
+- A rank that fails has already printed a sentence or a traceback. One line that names the first
+  rank that failed replaces torchrun's own report, a traceback of the launcher.
+- torchrun gives ranks sessions of their own, so Ctrl-C reaches this process alone. It forwards the
+  first SIGINT, SIGTERM or SIGHUP to the ranks, which finish the step and save. A second signal, or
+  one before the first step, ends all ranks at once.
+- It forwards SIGUSR1 to the ranks: finish the step and stop.
 - Ranks end with this process (megatron_vrl/process/parent_death.py), and this process ends with
   the one that MEGATRON_VRL_PARENT names.
 """
@@ -44,18 +44,18 @@ def run() -> int:
     os.environ[PARENT] = str(os.getpid())  # the ranks'
     for number in INTERRUPTS:
         ignored = signal.getsignal(number) == signal.SIG_IGN  # as nohup leaves SIGHUP
-        # A function, which ranks do not inherit: they listen to what is handed on.
+        # a function, which ranks do not inherit: they receive the forwarded signals
         signal.signal(number, (lambda *_: None) if ignored else _interrupt)
-    signal.signal(signal.SIGUSR1, lambda number, _: _hand_on(number))
+    signal.signal(signal.SIGUSR1, lambda number, _: _forward(number))
     signal.signal(END_ALL, lambda *_: _end_all())
     _block_for_ranks()
     return _launch()
 
 
 def _block_for_ranks() -> None:
-    """Ranks start with the signals blocked that are handed on, and take them when they are ready.
+    """Block the forwarded signals in the ranks until the ranks are ready to receive them.
 
-    This process still hears them: they come to a thread that does not block them.
+    This process still receives them, in a thread that does not block them.
     """
     threading.Thread(target=threading.Event().wait, daemon=True).start()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGUSR1})
@@ -75,7 +75,7 @@ def _launch() -> int:
         code = failure.exitcode
         if code == EXIT_CODE:
             return EXIT_CODE
-        if _first.number and code == 128 + signal.SIGINT:  # it has said so
+        if _first.number and code == 128 + signal.SIGINT:  # the rank has printed so
             return 128 + _first.number
         how = (
             f"was killed by {failure.signal_name()}" if code < 0 else f"ended with exit code {code}"
@@ -96,10 +96,10 @@ def _interrupt(number: int, _: FrameType | None) -> None:
     if not _ranks():
         _say("Interrupted before the first step: nothing was trained.")
         _end_all()
-    _hand_on(signal.SIGINT)  # SIGTERM is what torchrun ends ranks with when one has failed
+    _forward(signal.SIGINT)  # SIGTERM is what torchrun ends ranks with when one has failed
 
 
-def _hand_on(number: int) -> None:
+def _forward(number: int) -> None:
     for rank in _ranks():
         with suppress(ProcessLookupError):  # it has just ended
             os.kill(rank, number)
@@ -113,7 +113,7 @@ def _end_all() -> NoReturn:
 
 
 def _ranks() -> list[int]:
-    """Process ids of this process's children, which lead sessions of their own."""
+    """Return the process ids of the ranks: children of this process that lead sessions."""
     return [child.pid for child in psutil.Process().children() if _leads(child.pid)]
 
 

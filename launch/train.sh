@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Train on one node or many: launch/train.sh --config configs/NAME.yaml [section.key=value ...]
-# Many nodes: the same call on each, with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT set, which
-# say where the nodes meet. NPROC is the number of ranks on this node; its default is the number of
-# GPUs, or 1. RESTARTS (default 0): when a rank dies, all start again from the newest checkpoint, at
-# most so often; a node that is lost may be started again by the same call. LOCAL_ADDR is this
+# Many nodes: the same call on each, with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT set, the
+# address where the nodes meet. NPROC is the number of ranks on this node; its default is the number of
+# GPUs, or 1. RESTARTS (default 0): how often all ranks start again from the newest
+# checkpoint after one has died. A lost node may be started again by the same call. LOCAL_ADDR is this
 # node's address where its host name is not one. PYTHON is the interpreter; its default is that of an
 # active environment, then that of .venv. SIGUSR1, Ctrl-C or SIGTERM to this script finishes the step,
 # saves and ends with exit code 0; a second Ctrl-C or SIGTERM ends all at once.
@@ -17,8 +17,8 @@ fail() {
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$root/launch/env.sh"
 source "$root/launch/python.sh"
-# Ranks that start again meet in a store of their own: in the launchers' store lie the addresses of
-# those that have died, and gloo waits for them for ever (torch 2.13).
+# Restarted ranks meet in a new store: the launchers' store still has the addresses of dead ranks,
+# for which gloo waits for ever (torch 2.13).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 gpus="$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)"
 NPROC="${NPROC:-$((gpus > 0 ? gpus : 1))}"
@@ -46,8 +46,8 @@ else
     [[ -z "${LOCAL_ADDR:-}" ]] || rendezvous+=(--local-addr "$LOCAL_ADDR")
 fi
 
-# A mistake is one sentence here, before an engine starts. In the background, so that the traps are
-# run at once. PYTHON_EXEC is torchrun's name for the interpreter of the ranks.
+# A dry run reports a user's error in one sentence before an engine starts. It runs in the background,
+# so that traps run at once. PYTHON_EXEC is torchrun's name for the interpreter of the ranks.
 leave() { # leave CODE
     trap '' INT TERM USR1
     kill -KILL "$check" 2>/dev/null || true
@@ -64,6 +64,6 @@ check=$!
 wait "$check" || exit $?
 trap - INT TERM USR1
 
-# In this process, so that a signal has one receiver and ranks end with it, however it is ended.
+# exec: a signal has one receiver, and the ranks end with this process however it ends.
 exec "$PYTHON" "$root/launch/torchrun.py" "${rendezvous[@]}" --max-restarts "$RESTARTS" \
     --nproc-per-node "$NPROC" -m megatron_vrl.cli.train "$@"

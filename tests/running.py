@@ -3,10 +3,15 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import psutil
+import pytest
 
+from megatron_vrl.process.entry import run_program
 from tests import warm
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +48,23 @@ def run_python(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProc
         text=True,
         timeout=250,
     )
+
+
+def run_here(
+    main: Callable[[], int | None], *arguments: object, cwd: Path = ROOT
+) -> subprocess.CompletedProcess:
+    """Run the `main` of a command in this process, which has loaded the libraries already."""
+    words = [main.__module__, *map(str, arguments)]
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        redirect_stdout(StringIO()) as out,
+        redirect_stderr(StringIO()) as err,
+    ):
+        patch.setattr(sys, "argv", words)
+        patch.chdir(cwd)
+        with pytest.raises(SystemExit) as end:
+            run_program(main)
+    return subprocess.CompletedProcess(words, end.value.code, out.getvalue(), err.getvalue())
 
 
 def train_command(*overrides: str, ranks: int = 1) -> list[str]:

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "megatron_vrl"
 FLOORS = {
     # 5 programs
+    "megatron_vrl.__main__": 5,
     "megatron_vrl.cli": 5,
     # 4 composition
     "megatron_vrl.context": 4,

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure parts of the program, each beside what it is held against, on this machine.
+"""Measure parts of the program beside a baseline, on this machine.
 
     bench.py step [--prompt-tokens 2048 --answer-tokens 128 --group 8 --layouts shared,plain]
     bench.py head [--tokens 8192 --vocab 151936 --hidden 2048]
@@ -9,50 +9,57 @@
     bench.py update [--formats bfloat16,current --layouts shared,plain]
     bench.py convert [--model configs/models/qwen2.5-vl-3b.json --dir DIR]
 
-A bench takes its sides in turns, in one run, and yields rows of medians over --rounds. With --json
-a row is one line of JSON, else the rows are a small table.
+A bench runs its sides in turns within one call and prints the medians over --rounds, one row a
+side: a table, or with --json one JSON object a line.
 """
 
 import argparse
 import json
 import os
 import platform
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from typing import Any
 
 from megatron_vrl.observe.silence_logs import silence_libraries
-from megatron_vrl.process.command_line import tool_parser
+from megatron_vrl.process.command_line import OverrideParser, tool_parser
 from megatron_vrl.process.entry import run_program
 
-silence_libraries()  # some benches load them at once
-from benches import convert, decode, generate, head, step, sync, update  # noqa: E402
-
-BENCHES = {
-    "convert": convert,
-    "decode": decode,
-    "generate": generate,
-    "head": head,
-    "step": step,
-    "sync": sync,
-    "update": update,
+BENCHES = {  # name, which is a module in tools/benches -> help
+    "convert": "checkpoint conversion beside plain copies",
+    "decode": "decoders beside a sequential read",
+    "generate": "rollouts of an engine",
+    "head": "chunked log-probs beside whole logits",
+    "step": "update of one group, by layout",
+    "sync": "weight sync beside a plain copy",
+    "update": "update of one group on a GPU, by number format",
 }
 Row = dict[str, Any]
 
 
 def main() -> None:
-    parser = tool_parser(__doc__)
-    benches = parser.add_subparsers(
-        dest="bench", required=True, prog="bench.py", metavar="BENCH", help="what to measure"
-    )
-    for name, bench in BENCHES.items():
-        options = benches.add_parser(name, description=bench.__doc__)
-        options.set_defaults(run=bench.run)
-        options.add_argument("--json", action="store_true", help="one JSON object a line")
-        options.add_argument("--rounds", type=int, default=5, help="medians of so many")
-        bench.add_options(options)
-    arguments = parser.parse_args()
+    arguments = make_parser(sys.argv[1:2]).parse_args()
     run: Callable[[argparse.Namespace], Iterator[Row]] = arguments.run
     _print(list(run(arguments)), as_json=arguments.json)
+
+
+def make_parser(chosen: Sequence[str] = ()) -> OverrideParser:
+    """Return the parser; only the `chosen` benches are imported and have their options."""
+    parser = tool_parser(__doc__)
+    benches = parser.add_subparsers(dest="bench", required=True, prog="bench.py", metavar="BENCH")
+    for name, text in BENCHES.items():
+        options = benches.add_parser(name, help=text)
+        if name not in chosen:
+            continue
+        silence_libraries()
+        bench = import_module(f"benches.{name}")
+        options.description = bench.__doc__
+        options.set_defaults(run=bench.run)
+        options.add_argument("--json", action="store_true", help="print one JSON object a line")
+        options.add_argument("--rounds", type=int, default=5, help="rounds to take medians of")
+        bench.add_options(options)
+    return parser
 
 
 def _print(rows: Sequence[Row], as_json: bool) -> None:

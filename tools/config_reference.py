@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Print docs/config.md: every key, its type, its default and its help, taken from config.py.
+"""Print docs/config.md: type, default and help of every key of megatron_vrl.config.RunConfig.
 
 config_reference.py > docs/config.md
 """

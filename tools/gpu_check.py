@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Everything that only a GPU can show, in one go: the tests marked `gpu` and every bench.
+"""Run everything that needs a GPU: the tests marked `gpu` and every bench.
 
     launch/gpu_check.sh [--out runs/gpu-check] [--only tests,update] [--model configs/models/X.json]
 
-Writes OUT/gpu-check.json and OUT/gpu-check.md: machine, versions and commit, then a row for each
-measurement. Each part runs in a process of its own under a time limit. One whose library is absent
-says so in its row, one that fails gives its last line; the exit code is 1 if any part failed.
+It writes OUT/gpu-check.json and OUT/gpu-check.md: machine, versions and commit, then a row for each
+measurement. Each part runs in its own process under a time limit. The row of a part whose library
+is absent says so, the row of a failed part has its last line. Exit code 1: a part failed.
 """
 
 import json
@@ -46,7 +46,9 @@ def main(words: Sequence[str] | None = None) -> int:
         metavar="DIR",
         help="default runs/gpu-check",
     )
-    parser.add_argument("--only", default="", help="parts, by commas")
+    parser.add_argument(
+        "--only", default="", help="parts to run, separated by commas (default: all)"
+    )
     parser.add_argument(
         "--model",
         default=str(ROOT / "configs/models/qwen2.5-vl-3b.json"),
@@ -75,7 +77,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _parts(model: str, folder: Path) -> dict[str, tuple[tuple[str, ...], float, list[str]]]:
-    """Name -> (modules that it needs, limit in seconds, arguments of Python)."""
+    """Return name -> (modules that it needs, limit in seconds, arguments of Python)."""
 
     def bench(*words: str) -> list[str]:
         return ["tools/bench.py", *words, "--json"]
@@ -171,7 +173,7 @@ def _machine() -> dict[str, str]:
 
 
 def _markdown(report: Row) -> str:
-    """The machine on one line, then a row for each measurement: its own words and numbers."""
+    """Return the machine on one line, then a row for each measurement."""
     told = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
     lines = [told, "", "| part | status | what |", "|-|-|-|"]
     for row in report["rows"]:

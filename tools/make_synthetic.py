@@ -1,20 +1,20 @@
 #!/usr/bin/env python3
 """Make a small labelled video set: coloured shapes that appear, move and vanish, as H.264 files.
 
-Everything a run needs without a download. A clip lasts 16 s at 4 frames/s and 112x112 px; each
-shape is visible in one interval of whole seconds, so that one frame per second, taken by any rule
-that stays inside the second, sees exactly the annotated span. One clip serves one task:
+The set has everything that a run needs, without a download. A clip lasts 16 s at 4 frames/s and
+112x112 px. Each shape is visible in one interval of whole seconds, so that one frame per second,
+taken anywhere inside the second, shows exactly the annotated span. A clip belongs to one task:
 
     DIR/videos/{split}_{number}.mp4
-    DIR/annotations/{split}_temporal_grounding.json   form of Charades-STA
-    DIR/annotations/{split}_grounded_qa.json          form of NExT-GQA
-    DIR/annotations/{split}_multiple_choice.json      form of NExT-GQA without "glue"
+    DIR/annotations/{split}_temporal_grounding.json   format of Charades-STA
+    DIR/annotations/{split}_grounded_qa.json          format of NExT-GQA
+    DIR/annotations/{split}_multiple_choice.json      format of NExT-GQA without "glue"
 
 Splits: `sft` (warm-up), `train` (GRPO), `dev` (ends the warm-up), `heldout`, and `ood`, whose
-colours, shapes, speed and texture go beyond what the others show. No sound, no cuts and no camera
-motion, and the options of a question stand in one fixed order of colours: a model of a million
-parameters has to learn the set within minutes. The same arguments draw the same pixels and write
-the same annotations; a second call completes or reuses what it finds.
+colours, shapes, speed and texture occur in no other split. Clips have no sound, cuts or camera
+motion, and the options of a question are in one fixed order of colours: a model of a million
+parameters has to learn the set within minutes. Equal arguments give equal pixels and annotations. A
+second call completes or reuses the files that it finds.
 """
 
 import argparse
@@ -59,7 +59,7 @@ NUM_OPTIONS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Domain:
-    """What the clips of a split look like."""
+    """Look of the clips of a split."""
 
     colours: tuple[str, ...]
     kinds: tuple[str, ...]
@@ -96,7 +96,7 @@ class Clip:
 
 
 def plan(sizes: dict[str, int], mix: dict[str, float], seed: int, objects: int) -> list[Clip]:
-    """All clips of the set. The pixels of a clip depend on `seed`, its split and number alone."""
+    """Return all clips of the set. Pixels of a clip depend on `seed`, split and number alone."""
     clips = []
     for code, (split, size) in enumerate(sizes.items()):
         tasks = [task for task, count in apportion(size, mix).items() for _ in range(count)]
@@ -141,7 +141,7 @@ def plan_shape(rng: "np.random.Generator", kind: str, colour: str, speed_px: flo
 
 
 def apportion(total: int, shares: dict[str, float]) -> dict[str, int]:
-    """Whole counts in the ratio of `shares` that add up to `total` (largest remainders).
+    """Return whole counts in the ratio of `shares` that add up to `total` (largest remainders).
 
     A share that would get none takes one from the largest, as far as `total` reaches: a small set
     has all splits and tasks too.
@@ -163,7 +163,7 @@ def apportion(total: int, shares: dict[str, float]) -> dict[str, int]:
 
 
 def write_clip(clip: Clip, folder: Path) -> None:
-    """Encode one clip. The file appears whole or not at all."""
+    """Encode one clip. The file appears when it is complete."""
     import av
 
     final = folder / f"{clip.name}.mp4"
@@ -181,7 +181,7 @@ def write_clip(clip: Clip, folder: Path) -> None:
 
 
 def draw(clip: Clip) -> Iterator["NDArray[np.uint8]"]:
-    """Frames [112, 112, 3] RGB in order."""
+    """Yield the frames in order, [112, 112, 3] RGB."""
     import numpy as np
 
     rows, columns = np.mgrid[:SIDE_PX, :SIDE_PX].astype(np.float32)
@@ -196,7 +196,7 @@ def draw(clip: Clip) -> Iterator["NDArray[np.uint8]"]:
 
 
 def draw_background(rng: "np.random.Generator", noise: float) -> "NDArray[np.uint8]":
-    """A dim colour with grey noise on 4 px cells: one pixel each after shrinking to 28x28 px."""
+    """Return a dim colour with grey noise in cells of 4 px, one pixel each at 28x28 px."""
     import numpy as np
 
     cells = SIDE_PX // 4
@@ -205,7 +205,7 @@ def draw_background(rng: "np.random.Generator", noise: float) -> "NDArray[np.uin
 
 
 def covered(shape: Shape, index: int, rows: Any, columns: Any) -> Any:
-    """Mask [112, 112] of the pixels that the shape covers in frame `index`."""
+    """Return the mask [112, 112] of the pixels that the shape covers in frame `index`."""
     radius = shape.radius_px
     x, y = (
         bounced(start + index * step, radius)
@@ -223,7 +223,7 @@ def covered(shape: Shape, index: int, rows: Any, columns: Any) -> Any:
 
 
 def bounced(place: float, radius: float) -> float:
-    """A straight path folded back at the borders, so that the shape stays inside."""
+    """Return the position on a straight path that is reflected at the borders."""
     span = SIDE_PX - 2 * radius
     return radius + span - abs((place - radius) % (2 * span) - span)
 
@@ -232,7 +232,7 @@ def bounced(place: float, radius: float) -> float:
 
 
 def grounding_record(clip: Clip) -> dict[str, Any]:
-    """Charades-STA: one sentence and one interval per shape."""
+    """Return annotations in the format of Charades-STA: a sentence and an interval per shape."""
     return {
         "duration": float(DURATION_S),
         "timestamps": [[float(s) for s in shape.interval_s] for shape in clip.shapes],
@@ -241,7 +241,7 @@ def grounding_record(clip: Clip) -> dict[str, Any]:
 
 
 def question_record(clip: Clip) -> dict[str, Any]:
-    """NExT-GQA; plain multiple choice has no "glue"."""
+    """Return the annotations in the format of NExT-GQA; multiple choice has no "glue"."""
     asked = clip.shapes[0]
     letters = "ABCDEF"[:NUM_OPTIONS]
     record = {
@@ -260,7 +260,7 @@ def question_record(clip: Clip) -> dict[str, Any]:
 
 
 def annotation_files(clips: list[Clip]) -> dict[str, Any]:
-    """File name -> content."""
+    """Return file name -> content."""
     files: dict[str, Any] = {}
     for clip in clips:
         name = f"{clip.name.split('_')[0]}_{clip.task}.json"
@@ -275,7 +275,7 @@ def annotation_files(clips: list[Clip]) -> dict[str, Any]:
 
 
 def make_set(out: Path, clips: list[Clip], spec: dict[str, Any], workers: int) -> int:
-    """Write what is missing; returns how many clips were encoded.
+    """Write the missing files; return how many clips were encoded.
 
     Raises ConfigError if `out` holds something else.
     """
@@ -290,7 +290,7 @@ def make_set(out: Path, clips: list[Clip], spec: dict[str, Any], workers: int) -
 
 
 def claim(out: Path, spec: dict[str, Any]) -> None:
-    """Note in an empty directory what it is going to hold; refuse one that holds another set."""
+    """Record the arguments in an empty directory; refuse a directory that holds another set."""
     note = out / "synthetic.json"
     if note.exists():
         held = json.loads(note.read_text())
@@ -330,21 +330,23 @@ def write_json(path: Path, content: Any) -> None:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = tool_parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="directory of the set")
-    parser.add_argument("--num", type=int, default=4000, help=f"clips in all, shared out: {SPLITS}")
     parser.add_argument(
-        "--split", action="append", default=[], metavar="NAME=CLIPS", help="set one split's size"
+        "--num", type=int, default=4000, help=f"number of clips, divided by {SPLITS}"
+    )
+    parser.add_argument(
+        "--split", action="append", default=[], metavar="NAME=CLIPS", help="size of one split"
     )
     parser.add_argument(
         "--mix", action="append", default=[], metavar="TASK=SHARE", help=f"default: {TASKS}"
     )
-    parser.add_argument("--seed", type=int, default=1, help="of the clips, default 1")
+    parser.add_argument("--seed", type=int, default=1, help="random seed of the clips (default: 1)")
     parser.add_argument("--objects", type=int, choices=(1, 2), default=1, help="shapes per clip")
-    parser.add_argument("--workers", type=int, default=2, help="encoding processes")
+    parser.add_argument("--workers", type=int, default=2, help="number of encoding processes")
     return parser.parse_args(arguments)
 
 
 def chosen(pairs: list[str], flag: str, known: dict[str, Any], number: type) -> dict[str, Any]:
-    """`NAME=NUMBER` pairs of one flag, checked."""
+    """Return the checked `NAME=NUMBER` pairs of one flag."""
     values = {}
     for pair in pairs:
         name, _, text = pair.partition("=")

@@ -1,16 +1,15 @@
 #!/usr/bin/env python3
 """Make a tiny Qwen2.5-VL with random weights: a whole Hugging Face checkpoint, about 3 MB.
 
-transformers' own classes make it, and its files are those of the released Qwen2.5-VL-3B-Instruct,
-one for one (released_layout.py), so that whatever loads the published checkpoints loads this one;
-`--layout transformers-5` names and forms them as transformers 5 saves a model. The sizes divide by
-2 everywhere (tensor and pipeline parallel), heads are grouped, one vision block attends within
-windows and one everywhere. Weights start larger than Qwen's 0.02, at about 1/sqrt(hidden): with
-0.02 a model of this size was still on its first plateau after 800 steps of warm-up. Half the rotary
-pairs count time, see `make_config`. Byte-level BPE with Qwen2's rules is trained on the texts of
-the tasks and of tools/make_synthetic.py, so that their words are single tokens; any other text
-still encodes, in more tokens. Left out: knowledge. The model has to be warmed up before it answers
-anything.
+The classes of transformers build the model. Its files are those of the released
+Qwen2.5-VL-3B-Instruct, one for one (released_layout.py), so that every program that loads the
+released checkpoints loads this one. `--layout transformers-5` writes the files that transformers 5
+saves. All sizes divide by 2 (tensor and pipeline parallel), heads are grouped, one vision block has
+window attention and one full attention. Weights have a standard deviation of about 1/sqrt(hidden),
+more than Qwen's 0.02: with 0.02 a model of this size was still on its first plateau after 800 steps
+of warm-up. Half of the rotary pairs count time, see `make_config`. The byte-level BPE with Qwen2's
+rules is trained on the texts of the tasks and of tools/make_synthetic.py, whose words are single
+tokens; other texts take more tokens. The model knows nothing: warm it up before it can answer.
 """
 
 import argparse
@@ -70,7 +69,7 @@ CHAT_TEMPLATE = (  # as published with Qwen2.5-VL-Instruct, to the letter
 
 
 def training_texts() -> list[str]:
-    """Every question and answer that the synthetic set can lead to, times of one clip only."""
+    """Return every question and answer of the synthetic set, with the times of one clip only."""
     texts = [text for text in SYSTEM_PROMPTS.values() if text]
     texts += ["system\nYou are a helpful assistant.", "user\n", "assistant\n", "0123456789"]
     colours = tuple(COLOURS)
@@ -93,7 +92,7 @@ def training_texts() -> list[str]:
 
 
 def train_tokenizer(vocab: int) -> Any:
-    """A Qwen2Tokenizer of exactly `vocab` tokens, the special ones last as in the published one."""
+    """Return a tokenizer of exactly `vocab` tokens, special ones last as in the released one."""
     from tokenizers import models, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
 
@@ -117,7 +116,7 @@ def train_tokenizer(vocab: int) -> Any:
     ids |= {token: len(ids) + index for index, token in enumerate(SPECIAL_TOKENS)}
     return Qwen2Tokenizer(
         vocab=ids,
-        merges=[tuple(pair) for pair in learnt["merges"]],
+        merges=[tuple(pair) for pair in learnt["merges"]],  # type: ignore[misc]
         eos_token="<|im_end|>",
         extra_special_tokens=[*SPECIAL_TOKENS[3:], "<|im_start|>"],
         model_max_length=4096,
@@ -148,7 +147,7 @@ def make_config(args: argparse.Namespace, tokenizer: Any) -> Any:
     pairs = args.hidden // args.heads // 2
     section = [pairs - 2 * (pairs // 4), pairs // 4, pairs // 4]
     token = tokenizer.convert_tokens_to_ids
-    return Qwen2_5_VLConfig(
+    return Qwen2_5_VLConfig(  # type: ignore[call-arg]
         text_config={
             "vocab_size": args.vocab,
             "hidden_size": args.hidden,
@@ -213,7 +212,9 @@ def make_model(config: Any, seed: int) -> Any:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = tool_parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="directory of the checkpoint")
-    parser.add_argument("--seed", type=int, default=1, help="of the weights, default 1")
+    parser.add_argument(
+        "--seed", type=int, default=1, help="random seed of the weights (default: 1)"
+    )
     sizes = {
         "hidden": 128,
         "mlp": 256,
@@ -234,7 +235,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--layout",
         default="released",
         choices=["released", "transformers-5"],
-        help="names and forms of the files; default released",
+        help="names and formats of the files (default: released)",
     )
     parser.add_argument("--init-std", type=float, default=0.09, help="default 0.09")
     parser.add_argument("--rope-base", type=float, default=10000.0, help="default 10000")
@@ -242,7 +243,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ConfigError for sizes that do not divide."""
+    """Raise ConfigError for sizes that do not divide."""
     rules = {
         f"--hidden {args.hidden} must be a multiple of 16 times --heads {args.heads}": args.hidden
         % (16 * args.heads),

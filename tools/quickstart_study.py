@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""The quickstart over several seeds, beside an equal time of more SFT: the README's table.
+"""Run the quickstart over several seeds, beside more SFT for an equal time: the README's table.
 
     quickstart_study.py --out runs/study --seeds 1 2 3 [--objects 1] [section.key=value ...]
 
 For each seed: a fresh tiny model, the main job (warm-up, then GRPO), and from the same warm-up
 checkpoint a second arm that spends GRPO's seconds on more SFT. One synthetic set serves all seeds.
-Writes OUT/study.json and OUT/table.md. Finished arms are reused, so the study can be continued.
+The study writes OUT/study.json and OUT/table.md. It reuses finished arms, so it can be resumed.
 """
 
 import json
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def run_seed(out: Path, seed: int, overrides: list[str]) -> dict[str, Any]:
-    """Both arms of one seed -> {"seed", "results": arm -> split -> metric, "seconds", ...}."""
+    """Run both arms of one seed; return {"seed", "results": arm -> split -> metric, ...}."""
     home = out / f"seed-{seed}"
     model = home / "model-hf"
     if not model.exists():
@@ -98,7 +98,7 @@ def run_seed(out: Path, seed: int, overrides: list[str]) -> dict[str, Any]:
 
 
 def equal_steps(job: Path) -> int:
-    """SFT steps that take as long as the GRPO phase did, evaluation and checkpoints aside."""
+    """Return the SFT steps that take as long as GRPO did, without evaluation and checkpoints."""
     work = ("encode", "sync", "rollout", "score", "update", "other")
     seconds: dict[str, list[float]] = {"sft": [], "grpo": []}
     for row in metric_rows(job):
@@ -108,7 +108,7 @@ def equal_steps(job: Path) -> int:
 
 
 def rows(summaries: list[dict[str, Any]], split: str) -> list[str]:
-    """Markdown: mean and range over the seeds of every metric, in percent (reward apart)."""
+    """Return a Markdown table: mean and range over the seeds, in percent except the reward."""
     found = [name for name in COLUMNS if name in summaries[0]["results"]["base"][split]]
     lines = ["", f"| {SPLITS[split]} | " + " | ".join(COLUMNS[name] for name in found) + " |"]
     lines.append("|" + "-|" * (len(found) + 1))
@@ -130,7 +130,7 @@ def cell(name: str, values: list[float]) -> str:
 
 
 def train(out: Path, run_dir: Path, overrides: list[str]) -> dict[str, Any]:
-    """Run or reuse one job; its summary."""
+    """Run or reuse one job; return its summary."""
     data = [
         f"data.{part}={json.dumps(moved(sources, out))}"
         for part, sources in quickstart_data().items()
@@ -155,7 +155,7 @@ def quickstart_data() -> dict[str, Any]:
 
 
 def moved(sources: Any, out: Path) -> Any:
-    """The quickstart's sources with their paths under the study's data."""
+    """Return the sources of the quickstart with paths in the study's data."""
     return json.loads(json.dumps(sources).replace("runs/quickstart/data", str(out / "data")))
 
 
@@ -164,7 +164,7 @@ def metric_rows(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def last_step(run_dir: Path, phase: str) -> int:
-    return max(row["step"] for row in metric_rows(run_dir) if row["phase"] == phase)
+    return max(int(row["step"]) for row in metric_rows(run_dir) if row["phase"] == phase)
 
 
 def tool(name: str, *arguments: object) -> None:

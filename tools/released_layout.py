@@ -32,7 +32,7 @@ TEXT_TEMPLATE = (  # as in the released tokenizer_config.json, without its tools
 def write_released(
     directory: Path, config: Any, tokenizer: Any, template: str, pixels: tuple[int, int]
 ) -> None:
-    """`pixels`: fewest and most of an image or frame. Files of the same names are replaced."""
+    """Write the files, replacing those of equal names. `pixels` is (fewest, most) of an image."""
     files = {
         "config.json": released_config(config.to_dict()),
         "generation_config.json": _generation(config.text_config),
@@ -45,7 +45,7 @@ def write_released(
 
 
 def released_config(config: Json) -> Json:
-    """The keys of the language model at the top level, under the names of transformers 4."""
+    """Return the config with the language model's keys at the top level, as in transformers 4."""
     text, vision = config["text_config"], config["vision_config"]
     rope = text["rope_parameters"]
     own = (
@@ -105,7 +105,7 @@ def _preprocessor(fewest: int, most: int) -> Json:
 
 
 def _write_tokenizer(directory: Path, tokenizer: Any) -> None:
-    """vocab.json holds no special token; they follow it in tokenizer.json."""
+    """Write the tokenizer files. Special tokens are in tokenizer.json only, not in vocab.json."""
     tree = json.loads(tokenizer.backend_tokenizer.to_str())
     added = {token["content"] for token in tree["added_tokens"]}
     vocab = {word: id for word, id in tree["model"]["vocab"].items() if word not in added}

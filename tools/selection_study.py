@@ -1,22 +1,23 @@
 #!/usr/bin/env python3
-"""Does training on the selected clips beat an equal random share of them? docs/selection.md.
+"""Compare training on selected clips with an equal number of random ones; docs/selection.md.
 
     selection_study.py --out runs/selection-study [--seeds 1 2 3] [--steps 60] [--wrong 0.5 0.0]
                        [section.key=value ...]
 
-A pool of one-object grounding clips, of which a share gets a wrong annotation (a random interval of
-the same law). For each seed: a fresh tiny model, a warm-up that stops early, and one call of
-tools/select_data.py on the pool; then GRPO with equal settings on equally many clips, chosen
+The pool has one-object grounding clips. A fraction of them gets a wrong annotation, a random
+interval of the same distribution. Each seed has a fresh tiny model, a warm-up that stops early, and
+one call of tools/select_data.py on the pool; then GRPO with equal settings on equally many clips,
+chosen
 
     both     with a mean temporal IoU at or above the pool's median, the widest spread of them
     random   at random
     spread   by the widest spread alone
     floor    at random from those at or above the median
 
-and greedy answers to clean held-out clips on the way. In a clean pool only the first two. One set
-of videos serves all seeds; wrong annotations, model, warm-up, samples and order change with the
-seed. Writes OUT/study.json and OUT/table.md after every arm. What is there already is not made
-again, so the study can be continued; other settings want another OUT.
+and greedy answers to clean held-out clips at intervals. A clean pool has the first two arms only.
+All seeds share one set of videos; wrong annotations, model, warm-up, samples and order change with
+the seed. The study writes OUT/study.json and OUT/table.md after every arm. It reuses what is there,
+so it can be resumed; give another OUT for other settings.
 """
 
 import argparse
@@ -31,14 +32,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from make_synthetic import DURATION_S, INTERVAL_S
 
 from megatron_vrl.observe.progress import say_written
 from megatron_vrl.process.command_line import tool_parser
 from megatron_vrl.process.entry import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from tools.make_synthetic import DURATION_S, INTERVAL_S  # noqa: E402
 
 CONFIG = ROOT / "configs/quickstart.yaml"
 CLIPS = {"sft": 1600, "train": 384, "dev": 128, "heldout": 256, "ood": 0}
@@ -49,7 +49,7 @@ METRIC = "temporal_grounding/miou"
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """A sample of the pool and its answers' temporal IoU."""
+    """Sample of the pool with the temporal IoU of its answers."""
 
     id: str
     mean: float
@@ -64,14 +64,14 @@ def main() -> None:
         "--out", type=Path, required=True, metavar="DIR", help="folder of the study"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="default 1 2 3")
-    parser.add_argument("--steps", type=int, default=60, help="of GRPO in every arm")
+    parser.add_argument("--steps", type=int, default=60, help="GRPO steps of every arm")
     parser.add_argument(
         "--wrong",
         type=float,
         nargs="+",
         default=[0.5, 0.0],
         metavar="SHARE",
-        help="of wrong annotations in a pool, default 0.5 0.0",
+        help="fractions of wrong annotations (default: 0.5 0.0)",
     )
     parser.add_overrides("replace a value of the config of every arm")
     arguments = parser.parse_intermixed_args()
@@ -96,9 +96,9 @@ def main() -> None:
 def corrupted(
     annotation: dict[str, Any], share: float, seed: int
 ) -> tuple[dict[str, Any], list[str]]:
-    """The annotation with random intervals for a `share` of its clips, and the names of those.
+    """Return the annotation with random intervals for a `share` of its clips, and their names.
 
-    The intervals are drawn as make_synthetic draws them, another than the true one.
+    The intervals have the distribution of make_synthetic and differ from the true ones.
     """
     rng = np.random.default_rng([seed, 0])
     names = sorted(annotation)
@@ -116,7 +116,7 @@ def corrupted(
 
 
 def choose(pool: Sequence[Measured], arm: str, count: int, seed: int) -> list[Measured]:
-    """`count` samples by the rule of an arm; the tool's rules with min_std 0 and a budget."""
+    """Return `count` samples by an arm's rule: the tool's rules with min_std 0 and a budget."""
     median = statistics.median(sample.mean for sample in pool)
     floor = median if arm in ("both", "floor") else 0.0
     passing = [sample for sample in pool if sample.mean >= floor]
@@ -127,7 +127,7 @@ def choose(pool: Sequence[Measured], arm: str, count: int, seed: int) -> list[Me
 
 
 def table(done: Sequence[dict[str, Any]]) -> list[str]:
-    """Markdown: mean and range over the seeds."""
+    """Return a Markdown table: mean and range over the seeds."""
     steps = sorted({int(step) for row in done for step in row["miou"]})
     heads = ["wrong in pool", "trained on", "seeds", "wrong in subset"]
     lines = ["| " + " | ".join(heads + [f"mIoU @{step}" for step in steps]) + " |"]
@@ -154,7 +154,7 @@ def cell(values: Sequence[float], form: str) -> str:
 
 
 def warm_up(out: Path, seed: int) -> Path:
-    """A published checkpoint that grounds a little: trained once for each seed."""
+    """Return a Hugging Face checkpoint that grounds a little, trained once for each seed."""
     home = out / f"seed-{seed}"
     if not (home / "model-hf").exists():
         tool("make_tiny_model.py", "--out", home / "model-hf", "--seed", seed)
@@ -172,7 +172,7 @@ def warm_up(out: Path, seed: int) -> Path:
 
 
 def measured_pool(out: Path, seed: int, share: float) -> list[Measured]:
-    """The pool with what the warm-up's answers to it say."""
+    """Return the pool with the statistics of the warm-up model's answers."""
     home = out / f"seed-{seed}" / f"wrong-{share:g}"
     home.mkdir(parents=True, exist_ok=True)
     true = json.loads(Path(source(out, "train")["json_path"]).read_text())
@@ -245,7 +245,7 @@ def run_arm(
 
 
 def train(run_dir: Path, seed: int, *overrides: str) -> None:
-    """One job of one process; a finished one is not repeated."""
+    """Run a job of one process, unless it is finished."""
     options = (f"run.out_dir={run_dir}", f"run.seed={seed}", "observe.wandb=disabled", *overrides)
     program = ["-m", "megatron_vrl.cli.train", "--config", str(CONFIG), *options]
     subprocess.run([sys.executable, *program], check=True, env=environment())

@@ -23,7 +23,8 @@ def centred(rewards: Rewards) -> Rewards:
         return rewards.copy()
     if rewards.min() == rewards.max():  # the mean of equal rewards may be off by a rounding
         return np.zeros_like(rewards)
-    return rewards - rewards.mean()
+    distance: NDArray[np.float64] = rewards - rewards.mean()
+    return distance
 
 
 def has_signal(advantages: Rewards) -> bool:

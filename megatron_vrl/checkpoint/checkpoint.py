@@ -181,7 +181,8 @@ def load_checkpoint(
 def read_state(checkpoint: str | Path) -> dict[str, Any]:
     """Return the content of state.json. Raises CheckpointError if it cannot be read."""
     try:
-        return json.loads((Path(checkpoint) / STATE).read_text())
+        state: dict[str, Any] = json.loads((Path(checkpoint) / STATE).read_text())
+        return state
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{checkpoint}/{STATE} cannot be read ({error}): remove it."

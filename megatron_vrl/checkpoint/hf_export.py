@@ -61,7 +61,7 @@ class WeightExport:
     @property
     def bucket_bytes(self) -> int:
         """Size of the largest bucket of any stage, in bytes."""
-        return max(b.num_bytes for stage in self._plans for chunk in stage for b in chunk)
+        return max(int(b.num_bytes) for stage in self._plans for chunk in stage for b in chunk)
 
     @property
     def leads(self) -> bool:
@@ -110,7 +110,7 @@ class WeightExport:
         def num_bytes(row: Row) -> int:
             param = params[row.megatron]
             itemsize = (self._dtype or param.dtype).itemsize
-            return param.numel() * itemsize * (1 if row.layout.axis is None else ranks)
+            return int(param.numel() * itemsize) * (1 if row.layout.axis is None else ranks)
 
         return num_bytes
 

@@ -73,7 +73,8 @@ class HFCheckpoint:
         """Return a tensor. The file is opened each time, so that read pages can leave memory."""
         stored = self._entry(name)
         with opened(stored.file) as shard:
-            return shard.get_tensor(stored.name)
+            found: Tensor = shard.get_tensor(stored.name)
+        return found
 
     def type_note(self) -> str:
         """Return a sentence if tensors are stored in another type than config.json names."""

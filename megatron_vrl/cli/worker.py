@@ -1,9 +1,12 @@
-"""Serve rollouts: `launch/rollout_worker.sh --config FILE [--host H] [--port P] [overrides]`.
+"""Serve rollouts to trainers that run with rollout.placement=workers.
 
-The config is the trainer's own. The worker listens on loopback unless told otherwise, and asks for
-the token in MEGATRON_VRL_ROLLOUT_TOKEN, which it must have to listen anywhere else. Where
-`rollout.discovery_dir` names a directory, it announces its address there. It has no weights until a
-trainer hands them over.
+    mvrl worker --config FILE [--host H] [--port P] [section.key=value ...]
+
+launch/rollout_worker.sh takes the same arguments and starts a worker again when it dies. The config
+is the trainer's own. The worker listens on loopback by default. To listen on another address it
+needs a token in MEGATRON_VRL_ROLLOUT_TOKEN, which it then asks of every client. With
+`rollout.discovery_dir` it announces its address in that directory. A worker has no weights until
+the first weight sync of a trainer.
 """
 
 import ipaddress
@@ -11,26 +14,34 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from megatron_vrl.config import RunConfig, load_config
 from megatron_vrl.errors import ConfigError
-from megatron_vrl.observe.silence_logs import silence_libraries
-from megatron_vrl.process.command_line import OverrideParser
+from megatron_vrl.process.command_line import OverrideParser, tool_parser
 from megatron_vrl.process.entry import run_program
 from megatron_vrl.process.parent_death import end_with_parent
-from megatron_vrl.rollout.workers.discovery import TOKEN_VARIABLE, announce
 
-GRACE_S = 2  # for answers under way when the worker is told to stop
+if TYPE_CHECKING:
+    from megatron_vrl.config import RunConfig
+
+GRACE_S = 2  # for responses in flight when the worker is asked to stop
+
+
+def make_parser() -> OverrideParser:
+    parser = tool_parser(__doc__)
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML, the trainer's own")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=0, help="port to listen on (0: a free one)")
+    parser.add_overrides()
+    return parser
 
 
 def main() -> None:
-    parser = OverrideParser(prog="megatron_vrl.cli.worker", description=__doc__.splitlines()[0])
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML, the trainer's own")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=int, default=0, help="0: a free one")
-    parser.add_overrides()
-    arguments = parser.parse_intermixed_args()
+    arguments = make_parser().parse_intermixed_args()
     end_with_parent()
+    from megatron_vrl.config import load_config
+    from megatron_vrl.rollout.workers.discovery import TOKEN_VARIABLE
+
     cfg = load_config(arguments.config, arguments.overrides)
     token = os.environ.get(TOKEN_VARIABLE, "")
     _check_token(arguments.host, token)
@@ -39,6 +50,9 @@ def main() -> None:
 
 
 def _check_token(host: str, token: str) -> None:
+    """Raise ConfigError if the address is open to other machines and there is no token."""
+    from megatron_vrl.rollout.workers.discovery import TOKEN_VARIABLE
+
     if not token and not _is_loopback(host):
         raise ConfigError(
             f"--host {host} is open to other machines: set {TOKEN_VARIABLE} for the worker and the "
@@ -65,7 +79,9 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
         yield listener
 
 
-def _serve(cfg: RunConfig, listener: socket.socket, token: str) -> None:
+def _serve(cfg: "RunConfig", listener: socket.socket, token: str) -> None:
+    from megatron_vrl.observe.silence_logs import silence_libraries
+
     silence_libraries()
     import uvicorn
 
@@ -73,6 +89,7 @@ def _serve(cfg: RunConfig, listener: socket.socket, token: str) -> None:
     from megatron_vrl.models.architecture import read_architecture
     from megatron_vrl.models.vocabulary import check_tokenizer_files
     from megatron_vrl.rollout.backends import start_engine
+    from megatron_vrl.rollout.workers.discovery import announce
     from megatron_vrl.rollout.workers.protocol import IDLE_S
     from megatron_vrl.rollout.workers.server import make_app
     from megatron_vrl.rollout.workers.worker_info import served_model
@@ -93,11 +110,11 @@ def _serve(cfg: RunConfig, listener: socket.socket, token: str) -> None:
     with announce(cfg.rollout.discovery_dir, address):
         print(f"worker: serving on {address}", flush=True)
         server.run(sockets=[listener])
-    os._exit(0)  # vLLM's own way of leaving waits for groups that it shares with nobody
+    os._exit(0)  # vLLM's own shutdown waits for process groups that no other process has joined
 
 
 def _address(listener: socket.socket) -> str:
-    """Where others reach it."""
+    """Return the address that clients connect to."""
     host, port = listener.getsockname()[:2]
     everywhere = ipaddress.ip_address(host).is_unspecified
     return f"{socket.gethostname() if everywhere else host}:{port}"

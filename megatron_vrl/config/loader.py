@@ -42,7 +42,7 @@ def read_mix(path: str) -> list[Any]:
         raise ValueError(f"{path} is not YAML: {_yaml_mistake(error)}") from None
     if not isinstance(tree, dict) or not isinstance(tree.get("datasets"), list):
         raise ValueError(f"{path} has no list `datasets` of sources")
-    return tree["datasets"]
+    return list(tree["datasets"])
 
 
 def overridden(

@@ -8,7 +8,7 @@ function that invents durations, so these sources are parsed again with the real
 from collections.abc import Sequence
 
 from megatron_vrl.config import Source
-from megatron_vrl.data.formats.training import HeaderDuration
+from megatron_vrl.data.formats.records import HeaderDuration
 from megatron_vrl.data.mix import load, open_pool
 from megatron_vrl.data.pool import Pool, is_indexed
 from megatron_vrl.types import VideoSample

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_vrl.config import Source
-from megatron_vrl.data.formats.training import HeaderDuration, read
+from megatron_vrl.data.formats.records import HeaderDuration
+from megatron_vrl.data.formats.training import read
 from megatron_vrl.data.pool import Drawn, Pool, is_indexed, open_part
 from megatron_vrl.data.problems import Problem
 from megatron_vrl.data.schedule import Schedule

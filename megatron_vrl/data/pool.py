@@ -14,14 +14,15 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_vrl.config import Source
 from megatron_vrl.data.formats.json_files import parse, version, without_collector
+from megatron_vrl.data.formats.records import HeaderDuration
 from megatron_vrl.data.formats.training import (
-    HeaderDuration,
     is_list,
     list_records,
     read,
@@ -78,7 +79,7 @@ class Pool(Sequence[Drawn]):
         chosen = [which[keep] for which, keep in zip(self._chosen, of_source, strict=True)]
         return Pool(self._sources, self._parts, chosen)
 
-    def __getitem__(self, index):  # of an int alone, no slices
+    def __getitem__(self, index: Any) -> Any:  # of an int alone, no slices
         part = bisect_right(self._ends, index)
         before = self._ends[part - 1] if part else 0
         drawn = self._parts[part][int(self._chosen[part][index - before])]
@@ -107,7 +108,7 @@ class IndexedSource(Sequence[Drawn]):
     def __len__(self) -> int:
         return len(self._spans)
 
-    def __getitem__(self, number):  # of an int alone, no slices
+    def __getitem__(self, number: Any) -> Any:  # of an int alone, no slices
         """Raises DataError naming the file if it was changed since it was indexed."""
         start, stop = self._spans[number].tolist()
         with open(self._source.json_path, "rb") as file:

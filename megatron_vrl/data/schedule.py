@@ -14,7 +14,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -113,7 +113,7 @@ def read_ids(path: str) -> set[str]:
     return found
 
 
-def _rows(path: str) -> list[tuple[int, dict]]:
+def _rows(path: str) -> list[tuple[int, dict[str, Any]]]:
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
         return [(n, json.loads(line)) for n, line in enumerate(lines, start=1) if line.strip()]

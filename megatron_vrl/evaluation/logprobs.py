@@ -259,7 +259,9 @@ def _row(group: Group) -> Row:
     }
 
 
-def _joined(block: Sequence[ScoredSample], everywhere: Sequence[tuple[dict, list]]) -> list[Row]:
+def _joined(
+    block: Sequence[ScoredSample], everywhere: Sequence[tuple[dict[int, Any], list[Any]]]
+) -> list[Row]:
     """Return the rows of all replicas in the block's order, with all context ranks' log-probs."""
     rows = {number: row for rows, _ in everywhere for number, row in rows.items()}
     values = {n: np.full(len(row["response_token_ids"]), np.nan) for n, row in rows.items()}

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -24,7 +25,7 @@ def say_engine_starts(checkpoint: str) -> None:
 
 def progress_bar(
     what: str, total: int, unit: str, done: int = 0, *, disable: bool | None = None
-) -> tqdm:
+) -> "tqdm[Any]":
     """Return a bar over `total` units, `done` of which were there before.
 
     `disable` None shows it on a terminal alone.

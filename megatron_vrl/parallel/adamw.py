@@ -51,7 +51,7 @@ class AdamW(torch.optim.Optimizer):
         torch._foreach_addcdiv_(params, first, denominator, -group["lr"] / correction1)
 
     def _moments(self, param: torch.Tensor) -> dict[str, torch.Tensor]:
-        state = self.state[param]
+        state: dict[str, torch.Tensor] = self.state[param]
         if not state:
             state["exp_avg"] = torch.zeros_like(param)
             state["exp_avg_sq"] = torch.zeros_like(param)

@@ -72,7 +72,7 @@ def _tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
 def _called_from_megatron() -> bool:
     import sys
 
-    return sys._getframe(2).f_globals.get("__name__", "").startswith("megatron.core")
+    return str(sys._getframe(2).f_globals.get("__name__", "")).startswith("megatron.core")
 
 
 # (owner, attribute, replacement, who needs it)

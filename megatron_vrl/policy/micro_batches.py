@@ -119,7 +119,8 @@ def _token_weights(
         "constant_length": step.answers * step.max_response_tokens,
         "temporal_r1": step.micro_batches * len(batch.target),
     }
-    return (np.ones(len(batch.target)) / divisors[normalisation]).astype(np.float32)
+    weights: NDArray[np.float64] = np.ones(len(batch.target)) / divisors[normalisation]
+    return weights.astype(np.float32)
 
 
 def _packed(bins: Sequence[Sequence[Group]], mesh: Mesh) -> list[MicroBatch]:

@@ -1,4 +1,4 @@
-"""Command lines: a tool's docstring is its help, and a wrong argument is one sentence."""
+"""Command-line parsers: a module's docstring is its help, and a wrong argument is one sentence."""
 
 import argparse
 import difflib
@@ -9,15 +9,27 @@ from typing import NoReturn
 
 from megatron_vrl.errors import EXIT_CODE
 
-OVERRIDE_HELP = "replace a value of the configuration; the value in YAML (docs/config.md)"
+OVERRIDE_HELP = "set a key of the configuration; the value is YAML (docs/config.md)"
 _OPTION = re.compile(r"--\w+\.[\w.]+(=.*)?")  # a key of the configuration, written like an option
-_USAGE = re.compile(r"^    \S+\.(?:py|sh) .*\n(?:    .*\n)*\n?", re.MULTILINE)
+_USAGE = re.compile(r"^    (?:mvrl |\S+\.(?:py|sh)\b).*\n(?:    .*\n)*\n?", re.MULTILINE)
+
+
+def protocol_name(text: str) -> str:
+    """Return the name of a scoring protocol for an option that also accepts the name `seed`.
+
+    `seed` is the earlier name of `temporal_r1`; a note on stderr says so.
+    """
+    if text != "seed":
+        return text
+    print("note: `seed` is now called `temporal_r1`.", file=sys.stderr)
+    return "temporal_r1"
 
 
 class OverrideParser(argparse.ArgumentParser):
-    """Argument parser whose errors are one sentence.
+    """Argument parser whose errors are one sentence and exit code 2.
 
-    It answers `--grpo.steps 5` with the right form, `grpo.steps=5`.
+    `--grpo.steps 5` is answered with the right form, `grpo.steps=5`. An unknown option is answered
+    with the nearest known one.
     """
 
     def error(self, message: str) -> NoReturn:
@@ -32,22 +44,23 @@ class OverrideParser(argparse.ArgumentParser):
         hint = f" (did you mean {near[0]}?)" if unknown.startswith("--") and near else ""
         self.exit(EXIT_CODE, f"error: {message.rstrip('.')}{hint}; see {self.prog} --help.\n")
 
-    def add_overrides(self, words: str = OVERRIDE_HELP) -> None:
-        """Add the positional `section.key=value ...`."""
-        self.add_argument("overrides", nargs="*", metavar="section.key=value", help=words)
+    def add_overrides(self, text: str = OVERRIDE_HELP) -> None:
+        """Add the positional arguments `section.key=value ...`, read as `arguments.overrides`."""
+        self.add_argument("overrides", nargs="*", metavar="section.key=value", help=text)
 
 
 def tool_parser(doc: str | None) -> OverrideParser:
-    """Return a parser for a tool with this docstring.
+    """Return a parser whose help is the docstring of a command or tool.
 
-    The docstring's first indented block of commands is the usage, the rest is the description. The
-    usage is argparse's own where there is no such block.
+    The first indented block of commands (`mvrl NAME ...` or `NAME.py ...`) becomes the usage, the
+    rest the description. A docstring without such a block gets argparse's own usage.
     """
     text = doc or ""
     parser = OverrideParser(formatter_class=argparse.RawDescriptionHelpFormatter)
     if block := _USAGE.search(text):
         lines = textwrap.dedent(block[0]).strip().splitlines()
-        parser.prog = lines[0].split()[0]
+        first, second, *_ = [*lines[0].split(), ""]
+        parser.prog = f"{first} {second}" if first == "mvrl" else first
         parser.usage = "\n       ".join(lines).replace("%", "%%")
         text = text[: block.start()] + text[block.end() :]
     parser.description = text.strip()

@@ -1,4 +1,4 @@
-"""How every program ends: a mistake is one sentence and exit code 2, Ctrl-C one line and 130."""
+"""Entry point of every program: a user's error is one sentence and exit code 2, Ctrl-C code 130."""
 
 import os
 import select
@@ -15,19 +15,6 @@ from megatron_vrl.errors import EXIT_CODE, UserError
 LEAVE_S = 5.0
 
 
-class _Interrupted(KeyboardInterrupt):
-    """A Ctrl-C with the sentence that follows "Interrupted."."""
-
-
-@contextmanager
-def told_if_interrupted(sentence: Callable[[], str]) -> Iterator[None]:
-    """Let the line of a Ctrl-C in the block end with `sentence()`: what is kept, how to go on."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise _Interrupted(f" {sentence()}") from None
-
-
 def protocol_name(text: str) -> str:
     """Return the name of a scoring protocol; `seed`, its earlier name, becomes `temporal_r1`.
 
@@ -39,16 +26,29 @@ def protocol_name(text: str) -> str:
     return "temporal_r1"
 
 
+class _Interrupted(KeyboardInterrupt):
+    """Ctrl-C with a sentence that is printed after "Interrupted."."""
+
+
+@contextmanager
+def told_if_interrupted(sentence: Callable[[], str]) -> Iterator[None]:
+    """Print `sentence()` after "Interrupted." if Ctrl-C ends the block."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise _Interrupted(f" {sentence()}") from None
+
+
 def run_program(
     main: Callable[[], int | None], unblocked: frozenset[int] = frozenset({signal.SIGINT})
 ) -> NoReturn:
-    """Exit with the code that `main` returns (None: 0).
+    """Run `main` and exit with the code that it returns (None: 0).
 
-    `unblocked` are signals that launch/torchrun.py blocks until a rank is ready for them.
+    `unblocked` names signals that launch/torchrun.py blocks until a rank is ready for them.
 
-    A UserError is printed by the first rank of a node that raises one. A reader that closes stdout
-    early has seen enough; that is no mistake. Nothing that libraries say follows the line
-    of an interrupted process, which ends within LEAVE_S.
+    The first rank of a node that raises a UserError prints it, and the code is 2. If the reader of
+    stdout closes it early (`| head`), the code is 0. An interrupted process prints one line, drops
+    what libraries print after it, and ends within LEAVE_S seconds.
     """
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, unblocked)
@@ -78,29 +78,29 @@ def run_program(
 
 
 def _nobody_reads() -> bool:
-    """Whether stdout is a pipe without a reader."""
+    """Return whether stdout is a pipe without a reader."""
     stdout = select.poll()
     stdout.register(sys.stdout, 0)
     return any(event & select.POLLERR for _, event in stdout.poll(0))
 
 
 def a_rank_has_failed() -> bool:
-    """Return whether a rank of this node has said why it ends."""
+    """Return whether a rank of this node has printed the error that ends it."""
     mark = _failure_mark()
     return mark is not None and mark.exists()
 
 
 def _failure_mark() -> Path | None:
-    """Return the file that marks that a rank has said why it ends; None without torchrun.
+    """Return the file that a rank creates before it prints its error; None without torchrun.
 
-    torchrun gives each rank of a start a folder for an error report. The file lies beside them.
+    torchrun gives each rank a folder for an error report. The file is beside these folders.
     """
     report = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", ""))
-    return report.parent.parent / "said" if report.name == "error.json" else None
+    return report.parent.parent / "failed" if report.name == "error.json" else None
 
 
 def _is_first_to_fail() -> bool:
-    """Return whether no other rank of this node has said why it ends; mark that this one has."""
+    """Return whether this is the first rank of the node to print an error; create the mark."""
     mark = _failure_mark()
     if mark is None:
         return os.environ.get("RANK", "0") == "0"

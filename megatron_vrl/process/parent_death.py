@@ -1,9 +1,9 @@
 """End this process, and what it forks, when the process that started it has gone.
 
-torchrun gives every rank a session of its own, so the ranks of a launcher that was killed would go
-on alone, beside the run that the same command starts next. The kernel ends them instead
-(PR_SET_PDEATHSIG); it asks for no thread and no signal handler. Left out: programs that helpers
-execute (wandb, vLLM's own processes), which watch their parent themselves.
+torchrun gives every rank a session of its own, so the ranks of a killed launcher would go on beside
+the run that the same command starts next. The kernel kills them instead (PR_SET_PDEATHSIG), which
+needs no thread and no signal handler. Programs that helpers execute (wandb, vLLM's own processes)
+are not covered: they watch their parent themselves.
 
 Source: prctl(2). The kernel watches the thread that started the child, so children that must
 outlive a thread are to be forked by the main one.
@@ -23,9 +23,9 @@ _PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent() -> None:
-    """Be killed with the process that starts this one, if a launcher did. Forked children too.
+    """Have the kernel kill this process, and its forked children, when its launcher ends.
 
-    A process that a person starts by hand is left alone: it may outlive its shell.
+    A process that was started by hand is not affected: it may outlive its shell.
     """
     expected = launcher()
     if expected:
@@ -38,15 +38,16 @@ def end_with_parent() -> None:
 
 
 def end_with_starter() -> None:
-    """Be killed with the process that started this one, whoever it is. For helpers."""
+    """Have the kernel kill this helper process when the process that started it ends."""
     _ask_kernel()
 
 
 @contextmanager
 def deaf_to_interrupts() -> Iterator[None]:
-    """Start helpers in the block that hear no Ctrl-C, from their first instruction on.
+    """Start helper processes in the block with SIGINT blocked from their first instruction on.
 
-    Their parent decides what an interrupt ends; while they import they would print a traceback.
+    The parent decides what an interrupt ends. A helper that got the signal during its imports would
+    print a traceback.
     """
     resource_tracker.ensure_running()  # which unblocks SIGINT once it has started
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -57,7 +58,7 @@ def deaf_to_interrupts() -> Iterator[None]:
 
 
 def launcher() -> int:
-    """Process id of the launcher: ours, or a stock torchrun; 0 without one."""
+    """Return the process id of the launcher, ours or a stock torchrun; 0 without one."""
     if PARENT in os.environ:
         return int(os.environ[PARENT])
     return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0

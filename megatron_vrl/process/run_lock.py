@@ -1,17 +1,20 @@
-"""One run, or one call of a tool, at a time in a directory: a lock that ends with its holder, and a
-lease beside it.
+"""Lock of a run directory, or of a tool's output folder: one process group at a time.
 
 OUT/lock/rank0 is locked by rank 0 and OUT/lock/ranks by the other ranks, with flock(2), which the
 kernel releases when the process and the checkpoint writers that it forked have ended. A new run
-waits for both. flock may not reach other hosts, so rank 0 also writes OUT/lock/holder.json and
-counts up its `beat`. A new run on another host takes the directory when the file has not changed
-for SILENT_S; clocks of hosts are never compared. A holder whose file was replaced stops at its next
-step.
+waits for both. flock may not reach other hosts, so rank 0 also writes a lease
+(OUT/lock/holder.json) and increments its `beat`. A new run on another host takes the directory when
+the lease has not changed for SILENT_S seconds; clocks of hosts are never compared. A holder whose
+lease was replaced stops at its next step.
 
-A tool holds its --out folder in the same way (`owned`), alone, without ranks.
+A directory is free (no lease), held (lock or changing lease), stale (a lease that stands still), or
+lost (another host has replaced the lease). Example: host A is switched off at beat 41; host B sees
+beat 41 for 30 s and takes the directory.
 
-Left out: a file system without flock on which two hosts start within one beat; the one that wrote
-first then stops after a beat.
+A tool holds its --out folder by `owned`, one process without ranks.
+
+Not covered: two hosts that start within one beat on a file system without flock. The one that wrote
+first stops after a beat.
 """
 
 import errno
@@ -53,7 +56,7 @@ def ownership_lost() -> bool:
 
 
 class Owner:
-    """A rank's hold of a run directory, for the life of its process."""
+    """Hold of one rank on a run directory, until its process ends."""
 
     def __init__(
         self,
@@ -65,11 +68,11 @@ class Owner:
         user: str = "run",
         advice: str = "",
     ) -> None:
-        """Rank 0 waits at most `timeout_s` seconds for an earlier run to end, then raises RunInUse.
+        """Take the directory (rank 0); wait at most `timeout_s` seconds, then raise RunInUse.
 
-        It waits SILENT_S more when only a lease is in the way, which may be of a host that is gone.
-        The other ranks call `join` when rank 0 has returned. `folder` in `out_dir` has the files;
-        `user` and `advice` are words of the error.
+        If only a lease is in the way, the wait is at least SILENT_S: its host may be gone. The
+        other ranks call `join` when rank 0 has returned. The files are in `out_dir`/`folder`;
+        `user` and `advice` are part of the error sentence.
         """
         self._out_dir, self._rank, self._user = Path(out_dir), rank, user
         self._timeout_s = timeout_s
@@ -88,13 +91,13 @@ class Owner:
             self._begin_lease()
 
     def join(self) -> None:
-        """Rank 0 has returned from its constructor."""
+        """Take the lock of the other ranks. Call it after rank 0's constructor has returned."""
         if self._rank != 0:
             self._files.append(self._open("ranks"))
             _locked(self._files[0], fcntl.LOCK_SH)
 
     def release(self) -> None:
-        """Spare the next run on another host the wait. The locks stay until the process ends."""
+        """Remove the lease, so that a run on another host need not wait. The locks stay held."""
         self._ended.set()
         if self._beats is not None:
             self._beats.join()  # so that it does not write the lease again
@@ -102,7 +105,7 @@ class Owner:
             self._holder.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """`release`, and give up this process's locks, too."""
+        """Release the lease and the locks of this process."""
         self.release()
         for file in self._files:
             os.close(file)
@@ -120,20 +123,15 @@ class Owner:
             ended = holder is None or (reaches and holder["boot"] == _boot())
             if free and (ended or silence.of(holder) > SILENT_S):
                 break
-            worker_wait_timeout_s = (
-                max(self._timeout_s, SILENT_S + BEAT_S) if free else self._timeout_s
-            )
+            patience_s = max(self._timeout_s, SILENT_S + BEAT_S) if free else self._timeout_s
             in_use = f"{self._out_dir} is in use by another {self._user} ({_named(holder)})"
-            if time.monotonic() - began > worker_wait_timeout_s:
+            if time.monotonic() - began > patience_s:
                 os.close(lock)
                 os.close(ranks)
                 raise RunInUse(f"{in_use}: {self._advice}")
             if not told and time.monotonic() - began > 1:
                 told = True
-                print(
-                    f"{in_use}; waiting up to {worker_wait_timeout_s:g} s for its end.",
-                    file=sys.stderr,
-                )
+                print(f"{in_use}; waiting up to {patience_s:g} s for its end.", file=sys.stderr)
             time.sleep(_LOOK_S)
         os.close(ranks)  # which unlocks it for the ranks of this run
         self._files.append(lock)
@@ -195,10 +193,10 @@ def check_owned(out: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Who holds a directory, as seen by a process that does not want it."""
+    """Holder of a directory, as another process sees it."""
 
     now: bool
-    holder: str = ""  # in words; "" if it was given back, as at a regular end
+    holder: str = ""  # host, process and start; "" after a regular end
 
 
 def held(out_dir: Path) -> Held | None:
@@ -230,7 +228,7 @@ def held(out_dir: Path) -> Held | None:
 
 
 class _Silence:
-    """Seconds for which a lease has not changed, by this process's clock."""
+    """Stopwatch of a lease that does not change, by this process's clock."""
 
     def __init__(self) -> None:
         self._seen: Any = None
@@ -271,7 +269,8 @@ def _has_locks(file: int) -> bool:
 def _read(path: Path) -> dict[str, Any] | None:
     """Return the lease: None if there is none, "unknown" fields if it cannot be read now."""
     try:
-        return json.loads(path.read_text())
+        lease: dict[str, Any] = json.loads(path.read_text())
+        return lease
     except FileNotFoundError:
         return None
     except (OSError, ValueError):  # being replaced, on a file system where that takes two steps
@@ -279,7 +278,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _boot() -> str:
-    """One name for all containers on a kernel, which share its locks."""
+    """Return the boot id of the kernel, whose containers share its locks."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 

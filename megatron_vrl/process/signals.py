@@ -1,16 +1,16 @@
 """Handling of SIGINT, SIGTERM, SIGHUP and SIGUSR1 in a training process.
 
-SIGUSR1, which schedulers send some time before a job's limit, asks the run to stop after the step
-under way, or after the batch of an evaluation. An interrupt (any of the others) asks the same once
-steps or evaluations have begun, and ends the process at once before that; a second interrupt ends
+SIGUSR1, which schedulers send some time before a job's limit, asks the run to stop after the
+current step or batch of an evaluation. An interrupt (any other of these signals) does the same once
+steps or evaluations have begun, and ends the process at once before that. A second interrupt ends
 it at once in any case. `trainer/preemption.py` makes the ranks agree on stopping.
 
-The signals are blocked, and a thread takes them: a handler would have to wait for Python code to
-run in the main thread, and children (decoders, writers of a checkpoint, wandb) would be ended by a
-signal that a terminal or Slurm sends to all. They inherit the block.
+The signals are blocked, and a thread receives them: a handler would have to wait for Python code in
+the main thread. Children (decoders, checkpoint writers, wandb) inherit the block; otherwise a
+signal that a terminal or Slurm sends to all processes would end them.
 
-Under launch/torchrun.py the launcher counts interrupts and ends the ranks; its own SIGTERM means
-that another rank has failed, so that nothing is left to say.
+Under launch/torchrun.py the launcher counts interrupts and ends the ranks. Its own SIGTERM means
+that another rank has failed and has printed the error.
 """
 
 import os
@@ -44,7 +44,7 @@ _state = _State()
 
 
 def take_signals() -> None:
-    """Block the signals and start the thread. Before heavy imports: their threads inherit it."""
+    """Block the signals and start the thread. Call it early: later threads inherit the mask."""
     taken = {number for number in TAKEN if signal.getsignal(number) != signal.SIG_IGN}
     signal.pthread_sigmask(signal.SIG_BLOCK, taken)
     resource_tracker.ensure_running()  # which unblocks SIGINT and SIGTERM once it has started

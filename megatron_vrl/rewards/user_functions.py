@@ -60,7 +60,8 @@ def load_function(path: str) -> Callable[..., Any]:
         ) from None
     if name not in vars(module) or not callable(vars(module)[name]):
         raise ConfigError(f"{path!r}: {module_name} has no function {name!r}.")
-    return vars(module)[name]
+    function: Callable[..., Any] = vars(module)[name]
+    return function
 
 
 class Workers:

@@ -81,7 +81,8 @@ class WorkerSync:
         with raise_on_all_ranks(self._mesh):
             if self._mesh.rank == 0:
                 workers = self._pool.wait_ready(min_workers)
-        return gather_objects(world_axis(self._mesh), workers)[0]
+        everywhere: list[list[WorkerInfo]] = gather_objects(world_axis(self._mesh), workers)
+        return everywhere[0]
 
     def _on_first_rank(self, action: Callable[[], None]) -> None:
         with raise_on_all_ranks(self._mesh):

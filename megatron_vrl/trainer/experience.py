@@ -192,7 +192,7 @@ def _kl_of_groups(
 def _starts(groups: Sequence[ScoredGroup]) -> list[int]:
     """Return the number of each group's first answer, counted over all groups."""
     counts = np.array([len(group.rollouts) for group in groups], dtype=np.int64)
-    return (np.cumsum(counts) - counts).tolist()
+    return [int(start) for start in np.cumsum(counts) - counts]
 
 
 def _numbered(group: ScoredGroup, first: int) -> Group:

@@ -50,4 +50,5 @@ def corrected(frames: NDArray[np.uint8], matrix: int) -> NDArray[np.uint8]:
     if is_bt601(matrix):
         return frames
     values = frames.astype(np.float32) @ correction(matrix).T
-    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
+    rounded: NDArray[np.uint8] = np.clip(np.rint(values), 0, 255).astype(np.uint8)
+    return rounded

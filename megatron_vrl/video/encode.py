@@ -11,7 +11,7 @@ import os
 import stat
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -188,7 +188,7 @@ def _encoded(
     )
 
 
-def _in_parallel(function: Callable, items: Sequence, workers: int) -> list:
+def _in_parallel(function: Callable[..., Any], items: Sequence[Any], workers: int) -> list[Any]:
     if len(items) < 2:
         return [function(item) for item in items]
     with ThreadPoolExecutor(workers) as pool:

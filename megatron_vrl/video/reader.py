@@ -52,7 +52,7 @@ class VideoReader:
         self._lock = threading.Lock()  # of what the background shares
         self._known: dict[str, Identity] = {}
         self._bad: dict[VideoClip, VideoError] = {}
-        self._ahead: dict[VideoClip, Future] = {}
+        self._ahead: dict[VideoClip, Future[Any]] = {}
         # NVDEC and DALI's resize differ from the CPU by a few grey levels: their own keys.
         rule = cfg.model_dump_json(include={*SAMPLING_KEYS, "device"}) + PIXELS
         self._rule = hashlib.blake2b(rule.encode(), digest_size=8).hexdigest()
@@ -82,14 +82,14 @@ class VideoReader:
         [plan] = self._call([(Encoder.plan, VideoClip(path))])
         if isinstance(plan, VideoError):
             raise plan
-        return plan.file.duration_s
+        return float(plan.file.duration_s)
 
     def prefetch(self, clip: Iterable[VideoClip]) -> None:
         """Encode in the background what `encode` will soon be asked for.
 
         Only what the last call named is kept, and at most `video.prefetch` videos.
         """
-        future: Future = Future()
+        future: Future[Any] = Future()
         wanted = list(dict.fromkeys(clip))[: self._cfg.prefetch]
         with self._lock:
             self._ahead = dict.fromkeys(wanted, future)
@@ -155,7 +155,9 @@ class VideoReader:
             self.counts["decoded"] += sum(isinstance(v, EncodedVideo) for v in decoded.values())
         return found | decoded
 
-    def _retried(self, first: dict, once: Callable[[list], dict]) -> dict:
+    def _retried(
+        self, first: dict[Any, Any], once: Callable[[list[Any]], dict[Any, Any]]
+    ) -> dict[Any, Any]:
         """`first` with what failed tried again, after all others had their turn."""
         results = dict(first)
         for _ in range(self._cfg.retries):
@@ -167,9 +169,9 @@ class VideoReader:
             results |= once(failed)
         return results
 
-    def _call(self, calls: Sequence[tuple]) -> list[Any]:
+    def _call(self, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Results of tasks in the processes; a VideoError where one hung, crashed or raised it."""
-        futures: list[Future] = []
+        futures: list[Future[Any]] = []
         for task, first, *others in calls:
             videos = len(first) if task is Encoder.encode else 1
             timeout_s = videos * self._cfg.timeout_s
@@ -203,7 +205,7 @@ def _card(cfg: Video) -> int | None:
     return torch.cuda.current_device()
 
 
-def _settle(future: Future, function: Callable[..., Any], *arguments: Any) -> None:
+def _settle(future: Future[Any], function: Callable[..., Any], *arguments: Any) -> None:
     try:
         future.set_result(function(*arguments))
     except BaseException as error:  # raised where the result is asked for

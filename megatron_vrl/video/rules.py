@@ -96,7 +96,8 @@ def spread(num_frames: int, count: int) -> NDArray[np.int64]:
     order = np.arange(count, dtype=np.float32)
     rising = step * order
     falling = (np.float64(last) - np.float64(step) * order[::-1]).astype(np.float32)
-    return np.rint(np.where(order < count // 2, rising, falling)).astype(np.int64)
+    values: NDArray[np.float32] = np.rint(np.where(order < count // 2, rising, falling))
+    return values.astype(np.int64)
 
 
 def frame_budget(count: int, cfg: Video) -> int:

@@ -41,24 +41,24 @@ class Workers:
     """
 
     def __init__(self, num: int, make: Callable[[], Any]):
-        self._tasks: queue.SimpleQueue = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
         for _ in range(num):
             threading.Thread(target=_serve, args=(self._tasks, make), daemon=True).start()
         weakref.finalize(self, _end, self._tasks, num)
 
-    def submit(self, timeout_s: float, task: Callable[..., Any], *arguments: Any) -> Future:
+    def submit(self, timeout_s: float, task: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """What the task returns or raises; VideoError "hung" or "crashed" in its stead."""
-        future: Future = Future()
+        future: Future[Any] = Future()
         self._tasks.put((future, timeout_s, task, arguments))
         return future
 
 
-def _end(tasks: queue.SimpleQueue, num: int) -> None:
+def _end(tasks: queue.SimpleQueue[Any], num: int) -> None:
     for _ in range(num):
         tasks.put(None)
 
 
-def _serve(tasks: queue.SimpleQueue, make: Callable[[], Any]) -> None:
+def _serve(tasks: queue.SimpleQueue[Any], make: Callable[[], Any]) -> None:
     """A thread of the parent: one task after the other, in a process of its own."""
     worker = _Worker(make)
     while (work := tasks.get()) is not None:
@@ -77,7 +77,7 @@ class _Worker:
         self._process: Any = None
         self._pipe: Any = None
 
-    def call(self, timeout_s: float, task: Callable[..., Any], arguments: tuple) -> Any:
+    def call(self, timeout_s: float, task: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         if self._process is None:
             self._start()
         return self._answer(timeout_s, (task, arguments))

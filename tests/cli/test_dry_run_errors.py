@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.running import ROOT, run_python, sentence_of, train_in
+from megatron_vrl.cli import train
+from tests.running import CONFIG, ROOT, SHORT, run_here, run_python, sentence_of
 
 
 @pytest.fixture(scope="module")
@@ -14,6 +15,10 @@ def with_tokenizer(tmp_path_factory):
     return directory
 
 
+def dry_run(folder, *arguments):
+    return run_here(train.main, "--config", CONFIG, *SHORT, *arguments, "--dry-run", cwd=folder)
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
@@ -23,18 +28,18 @@ def with_tokenizer(tmp_path_factory):
     ],
 )
 def test_dry_run_finds_what_cannot_work(tmp_path, override, sentence):
-    assert sentence in sentence_of(train_in(tmp_path, override, "--dry-run"))
+    assert sentence in sentence_of(dry_run(tmp_path, override))
     assert not any(tmp_path.iterdir())
 
 
 def test_a_strict_dry_run_refuses_what_is_not_on_this_machine(with_tokenizer, tmp_path):
-    options = (f"model.checkpoint={with_tokenizer}", "sft.steps=0", "video.device=gpu", "--dry-run")
-    done = train_in(tmp_path, *options)
+    options = (f"model.checkpoint={with_tokenizer}", "sft.steps=0", "video.device=gpu")
+    done = dry_run(tmp_path, *options)
     assert done.returncode == 0, done.stderr
     notes = [line for line in done.stdout.splitlines() if "not on this machine" in line]
     assert "# not on this machine: a GPU, which video.device=gpu needs" in notes
     assert "# not on this machine: annotation file" in "\n".join(notes)
-    line = sentence_of(train_in(tmp_path, *options, "--strict"))
+    line = sentence_of(dry_run(tmp_path, *options, "--strict"))
     assert line.startswith("error: not on this machine: annotation file runs/quickstart/data/")
     assert line.endswith(", a GPU, which video.device=gpu needs.")
 
@@ -44,6 +49,6 @@ def test_an_output_folder_that_cannot_be_written_is_named_by_the_dry_run(
     with_tokenizer, tmp_path, out
 ):
     (tmp_path / "taken").touch()
-    options = (f"model.checkpoint={with_tokenizer}", f"run.out_dir={out}", "--dry-run")
-    line = sentence_of(train_in(tmp_path, *options))
+    options = (f"model.checkpoint={with_tokenizer}", f"run.out_dir={out}")
+    line = sentence_of(dry_run(tmp_path, *options))
     assert line.startswith(f"error: run.out_dir={out} cannot be written (")

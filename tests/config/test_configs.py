@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from config_reference import reference
 
 from megatron_vrl.config import Source, load_config
 from megatron_vrl.data.formats.records import VIDEO_SUFFIXES
@@ -18,7 +19,6 @@ from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.trainer.dry_run import check
 from megatron_vrl.video.rules import plan_frames
 from tests.tiny_models import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-from tools.config_reference import reference
 
 ROOT = Path(__file__).parents[2]
 YAMLS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 import unicodedata
 from pathlib import Path
 
@@ -15,10 +14,8 @@ from megatron_vrl.errors import CheckpointError
 from megatron_vrl.rollout.vllm.special_tokens import banned_token_ids, stop_token_ids
 from megatron_vrl.rollout.vllm.torchvision_shim import declare_missing_ops
 from megatron_vrl.types import STRUCTURE_TOKENS
-from tests.running import ROOT
 
 declare_missing_ops()
-sys.path.append(str(ROOT / "tools"))
 
 from make_tiny_model import (  # noqa: E402
     CHAT_TEMPLATE,

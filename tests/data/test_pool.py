@@ -134,6 +134,7 @@ def test_a_duration_is_read_when_its_record_is_drawn(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_half_a_million_samples_start_in_seconds_and_hold_little(tmp_path):
     path = tmp_path / "records.json"
     with open(path, "w") as file:

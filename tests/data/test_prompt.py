@@ -1,7 +1,6 @@
 """Prompts: one rendering for engine and trainer, and a limit that refuses instead of cutting."""
 
 import shutil
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 from megatron_vrl.data.prompt import PromptEncoder, VisionTokens
 from megatron_vrl.errors import CheckpointError, ConfigError, DataError
 from megatron_vrl.tasks import SYSTEM_PROMPTS, TASKS
-from tests.running import ROOT
 from tests.tiny import image, video
 
 SAMPLE = {
@@ -28,7 +26,6 @@ CLIP = video((4, 4, 6), 2.0, seed=0)
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    sys.path.append(str(ROOT / "tools"))
     import make_tiny_model
 
     directory = tmp_path_factory.mktemp("prompt") / "hf"

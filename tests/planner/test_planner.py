@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_vrl.cli import plan as program
 from megatron_vrl.cli import train
 from megatron_vrl.config import load_config
 from megatron_vrl.errors import ConfigError, counted
@@ -16,7 +17,6 @@ from megatron_vrl.planner.speed import Machine
 from megatron_vrl.planner.workload import TEXT_TOKENS, step_sizes, video_grid
 from megatron_vrl.process.entry import run_program
 from tests.running import ROOT
-from tools import plan as program
 
 READY = {  # parameters, and the GPU that the config is for
     "charades_3b": 3_754_622_976,

@@ -1,16 +1,11 @@
 """Fixtures of the rollout tests: one tiny checkpoint and one engine for all."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from megatron_vrl import config
 from megatron_vrl.types import Prompt
 from tests.tiny import sharded_tensors, video
-
-sys.path.append(str(Path(__file__).parents[2] / "tools"))
 
 MAX_MODEL_LEN = 256
 

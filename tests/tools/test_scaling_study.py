@@ -5,18 +5,15 @@ import sys
 from dataclasses import replace
 
 import pytest
+from scaling import launch, simulate, tell
+from scaling.grid import Cell, Layout, Study, cells, ideal_bubble
+from scaling.predict import IDLE, fitted_mfu, predicted, update_parts
+from scaling.rank import message_kind, union
 
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.planner.hardware import GPUS, Gpu
 from megatron_vrl.process.entry import run_program
 from tests.running import ROOT, run_python
-
-sys.path.append(str(ROOT / "tools"))
-
-from scaling import launch, simulate, tell
-from scaling.grid import Cell, Layout, Study, cells, ideal_bubble
-from scaling.predict import IDLE, fitted_mfu, predicted, update_parts
-from scaling.rank import message_kind, union
 
 TOOL = ROOT / "tools" / "scaling_study.py"
 ARCH = read_architecture(ROOT / "configs" / "models" / "qwen2.5-vl-3b.json")

@@ -1,10 +1,10 @@
 """The pure parts of the selection study: wrong annotations and the choice of a subset."""
 
 import pytest
+from selection_study import Measured, choose, corrupted, table
 
 from megatron_vrl.config import Selection
 from megatron_vrl.selection.rules import KEPT, candidate, select
-from tools.selection_study import Measured, choose, corrupted, table
 
 CLIPS = {f"clip_{i}": {"duration": 16.0, "timestamps": [[2.0, 6.0]]} for i in range(40)}
 IOUS = [[(7 * i % 11) / 10 * (i % 2), (3 * i % 7) / 6] for i in range(60)]

@@ -12,10 +12,10 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from make_synthetic import COLOURS, DURATION_S, EASY, FPS, KINDS, apportion, bounced, plan
 
 from megatron_vrl.config import Source
 from megatron_vrl.data.formats.training import read
-from tools.make_synthetic import COLOURS, DURATION_S, EASY, FPS, KINDS, apportion, bounced, plan
 
 TOOL = Path(__file__).parents[2] / "tools/make_synthetic.py"
 SPLITS = ("sft", "train", "dev", "heldout", "ood")

@@ -1,7 +1,6 @@
 """The tiny checkpoint: whole, loadable by transformers, divisible, and short in tokens."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,6 @@ from megatron_vrl.tasks import TASKS
 from megatron_vrl.types import VideoSample
 
 declare_missing_ops()
-sys.path.append(str(Path(__file__).parents[2] / "tools"))
 
 import make_tiny_model  # noqa: E402
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor  # noqa: E402

@@ -1,19 +1,17 @@
 """Bad videos: replaced by the next samples, the same on all ranks and after a restart."""
 
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.running import ROOT, run_python
+from tests.running import run_python
 from tests.trainer.dataloader_worker import BAD, NUM_FILES, check
 from tests.video.conftest import write_clip
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory) -> Path:
-    sys.path.append(str(ROOT / "tools"))
     import make_tiny_model
 
     directory = tmp_path_factory.mktemp("draw") / "hf"

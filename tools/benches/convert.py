@@ -1,6 +1,7 @@
-"""Time and peak memory of conversion on random bfloat16 weights, beside reading and writing the
-same bytes with safetensors alone, in turns; needs about four times the model's size under --dir
-and leaves nothing there."""
+"""Time and peak memory of conversion on random bfloat16 weights, beside a copy by safetensors.
+
+The sides run in turns. The bench needs about four times the size of the model under --dir and
+removes its files."""
 
 import argparse
 import os
@@ -23,12 +24,17 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     model = ROOT / "configs" / "models" / "qwen2.5-vl-3b.json"
-    parser.add_argument("--model", type=Path, default=model, help="a config.json")
-    parser.add_argument("--dir", type=Path, default=None, help="where there is room")
+    parser.add_argument("--model", type=Path, default=model, help="config.json of the model")
+    parser.add_argument(
+        "--dir",
+        type=Path,
+        default=None,
+        help="folder with room for the files (default: the temporary folder)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> Iterator[Row]:
-    """Both directions and `verify`, each in a process of its own, in turns with safetensors."""
+    """Yield a row for both directions, `verify` and the copy, each measured in its own process."""
     with tempfile.TemporaryDirectory(dir=arguments.dir) as name:
         folder = Path(name)
         size = random_checkpoint(arguments.model, folder / "hf")
@@ -80,14 +86,14 @@ for shard in sorted(source.glob("*.safetensors")):
 
 def _measured(command: Sequence[str]) -> tuple[float, float]:
     """Seconds of a Python command, and the peak resident memory of its process in GiB."""
-    os.sync()  # what was written before is not this command's to wait for
+    os.sync()  # so that this command does not wait for earlier writes
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise UserError(f"{' '.join(command)} failed; its words stand above.")
+        raise UserError(f"{' '.join(command)} failed; its output is above.")
     return seconds, _peak_bytes(usage) / 2**30
 
 
@@ -96,7 +102,7 @@ def _peak_bytes(usage: resource.struct_rusage) -> int:
 
 
 def random_checkpoint(config: Path, directory: Path) -> int:
-    """A checkpoint of random bfloat16 weights, one tensor in memory; its bytes."""
+    """Write a checkpoint of random bfloat16 weights, tensor by tensor; return its bytes."""
     import torch
 
     from megatron_vrl.checkpoint.hf_reader import HFCheckpointWriter

@@ -1,11 +1,11 @@
 """Time from a file to resized frames of Qwen's size, N frames spread over it, one thread a video.
 
 Paths: `pyav-sequential` decodes every frame in order; `ours-pyav` and `ours-dali` are this
-project's decoders, the scan of the file included; `torchcodec` and `decord` run where they import
-(pip install -e '.[bench]') and are resized as ours; `store-disk` and `store-memory` give the same
-frames from the store in a second epoch; `workers-K` decodes four copies of the file in K processes,
-its seconds being those of one video; `ours-nvdec` is there on a GPU. All take turns; rows are
-medians over --rounds."""
+project's decoders, including the scan of the file; `torchcodec` and `decord` run where they can be
+imported (pip install -e '.[bench]') and their frames are resized by our code; `store-disk` and
+`store-memory` read the frames from the store, as a second epoch does; `workers-K` decodes four
+copies of the file in K processes and gives the seconds of one video; `ours-nvdec` needs a GPU. The
+paths run in turns; a row has medians over --rounds."""
 
 import argparse
 import importlib.util
@@ -25,8 +25,10 @@ Once = Callable[[], Any]
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILES", help="videos")
-    parser.add_argument("--frames", type=int, default=16, help="to take of a video")
-    parser.add_argument("--paths", default="", help="only these, by commas")
+    parser.add_argument("--frames", type=int, default=16, help="frames taken from a video")
+    parser.add_argument(
+        "--paths", default="", help="paths to measure, separated by commas (default: all)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> Iterator[Row]:
@@ -62,7 +64,7 @@ def run(arguments: argparse.Namespace) -> Iterator[Row]:
 
 
 def _paths(file: str, cfg: Any, wanted: set[str]) -> dict[str, Once]:
-    """Those of `wanted`, or all; each is set up only if it is taken."""
+    """Return name -> one round, for the paths in `wanted` (all if empty). Only these are set up."""
     import torch
 
     from megatron_vrl.types import VideoClip

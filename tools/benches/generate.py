@@ -1,6 +1,7 @@
-"""Tokens a second of the rollout engine: --prompts text prompts with --group answers each, on a
-random model of the given sizes, all of --answer-tokens or shorter; greedy stops are rare in random
-weights. One round warms up."""
+"""Tokens a second of the rollout engine on a random model of the given sizes.
+
+A round has --prompts text prompts with --group answers each, of at most --answer-tokens; random
+weights seldom stop earlier. One round warms up."""
 
 import argparse
 import statistics
@@ -16,12 +17,12 @@ Row = dict[str, Any]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--hidden", type=int, default=1024, help="of the language model")
-    parser.add_argument("--layers", type=int, default=10, help="of the language model")
+    parser.add_argument("--hidden", type=int, default=1024, help="size of the language model")
+    parser.add_argument("--layers", type=int, default=10, help="size of the language model")
     parser.add_argument("--prompts", type=int, default=8, help="prompts of a round")
     parser.add_argument("--group", type=int, default=8, help="answers to a prompt")
-    parser.add_argument("--prompt-tokens", type=int, default=128, help="of a prompt")
-    parser.add_argument("--answer-tokens", type=int, default=64, help="of an answer")
+    parser.add_argument("--prompt-tokens", type=int, default=128, help="length of a prompt")
+    parser.add_argument("--answer-tokens", type=int, default=64, help="length of an answer")
     parser.add_argument("--dtype", default="float32", help="float32 or bfloat16")
 
 

@@ -1,7 +1,8 @@
-"""Log-probs and entropies of N tokens, forward and backward: the chunked head against the logits
-whole, in plain torch, float32. `extra_bytes` is the most that was held beyond inputs and gradients,
-`of_logits` that over the bytes of float32 logits, `ratio` the time over the naive one's. The naive
-side holds the logits four times: give it room, or --skip-naive."""
+"""Log-probs and entropies of N tokens, forward and backward: chunked head beside whole logits.
+
+The naive side is plain torch in float32. `extra_bytes` is the peak beyond inputs and gradients,
+`of_logits` that peak over the bytes of float32 logits, `ratio` the time over the naive side's. The
+naive side holds the logits four times: give it room, or --skip-naive."""
 
 import argparse
 import statistics

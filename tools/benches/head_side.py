@@ -4,8 +4,8 @@ import sys
 
 import torch
 from torch import Tensor
-from worker import resident, serve
 
+from benches.worker import resident, serve
 from megatron_vrl.config import Parallel
 from megatron_vrl.models.logprob_head import Distribution, token_logprobs
 from megatron_vrl.observe.silence_logs import silence_libraries

@@ -1,11 +1,11 @@
-"""The update of one group: n answers to one prompt, on a model of hidden size 512 with 4 layers,
-one CPU thread, float32. Layouts: `shared` computes the prompt once, `plain` once for each answer.
-Whole steps with a KL term: `shared-kl` (reference pass and update, shared) and `seed` (old
-log-probs, reference, update, each on n full sequences, the order of the released Temporal-R1).
-`trl` and `trl-kl`: TRL's GRPOTrainer on the same sizes (pip install -e '.[bench]').
-`ratio` is the median time of the row --against over the row's own, `ideal_ratio` the same of token
-passes, a backward pass counted as two. `peak_bytes` is the most that the process held beyond its
-libraries."""
+"""Update of one group, n answers to one prompt: hidden size 512, 4 layers, one thread, float32.
+
+Layouts: `shared` computes the prompt once, `plain` once for each answer. Whole steps with a KL
+term: `shared-kl` (reference pass and update, shared) and `temporal_r1` (old log-probs, reference,
+update, each on n full sequences, the order of the released Temporal-R1). `trl` and `trl-kl`: TRL's
+GRPOTrainer on the same sizes (pip install -e '.[bench]'). `ratio` is the median time of the row
+--against over the row's own, `ideal_ratio` the ratio of token passes, a backward pass counted as
+two. `peak_bytes` is the peak of the process beyond its libraries."""
 
 import argparse
 import statistics
@@ -22,7 +22,7 @@ LAYOUTS = {
     "shared": OURS,
     "plain": OURS,
     "shared-kl": OURS,
-    "seed": OURS,
+    "temporal_r1": OURS,
     "trl": TRL,
     "trl-kl": TRL,
 }
@@ -32,9 +32,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-tokens", type=int, default=2048, help="of the prompt")
     parser.add_argument("--answer-tokens", type=int, default=128, help="of an answer")
     parser.add_argument("--group", type=int, default=8, help="answers to the prompt")
-    parser.add_argument("--layouts", default="shared,plain", help="of " + ",".join(LAYOUTS))
-    parser.add_argument("--against", default="plain", help="the row that ratios are of")
-    parser.add_argument("--micro-batch", type=int, default=10**9, help="most tokens of one")
+    parser.add_argument("--layouts", default="shared,plain", help="some of " + ",".join(LAYOUTS))
+    parser.add_argument("--against", default="plain", help="row that ratios refer to")
+    parser.add_argument(
+        "--micro-batch", type=int, default=10**9, help="most tokens of a micro-batch"
+    )
 
 
 def run(arguments: argparse.Namespace) -> Iterator[Row]:

@@ -5,8 +5,8 @@ from functools import partial
 
 import numpy as np
 import torch
-from worker import resident, serve
 
+from benches.worker import resident, serve
 from megatron_vrl.algorithms import token_loss
 from megatron_vrl.batching.pack import Answer, Group
 from megatron_vrl.config import Algorithm, Batch, Model, Optimizer, Parallel
@@ -19,7 +19,7 @@ from megatron_vrl.policy.policy import Policy
 from megatron_vrl.types import Prompt
 
 VOCAB = 4096
-PASSES = {"shared": 3, "plain": 3, "shared-kl": 4, "seed": 5}  # an update is three
+PASSES = {"shared": 3, "plain": 3, "shared-kl": 4, "temporal_r1": 5}  # an update is three
 
 VISION = VisionArchitecture(
     hidden=32,
@@ -54,7 +54,7 @@ ARCHITECTURE = Architecture(
 
 
 def group(prompt_tokens: int, answer_tokens: int, answers: int) -> Group:
-    """Random words: where they come from, a video or a text, costs the language model the same."""
+    """Return a group of random tokens; video and text tokens cost the language model alike."""
     rng = np.random.default_rng(0)
     return Group(
         prompt=Prompt(
@@ -86,13 +86,13 @@ def main(layout: str, prompt: int, answer: int, answers: int, budget: int) -> No
     rows = Batch(tokens=budget, layout="shared" if layout.startswith("shared") else "plain")
     whole = group(prompt, answer, answers)
     batches = plan_batches([whole], whole, rows, mesh)
-    refers = layout in ("shared-kl", "seed")
+    refers = layout in ("shared-kl", "temporal_r1")
     cfg = Algorithm(kl=0.01 if refers else 0.0)
     if refers:
         policy.keep_reference()
 
     def once() -> None:
-        old = policy.logprobs(batches, Distribution()) if layout == "seed" else None
+        old = policy.logprobs(batches, Distribution()) if layout == "temporal_r1" else None
         kept = policy.reference_logprobs(batches, Distribution()) if refers else None
         loss = partial(token_loss, cfg=cfg)
         update = policy.update(batches, loss, Distribution(), 0, old=old, reference=kept)

@@ -1,8 +1,9 @@
-"""Time of a weight sync to a vLLM engine, beside a plain copy of the same bytes into memory that
-exists already: in turns, one path after another. Paths: `colocated`, the trainer's tensors in the
-engine's own process; the others to a rollout worker on this machine, by each `rollout.transport`
-that can reach it. Stages: export (gather the trainer's tensors), push (fill a bucket, wait for the
-one before), flush (wait for the last one), commit (begin and end: versions and caches)."""
+"""Weight sync to a vLLM engine, beside a copy of the same bytes into allocated memory.
+
+Paths, one after another: `colocated` loads the trainer's tensors into an engine in its own process;
+the others send them to a rollout worker on this machine, one for each `rollout.transport` that
+works here. Stages: export (gather), push (fill a bucket, wait for the previous one), flush (wait
+for the last bucket), commit (versions and caches)."""
 
 import argparse
 import statistics
@@ -13,22 +14,22 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
 STAGES = ("export", "push", "flush", "commit")
 TRANSPORTS = ("shared_memory", "cuda_ipc", "broadcast", "http")
-TOOLS = Path(__file__).resolve().parents[1]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--hidden", type=int, default=1024, help="of the language model")
-    parser.add_argument("--layers", type=int, default=10, help="of the language model")
+    parser.add_argument("--hidden", type=int, default=1024, help="size of the language model")
+    parser.add_argument("--layers", type=int, default=10, help="size of the language model")
     parser.add_argument(
         "--packed",
         action="store_true",
-        help="with rollout.cpu_prepack_weights, which packs for oneDNN",
+        help="set rollout.cpu_prepack_weights, which packs for oneDNN",
     )
 
 
@@ -59,15 +60,14 @@ def run(arguments: argparse.Namespace) -> Iterator[Row]:
 def _in_turns(
     copy: Callable[[], None], export: Any, engine: Any, rounds: int
 ) -> tuple[list[float], list[Row]]:
-    """Return the seconds of copies and of weight syncs; the first round warms up."""
+    """Return seconds of copies and of weight syncs; the first round warms up."""
     measured = [(_timed(copy), _sync_all(export, engine, version)) for version in range(1 + rounds)]
     copies, rows = zip(*measured[1:], strict=True)
     return list(copies), list(rows)
 
 
 def checkpoint_of(folder: Path, hidden: int, layers: int) -> Path:
-    """Make a checkpoint of these sizes with random weights and a tokenizer."""
-    sys.path.append(str(TOOLS))
+    """Write a checkpoint of random weights of these sizes, with a tokenizer; return its folder."""
     import make_tiny_model
 
     sizes = {"hidden": hidden, "mlp": 4 * hidden, "heads": 16, "kv-heads": 4, "layers": layers}
@@ -105,7 +105,7 @@ def _config(folder: Path, arguments: argparse.Namespace) -> Any:
 
 @contextmanager
 def _worker(folder: Path, cfg: Any) -> Iterator[None]:
-    """Run a rollout worker in a process of its own."""
+    """Run a rollout worker in its own process while the block runs."""
     command = [sys.executable, "-m", "megatron_vrl.cli.worker"]
     process = subprocess.Popen(
         [*command, "--config", str(folder / "config.yaml")], stdout=sys.stderr
@@ -205,7 +205,7 @@ def _sync_all(export: Any, side: _Side, version: int) -> dict[str, float]:
     spent["commit"] += _timed(side.begin)
     for bucket in export.buckets():
         exported = _Timed(bucket)
-        spent["push"] += _timed(lambda of=exported: side.push(of)) - exported.seconds
+        spent["push"] += _timed(partial(side.push, exported)) - exported.seconds
         spent["export"] += exported.seconds
     spent["flush"] = _timed(side.flush)
     spent["commit"] += _timed(lambda: side.commit(version))
@@ -213,7 +213,7 @@ def _sync_all(export: Any, side: _Side, version: int) -> dict[str, float]:
 
 
 class _Timed:
-    """Iterator that counts the seconds spent in it."""
+    """Iterator that counts the seconds spent in another iterator."""
 
     def __init__(self, iterator: Iterator[Any]) -> None:
         self.seconds = 0.0

@@ -9,7 +9,8 @@ import sys
 import tempfile
 
 import torch
-from worker import resident, serve
+
+from benches.worker import resident, serve
 
 try:
     import pyarrow

@@ -1,7 +1,8 @@
-"""The update of one group, n answers to a prompt with a video, on random weights of a published
-architecture, as a run does it: vision tower forward, language model and head forward and backward,
-gradients in float32, AdamW. All number formats and layouts take turns on one model, so that only
-they differ: `bfloat16`, and Transformer Engine's FP8 with `delayed`, `current` or `blockwise`
+"""Update of one group, n answers to a prompt with a video, on random weights of a real size.
+
+The update is that of a run: vision tower forward, language model and head forward and backward,
+gradients in float32, AdamW. Number formats and layouts take turns on one model, so that nothing
+else differs: `bfloat16`, and Transformer Engine's FP8 with `delayed`, `current` or `blockwise`
 scaling (a GPU's alone). `ratio` is the median time of the row --against over the row's own,
 `model_tflops` counts what the layout had to compute (megatron_vrl/models/qwen2_5_vl/flops.py),
 `mfu` is that over the card's bfloat16 peak whatever the format, `entropy_change` the relative
@@ -171,7 +172,7 @@ def group(arch: Architecture, arguments: argparse.Namespace) -> Group:
     count = arguments.answer_tokens
     answers = tuple(
         Answer(
-            token_ids=words(count),
+            token_ids=np.asarray(words(count)),
             advantage=float(rng.normal()),
             engine_logprobs=np.full(count, -np.log(arch.vocab), dtype=np.float32),
         )
@@ -209,7 +210,7 @@ def _rows(
             "tokens_computed": sum(len(batch.token_ids) for batch in batches[layout]),
             "median_s": seconds,
             "min_s": min(row["seconds"] for row in rows),
-            "ratio": medians[base] / seconds,  # type: ignore[index]
+            "ratio": medians[base] / seconds,
             "model_tflops": flops / seconds / 1e12,
             "mfu": flops / seconds / peak if peak else None,
             "peak_gib": max(row["peak_bytes"] for row in rows) / 2**30,

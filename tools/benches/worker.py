@@ -1,7 +1,7 @@
-"""A side of a bench in a process of its own: it does one round for each line that it is sent.
+"""Process of one side of a bench: one round for each line on its stdin.
 
-So sides take turns without sharing a heap, and each has its own peak of memory. Linux only: the
-peak is the kernel's, forgotten before each round.
+Sides take turns without sharing a heap, and each has its own peak of memory. The peak is the one
+that the Linux kernel keeps, reset before each round.
 """
 
 import json
@@ -16,19 +16,21 @@ from typing import Any
 from megatron_vrl.errors import UserError
 
 Row = dict[str, Any]
+TOOLS = Path(__file__).resolve().parents[1]  # sides import benches.worker
 
 
 class Worker:
-    """Started by the bench; `round()` returns what the side's `serve` printed."""
+    """A side, as the bench sees it. `round()` returns the row that the side's `serve` printed."""
 
     def __init__(self, script: Path, options: Sequence[object], python: str = sys.executable):
         one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        path = os.pathsep.join(filter(None, [str(TOOLS), os.environ.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
             [python, "-u", str(script), *map(str, options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | one_thread,
+            env=os.environ | one_thread | {"PYTHONPATH": path},
         )
 
     def round(self) -> Row:
@@ -37,7 +39,8 @@ class Worker:
         self._process.stdin.flush()
         for line in self._process.stdout:
             if line.startswith("{"):
-                return json.loads(line)
+                row: Row = json.loads(line)
+                return row
         raise UserError(f"{' '.join(map(str, self._process.args))} ended before its round.")  # type: ignore[arg-type]
 
     def close(self) -> None:
@@ -47,8 +50,10 @@ class Worker:
 
 
 def serve(once: Callable[[], Any], *, held_before: int, fixed: Row, on_gpu: bool = False) -> None:
-    """In the side: a round for each line of stdin; `peak_bytes` beyond `held_before`, of a GPU's
-    memory or the process's."""
+    """Run a round for each line of stdin and print its row; the side's process calls it.
+
+    `peak_bytes` counts beyond `held_before`, in the memory of the GPU or of the process.
+    """
     for _ in sys.stdin:
         if on_gpu:
             _forget_and_wait()
@@ -70,7 +75,7 @@ def _forget_and_wait() -> None:
 
 
 def _gpu_peak() -> int:
-    """After all that was launched has run."""
+    """Return the peak of allocated GPU memory in bytes, when all launched kernels have ended."""
     import torch
 
     torch.cuda.synchronize()
@@ -78,7 +83,7 @@ def _gpu_peak() -> int:
 
 
 def resident(what: str = "VmRSS") -> int:
-    """Bytes of this process in memory now, or with VmHWM their peak."""
+    """Return the resident bytes of this process now, or with VmHWM the peak."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(what):
             return int(line.split()[1]) * 1024

@@ -48,17 +48,17 @@ class Layout(_Section):
 
 class Grid(_Section):
     sizes: dict[str, dict[str, int | float] | str] = {"tiny": {"layers": 4}}
-    """Name -> options of tools/make_tiny_model.py, or the path of a published checkpoint or of the
-    JSON of an architecture, whose weights are then random."""
+    """Name -> options of tools/make_tiny_model.py, or a path: a Hugging Face checkpoint or the JSON
+    of an architecture, which gets random weights."""
     layouts: list[Layout] = [Layout(), Layout(data=2), Layout(tensor=2), Layout(pipeline=2)]
     modes: list[Mode] = ["strong", "weak"]
 
 
 class Work(_Section):
-    """Of an update: prompts with a video each, and their answers."""
+    """Content of one update: prompts with one video each, and answers."""
 
     prompts: Positive = 4
-    """strong: of all ranks together; weak: of each rank."""
+    """Prompts of all ranks together (strong) or of each rank (weak)."""
     answers: Positive = 4
     answer_tokens: Annotated[int, Field(ge=2)] = 32
     frames: Annotated[int, Field(gt=0, multiple_of=2)] = 8
@@ -74,29 +74,29 @@ class Work(_Section):
 
 class Rounds(_Section):
     timed: Positive = 3
-    """Updates whose median counts, after one that warms up."""
+    """Updates that the median is taken over, after one warm-up update."""
     profiled: Positive = 1
-    """Updates after them, under torch.profiler."""
+    """Further updates, under torch.profiler."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    """Longest that a cell may take, model building included."""
+    """Longest time of a cell in seconds, including model building."""
 
 
 class Simulate(_Section):
     configs: list[str] = []
     """Configs of runs to extrapolate, besides the sizes of the grid on this study's machine."""
     gpu: str = "h100"
-    """Their GPU: a row of the planner's table, or the .json of a measured machine."""
+    """GPU of these runs: a name in the planner's table, or the .json of a measured machine."""
     mfu: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of the peak; 0: what the one-rank cell of `size` reached on this study's machine."""
+    """Fraction of peak FLOP/s; 0: the value that the one-rank cell of `size` reached here."""
     source: str = ""
-    """Where `mfu` was measured, in words."""
+    """Place where `mfu` was measured, as text."""
     size: str = ""
-    """Size of the grid that `mfu` 0 is taken from; needed then."""
+    """Size of the grid that gives `mfu`; required if `mfu` is 0."""
     gpus: list[Positive] = [2**k for k in range(11)]
     prompts: Positive = 1024
-    """strong: of a step, over all GPUs."""
+    """Prompts of a step over all GPUs (strong)."""
     prompts_per_replica: Positive = 4
-    """weak."""
+    """Prompts of a step for each replica (weak)."""
 
 
 class Study(_Section):
@@ -118,7 +118,7 @@ class Cell:
         return f"{self.mode}/{self.size}/{self.layout.name}"
 
     def spec(self, study: Study) -> dict[str, Any]:
-        """All that its numbers depend on; a finished cell with another spec is run again."""
+        """Return all that the results depend on; a cell whose spec has changed runs again."""
         return {
             "mode": self.mode,
             "size": self.size,
@@ -131,7 +131,7 @@ class Cell:
 
 
 def read_study(path: Path | None, overrides: list[str]) -> Study:
-    """Raises ConfigError in one sentence."""
+    """Return the study of a file and overrides. Raise ConfigError for values that cannot work."""
     tree = read_tree(path) if path else {}
     study = overridden(Study, tree, overrides, str(path or "options"))
     for key in ("sizes", "layouts", "modes"):
@@ -154,7 +154,7 @@ def read_study(path: Path | None, overrides: list[str]) -> Study:
 
 
 def cells(study: Study) -> Iterator[Cell]:
-    """Fewest ranks first, so that what others are compared with comes before them."""
+    """Yield the cells, fewest ranks first: baselines come before the cells compared with them."""
     for layout in sorted(study.grid.layouts, key=lambda layout: layout.ranks):
         for size in study.grid.sizes:
             for mode in study.grid.modes:
@@ -164,7 +164,7 @@ def cells(study: Study) -> Iterator[Cell]:
 
 
 def micro_batches(cell: Cell) -> int:
-    """Of one data rank: every prompt with its answers is one."""
+    """Return the micro-batches of one data rank: one for each prompt with its answers."""
     each = math.ceil(cell.prompts / cell.layout.data)
     if cell.layout.virtual > 1:
         each = math.ceil(each / cell.layout.pipeline) * cell.layout.pipeline
@@ -172,6 +172,6 @@ def micro_batches(cell: Cell) -> int:
 
 
 def ideal_bubble(cell: Cell) -> float:
-    """Share of the passes in which a stage idles: (p - 1) / (v m + p - 1), arXiv 2104.04473."""
+    """Return the fraction of idle passes of a stage: (p - 1) / (v m + p - 1), arXiv 2104.04473."""
     idle = cell.layout.pipeline - 1
     return idle / (cell.layout.virtual * micro_batches(cell) + idle)

@@ -1,4 +1,4 @@
-"""Cells as processes of their own under launch/torchrun.py, on this node's part of the nodes."""
+"""Start the ranks of a cell on this node, under launch/torchrun.py."""
 
 import json
 import math
@@ -35,7 +35,7 @@ class Nodes:
     units: int  # cores of a node, or GPUs: what its ranks compute on
 
     def of(self, ranks: int) -> int:
-        """Nodes that a cell takes, the first ones. Raises ConfigError."""
+        """Return how many nodes a cell uses, counted from node 0. Raise ConfigError if too few."""
         nodes = math.ceil(ranks / self.per_node)
         if nodes > self.count or ranks % nodes:
             raise ConfigError(
@@ -46,7 +46,7 @@ class Nodes:
 
 
 def check_cell(cell: Cell, study: Study, arch: Architecture, nodes: Nodes) -> None:
-    """Raises ConfigError for a cell that cannot run here."""
+    """Raise ConfigError for a cell that cannot run here."""
     layout = cell.layout
     nodes.of(layout.ranks)
     if cell.prompts < layout.data:
@@ -59,7 +59,7 @@ def check_cell(cell: Cell, study: Study, arch: Architecture, nodes: Nodes) -> No
 
 
 def model_path(size: str, given: Mapping[str, Any] | str, out: Path, nodes: Nodes) -> Path:
-    """A checkpoint or the JSON of an architecture; node 0 makes a tiny model that is not there."""
+    """Return a checkpoint or an architecture's JSON. Node 0 makes a tiny model that is absent."""
     if isinstance(given, str):
         path = Path(given)
         read_architecture(path)  # raises CheckpointError
@@ -81,8 +81,11 @@ def model_path(size: str, given: Mapping[str, Any] | str, out: Path, nodes: Node
 
 
 def launch(spec: Mapping[str, Any], ranks: int, number: int, nodes: Nodes, timeout_s: float) -> Any:
-    """This node's ranks of a cell; its numbers, or None on other nodes than the first, or on one
-    that takes no part. `number` tells cells apart. Raises ConfigError with the ranks' sentence."""
+    """Run this node's ranks of a cell. Return the cell's results on node 0 and None on the others.
+
+    A node that the cell does not use starts nothing. `number` is unique to the cell. Raise
+    ConfigError with the sentence of the ranks.
+    """
     used = nodes.of(ranks)
     if nodes.rank >= used:
         return None
@@ -113,7 +116,7 @@ def launch(spec: Mapping[str, Any], ranks: int, number: int, nodes: Nodes, timeo
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
-    """By the launcher, whose ranks have sessions of their own."""
+    """End the launcher, which ends its ranks; kill its process group after STOP_S."""
     process.terminate()
     try:
         process.wait(STOP_S)
@@ -134,14 +137,14 @@ def _meeting(used: int, number: int, nodes: Nodes) -> list[str]:
 
 
 def sentence(stderr: str) -> str:
-    """What a process said last, or our own word for the mistake if it said one."""
+    """Return the error sentence in the output of a failed process, else its last line."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     ours = [line.partition("error: ")[2] for line in lines if line.startswith("error: ")]
     errors = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception"))]
     # A rank's comes before its launcher's, which only says that one has failed.
-    return (ours or errors or lines[-1:] or ["ended without a word"])[0]
+    return (ours or errors or lines[-1:] or ["ended without any output"])[0]
 
 
 def load() -> float:
-    """Processes that wanted to run in the last minute, of whoever shares this node."""
+    """Return the load average of this node over the last minute."""
     return os.getloadavg()[0]

@@ -1,4 +1,4 @@
-"""The machine by what is measured on it, in the words of planner.hardware.MeasuredMachine.
+"""Measure this machine for planner.hardware.MeasuredMachine.
 
 All ranks work at once, since a rank of a run never has the machine to itself: each one's matrix
 product and memory, then an all-reduce within each node, and one over all nodes.
@@ -24,7 +24,10 @@ ROUNDS = 7
 
 
 def measure(dtype: str) -> dict[str, Any]:
-    """Every rank calls it; the same on all. Slowest rank of each round, median of the rounds."""
+    """Return the measurements, equal on all ranks: the median round of the slowest rank.
+
+    Every rank must call it.
+    """
     silence_libraries()
     mesh = init_mesh(Parallel(), seed=1)
     on_gpu = mesh.device.type == "cuda"
@@ -72,8 +75,10 @@ def measure(dtype: str) -> dict[str, Any]:
 
 
 def _bus(message: torch.Tensor, group: Any, ranks: int, mesh: Mesh) -> float:
-    """Bytes per second that a rank sends in an all-reduce, 2 (n - 1) / n of the message; alone,
-    those of a copy."""
+    """Return the bytes per second that a rank sends in an all-reduce, 2 (n - 1) / n of the message.
+
+    One rank alone measures a copy.
+    """
     if ranks == 1:
         other = torch.empty_like(message)
         return message.nbytes / _seconds(lambda: other.copy_(message), mesh)
@@ -92,4 +97,4 @@ def _seconds(work: Callable[[], object], mesh: Mesh) -> float:
         slowest = max(gather_objects(world_axis(mesh), time.perf_counter() - began))
         if number:
             times.append(slowest)
-    return statistics.median(times)
+    return float(statistics.median(times))

@@ -45,7 +45,11 @@ def update_parts(
 ) -> dict[str, float]:
     """Seconds of an update by what is waited for; every rank on a core or GPU of its own."""
     layout, sizes = cell.layout, sizes_of(work)
-    cfg = RunConfig(run=Run(out_dir="none"), model=model_of(work), parallel=layout.parallel())
+    cfg = RunConfig(
+        run=Run.model_validate({"out_dir": "none"}),
+        model=model_of(work),
+        parallel=layout.parallel(),
+    )
     machine = Machine(gpu=gpu, gpus=layout.ranks, mfu=mfu)
     batch = Packed(of=sizes, groups=1, rows=sizes.rows)
     passes = training_pass(cfg, arch, batch, micro_batches(cell), machine, backward=True)
@@ -63,7 +67,7 @@ def _sum(*phases: Phase) -> dict[str, float]:
 
 
 def fitted_mfu(cell: Cell, work: Work, arch: Architecture, gpu: Gpu, seconds: float) -> float:
-    """With which a cell of one rank is planned to take `seconds`; at most 1."""
+    """Return the MFU at which the planner gives `seconds` to a one-rank cell; at most 1."""
     parts = update_parts(cell, work, arch, gpu, mfu=1.0)
     compute = parts["compute"]
     rest = sum(parts.values()) - compute
@@ -71,7 +75,7 @@ def fitted_mfu(cell: Cell, work: Work, arch: Architecture, gpu: Gpu, seconds: fl
 
 
 def predicted(parts: dict[str, float], ranks: int, units: int) -> dict[str, Any]:
-    """Seconds on `units` cores or GPUs, and shares of messages and of idle stages."""
+    """Return seconds on `units` cores or GPUs, and the fractions of messages and idle stages."""
     alone = sum(parts.values())
     busy = alone - parts.get(IDLE, 0.0)
     seconds = max(alone, busy * ranks / units)

@@ -1,9 +1,9 @@
-"""One rank of a cell: updates as a run makes them, timed, then profiled.
+"""Measure one rank of a cell: updates as in a run, first timed, then profiled.
 
-A round begins at a barrier and lasts as long as its slowest rank. Messages are those that
-torch.profiler saw: gloo's operations on its threads, NCCL's kernels on the GPU, from their start to
-their end, so that waiting for a slower rank counts. Overlapping ones are counted once. Sends and
-receives between stages are kept apart: on a stage they are its wait, the measured bubble.
+A round begins at a barrier and lasts as long as its slowest rank. Messages are the ones in
+torch.profiler's events: gloo's operations on its threads, NCCL's kernels on the GPU, from start to
+end, so that waiting for a slower rank counts. Overlapping messages are counted once. Sends and
+receives between stages are counted separately: they are the wait of a stage, the measured bubble.
 """
 
 import statistics
@@ -37,7 +37,7 @@ P2P = ("gloo:send", "gloo:recv", "SendRecv", "nccl:send", "nccl:recv")
 
 
 def run_cell(spec: Mapping[str, Any], model: Path) -> dict[str, Any]:
-    """Every rank calls it; the cell's numbers, the same on all."""
+    """Return the results of the cell, equal on all ranks. Every rank must call it."""
     silence_libraries()
     layout, work = Layout(**spec["layout"]), Work(**spec["work"])
     mesh = init_mesh(layout.parallel(), seed=1)
@@ -86,7 +86,7 @@ def _timed(update: Any, mesh: Mesh) -> float:
     began = time.perf_counter()
     update()
     _finish(mesh)
-    return max(gather_objects(world_axis(mesh), time.perf_counter() - began))
+    return float(max(gather_objects(world_axis(mesh), time.perf_counter() - began)))
 
 
 def _profiled(update: Any, mesh: Mesh) -> dict[str, float]:
@@ -108,14 +108,14 @@ def _profiled(update: Any, mesh: Mesh) -> dict[str, float]:
 
 
 def message_kind(name: str, on_gpu: bool) -> str:
-    """ "collective", "p2p", or "" for what is no message, of an event's name."""
+    """Return "collective" or "p2p" for the name of an event, "" if it is no message."""
     if not name.startswith("ncclDev" if on_gpu else "gloo:"):
         return ""
     return "p2p" if any(word in name for word in P2P) else "collective"
 
 
 def union(spans: Iterable[Span]) -> float:
-    """Length that the intervals cover together."""
+    """Return the length of the union of the intervals."""
     covered, until = 0.0, float("-inf")
     for begin, end in sorted(spans):
         covered += max(0.0, end - max(begin, until))

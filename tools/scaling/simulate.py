@@ -1,4 +1,4 @@
-"""Rows of layouts that nobody ran: the planner's arithmetic over pieces that were measured.
+"""Rows of layouts that were not run: the planner's arithmetic over pieces that were measured.
 
 An update alone, passes and optimizer; rollouts need no message between replicas. A row says of each
 piece where it is from. Layouts grow along the data axis, as a run that gets more GPUs does. Not
@@ -25,7 +25,7 @@ MODES: tuple[Mode, ...] = ("strong", "weak")
 def simulated_sizes(
     study: Study, archs: Mapping[str, Architecture], gpu: Gpu, mfus: Mapping[str, float]
 ) -> Iterator[Row]:
-    """The grid's sizes on this study's machine, data-parallel, from their one-rank cells."""
+    """Yield rows of the grid's sizes on this machine, data-parallel, from one-rank cells."""
     pieces = {
         "compute": "measured: matrix product and one-rank update",
         "messages": "measured: all-reduce of few ranks",
@@ -49,7 +49,7 @@ def simulated_sizes(
 def simulated_configs(
     study: Study, gpu: Gpu, mfu: float, pieces: Mapping[str, str]
 ) -> Iterator[Row]:
-    """The ready configs on `gpu`."""
+    """Yield rows of the ready configs on `gpu`."""
     for path in study.simulate.configs:
         cfg = load_config(path)
         checkpoint = hf_dir_of(cfg.model.checkpoint)
@@ -64,14 +64,16 @@ def simulated_configs(
 def _of_config(
     cfg: RunConfig, arch: Architecture, mode: Mode, gpus: int, study: Study, gpu: Gpu, mfu: float
 ) -> Row | None:
-    """None: not a multiple of a replica's GPUs."""
+    """Return the row, or None if `gpus` is no multiple of a replica's GPUs."""
     parallel = cfg.parallel
     replicas, odd = divmod(gpus, parallel.tensor * parallel.context * parallel.pipeline)
     if odd or not replicas:
         return None
     asked = study.simulate
     prompts = asked.prompts if mode == "strong" else asked.prompts_per_replica * replicas
-    update = {"rollout": cfg.rollout.model_copy(update={"prompts_per_step": prompts})}
+    update: dict[str, Any] = {
+        "rollout": cfg.rollout.model_copy(update={"prompts_per_step": prompts})
+    }
     update["sft"] = cfg.sft.model_copy(update={"batch_size": max(prompts, cfg.sft.batch_size)})
     changed = cfg.model_copy(update=update)
     if broken := refusals(changed, arch, gpu, gpus):
@@ -104,7 +106,7 @@ def _row(gpus: int, parts: Mapping[str, float], prompts: int, batches: int) -> R
 def _finished(
     rows: Sequence[Row], mode: str, of: str, gpu: Gpu, mfu: float, pieces: Mapping[str, str]
 ) -> Iterator[Row]:
-    """Efficiency is prompts a second and GPU, over those of the fewest GPUs that could run."""
+    """Add the efficiency: prompts a second and GPU, relative to the fewest GPUs that can run."""
     base = None
     for row in rows:
         about = {"simulated": True, "mode": mode, "of": of, "gpu": gpu.name, "mfu": mfu}

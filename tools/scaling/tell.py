@@ -96,7 +96,7 @@ def _percent(share: float) -> str:
 
 
 def plot_measured(rows: Sequence[Row], path: Path) -> None:
-    """Step time, efficiency and shares, of finished cells in the order of the table."""
+    """Plot step time, efficiency and time fractions of finished cells, in the table's order."""
     from matplotlib.figure import Figure
 
     done = [row for row in rows if "seconds" in row]
@@ -131,7 +131,7 @@ def plot_measured(rows: Sequence[Row], path: Path) -> None:
 
 
 def plot_simulated(rows: Sequence[Row], path: Path) -> None:
-    """Efficiency and seconds over GPUs."""
+    """Plot efficiency and seconds over the number of GPUs."""
     from matplotlib.figure import Figure
 
     done = [row for row in rows if "seconds" in row]

@@ -229,6 +229,7 @@ def checked_record(record: Any, number: int, source: Source, line: int = 0) -> R
     """
     place = f"line {line}" if line else f"record {number}"
     try:
+        checked: Record
         [checked] = validated(READERS[source.format].form, [record], source, place)
     except DataError as error:
         raise ((number == 0 and _other_form(source, error)) or error) from None

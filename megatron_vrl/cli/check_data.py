@@ -1,0 +1,102 @@
+"""Check annotations and videos before a run: files, durations, ground truth, duplicates.
+
+    mvrl check-data --config configs/NAME.yaml [--out problems.jsonl] [--decode]
+                    [section.key=value ...]
+
+The command reads every source of the config from end to end with the readers of a run. It writes
+each problem as one line of --out, in the format of a run's quarantine.jsonl, and prints a summary.
+Exit code 0: no problem; 1: some problems; 2: the config or an annotation file cannot be read, or a
+file is not in the format that its `format` names.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_vrl.errors import counted
+from megatron_vrl.process.command_line import OverrideParser, tool_parser
+from megatron_vrl.process.entry import run_program, told_if_interrupted
+
+if TYPE_CHECKING:
+    from megatron_vrl.data.dataset_check import DatasetCheck
+    from megatron_vrl.data.problems import Problem
+
+
+def make_parser() -> OverrideParser:
+    parser = tool_parser(__doc__)
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML, see configs/")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("problems.jsonl"),
+        metavar="FILE",
+        help="problems, one a line (default: problems.jsonl)",
+    )
+    parser.add_argument("--decode", action="store_true", help="also decode every video")
+    parser.add_overrides()
+    return parser
+
+
+def main() -> int:
+    return _check(make_parser().parse_intermixed_args())
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from megatron_vrl.config import load_config
+    from megatron_vrl.data.dataset_check import DatasetCheck, distinct_sources, num_records
+    from megatron_vrl.data.problems import Problem
+
+    cfg = load_config(arguments.config, arguments.overrides)
+    check, problems = DatasetCheck(cfg, arguments.decode), list[Problem]()
+    kept = f"{arguments.out} has the problems found so far; the same command begins again."
+    with told_if_interrupted(lambda: kept), open(arguments.out, "w") as report:
+        for source in distinct_sources(cfg):
+            name = Path(source.json_path).name
+            records = tqdm(
+                check.problems(source), total=num_records(source), unit=" records", desc=name
+            )
+            for found in records:
+                problems += found
+                report.writelines(_line(problem) for problem in found)
+                records.set_postfix(problems=len(problems), refresh=False)
+            of_file = check.of_file()
+            problems += of_file
+            report.writelines(_line(problem) for problem in of_file)
+    if not problems and arguments.out.is_file():
+        arguments.out.unlink()
+    _print_summary(check, problems, arguments.out)
+    return 1 if problems else 0
+
+
+def _line(problem: "Problem") -> str:
+    return json.dumps({"phase": "check", "step": 0} | problem.row()) + "\n"
+
+
+def _print_summary(check: "DatasetCheck", problems: "Sequence[Problem]", out: Path) -> None:
+    import numpy as np
+
+    from megatron_vrl.data.problems import summary
+    from megatron_vrl.observe.progress import say_written
+
+    tokens = list(check.seen.tokens.values())
+    samples, videos = counted(check.seen.samples, "sample"), counted(len(tokens), "video")
+    print(f"{samples}, {videos} that can be read")
+    if tokens:
+        low, middle, high = np.percentile(tokens, [0, 50, 100]).astype(int)
+        print(f"tokens of a video: {low} to {high}, median {middle}")
+    for problem in problems:
+        if problem.kind == "unit":
+            print(problem.reason)
+    if problems:
+        print(f"problems: {summary(problems)}", flush=True)
+        say_written(out)
+    else:
+        print(f"No problems in {counted(check.seen.samples, 'sample')}.")
+
+
+if __name__ == "__main__":
+    run_program(main)

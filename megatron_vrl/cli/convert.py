@@ -1,0 +1,46 @@
+"""Convert checkpoints between Hugging Face and Megatron, or compare two of them bit for bit.
+
+    mvrl convert hf-to-megatron SRC DST
+    mvrl convert megatron-to-hf SRC DST
+    mvrl convert verify A B
+
+The conversion runs in one process and holds one tensor at a time. A Megatron checkpoint has the
+format that training writes, so it loads in any parallel layout. DST must not exist.
+"""
+
+import os
+from pathlib import Path
+
+from megatron_vrl.process.command_line import OverrideParser, tool_parser
+from megatron_vrl.process.entry import run_program
+
+DIRECTIONS = ("hf-to-megatron", "megatron-to-hf", "verify")
+
+
+def make_parser() -> OverrideParser:
+    parser = tool_parser(__doc__)
+    parser.add_argument("direction", choices=DIRECTIONS, help="direction, or verify to compare")
+    parser.add_argument("source", type=Path, metavar="SRC", help="a checkpoint; A of verify")
+    parser.add_argument("target", type=Path, metavar="DST", help="a new directory; B of verify")
+    return parser
+
+
+def main() -> None:
+    arguments = make_parser().parse_args()
+    # torch allocates and frees a tensor row by row here. Huge pages save a third of the time.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    from megatron_vrl.checkpoint.convert import compare, convert_to_hf, convert_to_megatron
+    from megatron_vrl.observe.progress import say_written
+
+    source, target = arguments.source, arguments.target
+    if arguments.direction == "verify":
+        print(f"{compare(source, target)} tensors are bit-equal")
+        return
+    to_megatron = arguments.direction == "hf-to-megatron"
+    arch = (convert_to_megatron if to_megatron else convert_to_hf)(source, target)
+    print(f"{arch.num_parameters:,} parameters", flush=True)
+    say_written(target)
+
+
+if __name__ == "__main__":
+    run_program(main)
