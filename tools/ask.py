@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vrl.errors import ConfigError, VideoError
-from megatron_vrl.observe.progress import say_written
+from megatron_vrl.observe.progress import log_written
 from megatron_vrl.observe.silence_logs import silence_libraries
 from megatron_vrl.process.command_line import tool_parser
 from megatron_vrl.process.entry import run_program
@@ -60,7 +60,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     found, text = _ask(arguments)
     print(json.dumps(found, indent=1) if arguments.json else text, flush=True)
-    say_written(arguments.strip)
+    log_written(arguments.strip)
 
 
 def _ask(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:

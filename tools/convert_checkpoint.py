@@ -12,7 +12,7 @@ Runs in one process and holds one tensor at a time. A Megatron checkpoint is wha
 import os
 from pathlib import Path
 
-from megatron_vrl.observe.progress import say_written
+from megatron_vrl.observe.progress import log_written
 from megatron_vrl.process.command_line import tool_parser
 from megatron_vrl.process.entry import run_program
 
@@ -38,7 +38,7 @@ def main() -> None:
     to_megatron = arguments.direction == "hf-to-megatron"
     arch = (convert_to_megatron if to_megatron else convert_to_hf)(source, target)
     print(f"{arch.num_parameters:,} parameters", flush=True)
-    say_written(target)
+    log_written(target)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         table,
         write_results,
     )
-    from megatron_vrl.observe.progress import say_written
+    from megatron_vrl.observe.progress import log_written
     from megatron_vrl.process.run_lock import owned
 
     name, protocol = arguments.benchmark, arguments.protocol
@@ -113,7 +113,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     print(json.dumps(found, indent=1) if arguments.json else table(found), flush=True)
     if complaint:
         print(f"error: {complaint}", file=sys.stderr)
-    say_written(out)
+    log_written(out)
     return 1 if complaint else 0
 
 

@@ -28,7 +28,7 @@ from scaling.tell import plot_measured, plot_simulated, table, with_efficiency
 
 from megatron_vrl.errors import ConfigError, UserError, counted
 from megatron_vrl.models.architecture import Architecture, read_architecture
-from megatron_vrl.observe.progress import say_written
+from megatron_vrl.observe.progress import log_written
 from megatron_vrl.planner.hardware import Gpu, find_gpu
 from megatron_vrl.process.command_line import tool_parser
 from megatron_vrl.process.entry import run_program
@@ -195,7 +195,7 @@ def _tell(
     failed = sum("failed" in row for row in rows)
     done = counted(len(rows) - failed, "cell")
     print(f"scaling: {done}, {failed} failed; see table.md", flush=True)
-    say_written(out)
+    log_written(out)
 
 
 def _fitted(

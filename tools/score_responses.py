@@ -37,7 +37,7 @@ and exit code 2.
 import os
 from pathlib import Path
 
-from megatron_vrl.observe.progress import say_written
+from megatron_vrl.observe.progress import log_written
 from megatron_vrl.observe.silence_logs import silence_libraries
 from megatron_vrl.process.command_line import tool_parser
 from megatron_vrl.process.entry import run_program, told_if_interrupted
@@ -61,7 +61,7 @@ def main() -> None:
         summary = score_file(cfg, arguments.samples, arguments.out)
     if os.environ.get("RANK", "0") == "0":
         print(summary, flush=True)
-        say_written(arguments.out)
+        log_written(arguments.out)
 
 
 if __name__ == "__main__":

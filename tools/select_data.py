@@ -58,7 +58,7 @@ def main() -> int:
 
 def _select(arguments: argparse.Namespace) -> int:
     from megatron_vrl.config import load_config
-    from megatron_vrl.observe.progress import say_written
+    from megatron_vrl.observe.progress import log_written
     from megatron_vrl.observe.silence_logs import silence_libraries
     from megatron_vrl.process.run_lock import owned
 
@@ -78,7 +78,7 @@ def _select(arguments: argparse.Namespace) -> int:
             collect_answers(cfg, samples, arguments.out, share)
     if share[1] > 1 and not arguments.rules_only:
         print(f"share {arguments.share} is answered", flush=True)
-        say_written(arguments.out)
+        log_written(arguments.out)
         return 0
     with owned(arguments.out, "lock-rules"):
         chosen = apply_rules(cfg, samples, arguments.out)
@@ -88,7 +88,7 @@ def _select(arguments: argparse.Namespace) -> int:
     if complaint:
         print(f"error: {complaint}", file=sys.stderr)
     print(f"kept {kept} of {counted(len(chosen), 'sample')}; see report.html", flush=True)
-    say_written(arguments.out)
+    log_written(arguments.out)
     return 1 if complaint else 0
 
 

@@ -18,7 +18,7 @@ from megatron_vrl.process.command_line import OverrideParser
 from megatron_vrl.process.entry import run_program
 from megatron_vrl.process.parent_death import end_with_parent, end_with_starter
 from megatron_vrl.process.signals import take_signals
-from megatron_vrl.storage.files import error_kept
+from megatron_vrl.storage.files import recorded_error
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def main() -> None:
         if arguments.dry_run:
             made = _dry_run(cfg, arguments.strict)
         else:
-            with error_kept(Path(cfg.run.out_dir), rank):
+            with recorded_error(Path(cfg.run.out_dir), rank):
                 made = _rollouts(cfg) if arguments.rollouts_only else _job(cfg)
     except StopRequested as stop:
         made = str(stop)
