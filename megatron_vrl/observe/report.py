@@ -220,6 +220,7 @@ def _cell(found: dict[str, float], name: str) -> str:
 
 
 def main() -> None:
+    """Build report.html of the run directory on the command line."""
     parser = OverrideParser(
         prog="megatron_vrl.observe.report", description="Build report.html of a run again."
     )

@@ -67,6 +67,7 @@ class SampleLog:
         self._rows.append({**asdict(sample), "strip": f"samples/{path.name}"})
 
     def close(self) -> None:
+        """Close samples.jsonl."""
         self._rows.close()
 
 

@@ -70,6 +70,7 @@ class Sinks:
             self._samples.append(sample, frames, timestamps_s)
 
     def close(self) -> None:
+        """Close all writers and the sample log."""
         for writer in self._writers:
             writer.close()
         if self._samples:
@@ -110,9 +111,11 @@ class Rows:
         """Do nothing: a row contains its phase."""
 
     def write(self, row: dict[str, Any]) -> None:
+        """Append the row."""
         self._file.append(row)
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 
@@ -126,6 +129,7 @@ class Progress:
         self._phase, self._bar = "", tqdm(disable=True)
 
     def begin(self, phase: Phase, steps: int, done: int) -> None:
+        """Replace the bar by one of this phase."""
         self._bar.close()
         interval_s = 0.1 if sys.stderr.isatty() else 30.0
         self._phase = phase
@@ -134,6 +138,7 @@ class Progress:
         )
 
     def write(self, row: dict[str, Any]) -> None:
+        """Move the bar to the row's step. Rows of other phases are ignored."""
         if row["phase"] != self._phase:
             return
         name = "reward" if "reward" in row else "loss"
@@ -142,6 +147,7 @@ class Progress:
         self._bar.update(row["step"] - self._bar.n)
 
     def close(self) -> None:
+        """Close the bar."""
         self._bar.close()
 
 
@@ -180,6 +186,7 @@ class Wandb:
         """Do nothing: a row contains its phase."""
 
     def write(self, row: dict[str, Any]) -> None:
+        """Log the row's numbers under PHASE/, for an evaluation under eval/DURING/SPLIT/."""
         group = "/".join(filter(None, (row["phase"], row.get("during"), row.get("split"))))
         metrics = {k: v for k, v in row.items() if isinstance(v, float)}
         metrics |= {f"seconds/{k}": v for k, v in row["seconds"].items()}
@@ -187,6 +194,7 @@ class Wandb:
         self._run.log({f"{row['phase']}/step": row["step"], **logged})
 
     def close(self) -> None:
+        """Finish the run and stop wandb's service."""
         import wandb
 
         self._run.finish()

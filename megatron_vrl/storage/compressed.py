@@ -63,6 +63,7 @@ class FrameFile:
                 left = left[self._file.write(left) :]
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 

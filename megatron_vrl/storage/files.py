@@ -113,6 +113,7 @@ class RowFile:
                 left = left[self._file.write(left) :]
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 
