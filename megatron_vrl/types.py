@@ -1,7 +1,11 @@
-"""What flows: VideoSample -> EncodedVideo -> Prompt -> Rollout -> ScoredGroup -> Experience.
+"""Data types of the pipeline, each made from the one before.
 
-A stage that learns something makes the next type; it never fills a hole in an old one.
-Shape letters: F frames, P prompt tokens, R response tokens, N rollouts of one group.
+  VideoSample -> EncodedVideo -> Prompt -> Rollout -> ScoredGroup -> Experience
+
+Every type is a frozen dataclass. A stage that adds information makes the next type; it never fills
+a field of an existing object.
+
+Letters in shapes: F frames, P prompt tokens, R response tokens, N rollouts of one group.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +17,9 @@ from numpy.typing import NDArray
 
 Interval = tuple[float, float]  # (start, end) in seconds
 
-STRUCTURE_TOKENS = (  # of Qwen2.5-VL: special even where a tokenizer's files do not mark them
+# Qwen2.5-VL's turn and vision tokens. They are treated as special tokens even if the tokenizer
+# files do not mark them as special.
+STRUCTURE_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
     "<|im_end|>",
@@ -26,70 +32,76 @@ STRUCTURE_TOKENS = (  # of Qwen2.5-VL: special even where a tokenizer's files do
 
 
 class VideoClip(NamedTuple):
-    """What is to be decoded: a whole file or a window of it."""
+    """A video file, or a time window of it."""
 
     path: str
-    window_s: Interval | None = None  # (start, end) in the file's seconds; None: all of it
-    folder: str = ""  # the file must lie in it, symlinks resolved; "": anywhere
+    window_s: Interval | None = None  # (start, end) in seconds of the file; None: whole file
+    folder: str = ""  # the file must be inside it, symlinks resolved; "": not checked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoSample:
-    """One annotated question about one video, as a reader returns it.
+    """One annotated question about one video.
 
     Example: VideoSample(id="clip_0001/0", task="temporal_grounding", video="/data/clip_0001.mp4",
     duration_s=16.0, query="the red square is visible", rationale="the red square is visible",
     intervals_s=((3.0, 7.0),), options=(), option="")
     """
 
-    id: str  # unique within its split; "VIDEO/INDEX" for sets keyed by video
-    task: str  # a row of `megatron_vrl.tasks.TASKS`
-    video: str  # path of the file
-    duration_s: float  # as annotated, seconds; 0 where a set of options alone does not say
+    id: str  # unique within its split; "VIDEO/INDEX" in annotations keyed by video
+    task: str  # a key of `megatron_vrl.tasks.TASKS`
+    video: str  # path or URL of the file
+    duration_s: float  # annotated duration, seconds; 0 if the annotation has none
     query: str  # the sentence to ground, or the question
-    rationale: str  # what an ideal answer thinks; imitated by the SFT warm-up, "" if unknown
-    intervals_s: tuple[Interval, ...]  # true intervals, seconds; () when the task has none
+    rationale: str  # thinking text of the SFT target; "" if unknown
+    intervals_s: tuple[Interval, ...]  # ground truth, seconds; () when the task has none
     options: tuple[str, ...]  # option texts in order; () when the task has none
-    option: str  # letter of the right option, "A".."Z"; "" when the task has none
-    truth: Any = None  # right answer of a task with a truth of its own: its `Truth.record`
-    window_s: Interval | None = None  # part of the file that is shown; other times count from it
-    folder: str = ""  # data folder, which the file must not leave; "": not asked for
-    labels: tuple[str, ...] = ()  # "kind/name" groups that an evaluation reports apart
+    option: str  # letter of the correct option, "A".."Z"; "" when the task has none
+    truth: Any = None  # ground truth of a task with its own kind of truth: its `Truth.record`
+    window_s: Interval | None = None  # shown part of the file; other times count from its start
+    folder: str = ""  # data folder that must contain the file; "": not checked
+    labels: tuple[str, ...] = ()  # "kind/name" categories that an evaluation reports separately
 
     @property
     def clip(self) -> VideoClip:
+        """Return the file and window to decode."""
         return VideoClip(self.video, self.window_s, self.folder)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedVideo:
-    """The one record made at decoding. Nothing downstream recomputes its time axis.
+    """Decoded and resized frames of one clip, with their time axis.
 
-    `frames` are already resized, so their grid is the model's: height = grid_thw[1] * 14.
-    An odd number of sampled frames is completed by repeating the last one, so
-    F = 2 * grid_thw[0].
+    The time axis (indices, timestamps, rates) is computed once, at decoding. No later stage
+    recomputes it.
+
+    `frames` have the model's input size: height = grid_thw[1] * 14, width = grid_thw[2] * 14. If
+    the number of sampled frames is odd, the last frame is repeated, so F = 2 * grid_thw[0].
+
+    Example: a 16 s clip at 30 frames per second, sampled at 2 frames per second, has F = 32 and
+    grid_thw[0] = 16 with 1 s per temporal step.
     """
 
     path: str
     digest: str  # hex digest of the file's bytes
-    codec: str  # as the container names it, for example "h264"
-    duration_s: float  # of the container's video stream, or of its window, seconds
-    frame_indices: NDArray[np.int64]  # [F] in decoding order of presentation
-    timestamps_s: NDArray[np.float64]  # [F] from the container's pts, seconds into the file
+    codec: str  # FFmpeg's name of the codec, for example "h264"
+    duration_s: float  # duration of the video stream, or of the window, seconds
+    frame_indices: NDArray[np.int64]  # [F] frame numbers in the file, in presentation order
+    timestamps_s: NDArray[np.float64]  # [F] from the container's pts; 0: first frame
     sampled_fps: float  # frames sampled per second of video
-    seconds_per_grid: float  # seconds between two temporal steps of the grid (2 frames each)
+    seconds_per_grid: float  # seconds per temporal step (2 frames)
     grid_thw: tuple[int, int, int]  # temporal steps, height and width in patches of 14 px
-    frame_budget: int  # most pixels one frame might have had under the sampling rule
+    frame_budget: int  # maximum pixels per frame under the sampling rule
     frames: NDArray[np.uint8]  # [F, height, width, 3] RGB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedImage:
-    """A still picture, as one temporal step: the same frame twice, as Qwen encodes images."""
+    """An image as one temporal step: the frame is repeated once, as Qwen2.5-VL encodes images."""
 
     path: str
     digest: str  # hex digest of the file's bytes
-    grid_thw: tuple[int, int, int]  # 1; height and width in patches of 14 px
+    grid_thw: tuple[int, int, int]  # (1, height, width), the latter two in patches of 14 px
     frames: NDArray[np.uint8]  # [2, height, width, 3] RGB
 
 
@@ -98,27 +110,31 @@ Visual = EncodedVideo | EncodedImage
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """A question rendered through the chat template, encoded once for engine and trainer."""
+    """A question rendered by the chat template and tokenized, with its videos and images.
 
-    id: str  # of its sample, for messages
-    visuals: tuple[Visual, ...]  # in the order of their pad tokens; () for text alone
-    token_ids: NDArray[np.int64]  # [P] with one pad token per merged vision cell
-    engine_token_ids: tuple[int, ...]  # the same with one single pad per visual, as vLLM wants it
+    The rollout engine and the trainer use the same Prompt. The engine takes `engine_token_ids` with
+    one pad token per visual and expands it; the trainer takes `token_ids`, which are expanded.
+    """
+
+    id: str  # id of its sample
+    visuals: tuple[Visual, ...]  # in the order of their pad tokens; () for a text-only prompt
+    token_ids: NDArray[np.int64]  # [P] with one pad token per merged vision patch
+    engine_token_ids: tuple[int, ...]  # with one pad token per visual, the input vLLM expects
     positions: NDArray[np.int64]  # [3, P] M-RoPE positions: time, height, width
-    seen: tuple[NDArray[Any], ...] = ()  # vision tokens [tokens, hidden] of each visual, if kept
+    seen: tuple[NDArray[Any], ...] = ()  # vision embeddings [tokens, hidden] per visual, if cached
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """One sampled answer."""
+    """One sampled answer with its log-probs."""
 
     token_ids: NDArray[np.int64]  # [R] ends with the stop token when finish == "stop"
-    logprobs: NDArray[np.float32]  # [R] under the engine, at the sampling temperature
+    logprobs: NDArray[np.float32]  # [R] computed by the engine at the sampling temperature
     text: str  # without special tokens
     finish: Literal["stop", "length"]
-    weight_version: int  # of the weights that its prompt was read with
-    newest_version: int  # of those of its last token: another if weights came in between
-    seed: int  # that it was drawn with
+    weight_version: int  # weight version when the engine processed the prompt
+    newest_version: int  # weight version at the last token; larger if weights were synced meanwhile
+    seed: int  # sampling seed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,7 +191,7 @@ class ScoredGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experience:
-    """A scored group with what its answers are worth beside each other."""
+    """A scored group with the advantages of its answers."""
 
     scored: ScoredGroup
     advantages: NDArray[np.float64]  # [N]

@@ -21,7 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_vrl.observe.progress import say_written
+from megatron_vrl.observe.progress import log_written
 from megatron_vrl.process.command_line import tool_parser
 from megatron_vrl.process.entry import run_program
 
@@ -72,7 +72,7 @@ def main(words: Sequence[str] | None = None) -> int:
     table = _markdown(report)
     (arguments.out / "gpu-check.md").write_text(table)
     print(table, flush=True)
-    say_written(arguments.out)
+    log_written(arguments.out)
     return int(any(row["status"] in ("failed", "too slow") for row in rows))
 
 

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_vrl.errors import ConfigError, counted
-from megatron_vrl.observe.progress import say_written
+from megatron_vrl.observe.progress import log_written
 from megatron_vrl.process.command_line import tool_parser
 from megatron_vrl.process.entry import run_program
 
@@ -374,7 +374,7 @@ def main(arguments: list[str] | None = None) -> None:
     state = f"{counted(encoded, 'clip')} encoded" if encoded else "complete already, reused"
     splits = ", ".join(f"{name} {size}" for name, size in sizes.items())
     print(f"{state}; {splits}", flush=True)
-    say_written(args.out)
+    log_written(args.out)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from make_synthetic import COLOURS, KINDS
 from released_layout import write_released
 
 from megatron_vrl.errors import ConfigError
-from megatron_vrl.observe.progress import say_written
+from megatron_vrl.observe.progress import log_written
 from megatron_vrl.process.command_line import tool_parser
 from megatron_vrl.process.entry import run_program
 from megatron_vrl.tasks import SYSTEM_PROMPTS, TASKS
@@ -282,7 +282,7 @@ def main(arguments: list[str] | None = None) -> None:
         make_processor(tokenizer, args.min_pixels, args.max_pixels).save_pretrained(half_made)
     os.replace(half_made, args.out)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens", flush=True)
-    say_written(args.out)
+    log_written(args.out)
 
 
 if __name__ == "__main__":

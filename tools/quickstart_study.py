@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_vrl.observe.progress import say_written
+from megatron_vrl.observe.progress import log_written
 from megatron_vrl.process.command_line import tool_parser
 from megatron_vrl.process.entry import run_program
 
@@ -65,7 +65,7 @@ def main() -> None:
     table = "\n".join(line for split in SPLITS for line in rows(summaries, split))
     (out / "table.md").write_text(table + "\n")
     print(table, flush=True)
-    say_written(out)
+    log_written(out)
 
 
 def run_seed(out: Path, seed: int, overrides: list[str]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 from make_synthetic import DURATION_S, INTERVAL_S
 
-from megatron_vrl.observe.progress import say_written
+from megatron_vrl.observe.progress import log_written
 from megatron_vrl.process.command_line import tool_parser
 from megatron_vrl.process.entry import run_program
 
@@ -87,7 +87,7 @@ def main() -> None:
                 (out / "study.json").write_text(json.dumps(done, indent=1) + "\n")
                 (out / "table.md").write_text("\n".join(table(done)) + "\n")
     print("\n".join(table(done)), flush=True)
-    say_written(out)
+    log_written(out)
 
 
 # ---- pure parts

@@ -54,11 +54,11 @@ def make_parser() -> OverrideParser:
 
 def main() -> None:
     arguments = make_parser().parse_intermixed_args()
-    from megatron_vrl.observe.progress import say_written
+    from megatron_vrl.observe.progress import log_written
 
     found, text = _ask(arguments)
     print(json.dumps(found, indent=1) if arguments.json else text, flush=True)
-    say_written(arguments.strip)
+    log_written(arguments.strip)
 
 
 def _ask(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:

@@ -63,9 +63,9 @@ def _check(arguments: argparse.Namespace) -> int:
                 problems += found
                 report.writelines(_line(problem) for problem in found)
                 records.set_postfix(problems=len(problems), refresh=False)
-            of_file = check.of_file()
-            problems += of_file
-            report.writelines(_line(problem) for problem in of_file)
+            file_problems = check.file_problems()
+            problems += file_problems
+            report.writelines(_line(problem) for problem in file_problems)
     if not problems and arguments.out.is_file():
         arguments.out.unlink()
     _print_summary(check, problems, arguments.out)
@@ -80,10 +80,10 @@ def _print_summary(check: "DatasetCheck", problems: "Sequence[Problem]", out: Pa
     import numpy as np
 
     from megatron_vrl.data.problems import summary
-    from megatron_vrl.observe.progress import say_written
+    from megatron_vrl.observe.progress import log_written
 
-    tokens = list(check.seen.tokens.values())
-    samples, videos = counted(check.seen.samples, "sample"), counted(len(tokens), "video")
+    tokens = list(check.stats.tokens.values())
+    samples, videos = counted(check.stats.samples, "sample"), counted(len(tokens), "video")
     print(f"{samples}, {videos} that can be read")
     if tokens:
         low, middle, high = np.percentile(tokens, [0, 50, 100]).astype(int)
@@ -93,9 +93,9 @@ def _print_summary(check: "DatasetCheck", problems: "Sequence[Problem]", out: Pa
             print(problem.reason)
     if problems:
         print(f"problems: {summary(problems)}", flush=True)
-        say_written(out)
+        log_written(out)
     else:
-        print(f"No problems in {counted(check.seen.samples, 'sample')}.")
+        print(f"No problems in {counted(check.stats.samples, 'sample')}.")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def main() -> None:
     # torch allocates and frees a tensor row by row here. Huge pages save a third of the time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from megatron_vrl.checkpoint.convert import compare, convert_to_hf, convert_to_megatron
-    from megatron_vrl.observe.progress import say_written
+    from megatron_vrl.observe.progress import log_written
 
     source, target = arguments.source, arguments.target
     if arguments.direction == "verify":
@@ -39,7 +39,7 @@ def main() -> None:
     to_megatron = arguments.direction == "hf-to-megatron"
     arch = (convert_to_megatron if to_megatron else convert_to_hf)(source, target)
     print(f"{arch.num_parameters:,} parameters", flush=True)
-    say_written(target)
+    log_written(target)
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from megatron_vrl.evaluation import benchmark
-    from megatron_vrl.observe.progress import say_written
+    from megatron_vrl.observe.progress import log_written
     from megatron_vrl.process.run_lock import owned
 
     name, protocol = arguments.benchmark, arguments.protocol
@@ -103,7 +103,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     print(text, flush=True)
     if complaint:
         print(f"error: {complaint}", file=sys.stderr)
-    say_written(out)
+    log_written(out)
     return 1 if complaint else 0
 
 

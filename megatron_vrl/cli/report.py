@@ -19,10 +19,10 @@ def make_parser() -> OverrideParser:
 
 def main() -> None:
     arguments = make_parser().parse_args()
-    from megatron_vrl.observe.progress import say_written
+    from megatron_vrl.observe.progress import log_written
     from megatron_vrl.observe.report import build_report
 
-    say_written(build_report(arguments.run))
+    log_written(build_report(arguments.run))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def make_parser() -> OverrideParser:
 
 def main() -> None:
     arguments = make_parser().parse_intermixed_args()
-    from megatron_vrl.observe.progress import say_written
+    from megatron_vrl.observe.progress import log_written
     from megatron_vrl.observe.silence_logs import silence_libraries
 
     silence_libraries()
@@ -64,7 +64,7 @@ def main() -> None:
         summary = score_file(cfg, arguments.samples, arguments.out)
     if os.environ.get("RANK", "0") == "0":
         print(summary, flush=True)
-        say_written(arguments.out)
+        log_written(arguments.out)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def _select(arguments: argparse.Namespace, cfg: "RunConfig", share: tuple[int, int]) -> int:
-    from megatron_vrl.observe.progress import say_written
+    from megatron_vrl.observe.progress import log_written
     from megatron_vrl.observe.silence_logs import silence_libraries
 
     silence_libraries()
@@ -72,7 +72,7 @@ def _select(arguments: argparse.Namespace, cfg: "RunConfig", share: tuple[int, i
             collect_answers(cfg, samples, out, share)
         if share[1] > 1:
             print(f"share {arguments.share} is answered", flush=True)
-            say_written(out)
+            log_written(out)
             return 0
     with owned(out, "lock-rules"):
         chosen = apply_rules(cfg, samples, out)
@@ -81,7 +81,7 @@ def _select(arguments: argparse.Namespace, cfg: "RunConfig", share: tuple[int, i
     if complaint:
         print(f"error: {complaint}", file=sys.stderr)
     print(f"kept {kept} of {counted(len(chosen), 'sample')}; see report.html", flush=True)
-    say_written(out)
+    log_written(out)
     return 1 if complaint else 0
 
 

@@ -64,11 +64,11 @@ def main() -> None:
 
 def _run(arguments: argparse.Namespace, cfg: "RunConfig") -> str:
     """Run what the arguments ask for; return the text that rank 0 prints."""
-    from megatron_vrl.storage.files import error_kept
+    from megatron_vrl.storage.files import recorded_error
 
     if arguments.dry_run:
         return _dry_run(cfg, arguments.strict)
-    with error_kept(Path(cfg.run.out_dir), int(os.environ.get("RANK", "0"))):
+    with recorded_error(Path(cfg.run.out_dir), int(os.environ.get("RANK", "0"))):
         return _rollouts(cfg) if arguments.rollouts_only else _job(cfg)
 
 

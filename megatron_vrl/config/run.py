@@ -300,7 +300,7 @@ class Observe(Section):
     wandb: Literal["offline", "online", "disabled"] = "offline"
     project: str = "megatron_vrl"
     samples_per_step: Annotated[int, Field(ge=0)] = 1
-    """Groups of each step kept whole for the report's cards."""
+    """Groups per step that are logged whole, with frames, for the report."""
     profile_steps: list[Annotated[int, Field(gt=0)]] = []
     """Steps of the warm-up and of GRPO, from 1, of which torch.profiler writes a trace into
     OUT/traces, for ui.perfetto.dev. A traced step is slower."""

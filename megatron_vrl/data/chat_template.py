@@ -1,11 +1,13 @@
-"""Messages -> token ids by a checkpoint's chat template; text of users never becomes structure.
+"""ChatTokenizer: messages -> token ids by a checkpoint's chat template.
 
-The template is the one that transformers' AutoProcessor and vLLM take: of `processor_config.json`,
+The template is the one that transformers' AutoProcessor and vLLM use: from `processor_config.json`,
 `chat_template.json` (transformers 4) or `chat_template.jinja` (transformers 5), else the
-tokenizer's. A special token (`<|im_end|>`, `<|video_pad|>`) that is spelled in a caption, a
-question or an answer is encoded as its letters. Without such a spelling the ids are those of the
-rendered text. Left out: added tokens that are not special (`<tool_call>`): they end nothing and
-show nothing, an answer may hold them, and decoding keeps them, so they are words like others.
+tokenizer's.
+
+User text never becomes a special token: if a caption, question or answer contains the characters of
+one (`<|im_end|>`, `<|video_pad|>`), they are encoded as plain text. Text without them has the ids
+that transformers gives. Added tokens that are not special (`<tool_call>`) are treated as plain
+words: they neither end a turn nor stand for a visual.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,8 +24,8 @@ from megatron_vrl.types import STRUCTURE_TOKENS
 Message = dict[str, Any]
 
 STOP = "<|im_end|>"
-PRIVATE_USE = range(0x100000, 0x10FFFE)  # code points that Unicode gives no meaning
-# All that a template, which is a program, may raise over a message that it was not made for.
+PRIVATE_USE = range(0x100000, 0x10FFFE)  # Unicode private use code points
+# Exceptions that a template, which is a program, may raise for a message it does not support.
 _NOT_RENDERED = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 
@@ -31,10 +33,10 @@ class ChatTokenizer:
     """Tokenizer and chat template of one checkpoint."""
 
     def __init__(self, hf_dir: str | Path, pads: Sequence[int]) -> None:
-        """`pads`: the tokens that stand for a video and an image.
+        """`pads`: ids of the video and image pad tokens.
 
-        Raises CheckpointError if the tokenizer or the template does not load, or if the template
-        does not show a video.
+        Raises CheckpointError if tokenizer or template cannot be loaded, or if the template does
+        not render a video.
         """
         self.directory = hf_dir
         try:
@@ -47,28 +49,29 @@ class ChatTokenizer:
         self._check_template(pads[0])
 
     def text_ids(self, text: str) -> list[int]:
-        """Token ids of text, none of them special."""
+        """Return the token ids of plain text, without special tokens."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)[
             "input_ids"
         ]
         return ids
 
     def turn_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of the messages and of the header of an answer; one pad for each visual.
+        """Return the token ids of the messages and the answer's header.
 
-        Raises CheckpointError if the template does not render them.
+        Each visual is one pad token. Raises CheckpointError if the template does not render the
+        messages.
         """
         masked = _Masked(self, messages, self._template)
         rendered = self._render(masked.messages)
         ids: list[int] = []
         start = 0
-        for token, begin, end in self.special_tokens(rendered):  # of the template alone
+        for token, begin, end in self.special_tokens(rendered):  # only the template's own
             ids += [*self.text_ids(masked.restored(rendered[start:begin])), token]
             start = end
         return ids + self.text_ids(masked.restored(rendered[start:]))
 
     def special_tokens(self, text: str) -> Iterator[tuple[int, int, int]]:
-        """(id, begin, end) of each special token that is spelled in a text."""
+        """Yield (id, begin, end) of each special token in a text."""
         found = self.tokenizer(
             text,
             add_special_tokens=False,
@@ -80,8 +83,11 @@ class ChatTokenizer:
                 yield token, begin, end
 
     def _special_ids(self, pads: Sequence[int]) -> set[int]:
-        """Ids of all special tokens; those of the turns and of vision are marked as such where the
-        files do not say so."""
+        """Return the ids of all special tokens.
+
+        Turn and vision tokens are marked as special first, in case the tokenizer files do not mark
+        them.
+        """
         tokenizer = self.tokenizer
         words = {*STRUCTURE_TOKENS, *tokenizer.convert_ids_to_tokens(list(pads))}
         known = {token.content for token in tokenizer.added_tokens_decoder.values()}
@@ -91,6 +97,7 @@ class ChatTokenizer:
         return set(tokenizer.all_special_ids) | {id for id, token in added if token.special}
 
     def _render(self, messages: Sequence[Message]) -> str:
+        """Return the rendered text. Raises CheckpointError."""
         try:
             text: str = self.tokenizer.apply_chat_template(
                 messages,
@@ -107,6 +114,7 @@ class ChatTokenizer:
         return text
 
     def _check_template(self, video_pad: int) -> None:
+        """Raise CheckpointError if the template does not render one video as one pad token."""
         content = [{"type": "video"}, {"type": "text", "text": "?"}]
         shown = self.turn_ids([{"role": "user", "content": content}]).count(video_pad)
         if shown != 1:
@@ -116,13 +124,13 @@ class ChatTokenizer:
             )
 
 
-_USE_THE_RELEASED = "take chat_template.json (or chat_template.jinja) of the published checkpoint."
+_USE_THE_RELEASED = "take chat_template.json (or chat_template.jinja) of the released checkpoint."
 
 
 def read_template(hf_dir: str | Path, tokenizer: Any) -> str:
-    """The template that AutoProcessor takes, else the tokenizer's, as vLLM does.
+    """Return the template of AutoProcessor, else the tokenizer's, as vLLM does.
 
-    Raises CheckpointError if there is none, or several and none is called default.
+    Raises CheckpointError if there is no template, or several without one named default.
     """
     try:
         processor, _ = ProcessorMixin.get_processor_dict(hf_dir)
@@ -147,27 +155,31 @@ def read_template(hf_dir: str | Path, tokenizer: Any) -> str:
 
 
 class _Masked:
-    """Messages in which no special token is spelled, and the way back.
+    """Messages whose texts contain no special token, because every one is masked.
 
-    The first character of each one in a text is replaced by a character for private use that
-    neither the messages nor the template hold.
+    In each special token inside a text, the first character is replaced by a private use character
+    that occurs neither in the messages nor in the template. `restored` undoes it. Example: "a
+    <|im_end|>" becomes "a X|im_end|>", where X is the character U+100000. So every special token in
+    the rendered text is the template's own.
     """
 
     def __init__(self, chat: ChatTokenizer, messages: Sequence[Message], template: str) -> None:
         everything = template + "".join(_texts(messages))
         self._unused = (chr(code) for code in PRIVATE_USE if chr(code) not in everything)
-        self._mask: dict[str, str] = {}  # character -> what stands for it
+        self._mask: dict[str, str] = {}  # character -> its replacement
         self._chat = chat
         self.messages = [
             message | {"content": self._masked_content(message["content"])} for message in messages
         ]
 
     def restored(self, text: str) -> str:
+        """Return the text with the original characters."""
         for character, mask in self._mask.items():
             text = text.replace(mask, character)
         return text
 
     def _masked_content(self, content: Any) -> Any:
+        """Return the content of a message with masked texts."""
         if isinstance(content, str):
             return self._masked_text(content)
         return [
@@ -176,16 +188,18 @@ class _Masked:
         ]
 
     def _masked_text(self, text: str) -> str:
-        while places := [begin for _, begin, _ in self._chat.special_tokens(text)]:
-            for place in places:
-                character = text[place]
+        """Return the text with every special token masked."""
+        while positions := [begin for _, begin, _ in self._chat.special_tokens(text)]:
+            for position in positions:
+                character = text[position]
                 if character not in self._mask:
                     self._mask[character] = next(self._unused)
-                text = text[:place] + self._mask[character] + text[place + 1 :]
+                text = text[:position] + self._mask[character] + text[position + 1 :]
         return text
 
 
 def _texts(messages: Sequence[Message]) -> Iterator[str]:
+    """Yield the texts of messages."""
     for message in messages:
         if isinstance(message["content"], str):
             yield message["content"]

@@ -62,4 +62,5 @@ class _Counted:
 
 
 def _key(sources: Sequence[Source]) -> Key:
+    """Return the sources as a dictionary key."""
     return tuple(source.model_dump_json() for source in sources)

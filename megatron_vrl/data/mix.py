@@ -1,7 +1,10 @@
-"""Which samples, in which order: sources -> one pool -> an endless, resumable stream.
+"""Selection and order of training samples: sources -> one pool -> an endless, resumable stream.
 
-Everything is a function of the configuration and the seed, so any rank or restarted run sees the
-same samples in the same order, and an integer says how far a stream has come.
+The order depends only on the configuration and the seed. Every rank and every restarted run
+computes the same order, and one integer (`SampleStream.state`) is the position of a run in it.
+
+Example: 3 samples and a global batch of 2. Epoch 0 is a permutation such as [2, 0, 1]. Step 1 takes
+samples 2 and 0, step 2 takes sample 1 and the first sample of epoch 1. `state` is then 4.
 """
 
 import math
@@ -18,7 +21,7 @@ from numpy.typing import NDArray
 from megatron_vrl.config import Source
 from megatron_vrl.data.formats.records import HeaderDuration
 from megatron_vrl.data.formats.training import read
-from megatron_vrl.data.pool import Drawn, Pool, is_indexed, open_part
+from megatron_vrl.data.pool import Drawn, Pool, is_indexed, open_source
 from megatron_vrl.data.problems import Problem
 from megatron_vrl.data.schedule import Schedule
 from megatron_vrl.errors import ConfigError, DataError, VideoError, counted
@@ -30,19 +33,20 @@ _STRATEGY = re.compile(r"(first|end|random):([0-9]+(?:\.[0-9]+)?)(%?)")
 def load(
     sources: Sequence[Source], seed: int, header_duration_s: HeaderDuration | None = None
 ) -> list[VideoSample]:
-    """Samples of all sources in their order, each id once: a second "a" becomes "a#2"."""
+    """Return the samples of all sources in order. A second id "a" becomes "a#2"."""
     return list(chain(*load_by_source(sources, seed, header_duration_s)))
 
 
 def load_by_source(
     sources: Sequence[Source], seed: int, header_duration_s: HeaderDuration | None = None
 ) -> list[list[VideoSample]]:
+    """Return the samples of each source, with unique ids, after `sampling_strategy` is applied."""
     by_source: list[list[VideoSample]] = []
     seen: set[str] = set()
     for number, source in enumerate(sources):
         whole = read(source, header_duration_s)
         samples: list[VideoSample] = []
-        for index in chosen(source.sampling_strategy, len(whole), [seed, number]):
+        for index in chosen_indices(source.sampling_strategy, len(whole), [seed, number]):
             sample = whole[index]
             unique, copy = sample.id, 1
             while unique in seen:
@@ -57,20 +61,23 @@ def load_by_source(
 def open_pool(
     sources: Sequence[Source], seed: int, header_duration_s: HeaderDuration | None = None
 ) -> Pool:
-    """What a stream draws from: as `load`, but large annotations are indexed and not read."""
+    """Return the samples that a stream draws from. Large files are indexed, not loaded."""
     if not any(map(is_indexed, sources)):
         by_source = load_by_source(sources, seed, header_duration_s)
         return Pool(sources, by_source, [np.arange(len(samples)) for samples in by_source])
-    parts = [open_part(source, header_duration_s) for source in sources]
+    parts = [open_source(source, header_duration_s) for source in sources]
     kept = [
-        np.array(chosen(source.sampling_strategy, len(part), [seed, number]), np.int64)
+        np.array(chosen_indices(source.sampling_strategy, len(part), [seed, number]), np.int64)
         for number, (source, part) in enumerate(zip(sources, parts, strict=True))
     ]
     return Pool(sources, parts, kept)
 
 
-def chosen(strategy: str, num_samples: int, seed: Sequence[int]) -> list[int]:
-    """Indices that `sampling_strategy` keeps, ascending. A percentage is rounded up."""
+def chosen_indices(strategy: str, num_samples: int, seed: Sequence[int]) -> list[int]:
+    """Return the indices that `sampling_strategy` keeps, ascending. A percentage is rounded up.
+
+    Example: "first:10%" of 25 samples keeps [0, 1, 2].
+    """
     if strategy == "all":
         return list(range(num_samples))
     match = _STRATEGY.fullmatch(strategy)
@@ -94,34 +101,35 @@ def chosen(strategy: str, num_samples: int, seed: Sequence[int]) -> list[int]:
 
 
 def order(num_samples: int, epoch: int, seed: int) -> NDArray[np.int64]:
-    """Order of one epoch: a permutation of `num_samples` indices."""
+    """Return the sample order of one epoch: a permutation of `num_samples` indices."""
     return np.random.default_rng([seed, epoch]).permutation(num_samples)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Round:
-    """What a stream draws from between two selections."""
+    """Samples and schedule that a stream uses from one data selection to the next."""
 
     samples: Sequence[Drawn]
     schedule: Schedule
-    start: int  # place in the stream
-    before: int  # samples in the schedule's epochs that were over by then
+    start: int  # position in the stream
+    before: int  # samples in the schedule's epochs before `start`
 
-    def locate(self, place: int) -> tuple[int, int]:
-        return self.schedule.locate(place - self.start + self.before)
+    def locate(self, position: int) -> tuple[int, int]:
+        """Return (epoch, index in the epoch) of a position in the stream."""
+        return self.schedule.locate(position - self.start + self.before)
 
 
 class SampleStream:
-    """Shuffled epochs without end; a batch may reach over the end of one.
+    """Endless stream of shuffled epochs. A batch may span two epochs.
 
-    `state` counts the samples handed out since the start, with those that had no use. Each rank
-    takes the same batch and works on its own share of it.
+    `state` is the number of samples drawn so far, including samples that were skipped because their
+    question cannot be asked. Every rank draws the same batch and processes its own shard of it.
     """
 
     def __init__(
         self, samples: Sequence[Drawn], seed: int, schedule: Schedule | None = None
     ) -> None:
-        """Without a schedule an epoch is a permutation of the samples."""
+        """Start at position 0. Without a schedule, an epoch is a permutation of the samples."""
         if not len(samples):
             raise DataError("There are no samples to train on; check the sources of `data`.")
         self._rounds: list[_Round] = []
@@ -130,19 +138,20 @@ class SampleStream:
         self.state = 0
 
     def turn(self, samples: Sequence[Drawn], schedule: Schedule, start: int, epoch: int) -> None:
-        """Draw from these from the place `start` on, beginning with the schedule's `epoch`."""
+        """Draw from `samples` from position `start` on, beginning with the schedule's `epoch`."""
         self._rounds.append(_Round(samples, schedule, start, schedule.before(epoch)))
 
     def restore(self, state: int) -> None:
+        """Continue at position `state`."""
         self.state = state
 
     @property
     def epoch(self) -> int:
-        """Which the next sample belongs to."""
+        """Return the epoch of the next sample."""
         return self._round.locate(self.state)[0]
 
     def take(self, num_samples: int) -> list[VideoSample]:
-        """The next `num_samples` samples. Raises VideoError if one cannot be made."""
+        """Return the next `num_samples` samples. Raises VideoError if the video of one is bad."""
         drawn = self.draw(num_samples)
         for item in drawn:
             if isinstance(item, Problem):
@@ -150,11 +159,11 @@ class SampleStream:
         return drawn  # type: ignore[return-value]
 
     def draw(self, num_samples: int) -> list[VideoSample | Problem]:
-        """The next `num_samples` samples, or what is wrong with them."""
+        """Return the next `num_samples` samples; a Problem in place of an unusable one."""
         return [self._next() for _ in range(num_samples)]
 
     def peek(self, num_samples: int) -> list[VideoSample | Problem]:
-        """What `draw` would give."""
+        """Return what `draw` would return, without moving the position."""
         state = self.state
         try:
             return self.draw(num_samples)
@@ -162,7 +171,7 @@ class SampleStream:
             self.state = state
 
     def at(self, position: int) -> VideoSample | Problem:
-        """What was handed out when `state` became `position` + 1."""
+        """Return the sample that moved `state` from `position` to `position` + 1."""
         state, self.state = self.state, position
         try:
             return self._next()
@@ -171,10 +180,12 @@ class SampleStream:
 
     @property
     def _round(self) -> _Round:
+        """Return the round at the current position."""
         after = bisect_right(self._rounds, self.state, key=lambda one: one.start)
         return self._rounds[after - 1]
 
     def _next(self) -> VideoSample | Problem:
+        """Return the next sample. Records without a usable question are skipped."""
         for _ in range(len(self._round.samples)):
             now = self._round
             epoch, index = now.locate(self.state)

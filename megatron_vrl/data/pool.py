@@ -1,9 +1,13 @@
-"""A pool of training samples too large to hold: a record is parsed when it is drawn.
+"""Pool: training samples by index.
 
-Annotations that are lists, .json or .jsonl, are indexed: one pass over the file in blocks checks
-each record and finds where it begins and ends, 16 bytes a record are kept, and no video is opened
-before its turn. Left out: unique ids (a second "a" keeps its name), and annotations keyed by
-video, which are read whole.
+Records of large annotation files are parsed when they are drawn.
+
+A large list (.json or .jsonl) is indexed: one pass in blocks validates every record and stores its
+byte range, 16 bytes per record. No video is opened before its sample is drawn. Example: 490,000
+records (71 MB) take 8 MB of index.
+
+Not supported for indexed files: unique ids (a second "a" keeps its id). Annotations keyed by video
+are loaded whole.
 """
 
 import os
@@ -33,13 +37,13 @@ from megatron_vrl.data.problems import Problem
 from megatron_vrl.errors import DataError, VideoError
 from megatron_vrl.types import VideoSample
 
-READ_WHOLE_BYTES = 16 << 20  # smaller files are checked from end to end at the start
+READ_WHOLE_BYTES = 16 << 20  # smaller files are loaded whole
 
-Drawn = VideoSample | Problem | None  # Problem: its video is bad; None: a question without use
+Drawn = VideoSample | Problem | None  # Problem: the video is bad; None: the question is unusable
 
 
 def is_indexed(source: Source) -> bool:
-    """Whether its records are parsed one by one, when they are drawn."""
+    """Return whether the records of the source are parsed when they are drawn."""
     if not is_list(source):
         return False
     if source.format == "temporal_r1":  # durations are in the videos, which may not all be opened
@@ -49,7 +53,7 @@ def is_indexed(source: Source) -> bool:
 
 
 class Pool(Sequence[Drawn]):
-    """Samples of several sources by number; `chosen[i]` are those of sources[i] that count."""
+    """Samples of several sources by index. `chosen[i]` has the indices used of sources[i]."""
 
     def __init__(
         self,
@@ -65,21 +69,21 @@ class Pool(Sequence[Drawn]):
 
     @property
     def sizes(self) -> list[int]:
-        """Samples of each source."""
+        """Return the number of samples of each source."""
         return [len(of_source) for of_source in self._chosen]
 
     def names(self) -> list[str]:
-        """Id of each sample, "" for one without use. Parses every record."""
+        """Return the id of each sample, "" for an unusable one. Parses every record."""
         drawn = (self[index] for index in range(len(self)))
         return [d.id if isinstance(d, VideoSample) else d.sample if d else "" for d in drawn]
 
     def only(self, kept: NDArray[np.bool_]) -> "Pool":
-        """The pool of the samples that `kept` [N] says."""
+        """Return the pool of the samples for which the mask `kept` [N] is True."""
         of_source = np.split(kept, self._ends[:-1])
         chosen = [which[keep] for which, keep in zip(self._chosen, of_source, strict=True)]
         return Pool(self._sources, self._parts, chosen)
 
-    def __getitem__(self, index: Any) -> Any:  # of an int alone, no slices
+    def __getitem__(self, index: Any) -> Any:  # int only, no slices
         part = bisect_right(self._ends, index)
         before = self._ends[part - 1] if part else 0
         drawn = self._parts[part][int(self._chosen[part][index - before])]
@@ -88,7 +92,8 @@ class Pool(Sequence[Drawn]):
         return drawn
 
 
-def open_part(source: Source, header_duration_s: HeaderDuration | None) -> Sequence[Drawn]:
+def open_source(source: Source, header_duration_s: HeaderDuration | None) -> Sequence[Drawn]:
+    """Return the samples of a source, indexed or loaded."""
     return (
         IndexedSource(source, header_duration_s)
         if is_indexed(source)
@@ -97,8 +102,10 @@ def open_part(source: Source, header_duration_s: HeaderDuration | None) -> Seque
 
 
 class IndexedSource(Sequence[Drawn]):
+    """Samples of one list file, parsed on access."""
+
     def __init__(self, source: Source, header_duration_s: HeaderDuration | None):
-        """Check every record. Raises DataError naming file, record or line, and field."""
+        """Validate every record. Raises DataError naming file, record or line, and field."""
         self._source = source
         self._header_duration_s = header_duration_s
         self._spans = _index(
@@ -108,8 +115,8 @@ class IndexedSource(Sequence[Drawn]):
     def __len__(self) -> int:
         return len(self._spans)
 
-    def __getitem__(self, number: Any) -> Any:  # of an int alone, no slices
-        """Raises DataError naming the file if it was changed since it was indexed."""
+    def __getitem__(self, number: Any) -> Any:  # int only, no slices
+        """Parse one record. Raises DataError if the file was changed after it was indexed."""
         start, stop = self._spans[number].tolist()
         with open(self._source.json_path, "rb") as file:
             content = os.pread(file.fileno(), stop - start, start)
@@ -130,26 +137,27 @@ class IndexedSource(Sequence[Drawn]):
 
 @lru_cache(maxsize=32)
 def _index(
-    form: str, json_path: str, data_folder: str, file_version: tuple[int, int]
+    format: str, json_path: str, data_folder: str, file_version: tuple[int, int]
 ) -> NDArray[np.int64]:
-    """[N, 2] first byte of each record and the byte after its last one, all of them checked.
+    """Return the byte range [N, 2] of each record, (first byte, byte after the last one).
 
-    A run and the checks before it ask for the same file several times.
+    Every record is validated. The result is cached because a run and its checks open the same file
+    several times.
     """
     source = Source.model_validate(
-        {"format": form, "json_path": json_path, "data_folder": data_folder}
+        {"format": format, "json_path": json_path, "data_folder": data_folder}
     )
-    places, num_kept = array("q"), 0
+    offsets, num_kept = array("q"), 0
     with without_collector():
         for number, (record, start, stop, line) in enumerate(list_records(source)):
             sample = read_record(record, number, source, _one_second, line)
             num_kept += sample is not None
-            places.extend((start, stop))
-    spans = np.frombuffer(places, np.int64).reshape(-1, 2)
+            offsets.extend((start, stop))
+    spans = np.frombuffer(offsets, np.int64).reshape(-1, 2)
     refuse_none(source, num_kept, len(spans))
     return spans
 
 
 def _one_second(path: str) -> float:
-    """Stands in for the duration in a video's header: an index opens no video."""
+    """Return a dummy duration: validation must not open videos."""
     return 1.0

@@ -1,4 +1,14 @@
-"""Problem of a sample, as a row of quarantine.jsonl and of tools/check_data.py."""
+"""Problem: the record that quarantine.jsonl and tools/check_data.py write about an unusable sample.
+
+The states of a bad sample in training:
+
+  DRAWN -> RETRIED       the video fails and is tried `video.retries` more times
+        -> QUARANTINED   one row in quarantine.jsonl; the next sample of the stream replaces it
+        -> run ends      when more than `video.max_bad_fraction` of all drawn samples are bad
+
+Example row: {"sample": "clip_7/0", "video": "/data/clip_7.mp4", "kind": "cut_off", "reason":
+"/data/clip_7.mp4 is cut off after 3.10 of 16.00 s; replace it."}
+"""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -9,14 +19,16 @@ from megatron_vrl.types import VideoSample
 ANNOTATION_KINDS = {
     *("annotation", "unit", "interval", "zero_length", "reversed", "before_start", "duplicate")
 }
-NUM_FIRST = 3  # named in a summary
+NUM_FIRST = 3  # examples per kind in a summary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    sample: str  # its id; "" if the problem is the file's or the record's
-    video: str  # path or URL; "" if it is not known
-    kind: str  # of VideoError, of ANNOTATION_KINDS, or duration, times, tokens
+    """One sample or record that cannot be used, with the reason."""
+
+    sample: str  # id of the sample; "" for a problem of a whole file or record
+    video: str  # path or URL; "" if unknown
+    kind: str  # VideoError.kind, one of ANNOTATION_KINDS, or duration, times, tokens
     reason: str  # one sentence
 
     @classmethod
@@ -25,13 +37,15 @@ class Problem:
         return cls(sample=sample.id, video=sample.video, kind=error.kind, reason=str(error))
 
     def row(self) -> dict[str, str]:
+        """Return the row for a JSON lines file."""
         return asdict(self)
 
 
 def summary(problems: Iterable[Problem]) -> str:
-    """ "2 missing (first a.mp4, c.mp4), 1 cut_off (first b.mp4)", the most frequent kind first.
+    """Return counts and examples by kind, the most frequent kind first.
 
-    Each kind names its first three videos, or samples where the annotation is at fault.
+    Example: "2 missing (first a.mp4, c.mp4), 1 cut_off (first b.mp4)". Each kind names its first
+    three videos, or samples if the annotation is at fault.
     """
     of_kind: dict[str, list[Problem]] = {}
     for problem in problems:
@@ -44,6 +58,7 @@ def summary(problems: Iterable[Problem]) -> str:
 
 
 def _name(problem: Problem) -> str:
+    """Return the video or the sample to name in a summary."""
     of_annotation = problem.kind in ANNOTATION_KINDS
     names = (problem.sample, problem.video) if of_annotation else (problem.video, problem.sample)
     return next(filter(None, names), problem.reason)

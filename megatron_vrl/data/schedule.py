@@ -1,12 +1,17 @@
-"""The order of training samples: weights of sources, and curricula by recorded difficulty.
+"""Schedule: the order of training samples, with source weights and curricula.
 
-An endless row of epochs, each a function of its number and the seed, so that one integer says how
-far a run has come. A source of n samples with weight w gives w * n of them to an epoch on average:
-they are dealt out of its own endless row of shuffled passes, so that over several epochs every
-sample comes equally often. With all weights 1 an epoch is a plain permutation.
+A schedule is an endless sequence of epochs. Each epoch is a function of its number and the seed, so
+one integer is the position of a run. A source of n samples with weight w contributes w * n samples
+per epoch on average. They are taken from an endless sequence of shuffled passes over the source, so
+every sample of a source is used equally often over several epochs. If all weights are 1, an epoch
+is a permutation of all samples.
 
-A curriculum goes through the samples of an epoch in stages of equal size by recorded mean reward
-(stats.jsonl of tools/select_data.py), shuffled within a stage; samples without a record come last.
+Example: a source of 4 samples with weight 0.5 contributes 2 samples to epoch 0 and the other 2 to
+epoch 1.
+
+A curriculum sorts the samples of an epoch into stages of equal size by recorded mean reward
+(stats.jsonl of tools/select_data.py). `easy_first` begins with high rewards, `hard_first` with low
+rewards. Samples are shuffled within a stage. Samples without a record come last.
 """
 
 import json
@@ -25,6 +30,8 @@ Curriculum = Literal["none", "easy_first", "hard_first"]
 
 
 class Schedule:
+    """Endless sequence of epochs over the concatenated samples of all sources."""
+
     def __init__(
         self,
         sizes: Sequence[int],
@@ -32,8 +39,10 @@ class Schedule:
         seed: int,
         stages: NDArray[np.int64] | None = None,
     ) -> None:
-        """`sizes` and `weights` of the sources, whose samples stand one after the other; `stages`
-        [N] of a curriculum, see `stages_of`."""
+        """`sizes` and `weights` have one entry per source.
+
+        `stages` [N]: curriculum stage of each sample.
+        """
         self._sizes = sizes
         self._per_epoch = [Fraction(str(w)) * n for w, n in zip(weights, sizes, strict=True)]
         self._seed = seed
@@ -45,15 +54,15 @@ class Schedule:
             )
 
     def locate(self, position: int) -> tuple[int, int]:
-        """(epoch, index in it) of a position in the endless row."""
+        """Return (epoch, index in the epoch) of a position in the sequence."""
         most = int(Fraction(position + 1 + len(self._sizes)) / sum(self._per_epoch)) + 2
         epoch = bisect_right(range(most), position, key=self.before) - 1
         return epoch, position - self.before(epoch)
 
     def epoch(self, number: int) -> NDArray[np.int64]:
-        """Indices of samples in the epoch's order."""
+        """Return the sample indices of an epoch in order."""
         first = np.cumsum([0, *self._sizes[:-1]])
-        parts = [start + self._dealt(source, number) for source, start in enumerate(first)]
+        parts = [start + self._drawn_from(source, number) for source, start in enumerate(first)]
         chosen = np.sort(np.concatenate(parts))
         shuffled = chosen[np.random.default_rng([self._seed, number]).permutation(len(chosen))]
         if self._stages is None:
@@ -61,13 +70,13 @@ class Schedule:
         return shuffled[np.argsort(self._stages[shuffled], kind="stable")]
 
     def before(self, epoch: int) -> int:
-        """Samples of the epochs before this one."""
-        return sum(int(share * epoch) for share in self._per_epoch)
+        """Return the number of samples in all epochs before this one."""
+        return sum(int(count * epoch) for count in self._per_epoch)
 
-    def _dealt(self, source: int, epoch: int) -> NDArray[np.int64]:
-        """Of one source, counted from its first sample."""
-        size, share = self._sizes[source], self._per_epoch[source]
-        start, end = int(share * epoch), int(share * (epoch + 1))
+    def _drawn_from(self, source: int, epoch: int) -> NDArray[np.int64]:
+        """Return the indices that an epoch takes from one source, relative to its first sample."""
+        size, count = self._sizes[source], self._per_epoch[source]
+        start, end = int(count * epoch), int(count * (epoch + 1))
         passes = range(start // size, -(-end // size)) if size else range(0)
         rows = [np.random.default_rng([self._seed, source, p, 1]).permutation(size) for p in passes]
         if not rows:
@@ -79,7 +88,10 @@ class Schedule:
 def stages_of(
     ids: Sequence[str], mean_rewards: Mapping[str, float], curriculum: Curriculum, count: int
 ) -> NDArray[np.int64] | None:
-    """Stage [N] of each sample, from 0; None without a curriculum."""
+    """Return the curriculum stage [N] of each sample, from 0; None without a curriculum.
+
+    Samples without a recorded reward get stage `count`.
+    """
     if curriculum == "none":
         return None
     sign = -1.0 if curriculum == "easy_first" else 1.0
@@ -91,7 +103,7 @@ def stages_of(
 
 
 def read_mean_rewards(path: str) -> dict[str, float]:
-    """Sample id -> mean reward, of a stats.jsonl. Raises DataError naming the line."""
+    """Return sample id -> mean reward from a stats.jsonl. Raises DataError naming the line."""
     found = {}
     for number, row in _rows(path):
         try:
@@ -104,7 +116,7 @@ def read_mean_rewards(path: str) -> dict[str, float]:
 
 
 def read_ids(path: str) -> set[str]:
-    """Ids in a kept.jsonl. Raises DataError naming the line."""
+    """Return the ids in a kept.jsonl. Raises DataError naming the line."""
     found = set()
     for number, row in _rows(path):
         if not isinstance(row, dict) or "id" not in row:
@@ -114,12 +126,13 @@ def read_ids(path: str) -> set[str]:
 
 
 def _rows(path: str) -> list[tuple[int, dict[str, Any]]]:
+    """Return (line number, row) of a JSON lines file. Raises DataError."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
         return [(n, json.loads(line)) for n, line in enumerate(lines, start=1) if line.strip()]
     except OSError as error:
         raise DataError(
-            f"{path} cannot be read ({error.strerror}): give what tools/select_data.py wrote."
+            f"{path} cannot be read ({error.strerror}): give a file of tools/select_data.py."
         ) from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON lines: {error}.") from None

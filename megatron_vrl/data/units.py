@@ -1,7 +1,10 @@
-"""Annotated times against the unit of their form: seconds, or shares of the video (0 to 1).
+"""Detects annotated times in a wrong unit. A format's times are seconds or fractions of the video.
 
-An interval is looked at alone for its order and its place in the video, and a whole file for its
-unit: shares, milliseconds, percentages or frame numbers give themselves away only together.
+Order and bounds are checked for each interval. The unit is checked for the whole file: fractions,
+milliseconds, percentages and frame numbers can only be recognized from many intervals together.
+
+Example: 40 of 100 intervals of a charades_sta file end after their video, all times are at most
+100, and some are not whole: "these look like percentages".
 """
 
 from collections.abc import Iterator
@@ -10,18 +13,18 @@ from typing import Literal
 
 from megatron_vrl.config import Source
 
-Unit = Literal["seconds", "shares"]
-UNIT_WORDS = {"seconds": "seconds", "shares": "shares of the video (0 to 1)"}
-SLACK_S, SLACK_SHARE = 1.0, 0.05  # published intervals run past the end by the larger one
-SHARE_PAST = 0.3  # of a file's intervals past the end, over which its unit is doubted
-SHARE_PAST_OF_FEW, FEW = 0.5, 10  # the same of a file with fewer intervals
-SHORTEST_S = 2.0  # an interval of a shorter video may well end within its first second
-MOST_FPS = 61.0  # frames of a second, at most
-NUM_FIRST = 3  # ids named
+Unit = Literal["seconds", "fraction"]
+UNIT_NAMES = {"seconds": "seconds", "fraction": "fractions of the video (0 to 1)"}
+SLACK_S, SLACK_FRACTION = 1.0, 0.05  # tolerance past the video's end: the larger of the two
+MAX_FRACTION_PAST = 0.3  # more intervals than this past the end: the unit is doubted
+MAX_FRACTION_PAST_OF_FEW, FEW = 0.5, 10  # this limit for a file with fewer than FEW intervals
+SHORTEST_S = 2.0  # in a shorter video, intervals that end in the first second are normal
+MAX_FPS = 61.0  # maximum frames per second
+NUM_FIRST = 3  # number of ids in a message
 
 
-def wrong_with(start_s: float, end_s: float, duration_s: float) -> Iterator[tuple[str, str]]:
-    """Yield (kind, sentence) of what is wrong with one annotated interval."""
+def interval_problems(start_s: float, end_s: float, duration_s: float) -> Iterator[tuple[str, str]]:
+    """Yield (kind, sentence) for each problem of one annotated interval."""
     written = f"the annotated interval {start_s:.2f} to {end_s:.2f} s"
     if start_s == end_s:
         yield "zero_length", f"{written} has no length; readers drop it."
@@ -38,21 +41,21 @@ def wrong_with(start_s: float, end_s: float, duration_s: float) -> Iterator[tupl
 
 @dataclass(slots=True)
 class FileTimes:
-    """Sums over the intervals of one file, from which `problem` tells a wrong unit."""
+    """Statistics over the intervals of one file, from which `problem` recognizes a wrong unit."""
 
     source: Source
     unit: Unit
     count: int = 0
-    past: list[str] = field(default_factory=list)  # ids whose interval ends far past the video
+    past: list[str] = field(default_factory=list)  # ids of intervals past the end and its tolerance
     is_whole: bool = True  # every time is a whole number
-    latest: float = 0.0  # end, in the file's own unit
-    most_of_duration: float = 0.0  # such an end as a multiple of its video's seconds
-    all_in_duration: bool = True  # such ends lie within their video's seconds
-    shortest_s: float = float("inf")  # video
+    latest: float = 0.0  # latest end in the file's unit
+    most_of_duration: float = 0.0  # maximum of end (file's unit) / duration of the video (s)
+    all_in_duration: bool = True  # every end (file's unit) is at most the duration (s)
+    shortest_s: float = float("inf")  # shortest video
 
     def add(self, name: str, start_s: float, end_s: float, duration_s: float) -> None:
-        """Count one interval as a reader gives it, in seconds and not cut."""
-        scale = duration_s if self.unit == "shares" else 1.0
+        """Add one uncut interval, in seconds."""
+        scale = duration_s if self.unit == "fraction" else 1.0
         start, end = start_s / scale, max(start_s, end_s) / scale
         self.count += 1
         if max(start_s, end_s) > _with_slack(duration_s):
@@ -64,7 +67,7 @@ class FileTimes:
         self.shortest_s = min(self.shortest_s, duration_s)
 
     def problem(self) -> str:
-        """Return what the whole file's times look like if they are not in its unit; else ""."""
+        """Return a sentence if the times of the file are not in the unit of its format, else ""."""
         units = " or ".join(self._looks_like())
         if not units:
             return ""
@@ -77,31 +80,37 @@ class FileTimes:
             )
         return (
             f"{self.source.json_path}: {found}: the times of {self.source.format} are "
-            f"{UNIT_WORDS[self.unit]}, these look like {units}."
+            f"{UNIT_NAMES[self.unit]}, these look like {units}."
         )
 
     def _looks_like(self) -> Iterator[str]:
+        """Yield the units that the times seem to have, if the configured unit is wrong."""
         if not self.count:
             return
         if self.unit == "seconds" and self.latest <= 1 and not self.is_whole:
             if self.shortest_s > SHORTEST_S:
-                yield UNIT_WORDS["shares"]
+                yield UNIT_NAMES["fraction"]
             return
-        most = SHARE_PAST if self.count >= FEW else SHARE_PAST_OF_FEW
+        most = MAX_FRACTION_PAST if self.count >= FEW else MAX_FRACTION_PAST_OF_FEW
         if len(self.past) <= most * self.count:
             return
-        if self.unit == "shares" and self.all_in_duration:
+        if self.unit == "fraction" and self.all_in_duration:
             yield "seconds"
             return
         is_percent = self.latest <= 100
-        is_frames = self.is_whole and self.most_of_duration <= MOST_FPS
+        is_frames = self.is_whole and self.most_of_duration <= MAX_FPS
         if is_percent:
             yield "percentages"
         if is_frames:
             yield "frame numbers"
-        if not is_percent and not is_frames and self.most_of_duration <= 1000 * (1 + SLACK_SHARE):
+        if (
+            not is_percent
+            and not is_frames
+            and self.most_of_duration <= 1000 * (1 + SLACK_FRACTION)
+        ):
             yield "milliseconds"
 
 
 def _with_slack(duration_s: float) -> float:
-    return duration_s + max(SLACK_S, SLACK_SHARE * duration_s)
+    """Return the duration with the tolerance added, in seconds."""
+    return duration_s + max(SLACK_S, SLACK_FRACTION * duration_s)

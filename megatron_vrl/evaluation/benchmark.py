@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vrl.config import Source
-from megatron_vrl.data.formats.training import read_whole, within
+from megatron_vrl.data.formats.training import cut_to_video, read_whole
 from megatron_vrl.errors import DataError, counted
 from megatron_vrl.evaluation.protocols import BENCHMARKS, Item, Protocol, judged, summary
 from megatron_vrl.storage.files import write_file
@@ -41,7 +41,7 @@ def questions(name: str, annotations: str, videos: str, protocol: Protocol) -> l
         seen[sample.id] += 1
         copy = seen[sample.id]
         sample = sample if copy == 1 else replace(sample, id=f"{sample.id}#{copy}")
-        unique.append(sample if protocol == "temporal_r1" else within(sample))
+        unique.append(sample if protocol == "temporal_r1" else cut_to_video(sample))
     return unique
 
 

@@ -18,7 +18,7 @@ from megatron_vrl.context import prompt_encoder
 from megatron_vrl.data.prompt_pipeline import PromptPipeline
 from megatron_vrl.errors import CheckpointError, ConfigError, VideoError
 from megatron_vrl.models.architecture import config_dtype, read_architecture
-from megatron_vrl.observe.progress import say_engine_starts
+from megatron_vrl.observe.progress import log_engine_start
 from megatron_vrl.rollout.request import SamplingSpec
 from megatron_vrl.rollout.vllm.engine import VllmEngine
 from megatron_vrl.storage.no_checkpoint import advice
@@ -90,7 +90,7 @@ class Answerer:
 
     @cached_property
     def _engine(self) -> VllmEngine:
-        say_engine_starts(self._cfg.model.checkpoint)
+        log_engine_start(self._cfg.model.checkpoint)
         engine = VllmEngine(
             str(self._directory),
             self._cfg.rollout,

@@ -1,8 +1,7 @@
-"""What the hardware could do, and the most memory that a step took.
+"""Peak FLOP/s of GPUs, and peak memory of a step.
 
-Peaks are dense, without sparsity, from NVIDIA's data sheets, which print most of them with
-sparsity: twice these. A device that is not listed has none, and then no MFU is reported; so has a
-slice of one (MIG), and a CPU.
+Peaks are dense. NVIDIA's data sheets print most peaks with sparsity, which are twice as high. For
+an unknown device, a MIG slice or a CPU there is no peak, and MFU is not reported.
 """
 
 import re
@@ -11,11 +10,11 @@ import torch
 
 from megatron_vrl.observe.clock import peak_rss_bytes
 
-# Name as the driver says it -> dense TFLOP/s in bfloat16, in FP8 (None: no such units); the first
-# that matches.
+# (pattern of the driver's device name, dense bfloat16 TFLOP/s, dense FP8 TFLOP/s or None without
+# FP8 units). The first match counts.
 PEAKS: tuple[tuple[str, float, float | None], ...] = (
-    (r"\bGB200\b", 2500.0, 5000.0),  # GB200 NVL72 data sheet, of one of its GPUs
-    (r"\bB[23]00\b", 2250.0, 4500.0),  # HGX B200, HGX B300 data sheets, an eighth
+    (r"\bGB200\b", 2500.0, 5000.0),  # GB200 NVL72 data sheet, per GPU
+    (r"\bB[23]00\b", 2250.0, 4500.0),  # HGX B200, HGX B300 data sheets, per GPU
     (r"\bGH200\b", 989.5, 1979.0),  # GH200 data sheet
     (r"\bH[12]00 NVL\b", 835.5, 1670.5),  # H100, H200 data sheets
     (r"\bH100 PCIe\b", 756.5, 1513.0),  # H100 data sheet
@@ -27,7 +26,7 @@ PEAKS: tuple[tuple[str, float, float | None], ...] = (
 
 
 def peak_flops(device_name: str, dtype: str) -> float | None:
-    """Dense peak in FLOP/s of a device by its name, in "bfloat16" or "fp8"; None if not known."""
+    """Return the dense peak in FLOP/s of a device for "bfloat16" or "fp8"; None if unknown."""
     if re.search(r"\bMIG\b", device_name):
         return None
     for pattern, bfloat16, fp8 in PEAKS:
@@ -38,14 +37,13 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most memory held so far: on a GPU allocated by torch since `forget_peak`, else resident in
-    this process since its start."""
+    """Return peak memory: on a GPU since `reset_peak`, else resident since the start."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return peak_rss_bytes()
 
 
-def forget_peak(device: torch.device) -> None:
-    """A step begins; the kernel keeps a process's own peak."""
+def reset_peak(device: torch.device) -> None:
+    """Reset the GPU's peak memory counter at the start of a step. A CPU process has no reset."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

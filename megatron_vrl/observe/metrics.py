@@ -1,7 +1,7 @@
-"""What one step measured, and how each number is called on a page.
+"""Metrics of one step: StepMetrics, and the display title and unit of each metric.
 
-A metric's name says the thing; its unit and its title stand here once. Names that are not listed
-are shown as they are, so a new task may bring its own.
+Each task declares the titles of its own metrics (`Task.titles`). A metric without an entry in
+`METRICS` is displayed under its own name.
 """
 
 import math
@@ -13,63 +13,69 @@ from megatron_vrl.tasks import TASKS
 Phase = Literal["sft", "grpo", "eval"]
 
 
-class Meaning(NamedTuple):
+class MetricInfo(NamedTuple):
+    """Display title and unit of a metric."""
+
     title: str
-    unit: str  # "%" shows a share in [0, 1] as a percentage
+    unit: str  # "%": a fraction in [0, 1], displayed as a percentage
 
 
-MEANINGS = {
+METRICS = {
     **{
-        f"{task.name}/{metric}": Meaning(*title)
+        f"{task.name}/{metric}": MetricInfo(*title)
         for task in TASKS.values()
         for metric, title in task.titles.items()
     },
-    "format_rate": Meaning("format", "%"),
-    "reward": Meaning("reward", ""),
-    "response_tokens": Meaning("response length", "tokens"),
-    "truncated_share": Meaning("truncated answers", "%"),
-    "loss": Meaning("loss", "nats per token"),
-    "ref_kl": Meaning("KL to the reference", "nats per token"),
-    "entropy": Meaning("entropy", "nats per token"),
-    "logprob_gap": Meaning("engine to trainer log-prob gap", "nats per token"),
-    "grad_norm": Meaning("gradient norm", ""),
-    "lr": Meaning("learning rate", ""),
-    "tokens_per_second": Meaning("trained tokens per second", "1/s"),
-    "tokens_computed": Meaning("tokens computed", "tokens"),
-    "tokens_ideal": Meaning("tokens needed", "tokens"),
-    "prompt_reuse": Meaning("tokens of a plain layout over computed", ""),
-    "padding_share": Meaning("padding rows", "%"),
-    "update_tflops_per_second": Meaning("model FLOPs of the update, per rank", "TFLOP/s"),
-    "hardware_tflops_per_second": Meaning("computed FLOPs of the update, per rank", "TFLOP/s"),
-    "mfu": Meaning("model FLOPs utilisation", "%"),
-    "bad_samples": Meaning("samples replaced for their video", ""),
-    "bad_sample_share": Meaning("samples with bad videos so far", "%"),
-    "peak_memory_gib": Meaning("peak memory of a rank", "GiB"),
+    "format_rate": MetricInfo("format", "%"),
+    "reward": MetricInfo("reward", ""),
+    "response_tokens": MetricInfo("response length", "tokens"),
+    "truncated_share": MetricInfo("truncated answers", "%"),
+    "loss": MetricInfo("loss", "nats per token"),
+    "ref_kl": MetricInfo("KL to the reference", "nats per token"),
+    "entropy": MetricInfo("entropy", "nats per token"),
+    "logprob_gap": MetricInfo("log-prob gap, engine to trainer", "nats per token"),
+    "grad_norm": MetricInfo("gradient norm", ""),
+    "lr": MetricInfo("learning rate", ""),
+    "tokens_per_second": MetricInfo("trained tokens per second", "1/s"),
+    "tokens_computed": MetricInfo("tokens computed", "tokens"),
+    "tokens_ideal": MetricInfo("tokens needed", "tokens"),
+    "prompt_reuse": MetricInfo("prompt reuse (tokens of the plain layout / computed)", ""),
+    "padding_share": MetricInfo("padding tokens", "%"),
+    "update_tflops_per_second": MetricInfo("model FLOPs of the update, per rank", "TFLOP/s"),
+    "hardware_tflops_per_second": MetricInfo("computed FLOPs of the update, per rank", "TFLOP/s"),
+    "mfu": MetricInfo("model FLOPs utilisation", "%"),
+    "bad_samples": MetricInfo("samples replaced because of a bad video", ""),
+    "bad_sample_share": MetricInfo("samples with bad videos so far", "%"),
+    "peak_memory_gib": MetricInfo("peak memory of a rank", "GiB"),
 }
 
 
-def meaning(name: str) -> Meaning:
-    return MEANINGS.get(name, Meaning(name, ""))
+def metric_info(name: str) -> MetricInfo:
+    """Return title and unit of a metric."""
+    return METRICS.get(name, MetricInfo(name, ""))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepMetrics:
-    """One row of metrics.jsonl.
+    """Metrics of one step: one row of metrics.jsonl.
 
     `values` may be nested one level: {"components": {"format": 0.5}} becomes "components/format".
-    `seconds` are of this step, by phase of `Clock`. An evaluation names its split, and in `during`
-    the phase whose weights it read, at which `step`.
+    `seconds` has the time of this step by phase of `Clock`. For an evaluation, `split` is the
+    evaluated split, and (`during`, `step`) are the phase and the step of the evaluated weights.
     """
 
     phase: Phase
-    step: int  # from 1; 0 is the state before the first step
+    step: int  # from 1; 0: before the first step
     values: dict[str, Any]
     seconds: dict[str, float] = field(default_factory=dict)
     split: str = ""
     during: str = ""
 
     def row(self) -> dict[str, Any]:
-        """Flat and ready for JSON. A number that is not finite becomes null: seen, not plotted."""
+        """Return a flat row for JSON.
+
+        Values that are not finite become null, so they are logged, not plotted.
+        """
         row: dict[str, Any] = {"phase": self.phase, "step": self.step}
         if self.phase == "eval":
             row |= {"split": self.split, "during": self.during}
@@ -78,7 +84,7 @@ class StepMetrics:
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, float | None]:
-    """Nested numbers -> {"a/b": float or None when not finite}; numpy scalars are welcome."""
+    """Return nested values as {"a/b": float}, with None for a value that is not finite."""
     flat: dict[str, float | None] = {}
     for name, value in values.items():
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Progress on stderr: lines always, bars only on a terminal."""
+"""Progress output on stderr: plain lines, and bars if stderr is a terminal."""
 
 import sys
 from pathlib import Path
@@ -7,28 +7,28 @@ from typing import Any
 from tqdm import tqdm
 
 
-def say(line: str) -> None:
+def log_line(line: str) -> None:
     """Print a line on stderr without breaking a progress bar."""
     tqdm.write(line, file=sys.stderr)
     sys.stderr.flush()
 
 
-def say_written(path: Path) -> None:
-    """Say where a command has left a file, or the folder of several; the last line of a tool."""
-    say(f"Written: {path}")
+def log_written(path: Path) -> None:
+    """Print the path of an output file or folder; the last line of a command."""
+    log_line(f"Written: {path}")
 
 
-def say_engine_starts(checkpoint: str) -> None:
-    """Say that the rollout engine starts, which blocks the program for a while."""
-    say(f"Starting vLLM for {checkpoint}: usually 20 to 60 s, minutes for a large model.")
+def log_engine_start(checkpoint: str) -> None:
+    """Print that the rollout engine starts, which blocks the program for a while."""
+    log_line(f"Starting vLLM for {checkpoint}: usually 20 to 60 s, minutes for a large model.")
 
 
 def progress_bar(
     what: str, total: int, unit: str, done: int = 0, *, disable: bool | None = None
 ) -> "tqdm[Any]":
-    """Return a bar over `total` units, `done` of which were there before.
+    """Return a bar over `total` units, of which `done` were completed before.
 
-    `disable` None shows it on a terminal alone.
+    `disable` None shows the bar on a terminal only.
     """
     return tqdm(
         desc=what,

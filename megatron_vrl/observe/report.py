@@ -1,8 +1,8 @@
-"""report.html: one page that says what a run did, built only from the files in its directory.
+"""Builds report.html: one page about a run, from the files in its directory.
 
-Self-contained (inline style, SVG, base64 images), so it can be sent to someone as it is. What a
-run did not write is left out of the page. Build it again at any time, also while the run goes on:
-`python -m megatron_vrl.observe.report RUN_DIR`.
+The page is self-contained (inline style, SVG, base64 images). Sections without files are omitted.
+To rebuild the page at any time, also during the run: `python -m megatron_vrl.observe.report
+RUN_DIR`.
 """
 
 import base64
@@ -14,18 +14,18 @@ from typing import Any
 
 from megatron_vrl.errors import UserError
 from megatron_vrl.observe.charts import Curve, svg
-from megatron_vrl.observe.metrics import MEANINGS, meaning
+from megatron_vrl.observe.metrics import METRICS, metric_info
 from megatron_vrl.observe.page import render
-from megatron_vrl.observe.progress import say_written
+from megatron_vrl.observe.progress import log_written
 from megatron_vrl.process.command_line import OverrideParser
 from megatron_vrl.process.entry import run_program
 from megatron_vrl.process.run_lock import held
 from megatron_vrl.storage.files import read_error, read_rows, write_file
 
-RUNNING_S = 600.0  # without a lock: a run that wrote a row within this time is taken to be running
+RUNNING_S = 600.0  # without a lock file, a run counts as running if its last row is newer
 ERROR = "ended by an error"
-CARDS = 12  # shown, evenly spread over the steps
-CURVES = (  # phase and metric, in the order of the page
+MAX_SAMPLES = 12  # logged samples on the page, evenly spaced over the steps
+CURVES = (  # (phase, metric) in page order
     ("grpo", "reward"),
     ("grpo", "format_rate"),
     ("grpo", "response_tokens"),
@@ -34,14 +34,17 @@ CURVES = (  # phase and metric, in the order of the page
     ("grpo", "logprob_gap"),
     ("sft", "loss"),
 )
-TABLE = frozenset(name for name, shown in MEANINGS.items() if shown.unit == "%") | {"reward"}
+TABLE = frozenset(name for name, shown in METRICS.items() if shown.unit == "%") | {"reward"}
 STAGES = {"base": "before training", "sft": "after warm-up (SFT)", "grpo": "after GRPO"}
 PHASES = {"sft": "SFT", "grpo": "GRPO", "eval": "evaluation"}
 Rows = list[dict[str, Any]]
 
 
 def build_report(out_dir: Path) -> Path:
-    """Rank 0 only. Raises UserError when the directory holds no rows of a run."""
+    """Write report.html and return its path. Call on rank 0 only.
+
+    Raises UserError if the directory has no rows in metrics.jsonl.
+    """
     rows = read_rows(out_dir / "metrics.jsonl")
     if not rows:
         raise UserError(f"{out_dir} holds no metrics.jsonl with rows. Give the out_dir of a run.")
@@ -60,27 +63,34 @@ def build_report(out_dir: Path) -> Path:
         charts=[(curve, svg(curve)) for curve in curves(rows)],
         budgets=time_budgets(rows),
         config=config_path.read_text() if config_path.is_file() else "",
-        cards=[_shown(card, out_dir) for card in _spread(read_rows(out_dir / "cards.jsonl"))],
+        samples=[
+            _shown(sample, out_dir) for sample in _spread(read_rows(out_dir / "samples.jsonl"))
+        ],
     )
     write_file(out_dir / "report.html", page)
     return out_dir / "report.html"
 
 
 def results_so_far(rows: Rows) -> dict[str, dict[str, dict[str, float]]]:
-    """Return stage -> split -> metrics of the evaluations that a run has written to its rows."""
+    """Return stage -> split -> metrics from the evaluation rows of a run without a summary."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for row in rows:
         stage, split = row.get("during"), row.get("split")
         if row["phase"] == "eval" and stage in STAGES and split not in (None, "dev"):
-            numbers = {name: value for name, value in row.items() if isinstance(value, float)}
-            found.setdefault(str(stage), {})[str(split)] = numbers
+            metrics = {name: value for name, value in row.items() if isinstance(value, float)}
+            found.setdefault(str(stage), {})[str(split)] = metrics
     return found
 
 
 def run_state(out_dir: Path) -> str:
-    """Return what a run without a summary does: it crashed, is running, or stopped early.
+    """Return the state of a run without a summary.
 
-    Its lock decides; for a run that has none, the age of its last row.
+      running             a process holds the lock of the run directory
+      ended by an error   error.txt exists
+      crashed             holder.json still names a process, but no process holds the lock
+      stopped early       the lock was released before the last step
+
+    A directory without a lock counts as running if its last row is younger than RUNNING_S.
     """
     age_s = max(0.0, time.time() - (out_dir / "metrics.jsonl").stat().st_mtime)
     row = f"last row {age_s:.0f} s ago" if age_s < 120 else f"last row {age_s / 60:.0f} minutes ago"
@@ -92,23 +102,25 @@ def run_state(out_dir: Path) -> str:
     if found is None and age_s < RUNNING_S:
         return f"running ({row})"
     if found is None:
-        return f"stopped early or at a long step ({row})"
+        return f"stopped early, or in a long step ({row})"
     if found.holder:
-        return f"crashed: its process ended without giving the directory back ({row})"
+        return f"crashed: its process ended without releasing the run directory ({row})"
     return f"stopped early ({row})"
 
 
 @dataclass(frozen=True, slots=True)
 class ResultTable:
+    """Results on one split."""
+
     split: str
     columns: list[str]
-    rows: list[tuple[str, str, list[str]]]  # label, "model" or "trivial", cells as shown
+    rows: list[tuple[str, str, list[str]]]  # label, "model" or "trivial", formatted cells
 
 
 def result_tables(summary: dict[str, Any]) -> list[ResultTable]:
-    """One table per split: fixed answers first, then the model's stages in the order of time.
+    """Return one table per split: trivial baselines first, then the stages of the model in order.
 
-    Shares and the reward only; summary.json has every number.
+    The tables have percentages and the reward. summary.json has all metrics.
     """
     results, trivial = summary.get("results", {}), summary.get("trivial", {})
     tables = []
@@ -120,23 +132,23 @@ def result_tables(summary: dict[str, Any]) -> list[ResultTable]:
             if split in results.get(stage, {})
         ]
         found_names = {name for _, _, found in lines for name in found}
-        names = [name for name in MEANINGS if name in found_names and name in TABLE]
+        names = [name for name in METRICS if name in found_names and name in TABLE]
         shown = [(label, kind, [_cell(found, n) for n in names]) for label, kind, found in lines]
         tables.append(ResultTable(split, [_heading(n) for n in names], shown))
     return tables
 
 
 def curves(rows: Rows) -> list[Curve]:
-    """Those of CURVES with at least two values, then every metric of the split `dev`."""
+    """Return the curves of CURVES with at least two values, then those of the split `dev`."""
     wanted = [(name, PHASES[p], _pick(rows, name, phase=p)) for p, name in CURVES]
     dev = [row for row in rows if row.get("split") == "dev"]
-    for name in sorted({n for row in dev for n in row if n in MEANINGS}, key=_column_order):
+    for name in sorted({n for row in dev for n in row if n in METRICS}, key=_column_order):
         for during in ("sft", "grpo"):
             wanted.append((name, f"dev split, {PHASES[during]}", _pick(dev, name, during=during)))
     return [
         Curve(
-            title=f"{meaning(name).title}, {where}",
-            unit="share" if meaning(name).unit == "%" else meaning(name).unit,
+            title=f"{metric_info(name).title}, {where}",
+            unit="fraction" if metric_info(name).unit == "%" else metric_info(name).unit,
             steps=[step for step, _ in points],
             values=[value for _, value in points],
         )
@@ -146,7 +158,7 @@ def curves(rows: Rows) -> list[Curve]:
 
 
 def time_budgets(rows: Rows) -> list[tuple[str, float, list[tuple[str, float]]]]:
-    """(phase, its seconds, [(part, seconds), ...] longest first)."""
+    """Return (phase, total seconds, [(part, seconds), ...] with the longest part first)."""
     totals: dict[str, dict[str, float]] = {}
     for row in rows:
         parts = totals.setdefault(row["phase"], {})
@@ -159,25 +171,29 @@ def time_budgets(rows: Rows) -> list[tuple[str, float, list[tuple[str, float]]]]
 
 
 def _pick(rows: Rows, name: str, **where: str) -> list[tuple[int, float]]:
+    """Return the (step, value) pairs of a metric in the rows that match `where`."""
     chosen = [row for row in rows if all(row.get(key) == value for key, value in where.items())]
     return [(row["step"], row[name]) for row in chosen if row.get(name) is not None]
 
 
 def _last_step(rows: Rows, phase: str) -> int:
+    """Return the last step of a phase; 0 if it has no row."""
     return max((row["step"] for row in rows if row["phase"] == phase), default=0)
 
 
-def _spread(cards: Rows) -> Rows:
-    count = min(CARDS, len(cards))
-    return [cards[i * (len(cards) - 1) // max(1, count - 1)] for i in range(count)]
+def _spread(samples: Rows) -> Rows:
+    """Return at most MAX_SAMPLES logged samples, evenly spaced, with the first and the last."""
+    count = min(MAX_SAMPLES, len(samples))
+    return [samples[i * (len(samples) - 1) // max(1, count - 1)] for i in range(count)]
 
 
-def _shown(card: dict[str, Any], out_dir: Path) -> dict[str, Any]:
-    image = base64.b64encode((out_dir / card["strip"]).read_bytes()).decode()
-    answers = sorted(card["answers"], key=lambda answer: -answer["reward"])
+def _shown(sample: dict[str, Any], out_dir: Path) -> dict[str, Any]:
+    """Return the template values of a logged sample: best, middle and worst answer first."""
+    image = base64.b64encode((out_dir / sample["strip"]).read_bytes()).decode()
+    answers = sorted(sample["answers"], key=lambda answer: -answer["reward"])
     kept = sorted({0, len(answers) // 2, len(answers) - 1})  # best, middle, worst
-    return card | {
-        "phase": PHASES[card["phase"]],
+    return sample | {
+        "phase": PHASES[sample["phase"]],
         "strip": f"data:image/jpeg;base64,{image}",
         "kept": [answers[i] for i in kept],
         "rest": [answer for i, answer in enumerate(answers) if i not in kept],
@@ -185,27 +201,31 @@ def _shown(card: dict[str, Any], out_dir: Path) -> dict[str, Any]:
 
 
 def _column_order(name: str) -> tuple[int, str]:
-    known = list(MEANINGS)
+    """Return the sort key of a metric: its position in METRICS, unknown metrics last."""
+    known = list(METRICS)
     return (known.index(name) if name in known else len(known), name)
 
 
 def _heading(name: str) -> str:
-    title, unit = meaning(name)
+    """Return the column heading of a metric."""
+    title, unit = metric_info(name)
     return f"{title}, {unit}" if unit not in ("", "%") else title
 
 
 def _cell(found: dict[str, float], name: str) -> str:
+    """Return the formatted value of a metric; "" if it is missing."""
     if name not in found:
         return ""
-    return f"{100 * found[name]:.1f}" if meaning(name).unit == "%" else f"{found[name]:.3f}"
+    return f"{100 * found[name]:.1f}" if metric_info(name).unit == "%" else f"{found[name]:.3f}"
 
 
 def main() -> None:
+    """Build report.html of the run directory on the command line."""
     parser = OverrideParser(
         prog="megatron_vrl.observe.report", description="Build report.html of a run again."
     )
     parser.add_argument("run", metavar="RUN_DIR", type=Path, help="run.out_dir of a run")
-    say_written(build_report(parser.parse_args().run))
+    log_written(build_report(parser.parse_args().run))
 
 
 if __name__ == "__main__":

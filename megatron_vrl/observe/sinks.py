@@ -1,7 +1,7 @@
-"""Where a run's numbers go while it runs: metrics.jsonl, wandb, a progress bar, cards.
+"""Sinks: destinations of a run's metrics: metrics.jsonl, wandb, a progress bar, logged samples.
 
-Only rank 0 writes; every other rank holds a `Sinks` without writers and calls it all the same.
-The report is built afterwards from the files alone, so wandb may be switched off.
+Only rank 0 writes. Every other rank has a `Sinks` without writers and makes the same calls. The
+report is built later from the files, so wandb is optional.
 """
 
 import sys
@@ -16,54 +16,65 @@ from tqdm import tqdm
 from megatron_vrl.config import Observe
 from megatron_vrl.errors import UserError
 from megatron_vrl.observe.metrics import Phase, StepMetrics
-from megatron_vrl.observe.samples import Card, CardFile
+from megatron_vrl.observe.samples import LoggedSample, SampleLog
 from megatron_vrl.storage.files import RowFile, write_file
 
 
 class Writer(Protocol):
-    def begin(self, phase: Phase, steps: int, done: int) -> None: ...
-    def write(self, row: dict[str, Any]) -> None: ...
-    def close(self) -> None: ...
+    """One destination of metric rows."""
+
+    def begin(self, phase: Phase, steps: int, done: int) -> None:
+        """Start a phase of `steps` steps, of which `done` were completed before a restart."""
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Write the metrics of one step."""
+
+    def close(self) -> None:
+        """Flush and close."""
 
 
 class Sinks:
-    def __init__(self, writers: list[Writer], cards: CardFile | None) -> None:
-        self._writers, self._cards = writers, cards
-        self._said: set[str] = set()
+    """Passes each call to all writers."""
+
+    def __init__(self, writers: list[Writer], samples: SampleLog | None) -> None:
+        self._writers, self._samples = writers, samples
+        self._logged_kinds: set[str] = set()
 
     def begin(self, phase: Phase, steps: int, done: int = 0) -> None:
-        """A phase of `steps` steps starts, `done` of them by an earlier process."""
+        """Start a phase of `steps` steps, `done` of which were completed before a restart."""
         for writer in self._writers:
             writer.begin(phase, steps, done)
 
     def write(self, metrics: StepMetrics) -> None:
+        """Write the metrics of one step to all writers."""
         row = metrics.row()
         for writer in self._writers:
             writer.write(row)
 
-    def say(self, sentence: str) -> None:
-        """Tell the person who watches, without breaking a progress bar."""
+    def log(self, sentence: str) -> None:
+        """Print a line on stderr without breaking the progress bar."""
         if self._writers:
             tqdm.write(sentence, file=sys.stderr)
 
-    def say_once(self, kind: str, sentence: str) -> None:
-        """The first of its kind alone."""
-        if kind not in self._said:
-            self._said.add(kind)
-            self.say(sentence)
+    def log_once(self, kind: str, sentence: str) -> None:
+        """Print the line if none of its `kind` was printed before."""
+        if kind not in self._logged_kinds:
+            self._logged_kinds.add(kind)
+            self.log(sentence)
 
-    def card(
-        self, card: Card, frames: NDArray[np.uint8], timestamps_s: NDArray[np.float64]
+    def log_sample(
+        self, sample: LoggedSample, frames: NDArray[np.uint8], timestamps_s: NDArray[np.float64]
     ) -> None:
-        """`frames` [F, height, width, 3] RGB, `timestamps_s` [F]."""
-        if self._cards:
-            self._cards.append(card, frames, timestamps_s)
+        """Log a whole sample with its `frames` [F, height, width, 3] RGB and `timestamps_s` [F]."""
+        if self._samples:
+            self._samples.append(sample, frames, timestamps_s)
 
     def close(self) -> None:
+        """Close all writers and the sample log."""
         for writer in self._writers:
             writer.close()
-        if self._cards:
-            self._cards.close()
+        if self._samples:
+            self._samples.close()
 
 
 def open_sinks(
@@ -75,9 +86,10 @@ def open_sinks(
     rank: int,
     resume: tuple[Phase, int] | None = None,
 ) -> Sinks:
-    """`resume` is the (phase, step) that will be run next: rows from there on are taken back.
+    """Return the Sinks of this rank. Call on every rank.
 
-    Without it the run starts from nothing and so do its files. Call on every rank.
+    `resume` is the (phase, step) that runs next: rows from there on are removed from the files.
+    None starts with empty files.
     """
     if rank != 0:
         return Sinks([], None)
@@ -86,30 +98,38 @@ def open_sinks(
     writers: list[Writer] = [Rows(RowFile(out_dir / "metrics.jsonl", resume)), Progress()]
     if cfg.wandb != "disabled":
         writers.append(Wandb(out_dir, cfg, resolved_config, run_name))
-    return Sinks(writers, CardFile(out_dir, resume))
+    return Sinks(writers, SampleLog(out_dir, resume))
 
 
 class Rows:
+    """Writes metrics.jsonl."""
+
     def __init__(self, file: RowFile) -> None:
         self._file = file
 
     def begin(self, phase: Phase, steps: int, done: int) -> None:
-        """Rows name their phase themselves."""
+        """Do nothing: a row contains its phase."""
 
     def write(self, row: dict[str, Any]) -> None:
+        """Append the row."""
         self._file.append(row)
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 
 class Progress:
-    """One bar per phase: step, reward or loss, time left. In a log file a line every 30 s."""
+    """One progress bar per phase with step, reward or loss, and time left.
+
+    Not a terminal: a line per 30 s.
+    """
 
     def __init__(self) -> None:
         self._phase, self._bar = "", tqdm(disable=True)
 
     def begin(self, phase: Phase, steps: int, done: int) -> None:
+        """Replace the bar by one of this phase."""
         self._bar.close()
         interval_s = 0.1 if sys.stderr.isatty() else 30.0
         self._phase = phase
@@ -118,6 +138,7 @@ class Progress:
         )
 
     def write(self, row: dict[str, Any]) -> None:
+        """Move the bar to the row's step. Rows of other phases are ignored."""
         if row["phase"] != self._phase:
             return
         name = "reward" if "reward" in row else "loss"
@@ -126,17 +147,21 @@ class Progress:
         self._bar.update(row["step"] - self._bar.n)
 
     def close(self) -> None:
+        """Close the bar."""
         self._bar.close()
 
 
 class Wandb:
-    """Offline runs lie in OUT_DIR/wandb/offline-run-*; `wandb sync` uploads them later. A resumed
-    run is a second one of the same group: an offline file cannot be continued."""
+    """Logs to Weights & Biases.
+
+    Offline runs are in OUT_DIR/wandb/offline-run-*; upload them with `wandb sync`. A resumed run is
+    a new wandb run in the same group, because an offline file cannot be continued.
+    """
 
     def __init__(
         self, out_dir: Path, cfg: Observe, resolved_config: dict[str, Any], run_name: str
     ) -> None:
-        import wandb  # half a second, and only for rank 0
+        import wandb  # imported here: it takes half a second, and only rank 0 needs it
 
         settings = wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True)
         try:
@@ -158,17 +183,19 @@ class Wandb:
             self._run.define_metric(f"{phase}/*", step_metric=f"{phase}/step")
 
     def begin(self, phase: Phase, steps: int, done: int) -> None:
-        """Rows name their phase themselves."""
+        """Do nothing: a row contains its phase."""
 
     def write(self, row: dict[str, Any]) -> None:
+        """Log the row's numbers under PHASE/, for an evaluation under eval/DURING/SPLIT/."""
         group = "/".join(filter(None, (row["phase"], row.get("during"), row.get("split"))))
-        numbers = {k: v for k, v in row.items() if isinstance(v, float)}
-        numbers |= {f"seconds/{k}": v for k, v in row["seconds"].items()}
-        logged = {f"{group}/{k}": v for k, v in numbers.items()}
+        metrics = {k: v for k, v in row.items() if isinstance(v, float)}
+        metrics |= {f"seconds/{k}": v for k, v in row["seconds"].items()}
+        logged = {f"{group}/{k}": v for k, v in metrics.items()}
         self._run.log({f"{row['phase']}/step": row["step"], **logged})
 
     def close(self) -> None:
+        """Finish the run and stop wandb's service."""
         import wandb
 
         self._run.finish()
-        wandb.teardown()  # `finish` may return before its service has written the file
+        wandb.teardown()  # waits for wandb's service to write the file; `finish` may not

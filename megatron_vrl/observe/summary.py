@@ -1,4 +1,4 @@
-"""summary.json: the outcome of a run in one small file, for the report and for scripts."""
+"""Writes summary.json: the results of a run in one small file, for the report and for scripts."""
 
 import json
 from importlib.metadata import PackageNotFoundError, version
@@ -31,11 +31,13 @@ def write_summary(
     peak_rss_bytes: int,
     extra: dict[str, Any] | None = None,
 ) -> None:
-    """Rank 0 only.
+    """Write OUT_DIR/summary.json. Call on rank 0 only.
 
-    `results`: "base", "sft" or "grpo" -> split -> metric -> value. `trivial`: split -> a fixed
-    answer, for example "whole video" -> metric -> value. `seconds`: of each part of the run.
-    `peak_rss_bytes`: the most that any one rank held.
+    results         "base", "sft" or "grpo" -> split -> metric -> value
+    trivial         split -> trivial baseline, for example "whole video" -> metric -> value
+    seconds         part of the run -> seconds
+    peak_rss_bytes  maximum over ranks
+    extra           further entries
     """
     summary = {
         "results": results,
@@ -50,7 +52,7 @@ def write_summary(
 
 
 def installed_versions() -> dict[str, str]:
-    """Of the packages a result depends on; those not installed are left out."""
+    """Return the versions of installed packages that results depend on."""
     found = {}
     for package in PACKAGES:
         try:

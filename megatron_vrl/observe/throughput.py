@@ -1,9 +1,10 @@
-"""A step's work and seconds -> the numbers that say how well the hardware was used.
+"""Throughput metrics of a step: tokens per second, FLOP/s and MFU.
 
-Model FLOPs are what the mathematics asks for, once (Megatron-LM's and PaLM's convention, arXiv
-2204.02311); hardware FLOPs are what was computed, with recompute, padding and repeated prompts.
-MFU is of model FLOPs, so nothing wasteful can raise it. Where the counts come from:
-`megatron_vrl/models/qwen2_5_vl/flops.py`. Left out: rollout, whose engine has meters of its own.
+Model FLOPs are the FLOPs that the algorithm needs, each counted once (convention of Megatron-LM and
+of PaLM, arXiv 2204.02311). Hardware FLOPs are the FLOPs computed, including recomputation, padding
+and repeated prompts. MFU uses model FLOPs, so wasted work cannot raise it.
+`megatron_vrl/models/qwen2_5_vl/flops.py` counts both. Rollout is not included; the engine reports
+its own throughput.
 """
 
 from collections.abc import Mapping
@@ -12,17 +13,18 @@ from dataclasses import astuple, dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """Tokens of the language model, and FLOPs of one forward pass by where they are spent."""
+    """Number of language tokens, and FLOPs of one forward pass by component."""
 
     tokens: int = 0
-    linear: float = 0.0  # language layers: products with weights
-    attention: float = 0.0  # language layers: scores and values
+    linear: float = 0.0  # language layers: matrix products with weights
+    attention: float = 0.0  # language layers: attention scores and values
     head: float = 0.0
-    vision: float = 0.0  # tower without its merger
+    vision: float = 0.0  # vision tower without the merger
     merger: float = 0.0
 
     @property
     def flops(self) -> float:
+        """Return the total FLOPs."""
         return self.linear + self.attention + self.head + self.vision + self.merger
 
     def __add__(self, other: "Work") -> "Work":
@@ -38,7 +40,7 @@ class Work:
         )
 
 
-def step_meters(
+def throughput_metrics(
     *,
     computed: Work,
     ideal: Work,
@@ -50,11 +52,14 @@ def step_meters(
     ranks: int,
     peak: float | None,
 ) -> dict[str, float]:
-    """Metric names and values of one step; {} if nothing was computed.
+    """Return the throughput metrics of one step; {} if nothing was computed.
 
-    Counts are over all ranks, and both FLOPs of all that the phase "update" of `seconds` did.
-    `plain_tokens`: of a layout that repeats the prompt for each answer. `peak`: FLOP/s of one
-    rank; None, if not known, leaves MFU out.
+    Token and FLOP counts are sums over all ranks. `update_flops` (model) and `hardware_flops` cover
+    the phase "update" of `seconds`. `plain_tokens` is the token count of a layout that repeats the
+    prompt for each answer. `peak` is the peak FLOP/s of one rank; without it MFU is omitted.
+
+    Example: 2 ranks, update_flops 4e15, 10 s of update, peak 1e15: 4e15 / (10 * 2) = 2e14 FLOP/s
+    per rank, MFU 0.2.
     """
     if not computed.tokens:
         return {}

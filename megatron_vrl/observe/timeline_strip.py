@@ -1,4 +1,4 @@
-"""A strip of a video's frames with an interval marked under it, for a person to look at."""
+"""Image of a video's frames with intervals marked on a time axis below."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,10 @@ def timeline_strip(
     duration_s: float,
     intervals_s: Sequence[Interval],
 ) -> Image.Image:
-    """`frames` [F, height, width, 3] RGB, `timestamps_s` [F]. Time runs evenly over the width."""
+    """Return the image of `frames` [F, height, width, 3] RGB with `timestamps_s` [F].
+
+    The time axis is linear over the width.
+    """
     pictures = strip(frames, timestamps_s, duration_s)
     width, top = CELL_PX * CELLS, pictures.height
     image = Image.new("RGB", (width, top + BAR_PX + RULER_PX), PAPER)

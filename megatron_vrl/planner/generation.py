@@ -19,7 +19,7 @@ from megatron_vrl.planner.workload import FILM_FPS, Sizes
 ENGINE_WORKING = 3 * GIB  # its activations, CUDA graphs and sampler; *not measured*
 ENGINE_STEP = 0.004  # seconds between two tokens besides the GPU's; *not measured*
 # Pictures of 1280 x 720 that are decoded in a second, when all up to the last sampled one are: by a
-# process (docs/video.md: 1350 in 4 to 5 s of one core) and by a GPU's NVDEC (*not measured*).
+# process (docs/results/video.md: 1350 in 4 to 5 s of a core) and by a GPU's NVDEC (*not measured*).
 PICTURES = {"cpu": 300.0, "gpu": 1000.0}
 
 

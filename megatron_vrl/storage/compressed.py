@@ -1,8 +1,14 @@
-"""A file of lines that grows by a zstandard frame at a time: `zstdcat FILE` prints them all.
+"""FrameFile: an append-only file of lines in zstandard frames.
 
-A process that is killed in the midst of a frame leaves it torn at the file's end, where it is never
-read and cut off before the file grows again. Frames carry a checksum: what was changed since is
-named and not read. Nothing here knows what the lines mean.
+`zstdcat FILE` prints all lines. Each append writes one frame, which has one of these states:
+
+  WRITING  part of the frame is on disk; if the process is killed now, the frame is torn
+  WHOLE    readable; its checksum is verified on every read
+  TORN     the last frame after a kill; readers skip it, `keep_frames` cuts it off before appending
+  DAMAGED  a byte was changed later; readers raise DataError with the frame's offset
+
+Example: three appends of 100 compressed bytes each, killed during the third: `frames` yields two
+frames, bytes 0 to 100 and 100 to 200, and logs the number of bytes after 200.
 """
 
 import os
@@ -21,7 +27,8 @@ CHUNK_BYTES = 1 << 20
 
 
 @contextmanager
-def _damage_named(path: Path, begin: int) -> Iterator[None]:
+def _explain_damage(path: Path, begin: int) -> Iterator[None]:
+    """Turn a zstandard error into a DataError that names file and offset."""
     try:
         yield
     except zstandard.ZstdError as error:
@@ -31,13 +38,15 @@ def _damage_named(path: Path, begin: int) -> Iterator[None]:
 
 
 class Frame(NamedTuple):
-    begin: int  # in the file, bytes
+    """One frame and its byte range."""
+
+    begin: int  # byte offset in the file
     end: int
-    content: bytes  # whole lines
+    content: bytes  # decompressed; whole lines
 
 
 class FrameFile:
-    """Appends frames. Unbuffered: a frame has left the process when `append` returns."""
+    """Appends frames, unbuffered: when `append` returns, the operating system has the frame."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,6 +55,7 @@ class FrameFile:
         self._compressor = zstandard.ZstdCompressor(level=LEVEL, write_checksum=True)
 
     def append(self, lines: Sequence[bytes]) -> None:
+        """Append the lines as one frame. Raises UserError if the disk is full."""
         frame = self._compressor.compress(b"".join(line + b"\n" for line in lines))
         left = memoryview(frame)
         with full_disk_named(self._path):
@@ -53,13 +63,17 @@ class FrameFile:
                 left = left[self._file.write(left) :]
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 
 def frames(
-    path: Path, say: Callable[[str], None] = lambda sentence: None, begin: int = 0
+    path: Path, log: Callable[[str], None] = lambda sentence: None, begin: int = 0
 ) -> Iterator[Frame]:
-    """Whole frames, oldest first; `say` hears of a torn one. Raises DataError for a damaged one."""
+    """Yield the whole frames from offset `begin` on, oldest first.
+
+    `log` gets a sentence about a torn frame at the end. Raises DataError for a damaged frame.
+    """
     with open(path, "rb") as file:
         file.seek(begin)
         ahead = file.read(CHUNK_BYTES)
@@ -67,11 +81,11 @@ def frames(
             frame, pieces, end = zstandard.ZstdDecompressor().decompressobj(), [], begin
             while ahead and not frame.eof:
                 end += len(ahead)
-                with _damage_named(path, begin):
+                with _explain_damage(path, begin):
                     pieces.append(frame.decompress(ahead))
                 ahead = frame.unused_data or file.read(CHUNK_BYTES)
             if not frame.eof:
-                say(f"{path} ends in a torn frame: its last {end - begin} bytes are left out.")
+                log(f"{path} ends in a torn frame: its last {end - begin} bytes are left out.")
                 return
             end -= len(frame.unused_data)
             yield Frame(begin, end, b"".join(pieces))
@@ -79,14 +93,14 @@ def frames(
 
 
 def read_frame(path: Path, begin: int) -> bytes:
-    """The content of the frame that begins there."""
+    """Return the content of the frame at offset `begin`."""
     for frame in frames(path, begin=begin):
         return frame.content
     raise DataError(f"{path} has changed while it was in use: start again.")
 
 
 def keep_frames(path: Path, keeps: Callable[[bytes], bool]) -> None:
-    """Cut the file before its first frame whose content is not to be kept, or that is torn."""
+    """Truncate the file before the first frame that is torn or whose content `keeps` rejects."""
     end = 0
     for frame in frames(path):
         if not keeps(frame.content):

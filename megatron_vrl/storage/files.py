@@ -1,8 +1,9 @@
-"""Files of a run directory that survive a crash, a resume and a full disk.
+"""Files of a run directory that survive a crash, a restart and a full disk.
 
-Rows are JSON lines appended one write at a time; a torn last line (killed while writing) is never
-read. Whole files appear by rename. Nothing here knows what the rows mean, except `phase`, `during`
-and `step`, by which a resumed run takes back what it will write again.
+Row files are JSON lines; each append is one write. A torn last line (process killed while writing)
+is never read. Whole files are written beside their name and renamed. The only row fields
+interpreted here are `phase`, `during` and `step`: on resume, rows that the run will write again are
+removed.
 """
 
 import errno
@@ -19,7 +20,7 @@ from megatron_vrl.process.entry import a_rank_has_failed
 
 @contextmanager
 def full_disk_named(path: Path) -> Iterator[None]:
-    """Turn "no space left" into a UserError; whatever was written before stays as it is."""
+    """Turn "no space left" into a UserError that names the file. Earlier content stays intact."""
     try:
         yield
     except OSError as error:
@@ -32,7 +33,7 @@ def full_disk_named(path: Path) -> Iterator[None]:
 
 
 def write_file(path: Path, content: str) -> None:
-    """Replace `path` in one step: a reader sees the old content or the new, never a half."""
+    """Replace the file atomically: a reader sees the old content or the new content."""
     temporary = path.with_name(path.name + ".tmp")
     with full_disk_named(path):
         temporary.write_text(content)
@@ -40,12 +41,12 @@ def write_file(path: Path, content: str) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a file, oldest first; none when it does not exist."""
+    """Return the rows of a file, oldest first; [] if it does not exist."""
     return [json.loads(line) for line in _whole_lines(path)]
 
 
 def kept_rows(path: Path, total: int, noun: str) -> str:
-    """Return the sentence of a stopped program whose rows lie in `path`, one for each `noun`."""
+    """Return a sentence on the progress of a stopped program: rows in `path` out of `total`."""
     rows = len(_whole_lines(path))
     if not rows:
         return "Nothing was answered yet; the same command begins again."
@@ -53,9 +54,9 @@ def kept_rows(path: Path, total: int, noun: str) -> str:
 
 
 def write_error(out_dir: Path, sentence: str) -> None:
-    """Keep the sentence that ended a run in OUT/error.txt, unless one is there.
+    """Write the sentence that ended a run to OUT/error.txt, unless the file exists.
 
-    "" removes it when a run starts.
+    An empty sentence removes the file; used when a run starts.
     """
     path = out_dir / "error.txt"
     if not sentence:
@@ -66,13 +67,13 @@ def write_error(out_dir: Path, sentence: str) -> None:
 
 
 @contextmanager
-def error_kept(out_dir: Path, rank: int) -> Iterator[None]:
-    """Keep in OUT/error.txt the first error that ends the run, and remove that of an earlier one.
+def recorded_error(out_dir: Path, rank: int) -> Iterator[None]:
+    """Write the first error that ends the run to OUT/error.txt.
 
-    Every rank enters it: an error may be one rank's own, and the others then fail for their lost
-    connection, which is not kept. A run that was asked to stop has no error, and a start that was
-    refused since another process owns the directory leaves that one's file alone. All ranks see
-    `out_dir`.
+    The error of an earlier run is removed first. Every rank enters this context, because an error
+    may occur on one rank only. The other ranks then fail with a lost connection, which is not
+    written. Nothing is written if the run was asked to stop, or if it did not start because another
+    process owns the directory. All ranks must see `out_dir`.
     """
     if rank == 0:
         write_error(out_dir, "")
@@ -88,16 +89,16 @@ def error_kept(out_dir: Path, rank: int) -> Iterator[None]:
 
 
 def read_error(out_dir: Path) -> str:
-    """Return the sentence that ended the run; "" if it keeps none."""
+    """Return the sentence that ended the run; "" if there is none."""
     path = out_dir / "error.txt"
     return path.read_text().strip() if path.is_file() else ""
 
 
 class RowFile:
-    """Appends JSON rows. Unbuffered: a row has left the process when `append` returns."""
+    """Appends JSON rows, unbuffered: when `append` returns, the operating system has the row."""
 
     def __init__(self, path: Path, resume: tuple[str, int] | None) -> None:
-        """Keep the rows before step `resume[1]` of phase `resume[0]`; without it start empty."""
+        """Keep the rows before `resume`, a (phase, step). None starts an empty file."""
         kept = list(_rows_before(path, *resume)) if resume else []
         if path.is_file():
             write_file(path, "".join(line + "\n" for line in kept))
@@ -105,18 +106,23 @@ class RowFile:
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by `close`)
 
     def append(self, row: dict[str, Any]) -> None:
+        """Append one row as a JSON line. Raises UserError if the disk is full."""
         left = memoryview((json.dumps(row, allow_nan=False) + "\n").encode())
         with full_disk_named(self._path):
             while left:
                 left = left[self._file.write(left) :]
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 
 def _rows_before(path: Path, phase: str, step: int) -> Iterator[str]:
-    """Lines up to the first of `phase` at or after `step`. Rows lie in the order of time, so all
-    that follow it, evaluations and later phases too, were made from weights that are gone."""
+    """Yield the lines before the first one of `phase` with a step of at least `step`.
+
+    Rows are in order of time. All rows after that line, also those of evaluations and later phases,
+    describe weights that are lost.
+    """
     for line in _whole_lines(path):
         row = json.loads(line)
         if row.get("during", row["phase"]) == phase and row["step"] >= step:
@@ -125,6 +131,7 @@ def _rows_before(path: Path, phase: str, step: int) -> Iterator[str]:
 
 
 def _whole_lines(path: Path) -> list[str]:
+    """Return the complete lines of a file, without a torn last line."""
     if not path.is_file():
         return []
     *whole, _torn = path.read_text().split("\n")

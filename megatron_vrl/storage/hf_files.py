@@ -1,10 +1,11 @@
-"""Files of a Hugging Face folder that hold its weights, and what their headers say.
+"""Weight files of a Hugging Face (HF) checkpoint directory, and the tensors in their headers.
 
-model.safetensors.index.json decides which files are read, and which tensor comes from which file.
-A copy of a tensor in another shard is not read. Without an index the weights are model.safetensors
-alone. Every other .safetensors file is left over from an earlier save and is not opened.
-(transformers prefers model.safetensors to the index; the two rules differ only where a folder holds
-both.) This module reads headers and no tensor.
+model.safetensors.index.json decides which file each tensor is read from. Copies of a tensor in
+other shards are ignored. Without an index, the weights are model.safetensors. Other .safetensors
+files are leftovers of an earlier save and are not opened. (transformers prefers model.safetensors
+to the index. The two rules differ only if a directory has both.)
+
+This module reads headers, never tensors.
 """
 
 import json
@@ -29,16 +30,16 @@ class StoredTensor:
     """Entry of a safetensors header."""
 
     file: Path
-    name: str  # in the file
-    dtype: str  # as safetensors names it: "BF16"
+    name: str  # name in the file
+    dtype: str  # safetensors name, for example "BF16"
     shape: tuple[int, ...]
 
 
 def read_headers(directory: Path) -> list[StoredTensor]:
-    """Return an entry for each tensor of a Hugging Face folder.
+    """Return one entry per tensor of a HF checkpoint.
 
-    Raises CheckpointError if a file is missing or damaged, if the index and a shard disagree, if
-    an adapter lies beside the weights, or if the folder does not say which files are the weights.
+    Raises CheckpointError if a file is missing or damaged, if index and shards disagree, if the
+    directory contains an adapter, or if it is ambiguous which files are the weights.
     """
     check_no_adapter(directory)
     if (directory / INDEX).exists():
@@ -47,7 +48,7 @@ def read_headers(directory: Path) -> list[StoredTensor]:
 
 
 def check_no_adapter(directory: Path) -> None:
-    """Raise CheckpointError if a LoRA adapter lies in the folder."""
+    """Raise CheckpointError if the directory contains a LoRA adapter."""
     found = next((name for name in ADAPTERS if (directory / name).exists()), None)
     if found is not None:
         raise CheckpointError(
@@ -57,7 +58,7 @@ def check_no_adapter(directory: Path) -> None:
 
 
 def is_weight_file(name: str) -> bool:
-    """Return whether a file of a Hugging Face folder holds weights, or is the index of some."""
+    """Return whether a file of a HF checkpoint holds weights or is an index of weight files."""
     return name.removesuffix(".index.json").endswith(WEIGHT_SUFFIXES)
 
 
@@ -72,7 +73,7 @@ def opened(file: Path) -> Iterator[Any]:
 
 
 def _restore(file: Path) -> str:
-    """Return what to do about a damaged file."""
+    """Return the advice for a damaged file."""
     try:
         with file.open("rb") as content:
             pointer = content.read(40).startswith(b"version https://git-lfs")
@@ -82,6 +83,7 @@ def _restore(file: Path) -> str:
 
 
 def _header(file: Path) -> list[StoredTensor]:
+    """Return the entries of one file."""
     with opened(file) as shard:
         slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
         return [
@@ -91,6 +93,10 @@ def _header(file: Path) -> list[StoredTensor]:
 
 
 def _indexed(directory: Path) -> list[StoredTensor]:
+    """Return the entries of all shards that the index names.
+
+    Raises CheckpointError if they disagree.
+    """
     index = directory / INDEX
     assigned = _weight_map(index)
     stored: list[StoredTensor] = []
@@ -113,7 +119,7 @@ def _indexed(directory: Path) -> list[StoredTensor]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Return the shard of each tensor. Raises CheckpointError if a shard is not there."""
+    """Return tensor name -> shard from the index. Raises CheckpointError if a shard is missing."""
     try:
         assigned = json.loads(index.read_text())["weight_map"]
         if not assigned or not all(isinstance(file, str) for file in assigned.values()):
@@ -129,7 +135,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _single_file(directory: Path) -> Path:
-    """Return model.safetensors, unless other shards make it doubtful that it is the model."""
+    """Return model.safetensors. Raises CheckpointError if other files may be the weights."""
     files = sorted(file.name for file in directory.glob("*.safetensors"))
     if not files:
         raise CheckpointError(_without_safetensors(directory))
@@ -146,6 +152,7 @@ def _single_file(directory: Path) -> Path:
 
 
 def _without_safetensors(directory: Path) -> str:
+    """Return the error message for a directory without .safetensors files."""
     others = sorted(f.name for f in directory.iterdir() if f.name.endswith(WEIGHT_SUFFIXES))
     if not others:
         return f"{directory} holds no .safetensors file: give a checkpoint."

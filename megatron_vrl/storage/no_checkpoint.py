@@ -1,7 +1,7 @@
-"""Advice for a path that was given as a checkpoint and is none.
+"""Advice for a path that was given as a checkpoint but is not one.
 
-Knows the directory of a run (`export/`, `checkpoints/`), a directory of checkpoints, the cache of
-huggingface_hub, an adapter without its base model, and the id of a model on the Hugging Face hub.
+Recognizes a run directory (`export/`, `checkpoints/`), a directory of checkpoints, the cache of
+huggingface_hub, an adapter without its base model, and a model id on the Hugging Face hub.
 """
 
 import re
@@ -12,11 +12,11 @@ from megatron_vrl.storage.hf_files import ADAPTERS
 _HUB_ID = re.compile(
     r"(?:https?:/+(?:www\.)?(?:huggingface|hf)\.co/|hf:/+)?([\w][\w.-]*/[\w][\w.-]*)/?"
 )
-_UNFINISHED = {".partial", ".damaged", ".old"}  # suffixes of a run's checkpoints
+_UNFINISHED = {".partial", ".damaged", ".old"}  # suffixes of incomplete checkpoints
 
 
 def advice(path: Path) -> str:
-    """Return one sentence on which checkpoint to give instead of `path`; "" if none is known."""
+    """Return one sentence that names the checkpoint to give instead of `path`; "" if unknown."""
     if not path.is_dir():
         return _hub_advice(path)
     if any((path / name).exists() for name in ADAPTERS):
@@ -33,7 +33,7 @@ def advice(path: Path) -> str:
 
 
 def newest(directory: Path) -> Path | None:
-    """Return the newest checkpoint in a directory: the one that `latest` names, else by time."""
+    """Return the newest checkpoint of a directory: by its file `latest`, else by time."""
     if not directory.is_dir():
         return None
     found = [child for child in directory.iterdir() if _is_checkpoint(child)]
@@ -46,12 +46,14 @@ def newest(directory: Path) -> Path | None:
 
 
 def _is_checkpoint(path: Path) -> bool:
+    """Return whether a path is a finished Megatron or HF checkpoint."""
     if path.suffix in _UNFINISHED:
         return False
     return (path / "weights").is_dir() or (path / "config.json").is_file()
 
 
 def _run_advice(path: Path) -> str:
+    """Return the advice for a run directory."""
     choices = []
     if (path / "export" / "config.json").is_file():
         choices.append(f"{path / 'export'} (Hugging Face)")
@@ -63,6 +65,7 @@ def _run_advice(path: Path) -> str:
 
 
 def _hub_advice(path: Path) -> str:
+    """Return the advice for a path that looks like a model id; "" if it does not."""
     match = _HUB_ID.fullmatch(str(path))
     if match is None or path.exists() or path.parent.is_dir():
         return ""

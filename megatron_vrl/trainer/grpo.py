@@ -29,7 +29,7 @@ from megatron_vrl.trainer.reselect import DataSelection
 from megatron_vrl.trainer.rollout_files import RolloutFiles
 from megatron_vrl.trainer.rollout_queue import RolloutQueue
 from megatron_vrl.trainer.sample_stream import training_pool, training_stream
-from megatron_vrl.trainer.sample_viewer import write_cards
+from megatron_vrl.trainer.sample_viewer import log_samples
 from megatron_vrl.trainer.state import RunState, save_if_due
 from megatron_vrl.trainer.update import UpdateResult, update_policy
 from megatron_vrl.types import VideoSample
@@ -74,14 +74,14 @@ def open_loop(ctx: RunContext, state: RunState, sinks: Sinks) -> LoopState:
     pool = training_pool(ctx)
     stream = training_stream(ctx, pool)
     stream.restore(state.stream)
-    dataloader = PromptDataLoader(ctx, stream, state, sinks.say)
+    dataloader = PromptDataLoader(ctx, stream, state, sinks.log)
     sinks.begin("grpo", ctx.cfg.grpo.steps, state.step)
     begin_steps()
     return LoopState(
         dataloader,
         RolloutQueue(ctx, state, dataloader),
         RolloutFiles(ctx, state.step),
-        DataSelection(ctx, state, pool, stream, sinks.say),
+        DataSelection(ctx, state, pool, stream, sinks.log),
     )
 
 
@@ -134,31 +134,31 @@ def _report_step(
     if not update.updates and values.get("zero_variance_groups") == 1:
         formatted = values.get("format_rate")
         rest = "" if formatted is None else f"; {100 * formatted:.0f} % had the right format"
-        sinks.say_once(
+        sinks.log_once(
             "no update",
             f"Step {state.step}: there was no update, since in every group all answers earned the "
             f"same reward ({values['reward']:.3f} on average{rest}). Later steps without an update "
             "are only counted by the metric updates_left_out.",
         )
     record(ctx, sinks, StepMetrics(phase="grpo", step=state.step, values=values, seconds=spent))
-    write_cards(ctx, sinks, rollouts.experiences[: ctx.cfg.observe.samples_per_step], state.step)
+    log_samples(ctx, sinks, rollouts.experiences[: ctx.cfg.observe.samples_per_step], state.step)
 
 
 def warn(sinks: Sinks, step: int, rollouts: RolloutBatch, updates: Sequence[Update]) -> None:
     """Log the samples that were left out of a step, and the updates that were not applied."""
     if rollouts.invalid:
-        sinks.say(
+        sinks.log(
             f"Step {step}: left out {', '.join(rollouts.invalid)}, with a reward that is not a "
             "number: look at its reward function."
         )
     for name, failed in rollouts.failures.items():
-        sinks.say(
+        sinks.log(
             f"Step {step}: the reward function {name!r} failed on {len(failed)} answers, whose "
             f"groups are left out; it {failed[0]}."
         )
     for update in updates:
         if not update.applied:
-            sinks.say(
+            sinks.log(
                 f"Step {step}: an update was left out, since a gradient was not finite; it came "
                 f"from {', '.join(update.suspects)}."
             )

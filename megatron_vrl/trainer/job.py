@@ -60,9 +60,9 @@ def run_job(cfg: RunConfig) -> Path:
             for name, sources in cfg.data.evaluation.items()
         }
     with run_scope(ctx, owner, state.next_row) as sinks:
-        sinks.say(f"Output lies in {out_dir}{_resuming(state)}.")
+        sinks.log(f"Output lies in {out_dir}{_resuming(state)}.")
         for note in padding_notes(ctx.arch, cfg):
-            sinks.say(note)
+            sinks.log(note)
         state.add_seconds(ctx.clock.take())
         with _saved_on_error(ctx, state):
             _stages(ctx, state, sinks, splits)

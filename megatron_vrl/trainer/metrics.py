@@ -16,8 +16,8 @@ from megatron_vrl.models.qwen2_5_vl.flops import (
     plain_tokens,
     update_flops,
 )
-from megatron_vrl.observe.hardware import forget_peak, peak_bytes, peak_flops
-from megatron_vrl.observe.throughput import Work, step_meters
+from megatron_vrl.observe.hardware import peak_bytes, peak_flops, reset_peak
+from megatron_vrl.observe.throughput import Work, throughput_metrics
 from megatron_vrl.parallel.mesh import gather_objects, world_axis
 from megatron_vrl.policy.policy import Update
 from megatron_vrl.trainer.experience import RolloutBatch
@@ -102,8 +102,8 @@ def _meters(
     on_gpu = mesh.device.type == "cuda"
     name = torch.cuda.get_device_name(mesh.device) if on_gpu else "CPU"
     peaks = gather_objects(world_axis(mesh), peak_bytes(mesh.device))
-    forget_peak(mesh.device)
-    return {"peak_memory_gib": max(peaks) / 2**30} | step_meters(
+    reset_peak(mesh.device)
+    return {"peak_memory_gib": max(peaks) / 2**30} | throughput_metrics(
         computed=computed,
         ideal=ideal,
         plain_tokens=sum(plain),

@@ -10,7 +10,7 @@ from megatron_vrl.tasks import TASKS
 from megatron_vrl.types import EncodedVideo, Experience
 
 
-def write_cards(
+def log_samples(
     ctx: RunContext, sinks: Sinks, experiences: Sequence[Experience], step: int
 ) -> None:
     """Write groups of a step for the report. Rank 0 writes and every rank calls."""
@@ -18,12 +18,12 @@ def write_cards(
         for experience in experiences:
             (video,) = experience.scored.prompt.visuals
             assert isinstance(video, EncodedVideo)
-            sinks.card(_card(experience, step), video.frames, video.timestamps_s)
+            sinks.log_sample(_logged_sample(experience, step), video.frames, video.timestamps_s)
 
 
-def _card(experience: Experience, step: int) -> samples.Card:
+def _logged_sample(experience: Experience, step: int) -> samples.LoggedSample:
     sample = experience.scored.sample
-    return samples.Card(
+    return samples.LoggedSample(
         phase="grpo",
         step=step,
         sample_id=sample.id,

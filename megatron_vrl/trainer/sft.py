@@ -36,7 +36,7 @@ def train_sft(ctx: RunContext, state: RunState, sinks: Sinks, dev: list[VideoSam
         state.attempt += 1
         state.begin("sft")
         ctx.saver.load_weights(ctx.cfg.model.checkpoint)
-        sinks.say(
+        sinks.log(
             f"SFT did not reach {cfg.stop_metric} {cfg.stop_at} in {cfg.steps} steps; "
             f"starting over with seed {ctx.cfg.run.seed + state.attempt}."
         )
@@ -48,7 +48,7 @@ def _attempt(ctx: RunContext, state: RunState, sinks: Sinks, dev: list[VideoSamp
     seed = cfg.run.seed + state.attempt
     stream = weighted(open_run_pool(ctx, cfg.data.sft), cfg.data.sft, seed)
     stream.restore(state.stream)
-    dataloader = PromptDataLoader(ctx, stream, state, sinks.say)
+    dataloader = PromptDataLoader(ctx, stream, state, sinks.log)
     if state.step == 0:  # otherwise `load_stage` has loaded the optimizer
         ctx.policy.start_phase(cfg.sft.optimizer, cfg.sft.steps)
     sinks.begin("sft", cfg.sft.steps, state.step)
@@ -109,7 +109,7 @@ def _reaches_threshold(
     value = metrics[cfg.stop_metric]
     if value < cfg.stop_at:
         return False
-    sinks.say(
+    sinks.log(
         f"The warm-up, a short cold start, ends at step {state.step}: {cfg.stop_metric} on dev is "
         f"{value:.3f}, and {cfg.stop_at} was asked for."
     )

@@ -1,4 +1,4 @@
-"""Videos: files in, EncodedVideo out. Start at `reader.py`."""
+"""Video decoding: files in, EncodedVideo out. Start at `reader.py`."""
 
 from megatron_vrl.video.encode import DECODERS
 from megatron_vrl.video.reader import SAMPLING_KEYS, VideoReader

@@ -1,8 +1,9 @@
-"""One process's side of encoding: files in, EncodedVideo out. Nothing here is remembered.
+"""Encoder: the code that runs inside a decoding process. Files in, EncodedVideo out, no state kept.
 
-identify -> plan -> decode. A new decoder is one file and one row of `DECODERS`; they are imported
-when they are asked for. `Encoder` runs inside `video/workers.py`; tests and benches call it as it
-is.
+The steps are `identify` (digest of the bytes), `plan` (frames and size), `decode`. To add a
+decoder, write one file and add one row to `DECODERS`; a decoder is imported on first use.
+`VideoReader` runs `Encoder` in the processes of `video/workers.py`. Tests and benchmarks call it
+directly.
 """
 
 import hashlib
@@ -25,17 +26,24 @@ if TYPE_CHECKING:
 
 
 class Decoder(Protocol):
+    """Interface of a video decoder."""
+
     def decode(self, jobs: "Sequence[DecodeJob]") -> list[NDArray[np.uint8] | VideoError]:
-        """[F, height, width, 3] for each job at its plan's size; an error for a bad file only."""
+        """Return frames [F, height, width, 3] of each job at its plan's size, or a VideoError.
+
+        A bad file gives an error for its own job only.
+        """
 
 
 def _dali(cfg: Video) -> Decoder:
+    """Import and return the DALI decoder."""
     from megatron_vrl.video.dali import DaliDecoder
 
     return DaliDecoder(cfg)
 
 
 def _pyav(cfg: Video) -> Decoder:
+    """Import and return the PyAV decoder."""
     from megatron_vrl.video.pyav import PyavDecoder
 
     return PyavDecoder(cfg)
@@ -45,16 +53,16 @@ DECODERS: dict[str, Callable[[Video], Decoder]] = {"dali": _dali, "pyav": _pyav}
 
 
 class Identity(NamedTuple):
-    """The bytes of a file as they were seen: they are read again only when the rest changed."""
+    """Path, modification time, size and digest of a file. An unchanged file is not hashed again."""
 
-    path: str  # of the local file
+    path: str  # local file
     modified_ns: int
     size: int  # bytes
     digest: str
 
 
 def check_decoder(cfg: Video) -> None:
-    """Raises ConfigError for a decoder that this machine cannot have, without starting it."""
+    """Raise ConfigError if this machine cannot run the configured decoder. Starts no decoder."""
     if cfg.decoder == "dali" and importlib.util.find_spec("nvidia.dali") is None:
         raise ConfigError(
             "video.decoder=dali needs nvidia.dali, which is not installed; install "
@@ -72,23 +80,29 @@ def check_decoder(cfg: Video) -> None:
 
 
 class Encoder:
-    """`card`: index of the GPU that decodes, where video.device=gpu."""
+    """Fetches, identifies, plans and decodes clips by the config section `video`.
 
-    def __init__(self, cfg: Video, card: int | None = None):
+    `gpu` is the index of the GPU that decodes (video.device=gpu), else None.
+    """
+
+    def __init__(self, cfg: Video, gpu: int | None = None):
         import torch
 
         from megatron_vrl.video.fetch import LocalCopies
 
-        torch.set_num_threads(1)  # videos are the unit of parallel work
-        if card is not None:
-            torch.cuda.set_device(card)
+        torch.set_num_threads(1)  # parallelism is over videos, not inside one
+        if gpu is not None:
+            torch.cuda.set_device(gpu)
         self._cfg = cfg
         self._copies = LocalCopies(cfg.fetch_dir, cfg.fetch_mib)
         self.decoder = DECODERS[cfg.decoder](cfg)
 
     def identify(self, clip: VideoClip, known: Identity | None) -> Identity:
-        """Raises VideoError, whose message does not name the file."""
-        path, status = self._file(clip)
+        """Return the identity of a file; `known` if the file is unchanged.
+
+        Raises VideoError, whose message does not name the file.
+        """
+        path, status = self._local_file(clip)
         seen = (path, status.st_mtime_ns, status.st_size)
         if known and known[:3] == seen:
             return known
@@ -96,48 +110,56 @@ class Encoder:
             with open(path, "rb") as file:
                 digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
         except OSError as error:
-            raise _cannot_be_read(error) from None
+            raise _read_error(error) from None
         return Identity(*seen, digest.hexdigest())
 
     def encode(
-        self, clip: Sequence[VideoClip], digests: Sequence[str]
+        self, clips: Sequence[VideoClip], digests: Sequence[str]
     ) -> list[EncodedVideo | VideoError]:
-        """One result for each, in order; no error names its file."""
-        planned = _in_parallel(self._plan, clip, self._cfg.workers)
+        """Return one EncodedVideo or VideoError per clip, in order.
+
+        Error messages do not name the file.
+        """
+        planned = _in_parallel(self._plan, clips, self._cfg.workers)
         jobs = [job for job in planned if not isinstance(job, VideoError)]
         decoded = iter(self.decoder.decode(jobs))
         results: list[EncodedVideo | VideoError] = []
-        for wanted, digest, job in zip(clip, digests, planned, strict=True):
+        for wanted, digest, job in zip(clips, digests, planned, strict=True):
             frames = job if isinstance(job, VideoError) else next(decoded)
             if isinstance(frames, VideoError):
                 results.append(frames)
             else:
-                results.append(_encoded(wanted, digest, job, frames))
+                results.append(_to_encoded_video(wanted, digest, job, frames))
         return results
 
     def plan(self, clip: VideoClip) -> "DecodeJob":
-        """What decoding would give, from header and packets: `plan.num_tokens` above all.
+        """Return the frames and the size that decoding would give, from header and packets.
 
-        Raises VideoError, whose message does not name the file.
+        `plan.num_tokens` of the result is the number of vision tokens. Raises VideoError, whose
+        message does not name the file.
         """
         from megatron_vrl.video.probe import planned
 
-        path, _ = self._file(clip)
+        path, _ = self._local_file(clip)
         return planned(path, clip.window_s, self._cfg)
 
     def _plan(self, clip: VideoClip) -> "DecodeJob | VideoError":
+        """Return the plan, or the VideoError instead of raising it."""
         try:
             return self.plan(clip)
         except VideoError as error:
             return error
 
-    def _file(self, clip: VideoClip) -> tuple[str, os.stat_result]:
-        """Path of a local file with something in it."""
+    def _local_file(self, clip: VideoClip) -> tuple[str, os.stat_result]:
+        """Return path and status of the local file.
+
+        Raises VideoError if it is missing, empty or no file.
+        """
         path = self._local(clip)
         try:
             status = os.stat(path)
         except OSError as error:
-            raise _cannot_be_read(error) from None
+            raise _read_error(error) from None
         if not stat.S_ISREG(status.st_mode):
             raise VideoError("is not a file; check the path.", "unreadable")
         if not status.st_size:
@@ -145,32 +167,38 @@ class Encoder:
         return path, status
 
     def _local(self, clip: VideoClip) -> str:
+        """Return the local path of a clip: a fetched copy for a URL, else the path itself.
+
+        Raises VideoError if the file is outside of the clip's folder after symlinks are resolved.
+        """
         from megatron_vrl.video.fetch import is_url
 
         if is_url(clip.path):
             if not self._cfg.fetch_dir:
                 raise ConfigError(
-                    f"{clip.path} is a URL, which needs a place for its copy: set video.fetch_dir."
+                    f"{clip.path} is a URL and needs a directory for its copy: set video.fetch_dir."
                 )
             return self._copies.path(clip.path)
         if clip.folder:
             folder, path = os.path.realpath(clip.folder), os.path.realpath(clip.path)
             if os.path.commonpath([folder, path]) != folder:
                 raise VideoError(
-                    f"leads out of the data folder {clip.folder}, to {path}; copy it there.",
+                    f"is a link out of the data folder {clip.folder}, to {path}; copy it there.",
                     "outside",
                 )
         return clip.path
 
 
-def _cannot_be_read(error: OSError) -> VideoError:
+def _read_error(error: OSError) -> VideoError:
+    """Return the VideoError for an operating system error."""
     kind = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
     return VideoError(f"cannot be read ({error.strerror}); check the path.", kind)
 
 
-def _encoded(
+def _to_encoded_video(
     clip: VideoClip, digest: str, job: "DecodeJob", frames: NDArray[np.uint8]
 ) -> EncodedVideo:
+    """Return the EncodedVideo of decoded frames and their plan."""
     file, plan = job.file, job.plan
     start_s, end_s = clip.window_s or (0.0, file.duration_s)
     return EncodedVideo(
@@ -189,6 +217,7 @@ def _encoded(
 
 
 def _in_parallel(function: Callable[..., Any], items: Sequence[Any], workers: int) -> list[Any]:
+    """Map `function` over `items` in threads."""
     if len(items) < 2:
         return [function(item) for item in items]
     with ThreadPoolExecutor(workers) as pool:

@@ -1,9 +1,9 @@
-"""Faults of a file as VideoError: nothing that a file holds may end a run.
+"""Turns any exception that a file causes into a VideoError, so that no file can end a run.
 
-PyAV and FFmpeg answer damaged files with more than their own errors: UnicodeDecodeError of a tag,
-AttributeError of a stream without a decoder, ValueError of a size. A list of these would miss the
-next one. A mistake of this package looks the same here; a run then ends by
-`video.max_bad_fraction`, with the name of the exception in the sentence.
+For damaged files, PyAV and FFmpeg raise more than their own error types: UnicodeDecodeError for a
+tag, AttributeError for a stream without a decoder, ValueError for a size. Every exception is caught
+because a list of types would miss the next one. A bug of this package is caught here too. Such a
+run ends by `video.max_bad_fraction`, with the name of the exception in the message.
 """
 
 from collections.abc import Iterator
@@ -15,8 +15,8 @@ MAX_REASON = 200  # characters
 
 
 @contextmanager
-def faults_of_file(sentence: str, kind: str) -> Iterator[None]:
-    """Raise VideoError "`sentence` (reason); replace it." for every exception but UserError."""
+def as_video_error(sentence: str, kind: str) -> Iterator[None]:
+    """Raise VideoError "`sentence` (reason); replace it." for any exception except UserError."""
     try:
         yield
     except UserError:

@@ -1,9 +1,10 @@
-"""Images: files in, EncodedImage out, by the rules of the checkpoint's own image processor.
+"""Reads images to EncodedImage by the rules of the checkpoint's image processor.
 
-Resized like every frame (`video/resize.py`) between the processor's fewest and most pixels and
-shown twice, as one temporal step. As transformers' `load_image` does: the EXIF orientation is
-applied, and whatever is not RGB is converted by PIL, so transparency is dropped. Left out: a side
-under 15 px keeps one cell as in `rules.smart_resize`, where transformers enlarges the image.
+An image is resized like a video frame (`video/resize.py`), to a size between the processor's
+minimum and maximum pixels, and repeated once to make one temporal step. As in transformers'
+`load_image`, the EXIF orientation is applied and other modes are converted to RGB by PIL, which
+drops transparency. One difference: a side under 15 px is resized to 28 px (`rules.smart_resize`),
+while transformers enlarges the whole image.
 """
 
 import hashlib
@@ -21,22 +22,27 @@ from megatron_vrl.types import EncodedImage
 from megatron_vrl.video.resize import resize
 from megatron_vrl.video.rules import MAX_ASPECT, PATCH, smart_resize
 
-_BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # of a bad file
+_BROKEN = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    Image.DecompressionBombError,
+)  # raised by PIL for a bad file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageRules:
-    """Of Qwen2VLImageProcessor, where a checkpoint says nothing else."""
+    """Pixel limits. The defaults are those of Qwen2VLImageProcessor."""
 
     min_pixels: int = 56 * 56
     max_pixels: int = 14 * 14 * 4 * 1280
 
 
 def read_image_rules(hf_dir: str | Path) -> ImageRules:
-    """Return the limits of a checkpoint's image processor, from the file that transformers reads.
+    """Return the pixel limits of a checkpoint's image processor, as transformers reads them.
 
-    That is `image_processor` of processor_config.json, else preprocessor_config.json. What neither
-    says is left at the default. Raises CheckpointError if a file cannot be read.
+    The file is `image_processor` in processor_config.json, else preprocessor_config.json. Missing
+    values get the default. Raises CheckpointError if a file cannot be read.
     """
     directory = Path(hf_dir)
     nested, own = directory / "processor_config.json", directory / "preprocessor_config.json"
@@ -50,7 +56,7 @@ def read_image_rules(hf_dir: str | Path) -> ImageRules:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """Return the object that a JSON file holds; {} where there is no file."""
+    """Return the JSON object of a file; {} if there is no file."""
     if not file.is_file():
         return {}
     try:
@@ -62,7 +68,7 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _object(value: Any, file: Path, what: str) -> dict[str, Any]:
-    """Return `value`, {} for null. Raises CheckpointError if it is no object."""
+    """Return `value`, or {} for null. Raises CheckpointError if it is not an object."""
     if value is not None and not isinstance(value, dict):
         raise CheckpointError(
             f"{file} cannot be read ({what} is {value!r:.40}, not an object): restore it from the "
@@ -72,7 +78,10 @@ def _object(value: Any, file: Path, what: str) -> dict[str, Any]:
 
 
 def read_image(path: str, rules: ImageRules) -> EncodedImage:
-    """Raises VideoError, naming the file, if it is missing, damaged or longer than 200:1."""
+    """Return the encoded image.
+
+    Raises VideoError naming the file if it is missing, damaged or over 200:1.
+    """
     try:
         content = Path(path).read_bytes()
         with Image.open(io.BytesIO(content)) as file:

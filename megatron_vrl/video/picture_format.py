@@ -1,11 +1,15 @@
-"""Picture format of a stream, packet by packet: tells a stream that changes its size or its pixels.
+"""PictureFormats: detects a stream whose frame size or pixel format changes, from its packets.
 
-DALI's decoder takes the format of a whole stream from its start and scrambles what comes after a
-change, so `video/routing.py` gives such files to PyAV. No picture is decoded here. H.264 and HEVC
-say their format in sequence parameter sets, which are compared as bytes (ITU-T H.264 7.3.1 and
-H.265 7.3.1, ISO/IEC 14496-15 for MP4 and Matroska); VP8 (RFC 6386, 9.1), VP9 (VP9 bitstream 6.2)
-and JPEG (ITU-T T.81, B.2.2) say it in the header of a frame.
-Left out: MPEG-4 and AV1, which DALI decodes on a GPU only.
+DALI's decoder takes the format from the start of the stream and returns garbage after a change.
+`video/routing.py` sends such files to PyAV. No frame is decoded here.
+
+  H.264, HEVC  sequence parameter sets (SPS), compared as bytes (ITU-T H.264 7.3.1, H.265 7.3.1;
+               ISO/IEC 14496-15 for MP4 and Matroska)
+  VP8          key frame header (RFC 6386, 9.1)
+  VP9          frame header (VP9 bitstream specification 6.2)
+  JPEG         frame header (ITU-T T.81, B.2.2)
+
+Not supported: MPEG-4 and AV1, which DALI decodes on a GPU only.
 """
 
 from collections.abc import Iterator
@@ -16,10 +20,10 @@ JPEG_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # SOF markers
 
 
 class PictureFormats:
-    """`see` every packet of a stream in order; `changes` then tells whether one format holds."""
+    """Collects formats of a stream: `add` every packet in order, then read `changes`."""
 
     def __init__(self, codec: str, header: bytes):
-        """`header`: the stream's extradata, b"" where it has none."""
+        """`header`: extradata of the stream, b"" if it has none."""
         self._codec, self._header = codec, header
         self._found: set[bytes] = set()
         is_listed = codec in ("h264", "hevc") and header[:1] == b"\x01"  # avcC or hvcC
@@ -27,7 +31,8 @@ class PictureFormats:
         if is_listed:
             self._found |= set(_listed_sets(codec, header))
 
-    def see(self, packet: bytes) -> None:
+    def add(self, packet: bytes) -> None:
+        """Record the formats in one packet."""
         if self._codec in ("h264", "hevc"):
             units = _units(packet, self._length_bytes)
             self._found |= set(_sequence_sets(self._codec, units))
@@ -36,11 +41,12 @@ class PictureFormats:
 
     @property
     def changes(self) -> bool:
+        """Return whether more than one format was found."""
         return len(self._found) > 1
 
 
 def _units(packet: bytes, length_bytes: int) -> Iterator[bytes]:
-    """NAL units: after start codes, or after their length in `length_bytes` bytes."""
+    """Yield NAL units, split by start codes, or by lengths of `length_bytes` bytes."""
     if length_bytes:
         at = 0
         while at + length_bytes < len(packet):
@@ -57,7 +63,7 @@ def _units(packet: bytes, length_bytes: int) -> Iterator[bytes]:
 
 
 def _sequence_sets(codec: str, units: Iterator[bytes]) -> Iterator[bytes]:
-    """Sequence parameter sets before the first slice: a picture never has one after it."""
+    """Yield the SPS before the first slice. No picture has an SPS after its first slice."""
     for unit in units:
         kind = _kind(codec, unit)
         if kind == (H264_SPS if codec == "h264" else HEVC_SPS):
@@ -67,13 +73,14 @@ def _sequence_sets(codec: str, units: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _kind(codec: str, unit: bytes) -> int:
+    """Return the NAL unit type; -1 for an empty unit."""
     if not unit:
         return -1
     return unit[0] & 31 if codec == "h264" else unit[0] >> 1 & 63
 
 
 def _listed_sets(codec: str, header: bytes) -> Iterator[bytes]:
-    """Sequence parameter sets of an avcC or hvcC record."""
+    """Yield the SPS in an avcC or hvcC record."""
     at, arrays = (5, 1) if codec == "h264" else (23, header[22] if len(header) > 22 else 0)
     for _ in range(arrays):
         if codec == "h264":
@@ -88,18 +95,21 @@ def _listed_sets(codec: str, header: bytes) -> Iterator[bytes]:
 
 
 def _vp8(packet: bytes) -> bytes:
-    """Width and height with their scales of a key frame; b"" of another."""
+    """Return width, height and scales of a key frame; b"" for another frame."""
     return packet[6:10] if len(packet) > 9 and not packet[0] & 1 else b""
 
 
 def _vp9(packet: bytes) -> bytes:
-    """Profile, colours and size of a key frame; of another b"", or the packet if it has a size."""
+    """Return profile, colours and size of a key frame.
+
+    For another frame return b"", or the packet itself if it contains a frame size.
+    """
     bits = _Bits(packet)
     bits.take(2)
     profile = bits.take(1) | bits.take(1) << 1
     if profile == 3:
         bits.take(1)
-    if bits.take(1):  # a frame that is there already is shown
+    if bits.take(1):  # show_existing_frame
         return b""
     is_inter, is_shown, is_resilient = bits.take(1), bits.take(1), bits.take(1)
     if not is_inter:
@@ -109,11 +119,12 @@ def _vp9(packet: bytes) -> bytes:
         bits.take(2)
     if is_intra:
         return packet
-    bits.take(8 + 3 * 4)  # which frames it replaces, and refers to
+    bits.take(8 + 3 * 4)  # refresh flags and references
     return b"" if any(bits.take(1) for _ in range(3)) else packet
 
 
 def _vp9_colours(bits: "_Bits", profile: int) -> tuple[int, ...]:
+    """Return (bit depth, colour space, range, subsampling)."""
     bits.take(VP9_KEY_SYNC_BITS)
     depth = bits.take(1) if profile >= 2 else 0
     space = bits.take(3)
@@ -123,17 +134,20 @@ def _vp9_colours(bits: "_Bits", profile: int) -> tuple[int, ...]:
 
 
 class _Bits:
+    """Reads bits of the first 24 bytes, most significant first."""
+
     def __init__(self, content: bytes):
         self._value = int.from_bytes(content[:24].ljust(24, b"\0"), "big")
         self._left = 24 * 8
 
     def take(self, count: int) -> int:
+        """Return the next `count` bits as an integer."""
         self._left -= count
         return self._value >> self._left & ((1 << count) - 1)
 
 
 def _jpeg(packet: bytes) -> bytes:
-    """Precision, size and sampling of the frame header."""
+    """Return precision, size and sampling from the frame header."""
     at = 2
     while at + 4 <= len(packet) and packet[at] == 0xFF:
         size = int.from_bytes(packet[at + 2 : at + 4], "big")

@@ -1,9 +1,9 @@
-"""What is in a video file, from its header and its packets; no picture but the first is decoded.
+"""Probes a video file: header and packet timestamps. Only the first frame is decoded.
 
-`probe` keeps the pts of every frame, so frame numbers and times are right for variable frame rates
-and for headers that name no count. Times count from the first frame that is shown. Sizes are those
-a file is shown at, turned by multiples of 90 degrees. Left out: mirrored display matrices and
-pixels that are not square.
+`probe` keeps the pts of every frame, so frame numbers and times are correct for variable frame
+rates and for headers without a frame count. Times are relative to the first shown frame. Sizes are
+display sizes, after rotation by multiples of 90 degrees. Not supported: mirrored display matrices
+and non-square pixels.
 """
 
 from dataclasses import dataclass
@@ -16,58 +16,59 @@ from numpy.typing import NDArray
 from megatron_vrl.config import Video
 from megatron_vrl.errors import VideoError
 from megatron_vrl.types import Interval
-from megatron_vrl.video.faults import faults_of_file
+from megatron_vrl.video.faults import as_video_error
 from megatron_vrl.video.rules import SamplingPlan, plan_frames
 from megatron_vrl.video.scan import JOINABLE, Scan, scan
 
-MAX_SIDE = 16384  # pixels; no codec here allows more, and one frame would fill the memory
-STARTS_AT_0 = ("mov", "matroska")  # players show their clock from 0, not from the first packet
-ROUNDING_S = 1e-3  # containers round times to a millisecond, annotations to less
+MAX_SIDE = 16384  # pixels; no supported codec allows more, and one frame would fill the memory
+STARTS_AT_0 = ("mov", "matroska")  # containers whose clock starts at 0, not at the first packet
+ROUNDING_S = 1e-3  # tolerance: containers round times to 1 ms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoFile:
-    """What a file's video stream says. N frames in order of presentation."""
+    """Properties of a file's video stream. N frames in presentation order."""
 
     path: str
     codec: str
-    stream: int  # index of the video stream that is read
-    height: int  # pixels as shown, so after turning
+    stream: int  # index of the decoded video stream
+    height: int  # pixels, after rotation
     width: int
-    quarter_turns: int  # 0 to 3, counterclockwise, from a decoded frame to the shown one
+    quarter_turns: int  # 0 to 3, counterclockwise rotation of decoded frames for display
     pixel_format: str
     matrix: int  # FFmpeg's AVColorSpace
     colour_range: int  # FFmpeg's AVColorRange
-    native_fps: float  # frames per second, the average where the rate varies
+    native_fps: float  # frames per second; average for a variable rate
     duration_s: float
-    timestamps_s: NDArray[np.float64]  # [N] from the first frame's
-    pts: NDArray[np.int64]  # [N] rising, in units of the stream
-    keyframes: NDArray[np.int64]  # rising frame numbers one can seek to
-    has_pts: bool  # False: only decoding times are known, frames are counted instead
-    has_hidden_packets: bool  # packets that show no frame; decoders that count packets miscount
-    has_other_pictures: bool  # another video stream, or a cover, which is one too
-    format_changes: bool  # size or pixel format, inside the stream or beside its header
-    late_s: float  # from the start of the file's clock to the first frame
+    timestamps_s: NDArray[np.float64]  # [N] seconds after the first frame
+    pts: NDArray[np.int64]  # [N] ascending, in the stream's time base
+    keyframes: NDArray[np.int64]  # frame numbers of keyframes, ascending
+    has_pts: bool  # False: only dts are known, so frames are numbered by counting
+    has_hidden_packets: bool  # some packets show no frame, so counting packets miscounts frames
+    has_other_pictures: bool  # another video stream, or cover art
+    format_changes: bool  # size or pixel format changes in the stream or differs from the header
+    late_s: float  # seconds from the start of the file's clock to the first frame
 
     @property
     def num_frames(self) -> int:
+        """Return the number of shown frames."""
         return len(self.pts)
 
     @property
     def coded_size(self) -> tuple[int, int]:
-        """(height, width) of a decoded frame before it is turned."""
+        """Return (height, width) of a decoded frame before rotation."""
         size = (self.height, self.width)
         return size[::-1] if self.quarter_turns % 2 else size
 
     def keyframe_before(self, index: int) -> int:
-        """Number of the last keyframe at or before frame `index`; 0 if none is marked."""
-        place = int(np.searchsorted(self.keyframes, index, side="right"))
-        return int(self.keyframes[place - 1]) if place else 0
+        """Return the number of the last keyframe at or before frame `index`; 0 if there is none."""
+        after = int(np.searchsorted(self.keyframes, index, side="right"))
+        return int(self.keyframes[after - 1]) if after else 0
 
     def within(self, window_s: Interval | None) -> tuple[int, int, float]:
-        """First frame, number of frames and frames per second of a window.
+        """Return (first frame, number of frames, frames per second) of a window.
 
-        Raises VideoError, whose message does not name the file, if no frame is shown in it.
+        Raises VideoError, whose message does not name the file, if the window has no frame.
         """
         if window_s is None:
             return 0, self.num_frames, self.native_fps
@@ -82,30 +83,32 @@ class VideoFile:
             )
         after_s = self.timestamps_s[stop] if stop < self.num_frames else self.duration_s
         fps = float((stop - first) / (after_s - self.timestamps_s[first]))
-        return first, stop - first, _rounded_to(self.native_fps, fps)
+        return first, stop - first, _snap_to(self.native_fps, fps)
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeJob:
+    """A probed file and the frames to decode from it."""
+
     file: VideoFile
     plan: SamplingPlan
 
 
 def planned(path: str, window_s: Interval | None, cfg: Video) -> DecodeJob:
-    """Which frames will be decoded at what size, and so `plan.num_tokens`, before any of it is.
+    """Return the decode job of a clip. `plan.num_tokens` is known before any frame is decoded.
 
     Raises VideoError, whose message does not name the file.
     """
-    with faults_of_file("cannot be read as a video", "unreadable"):
+    with as_video_error("cannot be read as a video", "unreadable"):
         file = probe(path)
         first, count, fps = file.within(window_s)
         return DecodeJob(file, plan_frames(count, fps, file.height, file.width, cfg, first))
 
 
 def probe(path: str) -> VideoFile:
-    """Scan a file. Raises VideoError, whose message does not name the file."""
+    """Return the properties of a file. Raises VideoError, whose message does not name the file."""
     with (
-        faults_of_file("cannot be opened as a video", "unreadable"),
+        as_video_error("cannot be opened as a video", "unreadable"),
         open_video(path) as container,
     ):
         stream: Any = container.streams.best("video")
@@ -115,8 +118,8 @@ def probe(path: str) -> VideoFile:
         found = scan(container, stream)
         if not found.packets:
             raise VideoError(
-                "has a video stream without frames that have a time; replace it, or put a raw "
-                "stream into a container.",
+                "has a video stream without timestamps; replace it, or put a raw stream into a "
+                "container.",
                 "no_pictures",
             )
         file = _index(path, container, stream, found)
@@ -125,11 +128,12 @@ def probe(path: str) -> VideoFile:
 
 
 def open_video(path: str) -> Any:
-    """PyAV's container. A tag that is not UTF-8 is no reason to refuse a file."""
+    """Return PyAV's container. Tags that are not UTF-8 are accepted."""
     return av.open(path, metadata_errors="replace")
 
 
 def _check_stream(stream: Any) -> None:
+    """Raise VideoError if the codec is unknown or the size is invalid."""
     if stream.codec_context is None:
         raise VideoError(
             "has a codec that FFmpeg does not know; encode it again, with H.264 for example.",
@@ -142,10 +146,11 @@ def _check_stream(stream: Any) -> None:
             "too_large",
         )
     if min(stream.width, stream.height) < 1:
-        raise VideoError("does not say how large its frames are; replace it.", "unreadable")
+        raise VideoError("has no frame size in its header; replace it.", "unreadable")
 
 
 def _index(path: str, container: Any, stream: Any, found: Scan) -> VideoFile:
+    """Return the VideoFile of a scanned file."""
     packets = sorted(found.packets, key=lambda packet: packet.pts)
     pts, first = np.unique(np.array([packet.pts for packet in packets]), return_index=True)
     if len(packets) > 1 and len(pts) == 1:
@@ -153,7 +158,7 @@ def _index(path: str, container: Any, stream: Any, found: Scan) -> VideoFile:
     seconds = float(stream.time_base)
     timestamps_s = (pts - pts[0]) * seconds
     nominal_fps = float(stream.average_rate or 0)
-    # Some containers leave out durations; the last frame then lasts as long as the others.
+    # Some containers have no packet durations. The last frame then gets the average duration.
     last_s = packets[-1].duration * seconds
     if not last_s:
         last_s = timestamps_s[-1] / (len(pts) - 1) if len(pts) > 1 else 1 / (nominal_fps or 1)
@@ -171,9 +176,9 @@ def _index(path: str, container: Any, stream: Any, found: Scan) -> VideoFile:
         pixel_format=context.pix_fmt or "",
         matrix=int(context.colorspace),
         colour_range=int(context.color_range),
-        # Where the header agrees it is exact, while times rounded to 1/1000 s would move the count
-        # of sampled frames across a whole number.
-        native_fps=_rounded_to(nominal_fps, len(pts) / duration_s),
+        # The header's rate is exact if it agrees. Timestamps rounded to 1/1000 s could change the
+        # number of sampled frames.
+        native_fps=_snap_to(nominal_fps, len(pts) / duration_s),
         duration_s=duration_s,
         timestamps_s=timestamps_s,
         pts=pts,
@@ -186,22 +191,26 @@ def _index(path: str, container: Any, stream: Any, found: Scan) -> VideoFile:
     )
 
 
-def _rounded_to(exact: float, measured: float) -> float:
+def _snap_to(exact: float, measured: float) -> float:
+    """Return `exact` if it is within 1 % of `measured`, else `measured`."""
     return exact if abs(exact - measured) < 0.01 * measured else measured
 
 
 def _clock_start_s(container: Any, found: Scan) -> float:
-    """Where a player starts: at 0 in containers that say so, else at the first packet of all."""
+    """Return when a player's clock starts: 0 in some containers, else the first packet."""
     is_absolute = not {*container.format.name.split(",")}.isdisjoint(STARTS_AT_0)
     return min(found.begin_s, 0.0) if is_absolute else found.begin_s
 
 
 def _check_complete(container: Any, end_s: float, file: VideoFile) -> None:
-    """A container cut between two packets reads without an error; its header still knows."""
+    """Raise VideoError if the header promises a longer video than the packets have.
+
+    A container that is cut between two packets is read without an error.
+    """
     name = container.format.name
     if container.duration is None or name in JOINABLE:
         return
-    # Matroska's duration is counted from 0 by FFmpeg, from the first packet by others.
+    # FFmpeg counts Matroska's duration from 0, and that of other containers from the first packet.
     before = 0 if "matroska" in name else max(container.start_time or 0, 0)
     promised_s = (container.duration + before) / av.time_base
     if promised_s - end_s > min(1.0, 0.1 * promised_s) + 1 / file.native_fps:

@@ -1,13 +1,13 @@
-"""Decodes chosen frames of video files with FFmpeg, through PyAV, on the CPU.
+"""PyavDecoder: decodes selected frames with FFmpeg (through PyAV) on the CPU.
 
-It seeks to the keyframe before each wanted frame; where a container seeks badly it starts again and
-decodes in order, so the frames are those of a sequential read either way. On the way to a wanted
-frame, frames that no other needs are not decoded (about half of a usual H.264 file).
+For each requested frame, the decoder seeks to the keyframe before it. If a container seeks
+incorrectly, decoding starts again from the beginning without seeking, so the frames are always
+those of a sequential read. Between the keyframe and the requested frame, non-reference frames are
+skipped (about half of the frames of a typical H.264 file).
 
-Colours and rotation are those of the file's tags (`video/colour.py`), but chroma counts as centred
-whatever the file says, and swscale runs with DALI's flags: what DALI's CPU decoder can read comes
-out byte for byte the same. Left out: damage inside the compressed data is found only as far as
-FFmpeg reports it.
+Colours and rotation follow the file's tags (`video/colour.py`), except that chroma is always
+treated as centred. swscale runs with DALI's flags. So the frames are byte-equal to those of DALI's
+CPU decoder. Damage inside compressed data is detected only as far as FFmpeg reports it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,19 +22,19 @@ from numpy.typing import NDArray
 
 from megatron_vrl.config import Video
 from megatron_vrl.errors import ConfigError, VideoError
-from megatron_vrl.video.faults import faults_of_file
+from megatron_vrl.video.faults import as_video_error
 from megatron_vrl.video.probe import DecodeJob, VideoFile, open_video
-from megatron_vrl.video.resize import resize, turned
+from megatron_vrl.video.resize import resize, rotate
 from megatron_vrl.video.rules import SamplingPlan
 from megatron_vrl.video.scan import JOINABLE
 
 SWSCALE_FLAGS = 0x2 | 0x2000 | 0x40000  # BILINEAR | FULL_CHR_H_INT | ACCURATE_RND, as in DALI
-FRAMES_AT_A_TIME = 32  # full-size frames held before they are resized
-SKIPPING = {"h264", "hevc"}  # FFmpeg's decoders that leave out single frames when asked to
+FRAMES_AT_A_TIME = 32  # full-size frames in memory before they are resized
+SKIPPING = {"h264", "hevc"}  # codecs whose FFmpeg decoder can skip non-reference frames
 
 
 class PyavDecoder:
-    """Decodes `cfg.workers` videos at a time, one thread each."""
+    """Decodes `cfg.workers` videos in parallel, one thread per video."""
 
     def __init__(self, cfg: Video):
         if cfg.device != "cpu":
@@ -44,7 +44,7 @@ class PyavDecoder:
         self._workers = cfg.workers
 
     def decode(self, jobs: Sequence[DecodeJob]) -> list[NDArray[np.uint8] | VideoError]:
-        """[F, height, width, 3] at the plan's size for each job, or why not."""
+        """Return frames [F, height, width, 3] of each job at its plan's size, or the error."""
         if len(jobs) < 2 or self._workers == 1:
             return [_decode_or_error(job) for job in jobs]
         with ThreadPoolExecutor(self._workers) as pool:
@@ -52,22 +52,26 @@ class PyavDecoder:
 
 
 def _decode_or_error(job: DecodeJob) -> NDArray[np.uint8] | VideoError:
+    """Return the frames of a job, or its VideoError instead of raising it."""
     try:
-        with faults_of_file("is damaged", "damaged"):
+        with as_video_error("is damaged", "damaged"):
             return decode_frames(job.file, job.plan)
     except VideoError as error:
         return error
 
 
 def decode_frames(file: VideoFile, plan: SamplingPlan, seek: bool = True) -> NDArray[np.uint8]:
-    """[F, height, width, 3] at the plan's size. Without `seek` every frame is decoded in order."""
+    """Return frames [F, height, width, 3] at the size of the plan.
+
+    With `seek` False every frame up to the last requested one is decoded in order.
+    """
     wanted, order = np.unique(plan.indices, return_inverse=True)
     seek = seek and file.has_pts
     pictures = _pictures(file, wanted.tolist(), seek)
     parts = []
     try:
         while chunk := list(islice(pictures, FRAMES_AT_A_TIME)):
-            shown = turned(np.stack(chunk), file.quarter_turns)
+            shown = rotate(np.stack(chunk), file.quarter_turns)
             parts.append(resize(shown, plan.height, plan.width))
     except (_FrameMissing, av.FFmpegError) as error:
         if seek:
@@ -79,17 +83,19 @@ def decode_frames(file: VideoFile, plan: SamplingPlan, seek: bool = True) -> NDA
 
 
 class _FrameMissing(Exception):
+    """A requested frame was not decoded."""
+
     def __init__(self, time_s: float):
         self.time_s = time_s
 
 
 def _pictures(file: VideoFile, wanted: list[int], seek: bool) -> Iterator[NDArray[np.uint8]]:
-    """[H, W, 3] of each wanted frame, as coded; `wanted` rises."""
+    """Yield each requested frame [H, W, 3] at coded size. `wanted` is ascending."""
     to_rgb = _RgbConverter(file)
     skips = {int(file.pts[i]) for i in wanted} if seek and file.codec in SKIPPING else None
     with open_video(file.path) as container:
         stream: Any = container.streams[file.stream]
-        stream.codec_context.thread_count = 1  # videos are the unit of parallel work
+        stream.codec_context.thread_count = 1  # parallelism is over videos, not inside one
         frames = _numbered(container, stream, file, skips)
         position = 0
         for index in wanted:
@@ -107,18 +113,18 @@ def _pictures(file: VideoFile, wanted: list[int], seek: bool) -> Iterator[NDArra
 def _numbered(
     container: Any, stream: Any, file: VideoFile, skip_all_but: set[int] | None
 ) -> Iterator[tuple[int, Any]]:
-    """Frames with their number, found by pts; -1 for frames the index does not know.
+    """Yield (frame number, frame), with the number found by pts; -1 for an unknown pts.
 
-    Of the frames that no other refers to, only those with a pts in `skip_all_but` are decoded.
+    Of the non-reference frames, only those with a pts in `skip_all_but` are decoded.
     """
     numbers = {pts: number for number, pts in enumerate(file.pts.tolist())}
     count, is_decodable = 0, not len(file.keyframes)
     for packet in container.demux(stream):
         is_decodable |= packet.is_keyframe or not packet.size
         if not is_decodable:
-            continue  # the file begins inside a group of pictures
+            continue  # the file begins inside a group of pictures (GOP)
         if container.format.name in JOINABLE:
-            packet.is_corrupt = False  # the demuxer's mark of a joint; the decoder's own stays
+            packet.is_corrupt = False  # set by the demuxer at a joint; the decoder's flag is kept
         if skip_all_but is not None:
             wanted = packet.pts is None or packet.pts in skip_all_but
             stream.codec_context.skip_frame = "DEFAULT" if wanted else "NONREF"
@@ -128,11 +134,10 @@ def _numbered(
 
 
 class _RgbConverter:
-    """Converts the frames of one file by its matrix and range.
+    """Converts the frames of one file to RGB by the file's matrix and range.
 
-    FFmpeg 8.1, inside PyAV since 17, also obeys the tag that says where chroma lies, which PyAV
-    cannot clear; DALI's older FFmpeg does not. A filter that does nothing else clears it, without
-    a copy.
+    FFmpeg 8.1 (PyAV 17 and later) also applies the chroma location tag; DALI's older FFmpeg does
+    not, and PyAV cannot clear the tag. A setparams filter clears it without a copy.
     """
 
     def __init__(self, file: VideoFile):
@@ -141,7 +146,7 @@ class _RgbConverter:
         self._graph: av.filter.Graph | None = None
 
     def __call__(self, frame: Any) -> NDArray[np.uint8]:
-        """[H, W, 3]"""
+        """Return the frame as RGB [H, W, 3]."""
         if self._graph is None:
             self._graph = self._centre_chroma(frame)
         self._graph.push(frame)
@@ -158,6 +163,7 @@ class _RgbConverter:
 
     @staticmethod
     def _centre_chroma(frame: Any) -> av.filter.Graph:
+        """Return the filter graph that clears the chroma location tag."""
         graph = av.filter.Graph()
         source = graph.add_buffer(
             width=frame.width,

@@ -1,8 +1,19 @@
-"""Videos: footage in, EncodedVideo out. Start here.
+"""VideoReader: encodes video clips to EncodedVideo, with a frame store and prefetching. Start here.
 
-`VideoReader.encode` goes identify -> store -> decode -> store; files are opened and decoded in
-processes that may be killed (`video/workers.py`), by what `video/encode.py` says. What a run may
-need next is decoded ahead, in the background.
+`VideoReader.encode` computes a digest of each file, looks up the frame store, decodes the clips
+that the store does not have, and stores them. Files are opened and decoded in separate processes
+that can be killed (`video/workers.py`); these processes run `video/encode.py`.
+`VideoReader.prefetch` decodes the clips of the next step in the background.
+
+The states of a clip:
+
+  REQUESTED -> IDENTIFIED -> STORED    found in the frame store, or decoded and put into it
+  REQUESTED -> RETRIED -> FAILED       still an error after `video.retries` further attempts
+
+Example: of 3 clips one is stored, one is new and one is damaged, with `video.retries: 1`. `encode`
+returns [EncodedVideo, EncodedVideo, VideoError]. `counts` grows by store 1, decoded 1, failed 1,
+retried 1. If the damaged clip is requested again, its error is returned at once: a clip stays
+FAILED for the life of the reader.
 """
 
 import hashlib
@@ -30,123 +41,132 @@ SAMPLING_KEYS = (
     *("fps", "num_frames", "min_frames", "max_frames"),
     *("min_pixels", "max_pixels", "total_pixels"),
 )
-PIXELS = "2"  # raised when the same file and rule give other bytes, so that all is decoded anew
-DALI_BATCH = 32  # videos of one task
-MOST_KNOWN = 1 << 16  # identities remembered, about 30 MB
+CACHE_VERSION = "2"  # increment when decoding changes the bytes of frames: it invalidates the store
+VIDEOS_PER_DALI_TASK = 32
+MAX_IDENTITIES = 1 << 16  # about 30 MB
 Result = EncodedVideo | VideoError
 
 
 class VideoReader:
-    """Encodes videos by the sampling rule of its section; one per rank.
+    """Encodes clips by the sampling rule of the config section `video`. Each rank has one reader.
 
-    `counts` says where videos came from: "store", "decoded" or "failed"; "retried" ones count
-    again. A file that stayed bad is not tried again by this reader.
+    `counts` has the number of clips by origin: "store", "decoded" and "failed". "retried" counts
+    further attempts.
     """
 
     def __init__(self, cfg: Video):
         check_decoder(cfg)
         self._cfg = cfg
-        self._workers = Workers(_num_processes(cfg), partial(Encoder, cfg, _card(cfg)))
+        self._workers = Workers(_num_processes(cfg), partial(Encoder, cfg, _gpu_index(cfg)))
         self.store = VideoStore(cfg.store_mib, cfg.store_dir, cfg.store_disk_mib)
         self.counts = Counter(store=0, decoded=0, failed=0, retried=0)
-        self._lock = threading.Lock()  # of what the background shares
-        self._known: dict[str, Identity] = {}
-        self._bad: dict[VideoClip, VideoError] = {}
-        self._ahead: dict[VideoClip, Future[Any]] = {}
-        # NVDEC and DALI's resize differ from the CPU by a few grey levels: their own keys.
-        rule = cfg.model_dump_json(include={*SAMPLING_KEYS, "device"}) + PIXELS
+        self._lock = threading.Lock()  # protects state that the prefetch thread shares
+        self._identities: dict[str, Identity] = {}
+        self._failed: dict[VideoClip, VideoError] = {}
+        self._prefetched: dict[VideoClip, Future[Any]] = {}
+        # `device` is part of the key: frames from NVDEC and DALI's GPU resize differ from the CPU's
+        # by a few grey levels.
+        rule = cfg.model_dump_json(include={*SAMPLING_KEYS, "device"}) + CACHE_VERSION
         self._rule = hashlib.blake2b(rule.encode(), digest_size=8).hexdigest()
 
-    def encode(self, clip: Sequence[VideoClip | str]) -> list[Result]:
-        """One result for each, in order; an error names its file and harms no other.
+    def encode(self, clips: Sequence[VideoClip | str]) -> list[Result]:
+        """Return one EncodedVideo or VideoError per clip, in order.
 
-        A path alone is the whole of its file.
+        A path stands for the whole file. An error names its file and does not affect the other
+        clips.
         """
-        wanted = [VideoClip(item) if isinstance(item, str) else item for item in clip]
+        wanted = [VideoClip(item) if isinstance(item, str) else item for item in clips]
         with self._lock:
-            ahead = {item: self._ahead.pop(item) for item in {*wanted} & {*self._ahead}}
+            ahead = {item: self._prefetched.pop(item) for item in {*wanted} & {*self._prefetched}}
         found = {item: future.result()[item] for item, future in ahead.items()}
         found |= self._encode([item for item in dict.fromkeys(wanted) if item not in found])
-        return [_named(item, found[item]) for item in wanted]
+        return [_with_path(item, found[item]) for item in wanted]
 
-    def plan(self, clip: Sequence[VideoClip]) -> "list[DecodeJob | VideoError]":
-        """What each holds and how it would be sampled, from header and packets alone."""
-        planned = self._call([(Encoder.plan, item) for item in clip])
+    def plan(self, clips: Sequence[VideoClip]) -> "list[DecodeJob | VideoError]":
+        """Return the frames and the size that `encode` would produce, without decoding."""
+        planned = self._call([(Encoder.plan, item) for item in clips])
         return [
             VideoError(f"{item.path} {plan}", plan.kind) if isinstance(plan, VideoError) else plan
-            for item, plan in zip(clip, planned, strict=True)
+            for item, plan in zip(clips, planned, strict=True)
         ]
 
     def duration_s(self, path: str) -> float:
-        """Raises VideoError, whose message does not name the file."""
+        """Return the duration of a file in seconds.
+
+        Raises VideoError, whose message does not name the file.
+        """
         [plan] = self._call([(Encoder.plan, VideoClip(path))])
         if isinstance(plan, VideoError):
             raise plan
         return float(plan.file.duration_s)
 
-    def prefetch(self, clip: Iterable[VideoClip]) -> None:
-        """Encode in the background what `encode` will soon be asked for.
+    def prefetch(self, clips: Iterable[VideoClip]) -> None:
+        """Start encoding clips in a background thread, for a later call of `encode`.
 
-        Only what the last call named is kept, and at most `video.prefetch` videos.
+        Each call replaces the clips of the previous call. At most `video.prefetch` clips are
+        encoded.
         """
         future: Future[Any] = Future()
-        wanted = list(dict.fromkeys(clip))[: self._cfg.prefetch]
+        wanted = list(dict.fromkeys(clips))[: self._cfg.prefetch]
         with self._lock:
-            self._ahead = dict.fromkeys(wanted, future)
+            self._prefetched = dict.fromkeys(wanted, future)
         if wanted:
             arguments = (future, self._encode, wanted)
-            threading.Thread(target=_settle, args=arguments, daemon=True).start()
+            threading.Thread(target=_run_into_future, args=arguments, daemon=True).start()
 
-    def _encode(self, clip: Sequence[VideoClip]) -> dict[VideoClip, Result]:
-        results: dict[VideoClip, Result] = {f: self._bad[f] for f in clip if f in self._bad}
+    def _encode(self, clips: Sequence[VideoClip]) -> dict[VideoClip, Result]:
+        """Return the results from failed clips, the store or the decoder. Updates `counts`."""
+        results: dict[VideoClip, Result] = {f: self._failed[f] for f in clips if f in self._failed}
         keys: dict[VideoClip, str] = {}
-        for item, found in self._identified([f for f in clip if f not in results]).items():
+        for item, found in self._identify([f for f in clips if f not in results]).items():
             if isinstance(found, VideoError):
                 results[item] = found
             else:
                 keys[item] = self._key(item, found)
-        by_key = self._of_keys({key: item for item, key in keys.items()})
+        by_key = self._load_or_decode({key: item for item, key in keys.items()})
         results |= {item: by_key[key] for item, key in keys.items()}
         bad = {item: r for item, r in results.items() if isinstance(r, VideoError)}
         with self._lock:
-            self._bad |= bad
+            self._failed |= bad
             self.counts["failed"] += len(bad)
         return results
 
-    def _identified(self, clip: Sequence[VideoClip]) -> dict[VideoClip, Identity | VideoError]:
+    def _identify(self, clips: Sequence[VideoClip]) -> dict[VideoClip, Identity | VideoError]:
+        """Return the digest of each file, with retries. Unchanged files are not read again."""
+
         def once(items: Sequence[VideoClip]) -> dict[VideoClip, Any]:
-            calls = [(Encoder.identify, item, self._known.get(item.path)) for item in items]
+            calls = [(Encoder.identify, item, self._identities.get(item.path)) for item in items]
             return dict(zip(items, self._call(calls), strict=True))
 
-        found = self._retried(once(clip), once)
+        found = self._with_retries(once(clips), once)
         known = {item.path: f for item, f in found.items() if isinstance(f, Identity)}
         with self._lock:
-            if len(self._known) > MOST_KNOWN:
-                self._known.clear()
-            self._known |= known
+            if len(self._identities) > MAX_IDENTITIES:
+                self._identities.clear()
+            self._identities |= known
         return found
 
-    def _of_keys(self, clip: Mapping[str, VideoClip]) -> dict[str, Result]:
-        """By store key. Copies of one file share a key, so they are decoded once."""
-        found: dict[str, Result] = {k: v for k in clip if (v := self.store.get(k)) is not None}
-        missing = [key for key in clip if key not in found]
+    def _load_or_decode(self, clips: Mapping[str, VideoClip]) -> dict[str, Result]:
+        """Return results by store key. Copies of one file share a key and are decoded once."""
+        found: dict[str, Result] = {k: v for k in clips if (v := self.store.get(k)) is not None}
+        missing = [key for key in clips if key not in found]
 
         def once(keys: Sequence[str], batch: int = 1) -> dict[str, Result]:
             batches = [keys[start : start + batch] for start in range(0, len(keys), batch)]
             calls = [
-                (Encoder.encode, [clip[key] for key in b], [_digest(key) for key in b])
+                (Encoder.encode, [clips[key] for key in b], [_digest(key) for key in b])
                 for b in batches
             ]
             results: dict[str, Result] = {}
             for keys_of, result in zip(batches, self._call(calls), strict=True):
-                if isinstance(result, VideoError):  # the process ended: which of them was it?
+                if isinstance(result, VideoError):  # hung or crashed: find the clip one by one
                     results |= once(keys_of) if len(keys_of) > 1 else {keys_of[0]: result}
                 else:
                     results |= dict(zip(keys_of, result, strict=True))
             return results
 
-        batch = DALI_BATCH if self._cfg.decoder == "dali" else 1
-        decoded = self._retried(once(missing, batch), once)
+        batch = VIDEOS_PER_DALI_TASK if self._cfg.decoder == "dali" else 1
+        decoded = self._with_retries(once(missing, batch), once)
         for key, video in decoded.items():
             if isinstance(video, EncodedVideo):
                 self.store.put(key, video)
@@ -155,10 +175,13 @@ class VideoReader:
             self.counts["decoded"] += sum(isinstance(v, EncodedVideo) for v in decoded.values())
         return found | decoded
 
-    def _retried(
+    def _with_retries(
         self, first: dict[Any, Any], once: Callable[[list[Any]], dict[Any, Any]]
     ) -> dict[Any, Any]:
-        """`first` with what failed tried again, after all others had their turn."""
+        """Return `first` after up to `video.retries` further attempts at the failed items.
+
+        All items have been tried once before the first retry.
+        """
         results = dict(first)
         for _ in range(self._cfg.retries):
             failed = [item for item, result in results.items() if isinstance(result, VideoError)]
@@ -170,7 +193,10 @@ class VideoReader:
         return results
 
     def _call(self, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Results of tasks in the processes; a VideoError where one hung, crashed or raised it."""
+        """Submit tasks to the decoding processes and wait.
+
+        A failed, hung or crashed task gives a VideoError.
+        """
         futures: list[Future[Any]] = []
         for task, first, *others in calls:
             videos = len(first) if task is Encoder.encode else 1
@@ -185,19 +211,23 @@ class VideoReader:
         return results
 
     def _key(self, clip: VideoClip, identity: Identity) -> str:
+        """Return the store key: file digest, sampling rule digest and window."""
         window = "" if clip.window_s is None else "-{:.3f}-{:.3f}".format(*clip.window_s)
         return f"{identity.digest}-{self._rule}{window}"
 
 
 def _digest(key: str) -> str:
+    """Return the file digest of a store key."""
     return key.partition("-")[0]
 
 
 def _num_processes(cfg: Video) -> int:
+    """Return the number of decoding processes: one with DALI, which has its own threads."""
     return cfg.workers if cfg.decoder == "pyav" else 1  # DALI brings its own threads
 
 
-def _card(cfg: Video) -> int | None:
+def _gpu_index(cfg: Video) -> int | None:
+    """Return the GPU that decodes; None on the CPU."""
     if cfg.device == "cpu":
         return None
     import torch
@@ -205,14 +235,16 @@ def _card(cfg: Video) -> int | None:
     return torch.cuda.current_device()
 
 
-def _settle(future: Future[Any], function: Callable[..., Any], *arguments: Any) -> None:
+def _run_into_future(future: Future[Any], function: Callable[..., Any], *arguments: Any) -> None:
+    """Set the future to the result of `function`, or to the exception it raises."""
     try:
         future.set_result(function(*arguments))
-    except BaseException as error:  # raised where the result is asked for
+    except BaseException as error:  # raised by `future.result()`
         future.set_exception(error)
 
 
-def _named(clip: VideoClip, result: Result) -> Result:
+def _with_path(clip: VideoClip, result: Result) -> Result:
+    """Return a result that names the path of `clip`: copies of a file share one decoded video."""
     if isinstance(result, VideoError):
         return VideoError(f"{clip.path} {result}", result.kind)
     return result if result.path == clip.path else replace(result, path=clip.path)

@@ -1,8 +1,7 @@
-"""The one resize of decoded frames: bicubic with antialiasing on bytes, as Qwen's processor does.
+"""The resize of decoded frames: bicubic, antialiased, on uint8, equal to Qwen's video processor.
 
-Every decoder that leaves frames on the CPU goes through here, so the bytes of an EncodedVideo do
-not depend on which one is configured. DALI's own resize differs from it by at most 1 and is used
-only where frames are decoded on the GPU.
+Every decoder that returns frames on the CPU uses it, so frames do not depend on the decoder. On a
+GPU, DALI's own resize is used instead, which differs by at most 1.
 """
 
 import numpy as np
@@ -11,10 +10,10 @@ from numpy.typing import NDArray
 
 
 def resize(frames: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
-    """[F, H, W, 3] -> [F, height, width, 3], always a new array."""
+    """Return frames [F, H, W, 3] resized to [F, height, width, 3], always a new array."""
     if frames.shape[1:3] == (height, width):
         return frames.copy()
-    # A permuted view is channels-last to torch: its fast byte kernel, and no copy on the way back.
+    # The permuted view has channels-last layout: torch uses its fast uint8 kernel, without a copy.
     pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)
     resized = torch.nn.functional.interpolate(
         pixels, (height, width), mode="bicubic", antialias=True, align_corners=False
@@ -22,8 +21,8 @@ def resize(frames: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uin
     return np.ascontiguousarray(resized.permute(0, 2, 3, 1).numpy())
 
 
-def turned(frames: NDArray[np.uint8], quarter_turns: int) -> NDArray[np.uint8]:
-    """[F, H, W, 3] turned counterclockwise; the same array where nothing is turned."""
+def rotate(frames: NDArray[np.uint8], quarter_turns: int) -> NDArray[np.uint8]:
+    """Return frames [F, H, W, 3] rotated counterclockwise; the same array for 0 quarter turns."""
     if not quarter_turns:
         return frames
     return np.ascontiguousarray(np.rot90(frames, quarter_turns, axes=(1, 2)))

@@ -1,24 +1,27 @@
-"""Which videos DALI decodes; all others go to PyAV, which reads everything FFmpeg does.
+"""Decides which videos DALI decodes.
 
-On the CPU: the decoders compiled into DALI 2.1.0, and only colours it reads right, so that a file's
-bytes do not depend on the decoder. On a GPU: what NVDEC of that generation decodes, by NVIDIA's
-"Video Encode and Decode GPU Support Matrix"; colours are put right afterwards. On both: no file
-whose packets DALI would miscount, none with a second video stream, of which DALI may take another
-than FFmpeg, and none whose pictures change their size or pixel format. The GPU column has not been
-run.
+PyAV, which reads everything that FFmpeg reads, decodes the others.
+
+On the CPU, DALI gets the codecs compiled into DALI 2.1.0, and only files whose colours it converts
+correctly, so that frames do not depend on the decoder. On a GPU, DALI gets what NVDEC of that
+generation decodes, by NVIDIA's "Video Encode and Decode GPU Support Matrix"; colours are corrected
+afterwards. On both, PyAV gets files whose packets DALI would miscount, files with a second video
+stream (DALI may pick another one than FFmpeg), and files whose frame size or pixel format changes.
+
+Of the GPU table only 8-bit 4:2:0 H.264 has been run (docs/results/gpu.md).
 """
 
 from typing import Literal
 
-from megatron_vrl.video.colour import is_bt601, range_shows
+from megatron_vrl.video.colour import format_implies_range, is_bt601
 from megatron_vrl.video.probe import VideoFile
 
 CPU_CODECS = {"h264", "hevc", "vp8", "vp9", "mjpeg"}
 
 Capability = tuple[int, int]  # CUDA's (major, minor)
 MAXWELL, PASCAL, TURING, AMPERE_86, BLACKWELL = (5, 2), (6, 1), (7, 5), (8, 6), (10, 0)
-# codec -> pixel format -> the first generation that decodes it. 4:2:0 in 8 bits is
-# yuv420p, or yuvj420p in full range. A100 (8.0) has no AV1.
+# codec -> pixel format -> first generation that decodes it. 8-bit 4:2:0 is yuv420p, or yuvj420p in
+# full range. A100 (8.0) has no AV1 decoder.
 NVDEC: dict[str, dict[str, Capability]] = {
     "h264": {
         "yuv420p": MAXWELL,
@@ -47,7 +50,7 @@ NVDEC: dict[str, dict[str, Capability]] = {
 def dali_reads(
     file: VideoFile, device: Literal["cpu", "gpu"], capability: Capability = (0, 0)
 ) -> bool:
-    """`capability` of the card that decodes; not asked for on the CPU."""
+    """Return whether DALI decodes the file. `capability` is the GPU's; ignored on the CPU."""
     if file.has_hidden_packets or not file.has_pts:
         return False
     if file.has_other_pictures or file.format_changes:
@@ -55,5 +58,5 @@ def dali_reads(
     if device == "gpu":
         since = NVDEC.get(file.codec, {}).get(file.pixel_format)
         return since is not None and capability >= since
-    colours = is_bt601(file.matrix) and range_shows(file.pixel_format, file.colour_range)
+    colours = is_bt601(file.matrix) and format_implies_range(file.pixel_format, file.colour_range)
     return file.codec in CPU_CODECS and colours

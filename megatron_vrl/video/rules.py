@@ -1,17 +1,21 @@
-"""Qwen2.5-VL's video rules: which frames, at what size, how many tokens.
+"""Qwen2.5-VL's video sampling rules: which frames, at what size, how many tokens.
 
-Pure arithmetic, so the token count of a video is known before a frame of it is decoded. The rules
-are those of qwen-vl-utils 0.0.14 (`smart_nframes`, `smart_resize`, the budget in `fetch_video`)
-and of transformers' `Qwen2VLVideoProcessor` (the frame indices), restated because
-both packages need a working torchvision. Two corners Qwen leaves open are closed here: a video
-too short for two frames is sampled once and the frame repeated, and a very thin video keeps at
-least one merged cell on each side.
+Pure arithmetic: the token count of a video is known before a frame is decoded. The rules are those
+of qwen-vl-utils 0.0.14 (`smart_nframes`, `smart_resize`, the pixel budget of `fetch_video`) and of
+transformers' `Qwen2VLVideoProcessor` (frame indices). They are reimplemented because both packages
+need a working torchvision.
 
-Qwen's `nframes` is `video.num_frames`; `video_start` and `video_end` are a sample's window, whose
-frames are counted by their times (`probe.VideoFile.within`), which for a constant rate is Qwen's
-ceil(start * fps) to floor(end * fps). More frames than the window has are not refused as in Qwen:
-it then gives all of its frames but an odd last one.
-Letters: F frames, T temporal steps (2 frames), H, W pixels, h, w patches.
+Two cases that Qwen leaves undefined:
+
+  - a video with fewer than two frames is sampled once, and that frame is repeated;
+  - a very thin video keeps at least one merged patch (28 px) per side.
+
+`video.num_frames` is Qwen's `nframes`. A sample's window is the pair (`video_start`, `video_end`).
+The frames of a window are chosen by timestamp (`probe.VideoFile.within`); for a constant frame rate
+this equals Qwen's ceil(start * fps) to floor(end * fps). Qwen raises an error if a window has fewer
+frames than requested. Here the window gives all its frames, rounded down to an even number.
+
+Letters: F frames, T temporal steps (2 frames each), H, W pixels, h, w patches.
 """
 
 import math
@@ -24,37 +28,37 @@ from megatron_vrl.config import Video
 from megatron_vrl.errors import VideoError
 
 PATCH = 14  # pixels
-MERGE = 2  # patches on each side of one language token
-TEMPORAL = 2  # frames of one temporal step
-CELL = PATCH * MERGE  # pixels on each side of one language token
+MERGE = 2  # patches per side of one language token
+TEMPORAL = 2  # frames per temporal step
+CELL = PATCH * MERGE  # pixels per side of one language token
 CHANNELS = 3
 MAX_ASPECT = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingPlan:
-    """What will be decoded of one video, and how large it will be for the model."""
+    """Frames to decode from one video, and their size for the model."""
 
-    indices: NDArray[np.int64]  # [F] rising; F is even, an odd count repeats the last frame
+    indices: NDArray[np.int64]  # [F] ascending; F is even, an odd count repeats the last frame
     sampled_fps: float  # frames sampled per second of video
     seconds_per_grid: float  # seconds between two temporal steps
     height: int  # pixels after resizing, a multiple of 28
     width: int
     grid_thw: tuple[int, int, int]  # temporal steps, height and width in patches
-    frame_budget: int  # most pixels of one frame
+    frame_budget: int  # maximum pixels per frame
 
     @property
     def num_tokens(self) -> int:
-        """Language tokens of the video: one for each merged cell."""
+        """Return the number of language tokens: one per merged 2 x 2 patch."""
         return math.prod(self.grid_thw) // MERGE**2
 
 
 def plan_frames(
     num_frames: int, native_fps: float, height: int, width: int, cfg: Video, first: int = 0
 ) -> SamplingPlan:
-    """The plan for `num_frames` frames of height x width pixels, from frame `first` of the file."""
+    """Return the plan for `num_frames` frames of the given size, from frame `first` of the file."""
     count = frame_count(num_frames, native_fps, cfg)
-    indices = first + spread(num_frames, count)
+    indices = first + linspace_indices(num_frames, count)
     if count % TEMPORAL:
         indices = np.append(indices, indices[-1])
     sampled_fps = count / num_frames * native_fps
@@ -63,7 +67,7 @@ def plan_frames(
     return SamplingPlan(
         indices=indices,
         sampled_fps=sampled_fps,
-        # As float32, which is how vLLM and transformers keep it: a position must not depend on it.
+        # Rounded to float32 as in vLLM and transformers, so that positions are equal.
         seconds_per_grid=float(np.float32(TEMPORAL / sampled_fps)),
         height=resized[0],
         width=resized[1],
@@ -73,7 +77,7 @@ def plan_frames(
 
 
 def frame_count(num_frames: int, native_fps: float, cfg: Video) -> int:
-    """How many frames are sampled: even, or 1 when two do not fit."""
+    """Return the number of frames to sample: even, or 1 if the video has fewer than 2 frames."""
     if cfg.num_frames:
         asked = round(cfg.num_frames / TEMPORAL) * TEMPORAL
         return max(min(asked, num_frames // TEMPORAL * TEMPORAL), 1)
@@ -83,11 +87,12 @@ def frame_count(num_frames: int, native_fps: float, cfg: Video) -> int:
     return max(math.floor(wanted / TEMPORAL) * TEMPORAL, 1)
 
 
-def spread(num_frames: int, count: int) -> NDArray[np.int64]:
-    """[count] indices from the first frame to the last, `torch.linspace(...).round()` bit by bit.
+def linspace_indices(num_frames: int, count: int) -> NDArray[np.int64]:
+    """Return [count] frame indices from first to last, bit-equal to `torch.linspace(...).round()`.
 
-    In float32, from both ends towards the middle and with one rounding for each half (the fused
-    multiply-add of torch's kernel), because values that end in .5 then fall as they do there.
+    Like torch's kernel, this computes in float32, from both ends towards the middle, with a fused
+    multiply-add in the second half. A different order of operations would round some values that
+    end in .5 to another frame.
     """
     if count == 1:
         return np.zeros(1, np.int64)
@@ -101,13 +106,13 @@ def spread(num_frames: int, count: int) -> NDArray[np.int64]:
 
 
 def frame_budget(count: int, cfg: Video) -> int:
-    """Most pixels of one frame when `count` frames share the video's budget."""
-    share = cfg.total_pixels / count * TEMPORAL
-    return int(max(min(cfg.max_pixels, share), int(cfg.min_pixels * 1.05)))
+    """Return the maximum pixels per frame when `count` frames divide the video's pixel budget."""
+    per_frame = cfg.total_pixels / count * TEMPORAL
+    return int(max(min(cfg.max_pixels, per_frame), int(cfg.min_pixels * 1.05)))
 
 
 def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """(height, width) in multiples of 28 near the same shape, with min <= pixels <= max."""
+    """Return (height, width), multiples of 28 near the aspect ratio, with min <= pixels <= max."""
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise VideoError(
             f"has frames of {width}x{height}, longer than {MAX_ASPECT}:1; crop the video.",

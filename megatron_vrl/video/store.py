@@ -1,12 +1,20 @@
-"""A bounded store of encoded videos: memory, and optionally a directory shared by processes.
+"""Frame store: LRU cache of encoded videos in memory, and optionally in a directory on disk.
 
-Keys are (digest of the file's bytes, digest of the sampling rule, window), so a renamed file is
-found and a changed one is not. Both sides drop what was used longest ago. On disk an entry is one
-`.npz` with checksums, written beside its name and renamed, so a reader sees a whole entry or none,
-and two processes that write the same key leave one good file. A damaged entry counts as absent.
+The key is (digest of the file's bytes, digest of the sampling rule, window). So a renamed file is
+found, and a changed file is not.
 
-Left out: a lock across processes. The directory is measured after every 1/64 of its limit this
-process has written and then cut to 7/8 of it, so up to 8 writers stay within the limit.
+The states of an entry on disk, one `.npz` file with checksums:
+
+  ABSENT  -> WRITING   written to a .tmp file; readers do not see it
+  WRITING -> PRESENT   renamed; if two processes write one key, one complete file remains
+  PRESENT -> ABSENT    evicted: the entry used longest ago goes first (its mtime is its last use)
+  DAMAGED -> PRESENT   a file that fails its checksum counts as absent: decoded and written again
+  WRITING -> ABSENT    a .tmp file older than an hour was left by a killed process and is deleted
+
+Processes use no lock. Each process measures the directory after its first write and then whenever
+it has written a further 1/64 of the limit, and evicts down to 7/8 of the limit. So up to 8
+processes stay within the limit. Example: with a limit of 64 GiB, 8 processes evict down to 56 GiB
+and add at most 1 GiB each before they measure again.
 """
 
 import os
@@ -25,17 +33,18 @@ from megatron_vrl.errors import ConfigError
 from megatron_vrl.types import EncodedVideo
 
 MIB = 1 << 20
-STALE_S = 3600  # an unfinished file this old was left by a process that died
+STALE_S = 3600  # a .tmp file older than this was left by a killed process
 
 
 class VideoStore:
-    """`get` and `put` may be called from any thread."""
+    """Memory cache in front of a disk cache. `get` and `put` are thread-safe."""
 
     def __init__(self, memory_mib: int, directory: str = "", disk_mib: int = 0):
         self._memory = _Memory(memory_mib * MIB)
         self._disk = _Disk(Path(directory), disk_mib * MIB) if directory else None
 
     def get(self, key: str) -> EncodedVideo | None:
+        """Return the video of a key; None if neither cache has it."""
         video = self._memory.get(key)
         if video is None and self._disk:
             video = self._disk.get(key)
@@ -44,29 +53,38 @@ class VideoStore:
         return video
 
     def put(self, key: str, video: EncodedVideo) -> None:
+        """Store the video in both caches."""
         self._memory.put(key, video)
         if self._disk:
             self._disk.put(key, video)
 
     @property
     def memory_bytes(self) -> int:
+        """Return the bytes of frames in memory."""
         return self._memory.used
 
 
 class _Memory:
+    """LRU cache in memory of at most `limit` bytes of frames."""
+
     def __init__(self, limit: int):
         self.used = 0
         self._limit = limit
-        self._videos: OrderedDict[str, EncodedVideo] = OrderedDict()  # longest unused first
+        self._videos: OrderedDict[str, EncodedVideo] = OrderedDict()  # least recently used first
         self._lock = threading.Lock()
 
     def get(self, key: str) -> EncodedVideo | None:
+        """Return the video and mark it as used."""
         with self._lock:
             if key in self._videos:
                 self._videos.move_to_end(key)
             return self._videos.get(key)
 
     def put(self, key: str, video: EncodedVideo) -> None:
+        """Store the video and evict the least recently used ones.
+
+        A video over the limit is not stored.
+        """
         with self._lock:
             if key in self._videos or video.frames.nbytes > self._limit:
                 return
@@ -78,16 +96,19 @@ class _Memory:
 
 
 class _Disk:
+    """LRU cache in a directory of about `limit` bytes, shared by processes."""
+
     def __init__(self, directory: Path, limit: int):
         self._directory = directory
         self._limit = limit
-        self._until_measured = 0  # bytes that may be written before the directory is measured
+        self._bytes_until_scan = 0  # bytes to write before the directory is measured
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise self._refused(error) from None
+            raise self._write_error(error) from None
 
     def get(self, key: str) -> EncodedVideo | None:
+        """Return the video and mark it as used; None if the file is absent or damaged."""
         path = self._directory / f"{key}.npz"
         try:
             with np.load(path, allow_pickle=False) as arrays:
@@ -95,20 +116,22 @@ class _Disk:
             values["grid_thw"] = tuple(values["grid_thw"].tolist())
             os.utime(path)  # used now
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            return None  # absent, evicted meanwhile, or damaged: decoded again and written anew
+            return None  # absent, evicted meanwhile, or damaged: the caller decodes and stores it
         return EncodedVideo(**values)
 
     def put(self, key: str, video: EncodedVideo) -> None:
+        """Store the video. Raises ConfigError if the directory cannot be written."""
         try:
             self._write(key, video)
-            self._until_measured -= video.frames.nbytes
-            if self._until_measured < 0:
+            self._bytes_until_scan -= video.frames.nbytes
+            if self._bytes_until_scan < 0:
                 evict(self._directory, self._limit * 7 // 8)
-                self._until_measured = self._limit // 64
+                self._bytes_until_scan = self._limit // 64
         except OSError as error:
-            raise self._refused(error) from None
+            raise self._write_error(error) from None
 
     def _write(self, key: str, video: EncodedVideo) -> None:
+        """Write the entry to a temporary file and rename it."""
         descriptor, unfinished = tempfile.mkstemp(dir=self._directory, suffix=".tmp")
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -118,21 +141,25 @@ class _Disk:
             os.unlink(unfinished)
             raise
 
-    def _refused(self, error: OSError) -> ConfigError:
+    def _write_error(self, error: OSError) -> ConfigError:
+        """Return the error for a directory that cannot be written."""
         return ConfigError(
-            f"video.store_dir={self._directory} cannot be written ({error.strerror}); name another "
+            f"video.store_dir={self._directory} cannot be written ({error.strerror}); give another "
             "directory, or leave it empty to store in memory only."
         )
 
 
 def evict(directory: Path, limit: int) -> None:
-    """Bring a directory of finished files down to `limit` bytes; used longest ago goes first."""
+    """Delete the least recently used files until the directory has at most `limit` bytes.
+
+    Temporary files are not counted. Those older than STALE_S are deleted.
+    """
     entries = []
     for entry in os.scandir(directory):
         try:
             status = entry.stat()
         except FileNotFoundError:
-            continue  # another process was faster
+            continue  # deleted by another process
         if not entry.name.endswith(".tmp"):
             entries.append((status.st_mtime_ns, status.st_size, entry.path))
         elif time.time() - status.st_mtime > STALE_S:
@@ -146,5 +173,5 @@ def evict(directory: Path, limit: int) -> None:
 
 
 def _value(array: np.ndarray) -> Any:
-    """An array, or the plain value it was before it was saved."""
+    """Return the array, or the scalar that was saved as a 0-d array."""
     return array if array.ndim else array.item()

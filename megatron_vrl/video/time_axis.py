@@ -1,4 +1,4 @@
-"""Where a video's times differ from the times that annotations and positions count."""
+"""Detects videos whose frame times differ from annotated times or from the model's positions."""
 
 from collections.abc import Iterator
 
@@ -8,10 +8,12 @@ from megatron_vrl.video.probe import DecodeJob
 from megatron_vrl.video.rules import TEMPORAL
 
 
-def problems_of_times(job: DecodeJob) -> Iterator[str]:
-    """One sentence each for pictures that start late and for a rate that varies too much.
+def time_problems(job: DecodeJob) -> Iterator[str]:
+    """Yield a sentence for a video that starts late, and one for a varying frame rate.
 
-    Both are told from one temporal step (`seconds_per_grid`) on: less is not seen by the model.
+    A difference is reported if it exceeds one temporal step (`seconds_per_grid`), the model's
+    resolution. Example: 1 s per step and frames up to 1.4 s from their positions are reported, 0.9
+    s are not.
     """
     step_s = job.plan.seconds_per_grid
     if job.file.late_s > step_s:
@@ -19,16 +21,16 @@ def problems_of_times(job: DecodeJob) -> Iterator[str]:
             f"its first picture is shown {job.file.late_s:.2f} s after the start of the file, and "
             "times count from that picture; shift the annotated times, or cut the file there."
         )
-    off_s = _farthest_s(job)
+    off_s = _max_offset_s(job)
     if off_s > step_s:
         yield (
-            f"its frame rate varies: sampled frames lie up to {off_s:.2f} s from the times that "
-            f"their positions stand for, {step_s:.2f} s a step; encode it at a constant rate."
+            f"its frame rate varies: sampled frames are up to {off_s:.2f} s from the times that "
+            f"their positions encode, {step_s:.2f} s per step; encode it at a constant rate."
         )
 
 
-def _farthest_s(job: DecodeJob) -> float:
-    """Most seconds between a temporal step's first frame and its position (M-RoPE)."""
+def _max_offset_s(job: DecodeJob) -> float:
+    """Return the maximum offset in seconds of a temporal step's first frame from its position."""
     shown_s = job.file.timestamps_s[job.plan.indices[::TEMPORAL]]
     positions_s = np.arange(len(shown_s)) * job.plan.seconds_per_grid
     return float(np.abs(shown_s - shown_s[0] - positions_s).max())

@@ -1,10 +1,20 @@
-"""Processes that may be killed: where files are opened and decoded, so that none can stop a rank.
+"""Decoding processes: files are opened and decoded in processes that can be killed.
 
-A decoder that hangs is killed after its time, one that crashes takes only its own process along;
-both become a VideoError and the next task starts a new process. Processes come from a fork server
-that has loaded torch and FFmpeg once, so a new one costs milliseconds and no thread of the trainer
-is ever forked. Left out: shared memory; frames come back through a pipe, which costs a few percent
-of decoding them.
+The states of a process:
+
+  NONE -> STARTING   on the first task: forked from the fork server, makes its decoder
+  STARTING -> IDLE   ready; a process that needs more than START_S is killed
+  IDLE -> BUSY       one task at a time
+  BUSY -> IDLE       the task returned or raised an exception
+  BUSY -> NONE       hung: killed after the task's timeout; or crashed. The task gets a VideoError
+  any -> NONE        the Workers object or the parent process ended
+
+Example: with `video.timeout_s: 60` a file that loops forever costs 60 s, its process, and a
+VideoError of kind "hung". The next task starts a new process.
+
+The fork server has imported torch and FFmpeg, so a new process takes milliseconds and the trainer's
+threads are never forked. Frames return through a pipe, which costs a few percent of decoding them;
+shared memory is not used.
 """
 
 import multiprocessing
@@ -24,9 +34,10 @@ from typing import Any
 from megatron_vrl.errors import ConfigError, UserError, VideoError
 from megatron_vrl.process.parent_death import deaf_to_interrupts, end_with_starter
 
-START_S = 300.0  # a process that has not loaded its libraries by then never will
+START_S = 300.0  # timeout for a process to import its libraries and make its decoder
 PRELOADED = ["megatron_vrl.video.pyav"]
-# A socket's address holds 107 bytes; multiprocessing adds "/pymp-xxxxxxxx/listener-xxxxxxxx".
+# A Unix socket address has at most 107 bytes. multiprocessing appends
+# "/pymp-xxxxxxxx/listener-xxxxxxxx" to the temporary directory.
 OWN_NAME = len("/pymp-") + 8
 MAX_TMPDIR = 107 - OWN_NAME - len("/listener-") - 8
 SHORT_TMPDIR = "/tmp"
@@ -34,55 +45,63 @@ _socket_lock = threading.Lock()
 
 
 class Workers:
-    """`num` processes, each of which calls `make` once and hands the result to every task.
+    """Pool of `num` processes. Each calls `make` once and passes the result to every task.
 
-    A task is a function that can be pickled by name: `task(made, *arguments)`. Processes end with
-    this object, with their parent, or when they are killed.
+    A task is a function that can be pickled by name, called as `task(made, *arguments)`. Processes
+    end with this object or with their parent.
     """
 
     def __init__(self, num: int, make: Callable[[], Any]):
         self._tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
         for _ in range(num):
             threading.Thread(target=_serve, args=(self._tasks, make), daemon=True).start()
-        weakref.finalize(self, _end, self._tasks, num)
+        weakref.finalize(self, _stop, self._tasks, num)
 
     def submit(self, timeout_s: float, task: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """What the task returns or raises; VideoError "hung" or "crashed" in its stead."""
+        """Return a future of the task's result.
+
+        It raises VideoError if the task hung or crashed.
+        """
         future: Future[Any] = Future()
         self._tasks.put((future, timeout_s, task, arguments))
         return future
 
 
-def _end(tasks: queue.SimpleQueue[Any], num: int) -> None:
+def _stop(tasks: queue.SimpleQueue[Any], num: int) -> None:
+    """Make all serving threads return."""
     for _ in range(num):
         tasks.put(None)
 
 
 def _serve(tasks: queue.SimpleQueue[Any], make: Callable[[], Any]) -> None:
-    """A thread of the parent: one task after the other, in a process of its own."""
+    """Run tasks one after the other in one decoding process. Runs in a thread of the parent."""
     worker = _Worker(make)
     while (work := tasks.get()) is not None:
         future, timeout_s, task, arguments = work
         try:
             future.set_result(worker.call(timeout_s, task, arguments))
-        except BaseException as error:  # whoever waits for the task is to see it
+        except BaseException as error:  # raised by `future.result()`
             future.set_exception(error)
         del work, future
     worker.kill()
 
 
 class _Worker:
+    """One decoding process and its pipe, as seen by the parent."""
+
     def __init__(self, make: Callable[[], Any]):
         self._make = make
         self._process: Any = None
         self._pipe: Any = None
 
     def call(self, timeout_s: float, task: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        """Run one task. Starts the process if there is none."""
         if self._process is None:
             self._start()
-        return self._answer(timeout_s, (task, arguments))
+        return self._receive(timeout_s, (task, arguments))
 
     def kill(self) -> None:
+        """Kill the process, if there is one."""
         if self._process is not None:
             self._process.kill()
             self._process.join()
@@ -90,17 +109,22 @@ class _Worker:
             self._process = None
 
     def _start(self) -> None:
+        """Start the process and wait until it is ready."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
-        _make_room_for_socket()
+        _shorten_socket_path()
         self._pipe, other = context.Pipe()
-        self._process = context.Process(target=_work, args=(other, self._make), daemon=True)
+        self._process = context.Process(target=_process_main, args=(other, self._make), daemon=True)
         with deaf_to_interrupts():
             self._process.start()
         other.close()
-        self._answer(START_S, None)
+        self._receive(START_S, None)
 
-    def _answer(self, timeout_s: float, message: Any) -> Any:
+    def _receive(self, timeout_s: float, message: Any) -> Any:
+        """Send the message, if any, and return the reply.
+
+        Kills the process and raises VideoError if there is no reply in time or the process ended.
+        """
         try:
             if message is not None:
                 self._pipe.send(message)
@@ -124,11 +148,11 @@ class _Worker:
         return result
 
 
-def _make_room_for_socket() -> None:
-    """Give multiprocessing a directory in which the fork server's socket has a name short enough.
+def _shorten_socket_path() -> None:
+    """Make multiprocessing use a directory whose path is short enough for the fork server's socket.
 
-    It takes the first one it makes for the whole process, so under a long TMPDIR that one is made
-    in a short directory. Raises ConfigError if there is none.
+    multiprocessing creates one temporary directory per process and reuses it. If TMPDIR is too
+    long, the directory is created in /tmp. Raises ConfigError if that is not possible.
     """
     with _socket_lock:
         if len(os.fsencode(tempfile.gettempdir())) <= MAX_TMPDIR:
@@ -147,10 +171,10 @@ def _make_room_for_socket() -> None:
             tempfile.tempdir = chosen
 
 
-def _work(pipe: Connection, make: Callable[[], Any]) -> None:
-    """The process: it says that it is ready, then answers task after task."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt ends
-    end_with_starter()  # the fork server ends with the parent; a hanging decoder sees no pipe
+def _process_main(pipe: Connection, make: Callable[[], Any]) -> None:
+    """Main function of a decoding process: reports that it is ready, then runs tasks."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles interrupts
+    end_with_starter()  # a hanging decoder would not notice a closed pipe
     made = None
     answer = _attempt(make)
     if answer[0] is None:
@@ -161,11 +185,14 @@ def _work(pipe: Connection, make: Callable[[], Any]) -> None:
             task, arguments = pipe.recv()
             answer = _attempt(task, made, *arguments)
     except (EOFError, ConnectionError):
-        return  # the parent is gone
+        return  # the parent ended
 
 
 def _attempt(function: Callable[..., Any], *arguments: Any) -> tuple[Exception | None, Any]:
-    """(error, result). An error of ours travels as text: its traceback cannot."""
+    """Return (error, result).
+
+    Unexpected errors become text, because tracebacks cannot be pickled.
+    """
     try:
         return None, function(*arguments)
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Files of a released checkpoint, without weights."""
+"""Fixtures: files of a released checkpoint, without weights."""
 
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ from released_layout import write_released  # noqa: E402
 
 @pytest.fixture(scope="session")
 def released(tmp_path_factory) -> Path:
-    """All files of the tiny model but the weights."""
+    """Return a folder with all files of the tiny model except the weights."""
     directory = tmp_path_factory.mktemp("chat") / "released"
     directory.mkdir()
     tokenizer = train_tokenizer(512)

@@ -1,4 +1,4 @@
-"""The chat template that transformers and vLLM would take, and text that stays text."""
+"""Chat template: the one that transformers and vLLM use; user text stays text."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ ADDED = ["<tool_call>", "</think>"]  # not special
 
 
 def put(directory: Path, name: str, template: object) -> None:
-    """A template under one of the names that are in use."""
+    """Write a template under one of the file names in use."""
     path = directory / name
     path.parent.mkdir(exist_ok=True)
     if name.endswith(".jinja"):
@@ -95,7 +95,7 @@ def test_the_template_is_that_of_auto_processor(released, tmp_path, name):
     assert ids == processor.tokenizer(wanted)["input_ids"]
 
 
-def test_the_folder_that_transformers_saves_renders_alike(released, tmp_path):
+def test_a_folder_saved_by_transformers_renders_the_same(released, tmp_path):
     make_processor(train_tokenizer(512), 784, 784).save_pretrained(tmp_path)
     assert not (tmp_path / JSON).exists() and (tmp_path / JINJA).exists()
     saved = ChatTokenizer(tmp_path, PADS).turn_ids(QUESTION)
@@ -162,7 +162,7 @@ def test_a_broken_template_file(released, tmp_path, text):
 
 @pytest.fixture(scope="module")
 def chats(released, tmp_path_factory) -> list[ChatTokenizer]:
-    """By templates that leave a text as it is and that strip it, and one with words added."""
+    """Return chats with a template that keeps text, one that strips it, and one that adds words."""
     base = tmp_path_factory.mktemp("templates")
     stripped = CHAT_TEMPLATE.replace("content['text'] }}", "content['text'] | trim }}")
     stripped = stripped.replace("message['content'] }}", "message['content'] | trim }}")
@@ -213,7 +213,7 @@ def has_special(text: str) -> bool:
 def test_without_special_tokens_the_ids_are_those_of_the_rendered_text(
     chats, system, question, visuals
 ):
-    """BPE may join letters of the template with letters of a text; so it does here."""
+    """BPE may merge letters of the template with letters of the text."""
     for chat in chats:
         messages = turn(system, question, visuals)
         template = json.loads((Path(chat.directory) / JSON).read_text())["chat_template"]
@@ -233,8 +233,8 @@ def test_no_text_becomes_a_special_token(chats, system, question, visuals):
 
 
 @given(system=ANY, question=ANY)
-def test_a_prompt_decodes_to_the_text_that_was_asked(chats, system, question):
-    """As far as NFC, by which the tokenizer normalises, leaves the text alone."""
+def test_a_prompt_decodes_to_its_question(chats, system, question):
+    """Up to NFC, by which the tokenizer normalizes."""
     chat = chats[0]
     text = chat.tokenizer.decode(chat.turn_ids(turn(system, question, 1)))
     wanted = (
@@ -256,8 +256,8 @@ def test_an_answer_decodes_to_its_text(chats, text):
             assert ids == chat.tokenizer(text)["input_ids"]
 
 
-def test_words_that_were_added_stay_words(chats):
-    """<tool_call> is not special: an answer may hold it, decoding keeps it, no turn ends by it."""
+def test_added_tokens_that_are_not_special_stay_text(chats):
+    """<tool_call> is not special: decoding keeps it and it ends no turn."""
     chat = chats[-1]
     for word in ADDED:
         (id,) = chat.text_ids(word)
@@ -266,7 +266,7 @@ def test_words_that_were_added_stay_words(chats):
         assert id in chat.turn_ids(turn(None, f"a {word} b", 1))
 
 
-def test_pads_and_stop_are_special_whatever_the_files_say(released, tmp_path):
+def test_pads_and_stop_are_always_special(released, tmp_path):
     directory = folder(released, tmp_path / "x", {JSON: CHAT_TEMPLATE})
     text = (directory / "tokenizer.json").read_text()
     (directory / "tokenizer.json").write_text(text.replace('"special": true', '"special": false'))

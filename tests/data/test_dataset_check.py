@@ -1,4 +1,4 @@
-"""tools/check_data.py: every kind of problem is found, named, and found once."""
+"""tools/check_data.py: every kind of problem is found once and named."""
 
 import json
 from pathlib import Path
@@ -24,8 +24,7 @@ GQA = {
 
 @pytest.fixture
 def dataset(tmp_path) -> tuple[Path, Path]:
-    """Two annotation files over three clips of 4, 4 and 1 s, with something wrong in each record
-    but the first of either."""
+    """Two annotation files over three clips; every record but the first has a problem."""
     videos = tmp_path / "videos"
     videos.mkdir()
     for name, frames in {"a.mp4": 64, "b.mp4": 64, "short.mp4": 16}.items():
@@ -88,7 +87,7 @@ def test_every_problem_is_found(dataset, tmp_path):
 
 
 def _check(tmp_path, records, form: str, name: str = "a.json"):
-    """(exit code, rows of the report, screen) of check_data.py on one file about clips of 4 s."""
+    """Return (exit code, report rows, stderr) of check_data.py on one file about clips of 4 s."""
     videos = tmp_path / "videos"
     if not videos.exists():
         videos.mkdir()
@@ -113,7 +112,7 @@ def test_a_file_without_records_is_one_sentence(tmp_path, content):
             num_records(source)
 
 
-def test_times_in_another_unit_are_told(tmp_path):
+def test_times_in_another_unit_are_reported(tmp_path):
     shares = [
         {"dataset": "x", "video": "a.mp4", "problem": str(i), "solution": [0.5, 3.0 + i / 10]}
         | {"video_length": 4.0}
@@ -129,7 +128,7 @@ def test_times_in_another_unit_are_told(tmp_path):
     assert (code, [row["kind"] for row in rows]) == (1, ["interval", "reversed"])
 
 
-def test_what_training_refuses_is_one_sentence_and_what_it_reads_is_read(tmp_path):
+def test_records_are_accepted_and_rejected_as_in_training(tmp_path):
     record = GQA | {"id": "1", "video": "a.mp4"}
     line = json.dumps(record).encode()
     code, rows, screen = _check(tmp_path, line + b"\n" + line[:-20], "next_gqa", "a.jsonl")
@@ -147,7 +146,7 @@ def test_what_training_refuses_is_one_sentence_and_what_it_reads_is_read(tmp_pat
     assert rows[1]["reason"] == "1: an earlier question of the file has the same id."
 
 
-def test_pictures_that_start_late_are_told_once(tmp_path):
+def test_pictures_that_start_late_are_reported_once(tmp_path):
     mux(str(tmp_path / "late.mp4"), ["audio", list(packets("libx264"))], seconds=2.0)
     record = {"duration": 2.5, "timestamps": [[0, 1], [1, 2]], "sentences": ["a", "b"]}
     (tmp_path / "late.json").write_text(json.dumps({"late": record}))

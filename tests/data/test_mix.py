@@ -1,4 +1,4 @@
-"""Sources to one list, and the order of samples as a function of seed and position."""
+"""Sources are joined to one list, and the sample order is a function of seed and position."""
 
 import json
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_vrl.config import Source
-from megatron_vrl.data.mix import SampleStream, chosen, load, order
+from megatron_vrl.data.mix import SampleStream, chosen_indices, load, order
 from megatron_vrl.errors import ConfigError, DataError
 from megatron_vrl.types import VideoSample
 
@@ -40,26 +40,28 @@ def sample(index: int) -> VideoSample:
     ],
 )
 def test_sampling_strategies(strategy, kept):
-    assert chosen(strategy, 10, [1, 0]) == list(kept)
+    assert chosen_indices(strategy, 10, [1, 0]) == list(kept)
 
 
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 99))
 def test_random_sampling_is_a_seeded_choice_in_file_order(num_samples, wanted, seed):
-    drawn = chosen(f"random:{wanted}", num_samples, [seed, 0])
+    drawn = chosen_indices(f"random:{wanted}", num_samples, [seed, 0])
     assert len(drawn) == len(set(drawn)) == min(wanted, num_samples)
     assert drawn == sorted(drawn) and set(drawn) <= set(range(num_samples))
-    assert drawn == chosen(f"random:{wanted}", num_samples, [seed, 0])
+    assert drawn == chosen_indices(f"random:{wanted}", num_samples, [seed, 0])
 
 
 def test_another_seed_or_source_draws_others():
-    dataloader = {tuple(chosen("random:10%", 1000, seed)) for seed in ([1, 0], [2, 0], [1, 1])}
+    dataloader = {
+        tuple(chosen_indices("random:10%", 1000, seed)) for seed in ([1, 0], [2, 0], [1, 1])
+    }
     assert len(dataloader) == 3
 
 
 @pytest.mark.parametrize("strategy", ["first", "first:x", "last:3", "first:-1", "random:1.5", ""])
 def test_an_unknown_strategy_is_refused(strategy):
     with pytest.raises(ConfigError) as error:
-        chosen(strategy, 10, [1, 0])
+        chosen_indices(strategy, 10, [1, 0])
     assert str(error.value) == (
         f"sampling_strategy {strategy!r} is not known; "
         "give all, first:N, end:N or random:N, N a count or a percentage such as 10%."
@@ -68,7 +70,7 @@ def test_an_unknown_strategy_is_refused(strategy):
 
 def test_a_strategy_that_keeps_nothing_is_refused():
     with pytest.raises(DataError, match="'first:0' keeps none of 10 samples"):
-        chosen("first:0", 10, [1, 0])
+        chosen_indices("first:0", 10, [1, 0])
 
 
 def test_sources_are_joined_in_order_with_unique_ids(tmp_path):
@@ -123,6 +125,6 @@ def test_a_restored_stream_continues_exactly(num_samples, takes, stop):
         assert {s.id for s in of_epoch} == {s.id for s in samples}
 
 
-def test_a_stream_of_nothing_is_refused():
+def test_an_empty_stream_is_an_error():
     with pytest.raises(DataError, match="There are no samples to train on"):
         SampleStream([], seed=1)

@@ -1,4 +1,4 @@
-"""Large annotations: found record by record, and the same samples as when they are read whole."""
+"""Indexed annotation files give the samples that loading them whole gives."""
 
 import json
 import subprocess
@@ -55,7 +55,7 @@ def test_records_are_found_whatever_they_hold(tmp_path_factory, records, indent,
 
 @pytest.mark.parametrize("content", ["", "{}", "[1", "[1 2]", '[{"a": }]', "[1,", "[1,]", "[1] 2"])
 @pytest.mark.parametrize("block", [1, 2, 1000])
-def test_what_is_no_list_is_refused(tmp_path, content, block, monkeypatch):
+def test_a_file_without_a_list_is_an_error(tmp_path, content, block, monkeypatch):
     monkeypatch.setattr(json_files, "BLOCK_BYTES", block)
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(DataError, match=r"a\.json(, line 1)? is n"):
@@ -74,7 +74,7 @@ def test_an_indexed_source_gives_the_samples_of_a_whole_read(tmp_path, suffix):
     assert [sample for sample in drawn if sample] == read(source_of(path))
 
 
-def test_a_stream_over_an_indexed_pool_passes_over_what_has_no_use(tmp_path, monkeypatch):
+def test_a_stream_over_an_indexed_pool_skips_unusable_questions(tmp_path, monkeypatch):
     path = tmp_path / "records.json"
     path.write_text(json.dumps(RECORDS))
     monkeypatch.setattr(pool, "READ_WHOLE_BYTES", 0)
@@ -91,7 +91,7 @@ def test_a_stream_over_an_indexed_pool_passes_over_what_has_no_use(tmp_path, mon
     assert later.take(5) == ahead == stream.take(5)
 
 
-def test_a_wrong_record_is_named_before_any_is_drawn(tmp_path):
+def test_an_invalid_record_is_reported_at_the_start(tmp_path):
     path = tmp_path / "records.jsonl"
     wrong = RECORD | {"duration": 0}
     path.write_text("\n\n".join(json.dumps(record) for record in (RECORD, wrong)))
@@ -135,7 +135,7 @@ def test_a_duration_is_read_when_its_record_is_drawn(tmp_path):
 
 
 @pytest.mark.slow
-def test_half_a_million_samples_start_in_seconds_and_hold_little(tmp_path):
+def test_half_a_million_samples_index_in_seconds_and_little_memory(tmp_path):
     path = tmp_path / "records.json"
     with open(path, "w") as file:
         for number in range(490_000):

@@ -1,7 +1,7 @@
-"""Where a checkpoint may keep its processors: what AutoProcessor and vLLM load is read and copied.
+"""Processor settings of a checkpoint are read and copied wherever they are stored.
 
-transformers takes a processor's settings of processor_config.json where it nests them, else of the
-processor's own file, and the video processor's of preprocessor_config.json last.
+transformers reads a processor's settings from processor_config.json if they are nested there, else
+from the processor's own file. The video processor falls back to preprocessor_config.json.
 """
 
 import json
@@ -58,7 +58,7 @@ TEMPLATES = {  # files of transformers 5
 
 
 def folder(released: Path, out: Path, files: dict[str, Any]) -> Path:
-    """The released files with the processors' settings in other files."""
+    """Copy the released files, with the processors' settings in other files."""
     shutil.copytree(released, out)
     (out / IMAGE).unlink()
     for name, tree in files.items():
@@ -66,8 +66,8 @@ def folder(released: Path, out: Path, files: dict[str, Any]) -> Path:
     return out
 
 
-def told(directory: Path) -> dict[str, Any]:
-    """All that AutoProcessor knows of a folder."""
+def processor_settings(directory: Path) -> dict[str, Any]:
+    """Return the settings that AutoProcessor loads from a folder."""
     processor = AutoProcessor.from_pretrained(directory)
     tokenizer = processor.tokenizer
     return {
@@ -80,16 +80,16 @@ def told(directory: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_what_auto_processor_loads_is_read_alike_and_copied_whole(released, tmp_path, name):
+def test_processor_settings_are_read_and_copied_as_auto_processor_does(released, tmp_path, name):
     directory = folder(released, tmp_path / "x", LAYOUTS[name])
-    before = told(directory)
+    before = processor_settings(directory)
     size = before["image"]["size"]
     assert read_image_rules(directory) == ImageRules(
         min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"]
     )
     ChatTokenizer(directory, (511, 510))
     copy_side_files(directory, tmp_path / "copy")
-    assert told(tmp_path / "copy") == before
+    assert processor_settings(tmp_path / "copy") == before
 
 
 def test_more_chat_templates_are_copied(released, tmp_path):
@@ -99,10 +99,10 @@ def test_more_chat_templates_are_copied(released, tmp_path):
     (directory / "runs").mkdir()  # no file of a processor
     for name, template in TEMPLATES.items():
         (directory / name).write_text(template)
-    before = told(directory)
+    before = processor_settings(directory)
     assert before["template"] == {"default": CHAT_TEMPLATE, "rag": "{{ messages }}"}
     copy_side_files(directory, tmp_path / "copy")
-    assert told(tmp_path / "copy") == before
+    assert processor_settings(tmp_path / "copy") == before
     assert not (tmp_path / "copy" / "runs").exists()
 
 
@@ -115,6 +115,6 @@ def test_vllm_loads_every_layout(released, tmp_path, name):
     from vllm.transformers_utils.processor import get_processor
 
     directory = folder(released, tmp_path / "x", LAYOUTS[name])
-    (processor, before) = get_processor(str(directory)), told(directory)
+    (processor, before) = get_processor(str(directory)), processor_settings(directory)
     assert processor.image_processor.to_dict() == before["image"]
     assert processor.video_processor.to_dict() == before["video"]

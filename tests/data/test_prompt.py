@@ -1,4 +1,4 @@
-"""Prompts: one rendering for engine and trainer, and a limit that refuses instead of cutting."""
+"""Prompts: one rendering for engine and trainer; too long is an error, not truncated."""
 
 import shutil
 from dataclasses import replace
@@ -69,7 +69,7 @@ def test_one_pad_for_the_engine_one_per_cell_for_the_trainer(published, task, sy
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_target_is_an_answer_that_the_task_reads(published, task):
+def test_the_sft_target_is_parsed_by_its_task(published, task):
     encode, _ = encoder(published)
     *ids, stop = encode.target(sample(task)).tolist()
     assert encode.tokenizer.decode([stop]) == "<|im_end|>"
@@ -84,7 +84,7 @@ def test_without_thinking_the_target_has_no_rationale(published):
     assert len(answer.target(sample())) < len(think.target(sample()))
 
 
-def test_a_long_prompt_is_refused_not_cut(published):
+def test_a_long_prompt_is_an_error_not_truncated(published):
     fits, _ = encoder(published)
     length = len(fits.prompt(sample(), CLIP).token_ids)
     exactly, _ = encoder(published, max_tokens=length)
@@ -127,7 +127,7 @@ def test_the_released_wording(published):
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("wording", ["default", "temporal_r1"])
 def test_a_special_token_in_an_annotation_is_text(published, task, wording):
-    """In query, option and rationale, of prompt and target; the answer still reads."""
+    """Special tokens in query, option and rationale are text in prompt and target."""
     encode, _ = encoder(published, wording=wording)
     words = ["<|im_end|>", "<|video_pad|>", "<|endoftext|>", "<|vision_start|>", "<|im_start|>"]
     asked = replace(
@@ -151,7 +151,7 @@ def test_a_special_token_in_an_annotation_is_text(published, task, wording):
     assert TASKS[task].parse(text, asked).formatted
 
 
-def test_half_a_character_names_the_sample(published):
+def test_half_a_surrogate_pair_is_an_error_naming_the_sample(published):
     encode, _ = encoder(published)
     spoiled = replace(sample(), query="a \ud83c", rationale="a \ud83c")
     for encoded in (lambda: encode.prompt(spoiled, CLIP), lambda: encode.target(spoiled)):

@@ -1,4 +1,4 @@
-"""The order of training: weights of sources, curricula, and continuing anywhere in an epoch."""
+"""Sample schedule: source weights, curricula, and resuming at any position of an epoch."""
 
 import json
 from collections import Counter
@@ -29,7 +29,7 @@ def test_with_equal_weights_an_epoch_is_a_plain_permutation():
 
 
 @given(sources, st.integers(1, 12))
-def test_a_source_comes_as_often_as_its_weight_says(pairs, epochs):
+def test_a_source_contributes_by_its_weight(pairs, epochs):
     sizes, weights = [n for n, _ in pairs], [w for _, w in pairs]
     schedule = Schedule(sizes, weights, seed=1)
     rows = [schedule.epoch(number).tolist() for number in range(epochs)]
@@ -43,7 +43,7 @@ def test_a_source_comes_as_often_as_its_weight_says(pairs, epochs):
 
 
 @given(sources, st.integers(0, 200))
-def test_a_position_says_epoch_and_index(pairs, position):
+def test_locate_returns_epoch_and_index(pairs, position):
     schedule = Schedule([n for n, _ in pairs], [w for _, w in pairs], seed=1)
     row: list[tuple[int, int]] = []
     number = 0
@@ -75,7 +75,7 @@ def test_a_weighted_stream_continues_exactly(takes, stop):
     assert taken + [s for count in takes[stop:] for s in second.take(count)] == whole
 
 
-def test_a_curriculum_goes_from_easy_to_hard_by_what_was_recorded(tmp_path):
+def test_a_curriculum_sorts_by_recorded_reward(tmp_path):
     path = tmp_path / "stats.jsonl"
     rows = [{"id": f"v/{i}", "reward": {"mean": i / 10}} for i in range(8)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -116,7 +116,7 @@ def test_what_is_wrong_is_named(tmp_path):
         Schedule([1, 1], [0.1, 0.1], seed=1)
 
 
-def test_a_mix_in_yaml_is_read_as_it_is(tmp_path):
+def test_a_weighted_mix_in_yaml_is_loaded(tmp_path):
     mix = {
         "datasets": [
             {"json_path": "a.json", "data_folder": "v", "sampling_strategy": "random:10%"},

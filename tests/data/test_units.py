@@ -1,37 +1,37 @@
-"""Annotated times against the unit of their form, on made-up files whose unit is known."""
+"""Annotated times against the unit of their format, on synthetic files of a known unit."""
 
 import numpy as np
 import pytest
 
 from megatron_vrl.config import Source
-from megatron_vrl.data.units import FileTimes, wrong_with
+from megatron_vrl.data.units import FileTimes, interval_problems
 
 RNG = np.random.default_rng(3)
 DURATIONS = RNG.uniform(20, 60, 50)
-SHARES = np.sort(RNG.uniform(0, 1, (50, 2)), axis=1)
-SECONDS = SHARES * DURATIONS[:, None]
+FRACTIONS = np.sort(RNG.uniform(0, 1, (50, 2)), axis=1)
+SECONDS = FRACTIONS * DURATIONS[:, None]
 WRITTEN = {
     "seconds": SECONDS,
-    "shares of the video (0 to 1)": SHARES,
+    "fractions of the video (0 to 1)": FRACTIONS,
     "milliseconds": np.round(SECONDS * 1000),
-    "percentages": SHARES * 100,
+    "percentages": FRACTIONS * 100,
     "frame numbers": np.round(SECONDS * 30),
 }
 
 
-def told(written, durations, unit) -> str:
-    form = {"seconds": "charades_sta", "shares": "temporal_r1"}[unit]
+def unit_problem(written, durations, unit) -> str:
+    form = {"seconds": "charades_sta", "fraction": "temporal_r1"}[unit]
     times = FileTimes(Source(json_path="a.json", data_folder="/d", format=form), unit)
     for number, ((start, end), duration_s) in enumerate(zip(written, durations, strict=True)):
-        scale = duration_s if unit == "shares" else 1.0
+        scale = duration_s if unit == "fraction" else 1.0
         times.add(f"v/{number}", start * scale, end * scale, duration_s)
     return times.problem()
 
 
 @pytest.mark.parametrize("name", WRITTEN)
-@pytest.mark.parametrize("unit", ["seconds", "shares"])
-def test_a_file_in_another_unit_is_told(name, unit):
-    sentence = told(WRITTEN[name], DURATIONS, unit)
+@pytest.mark.parametrize("unit", ["seconds", "fraction"])
+def test_a_file_in_another_unit_is_reported(name, unit):
+    sentence = unit_problem(WRITTEN[name], DURATIONS, unit)
     if name.startswith(unit):
         assert sentence == ""
     else:
@@ -42,15 +42,15 @@ def test_a_file_in_another_unit_is_told(name, unit):
 @pytest.mark.parametrize(
     ("written", "durations", "unit", "ending"),
     [
-        ([(0.5, 8.0)], [16.0], "shares", "(first 'v/0'): the times of temporal_r1 are shares of "
-         "the video (0 to 1), these look like seconds."),
+        ([(0.5, 8.0)], [16.0], "fraction", "(first 'v/0'): the times of temporal_r1 are fractions "
+         "of the video (0 to 1), these look like seconds."),
         ([(2.0, 60.0)], [16.0], "seconds", "these look like percentages or frame numbers."),
-        ([(0.2, 0.5)], [16.0], "seconds", "these look like shares of the video (0 to 1)."),
+        ([(0.2, 0.5)], [16.0], "seconds", "these look like fractions of the video (0 to 1)."),
         ([(2000.0, 60000.0)], [61.0], "seconds", "these look like milliseconds."),
     ],
 )  # fmt: skip
 def test_one_interval_is_enough(written, durations, unit, ending):
-    assert told(written, durations, unit).endswith(ending)
+    assert unit_problem(written, durations, unit).endswith(ending)
 
 
 @pytest.mark.parametrize(
@@ -63,11 +63,11 @@ def test_one_interval_is_enough(written, durations, unit, ending):
         ([], []),
     ],
 )
-def test_what_may_well_be_seconds_is_not_doubted(written, durations):
-    assert told(written, durations, "seconds") == ""
+def test_plausible_seconds_are_not_reported(written, durations):
+    assert unit_problem(written, durations, "seconds") == ""
 
 
-def test_what_is_wrong_with_one_interval():
+def test_problems_of_one_interval():
     kinds = {
         (1.0, 2.0): [],
         (0.0, 9.0): [],
@@ -78,4 +78,4 @@ def test_what_is_wrong_with_one_interval():
         (12.0, 11.0): ["reversed", "interval"],
     }
     for (start_s, end_s), expected in kinds.items():
-        assert [kind for kind, _ in wrong_with(start_s, end_s, 9.0)] == expected
+        assert [kind for kind, _ in interval_problems(start_s, end_s, 9.0)] == expected

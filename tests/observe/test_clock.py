@@ -1,3 +1,5 @@
+"""Clock: phases add up to wall time, also nested and after an exception."""
+
 import time
 
 from megatron_vrl.observe.clock import Clock, peak_rss_bytes

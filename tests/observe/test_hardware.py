@@ -1,10 +1,10 @@
-"""Peaks by device name, and the memory of this process."""
+"""Peak FLOP/s by device name, and peak memory of the process."""
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_vrl.observe.hardware import forget_peak, peak_bytes, peak_flops
+from megatron_vrl.observe.hardware import peak_bytes, peak_flops, reset_peak
 
 
 @pytest.mark.parametrize(
@@ -33,9 +33,9 @@ def test_dense_peaks(name, bfloat16, fp8):
         assert peak_flops(name, dtype) == (None if tera is None else pytest.approx(tera * 1e12))
 
 
-def test_peak_memory_grows_with_what_is_held():
+def test_peak_memory_grows_with_allocations():
     device = torch.device("cpu")
-    forget_peak(device)
+    reset_peak(device)
     before = peak_bytes(device)
     held = np.ones(before // 8 + 10**6)  # more than was ever resident
     assert peak_bytes(device) > max(before, held.nbytes // 2)
@@ -47,7 +47,7 @@ def test_peak_memory_of_a_gpu_is_of_the_step():
     device = torch.device("cuda")
     held = torch.ones(10**7, device=device)
     del held
-    forget_peak(device)
+    reset_peak(device)
     before = torch.cuda.memory_allocated()  # what others hold, cuBLAS for one
     held = torch.ones(10**6, device=device)
     assert held.nbytes <= peak_bytes(device) - before < 10**7 * 4

@@ -1,3 +1,5 @@
+"""StepProfiler: chosen steps and ranks are traced with their phases."""
+
 import gzip
 import json
 
@@ -21,7 +23,7 @@ def test_a_chosen_step_is_traced_with_its_phases(tmp_path):
     assert outer["ts"] <= inner["ts"] <= inner["ts"] + inner["dur"] <= outer["ts"] + outer["dur"]
 
 
-def test_other_ranks_are_not(tmp_path):
+def test_other_ranks_are_not_traced(tmp_path):
     profiler = StepProfiler(tmp_path, Observe(profile_steps=[1], profile_ranks=[1]), rank=0)
     with profiler("sft", 1):
         torch.ones(3)

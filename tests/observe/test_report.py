@@ -1,3 +1,5 @@
+"""report.html: built from the files of finished, running, stopped and failed runs."""
+
 import json
 import os
 import re
@@ -13,8 +15,8 @@ from PIL import Image
 from megatron_vrl.config import Observe
 from megatron_vrl.errors import UserError
 from megatron_vrl.observe.metrics import StepMetrics
-from megatron_vrl.observe.report import CARDS, build_report
-from megatron_vrl.observe.samples import CELL_PX, CELLS, Answer, Card, strip
+from megatron_vrl.observe.report import MAX_SAMPLES, build_report
+from megatron_vrl.observe.samples import CELL_PX, CELLS, Answer, LoggedSample, strip
 from megatron_vrl.observe.sinks import open_sinks
 from megatron_vrl.observe.summary import write_summary
 from megatron_vrl.process.run_lock import Owner
@@ -37,8 +39,8 @@ def answer(start_s: float, text: str = "an answer") -> Answer:
     )
 
 
-def card(step: int, text: str = "an answer") -> Card:
-    return Card(
+def logged_sample(step: int, text: str = "an answer") -> LoggedSample:
+    return LoggedSample(
         phase="grpo",
         step=step,
         sample_id="clip_1/0",
@@ -52,15 +54,15 @@ def card(step: int, text: str = "an answer") -> Card:
     )
 
 
-def made_run(out_dir: Path, cards: int = 2) -> Path:
+def made_run(out_dir: Path, samples: int = 2) -> Path:
     cfg = Observe(wandb="disabled")
     sinks = open_sinks(out_dir, cfg, {"run": {"seed": 3}}, "run", rank=0)
     for step in range(1, 31):
         values = {"reward": step / 30, "format_rate": 1.0, "response_tokens": 40 + step}
         seconds = {"rollout": 3.0, "sync": 1.0}
         sinks.write(StepMetrics(phase="grpo", step=step, values=values, seconds=seconds))
-    for step in range(1, cards + 1):
-        sinks.card(card(step, HOSTILE), FRAMES, TIMES_S)
+    for step in range(1, samples + 1):
+        sinks.log_sample(logged_sample(step, HOSTILE), FRAMES, TIMES_S)
     sinks.close()
     return out_dir
 
@@ -80,7 +82,7 @@ def summarise(out_dir: Path) -> None:
 
 
 class Outline(HTMLParser):
-    """Tags that stay open, and every address the page asks for."""
+    """Collects unclosed tags and every address that the page loads."""
 
     VOID = frozenset({"meta", "img", "path", "use", "line"})
 
@@ -99,7 +101,7 @@ class Outline(HTMLParser):
             assert self.open.pop() == tag
 
 
-def test_page_is_well_formed_and_asks_for_nothing_outside(tmp_path: Path) -> None:
+def test_page_is_well_formed_and_self_contained(tmp_path: Path) -> None:
     made_run(tmp_path)
     summarise(tmp_path)
     outline = Outline()
@@ -109,7 +111,7 @@ def test_page_is_well_formed_and_asks_for_nothing_outside(tmp_path: Path) -> Non
     assert all(address.startswith(("data:", "#")) for address in outline.addresses)
 
 
-def test_table_holds_every_stage_beside_the_trivial_answer(tmp_path: Path) -> None:
+def test_tables_have_every_stage_and_the_trivial_baseline(tmp_path: Path) -> None:
     made_run(tmp_path)
     summarise(tmp_path)
     page = build_report(tmp_path).read_text()
@@ -125,19 +127,19 @@ def test_table_holds_every_stage_beside_the_trivial_answer(tmp_path: Path) -> No
 
 
 def test_intervals_are_drawn_on_the_time_axis(tmp_path: Path) -> None:
-    page = build_report(made_run(tmp_path, cards=1)).read_text()
+    page = build_report(made_run(tmp_path, samples=1)).read_text()
     bars = re.findall(r"left:([\d.]+)%;width:([\d.]+)%", page)
     # 4-8 s of 16 s; 2-6 s; 14-18 s, cut at the video's end
     assert bars == [("25.00", "25.00"), ("12.50", "25.00"), ("87.50", "12.50")]
     assert "advantage -1.50" in page and "temporal iou 0.25" in page
 
 
-def test_best_middle_and_worst_answers_stand_first(tmp_path: Path) -> None:
-    made_run(tmp_path, cards=0)
+def test_best_middle_and_worst_answers_are_first(tmp_path: Path) -> None:
+    made_run(tmp_path, samples=0)
     rewards = [0.3, 0.9, 0.1, 0.7, 0.5]
     answers = tuple(replace(answer(2.0, f"earned {r}"), reward=r) for r in rewards)
     sinks = open_sinks(tmp_path, Observe(wandb="disabled"), {}, "run", rank=0, resume=("grpo", 31))
-    sinks.card(replace(card(1), answers=answers), FRAMES, TIMES_S)
+    sinks.log_sample(replace(logged_sample(1), answers=answers), FRAMES, TIMES_S)
     sinks.close()
     shown = re.findall(r"earned ([\d.]+)", build_report(tmp_path).read_text())
     assert shown == ["0.9", "0.5", "0.1", "0.7", "0.3"]
@@ -170,10 +172,10 @@ def test_a_run_that_an_error_ended_shows_it_and_its_results(tmp_path: Path) -> N
     assert "stopped early" in build_report(tmp_path).read_text()
 
 
-def test_many_cards_are_thinned_from_first_to_last(tmp_path: Path) -> None:
-    page = build_report(made_run(tmp_path, cards=40)).read_text()
+def test_many_samples_are_thinned_from_first_to_last(tmp_path: Path) -> None:
+    page = build_report(made_run(tmp_path, samples=40)).read_text()
     shown = [int(step) for step in re.findall(r"question of step (\d+)<", page)]
-    assert len(shown) == CARDS and shown[0] == 1 and shown[-1] == 40
+    assert len(shown) == MAX_SAMPLES and shown[0] == 1 and shown[-1] == 40
     assert shown == sorted(set(shown))
 
 
@@ -193,9 +195,9 @@ def test_strip_cells_show_the_frame_of_their_time() -> None:
         assert image.getpixel((cell * CELL_PX + CELL_PX // 2, 5)) == (expected * 10,) * 3
 
 
-def test_card_rows_point_to_their_strip(tmp_path: Path) -> None:
-    made_run(tmp_path, cards=1)
-    row = json.loads((tmp_path / "cards.jsonl").read_text())
+def test_sample_rows_point_to_their_strip(tmp_path: Path) -> None:
+    made_run(tmp_path, samples=1)
+    row = json.loads((tmp_path / "samples.jsonl").read_text())
     assert Image.open(tmp_path / row["strip"]).size[0] == CELL_PX * CELLS
     assert row["answers"][0]["text"] == HOSTILE
 
@@ -207,7 +209,7 @@ def test_summary_names_the_versions_it_ran_with(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_the_lock_of_a_run_says_whether_it_is_running(tmp_path: Path) -> None:
+def test_run_state_follows_the_lock(tmp_path: Path) -> None:
     made_run(tmp_path)
     os.utime(tmp_path / "metrics.jsonl", (0, 0))  # a long step
     owner = Owner(tmp_path, 0, 0)
@@ -221,7 +223,7 @@ def test_the_lock_of_a_run_says_whether_it_is_running(tmp_path: Path) -> None:
     os.utime(tmp_path / "metrics.jsonl")
     assert "stopped early (last row 0 s ago)" in page_of(tmp_path)
     (tmp_path / "lock" / "holder.json").write_text(lease)  # as of a process that was killed
-    assert "crashed: its process ended without giving the directory back" in page_of(tmp_path)
+    assert "crashed: its process ended without releasing the run directory" in page_of(tmp_path)
 
 
 def page_of(out_dir: Path) -> str:

@@ -1,4 +1,4 @@
-"""The page of a selection: the style of a run's report, a key beside the chart, nothing hidden."""
+"""Selection page: style of the run report, a legend beside the chart, every verdict visible."""
 
 import re
 from pathlib import Path
@@ -62,7 +62,7 @@ def test_charts_are_svg_without_a_legend_over_an_axis():
         assert tree.get("role") == "img" and tree.get("aria-label")
 
 
-def test_what_was_dropped_has_never_the_colour_of_the_kept():
+def test_dropped_samples_never_have_the_colour_of_kept_ones():
     text = page({"temporal_grounding": {"spread but poor": 3}})
     first, *_ = re.findall(r'<div class="key sans">.*?</div>', text)
     assert "var(--p0)" not in first and module.KEPT not in first

@@ -1,3 +1,5 @@
+"""Sinks: rows on disk, resumed runs, full disks, progress bar and wandb."""
+
 import io
 import json
 from pathlib import Path
@@ -80,7 +82,7 @@ def test_a_resumed_run_has_the_rows_of_one_that_never_stopped(
     assert read_rows(halved / "metrics.jsonl") == read_rows(whole / "metrics.jsonl")
 
 
-def test_resuming_the_warm_up_takes_back_all_that_followed(tmp_path: Path) -> None:
+def test_resuming_the_warm_up_removes_all_later_rows(tmp_path: Path) -> None:
     sinks = opened(tmp_path)
     write(sinks, "sft", range(1, 5))
     evaluate(sinks, "sft", 4)
@@ -90,7 +92,7 @@ def test_resuming_the_warm_up_takes_back_all_that_followed(tmp_path: Path) -> No
     assert marks(tmp_path) == [("sft", 1), ("sft", 2)]
 
 
-def test_an_evaluation_is_taken_back_with_the_phase_it_belongs_to(tmp_path: Path) -> None:
+def test_an_evaluation_is_removed_with_its_phase(tmp_path: Path) -> None:
     sinks = opened(tmp_path)
     evaluate(sinks, "grpo", 0)
     write(sinks, "grpo", range(1, 3))
@@ -153,13 +155,11 @@ def test_the_bar_names_phase_step_and_reward(
     assert "grpo" in last and "4/8" in last and "reward 4.000" in last
 
 
-def test_what_is_said_once_is_not_said_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_log_once_logs_each_kind_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sinks = opened(tmp_path)
     for step in (1, 2):
-        sinks.say_once("no update", f"Step {step}: nothing was learned.")
-    sinks.say_once("other", "Something else.")
+        sinks.log_once("no update", f"Step {step}: nothing was learned.")
+    sinks.log_once("other", "Something else.")
     sinks.close()
     assert capsys.readouterr().err == "Step 1: nothing was learned.\nSomething else.\n"
 

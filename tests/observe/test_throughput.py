@@ -1,11 +1,11 @@
-"""Meters of a step: ratios of its counts, and nothing that is not known."""
+"""Throughput metrics: ratios of a step's counts; unknown values are omitted."""
 
 from dataclasses import replace
 
 import pytest
 
-from megatron_vrl.observe.metrics import MEANINGS
-from megatron_vrl.observe.throughput import Work, step_meters
+from megatron_vrl.observe.metrics import METRICS
+from megatron_vrl.observe.throughput import Work, throughput_metrics
 
 COMPUTED = Work(tokens=1000, linear=5e12, attention=1e12, head=1e12, vision=2e12, merger=1e12)
 STEP = {
@@ -22,7 +22,7 @@ STEP = {
 
 
 def test_values():
-    assert step_meters(**STEP) == pytest.approx(
+    assert throughput_metrics(**STEP) == pytest.approx(
         {
             "tokens_computed": 1000,
             "tokens_ideal": 900,
@@ -34,13 +34,16 @@ def test_values():
             "mfu": 0.5,
         }
     )
-    assert step_meters(**STEP).keys() <= MEANINGS.keys()
+    assert throughput_metrics(**STEP).keys() <= METRICS.keys()
 
 
-def test_what_is_not_known_is_left_out():
-    assert "mfu" not in step_meters(**STEP | {"peak": None})
-    assert not {"mfu", "update_tflops_per_second"} & step_meters(**STEP | {"seconds": {}}).keys()
-    assert step_meters(**STEP | {"computed": Work()}) == {}
+def test_unknown_values_are_omitted():
+    assert "mfu" not in throughput_metrics(**STEP | {"peak": None})
+    assert (
+        not {"mfu", "update_tflops_per_second"}
+        & throughput_metrics(**STEP | {"seconds": {}}).keys()
+    )
+    assert throughput_metrics(**STEP | {"computed": Work()}) == {}
 
 
 def test_work_adds_up():

@@ -48,13 +48,13 @@ KEEPS = """
 import os, sys, time
 from pathlib import Path
 from megatron_vrl.errors import DataError
-from megatron_vrl.storage.files import error_kept
+from megatron_vrl.storage.files import recorded_error
 from megatron_vrl.process.entry import run_program
 
 out, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 
 def main():
-    with error_kept(out, rank):
+    with recorded_error(out, rank):
         if rank == 1:
             while (out / "error.txt").exists():  # of an earlier run
                 time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""Lines in frames: read as written, by others too; torn, damaged and cut."""
+"""Lines in zstandard frames: round trip, other readers, torn, damaged and truncated files."""
 
 import os
 
@@ -34,13 +34,13 @@ def test_frames_are_read_as_they_were_written(path):
     assert frame.end == path.stat().st_size
 
 
-def test_every_reader_of_zstandard_sees_one_stream_of_lines(path):
+def test_zstandard_readers_see_one_stream_of_lines(path):
     with path.open("rb") as file:
         reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
         assert reader.read().splitlines() == [line for lines in STEPS for line in lines]
 
 
-def test_a_torn_frame_is_left_out_wherever_it_is_torn(path):
+def test_a_torn_frame_is_skipped_wherever_it_is_torn(path):
     whole, ends = path.read_bytes(), [frame.end for frame in frames(path)]
     for size in [*range(ends[1] + 40), len(whole) - 1]:
         path.write_bytes(whole[:size])
@@ -53,7 +53,7 @@ def test_a_torn_frame_is_left_out_wherever_it_is_torn(path):
         )
 
 
-def test_a_file_that_is_cut_grows_again(path):
+def test_a_truncated_file_can_be_appended_to(path):
     with path.open("ab") as file:
         file.write(path.read_bytes()[:9])
     keep_frames(path, lambda content: content[:1] < b"3")

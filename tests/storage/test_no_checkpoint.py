@@ -1,4 +1,4 @@
-"""Paths that are no checkpoint, and tokenizers that do not fit: what to give instead is named."""
+"""Paths that are not checkpoints and tokenizers that do not fit: the message names what to give."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from tests.running import ROOT, run_python
 
 @pytest.fixture
 def run(tmp_path):
-    """Directory of a run: three checkpoints, of which one is half written, and an export."""
+    """Make a run directory with three checkpoints, one of them half written, and an export."""
     run = tmp_path / "run"
     for name in ("sft-000100", "grpo-0-000240", "grpo-0-000120", "grpo-0-000360.partial"):
         (run / "checkpoints" / name / "weights").mkdir(parents=True)
@@ -29,7 +29,7 @@ def run(tmp_path):
 
 
 def sentences(path, tmp_path):
-    """What each program says of a path."""
+    """Return the error messages of each program for a path."""
     for read in (
         lambda: read_architecture(path),
         lambda: inference_config(str(path), []),
@@ -61,7 +61,7 @@ def test_a_run_names_its_export_and_its_newest_checkpoint(run, tmp_path):
     assert "has no checkpoint yet" in advice(run)
 
 
-def test_latest_that_is_not_there_leaves_the_newest_by_time(run):
+def test_a_missing_latest_falls_back_to_modification_time(run):
     place = run / "checkpoints"
     (place / "latest").write_text("grpo-0-000999")
     (place / "grpo-0-000120" / "state.json").write_text("{}")
@@ -107,7 +107,7 @@ def test_the_cache_of_the_hub_and_an_adapter(tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A checkpoint with a tokenizer of exactly as many tokens as the embedding has rows."""
+    """Make a checkpoint whose tokenizer has exactly as many tokens as the embedding has rows."""
     out = tmp_path_factory.mktemp("tokens") / "hf"
     done = run_python(ROOT / "tools" / "make_tiny_model.py", "--out", out)
     assert done.returncode == 0, done.stderr

@@ -16,7 +16,7 @@ from megatron_vrl.parallel.mesh import close_mesh, init_mesh
 from megatron_vrl.rewards.manager import RewardManager
 from megatron_vrl.selection.rules import KEPT, candidate, select
 from megatron_vrl.tasks import TASKS, Task, Truth
-from megatron_vrl.trainer.metrics import answer_numbers
+from megatron_vrl.trainer.metrics import answer_metrics
 from megatron_vrl.types import Experience, Parsed, Rollout, VideoSample
 from tests.tiny import prompt
 
@@ -96,7 +96,7 @@ def test_it_trains_and_its_metrics_have_no_format_rate():
     mesh = init_mesh(Parallel(), seed=1)
     try:
         experience = Experience(scored=group, advantages=group.total)
-        numbers = answer_numbers(SimpleNamespace(mesh=mesh), [experience], version=0)
+        numbers = answer_metrics(SimpleNamespace(mesh=mesh), [experience], version=0)
     finally:
         close_mesh()
     assert numbers["components/count_error"] == 0.5 and "format_rate" not in numbers

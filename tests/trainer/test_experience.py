@@ -15,7 +15,7 @@ from megatron_vrl.parallel.mesh import close_mesh, init_mesh
 from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.policy.policy import Policy
 from megatron_vrl.trainer import experience
-from megatron_vrl.trainer.metrics import answer_numbers
+from megatron_vrl.trainer.metrics import answer_metrics
 from megatron_vrl.types import RewardComponent, Rollout, ScoredGroup, VideoSample
 from tests.tiny import prompt, video
 from tests.tiny_models import hf_model, save
@@ -115,7 +115,7 @@ def test_kl_in_the_reward_is_the_sum_over_each_answer(mesh, tmp_path, tokens):
     ctx.policy, ctx.cfg.batch = policy, Batch(tokens=tokens)
     ctx.rollout_manager = SimpleNamespace(banned_token_ids=())  # all that is asked of it here
     with_kl = experience._with_kl(ctx, groups, dummy_group=groups[0])
-    metrics = answer_numbers(ctx, judged(ctx, groups)[0], version=0)
+    metrics = answer_metrics(ctx, judged(ctx, groups)[0], version=0)
     kl = np.concatenate([group.components["kl"].values for group in with_kl])
     task = np.array([0.0, 1.0, 0.0, 0.0, 0.0])
     assert metrics["components/kl"] == kl.mean()  # what is trained is what is logged

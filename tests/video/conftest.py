@@ -1,4 +1,4 @@
-"""Clips made on the spot, and real ones where the machine has them."""
+"""Fixtures: generated clips, and real clips if the machine has them."""
 
 import os
 from collections.abc import Callable
@@ -47,11 +47,7 @@ def write_clip(
     turned: int = 0,
     colours: tuple[int, int] | None = None,
 ) -> None:
-    """A smooth coloured picture that moves; every frame differs from every other.
-
-    `turned`: degrees counterclockwise in the display matrix. `colours`: FFmpeg's numbers of matrix
-    and range to tag it with; the pixels are the same with any.
-    """
+    """Write a clip of a smooth, coloured, moving picture. All frames differ."""
     height, width = size
     rng = np.random.default_rng(num_frames)
     coarse = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
@@ -79,7 +75,7 @@ def write_clip(
 
 @pytest.fixture
 def sound_only(tmp_path: Path) -> str:
-    """One second of a file with sound and no pictures."""
+    """Write one second of audio without video."""
     path = str(tmp_path / "sound.mp4")
     with av.open(path, "w") as container:
         stream = container.add_stream("aac", rate=16000)

@@ -1,4 +1,4 @@
-"""Tiny clips of every container and codec, each with one thing that is odd about it."""
+"""Generates tiny clips of every container and codec, each with one unusual property."""
 
 import io
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ MATRIX = [(container, codec) for container, codecs in CODECS.items() for codec i
 
 @lru_cache(maxsize=64)
 def encoded(codec: str, size=SIZE, pixels="", bframes=0, open_gop=False, first=0) -> bytes:
-    """NUM_FRAMES frames of a moving picture in a container that keeps parameter sets inside."""
+    """Encode NUM_FRAMES frames, with parameter sets in the container's header."""
     file = io.BytesIO()
     carrier = "matroska" if codec in ("libvpx", "libvpx-vp9", "mjpeg") else "mpegts"
     carrier = "avi" if codec == "mpeg4" else carrier
@@ -56,7 +56,7 @@ def encoded(codec: str, size=SIZE, pixels="", bframes=0, open_gop=False, first=0
 
 
 def packets(codec: str, **options) -> Iterator[tuple[av.Packet, av.VideoStream]]:
-    """Packets of `encoded` with their stream; times in frames from 0."""
+    """Return the packets of `encoded` with their stream. Times are in frames from 0."""
     source = av.open(
         io.BytesIO(encoded(codec, **options))
     )  # stays open: its stream is the template of what is written
@@ -75,7 +75,7 @@ def packets(codec: str, **options) -> Iterator[tuple[av.Packet, av.VideoStream]]
 
 
 def mux(path: str, tracks: list, seconds: float = 0.0, turned: int = 0, times=None) -> None:
-    """`tracks`: lists of packets, or "audio" or "cover", in the order of their streams."""
+    """Write `tracks` (packets, "audio" or "cover") as the streams of one file."""
     with av.open(path, "w") as container:
         streams = []
         for track in tracks:
@@ -126,7 +126,7 @@ def _of(track, stream) -> Iterator:
 
 
 def joined(*parts: list) -> list:
-    """Parts of one stream, the later ones after the earlier, under the first one's header."""
+    """Return the parts as one stream, one after the other, with the header of the first."""
     found, shift = [], 0
     for part in parts:
         for packet, _ in part:

@@ -1,4 +1,4 @@
-"""Files in, EncodedVideo out: both decoders give the same bytes, bad files harm no other."""
+"""VideoReader: both decoders give the same bytes, and bad files do not affect other files."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ CLIPS = {
 
 
 def encoders(**keys) -> tuple[Encoder, Encoder]:
-    """Both decoders in this process."""
+    """Return both decoders, in this process."""
     return Encoder(Video(decoder="dali", **keys)), Encoder(Video(decoder="pyav", **keys))
 
 
@@ -68,7 +68,7 @@ def test_decoders_are_equal(make_clip):
         assert_same(one, other)
         assert one.frames.shape == (2 * one.grid_thw[0], *(14 * g for g in one.grid_thw[1:]), 3)
         assert len(one.timestamps_s) == len(one.frames)
-    assert dali.decoder.num_handed_over == 0
+    assert dali.decoder.num_fallbacks == 0
 
 
 def test_decoders_are_equal_on_real_clips(real_clips):
@@ -76,7 +76,7 @@ def test_decoders_are_equal_on_real_clips(real_clips):
     for one, other in zip(encode(dali, real_clips), encode(pyav, real_clips), strict=True):
         assert_same(one, other)
     own = [path for path in real_clips if dali_reads(probe(path), "cpu")]
-    assert dali.decoder.num_handed_over == len(real_clips) - len(own) > 0
+    assert dali.decoder.num_fallbacks == len(real_clips) - len(own) > 0
 
 
 @pytest.mark.parametrize("name", CLIPS)
@@ -88,8 +88,8 @@ def test_seeking_gives_the_frames_of_a_sequential_read(make_clip, name):
     np.testing.assert_array_equal(decode_frames(file, plan), decode_frames(file, plan, seek=False))
 
 
-def test_frames_are_those_named(make_clip):
-    """Against all frames in FFmpeg's own order, in its default colours."""
+def test_frames_have_the_requested_indices(make_clip):
+    """Compare with all frames in FFmpeg's order and default colours."""
     path = make_clip("clip.mp4", num_frames=50, gop=10)
     (video,) = encode(Encoder(Video(decoder="pyav", **SMALL)), [path])
     with av.open(path) as container:
@@ -124,7 +124,7 @@ def test_resize_is_torchs_bicubic_on_bytes(height, width):
 
 
 @pytest.mark.parametrize("decoder", ["dali", "pyav"])
-def test_bad_files_harm_no_other(make_clip, sound_only, tmp_path, decoder):
+def test_bad_files_do_not_affect_other_files(make_clip, sound_only, tmp_path, decoder):
     good = make_clip("good.mp4")
     whole = Path(make_clip("whole.mp4", num_frames=300, faststart=True)).read_bytes()
     matroska = Path(make_clip("whole.mkv", num_frames=300)).read_bytes()
@@ -166,7 +166,7 @@ def test_bad_files_harm_no_other(make_clip, sound_only, tmp_path, decoder):
 
 
 def test_a_file_that_breaks_dalis_run_is_isolated(make_clip, tmp_path):
-    """Its packets scan well, its pictures do not decode: DALI's whole run fails."""
+    """Valid packets, frames that do not decode: DALI fails for the whole batch."""
     good = [make_clip(f"good{i}.mp4", num_frames=20 + i) for i in range(5)]
     broken = bytearray(Path(make_clip("broken.mp4", num_frames=300, size=(240, 320))).read_bytes())
     payload = slice(len(broken) // 4, len(broken) * 3 // 4)
@@ -181,11 +181,11 @@ def test_a_file_that_breaks_dalis_run_is_isolated(make_clip, tmp_path):
     assert error.kind == "damaged"
     for mine, theirs in zip(one, other, strict=True):
         assert_same(mine, theirs)
-    assert dali.decoder.num_handed_over == 1
+    assert dali.decoder.num_fallbacks == 1
     assert isinstance(encode(dali, [make_clip("next.mp4")])[0], EncodedVideo)
 
 
-def test_more_videos_than_one_run(make_clip):
+def test_more_videos_than_one_batch(make_clip):
     paths = [make_clip(f"{i}.mp4", num_frames=8 + i) for i in range(40)]
     dali, pyav = encoders(**SMALL)
     for path, one, other in zip(paths, encode(dali, paths), encode(pyav, paths), strict=True):
@@ -194,7 +194,7 @@ def test_more_videos_than_one_run(make_clip):
 
 
 def hide_frames(source: str, target: str) -> None:
-    """Put a VP8 frame that is decoded and never shown before every tenth one."""
+    """Insert a VP8 frame that is decoded and never shown before every tenth frame."""
     with av.open(source) as shown, av.open(target, "w") as container:
         stream = container.add_stream_from_template(shown.streams.video[0])
         for count, packet in enumerate(shown.demux(video=0)):
@@ -211,7 +211,10 @@ def hide_frames(source: str, target: str) -> None:
 
 
 def cut_by_edit_list(source: str, target: str) -> None:
-    """Start in the middle of a group of pictures; the frames before it are there but not shown."""
+    """Start in the middle of a group of pictures.
+
+    The frames before are in the file and not shown.
+    """
     with av.open(source) as whole, av.open(target, "w") as container:
         stream = container.add_stream_from_template(whole.streams.video[0])
         for packet in whole.demux(video=0):
@@ -222,7 +225,7 @@ def cut_by_edit_list(source: str, target: str) -> None:
                 container.mux(packet)
 
 
-def test_what_dali_cannot_read_goes_to_pyav(make_clip, tmp_path):
+def test_files_dali_cannot_decode_go_to_pyav(make_clip, tmp_path):
     hidden, cut = str(tmp_path / "hidden.webm"), str(tmp_path / "cut.mp4")
     hide_frames(make_clip("shown.webm", codec="libvpx", num_frames=60), hidden)
     cut_by_edit_list(make_clip("whole.mp4"), cut)
@@ -230,14 +233,14 @@ def test_what_dali_cannot_read_goes_to_pyav(make_clip, tmp_path):
     dali, pyav = encoders(**SMALL)
     for one, other in zip(encode(dali, paths), encode(pyav, paths), strict=True):
         assert_same(one, other)
-    assert dali.decoder.num_handed_over == 3
+    assert dali.decoder.num_fallbacks == 3
     assert [probe(path).num_frames for path in paths] == [64, 60, 54]
     for path in paths:
         with av.open(path) as container:
             assert len(list(container.decode(video=0))) == probe(path).num_frames
 
 
-def test_device_gpu_needs_one():
+def test_device_gpu_needs_a_gpu():
     with pytest.raises(ConfigError, match=r"video\.device=gpu needs video\.decoder=dali"):
         VideoReader(Video(decoder="pyav", device="gpu"))
     if not torch.cuda.is_available():
@@ -246,7 +249,7 @@ def test_device_gpu_needs_one():
 
 
 @pytest.mark.gpu
-def test_gpu_decoder_is_near(make_clip):
+def test_gpu_frames_are_close_to_cpu_frames(make_clip):
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     path = make_clip("clip.mp4", size=(240, 320))

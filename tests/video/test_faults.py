@@ -1,4 +1,4 @@
-"""Faults that need a crafted file, and videos behind URLs."""
+"""Bad files that must be crafted, and videos behind URLs."""
 
 import os
 import struct
@@ -21,7 +21,7 @@ from megatron_vrl.video.probe import probe
 SMALL = {"decoder": "pyav", "min_pixels": 28 * 28, "num_frames": 4}
 
 
-def test_absurd_sizes_are_refused_before_decoding(tmp_path):
+def test_oversized_frames_are_rejected_before_decoding(tmp_path):
     path = str(tmp_path / "wide.mkv")
     with av.open(path, "w") as container:
         stream = container.add_stream("ffv1", rate=1)
@@ -35,7 +35,7 @@ def test_absurd_sizes_are_refused_before_decoding(tmp_path):
 
 
 def test_no_duration(make_clip, tmp_path):
-    """All frames at one time: every sample delta of the mp4 is set to 0."""
+    """All frames have one time: every sample delta of the mp4 is set to 0."""
     content = bytearray(
         Path(make_clip("clip.mp4", codec_options={"bf": "0"}, num_frames=8)).read_bytes()
     )
@@ -57,7 +57,7 @@ def test_a_fifo_is_not_opened(tmp_path):
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_links_may_not_lead_out_of_the_data_folder(make_clip, tmp_path, inside):
+def test_links_out_of_the_data_folder_are_rejected(make_clip, tmp_path, inside):
     real = tmp_path / "real" / "videos"
     real.mkdir(parents=True)
     source = Path(make_clip("source.mp4", num_frames=8))
@@ -71,10 +71,10 @@ def test_links_may_not_lead_out_of_the_data_folder(make_clip, tmp_path, inside):
         assert isinstance(video, EncodedVideo)
     else:
         assert video.kind == "outside"
-        assert str(video).startswith(f"{folder}/clip.mp4 leads out of the data folder {folder}")
+        assert str(video).startswith(f"{folder}/clip.mp4 is a link out of the data folder {folder}")
 
 
-def test_videos_behind_urls_are_copied_once_and_bounded(make_clip, tmp_path):
+def test_url_videos_are_copied_once_within_the_limit(make_clip, tmp_path):
     store = fsspec.filesystem("memory")
     copies = tmp_path / "copies"
     for number in range(3):
@@ -89,12 +89,12 @@ def test_videos_behind_urls_are_copied_once_and_bounded(make_clip, tmp_path):
         local.path(f"memory://bucket/{number}.mp4")
     held = sum(path.stat().st_size for path in copies.iterdir())
     assert held <= 1 << 20 and not Path(first).exists()
-    with pytest.raises(VideoError, match="is not there; check the path") as error:
+    with pytest.raises(VideoError, match="does not exist; check the path") as error:
         local.path("memory://bucket/gone.mp4")
     assert error.value.kind == "missing"
 
 
-def test_copies_stay_bounded_when_many_come_at_once(tmp_path):
+def test_concurrent_copies_stay_within_the_limit(tmp_path):
     store, copies = fsspec.filesystem("memory"), tmp_path / "copies"
     urls = [f"memory://at-once/{number}.mp4" for number in range(12)]
     for url in urls:
@@ -104,7 +104,7 @@ def test_copies_stay_bounded_when_many_come_at_once(tmp_path):
     held = list(copies.iterdir())
     assert 0 < len(held) <= 3  # of 300,000 bytes in 1 MiB
     store.pipe_file("memory://at-once/long.mp4", bytes(1_500_000))
-    with pytest.raises(VideoError, match=r"\(1\.4 MiB and video\.fetch_mib is 1\)"):
+    with pytest.raises(VideoError, match=r"\(1\.4 MiB, over video\.fetch_mib=1\)"):
         LocalCopies(str(copies), 1).path("memory://at-once/long.mp4")
     assert list(copies.iterdir()) == held  # nothing went for its sake
 

@@ -1,4 +1,4 @@
-"""Damaged files: whatever bytes a file holds, it is read or it is a VideoError."""
+"""Damaged files: any bytes are either decoded or raise VideoError."""
 
 import random
 from collections import Counter
@@ -54,7 +54,7 @@ def contents(tmp_path_factory) -> dict[str, bytes]:
 
 
 def mutant(content: bytes, rng: random.Random) -> bytes:
-    """A few bytes changed, mostly near both ends where headers lie; sometimes cut or doubled."""
+    """Change a few bytes, mostly in headers; sometimes truncate or duplicate."""
     changed = bytearray(content)
     for _ in range(rng.choice((1, 2, 8, 40))):
         place = rng.choice((rng.randrange(3000), -1 - rng.randrange(4000), rng.randrange(1 << 30)))
@@ -66,7 +66,7 @@ def mutant(content: bytes, rng: random.Random) -> bytes:
 
 
 def results(contents: dict[str, bytes], count: int, seed: int, folder: Path) -> Counter:
-    """How often each result came of `count` mutants; what is not a VideoError is raised."""
+    """Count the results of `count` mutants. Raises any exception that is not a VideoError."""
     encoder, rng, found = Encoder(Video(**RULE)), random.Random(seed), Counter()
     for number in range(count):
         name = sorted(contents)[number % len(contents)]
@@ -83,7 +83,7 @@ def results(contents: dict[str, bytes], count: int, seed: int, folder: Path) -> 
     return found
 
 
-def test_no_mutant_raises_but_a_video_error(contents, tmp_path):
+def test_mutated_files_raise_only_video_errors(contents, tmp_path):
     found = results(contents, 600, 0, tmp_path)
     assert found["read"] > 60 and found["unreadable"] > 10 and found["damaged"] > 10, found
 
@@ -112,7 +112,7 @@ def test_a_title_that_is_not_utf8_is_read(tmp_path, make_clip, suffix):
     assert isinstance(video, EncodedVideo), video
 
 
-def test_a_codec_nobody_knows(tmp_path, make_clip):
+def test_an_unknown_codec_is_unreadable(tmp_path, make_clip):
     path = tmp_path / "unknown.mp4"
     path.write_bytes(Path(make_clip("a.mp4", num_frames=4)).read_bytes().replace(b"avc1", b"zzz1"))
     (error,) = Encoder(Video(**RULE)).encode([VideoClip(str(path))], ["digest"])

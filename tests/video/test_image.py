@@ -1,4 +1,4 @@
-"""Images against transformers' own processor: same grid, same patches but for the resize."""
+"""Images compared with transformers' image processor: equal grid, patches near equal."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ GREY_LEVEL = 1 / 255 / 0.26  # one grey level after normalisation
 
 
 def picture(height, width, seed=0):
-    """Smooth colours with noise, so that a resize has something to get wrong."""
+    """Return smooth colours with noise, which a wrong resize would change."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width] / max(height, width)
     smooth = np.stack([y, x, 1 - y], -1) * 200

@@ -9,7 +9,7 @@ from megatron_vrl.types import EncodedVideo, VideoClip
 from megatron_vrl.video.encode import Encoder
 from megatron_vrl.video.probe import probe
 from megatron_vrl.video.pyav import SWSCALE_FLAGS
-from megatron_vrl.video.resize import resize, turned
+from megatron_vrl.video.resize import resize, rotate
 from tests.video.oddities import IMPOSSIBLE, MATRIX, ODDITIES, ONLY
 
 RULE = {"min_pixels": 28 * 28, "max_pixels": 56 * 56, "fps": 4.0}
@@ -21,7 +21,7 @@ def encoders() -> dict[str, Encoder]:
 
 
 def plain_read(path: str) -> list[np.ndarray]:
-    """[H, W, 3] of each frame from the first keyframe on, at the size that the file names."""
+    """Yield each frame [H, W, 3] from the first keyframe on, at the size in the file's header."""
     frames = []
     with av.open(path) as container:
         stream = container.streams.best("video")
@@ -38,7 +38,7 @@ def plain_read(path: str) -> list[np.ndarray]:
 
 
 def with_centred_chroma(frame: av.VideoFrame) -> av.VideoFrame:
-    """The frame without the tag that says where chroma lies."""
+    """Return the frame without its chroma location tag."""
     graph = av.filter.Graph()
     centre = graph.add("setparams", "chroma_location=unspecified")
     graph.link_nodes(
@@ -80,7 +80,7 @@ def test_decoders_give_the_bytes_of_a_plain_read(encoders, tmp_path, container):
         video = videos["pyav"]
         height, width = (14 * side for side in video.grid_thw[1:])
         chosen = np.stack([shown[i] for i in video.frame_indices])
-        want = resize(turned(chosen, file.quarter_turns), height, width)
+        want = resize(rotate(chosen, file.quarter_turns), height, width)
         for name in videos:
             if not np.array_equal(videos[name].frames, want):
                 wrong.append((codec, oddity, name, int((videos[name].frames != want).sum())))

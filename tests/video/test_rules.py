@@ -1,4 +1,4 @@
-"""The rules against values measured with qwen-vl-utils, a restatement of it, and transformers."""
+"""Sampling rules compared with qwen-vl-utils (measured and reimplemented) and transformers."""
 
 import math
 import subprocess
@@ -16,7 +16,7 @@ from megatron_vrl.video import rules
 
 
 def restated(total: int, fps: float, height: int, width: int, cfg: Video):
-    """fetch_video of qwen-vl-utils 0.0.14, in its own words and with torch's linspace."""
+    """Reimplementation of fetch_video of qwen-vl-utils 0.0.14 with torch's linspace."""
     min_frames = math.ceil(cfg.min_frames / 2) * 2
     max_frames = math.floor(min(cfg.max_frames, total) / 2) * 2
     nframes = total / fps * cfg.fps
@@ -87,7 +87,7 @@ def test_plan_fits_its_limits(total, max_frames, side):
     assert plan.num_tokens * 4 == math.prod(plan.grid_thw)
 
 
-def test_too_thin_is_refused():
+def test_extreme_aspect_ratio_is_rejected():
     with pytest.raises(VideoError, match="2010x10, longer than 200:1"):
         rules.smart_resize(10, 2010, 100352, 602112)
 

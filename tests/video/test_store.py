@@ -1,4 +1,4 @@
-"""What is put comes back bit for bit, limits hold, processes do not disturb each other."""
+"""Frame store: bit-equal round trip, size limits, concurrent processes."""
 
 import multiprocessing
 from dataclasses import fields, replace
@@ -43,14 +43,14 @@ def disk_bytes(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.iterdir())
 
 
-def test_disk_gives_back_the_same(tmp_path):
+def test_disk_round_trip_is_bit_equal(tmp_path):
     VideoStore(1, str(tmp_path), 64).put("key", a_video(0))
     assert_same(VideoStore(1, str(tmp_path), 64).get("key"), a_video(0))
     assert VideoStore(1, str(tmp_path), 64).get("other") is None
     assert [path.name for path in tmp_path.iterdir()] == ["key.npz"]
 
 
-def test_memory_keeps_what_was_used_last():
+def test_memory_evicts_the_least_recently_used():
     store = VideoStore(1)
     size = a_video(0).frames.nbytes
     room = MIB // size
@@ -64,7 +64,7 @@ def test_memory_keeps_what_was_used_last():
     assert_same(store.get("new"), a_video(99))
 
 
-def test_memory_refuses_what_is_larger_than_itself():
+def test_memory_does_not_store_a_video_over_its_limit():
     store = VideoStore(1)
     store.put("small", a_video(0))
     store.put("large", a_video(1, frames=40))
@@ -119,7 +119,7 @@ def test_processes_share_a_directory(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_directory_that_cannot_be_made(tmp_path):
+def test_unwritable_directory_is_a_config_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written"):
         VideoStore(1, str(tmp_path / "file" / "store"), 2)

@@ -1,4 +1,4 @@
-"""Colour and rotation tags against arithmetic: both decoders obey them alike."""
+"""Colour and rotation tags: both decoders equal the arithmetic of the standards."""
 
 import av
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 
 from megatron_vrl.config import Video
 from megatron_vrl.types import EncodedVideo, VideoClip
-from megatron_vrl.video.colour import corrected, to_rgb
+from megatron_vrl.video.colour import correct_matrix, to_rgb
 from megatron_vrl.video.encode import Encoder
 from megatron_vrl.video.probe import probe
 from megatron_vrl.video.routing import dali_reads
@@ -27,7 +27,7 @@ def encode(decoder: str, path: str, **rule) -> EncodedVideo:
 
 
 def write_patches(path: str, codec: str, matrix: int, colour_range: int, depth: int) -> None:
-    """Four flat frames, one for each row of YCBCR, without loss."""
+    """Write four flat frames, one per row of YCBCR, losslessly."""
     pixels = "yuv444p" if depth == 8 else "yuv444p10le"
     with av.open(path, "w") as container:
         stream = container.add_stream(codec, rate=4)
@@ -46,7 +46,7 @@ def write_patches(path: str, codec: str, matrix: int, colour_range: int, depth: 
 
 
 def rgb(matrix: int, is_full: bool) -> np.ndarray:
-    """[4, 3] of YCBCR by the definition."""
+    """Return the RGB [4, 3] of YCBCR by the definition."""
     values = YCBCR.astype(float) - [0 if is_full else 16, 128, 128]
     scale = [1, 1, 1] if is_full else [255 / 219, 255 / 224, 255 / 224]
     return (values * scale) @ to_rgb(matrix).T
@@ -55,7 +55,7 @@ def rgb(matrix: int, is_full: bool) -> np.ndarray:
 @pytest.mark.parametrize("matrix", [BT709, BT601, BT2020, UNTAGGED])
 @pytest.mark.parametrize("colour_range", [LIMITED, FULL])
 @pytest.mark.parametrize(("codec", "depth"), [("libx264", 8), ("libx264", 10), ("libvpx-vp9", 8)])
-def test_colours_are_those_of_the_tags(tmp_path, codec, depth, matrix, colour_range):
+def test_colours_follow_the_tags(tmp_path, codec, depth, matrix, colour_range):
     path = str(tmp_path / ("clip.mp4" if codec == "libx264" else "clip.webm"))
     write_patches(path, codec, matrix, colour_range, depth)
     file = probe(path)
@@ -67,8 +67,8 @@ def test_colours_are_those_of_the_tags(tmp_path, codec, depth, matrix, colour_ra
     np.testing.assert_array_equal(encode("dali", path, fps=4.0).frames, video.frames)
 
 
-def test_matrices_are_the_published_ones():
-    """ITU-R BT.601-7 and BT.709-6 as they are usually printed."""
+def test_matrices_equal_the_standards():
+    """Compare with the rounded coefficients of ITU-R BT.601-7 and BT.709-6."""
     np.testing.assert_allclose(to_rgb(BT601)[0], [1, 0, 1.402], atol=1e-3)
     np.testing.assert_allclose(to_rgb(BT601)[1], [1, -0.344, -0.714], atol=1e-3)
     np.testing.assert_allclose(to_rgb(BT709)[1], [1, -0.187, -0.468], atol=1e-3)
@@ -77,15 +77,15 @@ def test_matrices_are_the_published_ones():
 
 @pytest.mark.parametrize("is_full", [False, True])
 @pytest.mark.parametrize("matrix", [BT709, BT2020])
-def test_a_wrong_matrix_is_made_good(matrix, is_full):
+def test_a_wrong_matrix_is_corrected(matrix, is_full):
     read = np.rint(rgb(BT601, is_full)).astype(np.uint8)
-    assert np.abs(corrected(read, matrix) - rgb(matrix, is_full)).max() < 2
+    assert np.abs(correct_matrix(read, matrix) - rgb(matrix, is_full)).max() < 2
     assert np.abs(read - rgb(matrix, is_full)).max() > 4
 
 
 @pytest.mark.parametrize("degrees", [90, 180, -90])
 @pytest.mark.parametrize("decoder", ["dali", "pyav"])
-def test_frames_are_turned_as_the_display_matrix_says(make_clip, decoder, degrees):
+def test_frames_are_rotated_by_the_display_matrix(make_clip, decoder, degrees):
     size = {"size": (112, 168), "num_frames": 16}
     upright = encode("pyav", make_clip("upright.mp4", **size), num_frames=4)
     path = make_clip("turned.mp4", turned=degrees, **size)
@@ -96,7 +96,7 @@ def test_frames_are_turned_as_the_display_matrix_says(make_clip, decoder, degree
     assert video.grid_thw[1:] == ((12, 8) if degrees % 180 else (8, 12))
 
 
-def test_both_decoders_turn_before_they_resize(make_clip):
+def test_both_decoders_rotate_before_resizing(make_clip):
     path = make_clip("turned.mp4", turned=90, size=(240, 320), num_frames=16)
     small = {"max_pixels": 100 * 100, "num_frames": 4}
     np.testing.assert_array_equal(
@@ -104,7 +104,7 @@ def test_both_decoders_turn_before_they_resize(make_clip):
     )
 
 
-def test_colours_decide_who_decodes(make_clip):
+def test_colour_tags_decide_the_decoder(make_clip):
     tagged = {"bt709.mp4": (BT709, LIMITED), "bt601.mp4": (BT601, LIMITED)}
     routes = {
         name: dali_reads(probe(make_clip(name, colours=colours, num_frames=8)), "cpu")
@@ -113,7 +113,7 @@ def test_colours_decide_who_decodes(make_clip):
     assert routes == {"bt709.mp4": False, "bt601.mp4": True}
 
 
-def test_what_cards_decode(make_clip):
+def test_codecs_that_each_gpu_generation_decodes(make_clip):
     ten_bits = probe(make_clip("clip.mp4", pixels="yuv420p10le", num_frames=4))
     plain = probe(make_clip("plain.mp4", colours=(BT709, LIMITED), num_frames=4))
     hopper, blackwell = (9, 0), (10, 0)

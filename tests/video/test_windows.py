@@ -1,4 +1,4 @@
-"""Windows and fixed counts: Qwen's own arithmetic on constant rates, times on variable ones."""
+"""Windows and fixed frame counts: Qwen's arithmetic for constant rates, else timestamps."""
 
 import math
 from dataclasses import replace
@@ -48,7 +48,7 @@ def file_of(timestamps_s: np.ndarray, fps: float) -> VideoFile:
     end=st.floats(0, 1),
 )
 def test_a_window_of_a_constant_rate_is_qwens(num_frames, fps, start, end):
-    """`calculate_video_frame_range` of qwen-vl-utils, but for times within 1 ms of a frame's."""
+    """Equals `calculate_video_frame_range` of qwen-vl-utils to within 1 ms."""
     start, end = sorted((start * num_frames, end * num_frames))
     start_s, end_s = round(start) / fps + 2e-3, round(end) / fps - 2e-3
     first, last = math.ceil(start_s * fps), min(math.floor(end_s * fps), num_frames - 1)
@@ -72,12 +72,12 @@ def test_a_fixed_count_is_rounded_as_in_qwen(asked, frames, sampled):
     assert frame_count(frames, 30.0, Video(num_frames=asked)) == round(asked / 2) * 2 == sampled
 
 
-def test_a_fixed_count_takes_what_there_is():
+def test_a_fixed_count_is_limited_by_the_number_of_frames():
     assert frame_count(9, 30.0, Video(num_frames=16)) == 8
     assert frame_count(1, 30.0, Video(num_frames=16)) == 1
 
 
-def test_windows_are_decoded_and_stored_apart(make_clip):
+def test_windows_are_decoded_and_stored_separately(make_clip):
     path = make_clip("clip.mp4", num_frames=64, fps=16)
     rule = {"min_pixels": 784, "num_frames": 8}
     reader = VideoReader(Video(decoder="pyav", **rule))

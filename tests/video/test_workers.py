@@ -1,4 +1,4 @@
-"""What hangs or crashes ends its own process only; what is decoded ahead is the same."""
+"""Decoding processes: a hang or crash ends one process; prefetched videos are bit-equal."""
 
 import gc
 import os
@@ -64,14 +64,14 @@ def test_a_task_that_hangs_is_killed_and_the_next_one_runs(workers):
         os.kill(before, 0)
 
 
-def test_a_task_that_crashes_says_so(workers):
+def test_a_task_that_crashes_is_a_video_error(workers):
     with pytest.raises(VideoError, match=r"exit code -11") as error:
         workers.submit(LONG_S, crash).result()
     assert error.value.kind == "crashed"
     assert workers.submit(LONG_S, add, 2).result() == 42
 
 
-def test_errors_come_back(workers):
+def test_errors_are_raised_by_the_future(workers):
     with pytest.raises(VideoError, match=r"is bad\.") as error:
         workers.submit(LONG_S, refuse).result()
     assert error.value.kind == "empty"
@@ -79,7 +79,7 @@ def test_errors_come_back(workers):
         workers.submit(LONG_S, mistake).result()
 
 
-def test_processes_end_with_their_owner():
+def test_processes_end_with_their_pool():
     workers = Workers(1, partial(int, 40))
     process = workers.submit(LONG_S, process_of).result()
     del workers
@@ -95,7 +95,7 @@ def test_processes_end_with_their_owner():
 
 
 def repeat(source: str, target: str, times: int) -> None:
-    """The same pictures again and again, all in one group of pictures: nothing to seek to."""
+    """Write the same frames repeatedly in one group of pictures, so that seeking is impossible."""
     with av.open(source) as shown, av.open(target, "w") as container:
         stream = container.add_stream_from_template(shown.streams.video[0])
         packets = [packet for packet in shown.demux(video=0) if packet.size]
@@ -107,7 +107,7 @@ def repeat(source: str, target: str, times: int) -> None:
             container.mux(packet)
 
 
-def test_a_video_that_takes_too_long_is_given_up(make_clip, tmp_path):
+def test_a_video_over_its_timeout_is_a_video_error(make_clip, tmp_path):
     slow = str(tmp_path / "slow.mp4")
     repeat(make_clip("part.mp4", num_frames=40, codec="mpeg4", size=(480, 640)), slow, times=400)
     quick = make_clip("quick.mp4", num_frames=8)
@@ -122,7 +122,7 @@ def test_a_video_that_takes_too_long_is_given_up(make_clip, tmp_path):
 
 
 @pytest.mark.parametrize("decoder", ["dali", "pyav"])
-def test_what_is_decoded_ahead_is_the_same(make_clip, decoder):
+def test_prefetched_videos_are_bit_equal(make_clip, decoder):
     paths = [make_clip(f"{i}.mp4", num_frames=8 + i) for i in range(6)]
     cfg = Video(**SMALL | {"decoder": decoder}, prefetch=4, store_mib=1)
     plain = VideoReader(cfg).encode(paths)
@@ -138,7 +138,7 @@ def test_what_is_decoded_ahead_is_the_same(make_clip, decoder):
 
 
 def test_memory_is_flat_over_two_thousand_videos(make_clip, tmp_path):
-    """One file under 2,000 names, each with a window of its own: all are decoded."""
+    """One file under 2,000 names with a different window each, so that all are decoded."""
     source = make_clip("source.mp4", num_frames=16, size=(56, 56))
     clip = []
     for number in range(2000):
@@ -170,7 +170,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("length", [75, 76, 200])
 def test_a_long_tmpdir(make_clip, tmp_path, length):
-    """The address of a Unix socket holds 107 bytes, also under MAX_TMPDIR and over it."""
+    """A Unix socket address has at most 107 bytes. TMPDIR is tested under and over MAX_TMPDIR."""
     folder = Path(tempfile.mkdtemp(dir="/tmp"))
     long = folder / ("x" * (length - len(str(folder)) - 1))
     long.mkdir()

@@ -28,7 +28,7 @@ from megatron_vrl.models.architecture import Architecture, read_architecture
 from megatron_vrl.models.logprob_head import Distribution
 from megatron_vrl.models.precision import FP8_FORMATS, FP8_RECIPES
 from megatron_vrl.models.qwen2_5_vl.flops import batch_work, update_flops
-from megatron_vrl.observe.hardware import forget_peak, peak_bytes, peak_flops
+from megatron_vrl.observe.hardware import peak_bytes, peak_flops, reset_peak
 from megatron_vrl.parallel.mesh import close_mesh, init_mesh
 from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.policy.policy import Policy
@@ -113,7 +113,7 @@ def _once(policy: Policy, batches: list[MicroBatch], number_format: str) -> Row:
         chunk.config.fp8 = FP8_FORMATS.get(number_format)
         chunk.config.fp8_recipe = FP8_RECIPES.get(number_format, "delayed")
     device = policy.mesh.device
-    forget_peak(device)
+    reset_peak(device)
     _wait(device)
     began = time.perf_counter()
     loss = partial(token_loss, cfg=Algorithm(kl=0.0))

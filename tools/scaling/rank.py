@@ -24,7 +24,7 @@ from megatron_vrl.checkpoint.hf_load import load_hf_weights
 from megatron_vrl.config import Algorithm, Batch, Optimizer
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.models.logprob_head import Distribution
-from megatron_vrl.observe.hardware import forget_peak, peak_bytes
+from megatron_vrl.observe.hardware import peak_bytes, reset_peak
 from megatron_vrl.observe.silence_logs import silence_libraries
 from megatron_vrl.parallel.mesh import Mesh, gather_objects, init_mesh, world_axis
 from megatron_vrl.policy.micro_batches import plan_batches
@@ -54,7 +54,7 @@ def run_cell(spec: Mapping[str, Any], model: Path) -> dict[str, Any]:
     update = partial(
         policy.update, batches, partial(token_loss, cfg=Algorithm(kl=0.0)), Distribution(), 0
     )
-    forget_peak(mesh.device)
+    reset_peak(mesh.device)
     first = update()
     seconds = [_timed(update, mesh) for _ in range(spec["rounds"]["timed"])]
     shares = [_profiled(update, mesh) for _ in range(spec["rounds"]["profiled"])]

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_vrl.errors import ConfigError, UserError, counted
 from megatron_vrl.models.architecture import Architecture, read_architecture
-from megatron_vrl.observe.progress import say_written
+from megatron_vrl.observe.progress import log_written
 from megatron_vrl.planner.hardware import Gpu, find_gpu
 from scaling.grid import Study, cells, ideal_bubble
 from scaling.launch import Nodes, check_cell, launch, load, model_path
@@ -139,7 +139,7 @@ def _tell(
     failed = sum("failed" in row for row in rows)
     done = counted(len(rows) - failed, "cell")
     print(f"scaling: {done}, {failed} failed; see table.md", flush=True)
-    say_written(out)
+    log_written(out)
 
 
 def _fitted(

@@ -1,22 +1,26 @@
-"""Published forms of benchmarks, beside those of `readers.py`.
+"""Readers of benchmark formats, as their authors released them.
 
-tvgbench             [{path, question, answer "13.4-28.1", duration}] (Time-R1); the video is the
-                     last part of its path
-activitynet_rtl      [{question_id, vid, question, answer "<3.2> <9.0> because ...", duration}]
-                     (LITA, annot_val_1_q229.json); the video of vid X is v_X.mp4
-mvbench              {video, question, candidates, answer} in one file per sub-task, whose name is
-                     the sub-task; a folder of such files is the whole. Videos lie in the folders of
-                     the pre-cut release that Temporal-R1 evaluates, named by FOLDERS
-tempcompass          {video: {dimension: [{question, answer}]}} in multi-choice.json, yes_no.json
-                     and caption_matching.json; options stand in the lines of the question
-video_mme            [{question_id, videoID, duration "short", domain, task_type, question, options
-                     ["A. ...", ...], answer "C"}], the rows of its table
-mmvu                 [{id, video (an address), question_type, metadata {subject}, question, choices
-                     {"A": ...}, answer}]; open-ended questions have no options
+Training formats are in training.py.
 
-Sets without numbers of their own get VIDEO/INDEX, the index counting the questions of one video.
-Left out: TempCompass' captions and MMVU's open-ended answers, which a language model has to judge;
-tables that are not JSON (`pandas.read_parquet(FILE).to_json(OUT, orient="records")` makes them so).
+  tvgbench             [{path, question, answer "13.4-28.1", duration}] (Time-R1); the video is the
+                       last component of its path
+  activitynet_rtl      [{question_id, vid, question, answer "<3.2> <9.0> because ...", duration}]
+                       (LITA, annot_val_1_q229.json); the video of vid X is v_X.mp4
+  mvbench              {video, question, candidates, answer}, one file per sub-task, named after the
+                       sub-task, in one folder; videos are in the folders of FOLDERS, as in the
+                       pre-cut release that Temporal-R1 evaluates
+  tempcompass          {video: {dimension: [{question, answer}]}} in multi-choice.json, yes_no.json
+                       and caption_matching.json; the last lines of a question are its options
+  video_mme            [{question_id, videoID, duration "short", domain, task_type, question,
+                       options ["A. ...", ...], answer "C"}], the rows of its table
+  mmvu                 [{id, video (a URL), question_type, metadata {subject}, question, choices
+                       {"A": ...}, answer}]; open-ended questions have no options
+
+Questions of benchmarks without ids get VIDEO/INDEX, where INDEX counts the questions of one video.
+
+Not supported: TempCompass captions and MMVU's open-ended answers, which need a language model as
+judge. Tables that are not JSON must be converted: `pandas.read_parquet(FILE).to_json(OUT,
+orient="records")`.
 """
 
 import re
@@ -35,10 +39,10 @@ from megatron_vrl.data.formats.records import (
     Reader,
     Record,
     Seconds,
-    choice,
-    clipped,
+    apply_clip,
+    choice_sample,
     option_texts,
-    spans,
+    to_intervals,
     video_file,
     video_path,
 )
@@ -48,7 +52,7 @@ from megatron_vrl.types import VideoSample
 _RANGE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*-\s*([0-9]+(?:\.[0-9]+)?)\s*")
 _STAMP = re.compile(r"<([0-9]*\.?[0-9]+|[0-9]+\.)>")
 
-FOLDERS = {  # of MVBench's sub-tasks
+FOLDERS = {  # MVBench sub-task -> video folder
     "action_antonym": "ssv2_video_mp4",
     "action_count": "perception/videos",
     "action_localization": "sta/sta_video_segment",
@@ -73,6 +77,8 @@ FOLDERS = {  # of MVBench's sub-tasks
 
 
 class TvgBench(Record):
+    """Grounding question of TVGBench."""
+
     path: str
     question: str
     answer: str
@@ -82,6 +88,8 @@ class TvgBench(Record):
 
 
 class ActivityNetRtl(Record):
+    """Grounding question of ActivityNet-RTL."""
+
     question_id: Name | int
     vid: str
     question: str
@@ -90,6 +98,8 @@ class ActivityNetRtl(Record):
 
 
 class MvBench(Record):
+    """Multiple-choice question of MVBench."""
+
     video: str
     question: str
     candidates: Options
@@ -97,11 +107,15 @@ class MvBench(Record):
 
 
 class TempCompass(Record):
+    """Question of TempCompass. Options are lines of `question`."""
+
     question: str
     answer: str
 
 
 class VideoMme(Record):
+    """Multiple-choice question of Video-MME."""
+
     question_id: Name
     videoID: str
     duration: str
@@ -113,10 +127,14 @@ class VideoMme(Record):
 
 
 class MmvuMetadata(Record):
+    """Subject of an MMVU question."""
+
     subject: str
 
 
 class Mmvu(Record):
+    """Question of MMVU, multiple choice or open-ended."""
+
     id: Name
     video: str
     question_type: str
@@ -131,6 +149,7 @@ def tvgbench(
     source: Source,
     header_duration_s: HeaderDuration | None,
 ) -> Iterator[VideoSample]:
+    """Yield one sample per record."""
     for index, record in records:
         match = _RANGE.fullmatch(record.answer)
         if match is None:
@@ -145,7 +164,7 @@ def tvgbench(
             (float(match[1]), float(match[2])),
             labels=tuple(f"{kind}/{label}" for kind, label in labels.items() if label),
         )
-        yield clipped(sample, record, source)
+        yield apply_clip(sample, record, source)
 
 
 def activitynet_rtl(
@@ -153,6 +172,7 @@ def activitynet_rtl(
     source: Source,
     header_duration_s: HeaderDuration | None,
 ) -> Iterator[VideoSample]:
+    """Yield one sample per record. The interval is made of the first two times in the answer."""
     for index, record in records:
         stamps = [float(stamp) for stamp in _STAMP.findall(record.answer)[:2]]
         if len(stamps) < 2:
@@ -164,7 +184,7 @@ def activitynet_rtl(
             record.question,
             (min(stamps), max(stamps)),
         )
-        yield clipped(sample, record, source)
+        yield apply_clip(sample, record, source)
 
 
 def mvbench(
@@ -172,11 +192,12 @@ def mvbench(
     source: Source,
     header_duration_s: HeaderDuration | None,
 ) -> Iterator[VideoSample]:
+    """Yield one sample per record of every sub-task."""
     seen: Counter[str] = Counter()
     for sub_task, of_task in records:
         folder = f"{FOLDERS[sub_task]}/" if sub_task in FOLDERS else ""
         for record in of_task:
-            sample = choice(
+            sample = choice_sample(
                 source,
                 _numbered(record.video, seen),
                 video=folder + record.video,
@@ -185,7 +206,7 @@ def mvbench(
                 answer=_letter_of(record),
                 labels=(f"sub_task/{sub_task}",),
             )
-            yield clipped(sample, record, source)
+            yield apply_clip(sample, record, source)
 
 
 def tempcompass(
@@ -193,26 +214,27 @@ def tempcompass(
     source: Source,
     header_duration_s: HeaderDuration | None,
 ) -> Iterator[VideoSample]:
+    """Yield one sample per question."""
     seen: Counter[str] = Counter()
-    for form, videos in records:
-        if form == "captioning":
+    for file, videos in records:
+        if file == "captioning":
             raise DataError(
                 f"{source.json_path}: captioning.json asks for free captions, which a language "
-                "model has to judge: give a folder with multi-choice.json, yes_no.json and "
-                "caption_matching.json alone."
+                "model has to judge: give a folder with only multi-choice.json, yes_no.json and "
+                "caption_matching.json."
             )
         for video, dimensions in videos.items():
             for dimension, questions in dimensions.items():
                 for record in questions:
                     question, options = _in_lines(record)
-                    yield choice(
+                    yield choice_sample(
                         source,
                         _numbered(video, seen),
                         video=video_file(video),
                         question=question,
                         options=options,
                         answer=record.answer,
-                        labels=(f"dimension/{dimension}", f"form/{form}"),
+                        labels=(f"dimension/{dimension}", f"form/{file}"),
                     )
 
 
@@ -221,10 +243,11 @@ def video_mme(
     source: Source,
     header_duration_s: HeaderDuration | None,
 ) -> Iterator[VideoSample]:
+    """Yield one sample per record."""
     for _, record in records:
         labels = (record.duration, record.domain, record.task_type)
         kinds = ("duration", "domain", "task_type")
-        yield choice(
+        yield choice_sample(
             source,
             record.question_id,
             video=video_file(record.videoID),
@@ -238,11 +261,12 @@ def video_mme(
 def mmvu(
     records: Iterable[tuple[int, Mmvu]], source: Source, header_duration_s: HeaderDuration | None
 ) -> Iterator[VideoSample]:
+    """Yield one sample per record. An open-ended question has no options."""
     for _, record in records:
         video = record.video.rpartition("/videos/")[2]
         labels = (f"subject/{record.metadata.subject}",)
         if record.question_type == "multiple-choice":
-            yield choice(
+            yield choice_sample(
                 source,
                 record.id,
                 video=video,
@@ -267,21 +291,21 @@ def mmvu(
 
 
 BENCHMARK_READERS: dict[str, Reader] = {
-    "tvgbench": Reader(form=TypeAdapter(list[TvgBench]), samples=tvgbench, is_list=True),
+    "tvgbench": Reader(schema=TypeAdapter(list[TvgBench]), samples=tvgbench, is_list=True),
     "activitynet_rtl": Reader(
-        form=TypeAdapter(list[ActivityNetRtl]), samples=activitynet_rtl, is_list=True
+        schema=TypeAdapter(list[ActivityNetRtl]), samples=activitynet_rtl, is_list=True
     ),
     "mvbench": Reader(
-        form=TypeAdapter(dict[str, list[MvBench]]), samples=mvbench, is_list=False, by_file=True
+        schema=TypeAdapter(dict[str, list[MvBench]]), samples=mvbench, is_list=False, by_file=True
     ),
     "tempcompass": Reader(
-        form=TypeAdapter(dict[str, dict[str, dict[str, list[TempCompass]]]]),
+        schema=TypeAdapter(dict[str, dict[str, dict[str, list[TempCompass]]]]),
         samples=tempcompass,
         is_list=False,
         by_file=True,
     ),
-    "video_mme": Reader(form=TypeAdapter(list[VideoMme]), samples=video_mme, is_list=True),
-    "mmvu": Reader(form=TypeAdapter(list[Mmvu]), samples=mmvu, is_list=True),
+    "video_mme": Reader(schema=TypeAdapter(list[VideoMme]), samples=video_mme, is_list=True),
+    "mmvu": Reader(schema=TypeAdapter(list[Mmvu]), samples=mmvu, is_list=True),
 }
 
 
@@ -293,6 +317,7 @@ def _grounding(
     span: Sequence[float],
     labels: tuple[str, ...] = (),
 ) -> VideoSample:
+    """Return a temporal grounding sample."""
     return VideoSample(
         id=name,
         task="temporal_grounding",
@@ -300,7 +325,7 @@ def _grounding(
         duration_s=duration_s,
         query=query.strip(),
         rationale=query.strip(),
-        intervals_s=spans([span]),
+        intervals_s=to_intervals([span]),
         options=(),
         option="",
         labels=labels,
@@ -308,20 +333,27 @@ def _grounding(
 
 
 def _numbered(video: str, seen: Counter[str]) -> str:
+    """Return the id VIDEO/INDEX of the next question of a video."""
     index = seen[video]
     seen[video] += 1
     return f"{video}/{index}"
 
 
 def _letter_of(record: MvBench) -> str:
-    """Letter of the candidate that the answer repeats: a candidate may itself be a letter."""
+    """Return the letter of the candidate that equals the answer, else the answer itself.
+
+    The candidates are compared first because a candidate may itself be a letter.
+    """
     if record.candidates.count(record.answer) == 1:
         return ascii_uppercase[record.candidates.index(record.answer)]
     return record.answer
 
 
 def _in_lines(record: TempCompass) -> tuple[str, list[str]]:
-    """(question, options with their letters) of a question whose last lines are its options."""
+    """Return (question, options with letters) of a question whose last lines are its options.
+
+    A question without such lines has the options yes and no.
+    """
     lines = record.question.strip().splitlines()
     for first in range(1, len(lines) - 1):
         options = [line.strip() for line in lines[first:]]
@@ -331,6 +363,7 @@ def _in_lines(record: TempCompass) -> tuple[str, list[str]]:
 
 
 def _refused(source: Source, record: Any, answer: str, expected: str) -> DataError:
+    """Return the error for an answer that does not have the expected format."""
     return DataError(
         f"{source.json_path}: record {record!r}: field 'answer' is {answer!r:.80}, expected "
         f"{expected}."

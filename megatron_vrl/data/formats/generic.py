@@ -1,8 +1,8 @@
-"""Generic annotation format: questions of a task that has a truth of its own, such as a count.
+"""Reader of the generic format: questions of a task with its own kind of truth, such as a count.
 
-A file is a list of {id, task, video, duration, question, truth, rationale}. `truth` holds the
-fields of the task's `Truth.record`, `rationale` may be left out. Intervals and options have formats
-of their own (training.py).
+A file is a list of {id, task, video, duration, question, truth, rationale}. `truth` has the fields
+of the task's `Truth.record`. `rationale` is optional. Questions with intervals or options have
+other formats (training.py).
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,7 +17,7 @@ from megatron_vrl.data.formats.records import (
     Reader,
     Record,
     Seconds,
-    clipped,
+    apply_clip,
     video_path,
 )
 from megatron_vrl.errors import DataError
@@ -26,6 +26,8 @@ from megatron_vrl.types import VideoSample
 
 
 class GenericRecord(Record):
+    """Question of a task with its own kind of truth."""
+
     id: Name
     task: Name
     video: str
@@ -40,7 +42,7 @@ def generic(
     source: Source,
     header_duration_s: HeaderDuration | None,
 ) -> Iterator[VideoSample]:
-    """Yield one sample for each record. Raises DataError for a task or a truth that is refused."""
+    """Yield one sample per record. Raises DataError for an invalid task or truth."""
     for _, record in records:
         sample = VideoSample(
             id=record.id,
@@ -54,7 +56,7 @@ def generic(
             option="",
             truth=_truth(record, source),
         )
-        yield clipped(sample, record, source)
+        yield apply_clip(sample, record, source)
 
 
 def _truth(record: GenericRecord, source: Source) -> Any:
@@ -78,4 +80,4 @@ def _truth(record: GenericRecord, source: Source) -> Any:
     raise DataError(f"{where}: field {field!r} is {wrong['input']!r:.80}, refused: {wrong['msg']}.")
 
 
-GENERIC_READER = Reader(form=TypeAdapter(list[GenericRecord]), samples=generic, is_list=True)
+GENERIC_READER = Reader(schema=TypeAdapter(list[GenericRecord]), samples=generic, is_list=True)

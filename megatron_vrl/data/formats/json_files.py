@@ -1,10 +1,13 @@
-"""JSON annotation files, read in one way by training, dry run and tools/check_data.py.
+"""Parser of JSON annotation files, used by training, dry run and tools/check_data.py.
 
-The text is UTF-8, with or without a byte-order mark. A .jsonl file has one record a line; lines end
-at the byte LF (a CR before it is white space), since U+2028, NEL and other line breaks may stand
-inside a string; blank lines are passed over. A key may not stand twice in one object. A whole
-number of more than 18 digits is read as a float. NaN and infinity are read, and refused by the
-fields that count.
+  - Files are UTF-8, with or without a byte-order mark.
+  - A .jsonl file has one record per line. A line ends at the byte LF; a CR before it is ignored.
+    Other line separators (U+2028, NEL) may occur inside strings. Blank lines are skipped.
+  - Duplicate keys in an object are an error.
+  - An integer of more than 18 digits is read as a float.
+  - NaN and infinity are parsed. Fields that must be finite reject them later.
+
+List files are read in blocks, so memory does not grow with the size of the file.
 """
 
 import gc
@@ -21,32 +24,33 @@ from megatron_vrl.errors import DataError
 BLOCK_BYTES = 4 << 20
 BOM = b"\xef\xbb\xbf"
 BLANK = " \t\r\n"  # JSON's white space
-LONGEST_INTEGER = 18  # digits that 64 bits hold
-CUT_TOKEN = 16  # characters before the end of a block where a literal may have been cut
-OTHER_KINDS = {  # first bytes -> what the file is, and what to do
+LONGEST_INTEGER = 18  # digits that fit 64 bits
+CUT_TOKEN = 16  # a parse error this close to the end of a block may come from a token cut there
+OTHER_KINDS = {  # first bytes -> kind of file and advice
     b"\x1f\x8b": "compressed with gzip: unpack it",
     b"PK\x03\x04": "a zip archive: unpack it",
     b"PAR1": "a parquet table: turn it into JSON, see docs/evaluation.md",
     b"\xff\xfe": "in UTF-16: save it as UTF-8",
     b"\xfe\xff": "in UTF-16: save it as UTF-8",
 }
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # an escape of half a character
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # escape of one half of a surrogate pair
 
 
-class Found(NamedTuple):
-    """One record of a list and its place in the file."""
+class LocatedRecord(NamedTuple):
+    """One record of a list and its location in the file."""
 
     record: Any
-    start: int  # its first byte
-    stop: int  # the byte after its last one
+    start: int  # offset of its first byte
+    stop: int  # offset after its last byte
     line: int  # counted from 1; 0 in a .json file
 
 
 @contextmanager
 def without_collector() -> Iterator[None]:
-    """Switch the garbage collector off while records are read, which hold no cycles.
+    """Disable the garbage collector while records are read.
 
-    It would walk half a million of them again and again, for most of the time of reading them.
+    Records have no cycles. With the collector on, most of the time of reading half a million
+    records is spent in repeated traversals of them.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -58,11 +62,12 @@ def without_collector() -> Iterator[None]:
 
 
 def is_lines(path: str) -> bool:
+    """Return whether the file is a .jsonl file."""
     return path.lower().endswith(".jsonl")
 
 
 def parse(content: bytes) -> Any:
-    """Return the one JSON value in `content`. Raises ValueError with what is wrong."""
+    """Return the JSON value in `content`. Raises ValueError."""
     try:
         text = content.decode("utf-8")
         value = _DECODER.decode(text)
@@ -76,7 +81,7 @@ def parse(content: bytes) -> Any:
 
 
 def load(path: str) -> Any:
-    """Return the value of a whole file. Raises DataError naming the file and the place."""
+    """Return the value of a whole file. Raises DataError naming the file and the location."""
     if is_lines(path):
         return [found.record for found in records(path)]
     with _opened(path) as file:
@@ -90,7 +95,7 @@ def load(path: str) -> Any:
 
 
 def load_by_file(json_path: str) -> Any:
-    """Return {name without ending: content} of a folder's .json files, or of the one file."""
+    """Return {file name without ending: content} of a folder's .json files, or of one file."""
     path = Path(json_path)
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
     if not files:
@@ -98,8 +103,8 @@ def load_by_file(json_path: str) -> Any:
     return {file.stem: load(str(file)) for file in files}
 
 
-def records(path: str) -> Iterator[Found]:
-    """Yield the records of a list, in blocks: of a .jsonl file, or of a .json file with one list.
+def records(path: str) -> Iterator[LocatedRecord]:
+    """Yield the records of a .jsonl file, or of a .json file with one list. Reads in blocks.
 
     Raises DataError naming the file and the line.
     """
@@ -107,7 +112,7 @@ def records(path: str) -> Iterator[Found]:
 
 
 def version(path: str) -> tuple[int, int]:
-    """Return what changes with the file's content: its time of change (ns) and size (bytes)."""
+    """Return the modification time (ns) and the size (bytes) of a file."""
     try:
         found = os.stat(path)
     except OSError as error:
@@ -116,7 +121,7 @@ def version(path: str) -> tuple[int, int]:
 
 
 def begins_a_list(path: str) -> bool:
-    """Return whether a .json file holds a list. Raises DataError if it cannot be read."""
+    """Return whether a .json file contains a list. Raises DataError if the file cannot be read."""
     with _opened(path) as file:
         while block := file.read(BLOCK_BYTES):
             if begin := block.lstrip():
@@ -125,7 +130,7 @@ def begins_a_list(path: str) -> bool:
 
 
 def _opened(path: str) -> BinaryIO:
-    """The file behind its byte-order mark."""
+    """Return the open file, positioned after the byte-order mark. The caller closes it."""
     try:
         file = open(path, "rb")  # noqa: SIM115 (closed by the caller)
         start = file.read(4)
@@ -141,7 +146,8 @@ def _opened(path: str) -> BinaryIO:
     return file
 
 
-def _lines(path: str) -> Iterator[Found]:
+def _lines(path: str) -> Iterator[LocatedRecord]:
+    """Yield the records of a .jsonl file."""
     with _opened(path) as file:
         stop = file.tell()
         for number, line in enumerate(file, start=1):
@@ -152,11 +158,15 @@ def _lines(path: str) -> Iterator[Found]:
                 record = parse(line)
             except ValueError as error:
                 raise _refused_line(path, number, line, error) from None
-            yield Found(record, start, stop, number)
+            yield LocatedRecord(record, start, stop, number)
 
 
-def _elements(path: str) -> Iterator[Found]:
-    """Yield the records of a JSON list. Latin-1 decodes each byte to one character."""
+def _elements(path: str) -> Iterator[LocatedRecord]:
+    """Yield the records of a JSON list.
+
+    The file is decoded as Latin-1, in which a character is a byte, so positions in the text are
+    byte offsets. Elements that are not ASCII are parsed again as UTF-8.
+    """
     with _opened(path) as opened:
         begin = opened.tell()
     with open(path, encoding="latin-1", newline="") as file:
@@ -168,13 +178,13 @@ def _elements(path: str) -> Iterator[Found]:
                     record = parse(content)
             except ValueError as error:
                 _refuse_at(path, start, content, error)
-            yield Found(record, start, stop, 0)
+            yield LocatedRecord(record, start, stop, 0)
 
 
 def _spans(file: TextIO, before: int, path: str) -> Iterator[tuple[int, int, str, Any]]:
-    """(first byte, byte after the last one, text, value) of each element of a Latin-1 text.
+    """Yield (start, stop, text, value) of each list element of a Latin-1 text; offsets in bytes.
 
-    `before` bytes of the file are passed.
+    `before` is the offset at which reading starts.
     """
     parse_at = _DECODER.raw_decode
     text = file.read(BLOCK_BYTES)
@@ -207,7 +217,7 @@ def _spans(file: TextIO, before: int, path: str) -> Iterator[tuple[int, int, str
             is_last = not block
             text, before, at = text[at:] + block, before + at, 0
             continue
-        except ValueError as error:  # a key that stands twice
+        except ValueError as error:  # a duplicate key
             _refuse_at(path, before + at, b"", error)
         yield before + at, before + stop, text[at:stop], value
         comma = text[after] == ","
@@ -216,12 +226,15 @@ def _spans(file: TextIO, before: int, path: str) -> Iterator[tuple[int, int, str
 
 
 def _may_go_on(error: json.JSONDecodeError, size: int) -> bool:
-    """Return whether the text is wrong only because a block of `size` characters ended."""
+    """Return whether the parse error may only be due to the end of a block of `size` characters."""
     return error.msg.startswith("Unterminated string") or error.pos + CUT_TOKEN > size
 
 
 def _check_end(file: TextIO, path: str, before: int, text: str) -> None:
-    """Refuse what stands behind the list; `text`, whose first byte is `before`, is read already."""
+    """Raise DataError if anything but white space follows the list.
+
+    `text` is already read; its first byte is at offset `before`.
+    """
     while True:
         if (at := _skip(text, 0)) < len(text):
             _refuse_at(path, before + at, b"", ValueError("Extra data"))
@@ -231,6 +244,7 @@ def _check_end(file: TextIO, path: str, before: int, text: str) -> None:
 
 
 def _skip(text: str, at: int) -> int:
+    """Return the position of the first character at or after `at` that is not white space."""
     while at < len(text) and text[at] in BLANK:
         at += 1
     return at
@@ -245,17 +259,18 @@ def _refused(path: str, content: bytes, error: ValueError) -> DataError:
 
 
 def _refused_line(path: str, number: int, line: bytes, error: ValueError) -> DataError:
+    """Return the error for a line of a .jsonl file that cannot be parsed."""
     if isinstance(error, UnicodeDecodeError):
         return _not_utf8(path, number)
     what = str(error)
     if isinstance(error, json.JSONDecodeError):
-        what = f"{_words(error)} at column {error.pos + 1}"
+        what = f"{_parser_message(error)} at column {error.pos + 1}"
     listed = "; a file that holds one list is named .json" if line.lstrip()[:1] in b"[]" else ""
     return DataError(f"{path}, line {number} is not JSON: {what}{listed}.")
 
 
 def _refuse_at(path: str, byte: int, content: bytes, error: ValueError) -> NoReturn:
-    """Raise what is wrong at a byte of a list, or in the element `content` that begins there."""
+    """Raise DataError for an error at offset `byte`, or in `content`, which begins there."""
     if isinstance(error, UnicodeDecodeError):
         byte += error.start
     elif content and isinstance(error, json.JSONDecodeError):
@@ -267,32 +282,37 @@ def _refuse_at(path: str, byte: int, content: bytes, error: ValueError) -> NoRet
     if isinstance(error, UnicodeDecodeError):
         raise _not_utf8(path, line)
     many = "; a file with one record a line is named .jsonl" if _is_extra(error) else ""
-    what = _words(error) if isinstance(error, json.JSONDecodeError) else str(error)
+    what = _parser_message(error) if isinstance(error, json.JSONDecodeError) else str(error)
     raise DataError(f"{path}, line {line} is not JSON: {what}{many}.")
 
 
-def _words(error: json.JSONDecodeError) -> str:
+def _parser_message(error: json.JSONDecodeError) -> str:
+    """Return the message of the JSON parser."""
     return error.msg.removesuffix(" starting at")
 
 
 def _is_extra(error: ValueError) -> bool:
+    """Return whether the error is content after the end of the value."""
     return str(error).startswith("Extra data")
 
 
 def _not_utf8(path: str, line: int) -> DataError:
+    """Return the error for a file that is not UTF-8."""
     return DataError(f"{path}, line {line} is not UTF-8: save the file as UTF-8.")
 
 
 def _integer(digits: str) -> int | float:
+    """Parse an integer, as a float if 64 bits do not hold it."""
     return int(digits) if len(digits) <= LONGEST_INTEGER else float(digits)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object. Raises ValueError for a duplicate key."""
     record = dict(pairs)
     if len(record) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in record if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r:.80} stands twice in one object")
+        raise ValueError(f"the key {twice!r:.80} occurs twice in one object")
     return record
 
 

@@ -1,12 +1,12 @@
-"""NExT-GQA as its authors release it: NAME.csv, with gsub_NAME.json beside it, as records.
+"""Reader of NExT-GQA in its released files: NAME.csv with gsub_NAME.json beside it.
 
-NAME.csv           video_id, question, answer (its text), qid, type, a0 .. a4, and the video's sizes
-gsub_NAME.json     {video_id: {duration, location {qid: [[s, e], ...]}, fps}}
-map_vid_vidorID.json, if it is there: {video_id: folder/video_id}; without it the videos lie flat
+  NAME.csv              video_id, question, answer (its text), qid, type, a0 .. a4, and video sizes
+  gsub_NAME.json        {video_id: {duration, location {qid: [[s, e], ...]}, fps}}
+  map_vid_vidorID.json  {video_id: folder/video_id}; if missing, all videos are in one folder
 
-https://github.com/doc-doc/NExT-GQA, datasets/nextgqa. The records are those of the format
-`next_gqa` in readers.py, ids VIDEO_QID. A question without a location has no interval; train.csv
-has no gsub file, and is refused.
+Source: https://github.com/doc-doc/NExT-GQA, datasets/nextgqa. The result has the records of the
+format `next_gqa` (training.py) with ids VIDEO_QID. A question without a location has no interval.
+train.csv is rejected because it has no gsub file.
 """
 
 import csv
@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_vrl.data.formats.json_files import load
 from megatron_vrl.data.formats.records import video_file
-from megatron_vrl.data.formats.validation import shown
+from megatron_vrl.data.formats.validation import short_repr
 from megatron_vrl.errors import DataError
 
 LETTERS = "ABCDE"
@@ -24,7 +24,7 @@ MAP = "map_vid_vidorID.json"
 
 
 def load_csv(json_path: str) -> list[dict[str, Any]]:
-    """Raises DataError naming file, line and field."""
+    """Return the records of a CSV file. Raises DataError naming file, line and field."""
     path = Path(json_path)
     located = _json(path.with_name(f"gsub_{path.stem}.json"))
     folders = _json(path.with_name(MAP)) if path.with_name(MAP).exists() else {}
@@ -47,11 +47,12 @@ def _record(
     located: Mapping[str, Any],
     folders: Mapping[str, str],
 ) -> dict[str, Any]:
+    """Return one CSV row as a next_gqa record."""
     where = f"{json_path}, line {line}"
     names = ("video_id", "qid", "question", "answer", *(f"a{i}" for i in range(len(LETTERS))))
-    lacking = [name for name in names if row.get(name) is None]
-    if lacking:
-        raise DataError(f"{where}: no field {lacking[0]!r}; give NExT-GQA's CSV as released.")
+    missing = [name for name in names if row.get(name) is None]
+    if missing:
+        raise DataError(f"{where}: no field {missing[0]!r}; give NExT-GQA's CSV as released.")
     field = {name: value or "" for name, value in row.items()}
     video, answer = field["video_id"], field["answer"]
     options = [field[f"a{i}"] for i in range(len(LETTERS))]
@@ -66,7 +67,7 @@ def _record(
     if not isinstance(of_question, dict) or "duration" not in of_video:
         raise DataError(
             f"{where}: gsub_{Path(json_path).stem}.json: video {video!r} is "
-            f"{shown(located[video])}, expected an object of duration and location."
+            f"{short_repr(located[video])}, expected an object of duration and location."
         )
     return {
         "id": f"{video}_{field['qid']}",
@@ -81,9 +82,10 @@ def _record(
 
 
 def _json(path: Path) -> dict[str, Any]:
+    """Return the JSON object of a file beside the CSV. Raises DataError."""
     if not path.is_file():
         raise DataError(
-            f"{path} is not there: NExT-GQA's CSV needs the intervals of this file beside it."
+            f"{path} is missing: NExT-GQA's CSV needs this file with the intervals beside it."
         )
     content = load(str(path))
     if not isinstance(content, dict):

@@ -1,4 +1,4 @@
-"""What annotation forms are made of: checked records, paths of videos, options with letters."""
+"""Building blocks of annotation readers: validated records, video paths, options with letters."""
 
 import os
 import re
@@ -14,13 +14,13 @@ from megatron_vrl.errors import DataError
 from megatron_vrl.tasks.answer import read_option
 from megatron_vrl.types import Interval, VideoSample
 
-VIDEO_SUFFIXES = (  # in lower case; a name may have them in any
+VIDEO_SUFFIXES = (  # compared in lower case
     *(".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".mkv", ".webm", ".avi", ".divx", ".flv"),
     *(".f4v", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".m2v", ".vob", ".wmv", ".asf", ".ogv"),
     *(".ogg", ".ogm", ".mxf", ".rm", ".rmvb", ".dv", ".nut", ".gif"),
 )
 MAX_OPTIONS = 26  # letters A to Z
-LETTER_STYLES = [  # (letter, text) of "(A) red", "A. red", "A) red", "A: red" and "Option 1: red"
+LETTER_STYLES = [  # (letter, text) in "(A) red", "A. red", "A) red", "A: red", "Option 1: red"
     re.compile(rf"{style}(\S.*)", re.DOTALL | re.IGNORECASE)
     for style in (
         r"\(([A-Z])\)\s*",
@@ -31,7 +31,7 @@ LETTER_STYLES = [  # (letter, text) of "(A) red", "A. red", "A) red", "A: red" a
     )
 ]
 
-HeaderDuration = Callable[[str], float]  # path of a video -> its own duration, seconds
+HeaderDuration = Callable[[str], float]  # path of a video -> duration in its header, seconds
 
 Name = Annotated[str, Field(min_length=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -41,6 +41,11 @@ Options = Annotated[list[str], Field(min_length=2, max_length=MAX_OPTIONS)]
 
 
 class Record(BaseModel):
+    """Base of annotation records.
+
+    `clip` is [start, end] in seconds of the shown part of the video.
+    """
+
     model_config = ConfigDict(strict=True)
 
     clip: Span | None = None
@@ -48,19 +53,23 @@ class Record(BaseModel):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reader:
-    form: TypeAdapter[Any]  # of the whole file
-    samples: Callable[[Any, Source, HeaderDuration | None], Iterator[VideoSample]]  # (key, record)s
-    is_list: bool  # of one record for each sample
-    unit: Literal["seconds", "shares"] = "seconds"  # of its times; shares: of the video, 0 to 1
-    by_file: bool = False  # the form is {name of the file: its content}; a folder has several
+    """Schema of an annotation file and the function that makes samples of its records."""
+
+    schema: TypeAdapter[Any]  # schema of the whole file
+    samples: Callable[
+        [Any, Source, HeaderDuration | None], Iterator[VideoSample]
+    ]  # takes (key, record)s
+    is_list: bool  # the file is a list with one record per sample
+    unit: Literal["seconds", "fraction"] = "seconds"  # unit of times; fraction of the video, 0 to 1
+    by_file: bool = False  # the content is {file name: content of the file}, for a folder of files
 
 
-def spans(pairs: Iterable[Sequence[float]]) -> tuple[Interval, ...]:
-    """As published: not cut at the video's ends."""
+def to_intervals(pairs: Iterable[Sequence[float]]) -> tuple[Interval, ...]:
+    """Return the pairs as intervals, not cut to the video."""
     return tuple((start_s, end_s) for start_s, end_s in pairs)
 
 
-def choice(
+def choice_sample(
     source: Source,
     record: str,
     *,
@@ -73,10 +82,10 @@ def choice(
     intervals_s: tuple[Interval, ...] = (),
     labels: tuple[str, ...] = (),
 ) -> VideoSample:
-    """A question with options, whose texts may carry their letters."""
+    """Return the sample of a question with options. Option texts may contain their letters."""
     texts = option_texts(options)
     option, failure = read_option(answer, texts)
-    if failure:  # "(A)red" is read neither by its letter nor by its text alone
+    if failure:  # an answer such as "(A)red" equals an option only with its letter
         option, failure = read_option(answer, tuple(options))
     if failure:
         raise DataError(
@@ -97,8 +106,8 @@ def choice(
     )
 
 
-def clipped(sample: VideoSample, record: Record, source: Source) -> VideoSample:
-    """The sample of a record with a `clip`, on the clip's own time."""
+def apply_clip(sample: VideoSample, record: Record, source: Source) -> VideoSample:
+    """Return the sample restricted to the record's `clip`; times count from the clip's start."""
     if record.clip is None:
         return sample
     start_s, end_s = record.clip
@@ -111,15 +120,15 @@ def clipped(sample: VideoSample, record: Record, source: Source) -> VideoSample:
         sample,
         window_s=(start_s, end_s),
         duration_s=min(end_s, sample.duration_s) - start_s if sample.duration_s else 0.0,
-        intervals_s=spans([(s - start_s, e - start_s) for s, e in sample.intervals_s]),
+        intervals_s=to_intervals([(s - start_s, e - start_s) for s, e in sample.intervals_s]),
     )
 
 
 def option_texts(options: Sequence[str]) -> tuple[str, ...]:
-    """Return the stripped texts of the options, without their letters if they carry any.
+    """Return the stripped option texts, without their letters if the options contain letters.
 
-    Options carry letters if every one begins with its own, A, B, C in order, all in one of
-    LETTER_STYLES. So "E. coli" among other names keeps its E.
+    Options contain letters if each one begins with its own letter, A, B, C in order, in one common
+    style of LETTER_STYLES. So "E. coli" among other names keeps its "E.".
     """
     texts = tuple(option.strip() for option in options)
     for style in LETTER_STYLES:
@@ -133,12 +142,16 @@ def option_texts(options: Sequence[str]) -> tuple[str, ...]:
 
 
 def video_file(video: str) -> str:
-    """Return the name of a video's file: `video` with its ending, or an id with ".mp4"."""
+    """Return the file name of a video: `video`, with ".mp4" added if it has no video ending."""
     return video if video.lower().endswith(VIDEO_SUFFIXES) else f"{video}.mp4"
 
 
 def video_path(name: str, source: Source, record: str | int) -> str:
-    """By the name alone, without looking at the disk: there may be half a million records."""
+    """Return the path in the data folder. Only the name is checked, not the disk.
+
+    Raises DataError if the name leads out of the folder. Annotations may have half a million
+    records, too many for a file system call each.
+    """
     if "\0" in name:
         raise DataError(
             f"{source.json_path}: record {record!r}: video {name!r} holds a NUL character, which "

@@ -1,22 +1,32 @@
-"""Annotation files in their published forms -> VideoSample. A new form is one row in `READERS`.
+"""Readers of annotation formats: one file -> VideoSamples.
 
-charades_sta    {video id: {duration, timestamps [[s, e], ...], sentences}}: Charades-STA and
-                ActivityNet Captions; a video id without an ending is an .mp4
-next_gqa        [{id, video, question, options, duration, glue [[s, e], ...], answer "(C)"}], or
-                the authors' CSV, see megatron_vrl/data/formats/nextgqa_csv.py
-multiple_choice the same without `glue`
-temporal_r1     [{dataset, video, problem, solution [s, e] in [0, 1], video_length}], as released
-                with Temporal-R1, where the tag "charades_train" comes without `video_length`
-generic         [{id, task, video, duration, question, truth {...}}]: questions of a task with a
-                truth of its own, see megatron_vrl/data/formats/generic.py
+To add a format, add one row to `READERS`.
 
-The forms of further benchmarks are in benchmarks.py, the reading of .json and .jsonl in
-json_files.py. Any record may also have `clip` [s, e], the part of its video that is shown; its
-other times are the video's, and those of its samples count from s. Fields not named here are passed
-over. No video is touched, except where the record keeps no duration. `read` cuts intervals at the
-video's ends (in Charades-STA many run past them). A question that is then left without an interval,
-or that has no text or no options, is left out and warned of, since the published files hold a few.
-Anything else that is wrong is refused, and so is a file of another form or without samples.
+  charades_sta    {video id: {duration, timestamps [[s, e], ...], sentences}}: Charades-STA and
+                  ActivityNet Captions; a video id without a file ending means ID.mp4
+  next_gqa        [{id, video, question, options, duration, glue [[s, e], ...], answer "(C)"}], or
+                  the authors' CSV, see megatron_vrl/data/formats/nextgqa_csv.py
+  multiple_choice next_gqa's records without `glue`
+  temporal_r1     [{dataset, video, problem, solution [s, e] in [0, 1], video_length}], as released
+                  with Temporal-R1, where records tagged "charades_train" have no `video_length`
+  generic         [{id, task, video, duration, question, truth {...}}]: questions of a task with its
+                  own kind of ground truth, see megatron_vrl/data/formats/generic.py
+
+Benchmark formats are in benchmarks.py. JSON files are parsed in json_files.py.
+
+Rules for every format:
+
+  - A record may have `clip` [s, e] in seconds: only that part of the video is shown. Other times of
+    the record count from the start of the video, those of the resulting sample from s.
+  - Unknown fields are ignored.
+  - No video is opened, except to get the duration of a record that has none.
+  - `read` cuts intervals to the video's duration (many intervals of Charades-STA exceed it).
+  - A question is skipped with a warning if it has no text, no options, or no interval left after
+    cutting. The released files contain a few of these.
+  - Any other error raises DataError, also a file of another format and a file without samples.
+
+Example: a video of 30 s with the interval [25, 34] and `clip` [10, 30] gives a sample of 20 s with
+the interval (15, 20).
 """
 
 import logging
@@ -31,7 +41,7 @@ from megatron_vrl.config import Source
 from megatron_vrl.data.formats.benchmarks import BENCHMARK_READERS
 from megatron_vrl.data.formats.generic import GENERIC_READER
 from megatron_vrl.data.formats.json_files import (
-    Found,
+    LocatedRecord,
     begins_a_list,
     is_lines,
     load,
@@ -48,13 +58,18 @@ from megatron_vrl.data.formats.records import (
     Record,
     Seconds,
     Span,
-    choice,
-    clipped,
-    spans,
+    apply_clip,
+    choice_sample,
+    to_intervals,
     video_file,
     video_path,
 )
-from megatron_vrl.data.formats.validation import Misshapen, OtherForm, looks_like, validated
+from megatron_vrl.data.formats.validation import (
+    OtherFormat,
+    WrongTopLevelType,
+    matching_formats,
+    validated,
+)
 from megatron_vrl.errors import DataError, counted
 from megatron_vrl.tasks import can_be_asked
 from megatron_vrl.tasks.temporal_grounding import QUESTION
@@ -76,7 +91,7 @@ class MultipleChoice(Record):
     options: Options
     duration: Seconds
     answer: str
-    type: str = ""  # the kind of question
+    type: str = ""  # category of the question
 
 
 class NextGqa(MultipleChoice):
@@ -92,16 +107,16 @@ class TemporalR1(Record):
 
 
 def read(source: Source, header_duration_s: HeaderDuration | None = None) -> list[VideoSample]:
-    """Return the samples of one source that can be asked, in the file's order, intervals cut.
+    """Return the usable samples of one source in file order, with intervals cut to the video.
 
-    `header_duration_s` reads a video's own duration, for records that keep none.
-    Raises DataError naming file, record, field, the value seen and what is expected, and if no
-    sample can be asked.
+    `header_duration_s` reads the duration of a video file, for records without one. Raises
+    DataError if a record is invalid (the message names file, record, field, value and the expected
+    value) and if no sample is usable.
     """
     kept: list[VideoSample] = []
     left_out: list[VideoSample] = []
     for sample in read_whole(source, header_duration_s):
-        cut = within(sample)
+        cut = cut_to_video(sample)
         (kept if can_be_asked(cut) else left_out).append(cut)
     refuse_none(source, len(kept), len(kept) + len(left_out))
     if left_out:
@@ -114,7 +129,7 @@ def read(source: Source, header_duration_s: HeaderDuration | None = None) -> lis
 
 
 def refuse_none(source: Source, num_kept: int, num_read: int) -> None:
-    """Raise DataError if no sample of the source can be asked."""
+    """Raise DataError if no sample of the source is usable."""
     if not num_read:
         raise DataError(f"{source.json_path} holds no sample.")
     if not num_kept:
@@ -128,7 +143,7 @@ def refuse_none(source: Source, num_kept: int, num_read: int) -> None:
 def read_whole(
     source: Source, header_duration_s: HeaderDuration | None = None
 ) -> list[VideoSample]:
-    """Every question of the file, with its intervals as published: for an evaluation."""
+    """Return all samples of the file with uncut intervals, also unusable ones, for evaluation."""
     reader = READERS[source.format]
     with without_collector():
         if is_list(source):
@@ -144,22 +159,22 @@ def read_whole(
 
 
 def is_list(source: Source) -> bool:
-    """Return whether the source's records are read one by one from a JSON list."""
+    """Return whether the file is a JSON list (or .jsonl) whose records are read one by one."""
     return READERS[source.format].is_list and not source.json_path.endswith(".csv")
 
 
-def list_records(source: Source) -> Iterator[Found]:
-    """Yield the records of a source for which `is_list` holds, as JSON. Raises DataError."""
+def list_records(source: Source) -> Iterator[LocatedRecord]:
+    """Yield the JSON records of a source for which `is_list` is true. Raises DataError."""
     if not is_lines(source.json_path) and not begins_a_list(source.json_path):
         if not (content := load(source.json_path)):
             refuse_none(source, 0, 0)
-        misshapen = Misshapen(source, "a list", content)
-        raise _other_form(source, misshapen) or misshapen
+        error = WrongTopLevelType(source, "a list", content)
+        raise _other_format(source, error) or error
     return records(source.json_path)
 
 
 def load_records(source: Source) -> Any:
-    """Return the JSON of annotations that are no JSON list: of several files, by their names."""
+    """Return the JSON content of annotations that are not a list; a folder is keyed by file."""
     if READERS[source.format].by_file:
         return load_by_file(source.json_path)
     if source.format == "next_gqa" and source.json_path.endswith(".csv"):
@@ -167,9 +182,10 @@ def load_records(source: Source) -> Any:
     return load(source.json_path)
 
 
-def within(sample: VideoSample) -> VideoSample:
-    """Its intervals cut to the video; what is then empty is gone."""
-    cut = _within(sample.intervals_s, sample.duration_s)
+def cut_to_video(sample: VideoSample) -> VideoSample:
+    """Return the sample with its intervals cut to the video. Empty intervals are removed."""
+    pairs = [(max(s, 0.0), min(e, sample.duration_s)) for s, e in sample.intervals_s]
+    cut = tuple((s, e) for s, e in pairs if s < e)
     return sample if cut == sample.intervals_s else replace(sample, intervals_s=cut)
 
 
@@ -180,12 +196,12 @@ def read_record(
     header_duration_s: HeaderDuration | None = None,
     line: int = 0,
 ) -> VideoSample | None:
-    """The sample of one record of a list, its `number` counted from 0; None if it cannot be asked.
+    """Return the sample of one list record with index `number`; None if the question is unusable.
 
-    Raises DataError as `read` does, and whatever `header_duration_s` raises.
+    Raises DataError as `read` does, and any error of `header_duration_s`.
     """
     [sample] = samples_of(record, number, source, header_duration_s, line)
-    cut = within(sample)
+    cut = cut_to_video(sample)
     return cut if can_be_asked(cut) else None
 
 
@@ -196,43 +212,45 @@ def samples_of(
     header_duration_s: HeaderDuration | None = None,
     line: int = 0,
 ) -> list[VideoSample]:
-    """All of one record, also those that cannot be asked, with their intervals as published.
+    """Return all samples of one record with uncut intervals, also unusable ones.
 
-    `key` is the record's key, or its number in a list, which lies in `line` of a .jsonl file.
+    `key` is the record's key in an object, or its index in a list. `line` is its line in a .jsonl
+    file.
     """
     reader = READERS[source.format]
     if isinstance(key, str):
-        checked = validated(reader.form, {key: record}, source)[key]
+        checked = validated(reader.schema, {key: record}, source)[key]
     else:
         checked = checked_record(record, key, source, line)
     return list(reader.samples([(key, checked)], source, header_duration_s))
 
 
-def refuse_other_form(source: Source) -> None:
-    """Raise DataError if a file is of another form than its source's, by its first record."""
+def check_format(source: Source) -> None:
+    """Raise DataError if the first record has another format than its source names."""
     try:
         if is_list(source):
             for found in islice(list_records(source), 1):
                 checked_record(found.record, 0, source, found.line)
         else:
             _checked_whole(source)
-    except (OtherForm, Misshapen):
+    except (OtherFormat, WrongTopLevelType):
         raise
     except DataError:
-        return  # of one record, or of a file that no one can read: told when it is read whole
+        return  # an error of one record: reported when the whole file is read
 
 
 def checked_record(record: Any, number: int, source: Source, line: int = 0) -> Record:
-    """Return a list's record in the source's form. Raises DataError.
+    """Return a list record validated against the source's format. Raises DataError.
 
-    If it is the file's first and the file looks like another form, the sentence says so.
+    If the first record is invalid and the file matches another format, the message names that
+    format.
     """
-    place = f"line {line}" if line else f"record {number}"
+    location = f"line {line}" if line else f"record {number}"
     try:
         checked: Record
-        [checked] = validated(READERS[source.format].form, [record], source, place)
+        [checked] = validated(READERS[source.format].schema, [record], source, location)
     except DataError as error:
-        raise ((number == 0 and _other_form(source, error)) or error) from None
+        raise ((number == 0 and _other_format(source, error)) or error) from None
     return checked
 
 
@@ -241,6 +259,7 @@ def charades_sta(
     source: Source,
     header_duration_s: HeaderDuration | None,
 ) -> Iterator[VideoSample]:
+    """Yield one sample per sentence."""
     for video, record in records:
         if len(record.timestamps) != len(record.sentences):
             raise DataError(
@@ -259,11 +278,11 @@ def charades_sta(
                 duration_s=record.duration,
                 query=sentence.strip(),
                 rationale=sentence.strip(),
-                intervals_s=spans([span]),
+                intervals_s=to_intervals([span]),
                 options=(),
                 option="",
             )
-            yield clipped(sample, record, source)
+            yield apply_clip(sample, record, source)
 
 
 def multiple_choice(
@@ -272,7 +291,7 @@ def multiple_choice(
     header_duration_s: HeaderDuration | None,
 ) -> Iterator[VideoSample]:
     for _, record in records:
-        yield clipped(_choice(record, source), record, source)
+        yield apply_clip(_choice(record, source), record, source)
 
 
 def next_gqa(
@@ -281,8 +300,8 @@ def next_gqa(
     header_duration_s: HeaderDuration | None,
 ) -> Iterator[VideoSample]:
     for _, record in records:
-        sample = _choice(record, source, task="grounded_qa", intervals_s=spans(record.glue))
-        yield clipped(sample, record, source)
+        sample = _choice(record, source, task="grounded_qa", intervals_s=to_intervals(record.glue))
+        yield apply_clip(sample, record, source)
 
 
 def temporal_r1(
@@ -290,7 +309,8 @@ def temporal_r1(
     source: Source,
     header_duration_s: HeaderDuration | None,
 ) -> Iterator[VideoSample]:
-    header_s: dict[str, float] = {}  # one video has several questions
+    """Yield one sample per record. Durations that records lack are read from the videos."""
+    header_s: dict[str, float] = {}  # path -> duration; a video may have several questions
     before, after = QUESTION.split("{query}")
     for index, record in records:
         path = video_path(record.video, source, index)
@@ -305,7 +325,7 @@ def temporal_r1(
             if path not in header_s:
                 header_s[path] = header_duration_s(path)
             duration_s = header_s[path]
-        # the question around the query is asked again by the task
+        # keep the query alone: the task adds the question text around it
         query = record.problem.strip().removeprefix(before).removesuffix(after).strip()
         sample = VideoSample(
             id=f"{record.video}/{index}",
@@ -314,23 +334,23 @@ def temporal_r1(
             duration_s=duration_s,
             query=query,
             rationale=query,
-            intervals_s=spans([[t * duration_s for t in record.solution]]),
+            intervals_s=to_intervals([[t * duration_s for t in record.solution]]),
             options=(),
             option="",
         )
-        yield clipped(sample, record, source)
+        yield apply_clip(sample, record, source)
 
 
 READERS: dict[str, Reader] = {
     "charades_sta": Reader(
-        form=TypeAdapter(dict[str, CharadesSta]), samples=charades_sta, is_list=False
+        schema=TypeAdapter(dict[str, CharadesSta]), samples=charades_sta, is_list=False
     ),
-    "next_gqa": Reader(form=TypeAdapter(list[NextGqa]), samples=next_gqa, is_list=True),
+    "next_gqa": Reader(schema=TypeAdapter(list[NextGqa]), samples=next_gqa, is_list=True),
     "multiple_choice": Reader(
-        form=TypeAdapter(list[MultipleChoice]), samples=multiple_choice, is_list=True
+        schema=TypeAdapter(list[MultipleChoice]), samples=multiple_choice, is_list=True
     ),
     "temporal_r1": Reader(
-        form=TypeAdapter(list[TemporalR1]), samples=temporal_r1, is_list=True, unit="shares"
+        schema=TypeAdapter(list[TemporalR1]), samples=temporal_r1, is_list=True, unit="fraction"
     ),
     "generic": GENERIC_READER,
     **BENCHMARK_READERS,
@@ -343,7 +363,8 @@ def _choice(
     task: str = "multiple_choice",
     intervals_s: tuple[Interval, ...] = (),
 ) -> VideoSample:
-    return choice(
+    """Return the sample of a multiple-choice record."""
+    return choice_sample(
         source,
         record.id,
         task=task,
@@ -358,27 +379,21 @@ def _choice(
 
 
 def _checked_whole(source: Source) -> Any:
-    """Annotations that are no JSON list, in their form. Raises DataError."""
+    """Return the content of annotations that are not a list, validated. Raises DataError."""
     content = load_records(source)
     if not content:
         refuse_none(source, 0, 0)
     try:
-        return validated(READERS[source.format].form, content, source)
+        return validated(READERS[source.format].schema, content, source)
     except DataError as error:
-        raise _other_form(source, error) or error from None
+        raise _other_format(source, error) or error from None
 
 
-def _other_form(source: Source, found: DataError) -> OtherForm | None:
-    """Return the error for a file that looks like another form, if it does; `found` is what its
-    own form refuses."""
-    others = looks_like(source, READERS)
+def _other_format(source: Source, found: DataError) -> OtherFormat | None:
+    """Return `found` as an error that names the format the file matches; None without a match."""
+    others = matching_formats(source, READERS)
     if not others:
         return None
     own = str(found).removeprefix(source.json_path).strip(" ,:.")
-    reason = found.wanted if isinstance(found, Misshapen) else own
-    return OtherForm(source, reason, others)
-
-
-def _within(intervals_s: Iterable[Interval], duration_s: float) -> tuple[Interval, ...]:
-    cut = [(max(start_s, 0.0), min(end_s, duration_s)) for start_s, end_s in intervals_s]
-    return tuple((start_s, end_s) for start_s, end_s in cut if start_s < end_s)
+    reason = found.wanted if isinstance(found, WrongTopLevelType) else own
+    return OtherFormat(source, reason, others)

@@ -1,4 +1,4 @@
-"""Published forms of benchmarks: made-up records in each, and what becomes of them."""
+"""Benchmark formats: synthetic records of each format and the expected samples."""
 
 import json
 
@@ -112,7 +112,7 @@ RECORDS = {
 
 
 def source_of(form, folder, records=None):
-    """Written as the set is published: a file for each part of those that have several."""
+    """Write the records as the benchmark is released: one file, or one file per part."""
     records = RECORDS[form] if records is None else records
     if BENCHMARK_READERS[form].by_file:
         for name, content in records.items():
@@ -148,7 +148,7 @@ def source_of(form, folder, records=None):
         ("mmvu", [("validation_1", "Art/0.mp4", (), "B")]),
     ],
 )
-def test_what_a_record_becomes(form, rows, tmp_path):
+def test_each_format_gives_the_expected_sample(form, rows, tmp_path):
     samples = read(source_of(form, tmp_path))
     assert [
         (s.id, s.video.removeprefix("/data/"), s.intervals_s, s.option) for s in samples
@@ -157,7 +157,7 @@ def test_what_a_record_becomes(form, rows, tmp_path):
         assert TASKS[sample.task].parse(TASKS[sample.task].target(sample), sample).formatted
 
 
-def test_every_form_is_tried_here():
+def test_every_format_is_tested_here():
     assert set(RECORDS) == set(BENCHMARK_READERS)
 
 
@@ -181,7 +181,7 @@ def test_one_file_of_several(tmp_path):
 
 
 @pytest.mark.parametrize("alone", [True, False])
-def test_captions_want_a_judge(alone, tmp_path):
+def test_captions_are_rejected_because_they_need_a_judge(alone, tmp_path):
     question = "Which fits?\nInformation A: {'action': 'sit'}\nGenerated Caption:"
     content = {"12": {"action": [{"question": question, "answer": "A. sit"}]}}
     (tmp_path / "captioning.json").write_text(json.dumps(content))
@@ -191,7 +191,7 @@ def test_captions_want_a_judge(alone, tmp_path):
         read(Source(json_path=str(path), data_folder="", format="tempcompass"))
 
 
-def test_an_evaluation_sees_every_question_as_published(tmp_path):
+def test_an_evaluation_gets_every_question_uncut(tmp_path):
     assert [sample.id for sample in read_whole(source_of("mmvu", tmp_path))] == [
         "validation_1",
         "validation_2",
@@ -226,7 +226,7 @@ NAMES = ("E. coli", "C. elegans", "S. cerevisiae", "(R) label")
 
 @pytest.mark.parametrize("form", ["multiple_choice", "mvbench", "tempcompass", "video_mme", "mmvu"])
 @pytest.mark.parametrize("style", ["{}. {}", "{}) {}", "({}) {}", "({}){}", "{}: {}", "{1}"])
-def test_only_letters_of_its_own_leave_an_option(form, style, tmp_path):
+def test_only_an_options_own_letter_is_removed(form, style, tmp_path):
     lettered = [style.format(letter, name) for letter, name in zip("ABCD", NAMES, strict=True)]
     if form == "tempcompass" and style == "{1}":
         return  # without letters its lines are no options
@@ -273,5 +273,5 @@ def test_only_letters_of_its_own_leave_an_option(form, style, tmp_path):
         (["Option 1: A. red", "Option 2: B. blue"], ["A. red", "B. blue"]),
     ],
 )
-def test_letters_leave_all_options_or_none(options, texts):
+def test_letters_are_removed_from_all_options_or_none(options, texts):
     assert option_texts(options) == tuple(texts)

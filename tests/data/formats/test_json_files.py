@@ -1,4 +1,4 @@
-"""Annotation files as they come: separators, marks, encodings, broken ends; small and indexed."""
+"""JSON annotation files: separators, byte-order marks, encodings, truncation."""
 
 import gzip
 import json
@@ -26,7 +26,7 @@ ODD = "the red{}square is visible"
 
 @pytest.fixture(params=["read whole", "indexed"])
 def samples_of(request, tmp_path, monkeypatch):
-    """Samples of a multiple_choice file, in both ways of reading it."""
+    """Return the samples of a multiple_choice file, loaded whole and indexed."""
     if request.param == "indexed":
         monkeypatch.setattr(pool, "READ_WHOLE_BYTES", -1)
 
@@ -41,7 +41,7 @@ def samples_of(request, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("code", [0x2028, 0x2029, 0x85, 0x0B, 0x0C, 0x1C, 0x1E, 0xFEFF, 0])
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
-def test_any_character_may_stand_in_a_string(samples_of, code, suffix):
+def test_any_character_may_occur_in_a_string(samples_of, code, suffix):
     question = ODD.format(chr(code))
     record = json.dumps(CHOICE | {"question": question}, ensure_ascii=False)
     content = f"{record}\n{NEXT}\n" if suffix == ".jsonl" else f"[{record},\n{NEXT}]"
@@ -64,7 +64,7 @@ def test_a_surrogate_pair_is_one_character(samples_of):
         ("a.json", f"\r\n [\r\n{LINE} ,\r\n{NEXT}\r\n]\r\n"),
     ],
 )
-def test_marks_and_line_ends_are_read(samples_of, name, content):
+def test_byte_order_marks_and_line_ends(samples_of, name, content):
     assert [sample.id for sample in samples_of(name, content.encode())] == ["1", "2"]
 
 
@@ -77,7 +77,7 @@ def test_marks_and_line_ends_are_read(samples_of, name, content):
         ("a.jsonl", f"{LINE}\nnull\n", ", line 2 is null, expected an object"),
         ("a.jsonl", f"{LINE}\n{LINE.encode()}\n", ", line 2 is not JSON: Expecting value"),
         ("a.jsonl", LINE + "\n" + "[" * 100_000, ", line 2 is not JSON: it is nested too deeply"),
-        ("a.jsonl", LINE + "\n" + '{"id": 1, "id": 2}', "line 2 is not JSON: the key 'id' stands"),
+        ("a.jsonl", LINE + "\n" + '{"id": 1, "id": 2}', "line 2 is not JSON: the key 'id' occurs"),
         ("a.jsonl", LINE.replace("16.0", "NaN"), ", line 1: field 'duration' is nan, refused"),
         ("a.jsonl", LINE.replace("16.0", "1" * 5000), "line 1: field 'duration' is inf, refused"),
         ("a.jsonl", LINE.replace("16.0", "1e400"), "line 1: field 'duration' is inf, refused"),
@@ -100,10 +100,10 @@ def test_marks_and_line_ends_are_read(samples_of, name, content):
         ("a.json", f"[{LINE},\n{NEXT}]\n]", ", line 3 is not JSON: Extra data"),
         ("a.json", f"{LINE}\n{NEXT}\n", "line 2 .*; a file with one record a line is named .jsonl"),
         ("a.json", f"[{LINE},\n" + "[" * 100_000, ", line 2 is not JSON: it is nested too deeply"),
-        ("a.json", f'[{LINE},\n{{"id": 1, "id": 2}}]', "line 2 is not JSON: the key 'id' stands"),
+        ("a.json", f'[{LINE},\n{{"id": 1, "id": 2}}]', "line 2 is not JSON: the key 'id' occurs"),
     ],
 )  # fmt: skip
-def test_what_is_broken_is_one_sentence(samples_of, name, content, sentence):
+def test_broken_json_is_one_sentence(samples_of, name, content, sentence):
     with pytest.raises(DataError, match=rf"/{name}.*{sentence}") as error:
         samples_of(name, content.encode())
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
@@ -119,7 +119,7 @@ def test_what_is_broken_is_one_sentence(samples_of, name, content, sentence):
         ("a.json.gz", gzip.compress(f"[{LINE}]".encode()), "is compressed with gzip: unpack it"),
     ],
 )
-def test_what_is_no_utf8_is_named(samples_of, name, content, sentence):
+def test_content_that_is_not_utf8_is_an_error(samples_of, name, content, sentence):
     for form in ("multiple_choice", "charades_sta"):
         with pytest.raises(DataError) as error:
             samples_of(name, content, form)
@@ -137,7 +137,7 @@ def test_a_folder_and_a_missing_file(samples_of, tmp_path):
                 open_pool([source], seed=1)
 
 
-def test_a_mark_before_records_by_video(tmp_path):
+def test_a_byte_order_mark_before_records_by_video(tmp_path):
     record = {"duration": 16.0, "timestamps": [[3.0, 8.0]], "sentences": ["the red square"]}
     path = tmp_path / "a.json"
     path.write_bytes(

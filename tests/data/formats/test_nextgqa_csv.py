@@ -1,4 +1,4 @@
-"""NExT-GQA's CSV: a made-up excerpt in the released form is what the JSON list says."""
+"""NExT-GQA's CSV: a synthetic excerpt in the released layout equals the JSON list."""
 
 import json
 
@@ -53,7 +53,7 @@ def source(path) -> Source:
     return Source(json_path=str(path), data_folder="/data", format="next_gqa")
 
 
-def test_the_released_files_say_what_the_list_says(released):
+def test_the_released_csv_equals_the_json_list(released):
     (released / "list.json").write_text(json.dumps(RECORDS))
     found = read_whole(source(released / "test.csv"))
     assert found[:2] == read_whole(source(released / "list.json"))
@@ -80,7 +80,7 @@ def test_what_is_wrong_is_named(released, name, content, sentence):
     assert sentence in str(refused.value)
 
 
-def test_the_intervals_file_must_be_there(released):
+def test_a_missing_intervals_file_is_an_error(released):
     (released / "gsub_test.json").unlink()
-    with pytest.raises(DataError, match=r"gsub_test\.json is not there: .* needs the intervals"):
+    with pytest.raises(DataError, match=r"gsub_test\.json is missing: .* needs this file"):
         read(source(released / "test.csv"))

@@ -1,4 +1,4 @@
-"""Annotation forms: what a record becomes, what is refused how, and the published files."""
+"""Training formats: expected samples, error messages, and excerpts of the released files."""
 
 import json
 import logging
@@ -77,7 +77,7 @@ def test_charades_sta(read_records):
 @pytest.mark.parametrize(
     "name", ["b.mov", "C.MP4", "d.flv", "e.m4v", "f.ts", "G.Mkv", "h.wmv", "i.mpg", "j.3gp"]
 )
-def test_a_name_with_a_videos_ending_is_taken_as_it_is(read_records, name):
+def test_a_name_with_a_video_ending_is_unchanged(read_records, name):
     record = {"duration": 16.0, "timestamps": [[1.0, 3.0]], "sentences": ["x"]}
     ids = {name: f"/data/{name}", f"{name}.part": f"/data/{name}.part.mp4", "v.2": "/data/v.2.mp4"}
     samples = read_records("charades_sta", dict.fromkeys(ids, record))
@@ -108,7 +108,7 @@ def test_multiple_choice(read_records, answer):
 
 
 @pytest.mark.parametrize("form", ["charades_sta", "next_gqa", "temporal_r1"])
-def test_a_clip_is_a_window_with_times_of_its_own(read_records, form):
+def test_a_clip_is_a_window_with_times_from_its_start(read_records, form):
     clip = {"clip": [4.0, 10.0]}
     records = {
         "charades_sta": {"v": {"duration": 30.0, "timestamps": [[6, 12]], "sentences": ["x"]}},
@@ -172,7 +172,7 @@ def test_jsonl_gives_the_same_samples(read_records):
     assert samples == read_records("next_gqa", [GQA, GQA | {"id": "2"}])
 
 
-def test_questions_that_cannot_be_asked_are_left_out_and_warned_of(read_records, caplog):
+def test_unusable_questions_are_skipped_with_a_warning(read_records, caplog):
     records = {
         "a": {"duration": 10.0, "timestamps": [[5, 5], [1, 2], [12, 14]], "sentences": ["x"] * 3},
         "b": {"duration": 10.0, "timestamps": [[1, 2], [-1, 2]], "sentences": [" ", "x"]},
@@ -192,7 +192,7 @@ def test_questions_that_cannot_be_asked_are_left_out_and_warned_of(read_records,
     [
         ("charades_sta", "{", "records.json is not JSON: Expecting property name enclosed in "
          "double quotes: line 1 column 2 (char 1)."),
-        ("charades_sta", '{"a": {}, "a": {}}', "records.json is not JSON: the key 'a' stands "
+        ("charades_sta", '{"a": {}, "a": {}}', "records.json is not JSON: the key 'a' occurs "
          "twice in one object."),
         ("charades_sta", [], "records.json holds no sample."),
         ("charades_sta", {}, "records.json holds no sample."),
@@ -200,9 +200,9 @@ def test_questions_that_cannot_be_asked_are_left_out_and_warned_of(read_records,
         ("next_gqa", [], "records.json holds no sample."),
         ("charades_sta", " ", "records.json is empty; give the annotations."),
         ("charades_sta", [1], "records.json does not look like charades_sta (an object): it holds "
-         "a list. docs/tasks.md has the forms."),
+         "a list. docs/tasks.md describes the formats."),
         ("next_gqa", {"a": 1}, "records.json does not look like next_gqa (a list): it holds an "
-         "object. docs/tasks.md has the forms."),
+         "object. docs/tasks.md describes the formats."),
         ("mvbench", CHARADES, "records.json does not look like mvbench (a list); it looks like "
          "charades_sta."),
         ("temporal_r1", CHARADES, "records.json does not look like temporal_r1 (a list); it looks "
@@ -264,7 +264,7 @@ def test_what_is_wrong_is_named(read_records, form, records, sentence):
     assert str(error.value).endswith("/" + sentence)
 
 
-def test_a_file_that_is_not_there():
+def test_a_missing_file_is_an_error():
     source = Source(json_path="/nowhere/a.json", data_folder="/", format="charades_sta")
     with pytest.raises(DataError) as error:
         read(source)
@@ -285,7 +285,7 @@ def test_a_file_that_is_not_there():
         ("tvgbench_first30", "tvgbench"),
     ],
 )
-def test_published_excerpts_read_whole(name, form):
+def test_excerpts_of_released_files_are_read(name, form):
     path = EXCERPTS / f"{name}.json"
     samples = read(Source(json_path=str(path), data_folder="/data", format=form))
     records = json.loads(path.read_text())
@@ -301,6 +301,6 @@ def test_published_excerpts_read_whole(name, form):
         assert all(0 <= s < e <= sample.duration_s for s, e in sample.intervals_s)
 
 
-def test_every_form_is_tried_here():
+def test_every_format_is_tested_here():
     here = {"charades_sta", "next_gqa", "multiple_choice", "temporal_r1"}
     assert set(READERS) == here | {"generic"} | set(BENCHMARK_READERS)  # test_generic.py
