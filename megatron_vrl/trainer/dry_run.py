@@ -60,7 +60,7 @@ def check(cfg: RunConfig, world: int, here: bool = False) -> list[str]:
         _layout(world, replicas, cfg),
         *_stages(arch, cfg),
         *padding_notes(arch, cfg),
-        f"gradient accumulation fusion: {fusion.words}",
+        f"gradient accumulation fusion: {fusion.description}",
         f"a GRPO step: {counted(cfg.rollout.prompts_per_step, 'prompt')}, "
         f"{counted(answers, 'answer')}, {counted(updates, 'update')}",
         *notes,

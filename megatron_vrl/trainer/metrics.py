@@ -9,9 +9,9 @@ import torch
 from megatron_vrl.algorithms import has_signal
 from megatron_vrl.context import RunContext
 from megatron_vrl.models.qwen2_5_vl.flops import (
-    batch_work,
-    group_work,
+    group_flops,
     hardware_flops,
+    micro_batch_flops,
     padding_rows,
     plain_tokens,
     update_flops,
@@ -85,8 +85,8 @@ def _meters(
 ) -> dict[str, float]:
     mesh, arch, cfg = ctx.mesh, ctx.arch, ctx.cfg.model
     batches, groups = update_result.batches, update_result.groups
-    computed = sum((batch_work(arch, batch) for batch in batches), Work())
-    ideal = sum((group_work(arch, group) for group in groups), Work())
+    computed = sum((micro_batch_flops(arch, batch) for batch in batches), Work())
+    ideal = sum((group_flops(arch, group) for group in groups), Work())
     packed = (computed, sum(padding_rows(batch) for batch in batches))
     asked = (ideal, plain_tokens(groups))
     # Context ranks compute parts of a micro-batch; all ranks of a replica hold the same groups.

@@ -1,4 +1,5 @@
-"""What ships in configs/ and docs/: YAML that loads, architectures that count, true pages."""
+"""Shipped configs and docs: YAML that loads, architectures with exact parameter counts, valid
+links."""
 
 import json
 import os
@@ -78,7 +79,7 @@ def test_a_dry_run_refuses_more_tokens_than_the_model_has_positions(monkeypatch)
         check(cfg, 8)
 
 
-def test_a_dry_run_says_how_the_model_is_cut(tmp_path, monkeypatch):
+def test_a_dry_run_prints_the_pipeline_split(tmp_path, monkeypatch):
     """3B over two stages, the tower weighing 24.9 layers and the head 1; a word too few."""
     monkeypatch.chdir(ROOT)
     published = json.loads((ROOT / "configs/models/qwen2.5-vl-3b.json").read_text())
@@ -98,7 +99,7 @@ def test_the_recipe_keeps_its_token_budget(duration_s):
     assert plan.num_tokens <= 2048 < cfg.data.max_prompt_tokens
 
 
-def test_annotations_of_the_real_clips_can_be_true():
+def test_annotations_of_the_real_clips_lie_inside_them():
     path = ROOT / "configs" / "annotations" / "real_clips.json"
     records = json.loads(path.read_text())
     samples = read(Source(json_path=str(path), data_folder="clips", format="charades_sta"))

@@ -1,8 +1,8 @@
-"""The planner's bytes against what torch says of real updates on this machine.
+"""Planned memory compared with the memory of real updates on this machine.
 
-`measured.py` runs them and knows nothing of the planner. Weights, gradients and optimizer state
-have to be exact, what is kept for backward passes and the fullest moment within 10 %. What was
-found is in docs/planner.md.
+`measured.py` runs the updates and does not use the planner. Weights, gradients and optimizer state
+must be exact; saved activations and the peak must be within 10 %. docs/results/planner.md lists the
+errors.
 """
 
 import json
@@ -22,7 +22,7 @@ from megatron_vrl.planner.activations import (
     vision_layer,
 )
 from megatron_vrl.planner.memory import in_flight, kept_by, stage_memory
-from megatron_vrl.planner.workload import Packed, Sizes
+from megatron_vrl.planner.workload import GroupSizes, PackedBatch
 from tests.planner.measured import ARCHITECTURES, measure
 from tests.running import ENVIRONMENT, ROOT, python
 
@@ -90,7 +90,7 @@ def planned(case, ranks, row):
     )
     parallel, plain = cfg.parallel, case["layout"] == "plain"
     answers = case["answers"]
-    size = Sizes(
+    size = GroupSizes(
         prompt=row["prompt"],
         response=answers[0],
         answers=1 if plain else len(answers),
@@ -100,16 +100,16 @@ def planned(case, ranks, row):
     groups = case["groups"] * (len(answers) if plain else 1) // replicas // row["micro_batches"]
     multiple = parallel.tensor * (2 * parallel.context if parallel.context > 1 else 1)
     rows = -(-groups * size.rows // multiple) * multiple
-    batch, kernels = Packed(of=size, groups=groups, rows=rows), Kernels(on_gpu=False)
+    batch, kernels = PackedBatch(of=size, groups=groups, rows=rows), Kernels(on_gpu=False)
     sharers, stage = replicas * parallel.context, row["stage"]
     memory = stage_memory(cfg, arch, stage, sharers, [batch], row["micro_batches"], kernels)
     layer = language_layer(arch, cfg.model, parallel, batch, kernels)
     head = 0  # it is gone when the first layer is computed again
     chunks = stage_chunks(arch, cfg.model, parallel, stage)
-    if any(chunk.ends for chunk in chunks):
+    if any(chunk.post_process for chunk in chunks):
         head = head_kept(arch, cfg.model, batch, layer, parallel.context)
     again = layer.again(cfg.model.recompute)
-    if (first := chunks[0]).embeds and not cfg.model.freeze_vision:
+    if (first := chunks[0]).pre_process and not cfg.model.freeze_vision:
         block = vision_layer(arch, cfg.model, parallel, batch, kernels)
         gone = kept_by(first, layer, cfg.model.recompute)
         gone += merger_kept(arch, cfg.model, parallel, batch, block)
@@ -129,8 +129,8 @@ def compare(results):
             assert saved == pytest.approx(row["saved"], **within), about
             passes = memory.activations + memory.vision + max(memory.log_probs, memory.working)
             assert passes == pytest.approx(row["passes"], **within), about
-            lasting = row["weights"] + row["gradients"] + row["optimizer"]
-            assert memory.update == pytest.approx(lasting + row["allocated"], **within), about
+            persistent = row["weights"] + row["gradients"] + row["optimizer"]
+            assert memory.update == pytest.approx(persistent + row["allocated"], **within), about
 
 
 def test_an_update_allocates_what_is_planned():
@@ -139,13 +139,13 @@ def test_an_update_allocates_what_is_planned():
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_every_way_of_one_rank(tmp_path):
+def test_memory_of_one_rank_in_every_mode(tmp_path):
     compare(measured(tmp_path, ALONE))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_two_ranks_of_every_kind(tmp_path):
+def test_memory_of_two_ranks_in_every_layout(tmp_path):
     compare(measured(tmp_path, TWO_RANKS, ranks=2))
 
 
