@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("target", type=Path, metavar="DST", help="a new directory; B of verify")
     arguments = parser.parse_args()
     from megatron_vrl.checkpoint.convert import compare, convert_to_hf, convert_to_megatron
+    from megatron_vrl.models.qwen2_5_vl.hf_shapes import num_parameters
 
     source, target = arguments.source, arguments.target
     if arguments.direction == "verify":
@@ -37,7 +38,7 @@ def main() -> None:
         return
     to_megatron = arguments.direction == "hf-to-megatron"
     arch = (convert_to_megatron if to_megatron else convert_to_hf)(source, target)
-    print(f"{arch.num_parameters:,} parameters", flush=True)
+    print(f"{num_parameters(arch):,} parameters", flush=True)
     say_written(target)
 
 

@@ -61,20 +61,6 @@ class Architecture:
     def head_dim(self) -> int:
         return self.hidden // self.heads
 
-    @property
-    def num_parameters(self) -> int:
-        """Return the exact number of trainable parameters; a tied head counts once."""
-        kv = self.kv_heads * self.head_dim
-        layer = 2 * self.hidden**2 + 2 * self.hidden * kv + self.hidden + 2 * kv  # q, o, k, v
-        layer += 3 * self.hidden * self.mlp + 2 * self.hidden
-        heads = 1 if self.tied_head else 2
-        language = self.layers * layer + self.hidden + heads * self.vocab * self.hidden
-        v = self.vision
-        block = 4 * v.hidden**2 + 4 * v.hidden + 3 * v.hidden * v.mlp + 2 * v.mlp + 3 * v.hidden
-        merged = v.hidden * v.merge**2
-        merger = v.hidden + merged**2 + merged + merged * self.hidden + self.hidden
-        return language + v.layers * block + v.patch_values * v.hidden + merger
-
 
 def read_architecture(path: str | Path) -> Architecture:
     """Return the Architecture of `path`: a checkpoint directory with config.json, or the JSON file

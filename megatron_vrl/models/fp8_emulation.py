@@ -46,9 +46,11 @@ class Quantizer:
         kind = self.gradient if operand == "gradient" else E4M3
         scale = self._scale_of(values, operand, kind)
         rounded = _cast(values, scale, kind)
-        seen = quantization_statistics(values.detach(), rounded.detach(), scale, kind)
+        statistics = quantization_statistics(values.detach(), rounded.detach(), scale, kind)
         before = self._statistics.get(operand)
-        self._statistics[operand] = seen if before is None else merge_statistics(before, seen)
+        self._statistics[operand] = (
+            statistics if before is None else merge_statistics(before, statistics)
+        )
         return rounded
 
     def _scale_of(self, values: Tensor, operand: Operand, kind: torch.dtype) -> Tensor:
@@ -64,8 +66,8 @@ class Quantizer:
 
     def pop_statistics(self) -> dict[str, Tensor]:
         """Return statistics [5] by operand since the last call, and reset them."""
-        seen, self._statistics = self._statistics, {}
-        return seen
+        statistics, self._statistics = self._statistics, {}
+        return statistics
 
 
 def quantization_statistics(
@@ -120,24 +122,26 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, quantizer: Quantizer) -> Tensor:
-        seen = quantizer(inputs, "input")
+        quantized = quantizer(inputs, "input")
         # The weight's gradient sums over T, so its blocks run along T.
-        turned = quantizer(inputs.t(), "input").t() if quantizer.recipe == "blockwise" else seen
+        for_backward = quantized
+        if quantizer.recipe == "blockwise":
+            for_backward = quantizer(inputs.t(), "input").t()
         rounded_weight = quantizer(weight, "weight")
         ctx.quantizer = quantizer
-        ctx.save_for_backward(turned, rounded_weight)
-        return seen @ rounded_weight.t()
+        ctx.save_for_backward(for_backward, rounded_weight)
+        return quantized @ rounded_weight.t()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         (gradient,) = gradients
-        turned, weight = ctx.saved_tensors
+        inputs, weight = ctx.saved_tensors
         quantizer: Quantizer = ctx.quantizer
-        seen = quantizer(gradient, "gradient")
-        across = (
-            quantizer(gradient.t(), "gradient") if quantizer.recipe == "blockwise" else seen.t()
-        )
-        return seen @ weight, across @ turned, None
+        quantized = quantizer(gradient, "gradient")
+        transposed = quantized.t()
+        if quantizer.recipe == "blockwise":
+            transposed = quantizer(gradient.t(), "gradient")
+        return quantized @ weight, transposed @ inputs, None
 
 
 def _linear(inputs: Tensor, weight: Tensor, bias: Tensor | None, quantizer: Quantizer) -> Tensor:

@@ -17,7 +17,7 @@ FUSED_GRADIENT = "fused_weight_gradient_mlp_cuda"
 
 
 class GradientFusion(NamedTuple):
-    """Whether the fusion is enabled, and why."""
+    """Decision on gradient accumulation fusion, with a description for the run's summary."""
 
     enabled: bool
     description: str  # for the summary of a run

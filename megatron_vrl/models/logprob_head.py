@@ -38,7 +38,7 @@ def token_logprobs(
     target: Tensor,
     *,
     group: dist.ProcessGroup,
-    of: Distribution,
+    distribution: Distribution,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[Tensor, Tensor]:
     """Return log-prob [N] and entropy [N] in nats, float32, of `target` [N] under `hidden` [N, C].
@@ -48,7 +48,7 @@ def token_logprobs(
     mappings do.
     """
     chunk = max(1, chunk_bytes // (4 * len(weight)))
-    return _TokenLogprobs.apply(hidden, weight, target, group, of, chunk)
+    return _TokenLogprobs.apply(hidden, weight, target, group, distribution, chunk)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -61,23 +61,23 @@ class _TokenLogprobs(torch.autograd.Function):
         weight: Tensor,
         target: Tensor,
         group: dist.ProcessGroup,
-        of: Distribution,
+        distribution: Distribution,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
         first = group.rank() * weight.shape[0]
         local = target - first
         mine = (local >= 0) & (local < weight.shape[0])
         local = torch.where(mine, local, 0)
-        banned = torch.tensor(of.banned, dtype=torch.long, device=hidden.device) - first
+        banned = torch.tensor(distribution.banned, dtype=torch.long, device=hidden.device) - first
         banned = banned[(banned >= 0) & (banned < weight.shape[0])]
         statistics = torch.empty(3, len(target), device=hidden.device)  # lse, target logit, mean
-        logits = _LogitChunks(hidden, weight, banned, of.temperature, chunk)
+        logits = _LogitChunks(hidden, weight, banned, distribution.temperature, chunk)
         for rows, values, scratch in logits:
             chosen = values.gather(1, local[rows, None]).squeeze(1) * mine[rows]
             statistics[:, rows] = _statistics(values, scratch, chosen, group)
         lse, chosen, mean = statistics
         ctx.save_for_backward(hidden, weight, local, mine, banned, lse, mean)
-        ctx.temperature, ctx.chunk = of.temperature, chunk
+        ctx.temperature, ctx.chunk = distribution.temperature, chunk
         return chosen - lse, lse - mean
 
     @staticmethod

@@ -16,6 +16,12 @@ from itertools import accumulate, pairwise
 from megatron_vrl.config import Model, Parallel
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.models.architecture import Architecture
+from megatron_vrl.models.qwen2_5_vl.matrices import (
+    head_weights,
+    language_layer_weights,
+    merger_weights,
+    tower_weights,
+)
 
 # Assumption of `balanced` about packed tokens: 3 in 4 are vision tokens, 1 in 4 is an answer's
 # token, which the head reads. Example: 8 answers of 128 tokens beside a prompt of 3000 tokens.
@@ -125,16 +131,13 @@ def extra_layers(arch: Architecture, model: Model) -> tuple[float, float]:
     The unit is multiply-adds with weights per packed token. A frozen tower has no backward pass, so
     it counts a third. The token embedding is a look-up and counts nothing.
     """
-    v = arch.vision
-    kv = arch.kv_heads * arch.head_dim
-    layer = 2 * arch.hidden**2 + 2 * arch.hidden * kv + 3 * arch.hidden * arch.mlp
-    block = 4 * v.hidden**2 + 3 * v.hidden * v.mlp
-    merged = v.hidden * v.merge**2
-    tower = v.merge**2 * (v.layers * block + v.patch_values * v.hidden)
-    tower += merged * (merged + arch.hidden)
+    layer = language_layer_weights(arch)
+    tower = arch.vision.merge**2 * tower_weights(arch.vision) + merger_weights(arch)
     passes = 1 / 3 if model.freeze_vision and model.freeze_merger else 1.0
-    head = arch.hidden * arch.vocab
-    return VISION_FRACTION * passes * tower / layer, ANSWER_FRACTION * head / layer
+    return (
+        VISION_FRACTION * passes * tower / layer,
+        ANSWER_FRACTION * head_weights(arch) / layer,
+    )
 
 
 def balanced_counts(layers: int, extra: Sequence[float], num_chunks: int) -> list[int]:

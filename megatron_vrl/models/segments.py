@@ -23,12 +23,12 @@ class Segments:
     itself.
     """
 
-    start: Index  # first query
-    length: Index  # number of queries
+    query_start: Index  # first query
+    query_length: Index  # number of queries
     prefix_start: Index
-    prefix: Index  # rows of the prefix, 0 for a prompt
+    prefix_length: Index  # rows of the prefix, 0 for a prompt
     own_start: Index  # first row of the query's own sequence
-    own: Index  # rows from own_start to the last query
+    own_length: Index  # rows from own_start to the last query
 
     def take(self, members: Index | list[int]) -> "Segments":
         """Return the segments with the indices `members`."""
@@ -49,7 +49,7 @@ def attention_segments(batch: MicroBatch) -> Segments:
     for run in np.split(batch.rows, np.flatnonzero(np.diff(batch.rows) != 1) + 1):
         first, last = start.clip(min=run[0]), end.clip(max=run[-1] + 1)
         part = Segments(first, last - first, prefix_start, prefix, start, last - start)
-        parts.append(astuple(part.take(np.flatnonzero(part.length > 0))))
+        parts.append(astuple(part.take(np.flatnonzero(part.query_length > 0))))
     return Segments(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
@@ -59,11 +59,11 @@ def segment_buckets(batch: MicroBatch) -> Iterator[tuple[Segments, bool]]:
     Whole prompts need no mask, unless context-parallel ranks share them.
     """
     segments = attention_segments(batch)
-    causal = (segments.prefix == 0) & (segments.own == segments.length)
+    causal = (segments.prefix_length == 0) & (segments.own_length == segments.query_length)
     whole = len(batch.rows) == len(batch.key_rows)
     for kind in (causal, ~causal):
         chosen = segments.take(np.flatnonzero(kind))
-        for members in length_buckets((chosen.prefix + chosen.own).tolist()):
+        for members in length_buckets((chosen.prefix_length + chosen.own_length).tolist()):
             yield chosen.take(members), kind is causal and whole
 
 
@@ -72,8 +72,8 @@ def padded_attention_sizes(batch: MicroBatch) -> tuple[int, int, int]:
     padding."""
     queries = keys = mask = 0
     for part, fast in segment_buckets(batch):
-        entries, longest = len(part.length), int(part.length.max())
-        seen = int(part.prefix.max()) + int(part.own.max())
+        entries, longest = len(part.query_length), int(part.query_length.max())
+        seen = int(part.prefix_length.max()) + int(part.own_length.max())
         queries += entries * longest
         keys += entries * seen
         mask += 0 if fast else entries * longest * seen
@@ -83,4 +83,5 @@ def padded_attention_sizes(batch: MicroBatch) -> tuple[int, int, int]:
 def varlen_attention_sizes(batch: MicroBatch) -> tuple[int, int]:
     """Return query rows and key rows of the one call of a variable-length kernel."""
     segments = attention_segments(batch)
-    return int(segments.length.sum()), int((segments.prefix + segments.own).sum())
+    keys = segments.prefix_length + segments.own_length
+    return int(segments.query_length.sum()), int(keys.sum())

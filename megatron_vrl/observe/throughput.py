@@ -11,7 +11,7 @@ from dataclasses import astuple, dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
+class FlopCounts:
     """Tokens of the language model, and FLOPs of one forward pass by where they are spent."""
 
     tokens: int = 0
@@ -25,10 +25,10 @@ class Work:
     def flops(self) -> float:
         return self.linear + self.attention + self.head + self.vision + self.merger
 
-    def __add__(self, other: "Work") -> "Work":
+    def __add__(self, other: "FlopCounts") -> "FlopCounts":
         tokens, *parts = (a + b for a, b in zip(astuple(self), astuple(other), strict=True))
         linear, attention, head, vision, merger = parts
-        return Work(
+        return FlopCounts(
             tokens=int(tokens),
             linear=linear,
             attention=attention,
@@ -40,8 +40,8 @@ class Work:
 
 def step_meters(
     *,
-    computed: Work,
-    ideal: Work,
+    computed: FlopCounts,
+    ideal: FlopCounts,
     plain_tokens: int,
     padding_rows: int,
     update_flops: float,

@@ -12,22 +12,23 @@ from dataclasses import dataclass
 from megatron_vrl.config import RunConfig
 from megatron_vrl.models.architecture import Architecture, padded_vocab
 from megatron_vrl.models.pipeline_split import Chunk, stage_chunks
-from megatron_vrl.planner.activations import (
+from megatron_vrl.models.qwen2_5_vl.activations import (
     FLOAT32,
     Kernels,
     Layer,
     dtype_bytes,
-    head_kept,
-    head_working,
+    head_saved,
+    head_temporary,
     language_layer,
-    merger_kept,
+    merger_saved,
     plan_bytes,
     recompute_of_tower,
-    vision_kept,
     vision_layer,
+    vision_saved,
 )
 from megatron_vrl.planner.hardware import GIB
 from megatron_vrl.planner.parameters import ParameterCounts, count_stage
+from megatron_vrl.planner.rank_sizes import rank_sizes
 from megatron_vrl.planner.workload import PackedBatch
 
 RUNTIME = 2 * GIB  # CUDA context, NCCL buffers, cuBLAS workspaces; *not measured*
@@ -102,28 +103,31 @@ def _case(
     """Return the memory of a stage for one micro-batch size."""
     model, parallel = cfg.model, cfg.parallel
     chunks = stage_chunks(arch, model, parallel, stage)
-    layer = language_layer(arch, model, parallel, batch, kernels)
-    language = [kept_by(chunk, layer, model.recompute) for chunk in chunks]
-    tower = vision_kept(arch, model, parallel, batch, kernels) if chunks[0].pre_process else 0
+    sizes = rank_sizes(model, parallel, batch)
+    layer = language_layer(arch, model, parallel, sizes.rows, sizes.attention, kernels)
+    block = vision_layer(arch, model, sizes.patches, kernels)
+    language = [chunk_saved(chunk, layer, model.recompute) for chunk in chunks]
+    tower = 0
+    if chunks[0].pre_process:
+        tower = vision_saved(arch, model, block, sizes.all_patches, sizes.vision_tokens)
     activations, vision = max(
         (
-            (sum(n * kept for n, kept in zip(counts, language, strict=True)), counts[0] * tower)
-            for counts in in_flight(stage, parallel.pipeline, parallel.virtual, micro_batches)
+            (sum(n * kept for n, kept in zip(running, language, strict=True)), running[0] * tower)
+            for running in in_flight(stage, parallel.pipeline, parallel.virtual, micro_batches)
         ),
         key=sum,
     )
     ends = any(chunk.post_process for chunk in chunks)
     vocab_shard = padded_vocab(arch, parallel) // parallel.tensor
-    working = layer.working() + layer.again(model.recompute)
+    working = layer.temporary() + layer.recomputed(model.recompute)
     if chunks[0].pre_process and not model.freeze_vision:
-        block = vision_layer(arch, model, parallel, batch, kernels)
-        at_block = block.working() + block.again(recompute_of_tower(model))
-        gone = language[0] + merger_kept(arch, model, parallel, batch, block)
+        at_block = block.temporary() + block.recomputed(recompute_of_tower(model))
+        gone = language[0] + merger_saved(arch, model, block, sizes.vision_tokens)
         working = max(working, at_block - gone)
     head = 0
     if ends:
-        head = head_working(vocab_shard, arch, model, batch, parallel.context)
-        head += head_kept(arch, model, batch, layer, parallel.context)
+        head = head_temporary(arch, model, vocab_shard, sizes.targets)
+        head += head_saved(arch, model, layer, sizes.targets)
     number = dtype_bytes(model)
     matrices = 2 * counts.matrices * (model.fp8 != "none")
     refers = cfg.algorithm.kl > 0
@@ -162,11 +166,11 @@ def stepping_bytes(cfg: RunConfig, counts: ParameterCounts, dp_ranks: int, kerne
     return lists * FLOAT32 * -(-counts.trained(cfg.model) // shares)
 
 
-def kept_by(chunk: Chunk, layer: Layer, recompute: str) -> int:
+def chunk_saved(chunk: Chunk, layer: Layer, recompute: str) -> int:
     """Return the bytes that a chunk saves for one micro-batch, with the output that the schedule
     holds."""
-    output = 0 if chunk.post_process else layer.full()
-    return len(chunk.layers) * layer.kept(recompute) + plan_bytes(layer) + output
+    output = 0 if chunk.post_process else layer.layer_input()
+    return len(chunk.layers) * layer.saved(recompute) + plan_bytes(layer) + output
 
 
 def in_flight(

@@ -7,9 +7,9 @@ from megatron_vrl.config import RunConfig, check_batches, check_off_policy
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.models.architecture import Architecture
 from megatron_vrl.models.pipeline_split import check_divides
+from megatron_vrl.models.qwen2_5_vl.activations import Kernels
 from megatron_vrl.models.qwen2_5_vl.flops import hardware_flops, update_flops
 from megatron_vrl.parallel.mesh import check_layout
-from megatron_vrl.planner.activations import Kernels
 from megatron_vrl.planner.generation import (
     EngineMemory,
     encode_phase,
@@ -125,13 +125,13 @@ def refusals(cfg: RunConfig, arch: Architecture, gpu: Gpu, gpus: int) -> list[st
         lambda: check_off_policy(cfg),
         lambda: _check_units(cfg, gpu),
     )
-    candidates = []
+    messages = []
     for rule in rules:
         try:
             rule()
         except ConfigError as error:
-            candidates.append(str(error))
-    return candidates
+            messages.append(str(error))
+    return messages
 
 
 def _check_units(cfg: RunConfig, gpu: Gpu) -> None:

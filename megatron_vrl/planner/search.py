@@ -61,8 +61,8 @@ def nearest_layout(cfg: RunConfig, arch: Architecture, request: PlanRequest) -> 
     """
     times = 1
     while times <= MOST_TIMES:
-        if candidates := _nearest(cfg, arch, replace(request, gpus=request.gpus * times)):
-            return candidates
+        if found := _nearest(cfg, arch, replace(request, gpus=request.gpus * times)):
+            return found
         times *= 2
     return None
 

@@ -15,9 +15,9 @@ from math import ceil, log2
 from megatron_vrl.config import RunConfig
 from megatron_vrl.models.architecture import Architecture
 from megatron_vrl.models.pipeline_split import stage_chunks
+from megatron_vrl.models.qwen2_5_vl.activations import FLOAT32, dtype_bytes
 from megatron_vrl.models.qwen2_5_vl.flops import flops_of_sizes, hardware_flops
-from megatron_vrl.observe.throughput import Work
-from megatron_vrl.planner.activations import FLOAT32, dtype_bytes
+from megatron_vrl.observe.throughput import FlopCounts
 from megatron_vrl.planner.hardware import Gpu
 from megatron_vrl.planner.parameters import ParameterCounts
 from megatron_vrl.planner.workload import PackedBatch
@@ -75,18 +75,18 @@ class Machine:
         return num_bytes / (self.gpu.hbm * self.gpu.hbm_fraction)
 
 
-def batch_flops(arch: Architecture, batch: PackedBatch) -> Work:
+def batch_flops(arch: Architecture, batch: PackedBatch) -> FlopCounts:
     """Return the FLOPs of one forward pass of a micro-batch, over all ranks of the replica."""
-    size = batch.of
+    size = batch.group
     one = flops_of_sizes(
         arch, size.prompt, [size.response] * size.answers, [size.grid] if size.grid else []
     )
     return scaled(one, batch.groups)
 
 
-def scaled(work: Work, by: float) -> Work:
+def scaled(work: FlopCounts, by: float) -> FlopCounts:
     """Return `work` multiplied by `by`."""
-    return Work(
+    return FlopCounts(
         tokens=round(work.tokens * by),
         linear=work.linear * by,
         attention=work.attention * by,
@@ -96,13 +96,13 @@ def scaled(work: Work, by: float) -> Work:
     )
 
 
-def stage_flops(cfg: RunConfig, arch: Architecture, work: Work, stage: int) -> Work:
+def stage_flops(cfg: RunConfig, arch: Architecture, work: FlopCounts, stage: int) -> FlopCounts:
     """Return the part of `work` that one rank of a pipeline stage computes."""
     parallel = cfg.parallel
     chunks = stage_chunks(arch, cfg.model, parallel, stage)
     layers = sum(len(chunk.layers) for chunk in chunks) / arch.layers
     embeds, ends = any(c.pre_process for c in chunks), any(c.post_process for c in chunks)
-    own = Work(
+    own = FlopCounts(
         tokens=work.tokens,
         linear=work.linear * layers,
         attention=work.attention * layers,
@@ -143,7 +143,7 @@ def _of_stage(
     cfg: RunConfig,
     arch: Architecture,
     batch: PackedBatch,
-    work: Work,
+    work: FlopCounts,
     stage: int,
     machine: Machine,
     backward: bool,
@@ -151,7 +151,7 @@ def _of_stage(
     """Return the seconds of one micro-batch on one rank of the stage, by cause."""
     model, parallel = cfg.model, cfg.parallel
     flops = (lambda w: hardware_flops(w, model)) if backward else (lambda w: w.flops)
-    linear, rest = replace(Work(), linear=work.linear), replace(work, linear=0.0)
+    linear, rest = replace(FlopCounts(), linear=work.linear), replace(work, linear=0.0)
     parts = {"compute": machine.compute(flops(rest), model.dtype)}
     parts["compute"] += machine.compute(
         flops(linear), model.dtype if model.fp8 == "none" else "fp8"

@@ -56,7 +56,7 @@ class GroupSizes:
 class PackedBatch:
     """A micro-batch of equal groups."""
 
-    of: GroupSizes
+    group: GroupSizes
     groups: int
     rows: int  # with padding, of all context-parallel ranks
 
@@ -176,4 +176,4 @@ def _shorter(sizes: GroupSizes) -> GroupSizes:
 def _packed(piece: GroupSizes, groups: int, multiple: int) -> PackedBatch:
     """Return a micro-batch of `groups` groups with its padded rows."""
     rows = -(-groups * piece.rows // multiple) * multiple
-    return PackedBatch(of=piece, groups=groups, rows=rows)
+    return PackedBatch(group=piece, groups=groups, rows=rows)

@@ -13,6 +13,7 @@ from megatron_vrl.errors import ConfigError, DataError, counted
 from megatron_vrl.models.architecture import Architecture, padded_vocab, read_architecture
 from megatron_vrl.models.fusion import gradient_fusion
 from megatron_vrl.models.pipeline_split import all_chunks, check_divides
+from megatron_vrl.models.qwen2_5_vl.hf_shapes import num_parameters
 from megatron_vrl.parallel.mesh import check_layout
 from megatron_vrl.rewards import weights_of
 from megatron_vrl.rewards.user_functions import load_function
@@ -56,7 +57,7 @@ def check(cfg: RunConfig, world: int, here: bool = False) -> list[str]:
     updates = cfg.grpo.mini_batches * cfg.grpo.epochs
     fusion = gradient_fusion(cfg.model, torch.cuda.is_available())
     return [
-        f"model: {arch.num_parameters:,} parameters",
+        f"model: {num_parameters(arch):,} parameters",
         _layout(world, replicas, cfg),
         *_stages(arch, cfg),
         *padding_notes(arch, cfg),

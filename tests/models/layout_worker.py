@@ -96,7 +96,7 @@ for frozen in ("vision", "merger", "language"):
 
 
 def train(checkpoint: Path, layout: Layout) -> dict[str, Any]:
-    """Every rank calls it; all return the same."""
+    """Return the results of one layout, equal on all ranks. Every rank must call it."""
     parallel = Parallel.model_validate(layout.parallel)
     mesh = init_mesh(parallel, seed=1)
     cfg = Model(checkpoint=str(checkpoint), dtype="float32", **layout.model)

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from megatron_vrl.observe.metrics import MEANINGS
-from megatron_vrl.observe.throughput import Work, step_meters
+from megatron_vrl.observe.throughput import FlopCounts, step_meters
 
-COMPUTED = Work(tokens=1000, linear=5e12, attention=1e12, head=1e12, vision=2e12, merger=1e12)
+COMPUTED = FlopCounts(tokens=1000, linear=5e12, attention=1e12, head=1e12, vision=2e12, merger=1e12)
 STEP = {
     "computed": COMPUTED,
     "ideal": replace(COMPUTED, tokens=900),
@@ -40,7 +40,7 @@ def test_values():
 def test_what_is_not_known_is_left_out():
     assert "mfu" not in step_meters(**STEP | {"peak": None})
     assert not {"mfu", "update_tflops_per_second"} & step_meters(**STEP | {"seconds": {}}).keys()
-    assert step_meters(**STEP | {"computed": Work()}) == {}
+    assert step_meters(**STEP | {"computed": FlopCounts()}) == {}
 
 
 def test_work_adds_up():
@@ -48,4 +48,4 @@ def test_work_adds_up():
     twice = COMPUTED + COMPUTED
     assert twice.tokens == 2000
     assert twice.flops == 20e12
-    assert sum([COMPUTED, COMPUTED], start=Work()) == twice
+    assert sum([COMPUTED, COMPUTED], start=FlopCounts()) == twice

@@ -100,7 +100,7 @@ class Live:
 
 
 class Saved:
-    """What autograd's hook hands out in a tensor's place."""
+    """Object that autograd's pack hook stores in place of a saved tensor."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
@@ -158,7 +158,7 @@ def groups_of(case: dict[str, Any]) -> list[Group]:
 
 
 def measure(case: dict[str, Any]) -> dict[str, Any]:
-    """Every rank calls it; the row of this rank."""
+    """Return this rank's row of one case. Every rank must call it."""
     parallel = Parallel.model_validate(case.get("parallel", {}))
     model = Model(checkpoint="", attention="sdpa", **case.get("model", {}))
     mesh = init_mesh(parallel, seed=1)
@@ -233,7 +233,8 @@ def _lasting(policy: Policy) -> dict[str, int]:
 
 
 def _bytes(tensors: Iterator[torch.Tensor]) -> int:
-    """Of elements, not of storages: a parameter may be a view of its buffer."""
+    """Return the bytes of the tensors' elements; a parameter's storage may be larger, as a view of
+    its buffer."""
     return sum(t.numel() * t.element_size() for t in tensors)
 
 

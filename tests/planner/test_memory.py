@@ -13,15 +13,16 @@ import pytest
 
 from megatron_vrl.config import Algorithm, Batch, Model, Parallel, Run, RunConfig
 from megatron_vrl.models.pipeline_split import stage_chunks
-from megatron_vrl.planner.activations import (
+from megatron_vrl.models.qwen2_5_vl.activations import (
     Kernels,
-    head_kept,
+    head_saved,
     language_layer,
-    merger_kept,
+    merger_saved,
     recompute_of_tower,
     vision_layer,
 )
-from megatron_vrl.planner.memory import in_flight, kept_by, stage_memory
+from megatron_vrl.planner.memory import chunk_saved, in_flight, stage_memory
+from megatron_vrl.planner.rank_sizes import rank_sizes
 from megatron_vrl.planner.workload import GroupSizes, PackedBatch
 from tests.planner.measured import ARCHITECTURES, measure
 from tests.running import ENVIRONMENT, ROOT, python
@@ -100,20 +101,21 @@ def planned(case, ranks, row):
     groups = case["groups"] * (len(answers) if plain else 1) // replicas // row["micro_batches"]
     multiple = parallel.tensor * (2 * parallel.context if parallel.context > 1 else 1)
     rows = -(-groups * size.rows // multiple) * multiple
-    batch, kernels = PackedBatch(of=size, groups=groups, rows=rows), Kernels(on_gpu=False)
+    batch, kernels = PackedBatch(group=size, groups=groups, rows=rows), Kernels(on_gpu=False)
     sharers, stage = replicas * parallel.context, row["stage"]
     memory = stage_memory(cfg, arch, stage, sharers, [batch], row["micro_batches"], kernels)
-    layer = language_layer(arch, cfg.model, parallel, batch, kernels)
+    sizes = rank_sizes(cfg.model, parallel, batch)
+    layer = language_layer(arch, cfg.model, parallel, sizes.rows, sizes.attention, kernels)
     head = 0  # it is gone when the first layer is computed again
     chunks = stage_chunks(arch, cfg.model, parallel, stage)
     if any(chunk.post_process for chunk in chunks):
-        head = head_kept(arch, cfg.model, batch, layer, parallel.context)
-    again = layer.again(cfg.model.recompute)
+        head = head_saved(arch, cfg.model, layer, sizes.targets)
+    again = layer.recomputed(cfg.model.recompute)
     if (first := chunks[0]).pre_process and not cfg.model.freeze_vision:
-        block = vision_layer(arch, cfg.model, parallel, batch, kernels)
-        gone = kept_by(first, layer, cfg.model.recompute)
-        gone += merger_kept(arch, cfg.model, parallel, batch, block)
-        again = max(again, block.again(recompute_of_tower(cfg.model)) - gone)
+        block = vision_layer(arch, cfg.model, sizes.patches, kernels)
+        gone = chunk_saved(first, layer, cfg.model.recompute)
+        gone += merger_saved(arch, cfg.model, block, sizes.vision_tokens)
+        again = max(again, block.recomputed(recompute_of_tower(cfg.model)) - gone)
     return memory, memory.activations + memory.vision + max(head, again)
 
 

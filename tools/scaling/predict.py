@@ -47,7 +47,7 @@ def update_parts(
     layout, sizes = cell.layout, sizes_of(work)
     cfg = RunConfig(run=Run(out_dir="none"), model=model_of(work), parallel=layout.parallel())
     machine = Machine(gpu=gpu, gpus=layout.ranks, mfu=mfu)
-    batch = PackedBatch(of=sizes, groups=1, rows=sizes.rows)
+    batch = PackedBatch(group=sizes, groups=1, rows=sizes.rows)
     passes = training_pass(cfg, arch, batch, micro_batches(cell), machine, backward=True)
     sharers = layout.data * layout.context
     ends = [

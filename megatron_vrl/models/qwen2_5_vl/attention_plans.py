@@ -62,7 +62,7 @@ def language_plan(batch: MicroBatch, device: torch.device) -> AttentionPlan:
     key_index = np.argsort(batch.key_rows)
     build = _PlanBuilder(len(batch.rows), device)
     for part, fast in segment_buckets(batch):
-        rows, valid = _padded(part.start, part.length)
+        rows, valid = _padded(part.query_start, part.query_length)
         keys, mask = _keys(part, valid)
         build.add(query_index[rows], valid, key_index[keys], None if fast else mask, causal=fast)
     return build.plan()
@@ -75,15 +75,14 @@ def varlen_plan(batch: MicroBatch, device: torch.device) -> VarlenPlan:
     row_index[batch.rows] = np.arange(len(batch.rows))
     key_index = np.argsort(batch.key_rows)
     segments = attention_segments(batch)
-    queries = row_index[_index_ranges(segments.start, segments.length)]
-    pairs = (
-        np.stack(two, axis=1).reshape(-1)  # keys of a segment: its prefix, then its own rows
-        for two in ((segments.prefix_start, segments.own_start), (segments.prefix, segments.own))
-    )
+    queries = row_index[_index_ranges(segments.query_start, segments.query_length)]
+    starts = segments.prefix_start, segments.own_start  # a segment's keys: prefix, own rows
+    key_lengths = segments.prefix_length, segments.own_length
+    pairs = (np.stack(two, axis=1).reshape(-1) for two in (starts, key_lengths))
     keys = key_index[_index_ranges(*pairs)]
     output_index = np.zeros(len(batch.rows), dtype=np.int64)
     output_index[queries] = np.arange(len(queries))
-    lengths = segments.length, segments.prefix + segments.own
+    lengths = segments.query_length, segments.prefix_length + segments.own_length
     ends = [np.concatenate([[0], np.cumsum(n)]).astype(np.int32) for n in lengths]
     on = lambda array: torch.from_numpy(array).to(device)  # noqa: E731
     return VarlenPlan(
@@ -105,9 +104,9 @@ def _index_ranges(starts: Index, lengths: Index) -> Index:
 
 def _keys(part: Segments, valid: NDArray[np.bool_]) -> tuple[Index, NDArray[np.bool_]]:
     """Return key rows [B, S] and the mask [B, Q, S]. A padding query may attend to every key."""
-    before, before_valid = _padded(part.prefix_start, part.prefix)
-    own, _ = _padded(part.own_start, part.own)
-    last_seen = (part.own - part.length)[:, None] + np.arange(valid.shape[1])  # [B, Q]
+    before, before_valid = _padded(part.prefix_start, part.prefix_length)
+    own, _ = _padded(part.own_start, part.own_length)
+    last_seen = (part.own_length - part.query_length)[:, None] + np.arange(valid.shape[1])  # [B, Q]
     sees_own = np.arange(own.shape[1]) <= last_seen[:, :, None]
     shape = (*valid.shape, before.shape[1])
     sees_before = np.broadcast_to(before_valid[:, None, :], shape)

@@ -13,12 +13,18 @@ import numpy as np
 from megatron_vrl.batching.pack import Group, MicroBatch
 from megatron_vrl.config import Model
 from megatron_vrl.models.architecture import Architecture, VisionArchitecture
-from megatron_vrl.observe.throughput import Work
+from megatron_vrl.models.qwen2_5_vl.matrices import (
+    head_weights,
+    language_layer_weights,
+    merger_weights,
+    tower_weights,
+)
+from megatron_vrl.observe.throughput import FlopCounts
 
 Grid = tuple[int, int, int]  # temporal steps; height and width in patches
 
 
-def group_flops(arch: Architecture, group: Group) -> Work:
+def group_flops(arch: Architecture, group: Group) -> FlopCounts:
     """Return the FLOPs that a group needs: its prompt and each video once, all answers, no
     padding."""
     return flops_of_sizes(
@@ -31,7 +37,7 @@ def group_flops(arch: Architecture, group: Group) -> Work:
 
 def flops_of_sizes(
     arch: Architecture, prompt: int, answers: Sequence[int], grids: Sequence[Grid]
-) -> Work:
+) -> FlopCounts:
     """Return the FLOPs of a group with the given numbers of prompt and answer tokens and video
     grids."""
     inputs = [length - 1 for length in answers]
@@ -40,15 +46,13 @@ def flops_of_sizes(
     return vision_flops(arch, grids) + language
 
 
-def micro_batch_flops(arch: Architecture, batch: MicroBatch) -> Work:
+def micro_batch_flops(arch: Architecture, batch: MicroBatch) -> FlopCounts:
     """Return the FLOPs that a micro-batch computes in its layout, including padding rows.
 
     For a context-parallel shard the count covers its rows, its loss tokens and the fraction of the
     vision FLOPs that equals its fraction of the rows. The counts of all shards add up to the whole.
     """
-    num_keys = np.zeros(
-        len(batch.token_ids), np.int64
-    )  # number of keys that a row attends to; 0 for padding
+    num_keys = np.zeros(len(batch.token_ids), np.int64)  # keys that a row attends to; padding: 0
     group = batch.answer_group
     starts = np.concatenate([batch.prompt_start, batch.answer_start])
     lengths = np.concatenate([batch.prompt_length, batch.answer_length])
@@ -59,25 +63,23 @@ def micro_batch_flops(arch: Architecture, batch: MicroBatch) -> Work:
     encoded = () if batch.seen else batch.visuals
     vision = vision_flops(arch, [visual.grid_thw for visual in encoded])
     fraction = rows / len(batch.key_rows)
-    return _language(arch, rows, pairs, len(batch.target)) + Work(
+    return _language(arch, rows, pairs, len(batch.target)) + FlopCounts(
         vision=vision.vision * fraction, merger=vision.merger * fraction
     )
 
 
-def vision_flops(arch: Architecture, grids: Sequence[Grid]) -> Work:
+def vision_flops(arch: Architecture, grids: Sequence[Grid]) -> FlopCounts:
     """Return the FLOPs of the vision tower and merger for videos and images."""
     v = arch.vision
-    merged = v.hidden * v.merge**2
     patches = sum(t * h * w for t, h, w in grids)
-    weights = v.layers * (4 * v.hidden**2 + 3 * v.hidden * v.mlp) + v.patch_values * v.hidden
     full = len(v.full_attention_layers)
     pairs = sum(
         t * (full * (h * w) ** 2 + (v.layers - full) * _window_pairs(h, w, v)) for t, h, w in grids
     )
     tokens = patches // v.merge**2
-    return Work(
-        vision=2.0 * patches * weights + 4.0 * v.hidden * pairs,
-        merger=2.0 * tokens * merged * (merged + arch.hidden),
+    return FlopCounts(
+        vision=2.0 * patches * tower_weights(v) + 4.0 * v.hidden * pairs,
+        merger=2.0 * tokens * merger_weights(arch),
     )
 
 
@@ -92,7 +94,7 @@ def plain_tokens(groups: Iterable[Group]) -> int:
     return sum(g.num_tokens + len(g.prompt.token_ids) * (len(g.answers) - 1) for g in groups)
 
 
-def update_flops(work: Work, cfg: Model) -> float:
+def update_flops(work: FlopCounts, cfg: Model) -> float:
     """Return the model FLOPs of a training update: 3 forward passes, fewer for frozen parts.
 
     A backward pass has one product for the input's gradient and one for the weight's. A frozen part
@@ -110,7 +112,7 @@ def update_flops(work: Work, cfg: Model) -> float:
     )
 
 
-def hardware_flops(work: Work, cfg: Model) -> float:
+def hardware_flops(work: FlopCounts, cfg: Model) -> float:
     """Return the FLOPs that the hardware computes in an update, including recompute.
 
     The head computes its logits twice, and the gradient of its weight even if that is frozen.
@@ -122,16 +124,14 @@ def hardware_flops(work: Work, cfg: Model) -> float:
     return update_flops(work, cfg) + again[cfg.recompute] + head
 
 
-def _language(arch: Architecture, tokens: int, pairs: int, losses: int) -> Work:
+def _language(arch: Architecture, tokens: int, pairs: int, losses: int) -> FlopCounts:
     """Return the FLOPs of the language model for `tokens` rows, `pairs` of attention and `losses`
     logits."""
-    width, kv = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
-    weights = arch.hidden * (2 * width + 2 * kv + 3 * arch.mlp)  # q and o, k and v, gated MLP
-    return Work(
+    return FlopCounts(
         tokens=tokens,
-        linear=2.0 * arch.layers * tokens * weights,
-        attention=4.0 * arch.layers * width * pairs,
-        head=2.0 * losses * arch.hidden * arch.vocab,
+        linear=2.0 * arch.layers * tokens * language_layer_weights(arch),
+        attention=4.0 * arch.layers * (arch.heads * arch.head_dim) * pairs,
+        head=2.0 * losses * head_weights(arch),
     )
 
 

@@ -4,6 +4,8 @@ Conversion compares these shapes with the file before it reads or writes a tenso
 another model is refused with the name of the first tensor that differs.
 """
 
+from math import prod
+
 import torch
 
 from megatron_vrl.models.architecture import Architecture
@@ -26,6 +28,11 @@ def hf_shapes(arch: Architecture) -> dict[str, Shape]:
     for layer in range(arch.vision.layers):
         shapes |= _prefixed(f"visual.blocks.{layer}.", _block_shapes(arch))
     return shapes | _prefixed("visual.", _ends_of_tower(arch))
+
+
+def num_parameters(arch: Architecture) -> int:
+    """Return the exact number of trainable parameters; a tied head counts once."""
+    return sum(prod(shape) for shape in hf_shapes(arch).values())
 
 
 def megatron_shape(row: Row, shapes_by_name: dict[str, Shape]) -> Shape:

@@ -139,7 +139,7 @@ class Qwen25VL(MegatronModule):
         self.language = LanguageModel(
             config=config,
             transformer_layer_spec=TransformerBlockSubmodules(
-                layer_specs=[layer_spec(parts) for parts in layers], layer_norm=last.norm
+                layer_specs=[layer_spec(modules) for modules in layers], layer_norm=last.norm
             ),
             vocab_size=padded_vocab(arch, parallel),
             max_sequence_length=arch.max_positions,
@@ -155,7 +155,9 @@ class Qwen25VL(MegatronModule):
         self.to(config.params_dtype)  # RMSNorm creates float32 weights
         self._freeze(cfg)
 
-    def forward(self, batch: MicroBatch, patches: Tensor | None, of: Distribution) -> Tensor:
+    def forward(
+        self, batch: MicroBatch, patches: Tensor | None, distribution: Distribution
+    ) -> Tensor:
         """Return log-prob and entropy [2, N] of every target on the last stage, else hidden states.
 
         `patches` [P, patch values] holds the patches of all visuals of the batch. Only the first
@@ -177,7 +179,7 @@ class Qwen25VL(MegatronModule):
                 cp_group=self.mesh.alone,  # positions are already this rank's shard
             ),
         )  # [L (/ tensor), 1, C]
-        return self._head(hidden, batch, of) if self.post_process else hidden
+        return self._head(hidden, batch, distribution) if self.post_process else hidden
 
     def _embed(self, batch: MicroBatch, patches: Tensor | None) -> Tensor:
         """Return the input embeddings [L (/ tensor), 1, C] of this rank's rows.
@@ -192,15 +194,12 @@ class Qwen25VL(MegatronModule):
         if batch.visuals:
             tokens = self._vision_tokens(batch, patches)
             is_pad = np.isin(batch.token_ids, (self.arch.video_token, self.arch.image_token))
-            number = (np.cumsum(is_pad) - 1)[
-                batch.rows
-            ]  # index of the vision embedding at each row
-            here = np.flatnonzero(is_pad[batch.rows])
-            places, chosen = (
-                torch.from_numpy(index).to(self.mesh.device) for index in (here, number[here])
-            )
-            seen = tokens.index_select(0, chosen)[:, None]
-            embeddings = embeddings.index_copy(0, places, seen.to(embeddings.dtype))
+            vision_index = (np.cumsum(is_pad) - 1)[batch.rows]  # of each row, valid at pads
+            pad_rows = np.flatnonzero(is_pad[batch.rows])
+            rows = torch.from_numpy(pad_rows).to(self.mesh.device)
+            chosen = torch.from_numpy(vision_index[pad_rows]).to(self.mesh.device)
+            tokens = tokens.index_select(0, chosen)[:, None].to(embeddings.dtype)
+            embeddings = embeddings.index_copy(0, rows, tokens)
         if self.config.sequence_parallel:
             embeddings = scatter_to_sequence_parallel_region(embeddings)
         return embeddings  # [L (/ tensor), 1, C]
@@ -213,7 +212,7 @@ class Qwen25VL(MegatronModule):
         assert self.vision is not None
         return self.vision(patches, [visual.grid_thw for visual in batch.visuals])
 
-    def _head(self, hidden: Tensor, batch: MicroBatch, of: Distribution) -> Tensor:
+    def _head(self, hidden: Tensor, batch: MicroBatch, distribution: Distribution) -> Tensor:
         """Return log-prob and entropy [2, N] of the batch's targets from hidden states [L (/
         tensor), 1, C]."""
         if self.config.sequence_parallel:
@@ -222,12 +221,13 @@ class Qwen25VL(MegatronModule):
             hidden = copy_to_tensor_model_parallel_region(hidden)
         source = torch.from_numpy(batch.source).to(hidden.device)
         target = torch.from_numpy(batch.target).to(hidden.device)
+        padding = range(self.arch.vocab, self.language.vocab_size)  # rows without a token
         logprob, entropy = token_logprobs(
             hidden[:, 0].index_select(0, source),
             self.head_weight(),
             target,
             group=self.mesh.tensor.group,
-            of=replace(of, banned=(*of.banned, *range(self.arch.vocab, self.language.vocab_size))),
+            distribution=replace(distribution, banned=(*distribution.banned, *padding)),
         )
         return torch.stack([logprob, entropy])
 

@@ -14,7 +14,7 @@ from megatron_vrl.batching.pack import Answer, Group, pack, repeat_prompts, shar
 from megatron_vrl.config import Model
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.models.qwen2_5_vl.flops import (
-    Work,
+    FlopCounts,
     group_flops,
     hardware_flops,
     micro_batch_flops,
@@ -22,13 +22,14 @@ from megatron_vrl.models.qwen2_5_vl.flops import (
     plain_tokens,
     update_flops,
 )
+from megatron_vrl.models.qwen2_5_vl.hf_shapes import num_parameters
 from megatron_vrl.models.qwen2_5_vl.preprocess import patchify
 from tests.running import ROOT
 from tests.tiny import GROUPS, VIDEO_TOKEN, prompt, video
 from tests.tiny_models import hf_model, save
 
 ARCH = read_architecture(ROOT / "configs" / "models" / "qwen2.5-vl-3b.json")
-PARTS = [field.name for field in fields(Work)]
+PARTS = [field.name for field in fields(FlopCounts)]
 
 
 def group(seed, lengths, visuals=()):
@@ -43,12 +44,12 @@ def group(seed, lengths, visuals=()):
     return Group(prompt=prompt(visuals, seed), answers=answers)
 
 
-def close(one: Work, other: Work) -> bool:
+def close(one: FlopCounts, other: FlopCounts) -> bool:
     return all(getattr(one, p) == pytest.approx(getattr(other, p), rel=1e-12) for p in PARTS)
 
 
 def total(works):
-    return sum(works, start=Work())
+    return sum(works, start=FlopCounts())
 
 
 def counted(model, asked) -> dict[str, dict]:
@@ -71,7 +72,8 @@ def counted(model, asked) -> dict[str, dict]:
 
 
 def spent(counts, suffix: str, attention: bool | None = None) -> int:
-    """Of the modules whose name ends so: batched products, which are attention's, or the rest."""
+    """Return the FLOPs of modules whose name ends in `suffix`: batched products (attention) or
+    others."""
     return sum(
         flops
         for module, by_operation in counts.items()
@@ -151,7 +153,7 @@ def test_flops_of_context_ranks_add_up(ranks):
 
 
 def test_an_update_is_three_forward_passes_minus_frozen_parts():
-    work = Work(tokens=1, linear=1.0, attention=10.0, head=100.0, vision=1e3, merger=1e4)
+    work = FlopCounts(tokens=1, linear=1.0, attention=10.0, head=100.0, vision=1e3, merger=1e4)
     free = Model(checkpoint="")
 
     def update(**frozen):
@@ -165,7 +167,7 @@ def test_an_update_is_three_forward_passes_minus_frozen_parts():
 
 
 def test_hardware_flops_count_what_is_computed_again():
-    work = Work(tokens=1, linear=1.0, attention=10.0, head=100.0, vision=1e3, merger=1e4)
+    work = FlopCounts(tokens=1, linear=1.0, attention=10.0, head=100.0, vision=1e3, merger=1e4)
     extra = {
         kind: hardware_flops(work, Model(checkpoint="", recompute=kind)) - 3 * work.flops
         for kind in ("none", "selective", "full")
@@ -180,6 +182,6 @@ def test_hardware_flops_count_what_is_computed_again():
 def test_the_3b_model_costs_about_two_flops_a_weight_and_token():
     """Short text has next to no attention; the head reads every answer token."""
     work = group_flops(replace(ARCH, tied_head=False), group(0, [100]))
-    language = ARCH.num_parameters - ARCH.vocab * ARCH.hidden - 668_687_360  # tower, published
+    language = num_parameters(ARCH) - ARCH.vocab * ARCH.hidden - 668_687_360  # tower, published
     assert work.linear == pytest.approx(2 * work.tokens * language, rel=1e-3)
     assert work.head == 2 * 100 * ARCH.hidden * ARCH.vocab

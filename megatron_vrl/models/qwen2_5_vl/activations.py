@@ -13,17 +13,10 @@ its MLP.
 """
 
 from dataclasses import dataclass
-from functools import cache
 
-import numpy as np
-
-from megatron_vrl.batching.pack import Answer, Group, pack, shard_context
 from megatron_vrl.config import Model, Parallel
 from megatron_vrl.models.architecture import Architecture
 from megatron_vrl.models.logprob_head import CHUNK_BYTES
-from megatron_vrl.models.segments import padded_attention_sizes, varlen_attention_sizes
-from megatron_vrl.planner.workload import PackedBatch
-from megatron_vrl.types import Prompt
 
 FLOAT32, INT64 = 4, 8
 
@@ -61,51 +54,57 @@ class Layer:
     attention: Attention
     kernels: Kernels
 
-    def whole(self) -> int:
+    def without_recompute(self) -> int:
         """Return the bytes saved without recompute."""
-        rest = self.stored * self.norm_rows * self.channels * 2 + self.norm() * 2
-        return rest + self.attends() + self.projects() + self.computes_mlp()
+        rest = self.stored * self.norm_rows * self.channels * 2 + self.norm_bytes() * 2
+        return rest + self.attention_bytes() + self.projection_bytes() + self.mlp_bytes()
 
-    def selective(self) -> int:
+    def with_selective_recompute(self) -> int:
         """Return the bytes saved when attention is recomputed: rotated queries and keys, and the
         fused QKV output that `v` is a view of."""
         kept = self.number * self.rows * (2 * self.queries + 3 * self.keys)
-        return self.whole() - self.attends() + self.rotary() + kept
+        return self.without_recompute() - self.attention_bytes() + self.rotary_bytes() + kept
 
-    def full(self) -> int:
+    def layer_input(self) -> int:
         """Return the bytes saved when the whole layer is recomputed: its input."""
         return self.number * self.norm_rows * self.channels
 
-    def kept(self, recompute: str) -> int:
+    def saved(self, recompute: str) -> int:
         """Return the bytes saved for the backward pass under `model.recompute`."""
-        return {"none": self.whole, "selective": self.selective, "full": self.full}[recompute]()
+        return {
+            "none": self.without_recompute,
+            "selective": self.with_selective_recompute,
+            "full": self.layer_input,
+        }[recompute]()
 
-    def again(self, recompute: str) -> int:
+    def recomputed(self, recompute: str) -> int:
         """Return the additional bytes that one layer at a time holds while it is recomputed."""
-        return {"none": 0, "selective": self.attends(), "full": self.whole()}[recompute]
+        return {"none": 0, "selective": self.attention_bytes(), "full": self.without_recompute()}[
+            recompute
+        ]
 
-    def norm(self) -> int:
+    def norm_bytes(self) -> int:
         """Return the bytes that an RMSNorm saves."""
         each = self.number if self.kernels.on_gpu else 2 * FLOAT32
         return self.norm_rows * (each * self.channels + FLOAT32)
 
-    def rotary(self) -> int:
+    def rotary_bytes(self) -> int:
         """Return the bytes of cosines and sines, for queries and keys."""
         return 4 * self.number * self.rows * (self.queries // self.heads)
 
-    def attends(self) -> int:
+    def attention_bytes(self) -> int:
         """Return the bytes that core attention saves."""
         a = self.attention
         copies = self.number * (2 * a.queries * self.queries + 2 * a.keys * self.keys)
         scores = FLOAT32 * self.heads * a.mask if self.kernels.scores else 0
         sums = FLOAT32 * self.heads * a.queries
-        return self.rotary() + copies + sums + self.number * a.mask + scores
+        return self.rotary_bytes() + copies + sums + self.number * a.mask + scores
 
-    def projects(self) -> int:
+    def projection_bytes(self) -> int:
         """Return the bytes that the output projection saves."""
         return self.stored * self.rows * self.queries
 
-    def computes_mlp(self) -> int:
+    def mlp_bytes(self) -> int:
         """Return the bytes that the MLP saves.
 
         They are gate and up, the SiLU of the gate, a copy of up (Megatron adds an offset of 0), and
@@ -113,7 +112,7 @@ class Layer:
         """
         return self.rows * self.mlp * (4 * self.number + self.stored)
 
-    def working(self) -> int:
+    def temporary(self) -> int:
         """Return the largest temporary gradients of the layer's backward pass.
 
         The maximum is in the MLP: gradients of the product, of one factor, of the layer's output
@@ -130,10 +129,14 @@ def dtype_bytes(model: Model) -> int:
 
 
 def language_layer(
-    arch: Architecture, model: Model, cfg: Parallel, batch: PackedBatch, kernels: Kernels
+    arch: Architecture,
+    model: Model,
+    cfg: Parallel,
+    rows: int,
+    attention: Attention,
+    kernels: Kernels,
 ) -> Layer:
-    """Return the sizes of a language layer."""
-    rows = batch.rows // cfg.context
+    """Return the sizes of a language layer on a rank with `rows` packed rows."""
     number = dtype_bytes(model)
     return Layer(
         rows=rows,
@@ -145,47 +148,9 @@ def language_layer(
         mlp=arch.mlp // cfg.tensor,
         number=number,
         stored=number if model.fp8 == "none" else 1,
-        attention=_attention(batch, cfg.context, _in_buckets(model)),
+        attention=attention,
         kernels=kernels,
     )
-
-
-@cache
-def _in_buckets(model: Model) -> bool:
-    """Return whether attention on a GPU runs in masked buckets (sdpa); `auto` depends on the
-    dtype."""
-    return model.attention == "sdpa" or (model.attention == "auto" and model.dtype == "float32")
-
-
-def _attention(batch: PackedBatch, context: int, masks: bool) -> Attention:
-    """Return the attention sizes of the context-parallel rank that reads the most.
-
-    They are measured on a micro-batch built with the planned sizes.
-    """
-    size = batch.of
-    prompt = Prompt(
-        id="",
-        visuals=(),
-        token_ids=np.zeros(size.prompt, np.int64),
-        engine_token_ids=(),
-        positions=np.zeros((3, size.prompt), np.int64),
-    )
-    answer = Answer(
-        token_ids=np.zeros(size.response, np.int64),
-        advantage=0.0,
-        engine_logprobs=np.zeros(size.response, np.float32),
-    )
-    group = Group(prompt=prompt, answers=(answer,) * size.answers)
-    whole = pack([group] * batch.groups, at_least=batch.rows)
-    shares = [shard_context(whole, rank, context) for rank in range(context)]
-    if masks:
-        sizes = [padded_attention_sizes(share) for share in shares]
-    else:
-        sizes = [(*varlen_attention_sizes(share), 0) for share in shares]
-    queries, keys, mask = max(
-        sizes, key=lambda candidates: candidates[2] + candidates[0] + candidates[1]
-    )
-    return Attention(queries=queries, keys=keys, mask=mask)
 
 
 def recompute_of_tower(model: Model) -> str:
@@ -194,13 +159,9 @@ def recompute_of_tower(model: Model) -> str:
     return "full" if model.recompute == "full" and not model.freeze_vision else "none"
 
 
-def vision_layer(
-    arch: Architecture, model: Model, cfg: Parallel, batch: PackedBatch, kernels: Kernels
-) -> Layer:
-    """Return the sizes of a block of the vision tower: all channels, and this rank's part of the
-    patches."""
+def vision_layer(arch: Architecture, model: Model, patches: int, kernels: Kernels) -> Layer:
+    """Return the sizes of a block of the vision tower on a rank with `patches` patches."""
     v = arch.vision
-    patches = -(-batch.groups * batch.of.patches // (cfg.tensor * cfg.context))
     number = dtype_bytes(model)
     return Layer(
         rows=patches,
@@ -217,59 +178,50 @@ def vision_layer(
     )
 
 
-def vision_kept(
-    arch: Architecture, model: Model, cfg: Parallel, batch: PackedBatch, kernels: Kernels
+def vision_saved(
+    arch: Architecture, model: Model, block: Layer, all_patches: int, tokens: int
 ) -> int:
-    """Return the bytes saved by the vision tower with its merger, and by the inserted vision
-    embeddings."""
-    if not batch.of.patches:
+    """Return the bytes saved by the vision tower, the merger and the inserted vision embeddings.
+
+    `all_patches` are the patches of the micro-batch, `tokens` the vision tokens among this rank's
+    rows.
+    """
+    if not all_patches:
         return 0
-    layer = vision_layer(arch, model, cfg, batch, kernels)
-    kept = merger_kept(arch, model, cfg, batch, layer)
+    kept = merger_saved(arch, model, block, tokens)
     if not model.freeze_vision:
-        kept += arch.vision.layers * layer.kept(recompute_of_tower(model))
+        kept += arch.vision.layers * block.saved(recompute_of_tower(model))
         # A rank's patches are a view, which keeps all patches alive.
-        kept += layer.number * batch.groups * batch.of.patches * arch.vision.patch_values
+        kept += block.number * all_patches * arch.vision.patch_values
     return kept
 
 
-def merger_kept(
-    arch: Architecture, model: Model, cfg: Parallel, batch: PackedBatch, block: Layer
-) -> int:
-    """Return the part of `vision_kept` that is freed before the backward pass of the tower's
-    blocks."""
+def merger_saved(arch: Architecture, model: Model, block: Layer, tokens: int) -> int:
+    """Return the part of `vision_saved` that is freed before the backward pass of the blocks."""
     if model.freeze_vision and model.freeze_merger:
         return 0
-    tokens = batch.groups * batch.of.vision_tokens // cfg.context
     patch_channels = block.number * block.rows * arch.vision.hidden
     kept = 3 * patch_channels  # output of the norm; input and output of the GELU
-    kept += block.norm() * (not model.freeze_vision)
+    kept += block.norm_bytes() * (not model.freeze_vision)
     return kept + block.number * tokens * arch.hidden
 
 
-def head_kept(
-    arch: Architecture, model: Model, batch: PackedBatch, layer: Layer, context: int
-) -> int:
-    """Return the bytes saved by the final norm, and by the rows that predict answer tokens."""
-    targets = batch.groups * batch.of.targets // context
-    return layer.norm() + dtype_bytes(model) * targets * arch.hidden
+def head_saved(arch: Architecture, model: Model, layer: Layer, targets: int) -> int:
+    """Return the bytes saved by the final norm, and by the rows that predict `targets` tokens."""
+    return layer.norm_bytes() + dtype_bytes(model) * targets * arch.hidden
 
 
-def head_working(
-    num_tokens: int, arch: Architecture, model: Model, batch: PackedBatch, context: int
-) -> int:
-    """Return the temporary bytes of the head, which holds `num_tokens` of the vocabulary on this
-    rank.
+def head_temporary(arch: Architecture, model: Model, vocab_shard: int, targets: int) -> int:
+    """Return the temporary bytes of the head, with `vocab_shard` rows of it on this rank.
 
     They are two buffers of logits and their product in `dtype`, the head's gradient in float32 and
     in `dtype`, and the gradient of the rows.
     """
     number = dtype_bytes(model)
-    targets = batch.groups * batch.of.targets // context
-    rows = min(targets, max(1, CHUNK_BYTES // (FLOAT32 * num_tokens)))
+    rows = min(targets, max(1, CHUNK_BYTES // (FLOAT32 * vocab_shard)))
     product = number if number < FLOAT32 else 0
-    logits = rows * num_tokens * (2 * FLOAT32 + product)
-    weight = num_tokens * arch.hidden * (FLOAT32 + product)
+    logits = rows * vocab_shard * (2 * FLOAT32 + product)
+    weight = vocab_shard * arch.hidden * (FLOAT32 + product)
     return logits + weight + number * targets * arch.hidden
 
 
