@@ -36,7 +36,7 @@ def into_micro_batches(
     count = max(len(packed), min(at_least, len(sizes)))
     while len(packed) < count:
         _split_heaviest(packed, costs)
-    # By cost balances best; by size finds room in cases where by cost does not.
+    # The order by cost gives more even bins; the order by size can succeed where that one fails.
     tries = [_greedy_partition(order, costs, count, sizes, budget) for order in (costs, sizes)]
     best = min((bins for bins in (*tries, packed) if bins), key=lambda bins: _spread(bins, costs))
     return sorted(best, key=lambda members: (-_sum(costs, members), members))

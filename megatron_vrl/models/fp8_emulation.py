@@ -8,8 +8,8 @@ rounded. Scales follow Transformer Engine 2.11 under Megatron 0.16.1:
 
 - delayed: the maximum of the previous call (a history of one); the first scale is 1;
 - current: the maximum of the tensor;
-- blockwise: the maximum of each 128 values along the product's sum, and of each 128 x 128 block of
-  a weight; scales are powers of 2.
+- blockwise: the maximum of each 128 values along K, and of each 128 x 128 block of a weight; scales
+  are powers of 2.
 
 Shape letters: T rows, K input channels (summed), N output channels.
 """

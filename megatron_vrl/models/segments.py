@@ -56,7 +56,7 @@ def attention_segments(batch: MicroBatch) -> Segments:
 def segment_buckets(batch: MicroBatch) -> Iterator[tuple[Segments, bool]]:
     """Yield the segments of each attention call, and whether the call is causal and needs no mask.
 
-    Whole prompts need no mask, unless context-parallel ranks share them.
+    Whole prompts need no mask, unless context-parallel ranks split them.
     """
     segments = attention_segments(batch)
     causal = (segments.prefix_length == 0) & (segments.own_length == segments.query_length)

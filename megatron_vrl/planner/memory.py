@@ -32,7 +32,7 @@ from megatron_vrl.planner.rank_sizes import rank_sizes
 from megatron_vrl.planner.workload import PackedBatch
 
 RUNTIME = 2 * GIB  # CUDA context, NCCL buffers, cuBLAS workspaces; *not measured*
-RESERVE = 0.04  # of the GPU: fragmentation of torch's allocator, and memory of the driver
+RESERVE = 0.04  # fraction of the GPU left free for allocator fragmentation and the driver
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
