@@ -9,16 +9,16 @@ def kernel_by_definition(config, layer_number):
 
 def _attend(query, key, value, plan):
     outputs = []
-    for i in range(len(plan.query_ends) - 1):
-        q = query[plan.query_ends[i] : plan.query_ends[i + 1]]
+    for i in range(len(plan.cu_seqlens_q) - 1):
+        q = query[plan.cu_seqlens_q[i] : plan.cu_seqlens_q[i + 1]]
         k, v = (
-            x[plan.key_ends[i] : plan.key_ends[i + 1]].repeat_interleave(
+            x[plan.cu_seqlens_k[i] : plan.cu_seqlens_k[i + 1]].repeat_interleave(
                 q.shape[1] // x.shape[1], 1
             )
             for x in (key, value)
         )
         sees = torch.ones(len(q), len(k), dtype=bool).tril(len(k) - len(q))
-        assert len(q) <= plan.longest_query and len(k) <= plan.longest_key
+        assert len(q) <= plan.max_seqlen_q and len(k) <= plan.max_seqlen_k
         scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[2] ** 0.5
         shares = scores.masked_fill(~sees, -torch.inf).softmax(-1)
         outputs.append(torch.einsum("hqk,khd->qhd", shares, v).flatten(1))

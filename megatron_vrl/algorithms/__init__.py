@@ -1,9 +1,10 @@
-"""How rewards become a loss. A new algorithm is one file (with its paper) and one row here, and its
-name and published values in algorithm_values.py.
+"""RL algorithms: advantages from rewards, and policy losses per token.
 
-Losses stay per token. Who calls sums them with token weights, so that how the tokens are cut into
-micro-batches and ranks cannot change the loss (or does, where the released rule is asked for).
-docs/algorithms.md compares the rows.
+A new algorithm is one file, which names its paper, one row in ALGORITHMS, and its preset in
+`config/algorithm_presets.py`. docs/algorithms.md compares the rows.
+
+A loss stays per token here. The trainer sums token losses with token weights, so the split into
+micro-batches and ranks does not change the loss (`normalisation: temporal_r1` is the exception).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -45,10 +46,14 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Algorithm:
+    """One algorithm: its advantage rule and its policy loss."""
+
     advantages: Callable[[Sequence[NDArray[np.float64]]], list[NDArray[np.float64]]]
-    """Rewards [n] of every group of the whole step (all ranks) -> advantages, same shapes."""
+    """Function from rewards [n] of every group of the step, over all ranks, to advantages of the
+    same shapes."""
     policy_loss: Callable[[Tokens, config.Algorithm], tuple[Tensor, dict[str, Tensor]]]
-    """Loss [N] without KL and entropy terms, and metrics {name: [N]}."""
+    """Function (tokens, config) -> loss [N] without KL and entropy terms, and metrics {name:
+    [N]}."""
 
 
 ALGORITHMS: dict[str, Algorithm] = {
@@ -71,9 +76,10 @@ ALGORITHMS: dict[str, Algorithm] = {
 def advantages(
     groups: Sequence[Mapping[str, RewardComponent]], cfg: config.Algorithm
 ) -> list[NDArray[np.float64]]:
-    """Reward components of every group of the step, over all ranks -> advantages [n] of each group.
+    """Return advantages [n] of each group from the reward components of every group of the step.
 
-    Raises ValueError for a reward that is not finite: callers leave those out before.
+    `groups` must cover all ranks. Raise ValueError for a non-finite reward; callers remove such
+    groups first.
     """
     combine.check_finite(groups)
     rule = ALGORITHMS[cfg.name].advantages
@@ -83,10 +89,10 @@ def advantages(
 
 
 def token_loss(tokens: Tokens, cfg: config.Algorithm) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of each token, [N], and what to log of it, {name: [N]} without gradient.
+    """Return the loss of each token [N], and metrics {name: [N]} without gradient.
 
-    Policy loss x importance weight + kl x KL - entropy x entropy. A metric's mean over tokens is
-    meant, or its maximum if its name ends in "_max".
+    The loss is policy loss x rollout-correction weight + `kl` x KL - `entropy` x entropy. A metric
+    is reduced over tokens by its mean, or by its maximum if its name ends in "_max".
     """
     loss, metrics = ALGORITHMS[cfg.name].policy_loss(tokens, cfg)
     if cfg.rollout_is != "none":
@@ -94,12 +100,14 @@ def token_loss(tokens: Tokens, cfg: config.Algorithm) -> tuple[Tensor, dict[str,
         loss = loss * weight
         metrics |= {"rollout_is_weight": weight, "rollout_is_cut": cut}
     logprob = tokens.logprob.detach()
-    gap = (tokens.old_logprob - tokens.engine_logprob).abs()  # of one and the same policy
+    gap = (tokens.old_logprob - tokens.engine_logprob).abs()  # same weights, two implementations
     metrics |= {"policy_loss": loss.detach(), "entropy": tokens.entropy.detach()}
-    metrics |= {"approx_kl": tokens.old_logprob - logprob}  # k1, of the step since sampling
+    metrics |= {
+        "approx_kl": tokens.old_logprob - logprob
+    }  # k1 estimate of the change since sampling
     metrics |= {"logprob_gap": gap, "logprob_gap_max": gap}
     if cfg.kl > 0 and cfg.kl_in == "loss":
-        assert tokens.reference is not None, "a KL term needs the reference's log-probs"
+        assert tokens.reference is not None, "a KL term needs reference log-probs"
         kl = kl_penalty(tokens.logprob, tokens.reference, cfg)
         loss = loss + cfg.kl * kl
         metrics["ref_kl"] = kl.detach()

@@ -1,12 +1,13 @@
-"""Decoupled clip and dynamic sampling (DAPO, arXiv 2503.14476).
+"""DAPO: decoupled clip and dynamic sampling policy optimisation (arXiv 2503.14476).
 
-Advantage and loss are GRPO's; the rest are keys: an upper clip bound of its own (equation 10), new
-prompts for groups without a gradient (11), a mean over tokens (12), no KL term, answers that were
-cut off left out of the loss (section 3.4), and the length penalty of rewards/overlong.py (13).
+Advantage and loss are GRPO's. The rest is configuration: a separate upper clip bound (equation 10),
+dynamic sampling in place of zero-variance groups (11), token mean (12), no KL term, masked
+truncated answers (section 3.4), and the length penalty of rewards/overlong.py (13).
 
-The deviation is unbiased here, of which the paper says nothing. Its penalty reaches over the last
-fifth of the longest answer; since that is a count of tokens, `overlong_buffer` stays with the user.
-The paper refills without a limit; ten rounds are common in scripts built on its recipe.
+The paper does not say which standard deviation it uses; here it is the unbiased one. The paper's
+penalty covers the last fifth of the longest answer. `overlong_buffer` is a number of tokens, so the
+preset leaves it to the user. The paper samples without a limit; the preset allows ten rounds in
+all, as common scripts do.
 """
 
 from megatron_vrl.algorithms.grpo import advantages

@@ -1,9 +1,9 @@
-"""GRPO done right (Dr. GRPO, arXiv 2503.20783, section 3.2 and figure 1).
+"""Dr. GRPO: GRPO done right (arXiv 2503.20783, section 3.2 and figure 1).
 
-GRPO without its two divisions: the advantage is the distance from the group's mean, not in units of
-its deviation, which favours questions that are too easy or too hard; and token losses are divided
-by a constant, not by the answer's length, which favours long wrong answers. The loss is PPO's. The
-constant is the longest answer allowed, as in the paper's code.
+Dr. GRPO removes two divisions of GRPO. The advantage is the distance from the group's mean, without
+division by the standard deviation, which favours questions that are too easy or too hard. Token
+losses are divided by a constant, not by the answer's length, which favours long wrong answers. The
+constant is the longest answer allowed, as in the paper's code. The loss is PPO's.
 """
 
 from megatron_vrl.algorithms.groups import centred, per_group

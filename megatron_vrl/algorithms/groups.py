@@ -1,32 +1,34 @@
-"""What the advantages of several algorithms share."""
+"""Functions on the rewards of a group that several algorithms use."""
 
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-Rewards = NDArray[np.float64]  # [n] of one group, whose answers share a prompt
-Advantages = Callable[[Sequence[Rewards]], list[Rewards]]  # of every group of the step
+Rewards = NDArray[np.float64]  # [n] rewards of one group, the answers to one prompt
+Advantages = Callable[[Sequence[Rewards]], list[Rewards]]  # input: every group of the step
 
 
 def per_group(rule: Callable[[Rewards], Rewards]) -> Advantages:
-    """`rule`, of one group, for all groups of the step."""
+    """Return the advantage function that applies `rule` to each group separately."""
     return lambda groups: [rule(rewards) for rewards in groups]
 
 
 def centred(rewards: Rewards) -> Rewards:
-    """Distance from the group's mean; exactly 0 for equal rewards.
+    """Return rewards minus the group's mean; exactly 0 if all rewards are equal.
 
-    A group of one keeps its reward: nothing is there to compare it with, so its baseline is 0.
+    A group of one keeps its reward: its baseline is 0, since it has no other answer to compare
+    with.
     """
     if len(rewards) == 1:
         return rewards.copy()
-    if rewards.min() == rewards.max():  # the mean of equal rewards may be off by a rounding
+    if rewards.min() == rewards.max():  # rounding can move the mean of equal rewards
         return np.zeros_like(rewards)
     distance: NDArray[np.float64] = rewards - rewards.mean()
     return distance
 
 
 def has_signal(advantages: Rewards) -> bool:
-    """Whether a group has a policy gradient."""
+    """Return whether any advantage is non-zero, that is, whether the group has a policy
+    gradient."""
     return bool(np.any(advantages != 0.0))

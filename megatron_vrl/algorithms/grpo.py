@@ -1,11 +1,11 @@
-"""Group relative policy optimisation (GRPO, arXiv 2402.03300), as Temporal-R1 released it.
+"""GRPO: group relative policy optimisation (arXiv 2402.03300), as released by Temporal-R1.
 
-Advantage (section 4.1.2): the reward's distance from its group's mean in units of the group's
-standard deviation, the same for every token of an answer. Loss (equation 3): the clipped ratio of
-PPO, plus a KL term to the frozen first model (k3 estimator, equation 4).
+Advantage (section 4.1.2): the reward minus the group's mean, divided by the group's standard
+deviation; all tokens of an answer share it. Loss (equation 3): PPO's clipped ratio, plus a KL term
+to the frozen initial model (k3 estimator, equation 4).
 
-As released and unlike the paper: an entropy bonus, and 0.01 instead of 0.04 for the KL term. The
-paper takes the mean over answers of the mean over tokens (`normalisation: sequence_mean`).
+Differences from the paper, as released: an entropy bonus, and a KL coefficient of 0.01 instead of
+0.04. The paper averages tokens within answers, then answers (`normalisation: sequence_mean`).
 """
 
 import numpy as np
@@ -18,14 +18,15 @@ __all__ = ["advantages", "policy_loss"]
 EPSILON = 1e-6
 
 
-def of_group(rewards: Rewards) -> Rewards:
-    """Rewards [n] of one group -> advantages [n].
+def group_advantages(rewards: Rewards) -> Rewards:
+    """Return advantages [n] of one group's rewards [n].
 
-    Unbiased standard deviation. Equal rewards give exactly 0. A group of one keeps its reward:
-    the released rule takes mean 0 and deviation 1 there.
+    The standard deviation is unbiased. Equal rewards give exactly 0. A group of one keeps its
+    reward: the released code uses mean 0 and deviation 1 there. Example: rewards 0, 1, 1 give about
+    -1.15, 0.58, 0.58.
     """
     deviation = rewards.std(ddof=1) if len(rewards) > 1 else np.float64(1.0)
     return centred(rewards) / (deviation + EPSILON)
 
 
-advantages = per_group(of_group)
+advantages = per_group(group_advantages)

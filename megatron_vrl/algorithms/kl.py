@@ -1,10 +1,13 @@
-"""KL(policy || reference) from the tokens that the policy sampled: three estimators.
+"""Estimators of KL(policy || reference) from tokens that the policy sampled.
 
-After Schulman, "Approximating KL divergence" (2020). With d = log policy - log reference: k1 = d,
-without bias, of any sign; k2 = d^2 / 2, biased, small variance; k3 = exp(-d) + d - 1, without bias
-and never below 0. In a loss what counts is the gradient: that of k1 is 0 on average, that of k2 is
-the gradient of the KL, that of k3 is the gradient of KL(reference || policy). k3 is limited to 10
-per token, as Temporal-R1 released it.
+Source: Schulman, "Approximating KL divergence" (2020). With d = log policy - log reference:
+
+- k1 = d: unbiased, of either sign; its gradient is 0 on average;
+- k2 = d^2 / 2: biased, low variance; its gradient is that of KL(policy || reference);
+- k3 = exp(-d) + d - 1: unbiased and never negative; its gradient is that of KL(reference ||
+  policy).
+
+k3 is limited to 10 per token, as in Temporal-R1's released code.
 """
 
 import torch
@@ -17,7 +20,11 @@ K3_LIMIT = 10.0
 
 
 def kl_penalty(policy_logprob: Tensor, reference: Tensor, cfg: Algorithm) -> Tensor:
-    """Estimate of each token, [N], without the coefficient `cfg.kl`; for the loss or the reward."""
+    """Return the KL estimate of each token [N], before multiplication by `cfg.kl`.
+
+    `cfg.kl_estimator` selects the estimator. The loss and the KL in the reward both use this
+    function.
+    """
     if cfg.kl_estimator == "k1":
         return policy_logprob - reference
     if cfg.kl_estimator == "k2":
@@ -26,6 +33,6 @@ def kl_penalty(policy_logprob: Tensor, reference: Tensor, cfg: Algorithm) -> Ten
 
 
 def k3(policy_logprob: Tensor, reference: Tensor) -> Tensor:
-    """Never below 0, exactly 0 for equal policies."""
+    """Return the k3 estimate [N]: never negative, and exactly 0 for equal policies."""
     log_ratio = (reference - policy_logprob).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     return (torch.expm1(log_ratio) - log_ratio).clamp(max=K3_LIMIT)

@@ -1,14 +1,15 @@
-"""Weights for the gap between the engine that sampled and the trainer that learns.
+"""Rollout correction: importance weights for the mismatch between rollout engine and trainer.
 
-Both hold the same weights and still give a token different probabilities, so training is off policy
-unnoticed. The policy loss is weighted with w = old trainer probability / engine probability, a
-constant for the gradient. clip: min(w, limit), truncated importance sampling (TIS; Yao et al.,
-"Your efficient RL framework secretly brings you off-policy RL training", 2025). mask: w inside
-[1 / limit, limit] and else 0, as IcePop does (Ring-1T, arXiv 2510.18855), whose two bounds are free
-and not each other's inverse.
+Engine and trainer hold the same weights and still compute different probabilities, so training is
+slightly off policy. The policy loss is multiplied by w = old trainer probability / engine
+probability, a constant for the gradient.
 
-token: w of each token, biased but steady. sequence: w of the answer, the product over its tokens,
-without bias before it is truncated.
+- clip: min(w, threshold), truncated importance sampling (TIS; Yao et al., "Your efficient RL
+  framework secretly brings you off-policy RL training", 2025);
+- mask: w inside [1 / threshold, threshold], else 0, as IcePop (Ring-1T, arXiv 2510.18855), whose
+  two bounds are independent of each other;
+- token: w of each token, biased with low variance;
+- sequence: w of the answer, the product over its tokens, unbiased before truncation.
 """
 
 import math
@@ -21,7 +22,8 @@ from megatron_vrl.config import Algorithm
 
 
 def rollout_is_weight(tokens: Tokens, cfg: Algorithm) -> tuple[Tensor, Tensor]:
-    """Weight of each token, [N], and where it was clipped or masked (1 or 0); no gradient."""
+    """Return the weight of each token [N], and 1 or 0 [N] for clipped or masked tokens; no
+    gradient."""
     log_weight = (tokens.old_logprob - tokens.engine_logprob).detach()
     if cfg.rollout_is == "sequence":
         log_weight = tokens.sequence_sum(log_weight)

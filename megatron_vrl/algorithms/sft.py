@@ -1,6 +1,6 @@
-"""Supervised warm-up: imitate the target token by token (cross entropy, as everywhere).
+"""Supervised fine-tuning loss of the warm-up: cross entropy of each target token.
 
-Per token like the losses of `ALGORITHMS`, so one training step serves both phases.
+The loss is per token, as the losses of `ALGORITHMS` are, so one training step serves both phases.
 """
 
 from torch import Tensor
@@ -9,6 +9,6 @@ from megatron_vrl.algorithms.tokens import Tokens
 
 
 def token_loss(tokens: Tokens) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss [N] of the target's tokens, and what to log of it."""
+    """Return the loss [N] of the target tokens, and metrics {name: [N]}."""
     loss = -tokens.logprob
     return loss, {"cross_entropy": loss.detach()}

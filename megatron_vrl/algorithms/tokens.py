@@ -1,4 +1,4 @@
-"""What every loss is computed from: the tokens of a micro-batch that have a loss."""
+"""Input of every policy loss: the loss tokens of a micro-batch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tokens:
-    """The loss tokens of a micro-batch; every tensor is [N] float32."""
+    """Loss tokens of a micro-batch; every tensor is [N] float32."""
 
-    logprob: Tensor  # of the policy being trained, with gradient
-    old_logprob: Tensor  # of the policy when the batch of rollouts began: logprob.detach() if now
-    engine_logprob: Tensor  # of the rollout engine when it sampled
+    logprob: Tensor  # log-prob under the policy being trained, with gradient
+    old_logprob: Tensor  # under the policy before the step's first update
+    engine_logprob: Tensor  # under the rollout engine, at sampling
     advantage: Tensor
     entropy: Tensor
-    reference: Tensor | None  # log-prob under the reference; None only without a KL term
+    reference: Tensor | None  # under the reference model; None without a KL term
     sequence_sum: Callable[[Tensor], Tensor]  # [N] -> [N], see local_sequence_sum
 
 
@@ -25,11 +25,11 @@ def local_sequence_sum(
     num_sequences: int | None = None,
     across: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> Callable[[Tensor], Tensor]:
-    """A function [N] -> [N]: the sum of a quantity over all tokens of each token's answer.
+    """Return a function [N] -> [N] that gives each token the sum of a quantity over its answer.
 
-    `sequence_index` [N] int64 names each token's answer. The sums have no gradient and are taken
-    in float64, so that the order of tokens does not show. Where ranks share the answers,
-    `num_sequences` is the same on all and `across` adds up their sums [num_sequences] float64.
+    `sequence_index` [N] int64 holds each token's answer. Sums have no gradient and are computed in
+    float64, so that the order of tokens does not matter. If ranks share answers, `num_sequences`
+    must be equal on all ranks, and `across` adds up their sums [num_sequences] float64.
     """
     if num_sequences is None:
         num_sequences = int(sequence_index.max()) + 1 if len(sequence_index) else 0

@@ -1,73 +1,80 @@
-"""Even work: which data rank trains which group, and which groups share a micro-batch.
+"""Load balancing: assignment of groups to data ranks and to micro-batches by cost.
 
-Costs are numbers of one unit, not negative (`models/qwen2_5_vl/flops.py` has FLOPs); sizes are
-tokens, of which a micro-batch holds a budget. Everything is by the longest-processing-time rule
-(Graham 1969: the heaviest first, each to the lightest bin), whose heaviest bin is at most a third
-above the best. It is deterministic: ranks that know the same numbers come to the same answer
-without a word. Left out: splitting one item, and an exact optimum.
+Costs are non-negative numbers in any one unit, for example FLOPs of `models/qwen2_5_vl/flops.py`.
+Sizes are tokens; a micro-batch has a budget of tokens. All functions use longest-processing-time
+scheduling (Graham 1969): items by descending cost, each to the lightest bin. Its heaviest bin is at
+most a third heavier than the optimum. The result is deterministic, so ranks with equal inputs agree
+without communication. Items are never split, and the optimum is not searched.
 """
 
 from collections import Counter
 from collections.abc import Sequence
 
 Bins = list[list[int]]  # indices of items, ascending in each bin
+"""Item indices of each bin, ascending."""
 
 
-def partition(costs: Sequence[float], shares: int) -> Bins:
-    """All items in `shares` shares of nearly equal cost; with fewer items some are empty."""
-    dealt = _dealt(costs, costs, shares, sizes=[0] * len(costs), budget=0)
-    assert dealt is not None
-    return dealt
+def partition(costs: Sequence[float], num_bins: int) -> Bins:
+    """Return all items in `num_bins` bins of nearly equal cost. Bins are empty if there are too few
+    items."""
+    bins = _greedy_partition(costs, costs, num_bins, sizes=[0] * len(costs), budget=0)
+    assert bins is not None
+    return bins
 
 
 def into_micro_batches(
     sizes: Sequence[int], costs: Sequence[float], budget: int, at_least: int = 1
 ) -> Bins:
-    """Bins of at most `budget` tokens with nearly equal costs, the most expensive first.
+    """Return bins of at most `budget` tokens with nearly equal costs, the most expensive first.
 
-    As many as first-fit-decreasing needs, and at least `at_least` if there are so many items. An
-    item longer than the budget is alone.
+    The number of bins is that of first-fit-decreasing, and at least `at_least` if there are so many
+    items. An item longer than the budget is alone in its bin.
     """
     if not sizes:
         return []
     packed = _first_fit(sizes, budget)
     count = max(len(packed), min(at_least, len(sizes)))
     while len(packed) < count:
-        _halve_heaviest(packed, costs)
-    # The heaviest first balances best; the longest first finds room where that does not.
-    tries = [_dealt(order, costs, count, sizes, budget) for order in (costs, sizes)]
+        _split_heaviest(packed, costs)
+    # The order by cost gives more even bins; the order by size can succeed where that one fails.
+    tries = [_greedy_partition(order, costs, count, sizes, budget) for order in (costs, sizes)]
     best = min((bins for bins in (*tries, packed) if bins), key=lambda bins: _spread(bins, costs))
     return sorted(best, key=lambda members: (-_sum(costs, members), members))
 
 
-def destinations(costs: Sequence[float], homes: Sequence[int], ranks: int) -> list[int]:
-    """The rank of each item after dealing; `homes` says where each is now.
+def assign_ranks(costs: Sequence[float], current_ranks: Sequence[int], num_ranks: int) -> list[int]:
+    """Return the rank of each item after balancing; `current_ranks` holds the rank of each item
+    now.
 
-    Few items move: none unless the heaviest rank gets lighter; a share goes where most of its
-    cost is already; of items of equal cost those stay that may.
+    Items move only if the heaviest rank becomes lighter. A bin goes to the rank that already holds
+    most of its cost. Of items with equal cost, as many as possible stay.
     """
-    shares = partition(costs, ranks)
-    now: Bins = [[i for i, home in enumerate(homes) if home == rank] for rank in range(ranks)]
-    heaviest_now, heaviest = (max(_sum(costs, members) for members in b) for b in (now, shares))
-    if heaviest_now <= heaviest * (1 + 1e-9):  # the order of a sum is not a gain
-        return list(homes)
-    places = [0] * len(costs)
-    for share, rank in zip(shares, _seats(shares, costs, homes), strict=True):
-        for item in share:
-            places[item] = rank
-    return _swapped_home(places, costs, homes)
+    bins = partition(costs, num_ranks)
+    now: Bins = [
+        [i for i, current in enumerate(current_ranks) if current == rank]
+        for rank in range(num_ranks)
+    ]
+    heaviest_now, heaviest = (max(_sum(costs, members) for members in b) for b in (now, bins))
+    if heaviest_now <= heaviest * (1 + 1e-9):  # ignore rounding of the sums
+        return list(current_ranks)
+    ranks = [0] * len(costs)
+    for bin_, rank in zip(bins, _match_ranks(bins, costs, current_ranks), strict=True):
+        for item in bin_:
+            ranks[item] = rank
+    return _keep_equal_costs(ranks, costs, current_ranks)
 
 
-def _dealt(
+def _greedy_partition(
     order: Sequence[float],
     costs: Sequence[float],
     count: int,
     sizes: Sequence[int],
     budget: int,
 ) -> Bins | None:
-    """Items by descending `order`, each to the cheapest bin with room; None if one finds none.
+    """Assign items by descending `order` to the cheapest bin with room.
 
-    Items longer than the budget come first: each needs an empty bin.
+    Return None if an item finds no room. Items longer than the budget come first, since each needs
+    an empty bin.
     """
     bins: Bins = [[] for _ in range(count)]
     spent, load = [0.0] * count, [0] * count
@@ -83,7 +90,7 @@ def _dealt(
 
 
 def _first_fit(sizes: Sequence[int], budget: int) -> Bins:
-    """First-fit-decreasing bins."""
+    """Return first-fit-decreasing bins."""
     bins: Bins = []
     room: list[int] = []
     for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
@@ -97,56 +104,62 @@ def _first_fit(sizes: Sequence[int], budget: int) -> Bins:
     return [sorted(members) for members in bins]
 
 
-def _halve_heaviest(bins: Bins, costs: Sequence[float]) -> None:
-    """Split the most expensive bin of several items in two."""
+def _split_heaviest(bins: Bins, costs: Sequence[float]) -> None:
+    """Split the most expensive bin with several items in two, in place."""
     several = [b for b, members in enumerate(bins) if len(members) > 1]
     heaviest = max(several, key=lambda b: (_sum(costs, bins[b]), -b))
     members = bins.pop(heaviest)
     halves = partition([costs[item] for item in members], 2)
-    bins += [[members[place] for place in half] for half in halves]
+    bins += [[members[index] for index in half] for half in halves]
 
 
-def _seats(shares: Bins, costs: Sequence[float], homes: Sequence[int]) -> list[int]:
-    """A rank for each share: pairs are matched by the cost already there, the most first."""
-    there = [[0.0] * len(shares) for _ in shares]  # [share][rank]
-    for share, members in enumerate(shares):
+def _match_ranks(bins: Bins, costs: Sequence[float], current_ranks: Sequence[int]) -> list[int]:
+    """Return a rank for each bin: greedy matching by the cost that the rank already holds of the
+    bin."""
+    there = [[0.0] * len(bins) for _ in bins]  # [bin][rank]: cost already there
+    for bin_, members in enumerate(bins):
         for item in members:
-            there[share][homes[item]] += costs[item]
-    every = range(len(shares))
+            there[bin_][current_ranks[item]] += costs[item]
+    every = range(len(bins))
     pairs = sorted(((s, r) for s in every for r in every), key=lambda p: -there[p[0]][p[1]])
-    seats: dict[int, int] = {}
+    rank_of: dict[int, int] = {}
     taken: set[int] = set()
-    for share, rank in pairs:
-        if share not in seats and rank not in taken:
-            seats[share] = rank
+    for bin_, rank in pairs:
+        if bin_ not in rank_of and rank not in taken:
+            rank_of[bin_] = rank
             taken.add(rank)
-    return [seats[share] for share in every]
+    return [rank_of[bin_] for bin_ in every]
 
 
-def _swapped_home(places: Sequence[int], costs: Sequence[float], homes: Sequence[int]) -> list[int]:
-    """The same number of items of each cost on each rank, with as many at home as can be."""
-    swapped = list(places)
+def _keep_equal_costs(
+    ranks: Sequence[int], costs: Sequence[float], current_ranks: Sequence[int]
+) -> list[int]:
+    """Return `ranks` with items of equal cost swapped so that as many as possible stay where they
+    are."""
+    assigned = list(ranks)
     alike: dict[float, list[int]] = {}
     for item, cost in enumerate(costs):
         alike.setdefault(cost, []).append(item)
     for members in alike.values():
-        free = Counter(places[item] for item in members)
+        free = Counter(ranks[item] for item in members)
         movers = []
         for item in members:
-            if free[homes[item]]:
-                free[homes[item]] -= 1
-                swapped[item] = homes[item]
+            if free[current_ranks[item]]:
+                free[current_ranks[item]] -= 1
+                assigned[item] = current_ranks[item]
             else:
                 movers.append(item)
         for item, rank in zip(movers, sorted(free.elements()), strict=True):
-            swapped[item] = rank
-    return swapped
+            assigned[item] = rank
+    return assigned
 
 
 def _sum(costs: Sequence[float], members: Sequence[int]) -> float:
+    """Return the total cost of the items `members`."""
     return sum(costs[item] for item in members)
 
 
 def _spread(bins: Bins, costs: Sequence[float]) -> float:
+    """Return the difference between the heaviest and the lightest bin."""
     totals = [_sum(costs, members) for members in bins]
     return max(totals) - min(totals)

@@ -1,12 +1,15 @@
-"""Packs groups of answers into micro-batches in which each prompt stands once.
+"""Packing of groups into micro-batches; each prompt is computed once.
 
-Layout of a micro-batch: `[prompt | answer 1 | ... | answer n]` of one group after the other. Each
-answer attends to its prompt and to itself; its positions continue the prompt's. The last token of
-an answer predicts nothing, so it is a target but not an input. The first token of every answer is
-predicted by the prompt's last token. `plain` repeats the prompt before each answer: the reference
-that the shared layout must equal.
+Layout of a micro-batch: `[prompt | answer 1 | ... | answer n]` for one group after the other. An
+answer attends to its prompt and to itself, and its positions continue the prompt's. The last token
+of an answer predicts nothing, so it is a target and not an input. The prompt's last token predicts
+the first token of every answer. The plain layout repeats the prompt before each answer; it is the
+reference that the shared layout must equal.
 
-Shape letters: T packed tokens, L of them on this rank, N loss tokens, G groups, A answers.
+Example: a prompt of 3 tokens with answers of 4 and 2 tokens packs to T = 3 + 3 + 1 = 7 input tokens
+and N = 4 + 2 = 6 loss tokens.
+
+Shape letters: T packed tokens, L packed tokens of this rank, N loss tokens, G groups, A answers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,8 +28,8 @@ class Answer:
 
     token_ids: NDArray[np.int64]  # [R]
     advantage: float
-    engine_logprobs: NDArray[np.float32]  # [R] of the engine that sampled it; zeros for SFT
-    id: str = ""  # for messages
+    engine_logprobs: NDArray[np.float32]  # [R] log-probs of the engine; zeros for SFT
+    id: str = ""  # for error messages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,46 +41,48 @@ class Group:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens computed for it in the shared layout."""
+        """Return the number of input tokens of the group in the shared layout."""
         return len(self.prompt.token_ids) + sum(len(a.token_ids) - 1 for a in self.answers)
 
     @property
     def num_targets(self) -> int:
+        """Return the number of loss tokens of the group."""
         return sum(len(a.token_ids) for a in self.answers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """What one forward and backward pass needs. Host arrays; the trainer moves them."""
+    """Input of one forward and backward pass, as host arrays; the policy moves them to the
+    device."""
 
     token_ids: NDArray[np.int64]  # [T]
     positions: NDArray[np.int64]  # [3, T]
     prompt_start: NDArray[np.int64]  # [G] index in T
     prompt_length: NDArray[np.int64]  # [G]
     answer_start: NDArray[np.int64]  # [A] index in T
-    answer_length: NDArray[np.int64]  # [A] inputs, R - 1
+    answer_length: NDArray[np.int64]  # [A] input tokens, R - 1
     answer_group: NDArray[np.int64]  # [A] index in G
-    answer_id: tuple[str, ...]  # [A] for messages
-    visuals: tuple[Visual, ...]  # in the order of their pad tokens in T
-    seen: tuple[NDArray[Any], ...]  # their vision tokens where those were kept; else ()
-    source: NDArray[np.int64]  # [N] index in `rows` of the token that predicts
-    target: NDArray[np.int64]  # [N] token predicted
+    answer_id: tuple[str, ...]  # [A] for error messages
+    visuals: tuple[Visual, ...]  # in the order of their vision pad tokens in T
+    seen: tuple[NDArray[Any], ...]  # their cached vision embeddings; () if there are none
+    source: NDArray[np.int64]  # [N] index in `rows` of the token that predicts the target
+    target: NDArray[np.int64]  # [N] token id
     advantage: NDArray[np.float32]  # [N]
     engine_logprob: NDArray[np.float32]  # [N]
     sequence: NDArray[np.int64]  # [N] index of the answer in A
-    weight: NDArray[np.float32]  # [N] of this token's loss in the step's loss
-    rows: NDArray[np.int64]  # [L] of T: what this context-parallel rank computes; else all of T
-    key_rows: NDArray[np.int64]  # [T] the rows of all context-parallel ranks, rank after rank
+    weight: NDArray[np.float32]  # [N] weight of the token's loss in the step's loss
+    rows: NDArray[np.int64]  # [L] index in T of this context-parallel rank's rows
+    key_rows: NDArray[np.int64]  # [T] `rows` of all context-parallel ranks, concatenated
 
 
 def pack(
     groups: Sequence[Group], *, multiple: int = 1, at_least: int = 0, pad_token: int = 0
 ) -> MicroBatch:
-    """Pack whole groups; T is padded to `at_least` rows and to a multiple of `multiple`.
+    """Return a micro-batch of whole groups, in which every loss token has weight 1.
 
-    Every token weighs 1.
+    T is padded to at least `at_least` rows and to a multiple of `multiple`.
     """
-    pieces = [piece for group in groups for piece in _pieces(group)]  # a prompt, then its answers
+    pieces = [piece for group in groups for piece in _pieces(group)]  # per group: prompt, answers
     is_prompt = np.array([k == 0 for group in groups for k in range(1 + len(group.answers))])
     lengths = np.array([len(token_ids) for token_ids, _ in pieces])
     starts = np.cumsum(lengths) - lengths
@@ -111,7 +116,7 @@ def pack(
 
 
 def _pieces(group: Group) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Token ids and positions [3, length] of the prompt, then of each answer's inputs."""
+    """Yield token ids and positions [3, length] of the prompt, then of each answer's inputs."""
     yield group.prompt.token_ids, group.prompt.positions
     next_position = int(group.prompt.positions.max()) + 1
     for answer in group.answers:
@@ -120,26 +125,29 @@ def _pieces(group: Group) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]
         yield inputs, np.broadcast_to(steps, (3, len(inputs)))
 
 
-def share_context(batch: MicroBatch, rank: int, size: int) -> MicroBatch:
-    """The part of context-parallel rank `rank`: its rows of T, and the loss tokens they predict.
+def shard_context(batch: MicroBatch, rank: int, size: int) -> MicroBatch:
+    """Return the shard of context-parallel rank `rank`: its rows of T and the loss tokens they
+    predict.
 
-    T, a multiple of 2 * size, is cut into 2 * size pieces; a rank takes one from each end, so
-    that causal attention is the same work for all (the zigzag of Llama 3, arXiv 2407.21783).
-    `source` then counts in the rank's rows. Prompts, answers and visuals stay whole: who attends
-    to whom, and which vision token goes where, is said in T.
+    T, a multiple of 2 * size, is cut into 2 * size pieces. A rank takes one piece from each end, so
+    that all ranks have equal causal attention work (Llama 3, arXiv 2407.21783). Example with size
+    2: rank 0 takes pieces 0 and 3, rank 1 takes pieces 1 and 2.
+
+    `source` becomes an index in the shard's rows. Prompts, answers and visuals stay whole and keep
+    their indices in T.
     """
     if size == 1:
         return batch
     pieces = np.split(batch.rows, 2 * size)
-    shares = [np.concatenate([pieces[r], pieces[2 * size - 1 - r]]) for r in range(size)]
-    place = np.full(len(batch.rows), -1)
-    place[shares[rank]] = np.arange(len(shares[rank]))
-    own = place[batch.source] >= 0
+    shards = [np.concatenate([pieces[r], pieces[2 * size - 1 - r]]) for r in range(size)]
+    index = np.full(len(batch.rows), -1)
+    index[shards[rank]] = np.arange(len(shards[rank]))
+    own = index[batch.source] >= 0
     return replace(
         batch,
-        rows=shares[rank],
-        key_rows=np.concatenate(shares),
-        source=place[batch.source[own]],
+        rows=shards[rank],
+        key_rows=np.concatenate(shards),
+        source=index[batch.source[own]],
         target=batch.target[own],
         advantage=batch.advantage[own],
         engine_logprob=batch.engine_logprob[own],
@@ -148,8 +156,8 @@ def share_context(batch: MicroBatch, rank: int, size: int) -> MicroBatch:
     )
 
 
-def as_plain(groups: Sequence[Group]) -> list[Group]:
-    """The same answers with the prompt repeated for each: the reference layout."""
+def repeat_prompts(groups: Sequence[Group]) -> list[Group]:
+    """Return one group per answer, which gives the plain layout."""
     return [
         Group(prompt=group.prompt, answers=(answer,))
         for group in groups
@@ -158,9 +166,9 @@ def as_plain(groups: Sequence[Group]) -> list[Group]:
 
 
 def length_buckets(lengths: Sequence[int], slack: float = 1.25) -> list[list[int]]:
-    """Indices grouped so that padding each group to its longest costs at most `slack` times.
+    """Return indices in buckets whose longest length is at most `slack` times the shortest.
 
-    Zero lengths are left out. Longest first.
+    Zero lengths are left out. The longest bucket comes first.
     """
     order = sorted((i for i, n in enumerate(lengths) if n > 0), key=lambda i: (-lengths[i], i))
     buckets: list[list[int]] = []

@@ -22,7 +22,7 @@ from megatron_vrl.checkpoint.layout import HF, STATE, WEIGHTS, hf_dir_of, is_meg
 from megatron_vrl.checkpoint.torch_dist import TorchDistReader, TorchDistWriter
 from megatron_vrl.errors import CheckpointError
 from megatron_vrl.models.architecture import Architecture, read_architecture
-from megatron_vrl.models.pipeline_split import whole
+from megatron_vrl.models.pipeline_split import whole_model
 from megatron_vrl.models.qwen2_5_vl.hf_shapes import Shape, hf_shapes, megatron_shape
 from megatron_vrl.models.qwen2_5_vl.weight_map import Row, chunk_rows
 from megatron_vrl.storage.files import full_disk_named
@@ -49,7 +49,7 @@ class _HuggingFace:
         self.type_note = self._files.type_note
 
     def hf(self, row: Row) -> list[Tensor]:
-        return [self._files.tensor(name) for name in row.published]
+        return [self._files.tensor(name) for name in row.hf_names]
 
     def megatron(self, row: Row) -> Tensor:
         return row.layout.join(self.hf(row))
@@ -60,7 +60,7 @@ class _Megatron:
         self._files = TorchDistReader(directory / WEIGHTS)
         shapes = hf_shapes(arch)
         known = set()
-        for row in chunk_rows(arch, whole(arch)):
+        for row in chunk_rows(arch, whole_model(arch)):
             stored, wanted = self._files.shape(row.megatron), megatron_shape(row, shapes)
             if row.layout.rows is not None and stored[0] >= wanted[0]:
                 stored = (wanted[0], *stored[1:])  # zeros for the tensor-parallel ranks
@@ -103,7 +103,7 @@ def convert_to_hf(source: Path, target: Path, progress: bool | None = None) -> A
         copy_side_files(hf_dir_of(source), partial)
         with _abandoned_on_error(HFCheckpointWriter(partial)) as writer:
             for row in _rows(arch, progress):
-                for name, tensor in zip(row.published, tensors.hf(row), strict=True):
+                for name, tensor in zip(row.hf_names, tensors.hf(row), strict=True):
                     writer.add(name, tensor)
             writer.close()
     return arch
@@ -120,7 +120,7 @@ def compare(first: Path, second: Path, progress: bool | None = None) -> int:
     count = 0
     for row in _rows(arch, progress):
         pairs = zip(*(source.hf(row) for source in sources), strict=True)
-        for name, (a, b) in zip(row.published, pairs, strict=True):
+        for name, (a, b) in zip(row.hf_names, pairs, strict=True):
             count += 1
             if not _equal(a, b):
                 raise CheckpointError(f"{first} and {second} differ, first in {name}.")
@@ -136,7 +136,7 @@ def stored_tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
     if isinstance(tensors, _HuggingFace) and (note := tensors.type_note()):
         print(f"warning: {note}", file=sys.stderr)
     for row in _rows(arch, progress=False):
-        yield from zip(row.published, tensors.hf(row), strict=True)
+        yield from zip(row.hf_names, tensors.hf(row), strict=True)
 
 
 def _opened(path: Path, arch: Architecture) -> Source:
@@ -158,7 +158,7 @@ def _architecture(source: Path, wants_megatron: bool) -> Architecture:
 def _rows(arch: Architecture, progress: bool | None) -> Iterator[Row]:
     """Return the rows of the whole model. `progress` None: show a bar if stderr is a terminal."""
     off = None if progress is None else not progress
-    return iter(tqdm(chunk_rows(arch, whole(arch)), "tensors", disable=off))
+    return iter(tqdm(chunk_rows(arch, whole_model(arch)), "tensors", disable=off))
 
 
 def _same_shape(folder: Path, name: str, stored: Shape, wanted: Shape) -> None:

@@ -122,7 +122,7 @@ class WeightExport:
         for row in rows:
             param = params[row.megatron]
             shards = [torch.empty_like(param, device="meta")] * self._mesh.tensor.size
-            names += row.published
+            names += row.hf_names
             shapes += [part.shape for part in row.layout.part(row.layout.unshard(shards))]
         return BucketPlan(
             tuple(names), tuple(shapes), self._dtype or params[rows[0].megatron].dtype
@@ -144,7 +144,7 @@ class WeightExport:
                 shards[i] = [shard.view_as(values[i]) for shard in part]
         for row, of_row in zip(rows, shards, strict=True):
             parts = row.layout.part(row.layout.unshard(of_row))
-            yield from zip(row.published, parts, strict=True)
+            yield from zip(row.hf_names, parts, strict=True)
 
     def _broadcast(self, plan: BucketPlan, stage: int, own: NamedTensors | None) -> NamedTensors:
         """Yield one bucket on all stages. own: its tensors on its stage, None on the others."""

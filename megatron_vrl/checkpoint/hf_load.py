@@ -40,7 +40,7 @@ def _load_chunk(model: Qwen25VL, source: HFCheckpoint) -> None:
     mesh = model.mesh
     params = dict(model.named_parameters())
     for row in chunk_rows(model.arch, model.chunk):
-        whole = row.layout.join([source.tensor(name) for name in row.published])
+        whole = row.layout.join([source.tensor(name) for name in row.hf_names])
         param = params.pop(row.megatron)
         shard = row.layout.shard(whole, mesh.tensor.rank, mesh.tensor.size)
         assert shard.shape == param.shape, row.megatron  # `source` has compared with config.json

@@ -58,36 +58,42 @@ def main() -> int:
 def _plan(arguments: argparse.Namespace, cfg: "RunConfig") -> tuple[dict[str, Any], str]:
     """Return the plan of one layout, as JSON values and as text."""
     from megatron_vrl.planner.plan import make_plan, refusals
-    from megatron_vrl.planner.render import found_values, heading, told, told_nearest, values
-    from megatron_vrl.planner.search import nearest
+    from megatron_vrl.planner.render import (
+        candidate_values,
+        format_nearest,
+        format_plan,
+        heading,
+        values,
+    )
+    from megatron_vrl.planner.search import nearest_layout
 
-    arch, asked = _architecture(cfg), _question(arguments, cfg)
-    refused = refusals(cfg, arch, asked.gpu, asked.gpus)
-    found: dict[str, Any] = {**heading(cfg, arch, asked), "memory_bytes": {}, "refused": refused}
+    arch, request = _architecture(cfg), _request(arguments, cfg)
+    refused = refusals(cfg, arch, request.gpu, request.gpus)
+    found: dict[str, Any] = {**heading(cfg, arch, request), "memory_bytes": {}, "refused": refused}
     text = ""
     if not refused:
-        plan = make_plan(cfg, arch, asked)
-        found, text = values(cfg, arch, asked, plan), told(cfg, arch, asked, plan)
+        plan = make_plan(cfg, arch, request)
+        found, text = values(cfg, arch, request, plan), format_plan(cfg, arch, request, plan)
     if found["refused"]:
-        near = nearest(cfg, arch, asked)
-        found["nearest"] = found_values(near) if near else None
-        text += "\n" * bool(text) + told_nearest(found["nearest"])
+        near = nearest_layout(cfg, arch, request)
+        found["nearest"] = candidate_values(near) if near else None
+        text += "\n" * bool(text) + format_nearest(found["nearest"])
     return found, text
 
 
 def _search(arguments: argparse.Namespace, cfg: "RunConfig") -> tuple[dict[str, Any], str]:
     """Return the layouts that fit, fastest first, as JSON values and as a table."""
-    from megatron_vrl.planner.render import found_values, heading, search_table
-    from megatron_vrl.planner.search import ranked
+    from megatron_vrl.planner.render import candidate_values, heading, search_table
+    from megatron_vrl.planner.search import rank_layouts
 
-    arch, asked = _architecture(cfg), _question(arguments, cfg)
-    found, tried = ranked(cfg, arch, asked)
+    arch, request = _architecture(cfg), _request(arguments, cfg)
+    found, tried = rank_layouts(cfg, arch, request)
     refused = (
-        [] if found else [f"No layout of {counted(asked.gpus, 'GPU')} fits; {tried} were tried."]
+        [] if found else [f"No layout of {counted(request.gpus, 'GPU')} fits; {tried} were tried."]
     )
-    values = heading(cfg, arch, asked) | {
+    values = heading(cfg, arch, request) | {
         "tried": tried,
-        "layouts": [found_values(each) for each in found],
+        "layouts": [candidate_values(each) for each in found],
         "refused": refused,
     }
     return values, search_table(found, tried)
@@ -104,10 +110,10 @@ def _architecture(cfg: "RunConfig") -> Any:
     return read_architecture(Path(cfg.model.architecture))
 
 
-def _question(arguments: argparse.Namespace, cfg: "RunConfig") -> Any:
-    """Return the planner's Question. Raise ConfigError for values out of range."""
+def _request(arguments: argparse.Namespace, cfg: "RunConfig") -> Any:
+    """Return the planner's PlanRequest. Raise ConfigError for values out of range."""
     from megatron_vrl.planner.hardware import find_gpu
-    from megatron_vrl.planner.plan import Question
+    from megatron_vrl.planner.plan import PlanRequest
     from megatron_vrl.planner.speed import DEFAULT_MFU
 
     parallel = cfg.parallel
@@ -116,7 +122,7 @@ def _question(arguments: argparse.Namespace, cfg: "RunConfig") -> Any:
     if arguments.mfu is not None and not 0 < arguments.mfu <= 1:
         raise ConfigError(f"--mfu {arguments.mfu} is no fraction: give one above 0, at most 1.")
     gpus = arguments.gpus or parallel.processes
-    return Question(
+    return PlanRequest(
         gpu=find_gpu(arguments.gpu),
         gpus=gpus or parallel.tensor * parallel.context * parallel.pipeline,
         mfu=arguments.mfu or DEFAULT_MFU,

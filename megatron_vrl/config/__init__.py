@@ -1,8 +1,10 @@
 """Configuration of a run: typed sections, read from YAML files and the command line.
 
-`run.py` holds the sections and `load_config`; the other modules hold what it is built from.
+`run.py` holds the sections and `load_config`, `checks.py` the checks across sections. The other
+modules hold single sections and validation.
 """
 
+from megatron_vrl.config.checks import check_batches, check_dev, check_off_policy
 from megatron_vrl.config.rollout import RolloutConfig
 from megatron_vrl.config.run import (
     Algorithm,
@@ -22,9 +24,6 @@ from megatron_vrl.config.run import (
     Selection,
     Sft,
     Source,
-    check_batches,
-    check_dev,
-    check_off_policy,
     load_config,
 )
 from megatron_vrl.config.video import Video

@@ -1,7 +1,8 @@
-"""What an algorithm's source says for the keys of section `algorithm` that a config leaves out.
+"""Algorithm presets: values that a paper sets for keys of section `algorithm`.
 
-For all other keys, and for GRPO, the defaults in config.py hold. docs/algorithms.md shows the table
-and each file in algorithms/ names its source. Left out: what depends on the user's lengths.
+A preset applies to keys that a config leaves out. All other keys, and GRPO, use the defaults of
+config/run.py. docs/algorithms.md shows the table; each file in algorithms/ names its source.
+Presets leave out keys that depend on the user's answer lengths.
 """
 
 from typing import Any, Literal

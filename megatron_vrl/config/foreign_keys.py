@@ -1,4 +1,4 @@
-"""Key names of verl and TRL, and the keys here that mean the same."""
+"""Key names of verl and TRL, and the equivalent keys of this project."""
 
 # verl: the last two parts of the names in its ppo_trainer.yaml; TRL: the fields of GRPOConfig.
 FOREIGN = {
@@ -47,6 +47,6 @@ FOREIGN = {
 
 
 def name_here(key: str) -> str:
-    """Return the key here that means what `key` means in verl or TRL; "" if none is known."""
+    """Return the key that is equivalent to `key` of verl or TRL; "" if none is known."""
     *_, section, name = ["", *key.split(".")]
     return FOREIGN.get(f"{section}.{name}") or FOREIGN.get(name, "")

@@ -1,7 +1,7 @@
-"""`inference.yaml` beside exported weights: how a run asked its model, for the tools that ask it.
+"""`inference.yaml`: the settings that inference tools need beside exported weights.
 
-It holds the prompt's form, the rules by which frames are taken, and the longest answer. Left out:
-what depends on the machine (decoder, engine, stores) or on the data.
+The file holds the prompt settings, the rules for sampling frames, and the maximum answer length. It
+leaves out what depends on the machine (decoder, engine, stores) or on the data.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from megatron_vrl.config.loader import checked, read_tree
 from megatron_vrl.config.video import Video
 
 INFERENCE_FILE = "inference.yaml"
-KEPT = {
+INFERENCE_KEYS = {
     "data": ("system_prompt", "question", "max_prompt_tokens"),
     "video": (
         "fps",
@@ -30,12 +30,14 @@ KEPT = {
     "evaluation": ("max_response_tokens",),
 }
 _HEADER = (
-    "# How the run asked this model. tools/ask.py, evaluate.py and score_responses.py read it;\n"
-    "# --config and section.key=value go before it.\n"
+    "# Settings for inference. tools/ask.py, evaluate.py and score_responses.py read them;\n"
+    "# --config and section.key=value override them.\n"
 )
 
 
-class _Kept(BaseModel):
+class _InferenceSections(BaseModel):
+    """Sections that inference.yaml may hold."""
+
     model_config = SECTION
 
     data: Data = Data()
@@ -44,20 +46,22 @@ class _Kept(BaseModel):
 
 
 def inference_files(cfg: RunConfig) -> dict[str, str]:
-    """Return the files (name -> text) that go beside weights of this run."""
+    """Return the files (name -> text) to write beside this run's exported weights."""
     sections = cfg.model_dump(mode="json")
-    kept = {name: {key: sections[name][key] for key in keys} for name, keys in KEPT.items()}
+    kept = {
+        name: {key: sections[name][key] for key in keys} for name, keys in INFERENCE_KEYS.items()
+    }
     return {INFERENCE_FILE: _HEADER + yaml.safe_dump(kept, sort_keys=False)}
 
 
 def read_inference(directory: Path) -> dict[str, dict[str, Any]]:
-    """Return the sections of a checkpoint's `inference.yaml`; {} where there is none.
+    """Return the sections of a checkpoint's `inference.yaml`; {} if there is none.
 
-    Raises ConfigError, naming the file, if a key or a value is refused.
+    Raise ConfigError, naming the file, if a key or a value is refused.
     """
     path = directory / INFERENCE_FILE
     if not path.exists():
         return {}
     tree = read_tree(path)
-    kept = checked(_Kept, tree, str(path), "set it in the file.")
+    kept = checked(_InferenceSections, tree, str(path), "set it in the file.")
     return kept.model_dump(mode="json", exclude_unset=True)

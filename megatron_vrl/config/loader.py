@@ -1,4 +1,4 @@
-"""A configuration of sections from a tree of values and overrides, or one sentence why not."""
+"""Reading of YAML, overrides and validation of configurations; each error is one sentence."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ Schema = TypeVar("Schema", bound=BaseModel)
 
 
 def read_tree(path: str | Path) -> dict[str, Any]:
-    """Sections of a YAML file. Raises ConfigError."""
+    """Return the sections of a YAML file. Raise ConfigError."""
     try:
         tree = yaml.safe_load(Path(path).read_text())
     except OSError as error:
@@ -33,7 +33,8 @@ def read_tree(path: str | Path) -> dict[str, Any]:
 
 
 def read_mix(path: str) -> list[Any]:
-    """Sources of a YAML file as Temporal-R1 has them. Raises ValueError, for a pydantic model."""
+    """Return the sources of a Temporal-R1 YAML file. Raise ValueError, as pydantic validators
+    do."""
     try:
         tree = yaml.safe_load(Path(path).read_text())
     except OSError as error:
@@ -48,10 +49,9 @@ def read_mix(path: str) -> list[Any]:
 def overridden(
     schema: type[Schema], tree: dict[str, Any], overrides: Sequence[str], origin: str
 ) -> Schema:
-    """`tree`, changed in place by `section.key=value` overrides, as a `schema` of sections.
+    """Return `tree` with `section.key=value` overrides applied in place, validated as `schema`.
 
-    Raises ConfigError; `origin` says in it where the tree came from, or "Command line" if the
-    mistake is one of the overrides.
+    Raise ConfigError. Its message names `origin`, or "Command line" if an override caused it.
     """
     for override in overrides:
         _apply(tree, override)
@@ -66,10 +66,11 @@ def checked(
     if_missing: str,
     overridden_keys: Sequence[str] = (),
 ) -> Schema:
-    """Raises ConfigError naming the key, the value and the nearest known name.
+    """Return `tree` validated as `schema`. Raise ConfigError with key, value and nearest known
+    name.
 
-    `if_missing` says what to do about an absent `{key}`. A mistake under one of `overridden_keys`
-    is one of the command line.
+    `if_missing` says what to do about a missing `{key}`. An error under one of `overridden_keys` is
+    attributed to the command line.
     """
     try:
         return schema.model_validate(tree)
@@ -83,7 +84,7 @@ def checked(
 
 
 def _yaml_mistake(error: yaml.YAMLError) -> str:
-    """Return what is wrong and in which line, without the quoted line."""
+    """Return the YAML error and its line, without the quoted text of the line."""
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
         return " ".join(str(error).split())
     line = error.problem_mark.line + 1
@@ -93,6 +94,7 @@ def _yaml_mistake(error: yaml.YAMLError) -> str:
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
+    """Set the key of one override in `tree`. Raise ConfigError if the override is malformed."""
     key, equals, text = override.partition("=")
     *sections, last = key.split(".")
     if not equals or not sections or not all(key.split(".")):

@@ -1,4 +1,4 @@
-"""What pydantic found wrong with a configuration, in one sentence."""
+"""One-sentence messages for pydantic's validation errors."""
 
 import difflib
 import re
@@ -9,14 +9,14 @@ from pydantic import BaseModel, ValidationError
 from megatron_vrl.config.foreign_keys import name_here
 from megatron_vrl.config.renamed_keys import RENAMED, RENAMED_VALUES
 
-COMPARED = {  # pydantic's type of mistake -> the words, and the limit's name in its context
+COMPARED = {  # pydantic's error type -> (phrase, name of the limit in the error's context)
     "greater_than": ("more than", "gt"),
     "greater_than_equal": ("at least", "ge"),
     "less_than": ("less than", "lt"),
     "less_than_equal": ("at most", "le"),
     "multiple_of": ("a multiple of", "multiple_of"),
 }
-WANTED = {  # beginning of pydantic's type of mistake -> what the value must be
+WANTED = {  # prefix of pydantic's error type -> what the value must be
     "int_": "a whole number",
     "float_": "a number",
     "bool_": "true or false",
@@ -25,9 +25,9 @@ WANTED = {  # beginning of pydantic's type of mistake -> what the value must be
 
 
 def reason(error: ValidationError, schema: type[BaseModel], if_missing: str) -> str:
-    """Its first mistake: the key, the value and the nearest known name.
+    """Return the message of the first error: key, value and nearest known name.
 
-    `if_missing` says what to do about an absent `{key}`.
+    `if_missing` says what to do about a missing `{key}`.
     """
     first = error.errors()[0]
     where = key_of(error)
@@ -49,12 +49,13 @@ def reason(error: ValidationError, schema: type[BaseModel], if_missing: str) -> 
 
 
 def key_of(error: ValidationError) -> str:
-    """Return the key of the first mistake, for example "grpo.steps"."""
+    """Return the key of the first error, for example "grpo.steps"."""
     return ".".join(str(part) for part in error.errors()[0]["loc"])
 
 
 def _wanted(kind: str, limits: dict[str, Any]) -> str:
-    """Return what a value must be where pydantic found the mistake `kind`; "" if unknown."""
+    """Return the requirement that the error type `kind` violates, for example "at least 1"; "" if
+    unknown."""
     if kind in COMPARED:
         word, limit = COMPARED[kind]
         return f"{word} {limits[limit]:g}"
@@ -64,12 +65,13 @@ def _wanted(kind: str, limits: dict[str, Any]) -> str:
 
 
 def _unknown(loc: tuple[int | str, ...], value: Any, schema: type[BaseModel]) -> str:
+    """Return the message for the unknown key at `loc`."""
     where = ".".join(map(str, loc))
     if new := RENAMED.get(where):
         key = f".{next(iter(value))}" if isinstance(value, dict) and len(value) == 1 else ""
         return f"{where + key!r} is now called {new + key!r}."
     full = where
-    while isinstance(value, dict) and value:  # an unknown section: its first key says more
+    while isinstance(value, dict) and value:  # unknown section: look at its first key
         name, value = next(iter(value.items()))
         full += f".{name}"
     if ours := name_here(full):
@@ -82,7 +84,8 @@ def _unknown(loc: tuple[int | str, ...], value: Any, schema: type[BaseModel]) ->
 
 
 def _names(schema: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    """Names of the section that `loc` leads to; list indices and dict keys are passed over."""
+    """Return the names of the section that `loc` leads to. List indices and dict keys are
+    skipped."""
     section = schema
     for part in loc:
         if part in section.model_fields:
@@ -91,6 +94,7 @@ def _names(schema: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """Return the section class inside a field's annotation; None if there is none."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((found for arg in get_args(annotation) if (found := _section_of(arg))), None)

@@ -1,4 +1,4 @@
-"""Keys of earlier versions and their names today: an old key is refused with its new name."""
+"""Renamed keys and values: an old name is refused with a message that gives the new one."""
 
 RENAMED = {
     "model.fp8_spares": "model.fp8_skip_first_last_layers",
@@ -27,7 +27,7 @@ RENAMED = {
     "observe.trace_steps": "observe.profile_steps",
     "observe.trace_ranks": "observe.profile_ranks",
 }
-RENAMED_VALUES = {  # (key, old value) -> the value's name today
+RENAMED_VALUES = {  # (key, old value) -> new value
     ("rollout.placement", "stored"): "replay",
     ("rollout.quantization", "rounded"): "fp8_emulated",
     ("model.layers", "rounded"): "fp8_emulated",

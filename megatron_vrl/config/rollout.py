@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
-from megatron_vrl.config.base import SECTION, Positive, Share
+from megatron_vrl.config.base import SECTION, Fraction, Positive
 
 Transport = Literal["auto", "shared_memory", "cuda_ipc", "broadcast", "http"]
 
@@ -50,13 +50,13 @@ class RolloutConfig(BaseModel):
     prompts_per_step: Positive = 16
     """Prompts of one step, over all ranks."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    top_p: Share = 1.0
+    top_p: Fraction = 1.0
     max_response_tokens: Positive = 2048
     max_num_seqs: Positive = 64
     """Sequences that one engine decodes at a time."""
     kv_cache_mib: Positive = 1024
     """KV cache of one engine on a CPU, MiB. On a GPU see gpu_memory_utilization."""
-    gpu_memory_utilization: Share = 0.5
+    gpu_memory_utilization: Fraction = 0.5
     """Fraction of a GPU's memory that one engine may take."""
     check_weights_every: Positive = 50
     """Compare checksums of engine and trainer weights at the first and every k-th weight sync."""

@@ -1,8 +1,8 @@
-"""The sizes of a Qwen2.5-VL, read from a checkpoint's config.json.
+"""Sizes of a Qwen2.5-VL model, read from a checkpoint's config.json.
 
-Two generations of that file are in use: the published one keeps the language model's keys at the
-top level (`rope_scaling`), transformers 5 nests them in `text_config` (`rope_parameters`). Nothing
-has a default here: a missing key is a CheckpointError.
+Two layouts of config.json are in use: the released checkpoints have the language model's keys at
+the top level (`rope_scaling`), transformers 5 nests them in `text_config` (`rope_parameters`). No
+key has a default; a missing key is a CheckpointError.
 """
 
 import json
@@ -17,6 +17,8 @@ from megatron_vrl.storage.no_checkpoint import advice
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VisionArchitecture:
+    """Sizes of the vision tower."""
+
     hidden: int
     mlp: int
     layers: int
@@ -31,11 +33,14 @@ class VisionArchitecture:
 
     @property
     def patch_values(self) -> int:
+        """Return the number of input values of one patch, over all frames of its temporal step."""
         return self.channels * self.temporal_patch * self.patch**2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
+    """Sizes of the language model, and of the vision tower in `vision`."""
+
     hidden: int
     mlp: int
     layers: int
@@ -56,25 +61,12 @@ class Architecture:
     def head_dim(self) -> int:
         return self.hidden // self.heads
 
-    @property
-    def num_parameters(self) -> int:
-        """Exact count of trainable numbers, a tied head counted once."""
-        kv = self.kv_heads * self.head_dim
-        layer = 2 * self.hidden**2 + 2 * self.hidden * kv + self.hidden + 2 * kv  # q, o, k, v
-        layer += 3 * self.hidden * self.mlp + 2 * self.hidden
-        heads = 1 if self.tied_head else 2
-        language = self.layers * layer + self.hidden + heads * self.vocab * self.hidden
-        v = self.vision
-        block = 4 * v.hidden**2 + 4 * v.hidden + 3 * v.hidden * v.mlp + 2 * v.mlp + 3 * v.hidden
-        merged = v.hidden * v.merge**2
-        merger = v.hidden + merged**2 + merged + merged * self.hidden + self.hidden
-        return language + v.layers * block + v.patch_values * v.hidden + merger
-
 
 def read_architecture(path: str | Path) -> Architecture:
-    """Read DIR/config.json, or the JSON file itself.
+    """Return the Architecture of `path`: a checkpoint directory with config.json, or the JSON file
+    itself.
 
-    Raises CheckpointError if it is absent, of another model, or lacks a key.
+    Raise CheckpointError if the file is absent, describes another model or lacks a key.
     """
     file = Path(path)
     file = file if file.suffix == ".json" else file / "config.json"
@@ -98,12 +90,13 @@ def read_architecture(path: str | Path) -> Architecture:
         return _parse(raw)
     except KeyError as error:
         raise CheckpointError(
-            f"{file} lacks the key {error}: take the published config.json."
+            f"{file} lacks the key {error}: take the released config.json."
         ) from None
 
 
 def config_dtype(directory: str | Path) -> str | None:
-    """Return the type of the weights that DIR/config.json names, for example "bfloat16"."""
+    """Return the dtype of the weights that DIR/config.json names, for example "bfloat16"; None
+    without one."""
     raw = json.loads((Path(directory) / "config.json").read_text())
     text = raw.get("text_config") or {}
     keys = ("dtype", "torch_dtype")
@@ -112,6 +105,7 @@ def config_dtype(directory: str | Path) -> str | None:
 
 
 def _check_not_quantised(file: Path, raw: dict[str, Any]) -> None:
+    """Raise CheckpointError if config.json describes quantised weights."""
     for part in (raw, raw.get("text_config") or {}):
         for key in ("quantization_config", "compression_config"):
             if part.get(key):
@@ -124,6 +118,7 @@ def _check_not_quantised(file: Path, raw: dict[str, Any]) -> None:
 
 
 def _parse(raw: dict[str, Any]) -> Architecture:
+    """Return the Architecture of a parsed config.json. Raise KeyError if a key is missing."""
     text = {**raw, **raw.get("text_config", {})}
     rope = text.get("rope_parameters") or {**text["rope_scaling"], "rope_theta": text["rope_theta"]}
     vision = raw["vision_config"]
@@ -159,8 +154,9 @@ def _parse(raw: dict[str, Any]) -> Architecture:
 
 
 def padded_vocab(arch: Architecture, cfg: Parallel) -> int:
-    """Rows of the embedding: the vocabulary, and zeros up to a multiple of the tensor ranks.
+    """Return the rows of the embedding: the vocabulary padded to a multiple of the tensor-parallel
+    size.
 
-    The zeros are never sampled, never trained and never exported.
+    Padding rows are zero; they are never sampled, trained or exported.
     """
     return -(-arch.vocab // cfg.tensor) * cfg.tensor

@@ -1,13 +1,13 @@
-"""What FP8 did to a step's numbers, as metrics: `fp8/<operand>/...` of input, weight and gradient.
+"""FP8 metrics of a training step: `fp8/<operand>/...` for operand input, weight and gradient.
 
-- `amax_max`: the largest value;
-- `overflow`, `underflow`: share of values cut at the format's end, and of those that became 0;
-- `nonfinite`: how many were no numbers.
+- `amax_max`: the largest absolute value;
+- `overflow`, `underflow`: fraction of values clipped at the format's maximum, and rounded to 0;
+- `nonfinite`: number of non-finite values.
 
-Our own rounding (`fp8.py`) counts its values. Transformer Engine counts none; with delayed scaling
-it keeps maxima, of which its scales are made, and there are `amax_max` and `nonfinite`, of tensors;
-its other two scalings keep nothing and there is no metric. Over all ranks; a value that recompute
-makes twice counts twice, and a weight as often as ranks hold it.
+Emulated FP8 (`models/fp8_emulation.py`) counts every value. Transformer Engine counts none: with
+delayed scaling it stores maxima, which give `amax_max` and the `nonfinite` number of tensors; its
+other recipes store nothing and give no metric. Metrics cover all ranks. Values that recompute
+produces twice count twice, and a weight counts on every rank that holds it.
 """
 
 import functools
@@ -22,47 +22,52 @@ from torch import Tensor
 from megatron_vrl.models.fp8_emulation import (
     E4M3,
     E5M2,
-    RoundedColumnParallelLinear,
-    RoundedRowParallelLinear,
-    joined,
+    EmulatedFp8ColumnParallelLinear,
+    EmulatedFp8RowParallelLinear,
+    merge_statistics,
 )
 
 OPERANDS = ("input", "weight", "gradient")
-# Transformer Engine's buffers, and which of their columns is what: a linear layer's one product
-# has input, weight and output forward, and the output's gradient first backward.
+# Columns of Transformer Engine's buffers: `scaling_fwd` has input, weight and output of a linear
+# layer, `scaling_bwd` starts with the output's gradient.
 BUFFERS = (("scaling_fwd", E4M3, {"input": 0, "weight": 1}), ("scaling_bwd", E5M2, {"gradient": 0}))
 
 
 def fp8_metrics(chunks: Sequence[torch.nn.Module], device: torch.device) -> dict[str, float]:
-    """Since `forget`, the same on every rank; every rank calls it. {} where nothing is counted."""
+    """Return the metrics since `reset_fp8_metrics`, equal on all ranks; {} if nothing is counted.
+
+    Every rank must call it.
+    """
     rows = torch.zeros(len(OPERANDS), 5, dtype=torch.float64, device=device)
-    counted = False  # by our rounding, value by value
+    counted = False  # whether emulated FP8 counted single values
     for module in (module for chunk in chunks for module in chunk.modules()):
-        if isinstance(module, RoundedColumnParallelLinear | RoundedRowParallelLinear):
-            found, counted = module.rounding.taken(), True
+        if isinstance(module, EmulatedFp8ColumnParallelLinear | EmulatedFp8RowParallelLinear):
+            found, counted = module.quantizer.pop_statistics(), True
         else:
-            found = _engine_maxima(module)
+            found = _transformer_engine_amax(module)
         for operand, seen in found.items():
-            place = OPERANDS.index(operand)
-            rows[place] = joined(rows[place], seen.to(rows))
-    told = torch.cat([rows[:, :4].flatten(), torch.tensor([counted]).to(rows)])
+            index = OPERANDS.index(operand)
+            rows[index] = merge_statistics(rows[index], seen.to(rows))
+    sums_and_flag = torch.cat([rows[:, :4].flatten(), torch.tensor([counted]).to(rows)])
     largest = rows[:, 4].contiguous()
-    dist.all_reduce(told)
+    dist.all_reduce(sums_and_flag)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
-    sums = told[:-1].view(len(OPERANDS), 4).tolist()
-    return dict(_named(sums, largest.tolist(), by_value=bool(told[-1])))
+    sums = sums_and_flag[:-1].view(len(OPERANDS), 4).tolist()
+    return dict(_named(sums, largest.tolist(), by_value=bool(sums_and_flag[-1])))
 
 
-def forget(chunks: Sequence[torch.nn.Module]) -> None:
-    """What was counted so far, such as in passes without gradient."""
+def reset_fp8_metrics(chunks: Sequence[torch.nn.Module]) -> None:
+    """Discard the statistics so far, for example those of forward passes without gradient."""
     for module in (module for chunk in chunks for module in chunk.modules()):
-        if isinstance(module, RoundedColumnParallelLinear | RoundedRowParallelLinear):
-            module.rounding.taken()
+        if isinstance(module, EmulatedFp8ColumnParallelLinear | EmulatedFp8RowParallelLinear):
+            module.quantizer.pop_statistics()
 
 
 def _named(
     sums: Sequence[Sequence[float]], largest: Sequence[float], by_value: bool
 ) -> Iterator[tuple[str, float]]:
+    """Yield (metric name, value) of each operand; `by_value` is False for Transformer Engine's
+    maxima."""
     for operand, (values, over, under, nonfinite), amax in zip(
         OPERANDS, sums, largest, strict=True
     ):
@@ -75,14 +80,19 @@ def _named(
             yield f"fp8/{operand}/underflow", under / values
 
 
-def _engine_maxima(module: torch.nn.Module) -> dict[str, Tensor]:
-    """Operand -> [5] of a layer of Transformer Engine; {} of any other."""
-    return maxima(module.fp8_meta) if isinstance(module, _engine_layers()) else {}
+def _transformer_engine_amax(module: torch.nn.Module) -> dict[str, Tensor]:
+    """Return statistics [5] by operand of a Transformer Engine module; {} of any other module."""
+    return (
+        delayed_scaling_amax(module.fp8_meta)
+        if isinstance(module, _transformer_engine_base())
+        else {}
+    )
 
 
 @functools.cache
-def _engine_layers() -> Any:
-    """Their class; (), which nothing is an instance of, without Transformer Engine."""
+def _transformer_engine_base() -> Any:
+    """Return Transformer Engine's base class; (), which nothing is an instance of, if it is not
+    installed."""
     if find_spec("transformer_engine") is None:
         return ()
     from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
@@ -90,18 +100,18 @@ def _engine_layers() -> Any:
     return TransformerEngineBaseModule
 
 
-def maxima(meta: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Operand -> [5] of a layer's `fp8_meta` (Transformer Engine 2.11); {} unless its scaling is
-    delayed.
+def delayed_scaling_amax(meta: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return statistics [5] by operand from a layer's `fp8_meta` (Transformer Engine 2.11).
 
-    The history's largest; where that has been handed on already, which empties a history of one,
-    the value that the scale was made of: the format's largest over the scale.
+    Return {} unless the layer uses delayed scaling. The maximum is the largest of the amax history.
+    If the history was already reset, which empties a history of one, the maximum is recovered from
+    the scale: the format's maximum / scale.
     """
     if "recipe" not in meta or not meta["recipe"].delayed():
         return {}
     found: dict[str, Tensor] = {}
     for name, kind, columns in BUFFERS:
-        if name not in meta:  # no backward pass was made yet
+        if name not in meta:  # no backward pass has run yet
             continue
         history, scale = meta[name].amax_history, meta[name].scale
         for operand, column in columns.items():

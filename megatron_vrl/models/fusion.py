@@ -1,9 +1,9 @@
-"""Whether weight gradients are added up inside their products, by NVIDIA apex where that is here.
+"""Choice of gradient accumulation fusion: NVIDIA apex adds weight gradients inside their products.
 
-Megatron's data-parallel wrapper keeps each gradient in a float32 buffer, `main_grad`, which a fused
-product writes to; without it the product's result is added to the buffer in a second pass. Probed
-is the extension, never `import apex`: PyPI's apex is another project. Nothing of Megatron is
-imported here, for a dry run asks too.
+Megatron's data-parallel wrapper keeps each gradient in a float32 buffer, `main_grad`. The fused
+kernel writes the product into that buffer; without it a second pass adds the product to the buffer.
+This module probes for the extension and never runs `import apex`, because PyPI's apex is another
+project. It imports nothing of Megatron, because a dry run uses it too.
 """
 
 from collections.abc import Callable
@@ -17,12 +17,17 @@ FUSED_GRADIENT = "fused_weight_gradient_mlp_cuda"
 
 
 class GradientFusion(NamedTuple):
-    on: bool
-    words: str  # for a run's summary
+    """Decision on gradient accumulation fusion, with a description for the run's summary."""
+
+    enabled: bool
+    description: str  # for the summary of a run
 
 
 def importable(name: str) -> bool:
-    """An extension that was built for another torch is found and cannot be loaded."""
+    """Return whether the module `name` can be loaded.
+
+    An extension built for another torch version exists and fails to load.
+    """
     if find_spec(name) is None:
         return False
     try:
@@ -35,18 +40,18 @@ def importable(name: str) -> bool:
 def gradient_fusion(
     cfg: Model, on_gpu: bool, probe: Callable[[str], bool] = importable
 ) -> GradientFusion:
-    """Whether a weight's gradient is added to Megatron's float32 `main_grad` inside its product.
+    """Return whether weight gradients are added to Megatron's `main_grad` inside their products.
 
-    Megatron's linear layers do it with apex's extension, Transformer Engine's by themselves; but
-    the head of a model with those is still Megatron's and refuses to be built without apex's.
+    Megatron's linear layers need apex's extension for it. Transformer Engine's layers do not, but
+    the head of such a model is Megatron's and cannot be built with fusion unless apex is installed.
     """
     if cfg.gradient_accumulation_fusion == "none":
         return GradientFusion(False, "off (model.gradient_accumulation_fusion=none)")
     if cfg.layers == "fp8_emulated":
-        why = "off (model.layers=fp8_emulated has matrix products of its own)"
+        why = "off (model.layers=fp8_emulated has its own matrix products)"
         return GradientFusion(False, why)
     if not on_gpu:
         return GradientFusion(False, "off (no GPU)")
     if not probe(FUSED_GRADIENT):
-        return GradientFusion(False, f"off (NVIDIA apex's {FUSED_GRADIENT} is not here)")
+        return GradientFusion(False, f"off (NVIDIA apex's {FUSED_GRADIENT} is not installed)")
     return GradientFusion(True, f"on (NVIDIA apex's {FUSED_GRADIENT})")

@@ -1,12 +1,15 @@
-"""The layers we put into Megatron's specs: an RMSNorm and core attention for packed rows.
+"""Modules for Megatron's layer specs: RMSNorm and core attention over packed rows.
 
-Three backends follow one rule of who attends to whom: torch's scaled_dot_product_attention in
-buckets of nearly equal length, anywhere; on a GPU, over sequences of any length in one call,
-torch's FlashAttention or Transformer Engine's attention.
+Core attention has three backends that compute the same function:
 
-Shape letters: L packed rows of this rank, T of all context-parallel ranks, H query heads, K
-key-value heads, D channels of a head, B entries of a bucket, Q their queries, S their keys, E
-sequences of a call over different lengths.
+- sdpa: torch's scaled_dot_product_attention over buckets of sequences of nearly equal length; runs
+  on any device;
+- flash: torch's FlashAttention over sequences of any length in one call; needs a GPU;
+- transformer_engine: Transformer Engine's attention, as flash.
+
+Shape letters: L packed rows of this rank, T packed rows of all context-parallel ranks, H query
+heads, K key-value heads, D channels of a head, B entries of a bucket, Q queries of an entry, S keys
+of an entry, E sequences of a variable-length call.
 """
 
 import inspect
@@ -31,9 +34,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-# TransformerConfig of language model and vision tower alike. These fusions of Megatron's are off:
-# they need CUDA kernels, or compile for seconds on a CPU.
-BOTH_TOWERS: dict[str, Any] = {
+# TransformerConfig fields shared by the language model and the vision tower. These fusions of
+# Megatron are off: they need CUDA kernels, or compile for seconds on a CPU.
+COMMON_CONFIG: dict[str, Any] = {
     "normalization": "RMSNorm",
     "gated_linear_unit": True,
     "activation_func": F.silu,
@@ -46,7 +49,7 @@ BOTH_TOWERS: dict[str, Any] = {
     "apply_rope_fusion": False,
     "persist_layer_norm": False,
 }
-# Its fields for each value of `model.recompute`.
+# TransformerConfig fields for each value of `model.recompute`.
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
@@ -57,17 +60,17 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
     },
 }
 
-# torch 2.11 takes fewer key heads than query heads without being told so.
-FEWER_KEY_HEADS: dict[str, Any] = (
+# torch 2.11 has no `enable_gqa`: it accepts fewer key heads than query heads without a flag.
+GQA_KWARGS: dict[str, Any] = (
     {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 )
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm that may run on a slice of the sequence.
+    """torch's RMSNorm with support for sequence parallelism.
 
-    Megatron's own wrapper refuses sequence parallelism; marking the weight is all it takes, since
-    `finalize_model_grads` then sums its gradient over the tensor-parallel ranks.
+    Megatron's wrapper of torch's norm refuses sequence parallelism. It is enough to mark the
+    weight: `finalize_model_grads` then sums its gradient over the tensor-parallel ranks.
     """
 
     def __init__(
@@ -79,47 +82,53 @@ class RMSNorm(torch.nn.RMSNorm):
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Entries of nearly equal length that go through one attention call."""
+    """Entries of nearly equal length that share one attention call."""
 
-    queries: Tensor  # [B, Q] rows of L; padding points at row 0 and its output is never read
-    keys: Tensor  # [B, S] rows of T, rank after rank
-    mask: Tensor | None  # [B, 1, Q, S] bool, True where a query may look
-    causal: bool  # with mask None: queries and keys are the same rows, in order
+    queries: Tensor  # [B, Q] indices into L; padding is row 0, its output is unused
+    keys: Tensor  # [B, S] indices into T, ordered by context rank
+    mask: Tensor | None  # [B, 1, Q, S] bool, True where a query attends
+    causal: bool  # only with mask None: queries and keys are the same rows, in order
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """Which row looks at which: made once per micro-batch, used by every layer."""
+    """Queries, keys and masks of all attention calls of a micro-batch. All layers share one
+    plan."""
 
     buckets: tuple[Bucket, ...]
-    place: Tensor  # [L] position of each row in the concatenated outputs of the buckets
+    output_index: Tensor  # [L] index of each row in the concatenated bucket outputs
 
 
 @dataclass(frozen=True, slots=True)
 class VarlenPlan:
-    """The rule as one call over sequences of different lengths, causal from the bottom right: of a
-    sequence with Q queries and S keys, query i sees the first S - Q + 1 + i keys."""
+    """Index tensors of one variable-length attention call, causal from the bottom right.
 
-    queries: Tensor  # [sum Q] rows of L
-    keys: Tensor  # [sum S] rows of T, rank after rank; a prompt's once for each answer
-    query_ends: Tensor  # [E + 1] int32, from 0
-    key_ends: Tensor  # [E + 1] int32, from 0
-    longest_query: int
-    longest_key: int
-    place: Tensor  # [L] position of each row in the output
+    In a sequence with Q queries and S keys, query i attends to the first S - Q + 1 + i keys.
+    """
+
+    queries: Tensor  # [sum Q] indices into L
+    keys: Tensor  # [sum S] indices into T; a prompt's keys repeat for each answer
+    cu_seqlens_q: Tensor  # [E + 1] int32, from 0
+    cu_seqlens_k: Tensor  # [E + 1] int32, from 0
+    max_seqlen_q: int
+    max_seqlen_k: int
+    output_index: Tensor  # [L] index of each row in the output
 
 
 @dataclass
 class PlannedSeqParams(PackedSeqParams):
-    """Megatron's carrier of packing, from the model's input to `core_attention`."""
+    """Megatron's PackedSeqParams with an attention plan. Megatron passes it to `core_attention`."""
 
     plan: AttentionPlan | VarlenPlan | None = None
-    plan_of_layer: dict[int, AttentionPlan] | None = None  # 1-based layer; overrides `plan`
-    context: dist.ProcessGroup | None = None  # over which keys and values are gathered
+    plan_of_layer: dict[int, AttentionPlan] | None = (
+        None  # layer number from 1 -> plan; overrides `plan`
+    )
+    context: dist.ProcessGroup | None = None  # group that gathers keys and values
 
 
-def packed(num_rows: int, device: torch.device, **plans: Any) -> PlannedSeqParams:
-    """One packed sequence of L rows, so that rotary angles are taken row by row."""
+def packed_params(num_rows: int, device: torch.device, **plans: Any) -> PlannedSeqParams:
+    """Return PlannedSeqParams of one packed sequence of L rows, so that rotary angles apply row by
+    row."""
     ends = torch.tensor([0, num_rows], dtype=torch.int32, device=device)
     return PlannedSeqParams(
         qkv_format="thd",
@@ -132,7 +141,7 @@ def packed(num_rows: int, device: torch.device, **plans: Any) -> PlannedSeqParam
 
 
 class PlannedAttention(MegatronModule):
-    """`core_attention`: follows an AttentionPlan by torch's scaled_dot_product_attention."""
+    """Core attention that executes an AttentionPlan with torch's scaled_dot_product_attention."""
 
     def __init__(self, config: TransformerConfig, layer_number: int, **_: object) -> None:
         super().__init__(config=config)
@@ -148,25 +157,26 @@ class PlannedAttention(MegatronModule):
         packed_seq_params: PlannedSeqParams,
         **_: object,
     ) -> Tensor:
-        """query [L, H, D], key and value [L, K, D] -> [L, 1, H * D]."""
+        """Return [L, 1, H * D] for query [L, H, D], key and value [L, K, D]."""
         plan = packed_seq_params.plan
         if packed_seq_params.plan_of_layer is not None:
             plan = packed_seq_params.plan_of_layer[self.layer_number]
         assert isinstance(plan, AttentionPlan)
-        key, value = _of_all_ranks(key, value, packed_seq_params.context)
+        key, value = _gather_keys_values(key, value, packed_seq_params.context)
         if not plan.buckets:
-            return _nothing(query, key, value)
-        outputs = [_attend(query, key, value, bucket) for bucket in plan.buckets]
+            return _zero_output(query, key, value)
+        outputs = [_bucket_attention(query, key, value, bucket) for bucket in plan.buckets]
         flat = torch.cat(outputs) if len(outputs) > 1 else outputs[0]  # [sum B*Q, H * D]
-        return flat.index_select(0, plan.place).unsqueeze(1)
+        return flat.index_select(0, plan.output_index).unsqueeze(1)
 
 
 Kernel = Callable[[Tensor, Tensor, Tensor, VarlenPlan], Tensor]
-"""query [sum Q, H, D], key and value [sum S, K, D] and their plan -> [sum Q, H * D]"""
+"""Function (query [sum Q, H, D], key [sum S, K, D], value [sum S, K, D], plan) -> [sum Q, H *
+D]."""
 
 
 class VarlenAttention(MegatronModule):
-    """`core_attention`: follows a VarlenPlan by a kernel, made for its layer."""
+    """Core attention that executes a VarlenPlan with `kernel(config, layer_number)`."""
 
     def __init__(
         self,
@@ -189,43 +199,44 @@ class VarlenAttention(MegatronModule):
         packed_seq_params: PlannedSeqParams,
         **_: object,
     ) -> Tensor:
-        """query [L, H, D], key and value [L, K, D] -> [L, 1, H * D]."""
+        """Return [L, 1, H * D] for query [L, H, D], key and value [L, K, D]."""
         plan = packed_seq_params.plan
         assert isinstance(plan, VarlenPlan)
-        key, value = _of_all_ranks(key, value, packed_seq_params.context)
+        key, value = _gather_keys_values(key, value, packed_seq_params.context)
         if not len(plan.queries):
-            return _nothing(query, key, value)
+            return _zero_output(query, key, value)
         flat = self.kernel(
             query.index_select(0, plan.queries),
             key.index_select(0, plan.keys),
             value.index_select(0, plan.keys),
             plan,
         )
-        return flat.index_select(0, plan.place).unsqueeze(1)
+        return flat.index_select(0, plan.output_index).unsqueeze(1)
 
 
 def flash_kernel(config: TransformerConfig, layer_number: int) -> Kernel:
-    """torch's FlashAttention."""
+    """Return torch's FlashAttention as a Kernel; both arguments are unused."""
     return _flash
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan) -> Tensor:
+    """Return [sum Q, H * D] by torch's variable-length FlashAttention."""
     attended: Any = varlen_attn(
         query,
         key,
         value,
-        plan.query_ends,
-        plan.key_ends,
-        plan.longest_query,
-        plan.longest_key,
+        plan.cu_seqlens_q,
+        plan.cu_seqlens_k,
+        plan.max_seqlen_q,
+        plan.max_seqlen_k,
         window_size=(-1, 0),  # causal from the bottom right
-        **FEWER_KEY_HEADS,
+        **GQA_KWARGS,
     )  # [sum Q, H, D]
     return attended.flatten(1)
 
 
 class TransformerEngineKernel(torch.nn.Module):
-    """Transformer Engine's DotProductAttention, which chooses FlashAttention or cuDNN."""
+    """Kernel that calls Transformer Engine's DotProductAttention (FlashAttention or cuDNN)."""
 
     def __init__(self, config: TransformerConfig, layer_number: int) -> None:
         super().__init__()
@@ -243,22 +254,26 @@ class TransformerEngineKernel(torch.nn.Module):
         )
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan) -> Tensor:
+        """Return [sum Q, H * D] for query [sum Q, H, D], key and value [sum S, K, D]."""
         flat: Tensor = self.attention(
             query,
             key,
             value,
-            cu_seqlens_q=plan.query_ends,
-            cu_seqlens_kv=plan.key_ends,
-            max_seqlen_q=plan.longest_query,
-            max_seqlen_kv=plan.longest_key,
+            cu_seqlens_q=plan.cu_seqlens_q,
+            cu_seqlens_kv=plan.cu_seqlens_k,
+            max_seqlen_q=plan.max_seqlen_q,
+            max_seqlen_kv=plan.max_seqlen_k,
         )
         return flat
 
 
-def _of_all_ranks(
+def _gather_keys_values(
     key: Tensor, value: Tensor, context: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
-    """[L, K, D] of each -> [T, K, D]; gradients of all ranks are summed on the way back."""
+    """Return keys and values of all context-parallel ranks, [T, K, D] of [L, K, D].
+
+    The backward pass sums the gradients of all ranks.
+    """
     if context is None or context.size() == 1:
         return key, value
     return (
@@ -267,41 +282,46 @@ def _of_all_ranks(
     )
 
 
-def _nothing(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Of padding alone; it hangs on all three, since the ranks wait for each other's gradients."""
+def _zero_output(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Return zeros [L, 1, H * D] for a rank whose rows are all padding.
+
+    The zeros depend on query, key and value, because the other ranks wait for this rank in the
+    backward pass of the gather.
+    """
     return query.flatten(1).unsqueeze(1) * 0 + 0 * (key.sum() + value.sum())
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, bucket: Bucket) -> Tensor:
-    q = _rows(query, bucket.queries)
-    k, v = _rows(key, bucket.keys), _rows(value, bucket.keys)
+def _bucket_attention(query: Tensor, key: Tensor, value: Tensor, bucket: Bucket) -> Tensor:
+    """Return the outputs [B * Q, H * D] of one bucket."""
+    q = _gather_rows(query, bucket.queries)
+    k, v = _gather_rows(key, bucket.keys), _gather_rows(value, bucket.keys)
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=bucket.mask, is_causal=bucket.causal, enable_gqa=q.shape[1] != k.shape[1]
     )  # [B, H, Q, D]
     return out.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
-def _rows(tensor: Tensor, index: Tensor) -> Tensor:
-    """[rows, H, D] at [B, Q] -> [B, H, Q, D]."""
+def _gather_rows(tensor: Tensor, index: Tensor) -> Tensor:
+    """Return [B, H, Q, D]: the rows of `tensor` [rows, H, D] at `index` [B, Q]."""
     rows = tensor.index_select(0, index.flatten())
     return rows.view(*index.shape, *tensor.shape[1:]).transpose(1, 2)
 
 
 @dataclass(frozen=True, slots=True)
-class LayerParts:
-    """Classes that a layer is made of."""
+class LayerModules:
+    """Module classes of a transformer layer."""
 
-    column: Any  # linear, output channels split over tensor ranks
-    row: Any  # linear, input channels split
+    column: Any  # linear layer, output channels split over tensor ranks
+    row: Any  # linear layer, input channels split over tensor ranks
     norm: Any
     attention: Any = PlannedAttention
 
 
-MEGATRON = LayerParts(ColumnParallelLinear, RowParallelLinear, RMSNorm)
+MEGATRON_MODULES = LayerModules(ColumnParallelLinear, RowParallelLinear, RMSNorm)
 
 
-def layer_spec(parts: LayerParts = MEGATRON) -> ModuleSpec:
-    """A pre-norm transformer layer that attends by a plan."""
+def layer_spec(parts: LayerModules = MEGATRON_MODULES) -> ModuleSpec:
+    """Return the spec of a pre-norm transformer layer whose attention executes a plan."""
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(

@@ -1,12 +1,15 @@
-"""Log-probabilities of given tokens without ever holding [N, V] logits.
+"""Log-probs and entropies of target tokens without materialising [N, V] logits.
 
-Hidden rows are read in chunks of `CHUNK_BYTES` of logits: those of one chunk exist at a time, in
-the forward pass to get log-sum-exp, target logit and entropy, and once more in the backward pass to
-get the gradients (the recompute of cut cross-entropy, arXiv 2411.09009). Both passes work in place
-in two buffers. The vocabulary may be split over the tensor-parallel ranks; then each rank sees only
-its part of the logits.
+Rows are processed in chunks of at most `CHUNK_BYTES` of float32 logits. The forward pass computes
+log-sum-exp, target logit and entropy of each chunk; the backward pass computes the chunk's logits
+again for the gradients (the recompute of cut cross-entropy, arXiv 2411.09009). Both passes reuse
+two buffers. With a vocabulary split over tensor-parallel ranks, each rank computes the logits of
+its own part.
 
-Shape letters: N rows, n of them in a chunk, C channels, V words of this rank's part.
+Example: a vocabulary of 151,936 tokens on one rank gives chunks of 220 rows.
+
+Shape letters: N rows, n rows of a chunk, C channels, V tokens of this rank's part of the
+vocabulary.
 """
 
 from collections.abc import Iterator
@@ -17,16 +20,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-BANNED_LOGIT = -1e30  # its exp is 0, and unlike -inf it may be multiplied by 0
-CHUNK_BYTES = 128 * 2**20  # of float32 logits; smaller ones read and write the weight more often
+BANNED_LOGIT = -1e30  # exp gives 0; unlike -inf it can be multiplied by 0
+CHUNK_BYTES = 128 * 2**20  # of float32 logits; smaller chunks read the weight more often
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distribution:
-    """Which distribution over words is meant: the one that answers are sampled from."""
+    """Distribution that answers are sampled from: temperature and banned tokens."""
 
     temperature: float = 1.0
-    banned: tuple[int, ...] = ()  # token ids that are never sampled: their probability is 0
+    banned: tuple[int, ...] = ()  # token ids with probability 0
 
 
 def token_logprobs(
@@ -35,19 +38,22 @@ def token_logprobs(
     target: Tensor,
     *,
     group: dist.ProcessGroup,
-    of: Distribution,
+    distribution: Distribution,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[Tensor, Tensor]:
-    """hidden [N, C], weight [V, C], target [N] (whole vocabulary) -> log-prob [N], entropy [N].
+    """Return log-prob [N] and entropy [N] in nats, float32, of `target` [N] under `hidden` [N, C].
 
-    Both in float32; entropy in nats. The gradient of `hidden` is this rank's part only: the
-    caller sums it over `group`, as Megatron's mappings do.
+    `weight` [V, C] is this rank's part of the output layer; `target` indexes the whole vocabulary.
+    The gradient of `hidden` is a partial sum: the caller sums it over `group`, as Megatron's
+    mappings do.
     """
     chunk = max(1, chunk_bytes // (4 * len(weight)))
-    return _TokenLogprobs.apply(hidden, weight, target, group, of, chunk)
+    return _TokenLogprobs.apply(hidden, weight, target, group, distribution, chunk)
 
 
 class _TokenLogprobs(torch.autograd.Function):
+    """Autograd function of `token_logprobs`; its backward pass computes the logits again."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -55,23 +61,23 @@ class _TokenLogprobs(torch.autograd.Function):
         weight: Tensor,
         target: Tensor,
         group: dist.ProcessGroup,
-        of: Distribution,
+        distribution: Distribution,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
         first = group.rank() * weight.shape[0]
         local = target - first
         mine = (local >= 0) & (local < weight.shape[0])
         local = torch.where(mine, local, 0)
-        banned = torch.tensor(of.banned, dtype=torch.long, device=hidden.device) - first
+        banned = torch.tensor(distribution.banned, dtype=torch.long, device=hidden.device) - first
         banned = banned[(banned >= 0) & (banned < weight.shape[0])]
         statistics = torch.empty(3, len(target), device=hidden.device)  # lse, target logit, mean
-        logits = _Logits(hidden, weight, banned, of.temperature, chunk)
-        for rows, values, spare in logits:
+        logits = _LogitChunks(hidden, weight, banned, distribution.temperature, chunk)
+        for rows, values, scratch in logits:
             chosen = values.gather(1, local[rows, None]).squeeze(1) * mine[rows]
-            statistics[:, rows] = _statistics(values, spare, chosen, group)
+            statistics[:, rows] = _statistics(values, scratch, chosen, group)
         lse, chosen, mean = statistics
         ctx.save_for_backward(hidden, weight, local, mine, banned, lse, mean)
-        ctx.temperature, ctx.chunk = of.temperature, chunk
+        ctx.temperature, ctx.chunk = distribution.temperature, chunk
         return chosen - lse, lse - mean
 
     @staticmethod
@@ -80,12 +86,12 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden, weight, local, mine, banned, lse, mean = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        logits = _Logits(hidden, weight, banned, ctx.temperature, ctx.chunk)
-        for rows, values, spare in logits:
-            share = torch.sub(values, lse[rows, None], out=spare).exp_()  # softmax
+        logits = _LogitChunks(hidden, weight, banned, ctx.temperature, ctx.chunk)
+        for rows, values, scratch in logits:
+            softmax = torch.sub(values, lse[rows, None], out=scratch).exp_()
             # d logprob = onehot - p;  d entropy = -p * (logit - mean)
             slope = values.sub_(mean[rows, None]).mul_(grad_entropy[rows, None])
-            slope.add_(grad_logprob[rows, None]).mul_(share).neg_()
+            slope.add_(grad_logprob[rows, None]).mul_(softmax).neg_()
             picked = mine[rows] * grad_logprob[rows]
             slope.scatter_add_(1, local[rows, None], picked[:, None])
             if ctx.temperature != 1.0:
@@ -96,8 +102,8 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 @dataclass(frozen=True, slots=True)
-class _Logits:
-    """Iterates over (rows, their logits [n, V] in float32, a buffer of that shape)."""
+class _LogitChunks:
+    """Iterator over (slice of rows, their float32 logits [n, V], scratch buffer [n, V])."""
 
     hidden: Tensor
     weight: Tensor
@@ -107,7 +113,7 @@ class _Logits:
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         shape = (min(self.chunk, len(self.hidden)), len(self.weight))
-        values, spare = (torch.empty(shape, device=self.weight.device) for _ in range(2))
+        values, scratch = (torch.empty(shape, device=self.weight.device) for _ in range(2))
         for start in range(0, len(self.hidden), self.chunk):
             part = self.hidden[start : start + self.chunk]
             into = values[: len(part)]
@@ -115,21 +121,21 @@ class _Logits:
             if self.temperature != 1.0:
                 into /= self.temperature
             into.index_fill_(1, self.banned, BANNED_LOGIT)
-            yield slice(start, start + len(part)), into, spare[: len(part)]
+            yield slice(start, start + len(part)), into, scratch[: len(part)]
 
 
 def _product(left: Tensor, right: Tensor, into: Tensor) -> None:
-    """into = left @ right, in float32 whatever they are in."""
+    """Write left @ right into `into`, in float32 for any dtype of the operands."""
     if left.dtype == torch.float32:
         torch.mm(left, right, out=into)
-    elif left.is_cuda:  # operands of 16 bits, sums and result of 32
+    elif left.is_cuda:  # 16-bit operands, float32 accumulation and result
         torch.mm(left, right, out_dtype=torch.float32, out=into)
     else:
         into.copy_(left @ right)
 
 
 def _add_product(total: Tensor, slope: Tensor, hidden: Tensor) -> None:
-    """total [V, C] += slope [n, V].T @ hidden [n, C], in float32."""
+    """Add slope [n, V].T @ hidden [n, C] to total [V, C] in float32."""
     if hidden.is_cuda and hidden.dtype != torch.float32:
         left = slope.to(hidden.dtype).t()
         torch.addmm(total, left, hidden, out_dtype=torch.float32, out=total)
@@ -137,12 +143,14 @@ def _add_product(total: Tensor, slope: Tensor, hidden: Tensor) -> None:
         total.addmm_(slope.t(), hidden.float())
 
 
-def _statistics(logits: Tensor, spare: Tensor, chosen: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[3, n]: log-sum-exp, logit of the target, mean logit under the softmax; over all ranks."""
+def _statistics(
+    logits: Tensor, scratch: Tensor, chosen: Tensor, group: dist.ProcessGroup
+) -> Tensor:
+    """Return [3, n] over all ranks: log-sum-exp, target logit, mean logit under the softmax."""
     peak = logits.amax(dim=1)
     if group.size() > 1:
         dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
-    weights = torch.sub(logits, peak[:, None], out=spare).exp_()
+    weights = torch.sub(logits, peak[:, None], out=scratch).exp_()
     weighted = torch.linalg.vecdot(weights, logits)
     sums = torch.stack([weights.sum(1), chosen, weighted])
     if group.size() > 1:

@@ -1,9 +1,12 @@
-"""How a model is cut over a layout: whether it can be, and which layers each stage computes.
+"""Split of a model over pipeline stages, and the checks that a layout can hold the model.
 
-The stack of layers is cut into `pipeline x virtual` chunks in model order; chunk c belongs to
-stage c mod pipeline (Megatron's interleaved order; one chunk per stage without `virtual`). The
-first chunk also holds the vision tower and the token embedding, the last the final norm and the
-head, so an even cut is the slowest stage's loss: `balanced` gives those chunks fewer layers.
+The stack of layers is cut into `pipeline x virtual` chunks in model order. Chunk c belongs to stage
+c mod pipeline (Megatron's interleaved order; without `virtual` one chunk per stage). The first
+chunk also holds the vision tower and the token embedding, the last chunk the final norm and the
+head. An even split makes those chunks the slowest; `parallel.split: balanced` gives them fewer
+layers.
+
+Example: 28 layers, pipeline 2, virtual 2, even: chunks of 7 layers; stage 0 has chunks 0 and 2.
 """
 
 from collections.abc import Sequence
@@ -13,25 +16,31 @@ from itertools import accumulate, pairwise
 from megatron_vrl.config import Model, Parallel
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.models.architecture import Architecture
+from megatron_vrl.models.qwen2_5_vl.matrices import (
+    head_weights,
+    language_layer_weights,
+    merger_weights,
+    tower_weights,
+)
 
-# What `balanced` takes a token of a packed video prompt to be: 3 in 4 are vision cells, and 1 in 4
-# is an answer's, which the head reads. A rollout group of 8 answers of 128 tokens to 3000.
-VISION_SHARE = 0.75
-ANSWER_SHARE = 0.25
-FP8_TILE = 16  # channels; Transformer Engine takes no other number of them in FP8
+# Assumption of `balanced` about packed tokens: 3 in 4 are vision tokens, 1 in 4 is an answer's
+# token, which the head reads. Example: 8 answers of 128 tokens beside a prompt of 3000 tokens.
+VISION_FRACTION = 0.75
+ANSWER_FRACTION = 0.25
+FP8_TILE = 16  # Transformer Engine's FP8 needs channels in multiples of 16
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Consecutive layers that one stage computes without a message in between."""
+    """Consecutive layers that one stage computes without communication in between."""
 
     layers: range  # of the whole model, from 0
-    embeds: bool  # holds the vision tower and the token embedding
-    ends: bool  # holds the final norm and the head
+    pre_process: bool  # holds the vision tower and the token embedding
+    post_process: bool  # holds the final norm and the head
 
 
 def check_divides(arch: Architecture, model: Model, cfg: Parallel) -> None:
-    """Raises ConfigError naming the first size that the layout does not divide."""
+    """Raise ConfigError naming the first size that the layout does not divide."""
     for name, size in {"attention heads": arch.heads, "KV heads": arch.kv_heads}.items():
         if size % cfg.tensor:
             raise ConfigError(
@@ -42,48 +51,55 @@ def check_divides(arch: Architecture, model: Model, cfg: Parallel) -> None:
     check_fp8(model, cfg)
     if model.fp8 != "none" and arch.mlp % (FP8_TILE * cfg.tensor):
         raise ConfigError(
-            f"model.fp8={model.fp8} takes matrices in tiles of {FP8_TILE}, which "
-            f"parallel.tensor={cfg.tensor} does not leave of the MLP's {arch.mlp} channels: lower "
+            f"model.fp8={model.fp8} needs matrices in tiles of {FP8_TILE}; "
+            f"parallel.tensor={cfg.tensor} does not split the MLP's {arch.mlp} channels so: lower "
             "parallel.tensor, or set model.fp8=none."
         )
 
 
 def check_fp8(cfg: Model, parallel: Parallel) -> None:
-    """Raises ConfigError if FP8 is asked of layers that do not have it."""
+    """Raise ConfigError if `model.fp8` is set for layers that cannot compute it."""
     if cfg.fp8 != "none" and cfg.layers == "megatron":
         raise ConfigError(
             f"model.fp8={cfg.fp8} is computed by Transformer Engine only: set "
-            "model.layers=transformer_engine (rounded for a proof), or model.fp8=none."
+            "model.layers=transformer_engine (or fp8_emulated), or model.fp8=none."
         )
     if cfg.layers == "fp8_emulated" and (cfg.fp8 == "none" or parallel.tensor > 1):
         raise ConfigError(
             f"model.layers=fp8_emulated with model.fp8={cfg.fp8} and "
-            f"parallel.tensor={parallel.tensor}: it rounds to FP8 on one tensor rank; "
+            f"parallel.tensor={parallel.tensor}: emulation needs FP8 and one tensor rank; "
             "set model.fp8 and parallel.tensor=1."
         )
 
 
-def whole(arch: Architecture) -> Chunk:
-    return Chunk(range(arch.layers), embeds=True, ends=True)
+def whole_model(arch: Architecture) -> Chunk:
+    """Return the single chunk that holds all layers."""
+    return Chunk(range(arch.layers), pre_process=True, post_process=True)
 
 
 def stage_chunks(arch: Architecture, model: Model, cfg: Parallel, stage: int) -> list[Chunk]:
-    """The chunks of one pipeline stage, in the order of its virtual stages."""
+    """Return the chunks of one pipeline stage, in the order of its virtual stages."""
     return all_chunks(arch, model, cfg)[stage :: cfg.pipeline]
 
 
 def all_chunks(arch: Architecture, model: Model, cfg: Parallel) -> list[Chunk]:
-    """Every chunk in model order. Raises ConfigError if the layers cannot be cut so."""
+    """Return all chunks in model order. Raise ConfigError if the layers cannot be split so."""
     counts = layer_counts(arch, model, cfg)
     bounds = [0, *accumulate(counts)]
     return [
-        Chunk(range(first, last), embeds=first == 0 and i == 0, ends=i == len(counts) - 1)
+        Chunk(
+            range(first, last), pre_process=first == 0 and i == 0, post_process=i == len(counts) - 1
+        )
         for i, (first, last) in enumerate(pairwise(bounds))
     ]
 
 
 def layer_counts(arch: Architecture, model: Model, cfg: Parallel) -> list[int]:
-    """Layers of each chunk by `parallel.split`, or as `parallel.layers_per_chunk` says."""
+    """Return the number of layers of each chunk, by `parallel.layers_per_chunk` or
+    `parallel.split`.
+
+    Raise ConfigError if the layers cannot be split so.
+    """
     num_chunks = cfg.pipeline * cfg.virtual
     if cfg.layers_per_chunk:
         given = list(cfg.layers_per_chunk)
@@ -110,26 +126,26 @@ def layer_counts(arch: Architecture, model: Model, cfg: Parallel) -> list[int]:
 
 
 def extra_layers(arch: Architecture, model: Model) -> tuple[float, float]:
-    """Work of the vision tower and of the head, in language layers.
+    """Return the work of the vision tower and of the head, measured in language layers.
 
-    Counted in multiplications by weights, per packed token; a frozen tower has no backward pass
-    (a third of the work) and the token embedding is a look-up.
+    The unit is multiply-adds with weights per packed token. A frozen tower has no backward pass, so
+    it counts a third. The token embedding is a look-up and counts nothing.
     """
-    v = arch.vision
-    kv = arch.kv_heads * arch.head_dim
-    layer = 2 * arch.hidden**2 + 2 * arch.hidden * kv + 3 * arch.hidden * arch.mlp
-    block = 4 * v.hidden**2 + 3 * v.hidden * v.mlp
-    merged = v.hidden * v.merge**2
-    tower = v.merge**2 * (v.layers * block + v.patch_values * v.hidden)
-    tower += merged * (merged + arch.hidden)
+    layer = language_layer_weights(arch)
+    tower = arch.vision.merge**2 * tower_weights(arch.vision) + merger_weights(arch)
     passes = 1 / 3 if model.freeze_vision and model.freeze_merger else 1.0
-    head = arch.hidden * arch.vocab
-    return VISION_SHARE * passes * tower / layer, ANSWER_SHARE * head / layer
+    return (
+        VISION_FRACTION * passes * tower / layer,
+        ANSWER_FRACTION * head_weights(arch) / layer,
+    )
 
 
 def balanced_counts(layers: int, extra: Sequence[float], num_chunks: int) -> list[int]:
-    """Counts whose heaviest chunk is as light as can be, the first and last chunk weighing
-    `extra` more; every chunk keeps a layer. Greedy and exact: layers are alike."""
+    """Return layer counts that minimise the heaviest chunk; every chunk gets at least one layer.
+
+    The first and last chunk weigh `extra[0]` and `extra[1]` layers more. The greedy rule is exact
+    because all layers weigh the same.
+    """
     counts, weights = [1] * num_chunks, [1.0] * num_chunks
     weights[0] += extra[0]
     weights[-1] += extra[1]
@@ -141,4 +157,5 @@ def balanced_counts(layers: int, extra: Sequence[float], num_chunks: int) -> lis
 
 
 def _divisors(number: int) -> list[int]:
+    """Return all divisors of `number`, ascending."""
     return [k for k in range(1, number + 1) if number % k == 0]

@@ -1,8 +1,7 @@
-"""Which layers and number formats the language model computes with, and whether they are here.
+"""Choice of layers, attention backend and dtypes of the language model, with availability checks.
 
-Transformer Engine's layers and attention run on a GPU only; FP8 in its layers, or rounded to by
-`fp8.py` anywhere. A run that asks for what is not there ends in one sentence before anything is
-built.
+Transformer Engine's layers and attention need a GPU. FP8 is computed by those layers, or emulated
+anywhere (`models/fp8_emulation.py`).
 """
 
 from dataclasses import replace
@@ -15,10 +14,13 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_vrl.config import Model, Parallel
 from megatron_vrl.errors import ConfigError
-from megatron_vrl.models.fp8_emulation import RoundedColumnParallelLinear, RoundedRowParallelLinear
+from megatron_vrl.models.fp8_emulation import (
+    EmulatedFp8ColumnParallelLinear,
+    EmulatedFp8RowParallelLinear,
+)
 from megatron_vrl.models.layers import (
-    MEGATRON,
-    LayerParts,
+    MEGATRON_MODULES,
+    LayerModules,
     PlannedAttention,
     RMSNorm,
     TransformerEngineKernel,
@@ -33,14 +35,14 @@ ATTENTION = {
     "transformer_engine": partial(VarlenAttention, kernel=TransformerEngineKernel),
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Our words for where an FP8 scale comes from -> Megatron's: the history of maxima, the tensor
-# itself, or each block of 128 of it.
+# Scaling of `model.fp8` -> Megatron's names. delayed scales by the history of maxima, current by
+# the tensor's maximum, blockwise by the maximum of each block of 128 values.
 FP8_FORMATS = {"delayed": "hybrid", "current": "hybrid", "blockwise": "e4m3"}
 FP8_RECIPES = {"delayed": "delayed", "current": "tensorwise", "blockwise": "blockwise"}
 
 
 def check_available(cfg: Model, parallel: Parallel, device: torch.device) -> None:
-    """Raises ConfigError if this process cannot compute as asked."""
+    """Raise ConfigError if this process cannot run the configured layers, attention or FP8."""
     check_fp8(cfg, parallel)
     if cfg.attention == "flash" and (device.type != "cuda" or cfg.dtype != "bfloat16"):
         raise ConfigError(
@@ -62,15 +64,15 @@ def check_available(cfg: Model, parallel: Parallel, device: torch.device) -> Non
         )
 
 
-def attention_of(cfg: Model, device: torch.device) -> str:
-    """The row of ATTENTION that `auto` stands for."""
+def attention_backend(cfg: Model, device: torch.device) -> str:
+    """Return the key of ATTENTION that `cfg.attention` selects on `device`; it resolves "auto"."""
     if cfg.attention != "auto":
         return cfg.attention
     return "flash" if device.type == "cuda" and cfg.dtype == "bfloat16" else "sdpa"
 
 
-def number_formats(cfg: Model) -> dict[str, Any]:
-    """Arguments of TransformerConfig."""
+def precision_config(cfg: Model) -> dict[str, Any]:
+    """Return the dtype and FP8 fields of Megatron's TransformerConfig."""
     dtype = DTYPES[cfg.dtype]
     formats: dict[str, Any] = {
         "params_dtype": dtype,
@@ -82,19 +84,19 @@ def number_formats(cfg: Model) -> dict[str, Any]:
     return formats
 
 
-def layer_parts(cfg: Model, layer: int, num_layers: int, device: torch.device) -> LayerParts:
-    """What language layer `layer`, from 0, is made of."""
-    attention = ATTENTION[attention_of(cfg, device)]
+def layer_modules(cfg: Model, layer: int, num_layers: int, device: torch.device) -> LayerModules:
+    """Return the module classes of language layer `layer`, counted from 0."""
+    attention = ATTENTION[attention_backend(cfg, device)]
     first, last = cfg.fp8_skip_first_last_layers
     spared = cfg.fp8 != "none" and not first <= layer < num_layers - last
     if cfg.layers == "megatron" or spared:
-        return replace(MEGATRON, attention=attention)
+        return replace(MEGATRON_MODULES, attention=attention)
     if cfg.layers == "fp8_emulated":
         column, row = (
             ModuleSpec(module=linear, params={"recipe": cfg.fp8})
-            for linear in (RoundedColumnParallelLinear, RoundedRowParallelLinear)
+            for linear in (EmulatedFp8ColumnParallelLinear, EmulatedFp8RowParallelLinear)
         )
-        return LayerParts(column, row, RMSNorm, attention)
+        return LayerModules(column, row, RMSNorm, attention)
     from megatron.core.extensions import transformer_engine as te
 
-    return LayerParts(te.TEColumnParallelLinear, te.TERowParallelLinear, te.TENorm, attention)
+    return LayerModules(te.TEColumnParallelLinear, te.TERowParallelLinear, te.TENorm, attention)

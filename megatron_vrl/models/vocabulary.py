@@ -1,4 +1,4 @@
-"""Check of a tokenizer against the rows of the embedding."""
+"""Check of a tokenizer's size against the rows of the embedding."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from megatron_vrl.models.architecture import Architecture
 def check_tokenizer(tokenizer: Any, arch: Architecture, directory: str | Path) -> None:
     """Raise CheckpointError if a token of the tokenizer has no row in the embedding.
 
-    Rows without a token are common: vocab_size of config.json is often rounded up.
+    Rows without a token are common, because vocab_size of config.json is often rounded up.
     """
     token, last = max(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
     if last >= arch.vocab:
@@ -24,7 +24,7 @@ def check_tokenizer(tokenizer: Any, arch: Architecture, directory: str | Path) -
 
 
 def check_tokenizer_files(directory: str | Path, arch: Architecture) -> None:
-    """Load the tokenizer of a checkpoint and check it. Raises CheckpointError."""
+    """Load the tokenizer of a checkpoint and check it. Raise CheckpointError."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError) as error:

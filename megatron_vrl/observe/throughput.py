@@ -12,7 +12,7 @@ from dataclasses import astuple, dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
+class FlopCounts:
     """Number of language tokens, and FLOPs of one forward pass by component."""
 
     tokens: int = 0
@@ -27,10 +27,10 @@ class Work:
         """Return the total FLOPs."""
         return self.linear + self.attention + self.head + self.vision + self.merger
 
-    def __add__(self, other: "Work") -> "Work":
+    def __add__(self, other: "FlopCounts") -> "FlopCounts":
         tokens, *parts = (a + b for a, b in zip(astuple(self), astuple(other), strict=True))
         linear, attention, head, vision, merger = parts
-        return Work(
+        return FlopCounts(
             tokens=int(tokens),
             linear=linear,
             attention=attention,
@@ -42,8 +42,8 @@ class Work:
 
 def throughput_metrics(
     *,
-    computed: Work,
-    ideal: Work,
+    computed: FlopCounts,
+    ideal: FlopCounts,
     plain_tokens: int,
     padding_rows: int,
     update_flops: float,

@@ -1,8 +1,8 @@
-"""AdamW (arXiv 1711.05101) with the state layout of apex's and TE's FusedAdam.
+"""AdamW (arXiv 1711.05101) with the state layout of FusedAdam of apex and Transformer Engine.
 
-torch's AdamW keeps a `step` tensor in every parameter's state; FusedAdam keeps one integer in the
-param group. Megatron's distributed optimizer saves and loads only the second layout, so the CPU
-uses this class where a GPU uses FusedAdam, and checkpoints move between the two.
+torch's AdamW keeps a `step` tensor in every parameter's state; FusedAdam keeps one integer per
+param group. Megatron's distributed optimizer saves and loads only FusedAdam's layout. The CPU
+therefore uses this class where a GPU uses FusedAdam, and checkpoints move between the two.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,7 +12,7 @@ import torch
 
 
 class AdamW(torch.optim.Optimizer):
-    """Decoupled weight decay; moments `exp_avg`, `exp_avg_sq`; `step` counted per param group."""
+    """AdamW with state `exp_avg` and `exp_avg_sq` per parameter and `step` per param group."""
 
     def __init__(
         self,
@@ -21,7 +21,7 @@ class AdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        **_: Any,  # FusedAdam's further switches (capturable, adam_w_mode) have no meaning here
+        **_: Any,  # FusedAdam's other options (capturable, adam_w_mode) are ignored
     ) -> None:
         super().__init__(
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
@@ -29,6 +29,7 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient. `closure` is ignored."""
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
             params = [param for param in group["params"] if param.grad is not None]
@@ -36,6 +37,7 @@ class AdamW(torch.optim.Optimizer):
                 self._update(group, params)
 
     def _update(self, group: dict[str, Any], params: list[torch.Tensor]) -> None:
+        """Update `params` of one param group in place."""
         beta1, beta2 = group["betas"]
         grads = [param.grad for param in params if param.grad is not None]
         first = [self._moments(param)["exp_avg"] for param in params]
@@ -51,6 +53,7 @@ class AdamW(torch.optim.Optimizer):
         torch._foreach_addcdiv_(params, first, denominator, -group["lr"] / correction1)
 
     def _moments(self, param: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the moments of `param`, created as zeros at the first call."""
         state: dict[str, torch.Tensor] = self.state[param]
         if not state:
             state["exp_avg"] = torch.zeros_like(param)

@@ -1,5 +1,5 @@
-"""Tensors as arrays that can be kept, pickled and sent, and back. NumPy has no bfloat16: its bits
-travel as uint16."""
+"""Tensors as NumPy arrays and back, without loss. NumPy has no bfloat16, so uint16 carries its
+bits."""
 
 from typing import Any
 
@@ -10,6 +10,8 @@ from torch import Tensor
 
 
 def as_array(tensor: Tensor) -> NDArray[Any]:
+    """Return `tensor` on the host as an array; a bfloat16 tensor becomes uint16 with the same
+    bits."""
     host = tensor.detach().cpu().contiguous()
     bits = host.view(torch.uint16) if host.dtype == torch.bfloat16 else host
     array: NDArray[Any] = bits.numpy()
@@ -17,6 +19,7 @@ def as_array(tensor: Tensor) -> NDArray[Any]:
 
 
 def as_tensor(array: NDArray[Any]) -> Tensor:
-    """Shares the array's memory."""
+    """Return a tensor that shares the array's memory; uint16 becomes bfloat16 with the same
+    bits."""
     tensor = torch.from_numpy(array)
     return tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor

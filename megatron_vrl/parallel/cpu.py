@@ -1,12 +1,12 @@
-"""Runs megatron.core on a machine without a GPU: the one place where anything is patched.
+"""CPU platform: patches that run megatron.core on a machine without a GPU.
 
-megatron.core 0.16.1 names CUDA literally in a few dozen places (`device="cuda"`, `Tensor.cuda()`,
-the CUDA random state). `install()` replaces exactly the attributes of `PATCHES`, once per process
-and before a model is built; `uninstall()` puts the originals back. On a machine with a GPU
-`install()` refuses, so that nothing here can reach a production run.
+megatron.core 0.16.1 hard-codes CUDA in a few dozen places (`device="cuda"`, `Tensor.cuda()`, the
+CUDA random state). `install()` replaces exactly the attributes in `PATCHES`, once per process and
+before a model is built. `uninstall()` restores the originals. On a machine with a GPU `install()`
+raises ConfigError, so no patch can reach a production run.
 
-Left alone because nothing we run touches it: streams and events (offloading, CUDA graphs), the
-fp16 gradient scaler, MoE fusions, Megatron's own inference.
+Not patched, because no run uses them here: streams and events (offloading, CUDA graphs), the fp16
+gradient scaler, MoE fusions, Megatron's own inference.
 """
 
 import functools
@@ -25,9 +25,10 @@ from megatron_vrl.parallel.adamw import AdamW
 
 
 class CpuRngTracker(mcore_random.CudaRNGStatesTracker):
-    """Megatron's named random states, on the CPU generator."""
+    """Megatron's tracker of named random states, on the CPU generator."""
 
     def add(self, name: str, seed: int) -> None:
+        """Add the state `name` with `seed`. Raise ValueError if either is already in use."""
         if seed in self.seeds_ or name in self.states_:
             raise ValueError(f"random state {name!r} or seed {seed} is already there")
         self._is_initialized = True
@@ -36,6 +37,7 @@ class CpuRngTracker(mcore_random.CudaRNGStatesTracker):
 
     @contextmanager
     def fork(self, name: str = "model-parallel-rng") -> Iterator[None]:
+        """Context manager that uses the random state `name` and stores its new value at the end."""
         outside = torch.get_rng_state()
         torch.set_rng_state(self.states_[name])
         try:
@@ -46,7 +48,7 @@ class CpuRngTracker(mcore_random.CudaRNGStatesTracker):
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """The tensor factory with device="cuda*" read as "cpu" and pinned memory left out."""
+    """Return the tensor factory with device="cuda*" replaced by "cpu" and pin_memory ignored."""
 
     @functools.wraps(factory)
     def make(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -62,7 +64,8 @@ _type = torch.Tensor.type
 
 
 def _tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """`tensor.type()` as Megatron's optimizers compare it; only they see the CUDA spelling."""
+    """Return `tensor.type()`; callers in megatron.core get the CUDA spelling that they compare
+    with."""
     name = _type(self, *args, **kwargs)
     if args or kwargs or not _called_from_megatron():
         return name
@@ -70,12 +73,13 @@ def _tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
 
 
 def _called_from_megatron() -> bool:
+    """Return whether the caller of the calling function is in megatron.core."""
     import sys
 
     return str(sys._getframe(2).f_globals.get("__name__", "")).startswith("megatron.core")
 
 
-# (owner, attribute, replacement, who needs it)
+# (owner, attribute, replacement, code that needs it)
 PATCHES: tuple[tuple[Any, str, Any, str], ...] = (
     (torch.cuda, "current_device", lambda: torch.device("cpu"), "buffers, rotary embedding, p2p"),
     (torch.cuda, "synchronize", lambda device=None: None, "p2p_communication, timers"),
@@ -124,4 +128,5 @@ def uninstall() -> None:
 
 
 def _current(patches: Iterable[tuple[Any, str, Any, str]]) -> list[tuple[Any, str, Any]]:
+    """Return the present values of the patched attributes."""
     return [(owner, attribute, getattr(owner, attribute)) for owner, attribute, _, _ in patches]

@@ -1,8 +1,11 @@
-"""Device mesh: the part of the model and of the batch that this process owns.
+"""Device mesh: the ranks of a run and their process groups along each parallel axis.
 
-No other module uses Megatron's `parallel_state`. Ranks are ordered as in Megatron: tensor fastest,
-then context, data and pipeline. Process groups are gloo on the CPU and NCCL on GPUs. `shard` and
-`gather_shards` split items over axes and join them again.
+This module alone uses Megatron's `parallel_state`. Rank order is Megatron's: tensor varies fastest,
+then context, then data, then pipeline. Process groups use gloo on the CPU and NCCL on GPUs. `shard`
+and `gather_shards` split items over axes and join them again.
+
+Example: 8 processes with tensor 2 and pipeline 2 have data size 2; ranks 0 and 1 are one tensor
+group, ranks 0 and 2 one data group, ranks 0 and 4 one pipeline group.
 """
 
 import os
@@ -25,7 +28,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Axis:
-    """One axis of the grid: this process's place on it and the group along it."""
+    """One axis of the mesh: this process's rank on it, its size and its process group."""
 
     rank: int
     size: int
@@ -34,6 +37,8 @@ class Axis:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mesh:
+    """All axes of the mesh, with this process's rank and device."""
+
     rank: int
     world: int
     device: torch.device
@@ -41,15 +46,15 @@ class Mesh:
     context: Axis
     pipeline: Axis
     data: Axis
-    vision: Axis  # tensor x context: the ranks that share a micro-batch's vision work
-    batch: Axis  # context x data: the ranks that hold the same parameters
-    model: Axis  # tensor x context x pipeline: the ranks that work on the same samples
-    interleaved: bool  # several chunks of layers on each pipeline rank
-    alone: dist.ProcessGroup  # this rank only; modules that are not split along `tensor`
+    vision: Axis  # tensor x context: ranks that partition a micro-batch's vision work
+    batch: Axis  # context x data: ranks that hold the same parameters
+    model: Axis  # tensor x context x pipeline: ranks that train on the same samples
+    interleaved: bool  # whether a pipeline rank holds several chunks of layers
+    alone: dist.ProcessGroup  # group of this rank only, for modules that are not sharded
 
 
 def check_layout(cfg: Parallel, world: int) -> None:
-    """Raises ConfigError if the ranks do not divide into the layout."""
+    """Raise ConfigError if `world` processes do not divide into the layout."""
     per_replica = cfg.tensor * cfg.context * cfg.pipeline
     if world % per_replica:
         context = f" x parallel.context={cfg.context}" if cfg.context > 1 else ""
@@ -65,9 +70,10 @@ def check_layout(cfg: Parallel, world: int) -> None:
 
 
 def init_mesh(cfg: Parallel, seed: int) -> Mesh:
-    """Join the process group and build the grid. Every rank calls it, once per process.
+    """Join the default process group and return the mesh. Every rank must call it, once per
+    process.
 
-    Without torchrun's environment the process is alone (world 1).
+    Without torchrun's environment variables the world has one process.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     check_layout(cfg, world)
@@ -107,10 +113,10 @@ def init_mesh(cfg: Parallel, seed: int) -> Mesh:
 
 
 def close_mesh() -> None:
-    """Give up the grid, so that the process may build another one (for tests).
+    """Destroy the mesh, so that the process can build another one (for tests).
 
-    Under torchrun the world's group stays and serves the next grid: its store works once. The
-    others are closed one by one, which Megatron leaves out: a gloo group keeps four threads.
+    Under torchrun the default group stays for the next mesh, because its store works only once. All
+    other groups are destroyed one by one, which Megatron omits: each gloo group holds four threads.
     """
     from megatron.core import parallel_state
 
@@ -124,6 +130,7 @@ def close_mesh() -> None:
 
 
 def _init_device() -> torch.device:
+    """Return this process's device; install the CPU patches of megatron.core if there is no GPU."""
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
@@ -135,15 +142,17 @@ def _init_device() -> torch.device:
 
 
 def _axis(group: dist.ProcessGroup) -> Axis:
+    """Return the axis of `group`."""
     return Axis(rank=group.rank(), size=group.size(), group=group)
 
 
 def _model_axis(data_rank: int) -> Axis:
-    """The ranks with the same place on the data axis. Every rank calls it."""
-    placed: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(placed, data_rank)
+    """Return the axis of all ranks with this rank's data-parallel rank. Every rank must call it."""
+    data_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(data_ranks, data_rank)
     members = [
-        [rank for rank, at in enumerate(placed) if at == place] for place in sorted({*placed})
+        [rank for rank, at in enumerate(data_ranks) if at == wanted]
+        for wanted in sorted({*data_ranks})
     ]
     group, _ = dist.new_subgroups_by_enumeration(members)
     return _axis(group)
@@ -184,38 +193,42 @@ def interleave(shards: Sequence[Sequence[Item]]) -> list[Item]:
 
 
 def exchange_objects(axis: Axis, outgoing: Sequence[Sequence[Any]]) -> list[Any]:
-    """Send `outgoing[r]` to rank r of the axis; what all sent to this rank, in sender order.
+    """Send `outgoing[r]` to rank r of the axis; return the objects sent to this rank, in sender
+    order.
 
-    Every rank of the axis calls it, with anything that can be pickled. An array is copied once,
-    into the message; the received one is a view of the message, which lives as long as any of its
-    arrays. Peers are trusted, as in `gather_objects`.
+    Every rank of the axis must call it. Objects must be picklable, and peers are trusted. An array
+    is copied once, into the send buffer. A received array is a view of the receive buffer, which
+    lives as long as any of its arrays.
     """
     if axis.size == 1:
         return list(outgoing[0])
-    messages = [_message(objects) for objects in outgoing]
+    messages = [_serialize(objects) for objects in outgoing]
     lengths = gather_objects(axis, [[len(part) for part in parts] for parts in messages])
     device = torch.device("cpu")
     if dist.get_backend(axis.group) == "nccl":
         device = torch.device("cuda", torch.cuda.current_device())
-    sizes_out = [sum(map(_aligned, sizes)) for sizes in lengths[axis.rank]]
-    sizes_in = [sum(map(_aligned, sizes[axis.rank])) for sizes in lengths]
-    outbox = torch.empty(sum(sizes_out), dtype=torch.uint8)
-    _fill(outbox.numpy().data, [part for parts in messages for part in parts])
-    inbox = torch.empty(sum(sizes_in), dtype=torch.uint8, device=device)
-    dist.all_to_all_single(inbox, outbox.to(device), sizes_in, sizes_out, group=axis.group)
-    memory = inbox.cpu().numpy().data
+    sizes_out = [sum(map(_aligned_size, sizes)) for sizes in lengths[axis.rank]]
+    sizes_in = [sum(map(_aligned_size, sizes[axis.rank])) for sizes in lengths]
+    send_buffer = torch.empty(sum(sizes_out), dtype=torch.uint8)
+    _write_parts(send_buffer.numpy().data, [part for parts in messages for part in parts])
+    receive_buffer = torch.empty(sum(sizes_in), dtype=torch.uint8, device=device)
+    dist.all_to_all_single(
+        receive_buffer, send_buffer.to(device), sizes_in, sizes_out, group=axis.group
+    )
+    memory = receive_buffer.cpu().numpy().data
     received: list[Any] = []
-    for sender, begin in zip(lengths, _starts(sizes_in), strict=True):
+    for sender, begin in zip(lengths, _offsets(sizes_in), strict=True):
         sizes = sender[axis.rank]
-        starts = _starts([_aligned(size) for size in sizes])
+        starts = _offsets([_aligned_size(size) for size in sizes])
         parts = [memory[begin + s :][:size] for s, size in zip(starts, sizes, strict=True)]
         if parts:
             received += pickle.loads(parts[0], buffers=parts[1:])
     return received
 
 
-def _message(objects: Sequence[Any]) -> list[memoryview]:
-    """The objects' pickle, then the memory of their arrays; [] without objects."""
+def _serialize(objects: Sequence[Any]) -> list[memoryview]:
+    """Return the pickle of `objects`, then the memory of their arrays; [] if there are no
+    objects."""
     buffers: list[pickle.PickleBuffer] = []
     if not objects:
         return []
@@ -223,31 +236,35 @@ def _message(objects: Sequence[Any]) -> list[memoryview]:
     return [memoryview(head), *(buffer.raw() for buffer in buffers)]
 
 
-def _fill(memory: memoryview, parts: Sequence[memoryview]) -> None:
-    starts = _starts([_aligned(len(part)) for part in parts])
+def _write_parts(memory: memoryview, parts: Sequence[memoryview]) -> None:
+    """Write `parts` into `memory`, each at an aligned offset."""
+    starts = _offsets([_aligned_size(len(part)) for part in parts])
     for start, part in zip(starts, parts, strict=True):
         memory[start : start + len(part)] = part
 
 
-def _starts(sizes: Sequence[int]) -> list[int]:
+def _offsets(sizes: Sequence[int]) -> list[int]:
+    """Return the start of each part when parts of `sizes` follow each other."""
     return [0, *accumulate(sizes)][: len(sizes)]
 
 
-def _aligned(size: int) -> int:
-    """Arrays begin at multiples of 64 bytes, where any number type may lie."""
+def _aligned_size(size: int) -> int:
+    """Return `size` rounded up to a multiple of 64 bytes, which aligns arrays of any dtype."""
     return -(-size // 64) * 64
 
 
 def world_axis(mesh: Mesh) -> Axis:
+    """Return the axis of all ranks."""
     return Axis(rank=mesh.rank, size=mesh.world, group=dist.group.WORLD)  # type: ignore[arg-type]
 
 
 @contextmanager
 def raise_on_all_ranks(mesh: Mesh) -> Iterator[None]:
-    """All ranks leave the block together: if one raises a UserError, every rank raises it.
+    """Context manager: if any rank raises a UserError in the block, every rank raises the first
+    one.
 
-    Every rank enters it, and no rank may communicate inside. So no rank is left waiting for one
-    that has gone.
+    Every rank must enter the block, and no rank may communicate inside it. Without this, the other
+    ranks would wait for a rank that has ended.
     """
     error: UserError | None = None
     try:

@@ -1,6 +1,6 @@
-"""What a run would need and how long a step would take, by arithmetic, on GPUs that are not here.
+"""Planner: memory and step time of a configuration on given GPUs, by arithmetic.
 
-Built from the same pieces as the program: its checks of a layout, its table of parameters, its
-counts of work, its rules for videos. Nothing is allocated and no process group is made. What is
-counted, how well it holds and what it leaves out: docs/planner.md.
+The planner uses the program's own layout checks, weight map, FLOP counts and video rules. It
+allocates nothing and creates no process group. docs/planner.md says what is counted, how accurate
+it is, and what is left out.
 """

@@ -1,54 +1,60 @@
-"""The engine: what it needs of a GPU's memory, and how long answers and the phases beside take.
+"""Rollout engine in the planner: its memory, and seconds of the phases around generation.
 
-A token costs one reading of the weights for all sequences that are decoded together, one reading of
-every sequence's keys and values, and the engine's own time between two steps, which for a small
-model is the longest. Speculation and quantised weights are left out.
+One decoding step reads the weights once for all running sequences, reads the keys and values of
+every sequence, and adds the engine's fixed overhead, which is the largest part for a small model.
+Speculative decoding and quantised weights are not modelled.
 """
 
 from dataclasses import dataclass
 
 from megatron_vrl.config import RunConfig
 from megatron_vrl.models.architecture import Architecture
-from megatron_vrl.models.qwen2_5_vl.flops import work_of_sizes
-from megatron_vrl.planner.activations import number_bytes
+from megatron_vrl.models.qwen2_5_vl.activations import dtype_bytes
+from megatron_vrl.models.qwen2_5_vl.flops import flops_of_sizes
 from megatron_vrl.planner.hardware import GIB
 from megatron_vrl.planner.parameters import count_all
 from megatron_vrl.planner.speed import Machine, Phase
-from megatron_vrl.planner.workload import FILM_FPS, Sizes
+from megatron_vrl.planner.workload import FILM_FPS, GroupSizes
 
-ENGINE_WORKING = 3 * GIB  # its activations, CUDA graphs and sampler; *not measured*
-ENGINE_STEP = 0.004  # seconds between two tokens besides the GPU's; *not measured*
-# Pictures of 1280 x 720 that are decoded in a second, when all up to the last sampled one are: by a
-# process (docs/results/video.md: 1350 in 4 to 5 s of a core) and by a GPU's NVDEC (*not measured*).
+ENGINE_WORKING = 3 * GIB  # activations, CUDA graphs and sampler; *not measured*
+ENGINE_STEP = 0.004  # overhead of a decoding step in seconds; *not measured*
+# Frames of 1280 x 720 decoded per second, with all frames up to the last sampled one decoded: by a
+# process (docs/results/video.md: 1350 in 4 to 5 s of one core) and by a GPU's NVDEC (*not
+# measured*).
 PICTURES = {"cpu": 300.0, "gpu": 1000.0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineMemory:
-    """Of one GPU of an engine, bytes."""
+    """Memory of an engine on one GPU, in bytes."""
 
     weights: int
     working: int
-    kv_cache: int  # what is left of its share; negative if nothing is
-    sequence: int  # keys and values of one answer, its prompt shared by the group
-    longest: int  # of the longest prompt with the longest answer
+    kv_cache: int  # rest of the engine's memory; negative if too small
+    sequence: int  # keys and values of one answer; the group shares the prompt
+    longest: int  # keys and values of the longest prompt with the longest answer
 
     @property
     def share(self) -> int:
+        """Return all memory of the engine."""
         return self.weights + self.working + self.kv_cache
 
     @property
     def sequences(self) -> int:
-        """Answers that fit at a time."""
+        """Return the number of answers whose keys and values fit at the same time."""
         return max(0, self.kv_cache // self.sequence)
 
 
 def engine_memory(
-    cfg: RunConfig, arch: Architecture, sizes: Sizes, gpu_memory: int
+    cfg: RunConfig, arch: Architecture, sizes: GroupSizes, gpu_memory: int
 ) -> EngineMemory:
-    """A colocated engine is whole on every GPU; a worker's is shared by `rollout.tensor`."""
+    """Return the memory of an engine.
+
+    A colocated engine holds the whole model on every GPU; a worker splits it over `rollout.tensor`
+    GPUs.
+    """
     ranks = 1 if cfg.rollout.placement == "colocated" else cfg.rollout.tensor
-    number = number_bytes(cfg.model)
+    number = dtype_bytes(cfg.model)
     token = 2 * arch.layers * arch.kv_heads * arch.head_dim * number // ranks
     weights = number * count_all(arch).all // ranks
     kv_cache = int(cfg.rollout.gpu_memory_utilization * gpu_memory) - weights - ENGINE_WORKING
@@ -65,20 +71,21 @@ def engine_memory(
 def rollout_phase(
     cfg: RunConfig,
     arch: Architecture,
-    sizes: Sizes,
+    sizes: GroupSizes,
     engine: EngineMemory,
     engines: int,
     machine: Machine,
 ) -> Phase:
-    """A step's prompts read and its answers sampled, on the engine with the most to do."""
+    """Return the seconds of prefill and decoding of a step's answers, on the engine with the most
+    prompts."""
     ranks = 1 if cfg.rollout.placement == "colocated" else cfg.rollout.tensor
     prompts = -(-cfg.rollout.prompts_per_step // engines)
     answers = prompts * sizes.answers
     at_once = max(1, min(answers, cfg.rollout.max_num_seqs, engine.sequences))
-    read = work_of_sizes(arch, sizes.prompt, [1], [sizes.grid] if sizes.grid else [])
-    token = work_of_sizes(arch, 1, [1], [])
+    read = flops_of_sizes(arch, sizes.prompt, [1], [sizes.grid] if sizes.grid else [])
+    token = flops_of_sizes(arch, 1, [1], [])
     steps = -(-answers // at_once) * sizes.response
-    # An answer's own keys and values grow from its prompt's to its end; a kernel reads them anew.
+    # On average an answer is half decoded; each step reads all keys and values.
     per_token = engine.sequence / (sizes.prompt // sizes.answers + sizes.response)
     seen = at_once * (sizes.prompt + sizes.response / 2) * per_token
     memory = machine.hbm(engine.weights + seen)
@@ -94,17 +101,17 @@ def rollout_phase(
 
 
 def sync_phase(cfg: RunConfig, arch: Architecture, machine: Machine) -> Phase:
-    """Weights to the engine.
+    """Return the seconds of a weight sync.
 
-    Colocated: every rank gathers all layers; the engine's old weights, which lay in host memory
-    while the trainer worked, come back first and go there again after the answers. Workers: through
-    host memory, each pipeline stage its own layers at the same time.
+    Colocated: every rank gathers all layers. The engine's old weights move back from host memory
+    before the sync, and the new ones move to host memory after the answers. Workers: weights pass
+    through host memory, and pipeline stages send their own layers in parallel.
     """
-    num_bytes = number_bytes(cfg.model) * count_all(arch).all
+    num_bytes = dtype_bytes(cfg.model) * count_all(arch).all
     parallel = cfg.parallel
     ranks = parallel.tensor * parallel.pipeline
     if cfg.rollout.placement == "workers":
-        own = 2 * num_bytes / parallel.pipeline  # to host memory and from there
+        own = 2 * num_bytes / parallel.pipeline  # to host memory and back
         return Phase(parts={"host link": own / machine.gpu.host})
     parts = {"host link": 2 * num_bytes / machine.gpu.host, "HBM": machine.hbm(2 * num_bytes)}
     if ranks > 1:
@@ -115,9 +122,9 @@ def sync_phase(cfg: RunConfig, arch: Architecture, machine: Machine) -> Phase:
 
 
 def encode_phase(cfg: RunConfig, clip_s: float | None, machine: Machine) -> Phase:
-    """Decoding the videos of a step that no store holds yet, all pictures of each.
+    """Return the seconds of decoding a step's videos, with an empty frame store.
 
-    `clip_s` None: as long as may be sampled at `video.fps`.
+    `clip_s` is the length of a video; None means the longest that `video.fps` samples completely.
     """
     if clip_s is None:
         clip_s = (cfg.video.num_frames or cfg.video.max_frames) / cfg.video.fps

@@ -1,10 +1,10 @@
-"""GPUs a layout can be planned for: memory and speeds, from NVIDIA's data sheets or measured.
+"""GPUs to plan for: memory and speeds, from NVIDIA's data sheets or measured.
 
-Bandwidths are per GPU and in one direction: data sheets print NVLink's two together. Memory is the
-data sheet's GB taken as GiB, which is what the driver reports up to 1.5 % (the reserve of
-`memory.py` covers that). Peaks are those of `observe/hardware.py`, dense. The network is that of
-NVIDIA's own machine with this GPU (DGX: one 400 Gbit/s port per GPU, A100 200); a cloud may have
-less.
+Bandwidths are per GPU and one direction; data sheets print the sum of both directions for NVLink.
+Memory is the data sheet's GB taken as GiB, which the driver reports within 1.5 % (the reserve of
+`memory.py` covers it). Peaks are those of `observe/hardware.py`, dense. Network speed is that of
+NVIDIA's own machine with this GPU (DGX: one 400 Gbit/s port per GPU, A100 200 Gbit/s); a cloud may
+have less.
 """
 
 import json
@@ -21,31 +21,33 @@ from megatron_vrl.errors import ConfigError
 from megatron_vrl.observe.hardware import peak_flops
 
 GIB = 2**30
-LINK_SHARE = 0.7  # of a data sheet's link that a collective reaches; an assumption
-HBM_SHARE = 0.8  # of a data sheet's HBM that reading a matrix once reaches; an assumption
+LINK_FRACTION = 0.7  # fraction of the link's speed that a collective reaches; an assumption
+HBM_FRACTION = 0.8  # fraction of HBM speed when a matrix is read once; an assumption
 Speed = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
+    """Memory and speeds of one GPU and its links."""
+
     name: str
-    driver_name: str  # as `observe/hardware.py` knows it
+    driver_name: str  # name in `observe/hardware.py`
     memory: int  # bytes
     hbm: float  # bytes per second
     nvlink: float  # bytes per second to the GPUs of the same node
     network: float  # bytes per second to other nodes
     host: float  # bytes per second to host memory
     per_node: int = 8
-    link_share: float = LINK_SHARE
-    hbm_share: float = HBM_SHARE
-    latency: float = 0.0  # seconds of an empty message; of a collective, times log2 of its ranks
-    flops: Mapping[str, float] = field(default_factory=dict)  # measured, by dtype; else data sheet
+    link_fraction: float = LINK_FRACTION
+    hbm_fraction: float = HBM_FRACTION
+    latency: float = 0.0  # seconds of an empty message; x log2(ranks) for a collective
+    flops: Mapping[str, float] = field(default_factory=dict)  # measured FLOP/s by dtype, or {}
 
     def peak(self, dtype: str) -> float | None:
-        """FLOP/s in "bfloat16", "float32" or "fp8"; None: it has no such units.
+        """Return FLOP/s for "bfloat16", "float32" or "fp8"; None if the GPU has no such units.
 
         float32 is without tensor cores, as torch computes it: a sixteenth of bfloat16 (H100: 67 of
-        989 TFLOP/s, A100: 19.5 of 312).
+        989 TFLOP/s, A100: 19.5 of 312 TFLOP/s).
         """
         if self.flops:
             return self.flops.get(dtype)
@@ -57,6 +59,7 @@ class Gpu:
 def _gpu(
     name: str, driver_name: str, gib: int, hbm: float, nvlink: float, network: float, host: float
 ) -> Gpu:
+    """Return a Gpu from data-sheet units: GiB, TB/s of HBM, GB/s of the links."""
     return Gpu(
         name=name,
         driver_name=driver_name,
@@ -83,7 +86,7 @@ GPUS = {
 
 
 class MeasuredMachine(BaseModel):
-    """A machine by what was measured on it: FLOP/s, bytes, bytes per second, seconds."""
+    """Measured rates of a machine: FLOP/s, bytes, bytes per second, seconds."""
 
     model_config = SECTION
 
@@ -91,21 +94,22 @@ class MeasuredMachine(BaseModel):
     flops: dict[str, Speed]
     """FLOP/s of a matrix product on one rank while all ranks compute, by dtype."""
     memory: Positive
-    """Bytes that one rank may hold."""
+    """Bytes that one rank may use."""
     hbm: Speed
     """Bytes per second that one rank reads and writes."""
     link: Speed
     """Bytes per second that a rank sends in a large all-reduce within a node."""
     network: Speed
-    """The same between nodes."""
+    """Bytes per second that a rank sends in a large all-reduce between nodes."""
     host: Speed
     """Bytes per second to host memory."""
     latency: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    """Seconds of a small all-reduce over log2 of its ranks."""
+    """Seconds of a small all-reduce, divided by log2 of its ranks."""
     per_node: Positive
-    """Ranks of a node."""
+    """Ranks per node."""
 
     def as_gpu(self) -> Gpu:
+        """Return the machine as a Gpu, whose rates are used without reduction."""
         return Gpu(
             name=self.name,
             driver_name=self.name,
@@ -115,15 +119,15 @@ class MeasuredMachine(BaseModel):
             network=self.network,
             host=self.host,
             per_node=self.per_node,
-            link_share=1.0,
-            hbm_share=1.0,
+            link_fraction=1.0,
+            hbm_fraction=1.0,
             latency=self.latency,
             flops=self.flops,
         )
 
 
 def read_machine(path: Path) -> Gpu:
-    """Of a JSON file with the keys of MeasuredMachine. Raises ConfigError."""
+    """Return the Gpu of a JSON file with the keys of MeasuredMachine. Raise ConfigError."""
     try:
         tree = json.loads(path.read_text())
     except OSError as error:
@@ -133,14 +137,16 @@ def read_machine(path: Path) -> Gpu:
     except ValueError as error:
         raise ConfigError(f"The machine {path} is not JSON: {error}; measure it again.") from None
     known = MeasuredMachine.model_fields
-    if isinstance(tree, dict):  # beside these it says when and how it was measured
+    if isinstance(tree, dict):  # other keys say when and how it was measured
         tree = {name: value for name, value in tree.items() if name in known}
     return checked(MeasuredMachine, tree, str(path), "measure it again.").as_gpu()
 
 
 def find_gpu(name: str) -> Gpu:
-    """A row of the table, or the measured machine of a .json file. Raises ConfigError naming
-    those that are known."""
+    """Return the GPU of the table, or the measured machine of a .json file.
+
+    Raise ConfigError, naming the known GPUs.
+    """
     if name.endswith(".json"):
         return read_machine(Path(name))
     if name not in GPUS:

@@ -1,4 +1,4 @@
-"""A config on GPUs that are not here: what is refused, and memory, work and seconds of a step."""
+"""Plan of a configuration: violated rules, memory, FLOPs, and seconds of a step."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,9 +7,9 @@ from megatron_vrl.config import RunConfig, check_batches, check_off_policy
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.models.architecture import Architecture
 from megatron_vrl.models.pipeline_split import check_divides
+from megatron_vrl.models.qwen2_5_vl.activations import Kernels
 from megatron_vrl.models.qwen2_5_vl.flops import hardware_flops, update_flops
 from megatron_vrl.parallel.mesh import check_layout
-from megatron_vrl.planner.activations import Kernels
 from megatron_vrl.planner.generation import (
     EngineMemory,
     encode_phase,
@@ -19,35 +19,41 @@ from megatron_vrl.planner.generation import (
 )
 from megatron_vrl.planner.hardware import GIB, Gpu
 from megatron_vrl.planner.memory import RESERVE, StageMemory, stage_memory
-from megatron_vrl.planner.parameters import Numbers, count_stage
+from megatron_vrl.planner.parameters import ParameterCounts, count_stage
 from megatron_vrl.planner.speed import (
     DEFAULT_MFU,
     Machine,
     Phase,
-    batch_work_of,
+    batch_flops,
     optimizer_phase,
     scaled,
     training_pass,
 )
-from megatron_vrl.planner.workload import Packed, Sizes, pack_step, step_sizes, worst_batches
+from megatron_vrl.planner.workload import (
+    GroupSizes,
+    PackedBatch,
+    pack_step,
+    step_sizes,
+    worst_batches,
+)
 from megatron_vrl.policy.micro_batches import TILE_ROWS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
-    """What a config is planned for."""
+class PlanRequest:
+    """Hardware and sizes that a configuration is planned for."""
 
     gpu: Gpu
     gpus: int
     mfu: float = DEFAULT_MFU
-    prompt: int | None = None  # tokens; None: the most that the config allows
+    prompt: int | None = None  # tokens; None: the maximum that the config allows
     response: int | None = None
-    clip_s: float | None = None  # seconds of a video
+    clip_s: float | None = None  # length of a video in seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """Of one GPU."""
+    """Memory of one GPU of each pipeline stage, in bytes."""
 
     stages: Sequence[StageMemory]
     engine: EngineMemory
@@ -55,36 +61,42 @@ class Memory:
     usable: int
 
     def rollout(self, stage: int) -> int:
-        """While a colocated engine is awake, and all of it is taken."""
+        """Return the memory in use while a colocated engine generates, with its whole fraction
+        reserved."""
         share = self.engine.share if self.colocated else 0
-        return self.stages[stage].lasting + share
+        return self.stages[stage].persistent + share
 
     def peak(self, stage: int) -> int:
+        """Return the larger of the peaks of update and rollout."""
         return max(self.stages[stage].update, self.rollout(stage))
 
     @property
     def most(self) -> int:
+        """Return the peak over all stages."""
         return max(map(self.peak, range(len(self.stages))))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
+    """Memory, FLOPs and seconds of one training step."""
+
     replicas: int
-    sizes: Sizes
-    batch: Packed
-    micro_batches: int  # of one update and replica
-    stages: Sequence[Numbers]  # of one rank of each pipeline stage
+    sizes: GroupSizes
+    batch: PackedBatch
+    micro_batches: int  # per update and replica
+    stages: Sequence[ParameterCounts]  # parameters on one rank of each pipeline stage
     memory: Memory
-    tokens: int  # of a step, each prompt once in the shared layout
+    tokens: int  # of a step; a prompt counts once in the shared layout
     model_flops: float  # of a step's updates
-    hardware_flops: float  # of everything that the trainer computes
+    hardware_flops: float  # of all that the trainer computes, with recompute
     phases: Mapping[str, Phase]
-    overlapped: bool  # workers answer the next prompts while the trainer trains
-    refused: Sequence[str]  # for want of memory
+    overlapped: bool  # workers generate the next step's answers during training
+    refused: Sequence[str]  # one sentence for each shortage of memory
 
     @property
     def seconds(self) -> float:
-        """Of a step. Videos of the next are decoded while this one trains."""
+        """Return the seconds of a step. Decoding of the next step's videos overlaps with
+        training."""
         seconds = {name: phase.seconds for name, phase in self.phases.items()}
         encode, rollout = seconds.pop("encode"), seconds.pop("rollout")
         trains = max(encode, sum(seconds.values()))
@@ -92,18 +104,18 @@ class Plan:
 
 
 def num_workers(cfg: RunConfig) -> int:
-    """Return how many rollout workers the config asks for; 0 for other engines."""
+    """Return how many rollout workers the config asks for; 0 for other placements."""
     rollout = cfg.rollout
     return max(rollout.min_workers, len(rollout.workers)) if rollout.placement == "workers" else 0
 
 
 def worker_gpus(cfg: RunConfig) -> int:
-    """Return the GPUs of the rollout workers, which are not among the trainer's."""
+    """Return the number of GPUs of the rollout workers, which the trainer does not use."""
     return num_workers(cfg) * cfg.rollout.tensor
 
 
 def refusals(cfg: RunConfig, arch: Architecture, gpu: Gpu, gpus: int) -> list[str]:
-    """Every rule of the layout that is broken, as the program itself would say it."""
+    """Return the message of every layout rule that the configuration violates."""
     parallel = cfg.parallel
     replicas = gpus // (parallel.tensor * parallel.context * parallel.pipeline)
     rules = (
@@ -113,16 +125,17 @@ def refusals(cfg: RunConfig, arch: Architecture, gpu: Gpu, gpus: int) -> list[st
         lambda: check_off_policy(cfg),
         lambda: _check_units(cfg, gpu),
     )
-    found = []
+    messages = []
     for rule in rules:
         try:
             rule()
         except ConfigError as error:
-            found.append(str(error))
-    return found
+            messages.append(str(error))
+    return messages
 
 
 def _check_units(cfg: RunConfig, gpu: Gpu) -> None:
+    """Raise ConfigError if the GPU cannot compute in the configured dtype."""
     if cfg.model.fp8 != "none" and gpu.peak("fp8") is None:
         raise ConfigError(
             f"model.fp8={cfg.model.fp8}, but --gpu {gpu.name} has no FP8 units: set "
@@ -135,40 +148,41 @@ def _check_units(cfg: RunConfig, gpu: Gpu) -> None:
         )
 
 
-def plan_memory(cfg: RunConfig, arch: Architecture, asked: Question) -> Memory:
-    """Of a layout without refusals."""
+def plan_memory(cfg: RunConfig, arch: Architecture, request: PlanRequest) -> Memory:
+    """Return the memory of a layout that has no refusals."""
     parallel = cfg.parallel
-    replicas = asked.gpus // (parallel.tensor * parallel.context * parallel.pipeline)
-    sizes = step_sizes(cfg, asked.prompt, asked.response)
+    replicas = request.gpus // (parallel.tensor * parallel.context * parallel.pipeline)
+    sizes = step_sizes(cfg, request.prompt, request.response)
     multiple = _multiple(cfg)
     _, micro_batches = pack_step(cfg, sizes, replicas, multiple)
-    worst = list(worst_batches(cfg, sizes, multiple, given=asked.response is not None))
-    # cuDNN alone takes a mask together with fewer key heads, in bfloat16 and not deterministically.
+    worst = list(worst_batches(cfg, sizes, multiple, given=request.response is not None))
+    # Only cuDNN supports a mask with fewer key heads, in bfloat16 and non-deterministically.
     scores = cfg.model.dtype == "float32" or cfg.run.deterministic
     kernels = Kernels(scores=scores and arch.kv_heads < arch.heads)
-    sharers = replicas * parallel.context
+    dp_ranks = replicas * parallel.context
     return Memory(
         stages=[
-            stage_memory(cfg, arch, stage, sharers, worst, micro_batches, kernels)
+            stage_memory(cfg, arch, stage, dp_ranks, worst, micro_batches, kernels)
             for stage in range(parallel.pipeline)
         ],
-        engine=engine_memory(cfg, arch, sizes, asked.gpu.memory),
+        engine=engine_memory(cfg, arch, sizes, request.gpu.memory),
         colocated=cfg.rollout.placement == "colocated",
-        usable=int(asked.gpu.memory * (1 - RESERVE)),
+        usable=int(request.gpu.memory * (1 - RESERVE)),
     )
 
 
-def make_plan(cfg: RunConfig, arch: Architecture, asked: Question) -> Plan:
-    """Of a layout without refusals; `Plan.refused` says what memory does not suffice for."""
+def make_plan(cfg: RunConfig, arch: Architecture, request: PlanRequest) -> Plan:
+    """Return the plan of a layout that has no refusals; `Plan.refused` lists shortages of
+    memory."""
     parallel = cfg.parallel
-    replicas = asked.gpus // (parallel.tensor * parallel.context * parallel.pipeline)
-    sizes = step_sizes(cfg, asked.prompt, asked.response)
+    replicas = request.gpus // (parallel.tensor * parallel.context * parallel.pipeline)
+    sizes = step_sizes(cfg, request.prompt, request.response)
     batch, micro_batches = pack_step(cfg, sizes, replicas, _multiple(cfg))
-    memory = plan_memory(cfg, arch, asked)
+    memory = plan_memory(cfg, arch, request)
     stages = [count_stage(arch, cfg.model, parallel, s) for s in range(parallel.pipeline)]
-    step = scaled(batch_work_of(arch, batch), micro_batches * replicas * cfg.grpo.mini_batches)
+    step = scaled(batch_flops(arch, batch), micro_batches * replicas * cfg.grpo.mini_batches)
     epochs = cfg.grpo.epochs
-    passes = _passes_before(cfg)
+    passes = _forward_passes(cfg)
     return Plan(
         replicas=replicas,
         sizes=sizes,
@@ -179,61 +193,65 @@ def make_plan(cfg: RunConfig, arch: Architecture, asked: Question) -> Plan:
         tokens=step.tokens,
         model_flops=epochs * update_flops(step, cfg.model),
         hardware_flops=epochs * hardware_flops(step, cfg.model) + len(passes) * step.flops,
-        phases=_phases(cfg, arch, asked, sizes, batch, micro_batches, stages, memory),
+        phases=_phases(cfg, arch, request, sizes, batch, micro_batches, stages, memory),
         overlapped=cfg.rollout.max_staleness > 0,
-        refused=list(_shortages(cfg, asked, memory)),
+        refused=list(_shortages(cfg, request, memory)),
     )
 
 
 def _phases(
     cfg: RunConfig,
     arch: Architecture,
-    asked: Question,
-    sizes: Sizes,
-    batch: Packed,
+    request: PlanRequest,
+    sizes: GroupSizes,
+    batch: PackedBatch,
     micro_batches: int,
-    stages: Sequence[Numbers],
+    stages: Sequence[ParameterCounts],
     memory: Memory,
 ) -> dict[str, Phase]:
-    parallel, gpus = cfg.parallel, asked.gpus
-    machine = Machine(gpu=asked.gpu, gpus=gpus, mfu=asked.mfu)
+    """Return the phases of a step by name."""
+    parallel, gpus = cfg.parallel, request.gpus
+    machine = Machine(gpu=request.gpu, gpus=gpus, mfu=request.mfu)
     engines = num_workers(cfg) or gpus
     count = micro_batches * cfg.grpo.mini_batches
     updates = cfg.grpo.mini_batches * cfg.grpo.epochs
-    sharers = gpus // (parallel.tensor * parallel.pipeline)
+    dp_ranks = gpus // (parallel.tensor * parallel.pipeline)
     forward = training_pass(cfg, arch, batch, count, machine, backward=False)
     both = training_pass(cfg, arch, batch, micro_batches, machine, backward=True)
-    ends = [optimizer_phase(cfg, numbers, sharers, machine) for numbers in stages]
+    ends = [optimizer_phase(cfg, counts, dp_ranks, machine) for counts in stages]
     slowest = max(ends, key=lambda phase: phase.seconds)
     return {
-        "encode": encode_phase(cfg, asked.clip_s, machine),
+        "encode": encode_phase(cfg, request.clip_s, machine),
         "sync": sync_phase(cfg, arch, machine),
         "rollout": rollout_phase(cfg, arch, sizes, memory.engine, engines, machine),
-        **dict.fromkeys(_passes_before(cfg), forward),
+        **dict.fromkeys(_forward_passes(cfg), forward),
         "update": _times(both, updates),
         "optimizer": _times(slowest, updates),
     }
 
 
 def _times(phase: Phase, count: int) -> Phase:
+    """Return `count` repetitions of `phase`."""
     return Phase(parts={name: seconds * count for name, seconds in phase.parts.items()})
 
 
-def _passes_before(cfg: RunConfig) -> list[str]:
-    """Forward passes over a step's groups before its first update, as `trainer/update.py` makes."""
+def _forward_passes(cfg: RunConfig) -> list[str]:
+    """Return the forward passes before a step's first update, as `trainer/update.py` runs them."""
     several = cfg.grpo.mini_batches * cfg.grpo.epochs > 1
     refers = cfg.algorithm.kl > 0 and cfg.algorithm.kl_in == "loss"
     return ["old log-probs"] * several + ["reference"] * refers
 
 
 def _multiple(cfg: RunConfig) -> int:
-    """Rows that a micro-batch is padded to on GPUs, as `policy/micro_batches.py` does."""
+    """Return the multiple that a micro-batch's rows are padded to on GPUs, see
+    `policy/micro_batches.py`."""
     context = cfg.parallel.context
     return cfg.parallel.tensor * (2 * context if context > 1 else 1) * TILE_ROWS
 
 
-def _shortages(cfg: RunConfig, asked: Question, memory: Memory) -> Iterator[str]:
-    of = f"{memory.usable / GIB:.1f} GiB that a {asked.gpu.name} has to give"
+def _shortages(cfg: RunConfig, request: PlanRequest, memory: Memory) -> Iterator[str]:
+    """Yield one sentence for each shortage of memory."""
+    of = f"{memory.usable / GIB:.1f} GiB that a {request.gpu.name} has to give"
     for number, stage in enumerate(memory.stages):
         if stage.update > memory.usable:
             yield (
@@ -246,7 +264,7 @@ def _shortages(cfg: RunConfig, asked: Question, memory: Memory) -> Iterator[str]
     )
     if engine.kv_cache < engine.longest:
         yield (
-            f"{key} of a {asked.gpu.name} leaves {engine.kv_cache / GIB:.1f} GiB for keys and "
+            f"{key} of a {request.gpu.name} leaves {engine.kv_cache / GIB:.1f} GiB for keys and "
             f"values beside an engine's {engine.weights / GIB:.1f} GiB of weights, and the longest "
             f"answer alone needs {engine.longest / GIB:.1f} GiB."
         )
@@ -259,6 +277,7 @@ def _shortages(cfg: RunConfig, asked: Question, memory: Memory) -> Iterator[str]
 
 
 def _largest(stage: StageMemory) -> str:
+    """Return name and size of the largest part of a stage's memory."""
     parts = {name: getattr(stage, name) for name in StageMemory.__dataclass_fields__}
     name = max(parts, key=lambda part: parts[part])
     return f"{name.replace('_', ' ')}, {parts[name] / GIB:.1f} GiB"

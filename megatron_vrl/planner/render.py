@@ -1,4 +1,4 @@
-"""A plan in words for a screen, and as plain values for `--json`."""
+"""Output of a plan: text for a screen, and plain values for `--json`."""
 
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -11,9 +11,9 @@ from megatron_vrl.models.architecture import Architecture
 from megatron_vrl.planner.generation import EngineMemory
 from megatron_vrl.planner.hardware import GIB
 from megatron_vrl.planner.memory import StageMemory
-from megatron_vrl.planner.parameters import Numbers, count_all
-from megatron_vrl.planner.plan import Memory, Plan, Question, worker_gpus
-from megatron_vrl.planner.search import Found
+from megatron_vrl.planner.parameters import ParameterCounts, count_all
+from megatron_vrl.planner.plan import Memory, Plan, PlanRequest, worker_gpus
+from megatron_vrl.planner.search import Candidate
 
 PARTS = tuple(StageMemory.__dataclass_fields__)
 NAMES = {
@@ -25,15 +25,15 @@ NAMES = {
     "vision": "vision tower, kept",
     "activations": "activations, kept",
 }
-PIXEL_CACHE = GIB  # of a vLLM engine, `rollout/vllm/engine.py`
-COLUMNS = 80  # of the screen
-TOP = 10  # layouts that a search prints
+PIXEL_CACHE = GIB  # of a vLLM engine, see `rollout/vllm/engine.py`
+COLUMNS = 80  # width of the screen
+TOP = 10  # number of layouts that a search prints
 
 
-def values(cfg: RunConfig, arch: Architecture, asked: Question, plan: Plan) -> dict[str, Any]:
-    """For `--json`; bytes are of one GPU, FLOPs and tokens of all."""
+def values(cfg: RunConfig, arch: Architecture, request: PlanRequest, plan: Plan) -> dict[str, Any]:
+    """Return the plan for `--json`. Bytes are per GPU; FLOPs and tokens are totals."""
     return {
-        **heading(cfg, arch, asked),
+        **heading(cfg, arch, request),
         "replicas": plan.replicas,
         "micro_batches_per_update": plan.micro_batches,
         "groups_per_micro_batch": plan.batch.groups,
@@ -43,12 +43,12 @@ def values(cfg: RunConfig, arch: Architecture, asked: Question, plan: Plan) -> d
         "tokens_per_step": plan.tokens,
         "flops_per_step": plan.model_flops,
         "hardware_flops_per_step": plan.hardware_flops,
-        "parameters_per_gpu": {str(i): numbers.all for i, numbers in enumerate(plan.stages)},
+        "parameters_per_gpu": {str(i): counts.all for i, counts in enumerate(plan.stages)},
         "memory_bytes": {
             str(stage): _stage_values(plan.memory, stage) for stage in range(len(plan.stages))
         },
         "engine_bytes": _engine_values(plan.memory.engine),
-        "host_memory_bytes": host_bytes(cfg, asked, plan.memory),
+        "host_memory_bytes": host_bytes(cfg, request, plan.memory),
         "usable_bytes": plan.memory.usable,
         "seconds_per_phase": {name: phase.seconds for name, phase in plan.phases.items()},
         "seconds_by_cause": {name: dict(phase.parts) for name, phase in plan.phases.items()},
@@ -58,40 +58,41 @@ def values(cfg: RunConfig, arch: Architecture, asked: Question, plan: Plan) -> d
     }
 
 
-def heading(cfg: RunConfig, arch: Architecture, asked: Question) -> dict[str, Any]:
-    """What is known of any layout."""
-    numbers = count_all(arch)
+def heading(cfg: RunConfig, arch: Architecture, request: PlanRequest) -> dict[str, Any]:
+    """Return the values that do not depend on the layout's plan."""
+    counts = count_all(arch)
     return {
-        "gpu": asked.gpu.name,
-        "gpus": asked.gpus,
+        "gpu": request.gpu.name,
+        "gpus": request.gpus,
         "worker_gpus": worker_gpus(cfg),
-        "mfu": asked.mfu,
+        "mfu": request.mfu,
         "parallel": cfg.parallel.model_dump(),
         "recompute": cfg.model.recompute,
-        "parameters": numbers.all,
+        "parameters": counts.all,
         "parameters_by_part": {
-            "language": numbers.language,
-            "vision": numbers.vision,
-            "merger": numbers.merger,
+            "language": counts.language,
+            "vision": counts.vision,
+            "merger": counts.merger,
         },
-        "trained_parameters": numbers.trained(cfg.model),
+        "trained_parameters": counts.trained(cfg.model),
     }
 
 
-def found_values(found: Found) -> dict[str, Any]:
+def candidate_values(candidate: Candidate) -> dict[str, Any]:
+    """Return a candidate layout for `--json`."""
     return {
-        "gpus": found.gpus,
-        "worker_gpus": worker_gpus(found.cfg),
-        "changes": found.changes,
-        "overrides": found.overrides,
-        "seconds_per_step": found.plan.seconds,
-        "peak_bytes": found.plan.memory.most,
+        "gpus": candidate.gpus,
+        "worker_gpus": worker_gpus(candidate.cfg),
+        "changes": candidate.changes,
+        "overrides": candidate.overrides,
+        "seconds_per_step": candidate.plan.seconds,
+        "peak_bytes": candidate.plan.memory.most,
     }
 
 
-def host_bytes(cfg: RunConfig, asked: Question, memory: Memory) -> dict[str, int]:
-    """Of one node with all of its GPUs in use."""
-    ranks = min(asked.gpus, asked.gpu.per_node)
+def host_bytes(cfg: RunConfig, request: PlanRequest, memory: Memory) -> dict[str, int]:
+    """Return the host memory of one node whose GPUs are all in use."""
+    ranks = min(request.gpus, request.gpu.per_node)
     host = {"frame_store": ranks * cfg.video.store_mib * 2**20}
     if memory.colocated:
         host["engine_weights_asleep"] = ranks * memory.engine.weights
@@ -100,6 +101,7 @@ def host_bytes(cfg: RunConfig, asked: Question, memory: Memory) -> dict[str, int
 
 
 def _stage_values(memory: Memory, stage: int) -> dict[str, int]:
+    """Return the memory of one stage by part, with peaks."""
     parts = {name: getattr(memory.stages[stage], name) for name in PARTS}
     engine = memory.engine
     if memory.colocated:
@@ -114,6 +116,7 @@ def _stage_values(memory: Memory, stage: int) -> dict[str, int]:
 
 
 def _engine_values(engine: EngineMemory) -> dict[str, int]:
+    """Return the memory of an engine by part."""
     return {
         "weights": engine.weights,
         "working": engine.working,
@@ -123,37 +126,40 @@ def _engine_values(engine: EngineMemory) -> dict[str, int]:
     }
 
 
-def told(cfg: RunConfig, arch: Architecture, asked: Question, plan: Plan) -> str:
-    """Return lines of at most COLUMNS columns."""
+def format_plan(cfg: RunConfig, arch: Architecture, request: PlanRequest, plan: Plan) -> str:
+    """Return the plan as lines of at most COLUMNS columns."""
     parallel = cfg.parallel
     sequence = " with sequence parallelism" if parallel.sequence else ""
     workers = f" and {worker_gpus(cfg)} of workers" if worker_gpus(cfg) else ""
     return "\n".join(
         [
             wrapped(
-                f"{asked.gpus} x {asked.gpu.name}{workers} = {counted(plan.replicas, 'replica')} "
-                f"of tensor {parallel.tensor}{sequence} x context {parallel.context} x pipeline "
+                f"{request.gpus} x {request.gpu.name}{workers} = "
+                f"{counted(plan.replicas, 'replica')} of tensor {parallel.tensor}{sequence} x "
+                f"context {parallel.context} x pipeline "
                 f"{parallel.pipeline} x virtual {parallel.virtual}; recompute {cfg.model.recompute}"
             ),
             wrapped(_model(cfg, count_all(arch))),
             *_step(cfg, plan),
             "",
             *_memory_table(plan, cfg),
-            *_host(cfg, asked, plan.memory),
+            *_host(cfg, request, plan.memory),
             "",
-            *_time_table(plan, asked.mfu),
+            *_time_table(plan, request.mfu),
         ]
     )
 
 
-def _model(cfg: RunConfig, numbers: Numbers) -> str:
+def _model(cfg: RunConfig, counts: ParameterCounts) -> str:
+    """Return a line about the model's parameters."""
     return (
-        f"model: {numbers.all:,} parameters: language {numbers.language:,}, vision tower "
-        f"{numbers.vision:,}, merger {numbers.merger:,}; trained {numbers.trained(cfg.model):,}"
+        f"model: {counts.all:,} parameters: language {counts.language:,}, vision tower "
+        f"{counts.vision:,}, merger {counts.merger:,}; trained {counts.trained(cfg.model):,}"
     )
 
 
 def _step(cfg: RunConfig, plan: Plan) -> Iterable[str]:
+    """Yield lines about the sizes of a step."""
     s = plan.sizes
     prompts = counted(cfg.rollout.prompts_per_step, "prompt")
     batches = "micro-batch" if plan.micro_batches == 1 else "micro-batches"
@@ -169,6 +175,7 @@ def _step(cfg: RunConfig, plan: Plan) -> Iterable[str]:
 
 
 def _memory_table(plan: Plan, cfg: RunConfig) -> Iterable[str]:
+    """Yield the memory table: a row per part, a column per stage."""
     memory, stages = plan.memory, range(len(plan.stages))
     rows: list[tuple[str, Callable[[int], int]]] = [
         (NAMES.get(part, part), partial(_part, memory, part)) for part in PARTS
@@ -200,17 +207,20 @@ def _memory_table(plan: Plan, cfg: RunConfig) -> Iterable[str]:
 
 
 def _part(memory: Memory, name: str, stage: int) -> int:
+    """Return one part of a stage's memory."""
     size: int = getattr(memory.stages[stage], name)
     return size
 
 
-def _host(cfg: RunConfig, asked: Question, memory: Memory) -> Iterable[str]:
-    parts = host_bytes(cfg, asked, memory)
+def _host(cfg: RunConfig, request: PlanRequest, memory: Memory) -> Iterable[str]:
+    """Yield a line about host memory."""
+    parts = host_bytes(cfg, request, memory)
     listed = ", ".join(f"{k.replace('_', ' ')} {v / GIB:.1f}" for k, v in parts.items())
     yield wrapped(f"host memory of a node, GiB: {listed}")
 
 
 def _time_table(plan: Plan, mfu: float) -> Iterable[str]:
+    """Yield the table of phases with seconds and bounds."""
     table = [["phase", "seconds", "bound by", "of it"]]
     for name, phase in plan.phases.items():
         parts = ", ".join(f"{cause} {s:.2f}" for cause, s in phase.parts.items() if s >= 0.005)
@@ -221,8 +231,8 @@ def _time_table(plan: Plan, mfu: float) -> Iterable[str]:
     yield from (wrapped(line, causes) for line in lines)
 
 
-def told_nearest(near: dict[str, Any] | None) -> str:
-    """Return a line about the `found_values` of the nearest layout."""
+def format_nearest(near: dict[str, Any] | None) -> str:
+    """Return a line about the `candidate_values` of the nearest layout."""
     if near is None:
         return "nearest: no layout of this config fits on such GPUs, however many"
     peak, workers = near["peak_bytes"] / GIB, near["worker_gpus"]
@@ -236,7 +246,7 @@ def told_nearest(near: dict[str, Any] | None) -> str:
 
 
 def wrapped(line: str, indent: int = 6) -> str:
-    """Return a line cut to COLUMNS columns between words; what follows the first is indented."""
+    """Return `line` wrapped to COLUMNS columns; following lines are indented."""
     return textwrap.fill(
         line,
         COLUMNS,
@@ -246,11 +256,11 @@ def wrapped(line: str, indent: int = 6) -> str:
     )
 
 
-def search_table(found: Sequence[Found], tried: int) -> str:
-    """The first of them; `found` is ranked."""
+def search_table(candidates: Sequence[Candidate], tried: int) -> str:
+    """Return a table of the first TOP candidates, which are sorted by seconds."""
     head = ["tensor", "context", "pipeline", "virtual", "split", "recompute", "GiB", "seconds"]
     table = [head]
-    for each in found[:TOP]:
+    for each in candidates[:TOP]:
         parallel = each.cfg.parallel
         table.append(
             [
@@ -264,12 +274,13 @@ def search_table(found: Sequence[Found], tried: int) -> str:
                 f"{each.plan.seconds:.1f}",
             ]
         )
-    lines = [f"{len(found)} of {counted(tried, 'layout')} fit; by the seconds of a step:"]
+    lines = [f"{len(candidates)} of {counted(tried, 'layout')} fit; by the seconds of a step:"]
     return "\n".join([*lines, *aligned(table)])
 
 
 def aligned(table: Sequence[Sequence[str]], words: Sequence[int] = (0,)) -> Iterable[str]:
-    """Columns of one width each; `words` are flush left, numbers flush right."""
+    """Yield the table's lines with aligned columns; columns in `words` are flush left, others flush
+    right."""
     widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
     for line in table:
         cells = [

@@ -1,9 +1,9 @@
-"""Other layouts of a config for the same GPUs: all that fit by their speed, and the nearest.
+"""Search over layouts of a configuration: all that fit, by speed, and the nearest that fits.
 
-Tried are tensor, context and pipeline ranks within Megatron's rules, virtual stages, the cut of the
-layers, and recompute; sequence parallelism goes with tensor parallelism, which only ever saves. The
-nearest layout may also halve `batch.tokens`, move the engine or give up FP8, and changes as few
-keys as it can.
+The search varies tensor, context and pipeline size within Megatron's rules, virtual stages, the
+split of layers, and recompute. Sequence parallelism is on whenever tensor parallelism is, since it
+only saves memory. The nearest layout may also halve `batch.tokens`, change the engine's placement
+or memory, or turn off FP8. It changes as few keys as possible.
 """
 
 from collections.abc import Iterator
@@ -13,55 +13,66 @@ from typing import Any
 
 from megatron_vrl.config import RunConfig
 from megatron_vrl.models.architecture import Architecture
-from megatron_vrl.planner.plan import Plan, Question, make_plan, plan_memory, refusals
+from megatron_vrl.planner.plan import Plan, PlanRequest, make_plan, plan_memory, refusals
 
 RECOMPUTE = ("none", "selective", "full")
 VIRTUAL = (1, 2, 4)
 ENGINE_RANKS = (1, 2, 4, 8)
-SHARES = (0.5, 0.4, 0.3, 0.2)
-MOST_TIMES = 64  # as many GPUs, at most, that are tried when none of the asked number fits
+GPU_MEMORY_FRACTIONS = (0.5, 0.4, 0.3, 0.2)
+MOST_TIMES = 64  # largest multiple of the requested GPUs to try
 
 Changes = dict[str, Any]  # "section.key" -> value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
-    changes: Changes  # to the config
+class Candidate:
+    """A layout that fits, with its plan."""
+
+    changes: Changes  # changes to the config
     cfg: RunConfig
     gpus: int
     plan: Plan
 
     @property
     def overrides(self) -> list[str]:
+        """Return the changes as `section.key=value`."""
         return [f"{key}={_yaml(value)}" for key, value in self.changes.items()]
 
 
-def ranked(cfg: RunConfig, arch: Architecture, asked: Question) -> tuple[list[Found], int]:
-    """Layouts that fit, the fastest first, and how many were tried."""
+def rank_layouts(
+    cfg: RunConfig, arch: Architecture, request: PlanRequest
+) -> tuple[list[Candidate], int]:
+    """Return the layouts that fit, fastest first, and the number of layouts tried."""
     tried = [
         made | {"model.recompute": kind}
-        for made, kind in product(_layouts(cfg, arch, asked), RECOMPUTE)
+        for made, kind in product(_layouts(cfg, arch, request), RECOMPUTE)
     ]
-    found = [f for changes in tried if (f := _fitting(cfg, arch, asked, changes)) is not None]
-    return sorted(found, key=lambda f: (f.plan.seconds, f.plan.memory.most)), len(tried)
+    candidates = [
+        f for changes in tried if (f := _plan_if_fits(cfg, arch, request, changes)) is not None
+    ]
+    return sorted(candidates, key=lambda f: (f.plan.seconds, f.plan.memory.most)), len(tried)
 
 
-def nearest(cfg: RunConfig, arch: Architecture, asked: Question) -> Found | None:
-    """The layout that fits with the fewest changes, the fastest of those; if none does on so many
-    GPUs, on the next multiple that has one."""
+def nearest_layout(cfg: RunConfig, arch: Architecture, request: PlanRequest) -> Candidate | None:
+    """Return the fastest of the layouts that fit with the fewest changes; None if there is none.
+
+    If no layout fits on the requested number of GPUs, twice as many are tried, then four times, and
+    so on up to MOST_TIMES.
+    """
     times = 1
     while times <= MOST_TIMES:
-        if found := _nearest(cfg, arch, replace(asked, gpus=asked.gpus * times)):
+        if found := _nearest(cfg, arch, replace(request, gpus=request.gpus * times)):
             return found
         times *= 2
     return None
 
 
-def _nearest(cfg: RunConfig, arch: Architecture, asked: Question) -> Found | None:
+def _nearest(cfg: RunConfig, arch: Architecture, request: PlanRequest) -> Candidate | None:
+    """Return the nearest layout on exactly `request.gpus` GPUs; None if none fits."""
     variants = [
         {**layout, **recompute, **batch, **engine, **fp8}
         for layout, recompute, batch, engine, fp8 in product(
-            _layouts(cfg, arch, asked),
+            _layouts(cfg, arch, request),
             [{"model.recompute": kind} for kind in RECOMPUTE],
             _budgets(cfg),
             _engines(cfg),
@@ -70,25 +81,26 @@ def _nearest(cfg: RunConfig, arch: Architecture, asked: Question) -> Found | Non
     ]
     needed = [{k: v for k, v in each.items() if v != _value(cfg, k)} for each in variants]
     for _, members in groupby(sorted(needed, key=_cost), key=_cost):
-        fits = [f for each in members if (f := _fitting(cfg, arch, asked, each)) is not None]
+        fits = [f for each in members if (f := _plan_if_fits(cfg, arch, request, each)) is not None]
         if fits:
             return min(fits, key=lambda f: (f.plan.seconds, len(f.changes)))
     return None
 
 
 def _cost(changes: Changes) -> float:
-    """Of changing keys: those that follow from another are free."""
+    """Return the number of changed keys. Keys that follow from another key count 0."""
     free = {"parallel.sequence", "parallel.split", "parallel.layers_per_chunk"}
     return sum(key not in free for key in changes)
 
 
-def _layouts(cfg: RunConfig, arch: Architecture, asked: Question) -> Iterator[Changes]:
+def _layouts(cfg: RunConfig, arch: Architecture, request: PlanRequest) -> Iterator[Changes]:
+    """Yield the parallel layouts that Megatron's rules allow."""
     for tensor, context, pipeline, virtual in product(
-        _divisors(arch.kv_heads), (1, 2, 4, 8), _divisors(asked.gpus), VIRTUAL
+        _divisors(arch.kv_heads), (1, 2, 4, 8), _divisors(request.gpus), VIRTUAL
     ):
-        rest, odd = divmod(asked.gpus, tensor * context * pipeline)
+        rest, odd = divmod(request.gpus, tensor * context * pipeline)
         chunks = pipeline * virtual
-        if odd or not rest or tensor * context > asked.gpu.per_node:
+        if odd or not rest or tensor * context > request.gpu.per_node:
             continue
         if chunks > arch.layers or (virtual > 1 and pipeline == 1):
             continue
@@ -107,7 +119,7 @@ def _layouts(cfg: RunConfig, arch: Architecture, asked: Question) -> Iterator[Ch
 
 
 def _budgets(cfg: RunConfig) -> list[Changes]:
-    """Fewer tokens in a micro-batch, down to what a single prompt may have."""
+    """Return `batch.tokens`, halved as long as one prompt of maximum length fits."""
     tokens = [cfg.batch.tokens]
     while tokens[-1] // 2 >= cfg.data.max_prompt_tokens:
         tokens.append(tokens[-1] // 2)
@@ -115,33 +127,40 @@ def _budgets(cfg: RunConfig) -> list[Changes]:
 
 
 def _engines(cfg: RunConfig) -> list[Changes]:
+    """Return the placements and sizes of the engine to try."""
     rollout = cfg.rollout
     if rollout.placement == "workers":
         ranks = sorted({rollout.tensor, *ENGINE_RANKS})
         return [{"rollout.tensor": t} for t in ranks if t >= rollout.tensor]
-    shares = sorted({rollout.gpu_memory_utilization, *SHARES})
+    shares = sorted({rollout.gpu_memory_utilization, *GPU_MEMORY_FRACTIONS})
     own: list[Changes] = [{"rollout.gpu_memory_utilization": share} for share in shares]
     return own + [{"rollout.placement": "workers", "rollout.tensor": t} for t in ENGINE_RANKS]
 
 
-def _fitting(cfg: RunConfig, arch: Architecture, asked: Question, changes: Changes) -> Found | None:
+def _plan_if_fits(
+    cfg: RunConfig, arch: Architecture, request: PlanRequest, changes: Changes
+) -> Candidate | None:
+    """Return the configuration with `changes` as a candidate; None if it is refused or does not
+    fit."""
     changed = {key: value for key, value in changes.items() if value != _value(cfg, key)}
     candidate = _with(cfg, changed)
-    if refusals(candidate, arch, asked.gpu, asked.gpus):
+    if refusals(candidate, arch, request.gpu, request.gpus):
         return None
-    memory = plan_memory(candidate, arch, asked)
+    memory = plan_memory(candidate, arch, request)
     if memory.most > memory.usable or memory.engine.kv_cache < memory.engine.longest:
         return None
-    plan = make_plan(candidate, arch, asked)
-    return Found(changes=changed, cfg=candidate, gpus=asked.gpus, plan=plan)
+    plan = make_plan(candidate, arch, request)
+    return Candidate(changes=changed, cfg=candidate, gpus=request.gpus, plan=plan)
 
 
 def _value(cfg: RunConfig, key: str) -> Any:
+    """Return the value of `section.key` in `cfg`."""
     section, _, name = key.partition(".")
     return getattr(getattr(cfg, section), name)
 
 
 def _with(cfg: RunConfig, changes: Changes) -> RunConfig:
+    """Return `cfg` with `changes` applied."""
     sections: dict[str, dict[str, Any]] = {}
     for key, value in changes.items():
         section, _, name = key.partition(".")
@@ -154,8 +173,10 @@ def _with(cfg: RunConfig, changes: Changes) -> RunConfig:
 
 
 def _yaml(value: Any) -> str:
+    """Return `value` as YAML for an override."""
     return str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")
 
 
 def _divisors(number: int) -> list[int]:
+    """Return all divisors of `number`, ascending."""
     return [k for k in range(1, number + 1) if number % k == 0]

@@ -1,10 +1,11 @@
-"""Seconds of a step's phases, and what bounds each.
+"""Seconds of the phases of a step, by cause.
 
-A phase is the sum of what does not overlap: products at a share of the peak (`mfu`), messages at a
-share of a link's speed, memory read at a share of HBM's. The default of `mfu` is the lower end of
-what Megatron publishes (41 to 48 % of an H100's peak in bfloat16, 37 % in FP8, whole steps): here
-messages and the pipeline's idle time are counted beside it, and our layers are not fused. Nothing
-of this has been measured by us on a GPU.
+The seconds of a phase are the sum of parts that do not overlap: matrix products at a fraction of
+the peak (`mfu`), messages at a fraction of the link speed, memory reads at a fraction of the HBM
+speed. The default `mfu` is the lower end of Megatron's published figures for whole steps (41 to 48
+% of an H100's bfloat16 peak, 37 % of its FP8 peak), because messages and pipeline idle time are
+counted separately here, and these layers are not fused. None of these rates was measured by this
+project on a GPU.
 """
 
 from collections.abc import Mapping
@@ -14,69 +15,78 @@ from math import ceil, log2
 from megatron_vrl.config import RunConfig
 from megatron_vrl.models.architecture import Architecture
 from megatron_vrl.models.pipeline_split import stage_chunks
-from megatron_vrl.models.qwen2_5_vl.flops import hardware_flops, work_of_sizes
-from megatron_vrl.observe.throughput import Work
-from megatron_vrl.planner.activations import FLOAT32, number_bytes
+from megatron_vrl.models.qwen2_5_vl.activations import FLOAT32, dtype_bytes
+from megatron_vrl.models.qwen2_5_vl.flops import flops_of_sizes, hardware_flops
+from megatron_vrl.observe.throughput import FlopCounts
 from megatron_vrl.planner.hardware import Gpu
-from megatron_vrl.planner.parameters import Numbers
-from megatron_vrl.planner.workload import Packed
+from megatron_vrl.planner.parameters import ParameterCounts
+from megatron_vrl.planner.workload import PackedBatch
 
 DEFAULT_MFU = 0.40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """Seconds by what is waited for."""
+    """Seconds of a phase by cause."""
 
     parts: Mapping[str, float]
 
     @property
     def seconds(self) -> float:
+        """Return the sum of all parts."""
         return sum(self.parts.values())
 
     @property
     def bound(self) -> str:
-        """The part that takes the most."""
+        """Return the cause with the most seconds."""
         return max(self.parts, key=lambda name: self.parts[name]) if self.seconds else "nothing"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
+    """GPUs with the reached fraction of their peak."""
+
     gpu: Gpu
     gpus: int
     mfu: float
 
     def compute(self, flops: float, dtype: str) -> float:
+        """Return the seconds of `flops` in `dtype`."""
         peak = self.gpu.peak(dtype)
-        assert peak is not None, f"{self.gpu.name} has no {dtype}"  # refused before
+        assert peak is not None, f"{self.gpu.name} has no {dtype}"  # see plan.refusals
         return flops / (peak * self.mfu)
 
     def link(
         self, num_bytes: float, span: int, calls: float = 0, ranks: int = 1
     ) -> tuple[str, float]:
-        """Name and seconds of the link that joins ranks within `span` neighbours: `calls` messages
-        of `num_bytes` together, among `ranks`, each at least the latency of a tree of them."""
+        """Return name and seconds of the link between ranks within `span` consecutive GPUs.
+
+        `num_bytes` is the total of `calls` messages among `ranks` ranks. Each call adds the latency
+        of a tree over the ranks.
+        """
         inside = span <= self.gpu.per_node
         speed = self.gpu.nvlink if inside else self.gpu.network
         waits = calls * ceil(log2(ranks)) * self.gpu.latency
-        seconds = num_bytes / (speed * self.gpu.link_share) + waits
+        seconds = num_bytes / (speed * self.gpu.link_fraction) + waits
         return "NVLink" if inside else "network", seconds
 
     def hbm(self, num_bytes: float) -> float:
-        return num_bytes / (self.gpu.hbm * self.gpu.hbm_share)
+        """Return the seconds to read or write `num_bytes` of GPU memory."""
+        return num_bytes / (self.gpu.hbm * self.gpu.hbm_fraction)
 
 
-def batch_work_of(arch: Architecture, batch: Packed) -> Work:
-    """Of a micro-batch's groups, one forward pass over all ranks of the replica."""
-    size = batch.of
-    one = work_of_sizes(
+def batch_flops(arch: Architecture, batch: PackedBatch) -> FlopCounts:
+    """Return the FLOPs of one forward pass of a micro-batch, over all ranks of the replica."""
+    size = batch.group
+    one = flops_of_sizes(
         arch, size.prompt, [size.response] * size.answers, [size.grid] if size.grid else []
     )
     return scaled(one, batch.groups)
 
 
-def scaled(work: Work, by: float) -> Work:
-    return Work(
+def scaled(work: FlopCounts, by: float) -> FlopCounts:
+    """Return `work` multiplied by `by`."""
+    return FlopCounts(
         tokens=round(work.tokens * by),
         linear=work.linear * by,
         attention=work.attention * by,
@@ -86,13 +96,13 @@ def scaled(work: Work, by: float) -> Work:
     )
 
 
-def stage_work(cfg: RunConfig, arch: Architecture, work: Work, stage: int) -> Work:
-    """The share of one rank of a pipeline stage."""
+def stage_flops(cfg: RunConfig, arch: Architecture, work: FlopCounts, stage: int) -> FlopCounts:
+    """Return the part of `work` that one rank of a pipeline stage computes."""
     parallel = cfg.parallel
     chunks = stage_chunks(arch, cfg.model, parallel, stage)
     layers = sum(len(chunk.layers) for chunk in chunks) / arch.layers
-    embeds, ends = any(c.embeds for c in chunks), any(c.ends for c in chunks)
-    own = Work(
+    embeds, ends = any(c.pre_process for c in chunks), any(c.post_process for c in chunks)
+    own = FlopCounts(
         tokens=work.tokens,
         linear=work.linear * layers,
         attention=work.attention * layers,
@@ -106,19 +116,21 @@ def stage_work(cfg: RunConfig, arch: Architecture, work: Work, stage: int) -> Wo
 def training_pass(
     cfg: RunConfig,
     arch: Architecture,
-    batch: Packed,
+    batch: PackedBatch,
     micro_batches: int,
     machine: Machine,
     *,
     backward: bool,
 ) -> Phase:
-    """All micro-batches through the pipeline: as long as its slowest stage, and the time in which
-    that waits for the pipeline to fill and to drain (arXiv 2104.04473: (p - 1) / v of one
-    micro-batch)."""
+    """Return the seconds of all micro-batches through the pipeline.
+
+    They are the seconds of the slowest stage, plus its idle time while the pipeline fills and
+    drains: (p - 1) / v of one micro-batch (arXiv 2104.04473).
+    """
     parallel = cfg.parallel
-    work = batch_work_of(arch, batch)
+    work = batch_flops(arch, batch)
     stages = [
-        _of_stage(cfg, arch, batch, stage_work(cfg, arch, work, stage), stage, machine, backward)
+        _of_stage(cfg, arch, batch, stage_flops(cfg, arch, work, stage), stage, machine, backward)
         for stage in range(parallel.pipeline)
     ]
     slowest = max(stages, key=lambda parts: sum(parts.values()))
@@ -130,16 +142,16 @@ def training_pass(
 def _of_stage(
     cfg: RunConfig,
     arch: Architecture,
-    batch: Packed,
-    work: Work,
+    batch: PackedBatch,
+    work: FlopCounts,
     stage: int,
     machine: Machine,
     backward: bool,
 ) -> dict[str, float]:
-    """Seconds of one micro-batch on a rank of the stage."""
+    """Return the seconds of one micro-batch on one rank of the stage, by cause."""
     model, parallel = cfg.model, cfg.parallel
     flops = (lambda w: hardware_flops(w, model)) if backward else (lambda w: w.flops)
-    linear, rest = replace(Work(), linear=work.linear), replace(work, linear=0.0)
+    linear, rest = replace(FlopCounts(), linear=work.linear), replace(work, linear=0.0)
     parts = {"compute": machine.compute(flops(rest), model.dtype)}
     parts["compute"] += machine.compute(
         flops(linear), model.dtype if model.fp8 == "none" else "fp8"
@@ -162,9 +174,9 @@ def _of_stage(
     ]
     if parallel.pipeline > 1:
         rows = batch.rows / parallel.context / (parallel.tensor if parallel.sequence else 1)
-        handings = (1 + backward) * parallel.virtual
-        handed = handings * rows * arch.hidden * number_bytes(model)
-        messages.append((handed, machine.gpus // parallel.pipeline + 1, handings, 2))
+        sends = (1 + backward) * parallel.virtual
+        sent_bytes = sends * rows * arch.hidden * dtype_bytes(model)
+        messages.append((sent_bytes, machine.gpus // parallel.pipeline + 1, sends, 2))
     for num_bytes, span, calls, ranks in messages:
         name, seconds = machine.link(num_bytes, span, calls, ranks)
         parts[name] = parts.get(name, 0.0) + seconds
@@ -172,55 +184,61 @@ def _of_stage(
 
 
 def _tensor_bytes(
-    cfg: RunConfig, arch: Architecture, batch: Packed, layers: int, backward: bool
+    cfg: RunConfig, arch: Architecture, batch: PackedBatch, layers: int, backward: bool
 ) -> float:
-    """Sent by a rank in its `_tensor_passes`."""
+    """Return the bytes that a rank sends in its `_tensor_passes`."""
     parallel = cfg.parallel
-    whole = batch.rows / parallel.context * arch.hidden * number_bytes(cfg.model)
+    whole = batch.rows / parallel.context * arch.hidden * dtype_bytes(cfg.model)
     return layers * _tensor_passes(cfg, backward) * 2 * (1 - 1 / parallel.tensor) * whole
 
 
 def _tensor_passes(cfg: RunConfig, backward: bool) -> float:
-    """Two all-reduces of [rows, hidden] a layer and pass, or a gather and a scatter each; with
-    sequence parallelism the backward pass gathers the inputs again."""
+    """Return the number of all-reduces of [rows, hidden] per layer.
+
+    A forward pass has two all-reduces, or two pairs of gather and scatter. With sequence
+    parallelism the backward pass also gathers its inputs again.
+    """
     again = 2 + 2 * (cfg.model.recompute == "full") + cfg.parallel.sequence
     return 2.0 + again * backward
 
 
 def _context_bytes(
-    cfg: RunConfig, arch: Architecture, batch: Packed, layers: int, backward: bool
+    cfg: RunConfig, arch: Architecture, batch: PackedBatch, layers: int, backward: bool
 ) -> float:
-    """Sent by a rank in its `_context_passes`."""
+    """Return the bytes that a rank sends in its `_context_passes`."""
     parallel = cfg.parallel
     width = 2 * arch.kv_heads * arch.head_dim / parallel.tensor
-    whole = batch.rows * width * number_bytes(cfg.model)
+    whole = batch.rows * width * dtype_bytes(cfg.model)
     return layers * _context_passes(cfg, backward) * (1 - 1 / parallel.context) * whole
 
 
 def _context_passes(cfg: RunConfig, backward: bool) -> int:
-    """Keys and values of a layer gathered, and their gradients scattered."""
+    """Return the number of gathers of keys and values, and scatters of their gradients, per
+    layer."""
     return 1 + backward * (1 + (cfg.model.recompute != "none"))
 
 
-def optimizer_phase(cfg: RunConfig, numbers: Numbers, sharers: int, machine: Machine) -> Phase:
-    """Gradients summed over the ranks that share parameters, the update, and the new weights.
+def optimizer_phase(
+    cfg: RunConfig, counts: ParameterCounts, dp_ranks: int, machine: Machine
+) -> Phase:
+    """Return the seconds of gradient reduction, optimizer step and distribution of new weights.
 
-    With `parallel.overlap` the sum hides behind the backward pass. AdamW reads a gradient, the main
-    weight and two moments, writes the latter three and the weight.
+    With `parallel.overlap` the reduction is hidden behind the backward pass. AdamW reads a
+    gradient, the main weight and two moments, and writes the latter three and the weight.
     """
-    parallel, number = cfg.parallel, number_bytes(cfg.model)
-    trained = numbers.trained(cfg.model)
-    shares = sharers if parallel.distributed_optimizer else 1
+    parallel, number = cfg.parallel, dtype_bytes(cfg.model)
+    trained = counts.trained(cfg.model)
+    shares = dp_ranks if parallel.distributed_optimizer else 1
     parts = {"HBM": machine.hbm((7 * FLOAT32 + number) * trained / shares)}
     summed = FLOAT32 * trained * (1 if parallel.distributed_optimizer else 2)
     sent = 0 if parallel.overlap else summed
     sent += number * trained if parallel.distributed_optimizer else 0
-    span = parallel.tensor * sharers
-    name, seconds = machine.link(sent * (1 - 1 / sharers), span, calls=2, ranks=sharers)
-    if sharers > 1:
+    span = parallel.tensor * dp_ranks
+    name, seconds = machine.link(sent * (1 - 1 / dp_ranks), span, calls=2, ranks=dp_ranks)
+    if dp_ranks > 1:
         parts[name] = seconds
-    if parallel.tensor > 1:  # each tensor rank saw its own steps of a video
-        tower = FLOAT32 * 2 * (1 - 1 / parallel.tensor) * (numbers.vision + numbers.merger)
+    if parallel.tensor > 1:  # tensor ranks hold partial gradients of the tower
+        tower = FLOAT32 * 2 * (1 - 1 / parallel.tensor) * (counts.vision + counts.merger)
         frozen = cfg.model.freeze_vision and cfg.model.freeze_merger
         name, seconds = machine.link(0.0 if frozen else tower, parallel.tensor)
         parts[name] = parts.get(name, 0.0) + seconds

@@ -1,8 +1,8 @@
-"""How large a GRPO step is: tokens of prompt and answer, groups of a micro-batch, micro-batches.
+"""Sizes of a GRPO step: tokens of prompt and answer, groups per micro-batch, micro-batches.
 
-A plan is made of groups that are all alike. Unless told otherwise the prompt holds a video at the
-budget of section `video` and `TEXT_TOKENS` words around it, and every answer is as long as
-`rollout.max_response_tokens` lets it be: the most that a step can cost.
+All groups of a planned step are alike. By default they are as large as the config allows: the
+prompt holds a video at the limits of section `video` and `TEXT_TOKENS` tokens of text, and every
+answer has `rollout.max_response_tokens` tokens.
 """
 
 from collections.abc import Iterator
@@ -16,25 +16,26 @@ from megatron_vrl.video.rules import MERGE, plan_frames
 Grid = tuple[int, int, int]  # temporal steps; height and width in patches
 
 TEXT_TOKENS = 256  # system prompt, question and template around a video; ours have 100 to 250
-FILM_FPS, FILM_SIZE = 30.0, (720, 1280)  # of the film that the video rule is asked about
+FILM_FPS, FILM_SIZE = 30.0, (720, 1280)  # source video that the video rule is applied to
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
-    """Of one group."""
+class GroupSizes:
+    """Sizes of one group."""
 
     prompt: int  # tokens, vision included
     response: int  # tokens of each answer
     answers: int
-    grid: Grid | None  # of its video
+    grid: Grid | None  # grid of the group's video
 
     @property
     def rows(self) -> int:
-        """Packed rows: an answer's last token is no input."""
+        """Return the packed rows of the group; an answer's last token is no input."""
         return self.prompt + self.answers * (self.response - 1)
 
     @property
     def patches(self) -> int:
+        """Return the patches of the group's video."""
         if self.grid is None:
             return 0
         t, h, w = self.grid
@@ -42,24 +43,29 @@ class Sizes:
 
     @property
     def vision_tokens(self) -> int:
+        """Return the vision tokens of the group's video."""
         return self.patches // MERGE**2
 
     @property
     def targets(self) -> int:
+        """Return the loss tokens of the group."""
         return self.answers * self.response
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Packed:
-    """A micro-batch of groups that are alike."""
+class PackedBatch:
+    """A micro-batch of equal groups."""
 
-    of: Sizes
+    group: GroupSizes
     groups: int
-    rows: int  # with padding, over all context-parallel ranks
+    rows: int  # with padding, of all context-parallel ranks
 
 
-def step_sizes(cfg: RunConfig, prompt: int | None = None, response: int | None = None) -> Sizes:
-    """Of one group of a step, in the layout that `batch.layout` says."""
+def step_sizes(
+    cfg: RunConfig, prompt: int | None = None, response: int | None = None
+) -> GroupSizes:
+    """Return the sizes of a step's groups. Raise ConfigError if a given length exceeds the
+    config's."""
     longest = cfg.data.max_prompt_tokens
     grid = video_grid(cfg.video)
     if prompt is None:
@@ -73,7 +79,7 @@ def step_sizes(cfg: RunConfig, prompt: int | None = None, response: int | None =
         raise ConfigError(
             f"--response-tokens {response} is not between 1 and rollout.max_response_tokens={most}."
         )
-    return Sizes(
+    return GroupSizes(
         prompt=prompt,
         response=response or most,
         answers=cfg.rollout.group_size,
@@ -81,21 +87,25 @@ def step_sizes(cfg: RunConfig, prompt: int | None = None, response: int | None =
     )
 
 
-def laid_out(cfg: RunConfig, sizes: Sizes) -> tuple[Sizes, int]:
-    """What the packer is given for one group: itself, or as many as it has answers."""
+def packed_sizes(cfg: RunConfig, sizes: GroupSizes) -> tuple[GroupSizes, int]:
+    """Return the sizes that the packer receives for a group, and how many such groups.
+
+    The shared layout packs the group itself; the plain layout packs one group per answer.
+    """
     if cfg.batch.layout == "shared":
         return sizes, 1
-    alone = Sizes(prompt=sizes.prompt, response=sizes.response, answers=1, grid=sizes.grid)
+    alone = GroupSizes(prompt=sizes.prompt, response=sizes.response, answers=1, grid=sizes.grid)
     return alone, sizes.answers
 
 
 def video_grid(cfg: Video) -> Grid:
-    """The largest that the rules of section `video` give a film of any length."""
+    """Return the largest grid that section `video` allows for a video of any length."""
     return _grids(cfg.model_dump_json())
 
 
 @cache
 def _grids(video: str) -> Grid:
+    """Return `video_grid` for the section as JSON, which is hashable."""
     cfg = Video.model_validate_json(video)
     longest = int((cfg.num_frames or cfg.max_frames) / cfg.fps) + 1
     lengths = {min(2**k, longest) for k in range(longest.bit_length() + 1)}
@@ -104,12 +114,16 @@ def _grids(video: str) -> Grid:
 
 
 def _tokens(grid: Grid) -> int:
+    """Return the vision tokens of a grid."""
     t, h, w = grid
     return t * h * w // MERGE**2
 
 
 def _cut(grid: Grid, room: int) -> Grid | None:
-    """Fewer temporal steps, then a smaller picture, so that its tokens have room."""
+    """Return the grid reduced to at most `room` vision tokens; None if `room` is 0.
+
+    Temporal steps are removed first, then the picture is made smaller.
+    """
     t, h, w = grid
     each = h * w // MERGE**2
     if room < 1:
@@ -119,41 +133,47 @@ def _cut(grid: Grid, room: int) -> Grid | None:
     return min(t, room // each), h, w
 
 
-def pack_step(cfg: RunConfig, sizes: Sizes, replicas: int, multiple: int) -> tuple[Packed, int]:
-    """A micro-batch of the step and how many each replica computes for one update."""
-    piece, pieces = laid_out(cfg, sizes)
+def pack_step(
+    cfg: RunConfig, sizes: GroupSizes, replicas: int, multiple: int
+) -> tuple[PackedBatch, int]:
+    """Return a micro-batch of the step, and the number of micro-batches per replica and update."""
+    piece, pieces = packed_sizes(cfg, sizes)
     groups = -(-cfg.rollout.prompts_per_step // replicas)
     per_update = -(-groups // cfg.grpo.mini_batches) * pieces
     fit = max(1, cfg.batch.tokens // piece.rows)
     count = -(-per_update // fit)
-    if cfg.parallel.virtual > 1:  # handed on in rounds of the pipeline's size
+    if cfg.parallel.virtual > 1:  # the interleaved schedule needs a multiple of the pipeline size
         count = -(-count // cfg.parallel.pipeline) * cfg.parallel.pipeline
     members = -(-per_update // count)
     return _packed(piece, members, multiple), count
 
 
-def worst_batches(cfg: RunConfig, sizes: Sizes, multiple: int, given: bool) -> Iterator[Packed]:
-    """The micro-batches that may need the most memory.
+def worst_batches(
+    cfg: RunConfig, sizes: GroupSizes, multiple: int, given: bool
+) -> Iterator[PackedBatch]:
+    """Yield the micro-batches that may need the most memory.
 
-    The step's own at its fullest; the longest group there may be, which gets a micro-batch of its
-    own; and, unless the length of answers was `given`, as many videos as go into the budget when
-    answers are short.
+    They are the step's own micro-batch at the token budget; the longest possible group, which gets
+    its own micro-batch; and, unless the answer length was `given`, a micro-batch of as many videos
+    as the budget holds when answers are short.
     """
     cases = [sizes]
     if not given:
         cases.append(_shorter(sizes))
     for case in cases:
-        piece, pieces = laid_out(cfg, case)
+        piece, pieces = packed_sizes(cfg, case)
         most = cfg.rollout.prompts_per_step * pieces
         yield _packed(piece, min(most, max(1, cfg.batch.tokens // piece.rows)), multiple)
     longest = step_sizes(cfg, prompt=cfg.data.max_prompt_tokens)
-    yield _packed(laid_out(cfg, longest)[0], 1, multiple)
+    yield _packed(packed_sizes(cfg, longest)[0], 1, multiple)
 
 
-def _shorter(sizes: Sizes) -> Sizes:
-    return Sizes(prompt=sizes.prompt, response=1, answers=sizes.answers, grid=sizes.grid)
+def _shorter(sizes: GroupSizes) -> GroupSizes:
+    """Return `sizes` with answers of one token."""
+    return GroupSizes(prompt=sizes.prompt, response=1, answers=sizes.answers, grid=sizes.grid)
 
 
-def _packed(piece: Sizes, groups: int, multiple: int) -> Packed:
+def _packed(piece: GroupSizes, groups: int, multiple: int) -> PackedBatch:
+    """Return a micro-batch of `groups` groups with its padded rows."""
     rows = -(-groups * piece.rows // multiple) * multiple
-    return Packed(of=piece, groups=groups, rows=rows)
+    return PackedBatch(group=piece, groups=groups, rows=rows)

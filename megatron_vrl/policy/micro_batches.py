@@ -13,8 +13,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_vrl.batching.balance import destinations, into_micro_batches
-from megatron_vrl.batching.pack import Group, MicroBatch, as_plain, pack, share_context
+from megatron_vrl.batching.balance import assign_ranks, into_micro_batches
+from megatron_vrl.batching.pack import Group, MicroBatch, pack, repeat_prompts, shard_context
 from megatron_vrl.config import Batch
 from megatron_vrl.parallel.mesh import Mesh, exchange_objects, gather_objects
 
@@ -39,7 +39,7 @@ def rebalance(groups: Sequence[Group], mesh: Mesh, cost: Cost) -> list[Group]:
     everywhere = gather_objects(mesh.data, [cost(group) for group in groups])
     costs = [c for of_rank in everywhere for c in of_rank]
     homes = [rank for rank, of_rank in enumerate(everywhere) for _ in of_rank]
-    targets = destinations(costs, homes, mesh.data.size)
+    targets = assign_ranks(costs, homes, mesh.data.size)
     first = homes.index(mesh.data.rank) if groups else 0
     outgoing: list[list[tuple[int, Group]]] = [[] for _ in range(mesh.data.size)]
     for number, group in enumerate(groups, start=first):  # counted over all ranks
@@ -67,7 +67,7 @@ def plan_batches(
     answer of `dummy_group` whose tokens have weight 0. Micro-batches are balanced by `cost`. See
     `_token_weights` for `normalisation`; only `constant_length` uses `max_response_tokens`.
     """
-    laid_out = as_plain(groups) if cfg.layout == "plain" else list(groups)
+    laid_out = repeat_prompts(groups) if cfg.layout == "plain" else list(groups)
     sizes, costs = [g.num_tokens for g in laid_out], [cost(g) for g in laid_out]
     bins = into_micro_batches(sizes, costs, cfg.tokens)
     own = (len(bins), sum(g.num_targets for g in groups), sum(len(g.answers) for g in groups))
@@ -86,7 +86,7 @@ def plan_batches(
     weights = [_token_weights(batch, normalisation, step) for batch in batches[: len(bins)]]
     weights += [np.zeros(len(batch.target), np.float32) for batch in batches[len(bins) :]]
     weighed = (replace(b, weight=weight) for b, weight in zip(batches, weights, strict=True))
-    return [share_context(batch, mesh.context.rank, mesh.context.size) for batch in weighed]
+    return [shard_context(batch, mesh.context.rank, mesh.context.size) for batch in weighed]
 
 
 @dataclass(frozen=True, slots=True)

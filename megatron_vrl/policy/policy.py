@@ -27,7 +27,7 @@ from megatron_vrl.algorithms.tokens import Tokens, local_sequence_sum
 from megatron_vrl.batching.pack import MicroBatch
 from megatron_vrl.config import Model, Optimizer, Parallel
 from megatron_vrl.models.architecture import Architecture
-from megatron_vrl.models.fp8_monitor import forget, fp8_metrics
+from megatron_vrl.models.fp8_monitor import fp8_metrics, reset_fp8_metrics
 from megatron_vrl.models.logprob_head import Distribution
 from megatron_vrl.models.precision import check_available
 from megatron_vrl.models.qwen2_5_vl.model import Qwen25VL
@@ -145,7 +145,7 @@ class Policy:
             for batch, before, kept in zip(batches, old or absent, reference or absent, strict=True)
         ]
         self._zero_gradients()
-        forget(self.chunks)
+        reset_fp8_metrics(self.chunks)
         with self._reducing_gradients():
             records = self._run(self._ddp, jobs, of)
         metrics = self._reduce(records)

@@ -54,11 +54,11 @@ class VisionEmbeddingCache:
         self._device = policy.mesh.device
         self._limit, self._used = memory_mib * MIB, 0  # bytes
         self._kept: OrderedDict[Key, NDArray[Any]] = OrderedDict()  # least recently used first
-        self._written = self._tower.written()
+        self._written = self._tower.parameter_versions()
 
     def embed(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """Return the prompts with the vision embeddings of their visuals."""
-        if (written := self._tower.written()) != self._written:
+        if (written := self._tower.parameter_versions()) != self._written:
             self._written, self.epoch = written, self.epoch + 1
             self._kept.clear()
             self._used = 0
@@ -80,7 +80,7 @@ class VisionEmbeddingCache:
     def _encode(self, visual: Visual) -> NDArray[Any]:
         self.encoded += 1
         patches = patchify(visual.frames, self._device).to(self._tower.config.params_dtype)
-        return as_array(self._tower.alone(patches, [visual.grid_thw]))  # [tokens, hidden]
+        return as_array(self._tower.encode_local(patches, [visual.grid_thw]))  # [tokens, hidden]
 
 
 def _key(visual: Visual) -> Key:

@@ -18,6 +18,7 @@ from megatron_vrl.errors import ConfigError, DataError, counted
 from megatron_vrl.models.architecture import Architecture, padded_vocab, read_architecture
 from megatron_vrl.models.fusion import gradient_fusion
 from megatron_vrl.models.pipeline_split import all_chunks, check_divides
+from megatron_vrl.models.qwen2_5_vl.hf_shapes import num_parameters
 from megatron_vrl.parallel.mesh import check_layout
 from megatron_vrl.rewards.user_functions import load_function
 from megatron_vrl.rewards.weights import reward_weights
@@ -64,11 +65,11 @@ def check(cfg: RunConfig, world: int, here: bool = False) -> CheckedRun:
     updates = cfg.grpo.mini_batches * cfg.grpo.epochs
     fusion = gradient_fusion(cfg.model, torch.cuda.is_available())
     notes = [
-        f"model: {arch.num_parameters:,} parameters",
+        f"model: {num_parameters(arch):,} parameters",
         _layout(world, replicas, cfg),
         *_stages(arch, cfg),
         *padding_notes(arch, cfg),
-        f"gradient accumulation fusion: {fusion.words}",
+        f"gradient accumulation fusion: {fusion.description}",
         f"a GRPO step: {counted(cfg.rollout.prompts_per_step, 'prompt')}, "
         f"{counted(answers, 'answer')}, {counted(updates, 'update')}",
         *notes,

@@ -177,7 +177,7 @@ def _conclude(ctx: RunContext, state: RunState, splits: Splits) -> Path:
                     "ranks": ctx.mesh.world,
                     "weight_gradients": gradient_fusion(
                         cfg.model, ctx.mesh.device.type == "cuda"
-                    ).words,
+                    ).description,
                 },
             )
             build_report(out_dir)

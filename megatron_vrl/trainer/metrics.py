@@ -9,15 +9,15 @@ import torch
 from megatron_vrl.algorithms import has_signal
 from megatron_vrl.context import RunContext
 from megatron_vrl.models.qwen2_5_vl.flops import (
-    batch_work,
-    group_work,
+    group_flops,
     hardware_flops,
+    micro_batch_flops,
     padding_rows,
     plain_tokens,
     update_flops,
 )
 from megatron_vrl.observe.hardware import peak_bytes, peak_flops, reset_peak
-from megatron_vrl.observe.throughput import Work, throughput_metrics
+from megatron_vrl.observe.throughput import FlopCounts, throughput_metrics
 from megatron_vrl.parallel.mesh import gather_objects, world_axis
 from megatron_vrl.policy.policy import Update
 from megatron_vrl.trainer.experience import RolloutBatch
@@ -90,14 +90,14 @@ def _meters(
     """Return throughput, MFU and peak memory."""
     mesh, arch, cfg = ctx.mesh, ctx.arch, ctx.cfg.model
     batches, groups = update_result.batches, update_result.groups
-    computed = sum((batch_work(arch, batch) for batch in batches), Work())
-    ideal = sum((group_work(arch, group) for group in groups), Work())
+    computed = sum((micro_batch_flops(arch, batch) for batch in batches), FlopCounts())
+    ideal = sum((group_flops(arch, group) for group in groups), FlopCounts())
     packed = (computed, sum(padding_rows(batch) for batch in batches))
     asked = (ideal, plain_tokens(groups))
     # Context ranks compute parts of a micro-batch; all ranks of a replica hold the same groups.
     every_computed, padding = zip(*gather_objects(mesh.batch, packed), strict=True)
     every_ideal, plain = zip(*gather_objects(mesh.data, asked), strict=True)
-    computed, ideal = sum(every_computed, Work()), sum(every_ideal, Work())
+    computed, ideal = sum(every_computed, FlopCounts()), sum(every_ideal, FlopCounts())
     epochs, passes = ctx.cfg.grpo.epochs, update_result.passes
     on_gpu = mesh.device.type == "cuda"
     name = torch.cuda.get_device_name(mesh.device) if on_gpu else "CPU"

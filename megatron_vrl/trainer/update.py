@@ -13,7 +13,7 @@ from megatron_vrl.algorithms import token_loss
 from megatron_vrl.batching.balance import partition
 from megatron_vrl.batching.pack import Group, MicroBatch
 from megatron_vrl.context import RunContext
-from megatron_vrl.models.qwen2_5_vl.flops import group_work
+from megatron_vrl.models.qwen2_5_vl.flops import group_flops
 from megatron_vrl.policy.micro_batches import plan_batches, rebalance
 from megatron_vrl.policy.policy import Update
 from megatron_vrl.trainer.experience import RolloutBatch, sampled_distribution, to_train
@@ -32,7 +32,7 @@ class UpdateResult:
 def update_policy(ctx: RunContext, rollout_batch: RolloutBatch, step: int) -> UpdateResult:
     """Train on a step's rollouts, after `step` finished steps. Every rank calls it."""
     cfg = ctx.cfg
-    cost = lambda group: group_work(ctx.arch, group).flops  # noqa: E731
+    cost = lambda group: group_flops(ctx.arch, group).flops  # noqa: E731
     given = [to_train(e, cfg.algorithm.mask_truncated) for e in rollout_batch.kept]
     groups = rebalance([group for group in given if group.answers], ctx.mesh, cost)
     mini_batches = [
@@ -68,6 +68,6 @@ def _planned(ctx: RunContext, groups: Sequence[Group], dummy_group: Group) -> li
         cfg.batch,
         ctx.mesh,
         cfg.algorithm.normalisation,
-        cost=lambda group: group_work(ctx.arch, group).flops,
+        cost=lambda group: group_flops(ctx.arch, group).flops,
         max_response_tokens=cfg.rollout.max_response_tokens,
     )

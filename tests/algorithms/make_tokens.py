@@ -1,4 +1,4 @@
-"""Loss tokens for the tests of algorithms."""
+"""Loss tokens for tests of algorithms."""
 
 import numpy as np
 import torch

@@ -1,4 +1,5 @@
-"""Advantages of every algorithm against plain formulas; several components; the length penalty."""
+"""Advantages of every algorithm compared with plain formulas; several components; length
+penalty."""
 
 import math
 
@@ -110,7 +111,7 @@ def test_answers_and_groups_may_come_in_any_order(name, groups, seed):
 
 @pytest.mark.parametrize("value", [0.1, 0.3, 0.7, 1 / 3])
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_equal_rewards_give_exactly_nothing(name, value):
+def test_equal_rewards_give_exactly_zero(name, value):
     alone = of(name, [[value] * 7])
     everywhere = of(name, [[value] * 7, [value] * 3])
     assert all((a == 0.0).all() and not has_signal(a) for a in [*alone, *everywhere])
@@ -161,7 +162,7 @@ def test_one_component_is_the_reward(name, combine):
     close(ours, of(name, values), atol=0)
 
 
-def test_sums_collapse_what_separate_components_keep_apart():
+def test_normalise_then_sum_keeps_components_apart():
     """GDPO's example: components (0, 1) against (0, 2) have one advantage when they are summed."""
     one = components(a=([0, 1], 1.0), b=([0, 0], 1.0))
     both = components(a=([0, 1], 1.0), b=([0, 1], 1.0))
@@ -193,14 +194,14 @@ def test_weights_and_tasks_with_different_components():
 
 
 @pytest.mark.parametrize("combine", ["sum_then_normalise", "normalise_then_sum"])
-def test_equal_components_give_exactly_nothing(combine):
+def test_equal_components_give_exactly_zero(combine):
     group = components(a=([0.1] * 5, 0.3), b=([1 / 3] * 5, 0.7), kl=([-0.07] * 5, 1.0))
     (ours,) = advantages([group], Algorithm(combine=combine))
     assert (ours == 0.0).all() and not has_signal(ours)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_reward_that_is_no_number_is_refused(bad):
+def test_a_non_finite_reward_is_refused(bad):
     with pytest.raises(ValueError, match=r"Reward component 'iou' is not finite: \[0.5, "):
         advantages([components(format=([1, 1], 0.5), iou=([0.5, bad], 0.5))], Algorithm())
 

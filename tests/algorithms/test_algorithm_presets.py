@@ -1,4 +1,4 @@
-"""Each algorithm's published keys: filled in, overridden, written, documented."""
+"""Algorithm presets: applied, overridden, recorded and documented."""
 
 from pathlib import Path
 
@@ -14,13 +14,13 @@ ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 
 
-def test_there_is_a_row_for_every_name():
+def test_every_name_has_an_algorithm_and_a_preset():
     names = set(Algorithm.model_fields["name"].annotation.__args__)
     assert set(ALGORITHM_PRESETS) == set(ALGORITHMS) == names
 
 
 @pytest.mark.parametrize("name", ALGORITHM_PRESETS)
-def test_published_values_are_filled_in(name):
+def test_presets_are_filled_in(name):
     cfg = Algorithm(name=name)
     expected = {key: field.default for key, field in Algorithm.model_fields.items()}
     assert cfg.model_dump() == {**expected, **ALGORITHM_PRESETS[name], "name": name}
@@ -49,7 +49,7 @@ def test_values_from_the_papers():
     assert keys("reinforce_plus_plus_baseline", "kl_in", "kl_estimator") == ("loss", "k2")
 
 
-def test_what_the_user_says_wins():
+def test_config_values_override_presets():
     file = yaml.safe_load(QUICKSTART.read_text())["algorithm"]
     assert file == {"kl": 0.0, "entropy": 1e-3}
     cfg = load_config(QUICKSTART, ["algorithm.name=rloo", "algorithm.clip_high=0.3"]).algorithm
@@ -86,7 +86,7 @@ def test_mistakes(override, sentence):
     assert sentence in str(error.value)
 
 
-def test_the_page_shows_the_published_values():
+def test_the_page_shows_the_presets():
     lines = (ROOT / "docs" / "algorithms.md").read_text().splitlines()
     for name, values in ALGORITHM_PRESETS.items():
         (row,) = [line for line in lines if line.startswith(f"| `{name}` |")]

@@ -1,4 +1,4 @@
-"""GRPO against a second implementation written from the formulas, and its limits."""
+"""GRPO compared with a second implementation from the formulas, and its limits."""
 
 import math
 
@@ -16,8 +16,8 @@ groups = st.lists(st.floats(0, 1), min_size=2, max_size=16)
 
 
 def advantages(rewards):
-    (of_group,) = ALGORITHMS["grpo"].advantages([rewards])
-    return of_group
+    (group_advantages,) = ALGORITHMS["grpo"].advantages([rewards])
+    return group_advantages
 
 
 @given(groups)
@@ -42,7 +42,7 @@ def test_advantages_follow_their_rewards(rewards, random):
     assert abs(advantages(array).sum()) < 1e-6
 
 
-def test_equal_rewards_give_exactly_nothing():
+def test_equal_rewards_give_exactly_zero():
     for value in (0.1, 0.3, 0.7, 1 / 3):
         assert (advantages(np.full(7, value)) == 0.0).all()
 
@@ -105,7 +105,7 @@ def test_clipped_tokens_have_no_gradient():
     torch.testing.assert_close(logprobs.grad, torch.tensor([0.0, 0.0, 1.3, -0.7]))
 
 
-def test_the_upper_bound_stands_by_itself():
+def test_the_upper_bound_is_independent():
     """DAPO's: 1.25 is inside 1 + 0.28 and outside 1 + 0.2."""
     for cfg, gradient in ((Algorithm(name="dapo"), -1.25), (Algorithm(kl=0, entropy=0), 0.0)):
         logprobs = torch.log(torch.tensor([1.25])).requires_grad_()
@@ -138,7 +138,7 @@ def test_far_ratios_stay_finite():
         assert torch.isfinite(loss).all() and torch.isfinite(gradient).all()
 
 
-def test_imitation_is_cross_entropy():
+def test_sft_loss_is_cross_entropy():
     logits, target = torch.randn(6, 11), torch.randint(11, (6,))
     logprobs = logits.log_softmax(-1).gather(1, target[:, None])[:, 0]
     loss, metrics = sft.token_loss(tokens_of(logprobs, torch.zeros(6)))

@@ -1,4 +1,4 @@
-"""k1, k2, k3: values, limits, expectations, and where they are used."""
+"""KL estimators k1, k2 and k3: values, limits, expectations, and where they are used."""
 
 import math
 
@@ -70,7 +70,7 @@ def test_k1_and_k2_are_not_bounded():
     assert kl_penalty(policy, reference, CFG["k2"]).item() == 5000.0
 
 
-def test_in_the_reward_it_is_no_term_of_the_loss():
+def test_kl_in_the_reward_is_not_in_the_loss():
     tokens = tokens_of([-1.0, -2.0], [1.0, 1.0], reference=[-1.5, -1.0])
     inside = Algorithm(kl=0.5, entropy=0, kl_estimator="k1")
     outside = Algorithm(kl=0.5, entropy=0, kl_estimator="k1", kl_in="reward")

@@ -1,4 +1,5 @@
-"""Policy losses of every algorithm: one contract, and GSPO and CISPO against their formulas."""
+"""Policy losses: properties that all algorithms share; GSPO and CISPO compared with their
+formulas."""
 
 import math
 
@@ -72,7 +73,7 @@ def test_zero_advantages_have_exactly_no_policy_gradient(name):
 
 
 @pytest.mark.parametrize("name", PPO)
-def test_the_ratio_is_that_of_ppo(name):
+def test_the_ratio_is_ppos(name):
     logprob, tokens = random_tokens(distance=0.4)
     loss, _ = token_loss(tokens, plain(name, clip=0.1, clip_high=0.3))
     rows = zip(
@@ -130,7 +131,7 @@ def test_gspo_clips_whole_answers():
 # ---- CISPO
 
 
-def test_cispo_weighs_and_never_drops():
+def test_cispo_keeps_every_gradient():
     """Ratios 0.01, 1, 3, 20 with either sign: weight min(r, 5) on every token's gradient."""
     ratio = np.array([0.01, 1.0, 3.0, 20.0] * 2)
     advantage = np.array([1.0] * 4 + [-1.0] * 4)

@@ -1,4 +1,4 @@
-"""Weights for the gap between engine and trainer."""
+"""Rollout-correction weights."""
 
 import numpy as np
 import pytest
@@ -50,7 +50,7 @@ def test_weights_equal_a_table(level, mode, limit, weight, cut):
 @pytest.mark.parametrize("mode", ["clip", "mask"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_no_gap_changes_nothing(name, level, mode):
+def test_equal_probabilities_change_nothing(name, level, mode):
     off = {"name": name, "kl": 0.0, "entropy": 0.0}
     rng = np.random.default_rng(0)
     old, advantage = rng.normal(-2, 0.5, 5), rng.normal(size=5)
@@ -80,7 +80,7 @@ def test_only_the_policy_loss_is_weighted():
 
 @pytest.mark.parametrize("mode", ["clip", "mask"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_far_gaps_stay_finite(level, mode):
+def test_extreme_weights_stay_finite(level, mode):
     weight, _ = weigh(level, mode, ratio=np.exp([300.0, -300.0, 250.0, 80.0, -700.0]))
     assert np.isfinite(weight).all() and (weight >= 0).all() and (weight <= 2).all()
 

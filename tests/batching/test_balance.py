@@ -1,10 +1,10 @@
-"""Even work: every item once, within the budget, no worse than first-fit, few moves."""
+"""Load balancing: every item once, within the budget, no worse than first-fit, few moves."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_vrl.batching.balance import destinations, into_micro_batches, partition
+from megatron_vrl.batching.balance import assign_ranks, into_micro_batches, partition
 
 costs_ = st.lists(st.one_of(st.integers(0, 5), st.floats(0, 100)), max_size=12)
 items = st.lists(st.tuples(st.integers(0, 30), st.floats(0, 100)), max_size=12)
@@ -36,7 +36,7 @@ def once(bins, count):
 
 
 @given(costs_, st.integers(1, 5))
-def test_shares_hold_every_item_once_in_order_and_even_by_graham(costs, shares):
+def test_partition_holds_every_item_once_within_grahams_bound(costs, shares):
     dealt = partition(costs, shares)
     assert dealt == partition(list(costs), shares)
     assert len(dealt) == shares
@@ -48,7 +48,7 @@ def test_shares_hold_every_item_once_in_order_and_even_by_graham(costs, shares):
         assert max(totals(dealt, costs)) <= bound * (1 + 1e-9)
 
 
-def test_a_share_for_each_of_the_heaviest():
+def test_the_heaviest_items_get_a_bin_each():
     assert partition([5, 1, 4, 3, 3], 2) == [[0, 4], [1, 2, 3]]
     assert partition([1, 1], 3) == [[0], [1], []]
 
@@ -85,8 +85,8 @@ def test_short_items_may_cost_the_most():
 def test_few_groups_move(ranks, data):
     costs = data.draw(costs_)
     homes = [data.draw(st.integers(0, ranks - 1)) for _ in costs]
-    places = destinations(costs, homes, ranks)
-    assert places == destinations(costs, homes, ranks)
+    places = assign_ranks(costs, homes, ranks)
+    assert places == assign_ranks(costs, homes, ranks)
 
     def heaviest(where):
         return max(
@@ -97,7 +97,7 @@ def test_few_groups_move(ranks, data):
     assert heaviest(places) <= dealt * (1 + 1e-9)
     if heaviest(homes) <= dealt:
         assert places == homes
-    assert destinations(costs, places, ranks) == places  # and then they stay
+    assert assign_ranks(costs, places, ranks) == places  # and then they stay
 
 
 @pytest.mark.parametrize(
@@ -110,4 +110,4 @@ def test_few_groups_move(ranks, data):
     ],
 )
 def test_moves(costs, homes, places):
-    assert destinations(costs, homes, 2) == places
+    assert assign_ranks(costs, homes, 2) == places

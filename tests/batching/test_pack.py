@@ -1,10 +1,10 @@
-"""Packing: every answer's tokens once, predicted from the right place."""
+"""Packing: every answer token is a target once and is predicted by the right row."""
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_vrl.batching.pack import Answer, Group, as_plain, length_buckets, pack
+from megatron_vrl.batching.pack import Answer, Group, length_buckets, pack, repeat_prompts
 from megatron_vrl.types import Prompt
 from tests.tiny import prompt, video
 
@@ -81,7 +81,7 @@ def test_rows_of_prompts_and_answers_tile_the_batch(members):
 
 @given(several)
 def test_plain_layout_has_the_same_targets(members):
-    shared, plain = pack(members), pack(as_plain(members))
+    shared, plain = pack(members), pack(repeat_prompts(members))
     for name in ("target", "advantage", "engine_logprob", "sequence"):
         assert np.array_equal(getattr(shared, name), getattr(plain, name))
     assert len(plain.prompt_start) == len(plain.answer_start)

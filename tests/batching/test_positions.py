@@ -1,4 +1,4 @@
-"""M-RoPE positions: values written by hand, and the rule said once more, cell by cell."""
+"""M-RoPE positions compared with hand-written values and with a second implementation per token."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def test_text_alone_counts_up():
 
 
 @pytest.mark.parametrize("cells", [3, 5])
-def test_cells_and_pad_tokens_must_agree(cells):
+def test_vision_tokens_and_pad_tokens_must_agree(cells):
     with pytest.raises(ValueError, match="differ in number"):
         positions([PAD] * cells, [VisionBlock((1, 4, 4), 1.0)])
 
@@ -50,7 +50,7 @@ blocks = st.builds(
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), blocks), max_size=3), st.integers(0, 4))
-def test_equals_the_rule_said_cell_by_cell(pairs, tail):
+def test_positions_equal_a_rule_per_token(pairs, tail):
     ids, wanted, largest = [], [], -1
     for words, block in pairs:
         for _ in range(words):

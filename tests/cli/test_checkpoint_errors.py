@@ -54,13 +54,13 @@ def test_sizes_that_do_not_divide(checkpoint, layout, sentence):
         ),
         (
             {"layers": "fp8_emulated", "fp8": "current"},
-            "model.layers=fp8_emulated with model.fp8=current and parallel.tensor=2: it rounds to "
-            "FP8 on one tensor rank; set model.fp8 and parallel.tensor=1.",
+            "model.layers=fp8_emulated with model.fp8=current and parallel.tensor=2: emulation "
+            "needs FP8 and one tensor rank; set model.fp8 and parallel.tensor=1.",
         ),
         (
             {"fp8": "delayed"},
             "model.fp8=delayed is computed by Transformer Engine only: set "
-            "model.layers=transformer_engine (rounded for a proof), or model.fp8=none.",
+            "model.layers=transformer_engine (or fp8_emulated), or model.fp8=none.",
         ),
     ],
 )

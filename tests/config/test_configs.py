@@ -1,4 +1,5 @@
-"""What ships in configs/ and docs/: YAML that loads, architectures that count, true pages."""
+"""Shipped configs and docs: YAML that loads, architectures with exact parameter counts, valid
+links."""
 
 import json
 import os
@@ -16,6 +17,7 @@ from megatron_vrl.data.formats.records import VIDEO_SUFFIXES
 from megatron_vrl.data.formats.training import read
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.models.architecture import read_architecture
+from megatron_vrl.models.qwen2_5_vl.hf_shapes import num_parameters
 from megatron_vrl.trainer.dry_run import check
 from megatron_vrl.video.rules import plan_frames
 from tests.tiny_models import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -42,11 +44,11 @@ def test_every_config_loads(path):
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
 def test_architecture_counts_what_transformers_builds(path):
-    """Two counts that share no code: our formula, and transformers' modules without storage."""
+    """The sum of hf_shapes, and transformers' modules on the meta device, share no code."""
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_pretrained(path))
     built = sum(parameter.numel() for parameter in model.parameters())
-    assert read_architecture(path).num_parameters == built
+    assert num_parameters(read_architecture(path)) == built
     assert built == PUBLISHED_COUNTS.get(path.stem, built)
 
 
@@ -78,7 +80,7 @@ def test_a_dry_run_refuses_more_tokens_than_the_model_has_positions(monkeypatch)
         check(cfg, 8)
 
 
-def test_a_dry_run_says_how_the_model_is_cut(tmp_path, monkeypatch):
+def test_a_dry_run_prints_the_pipeline_split(tmp_path, monkeypatch):
     """3B over two stages, the tower weighing 24.9 layers and the head 1; a word too few."""
     monkeypatch.chdir(ROOT)
     published = json.loads((ROOT / "configs/models/qwen2.5-vl-3b.json").read_text())
@@ -98,7 +100,7 @@ def test_the_recipe_keeps_its_token_budget(duration_s):
     assert plan.num_tokens <= 2048 < cfg.data.max_prompt_tokens
 
 
-def test_annotations_of_the_real_clips_can_be_true():
+def test_annotations_of_the_real_clips_lie_inside_them():
     path = ROOT / "configs" / "annotations" / "real_clips.json"
     records = json.loads(path.read_text())
     samples = read(Source(json_path=str(path), data_folder="clips", format="charades_sta"))

@@ -1,4 +1,4 @@
-"""inference.yaml: what a run asked with is what the tools ask with."""
+"""inference.yaml: tools use the settings that the run used."""
 
 import shutil
 from pathlib import Path
@@ -7,7 +7,12 @@ import pytest
 import yaml
 
 from megatron_vrl.config import load_config
-from megatron_vrl.config.inference import INFERENCE_FILE, KEPT, inference_files, read_inference
+from megatron_vrl.config.inference import (
+    INFERENCE_FILE,
+    INFERENCE_KEYS,
+    inference_files,
+    read_inference,
+)
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.evaluation.generate import inference_config
 from megatron_vrl.evaluation.logprobs import score_config
@@ -24,19 +29,19 @@ def export(tmp_path_factory) -> Path:
     return directory
 
 
-def test_a_tool_asks_as_the_run_did(export):
+def test_tools_use_the_settings_of_the_run(export):
     run, found = load_config(CONFIG), inference_config(str(export), [])
     scored = score_config(str(export), [])
-    for section, keys in KEPT.items():
+    for section, keys in INFERENCE_KEYS.items():
         for key in keys:
             assert getattr(getattr(found, section), key) == getattr(getattr(run, section), key)
-    for key in KEPT["video"]:
+    for key in INFERENCE_KEYS["video"]:
         assert getattr(scored.video, key) == getattr(run.video, key)
     assert scored.data.max_prompt_tokens == run.data.max_prompt_tokens
     assert found.data.train == [] and found.video.decoder == "dali"  # of this machine, not kept
 
 
-def test_config_and_overrides_go_before_it(export, tmp_path):
+def test_config_and_overrides_override_the_file(export, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump({"video": {"fps": 3.0, "min_frames": 6}}))
     found = inference_config(str(export), ["video.min_frames=8"], str(config))
@@ -65,7 +70,7 @@ def test_without_the_file_the_defaults_hold(export, tmp_path):
         ("model: {}", "unknown"),
     ],
 )
-def test_a_spoiled_file_is_named(export, tmp_path, text, sentence):
+def test_an_invalid_file_is_named(export, tmp_path, text, sentence):
     (tmp_path / INFERENCE_FILE).write_text(text)
     with pytest.raises(ConfigError) as error:
         read_inference(tmp_path)

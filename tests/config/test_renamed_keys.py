@@ -9,7 +9,7 @@ from tests.running import CONFIG
 
 
 @pytest.mark.parametrize(("old", "new"), RENAMED.items())
-def test_an_old_key_is_told_its_new_name(old, new):
+def test_an_old_key_is_refused_with_its_new_name(old, new):
     with pytest.raises(ConfigError, match=f"'{old}' is now called '{new}'"):
         load_config(CONFIG, [f"{old}=1"])
     section, name, *_ = new.split(".")
@@ -25,7 +25,7 @@ def test_a_nested_old_key_is_told_its_whole_new_name():
 
 
 @pytest.mark.parametrize(("old", "new"), RENAMED_VALUES.items())
-def test_an_old_value_is_told_its_new_name(old, new):
+def test_an_old_value_is_refused_with_its_new_name(old, new):
     key, value = old
     with pytest.raises(ConfigError, match=f"{key}='{value}' is now written '{new}'"):
         load_config(CONFIG, [f"{key}={value}"])

@@ -1,8 +1,8 @@
-"""Two updates of a tiny model in one layout after the other, all in the same processes.
+"""Two updates of a tiny model in each of several layouts, in the same processes.
 
-Run by torchrun as `layout_worker.py DIRECTORY [NAME ...]`: trains the named layouts, or every one
-of `LAYOUTS`, that are made for so many processes, on the checkpoints DIRECTORY/MODEL of `MODELS`,
-and writes what every layout must share to DIRECTORY/NAME-MODEL.pt. Layouts of one process need no
+Run by torchrun as `layout_worker.py DIRECTORY [NAME ...]`. It trains the named layouts, or all
+`LAYOUTS` for this number of processes, on the checkpoints DIRECTORY/MODEL of `MODELS`, and writes
+the results that all layouts must share to DIRECTORY/NAME-MODEL.pt. Layouts of one process need no
 torchrun.
 """
 
@@ -96,7 +96,7 @@ for frozen in ("vision", "merger", "language"):
 
 
 def train(checkpoint: Path, layout: Layout) -> dict[str, Any]:
-    """Every rank calls it; all return the same."""
+    """Return the results of one layout, equal on all ranks. Every rank must call it."""
     parallel = Parallel.model_validate(layout.parallel)
     mesh = init_mesh(parallel, seed=1)
     cfg = Model(checkpoint=str(checkpoint), dtype="float32", **layout.model)

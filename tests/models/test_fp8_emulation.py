@@ -1,4 +1,4 @@
-"""FP8 by torch's casts: what is rounded, by which scale, how far a run drifts from bfloat16."""
+"""Emulated FP8: what is rounded, with which scale, and how far training drifts from bfloat16."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import torch
 from megatron_vrl.checkpoint.hf_load import hf_tensors, load_hf_weights
 from megatron_vrl.config import Batch, Model, Optimizer, Parallel
 from megatron_vrl.models.architecture import read_architecture
-from megatron_vrl.models.fp8_emulation import E4M3, E5M2, Rounding, _Product
+from megatron_vrl.models.fp8_emulation import E4M3, E5M2, Quantizer, _Product
 from megatron_vrl.models.logprob_head import Distribution
 from megatron_vrl.parallel.mesh import close_mesh, init_mesh
 from megatron_vrl.policy.micro_batches import plan_batches
@@ -22,55 +22,55 @@ def drawn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_a_tensor_s_largest_value_is_the_format_s_largest():
+def test_current_scaling_maps_the_maximum_to_the_format_maximum():
     values = drawn(8, 32)
-    rounded = Rounding("current")(values, "input")
+    rounded = Quantizer("current")(values, "input")
     scale = 448 / values.abs().max()
     assert torch.equal(rounded, (values * scale).to(E4M3).float() / scale)
     steps = drawn(8, 32)
     scale = 57344 / steps.abs().max()
     assert torch.equal(
-        Rounding("current")(steps, "gradient"), (steps * scale).to(E5M2).float() / scale
+        Quantizer("current")(steps, "gradient"), (steps * scale).to(E5M2).float() / scale
     )
 
 
-def test_delayed_scales_by_the_call_before_and_cuts_what_is_larger():
-    rounding = Rounding("delayed")
+def test_delayed_scaling_uses_the_previous_maximum():
+    quantizer = Quantizer("delayed")
     values = drawn(4, 16)
-    assert torch.equal(rounding(values, "input"), values.to(E4M3).float())  # the first scale is 1
+    assert torch.equal(quantizer(values, "input"), values.to(E4M3).float())  # the first scale is 1
     larger = 10 * values
     limit = values.abs().max()
-    rounded = rounding(larger, "input")
+    rounded = quantizer(larger, "input")
     torch.testing.assert_close(rounded.abs().max(), limit)
     small = larger.abs() < limit
     torch.testing.assert_close(rounded[small], larger[small], rtol=0.07, atol=0.03)
 
 
-def test_a_block_s_scale_is_its_own_and_a_power_of_two():
+def test_block_scales_are_powers_of_two():
     values = drawn(3, 300)  # two whole blocks and a part of one
     values[0, 5] = 1e4
-    rounded = Rounding("blockwise")(values, "input")
+    rounded = Quantizer("blockwise")(values, "input")
     clean = values.clone()
     clean[0, 5] = 0.0
-    other = Rounding("blockwise")(clean, "input")
+    other = Quantizer("blockwise")(clean, "input")
     assert torch.equal(rounded[0, 128:], other[0, 128:]) and torch.equal(rounded[1:], other[1:])
     tile = values[1, 128:256]
     scale = 2.0 ** torch.floor(torch.log2(448 / tile.abs().max()))
     assert torch.equal(rounded[1, 128:256], (tile * scale).to(E4M3).float() / scale)
     weight = drawn(256, 130)
-    whole = Rounding("blockwise")(weight, "weight")
+    whole = Quantizer("blockwise")(weight, "weight")
     block = weight[128:, :128]
     scale = 2.0 ** torch.floor(torch.log2(448 / block.abs().max()))
     assert torch.equal(whole[128:, :128], (block * scale).to(E4M3).float() / scale)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_three_products_see_rounded_operands(recipe):
+def test_all_three_products_use_rounded_operands(recipe):
     inputs, weight = drawn(40, 160).requires_grad_(), drawn(48, 160, seed=1).requires_grad_()
     gradient = drawn(40, 48, seed=2)
-    output = _Product.apply(inputs, weight, Rounding(recipe))
+    output = _Product.apply(inputs, weight, Quantizer(recipe))
     output.backward(gradient)
-    by = Rounding(recipe)
+    by = Quantizer(recipe)
     x, w, g = by(inputs, "input"), by(weight, "weight"), by(gradient, "gradient")
     assert torch.equal(output, x @ w.t())
     assert torch.equal(inputs.grad, g @ w)
@@ -108,7 +108,7 @@ def curve(checkpoint, mesh, steps, **model):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_hundred_steps_stay_by_those_of_bfloat16(checkpoint, mesh):
+def test_a_hundred_steps_stay_close_to_bfloat16(checkpoint, mesh):
     """One batch again and again: log-probs move by 0.6, and FP8 stays within a seventh of that."""
     plain, before, after, _ = curve(checkpoint, mesh, 100)
     for recipe in RECIPES:
@@ -119,7 +119,7 @@ def test_a_hundred_steps_stay_by_those_of_bfloat16(checkpoint, mesh):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_spared_layers_and_the_rest_of_the_model_are_not_rounded(checkpoint, mesh, recipe):
+def test_skipped_layers_and_other_modules_are_not_rounded(checkpoint, mesh, recipe):
     _, exact, _, plain = curve(checkpoint, mesh, 0)
     _, spared, _, _ = curve(
         checkpoint, mesh, 0, layers="fp8_emulated", fp8=recipe, fp8_skip_first_last_layers=(2, 2)

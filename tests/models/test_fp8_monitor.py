@@ -1,5 +1,5 @@
-"""What the FP8 monitor says of values that were cut, lost or no numbers; over several updates and
-for the buffers of Transformer Engine, which is not here."""
+"""FP8 metrics of clipped, underflowed and non-finite values; over several updates, and for the
+buffers of Transformer Engine, which need not be installed."""
 
 from types import SimpleNamespace
 
@@ -9,8 +9,12 @@ import torch
 from megatron_vrl.checkpoint.hf_load import load_hf_weights
 from megatron_vrl.config import Batch, Model, Optimizer, Parallel
 from megatron_vrl.models.architecture import read_architecture
-from megatron_vrl.models.fp8_emulation import RoundedColumnParallelLinear, Rounding, joined
-from megatron_vrl.models.fp8_monitor import OPERANDS, maxima
+from megatron_vrl.models.fp8_emulation import (
+    EmulatedFp8ColumnParallelLinear,
+    Quantizer,
+    merge_statistics,
+)
+from megatron_vrl.models.fp8_monitor import OPERANDS, delayed_scaling_amax
 from megatron_vrl.models.logprob_head import Distribution
 from megatron_vrl.parallel.mesh import close_mesh, init_mesh
 from megatron_vrl.policy.micro_batches import plan_batches
@@ -19,28 +23,28 @@ from tests.tiny import GROUPS, token_loss
 from tests.tiny_models import hf_model, save
 
 
-def seen(rounding, *tensors):
+def seen(quantizer, *tensors):
     for tensor in tensors:
-        rounding(tensor, "input")
-    return rounding.taken()["input"].tolist()
+        quantizer(tensor, "input")
+    return quantizer.pop_statistics()["input"].tolist()
 
 
-def test_an_outlier_is_cut_and_seen_once():
+def test_an_outlier_is_clipped_and_counted_once():
     calm = torch.linspace(0.5, 1.0, 64).view(2, 32)
     wild = calm.clone()
     wild[1, 3] = 100.0
-    rounding = Rounding("delayed")
-    assert seen(rounding, calm, calm) == [128, 0, 0, 0, 1.0]
-    assert seen(rounding, wild) == [64, 1, 0, 0, 100.0]  # under the scale of the call before
-    lost = seen(rounding, 1e-4 * calm)  # and now the scale is too small for what follows
-    assert lost[1:3] == [0, 64] and rounding.taken() == {}
+    quantizer = Quantizer("delayed")
+    assert seen(quantizer, calm, calm) == [128, 0, 0, 0, 1.0]
+    assert seen(quantizer, wild) == [64, 1, 0, 0, 100.0]  # under the scale of the call before
+    lost = seen(quantizer, 1e-4 * calm)  # and now the scale is too small for what follows
+    assert lost[1:3] == [0, 64] and quantizer.pop_statistics() == {}
 
 
 @pytest.mark.parametrize("recipe", ["current", "blockwise"])
-def test_scales_of_the_tensor_itself_cut_nothing(recipe):
+def test_current_and_block_scales_clip_nothing(recipe):
     values = torch.randn(40, 160, generator=torch.Generator().manual_seed(0))
     values[3, 5], values[3, 6] = 1e6, 1e-4
-    count, over, under, nonfinite, amax = seen(Rounding(recipe), values)
+    count, over, under, nonfinite, amax = seen(Quantizer(recipe), values)
     assert (count, over, nonfinite, amax) == (6400, 0, 0, 1e6)
     if recipe == "current":  # all beside the outlier is rounded to 0
         assert under > 6000
@@ -48,14 +52,14 @@ def test_scales_of_the_tensor_itself_cut_nothing(recipe):
         assert 0 < under < 130
 
 
-def test_what_is_no_number_is_counted_and_leaves_the_largest_alone():
+def test_non_finite_values_are_counted_and_left_out_of_amax():
     values = torch.tensor([[1.0, float("inf"), float("nan"), -2.0]])
-    assert seen(Rounding("delayed"), values) == [4, 0, 0, 2, 2.0]
+    assert seen(Quantizer("delayed"), values) == [4, 0, 0, 2, 2.0]
     one, other = torch.tensor([[1.0, 2, 3, 4, 5]]), torch.tensor([[1.0, 1, 1, 1, 9]])
-    assert joined(one, other).tolist() == [[2, 3, 4, 5, 9]]
+    assert merge_statistics(one, other).tolist() == [[2, 3, 4, 5, 9]]
 
 
-def test_the_engine_s_history_is_read_and_where_it_is_empty_its_scale():
+def test_amax_comes_from_the_history_or_the_scale():
     recipe = SimpleNamespace(delayed=lambda: True)
     forward = SimpleNamespace(
         amax_history=torch.tensor([[0.0, 3.0, 9.0], [2.0, 1.0, 9.0]]),
@@ -65,15 +69,19 @@ def test_the_engine_s_history_is_read_and_where_it_is_empty_its_scale():
         amax_history=torch.zeros(1, 2), scale=torch.tensor([57344 / 0.25, 1.0])
     )
     meta = {"recipe": recipe, "scaling_fwd": forward, "scaling_bwd": backward}
-    found = {name: row.tolist() for name, row in maxima(meta).items()}
+    found = {name: row.tolist() for name, row in delayed_scaling_amax(meta).items()}
     assert found == {
         "input": [1, 0, 0, 0, 2.0],
         "weight": [1, 0, 0, 0, 3.0],
         "gradient": [1, 0, 0, 0, 0.25],
     }
     forward.amax_history[0, 0] = float("inf")
-    assert maxima(meta)["input"].tolist() == [1, 0, 0, 1, 0.0]
-    assert maxima({"recipe": SimpleNamespace(delayed=lambda: False)}) == maxima({}) == {}
+    assert delayed_scaling_amax(meta)["input"].tolist() == [1, 0, 0, 1, 0.0]
+    assert (
+        delayed_scaling_amax({"recipe": SimpleNamespace(delayed=lambda: False)})
+        == delayed_scaling_amax({})
+        == {}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +109,7 @@ def updates(checkpoint, mesh, wild=False, **model):
             weight = next(
                 module.weight
                 for module in policy.chunks[0].modules()
-                if isinstance(module, RoundedColumnParallelLinear)
+                if isinstance(module, EmulatedFp8ColumnParallelLinear)
             )
             with torch.no_grad():
                 weight[0, 0] = 2.0**15
@@ -111,7 +119,7 @@ def updates(checkpoint, mesh, wild=False, **model):
     return told
 
 
-def test_an_update_tells_of_its_outlier(checkpoint, mesh):
+def test_an_update_reports_its_outlier(checkpoint, mesh):
     calm = updates(checkpoint, mesh, layers="fp8_emulated", fp8="current")
     kinds = ("amax_max", "nonfinite", "overflow", "underflow")
     assert set(calm[0]) == {f"fp8/{operand}/{kind}" for operand in OPERANDS for kind in kinds}
@@ -128,5 +136,5 @@ def test_an_update_tells_of_its_outlier(checkpoint, mesh):
     assert delayed[0]["fp8/gradient/underflow"] > delayed[1]["fp8/gradient/underflow"]
 
 
-def test_without_fp8_there_is_nothing(checkpoint, mesh):
+def test_without_fp8_there_are_no_metrics(checkpoint, mesh):
     assert updates(checkpoint, mesh, dtype="float32") == [{}, {}, {}]

@@ -1,4 +1,4 @@
-"""When weight gradients are added up inside their products: the probe's answer and what it sets."""
+"""Gradient accumulation fusion: the decision, its description, and the config field it sets."""
 
 import importlib
 
@@ -24,8 +24,8 @@ def asked(**model):
     [
         ({}, True, True, True, FUSED_GRADIENT),
         ({"layers": "transformer_engine"}, True, True, True, FUSED_GRADIENT),
-        ({}, True, False, False, "is not here"),
-        ({"layers": "transformer_engine"}, True, False, False, "is not here"),
+        ({}, True, False, False, "is not installed"),
+        ({"layers": "transformer_engine"}, True, False, False, "is not installed"),
         ({}, False, True, False, "no GPU"),
         ({"layers": "fp8_emulated", "fp8": "current"}, True, True, False, "layers=fp8_emulated"),
         (
@@ -37,14 +37,14 @@ def asked(**model):
         ),
     ],
 )
-def test_the_decision_and_its_words(model, on_gpu, here, on, word):
+def test_the_decision_and_its_description(model, on_gpu, here, on, word):
     probed = []
     found = gradient_fusion(asked(**model), on_gpu, lambda name: probed.append(name) or here)
-    assert found.on == on and word in found.words
+    assert found.enabled == on and word in found.description
     assert set(probed) <= {FUSED_GRADIENT}  # PyPI's apex answers to "apex"
 
 
-def test_an_extension_that_cannot_be_loaded_is_not_here(tmp_path, monkeypatch):
+def test_an_extension_that_cannot_be_loaded_is_not_importable(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "built_for_another_torch.py").write_text("raise ImportError('undefined symbol')")
     (tmp_path / "built_for_this_torch.py").write_text("")
@@ -54,7 +54,7 @@ def test_an_extension_that_cannot_be_loaded_is_not_here(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("on", [False, True])
-def test_both_towers_are_told(monkeypatch, on):
+def test_language_model_and_vision_tower_use_the_decision(monkeypatch, on):
     monkeypatch.setattr(model, "gradient_fusion", lambda *_: GradientFusion(on, ""))
     config = language_config(ARCH, asked(), Parallel())
     vision = vision_config(ARCH.vision, config)

@@ -1,4 +1,4 @@
-"""Every layout equals the single process: loss, every gradient, and the weights after updates."""
+"""Every layout equals a single process: loss, every gradient, and weights after updates."""
 
 import functools
 import subprocess

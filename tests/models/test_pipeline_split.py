@@ -1,4 +1,4 @@
-"""How layers are dealt out over pipeline stages."""
+"""Split of layers over pipeline stages."""
 
 from itertools import product
 from pathlib import Path
@@ -13,7 +13,7 @@ from megatron_vrl.models.pipeline_split import (
     extra_layers,
     layer_counts,
     stage_chunks,
-    whole,
+    whole_model,
 )
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"
@@ -29,7 +29,7 @@ def heaviest(counts, extra):
 
 @pytest.mark.parametrize("extra", [(0.0, 0.0), (2.4, 0.7), (0.3, 3.1), (20.0, 1.0)])
 @pytest.mark.parametrize(("layers", "chunks"), [(4, 2), (9, 3), (8, 4)])
-def test_no_cut_has_a_lighter_heaviest_stage(layers, chunks, extra):
+def test_no_split_has_a_lighter_heaviest_stage(layers, chunks, extra):
     counts = balanced_counts(layers, extra, chunks)
     assert sum(counts) == layers and min(counts) >= 1
     every_cut = product(range(1, layers + 1), repeat=chunks)
@@ -45,14 +45,14 @@ def test_chunks_cover_every_published_model_once(name, layout):
     cfg = Parallel(pipeline=pipeline, virtual=virtual, split="balanced")
     chunks = all_chunks(arch, MODEL, cfg)
     assert [layer for chunk in chunks for layer in chunk.layers] == list(range(arch.layers))
-    assert [chunk.embeds for chunk in chunks] == [True] + [False] * (len(chunks) - 1)
-    assert [chunk.ends for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+    assert [chunk.pre_process for chunk in chunks] == [True] + [False] * (len(chunks) - 1)
+    assert [chunk.post_process for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
     for stage in range(pipeline):
         assert stage_chunks(arch, MODEL, cfg, stage) == chunks[stage::pipeline]
     assert len(chunks[0].layers) < len(chunks[1].layers)  # the tower is beside the first
 
 
-def test_the_tower_weighs_as_its_multiplications():
+def test_the_tower_weighs_its_multiply_adds():
     """3B by hand: 32 blocks of 4 * 1280^2 + 3 * 1280 * 3420 for each of 4 patches of a token."""
     arch = read_architecture(MODELS / "qwen2.5-vl-3b.json")
     layer = 2 * 2048**2 + 2 * 2048 * 256 + 3 * 2048 * 11008
@@ -69,4 +69,4 @@ def test_given_counts_are_taken_as_they_are():
     counts = [3, 11, 11, 11]
     cfg = Parallel(pipeline=2, virtual=2, layers_per_chunk=counts)
     assert layer_counts(arch, MODEL, cfg) == counts
-    assert all_chunks(arch, MODEL, Parallel()) == [whole(arch)]
+    assert all_chunks(arch, MODEL, Parallel()) == [whole_model(arch)]

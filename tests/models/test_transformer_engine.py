@@ -1,4 +1,4 @@
-"""Transformer Engine's layers, attention and FP8 against Megatron's, on a GPU."""
+"""Transformer Engine's layers, attention and FP8 compared with Megatron's, on a GPU."""
 
 from importlib.util import find_spec
 
@@ -62,9 +62,7 @@ def gap(one, other):
 
 @pytest.mark.parametrize("attention", ["sdpa", "flash", "transformer_engine"])
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_its_layers_and_attention_compute_what_megatron_s_do(
-    checkpoint, mesh, attention, recompute
-):
+def test_layers_and_attention_equal_megatrons(checkpoint, mesh, attention, recompute):
     exact, one, _ = updated(checkpoint, mesh, dtype="float32")
     plain, _, _ = updated(checkpoint, mesh)
     engine, other, _ = updated(checkpoint, mesh, attention=attention, recompute=recompute, **TE)
@@ -72,7 +70,7 @@ def test_its_layers_and_attention_compute_what_megatron_s_do(
     assert other.grad_norm == pytest.approx(one.grad_norm, rel=0.05)
 
 
-def test_its_attention_follows_the_plain_layout_too(checkpoint, mesh):
+def test_attention_in_the_plain_layout(checkpoint, mesh):
     exact, _, _ = updated(checkpoint, mesh, dtype="float32", layout="plain")
     for attention in ("sdpa", "flash", "transformer_engine"):
         engine, _, _ = updated(checkpoint, mesh, attention=attention, layout="plain", **TE)
@@ -80,7 +78,7 @@ def test_its_attention_follows_the_plain_layout_too(checkpoint, mesh):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_its_fp8_rounds_as_ours_does(checkpoint, mesh, recipe):
+def test_fp8_equals_emulated_fp8(checkpoint, mesh, recipe):
     plain, one, _ = updated(checkpoint, mesh)
     rounded, two, _ = updated(checkpoint, mesh, layers="fp8_emulated", fp8=recipe)
     engine, three, policy = updated(checkpoint, mesh, fp8=recipe, **TE)
@@ -104,7 +102,7 @@ def test_its_fp8_rounds_as_ours_does(checkpoint, mesh, recipe):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_spared_layers_stay_in_bfloat16(checkpoint, mesh, recipe):
+def test_skipped_layers_stay_in_bfloat16(checkpoint, mesh, recipe):
     plain, _, _ = updated(checkpoint, mesh)
     spared, _, _ = updated(checkpoint, mesh, fp8=recipe, fp8_skip_first_last_layers=(2, 2), **TE)
     some, _, _ = updated(checkpoint, mesh, fp8=recipe, fp8_skip_first_last_layers=(1, 1), **TE)

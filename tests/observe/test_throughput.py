@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from megatron_vrl.observe.metrics import METRICS
-from megatron_vrl.observe.throughput import Work, throughput_metrics
+from megatron_vrl.observe.throughput import FlopCounts, throughput_metrics
 
-COMPUTED = Work(tokens=1000, linear=5e12, attention=1e12, head=1e12, vision=2e12, merger=1e12)
+COMPUTED = FlopCounts(tokens=1000, linear=5e12, attention=1e12, head=1e12, vision=2e12, merger=1e12)
 STEP = {
     "computed": COMPUTED,
     "ideal": replace(COMPUTED, tokens=900),
@@ -43,7 +43,7 @@ def test_unknown_values_are_omitted():
         not {"mfu", "update_tflops_per_second"}
         & throughput_metrics(**STEP | {"seconds": {}}).keys()
     )
-    assert throughput_metrics(**STEP | {"computed": Work()}) == {}
+    assert throughput_metrics(**STEP | {"computed": FlopCounts()}) == {}
 
 
 def test_work_adds_up():
@@ -51,4 +51,4 @@ def test_work_adds_up():
     twice = COMPUTED + COMPUTED
     assert twice.tokens == 2000
     assert twice.flops == 20e12
-    assert sum([COMPUTED, COMPUTED], start=Work()) == twice
+    assert sum([COMPUTED, COMPUTED], start=FlopCounts()) == twice

@@ -1,4 +1,4 @@
-"""AdamW against torch's: the same numbers from another layout of state."""
+"""AdamW compared with torch's: equal updates from a different state layout."""
 
 import pytest
 import torch

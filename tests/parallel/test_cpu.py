@@ -1,4 +1,4 @@
-"""The CPU platform replaces what its table says, nothing else, and gives it back."""
+"""CPU platform: install replaces exactly the attributes in PATCHES, and uninstall restores them."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def current():
     return [getattr(owner, name) for owner, name, _, _ in cpu.PATCHES]
 
 
-def test_table_is_what_is_replaced_and_put_back(platform):
+def test_exactly_the_table_is_patched_and_restored(platform):
     replacements = [replacement for _, _, replacement, _ in cpu.PATCHES]
     assert all(a is b for a, b in zip(current(), replacements, strict=True))
     cpu.install()  # harmless

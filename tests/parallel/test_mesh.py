@@ -1,4 +1,4 @@
-"""The grid of ranks: what divides, and that ranks fail together."""
+"""Device mesh: layout checks, and errors that all ranks raise together."""
 
 import pytest
 from hypothesis import given
@@ -55,7 +55,7 @@ def test_layouts_that_divide(tensor, pipeline, world):
         ),
     ],
 )
-def test_layouts_that_do_not(layout, world, sentence):
+def test_layouts_that_do_not_divide(layout, world, sentence):
     with pytest.raises(ConfigError) as error:
         check_layout(Parallel(**layout), world)
     assert str(error.value) == sentence
@@ -68,19 +68,19 @@ def test_one_process_is_all_axes(mesh):
     assert not mesh.interleaved
 
 
-def test_a_grid_may_follow_another(mesh):
+def test_a_second_mesh_can_be_built(mesh):
     close_mesh()
     again = init_mesh(Parallel(), seed=1)
     assert again.world == 1
 
 
-def test_an_error_inside_is_raised_after_all_agreed(mesh):
+def test_a_user_error_is_raised_on_all_ranks(mesh):
     mine = VideoError("a.mp4 is empty.")  # another rank's error: tests/policy/test_micro_batches.py
     with pytest.raises(VideoError, match=r"a\.mp4"), raise_on_all_ranks(mesh):
         raise mine
 
 
-def test_our_own_bugs_are_not_held_back(mesh):
+def test_other_exceptions_are_raised_at_once(mesh):
     with pytest.raises(ZeroDivisionError), raise_on_all_ranks(mesh):
         1 / 0  # noqa: B018
 

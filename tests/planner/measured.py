@@ -1,9 +1,9 @@
-"""What an update of a real Policy holds, measured by torch and knowing nothing of the planner.
+"""Memory of a real Policy update, measured by torch, independent of the planner.
 
-Run alone or by torchrun as `measured.py CASES.json OUT.json`: each case is one update of a random
-model, and the row of every rank says its bytes of weights, gradients and optimizer state by the
-sizes of their tensors; the most bytes that were saved for backward passes at a time, by autograd's
-hooks, each storage once; and the most that lay in tensors at all, by every operation's outputs.
+Run alone or by torchrun as `measured.py CASES.json OUT.json`. Each case is one update of a random
+model. The row of every rank holds the bytes of weights, gradients and optimizer state (sizes of
+their tensors); the peak of bytes saved for backward passes (autograd's hooks, each storage once);
+and the peak of all tensor storage (outputs of every operation).
 """
 
 import gc
@@ -100,7 +100,7 @@ class Live:
 
 
 class Saved:
-    """What autograd's hook hands out in a tensor's place."""
+    """Object that autograd's pack hook stores in place of a saved tensor."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
@@ -126,10 +126,10 @@ class Allocated(TorchDispatchMode):
 
 
 @contextmanager
-def saved_for_backward(live: Live, lasting: set[int]) -> Iterator[None]:
+def saved_for_backward(live: Live, persistent: set[int]) -> Iterator[None]:
     def pack(tensor: torch.Tensor) -> Saved:
         holder = Saved(tensor)
-        if tensor.untyped_storage().data_ptr() not in lasting:
+        if tensor.untyped_storage().data_ptr() not in persistent:
             live.hold(holder, tensor.untyped_storage())
         return holder
 
@@ -158,7 +158,7 @@ def groups_of(case: dict[str, Any]) -> list[Group]:
 
 
 def measure(case: dict[str, Any]) -> dict[str, Any]:
-    """Every rank calls it; the row of this rank."""
+    """Return this rank's row of one case. Every rank must call it."""
     parallel = Parallel.model_validate(case.get("parallel", {}))
     model = Model(checkpoint="", attention="sdpa", **case.get("model", {}))
     mesh = init_mesh(parallel, seed=1)
@@ -173,10 +173,10 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     batches = plan_batches(groups[mesh.data.rank :: mesh.data.size], groups[0], budget, mesh)
     policy.update(batches, token_loss, Distribution(), 0)  # what is made once
     row = _lasting(policy)
-    lasting = {t.untyped_storage().data_ptr() for t in _lasting_tensors(policy)}
+    persistent = {t.untyped_storage().data_ptr() for t in _lasting_tensors(policy)}
     gc.collect()
     saved, allocated = Live(), Live()
-    with saved_for_backward(saved, lasting), Allocated(allocated, lasting):
+    with saved_for_backward(saved, persistent), Allocated(allocated, persistent):
         passes = _peak_of_passes(policy, allocated)
         policy.update(batches, token_loss, Distribution(), 1)
     row |= {"saved": saved.most, "allocated": allocated.most, "passes": passes[0]}
@@ -233,7 +233,8 @@ def _lasting(policy: Policy) -> dict[str, int]:
 
 
 def _bytes(tensors: Iterator[torch.Tensor]) -> int:
-    """Of elements, not of storages: a parameter may be a view of its buffer."""
+    """Return the bytes of the tensors' elements; a parameter's storage may be larger, as a view of
+    its buffer."""
     return sum(t.numel() * t.element_size() for t in tensors)
 
 

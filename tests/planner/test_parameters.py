@@ -1,4 +1,5 @@
-"""Counts of parameters against transformers' modules, and over every layout against the whole."""
+"""Parameter counts compared with transformers' modules, and shards compared with the whole
+model."""
 
 from functools import cache
 from itertools import product
@@ -8,7 +9,7 @@ import torch
 
 from megatron_vrl.config import Model, Parallel
 from megatron_vrl.models.architecture import Architecture, padded_vocab, read_architecture
-from megatron_vrl.planner.parameters import Numbers, count_all, count_stage, sum_of
+from megatron_vrl.planner.parameters import ParameterCounts, add_counts, count_all, count_stage
 from tests.running import ROOT
 from tests.tiny_models import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -27,7 +28,7 @@ def architecture(name: str) -> Architecture:
 
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
-def test_every_part_is_what_transformers_builds(path):
+def test_parameter_counts_equal_transformers(path):
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_pretrained(path))
     size = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
@@ -46,11 +47,11 @@ def test_every_part_is_what_transformers_builds(path):
     ("tensor", "pipeline", "virtual", "split"),
     [(1, 1, 1, "even"), (2, 2, 1, "even"), (2, 4, 1, "balanced"), (1, 2, 2, "balanced")],
 )
-def test_the_ranks_hold_the_whole_and_what_is_copied(name, tensor, pipeline, virtual, split):
+def test_shards_add_up_to_the_model_and_its_copies(name, tensor, pipeline, virtual, split):
     arch = architecture(name)
     cfg = Parallel(tensor=tensor, pipeline=pipeline, virtual=virtual, split=split)
     stages = [count_stage(arch, Model(checkpoint=""), cfg, s) for s in range(pipeline)]
-    whole, held = count_all(arch), sum_of(stages)
+    whole, held = count_all(arch), add_counts(stages)
     words = padded_vocab(arch, cfg) * arch.hidden
     assert held.matrices * tensor == whole.matrices
     assert held.embedding * tensor == words
@@ -69,7 +70,9 @@ def test_a_vocabulary_is_padded_for_the_ranks():
 
 
 def test_frozen_parts_are_not_trained():
-    numbers = Numbers(vision=1, merger=10, embedding=100, matrices=1000, vectors=1e4, head=1e5)
+    numbers = ParameterCounts(
+        vision=1, merger=10, embedding=100, matrices=1000, vectors=1e4, head=1e5
+    )
     for frozen, name in product((False, True), ("vision", "merger", "language")):
         cfg = Model(checkpoint="", **{f"freeze_{name}": frozen})
         assert numbers.trained(cfg) == numbers.all - frozen * getattr(numbers, name)

@@ -1,4 +1,4 @@
-"""tools/plan.py and a dry run over the configs that ship; refusals, the nearest layout, search."""
+"""tools/plan.py and dry runs over the shipped configs: refusals, nearest layout, search."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ from megatron_vrl.config import load_config
 from megatron_vrl.errors import ConfigError, counted
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.planner.hardware import GPUS, find_gpu
-from megatron_vrl.planner.plan import Question, make_plan, refusals
+from megatron_vrl.planner.plan import PlanRequest, make_plan, refusals
 from megatron_vrl.planner.speed import Machine
 from megatron_vrl.planner.workload import TEXT_TOKENS, step_sizes, video_grid
 from megatron_vrl.process.entry import run_program
@@ -69,7 +69,7 @@ def test_ready_configs_pass_a_dry_run_and_fit(plan, name, monkeypatch, capsys):
     assert found["bounds"].keys() == found["seconds_per_phase"].keys()
 
 
-def test_the_screen_says_what_json_says(plan):
+def test_text_and_json_agree(plan):
     code, out, err = plan("qwen2.5-vl-7b-tp2pp2")
     _, found = as_json(plan("qwen2.5-vl-7b-tp2pp2", "--json"))
     assert (code, err) == (0, "")
@@ -89,7 +89,7 @@ def test_the_screen_says_what_json_says(plan):
         ("qwen2.5-vl-3b-1gpu", "model.fp8=current", "is computed by Transformer Engine only"),
     ],
 )
-def test_rules_are_refused_in_the_programs_own_words(monkeypatch, name, change, reason):
+def test_refusals_use_the_messages_of_the_program(monkeypatch, name, change, reason):
     monkeypatch.chdir(ROOT)
     cfg = load_config(f"configs/{name}.yaml", [change])
     arch = read_architecture(cfg.model.architecture)
@@ -98,7 +98,7 @@ def test_rules_are_refused_in_the_programs_own_words(monkeypatch, name, change, 
     assert any(part in found for part in reason.split("|")), found
 
 
-def test_a_layout_that_cannot_be_is_refused_with_the_nearest(plan):
+def test_an_invalid_layout_is_refused_with_the_nearest(plan):
     code, out, err = plan("qwen2.5-vl-7b-tp2pp2", "parallel.tensor=3", "--json")
     found = json.loads(out)
     assert code == 2 and len(err.splitlines()) == len(found["refused"]) == 2
@@ -116,7 +116,7 @@ def test_too_little_memory_is_refused_and_the_nearest_fits(plan):
     assert fits["seconds_per_step"] == near["seconds_per_step"]
 
 
-def test_an_engine_without_room_is_moved_to_workers(plan):
+def test_an_engine_that_does_not_fit_moves_to_workers(plan):
     name = "qwen2.5-vl-72b-tp8pp4-fp8"
     code, found = as_json(plan(name, "rollout.placement=colocated", "--json"))
     assert code == 2
@@ -153,10 +153,10 @@ def test_an_unknown_gpu_is_named():
 def planned(*overrides, **question):
     cfg = load_config(ROOT / "configs" / "qwen2.5-vl-3b-8gpu.yaml", list(overrides))
     arch = read_architecture(ROOT / cfg.model.architecture)
-    return make_plan(cfg, arch, replace(Question(gpu=GPUS["h100"], gpus=8), **question))
+    return make_plan(cfg, arch, replace(PlanRequest(gpu=GPUS["h100"], gpus=8), **question))
 
 
-def test_what_saves_memory_and_what_costs_time():
+def test_effects_of_options_on_memory_and_time():
     full, none = planned(), planned("model.recompute=none")
     assert full.memory.stages[0].activations < none.memory.stages[0].activations / 20
     assert full.memory.stages[0].vision < none.memory.stages[0].vision / 15

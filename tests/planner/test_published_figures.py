@@ -1,6 +1,6 @@
-"""Against published figures of Megatron: Megatron-Bridge's performance summary (H100, FP8).
+"""Planner compared with Megatron-Bridge's published performance summary (H100, FP8).
 
-The errors are stated in docs/planner.md; the bounds here keep them from growing unseen.
+docs/results/planner.md states the errors; the bounds here keep them from growing.
 """
 
 from dataclasses import replace
@@ -11,8 +11,8 @@ from megatron_vrl.config import Batch, Model, Parallel, RolloutConfig, Run, RunC
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.planner.hardware import GPUS
 from megatron_vrl.planner.memory import optimizer_bytes
-from megatron_vrl.planner.parameters import Numbers
-from megatron_vrl.planner.plan import Question, make_plan
+from megatron_vrl.planner.parameters import ParameterCounts
+from megatron_vrl.planner.plan import PlanRequest, make_plan
 from tests.running import ROOT
 
 QWEN = read_architecture(ROOT / "configs" / "models" / "qwen2.5-vl-7b.json")
@@ -33,13 +33,13 @@ def pretraining(arch, gpus, batch, **parallel):
         rollout=RolloutConfig(group_size=1, prompts_per_step=batch, max_response_tokens=LENGTH),
         batch=Batch(tokens=LENGTH),
     )
-    asked = Question(gpu=GPUS["h100"], gpus=gpus, prompt=1, response=LENGTH)
+    asked = PlanRequest(gpu=GPUS["h100"], gpus=gpus, prompt=1, response=LENGTH)
     plan = make_plan(cfg, arch, asked)
     seconds = plan.phases["update"].seconds + plan.phases["optimizer"].seconds
     return plan.model_flops / plan.tokens, plan.tokens / seconds / gpus
 
 
-def test_flops_of_a_token_are_the_published_ones():
+def test_flops_per_token_equal_published_figures():
     """FLOP/s over tokens/s of the same row."""
     eight, _ = pretraining(LLAMA3_8B, 8, 128)
     seventy, _ = pretraining(LLAMA3_70B, 64, 256, tensor=4, sequence=True, pipeline=8, virtual=5)
@@ -47,7 +47,7 @@ def test_flops_of_a_token_are_the_published_ones():
     assert seventy == pytest.approx(731e12 / 1_639, rel=0.01)
 
 
-def test_tokens_per_second_are_below_the_published_ones():
+def test_tokens_per_second_are_below_published_figures():
     """Our head computes its logits twice, and messages do not hide behind products."""
     _, eight = pretraining(LLAMA3_8B, 8, 128)
     _, seventy = pretraining(LLAMA3_70B, 64, 256, tensor=4, sequence=True, pipeline=8, virtual=5)
@@ -56,9 +56,9 @@ def test_tokens_per_second_are_below_the_published_ones():
 
 
 @pytest.mark.parametrize("sharers", [1, 2, 8])
-def test_bytes_of_a_parameter(sharers):
+def test_bytes_per_parameter(sharers):
     """6 + 12 / d with float32 gradients: Megatron-LM's page on its distributed optimizer."""
     cfg = RunConfig(run=Run(out_dir=""), model=Model(checkpoint=""))
-    numbers = Numbers(matrices=8000)
+    numbers = ParameterCounts(matrices=8000)
     each = 2 + 4 + optimizer_bytes(cfg, numbers, sharers) / numbers.all
     assert each == 6 + 12 / sharers

@@ -12,7 +12,7 @@ from megatron_vrl.config import Batch, Model, Parallel, RunConfig
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.models.logprob_head import Distribution
-from megatron_vrl.models.qwen2_5_vl.flops import batch_work, group_work
+from megatron_vrl.models.qwen2_5_vl.flops import group_flops, micro_batch_flops
 from megatron_vrl.parallel.arrays import as_array, as_tensor
 from megatron_vrl.parallel.mesh import close_mesh, init_mesh
 from megatron_vrl.policy.micro_batches import plan_batches
@@ -118,9 +118,11 @@ def test_what_was_seen_before_is_no_work(policy):
     seen = VisionEmbeddingCache(policy, 64).embed(PROMPTS)
     arch = policy.arch
     (batch,), (pixels,) = batches_of(policy, seen), batches_of(policy, PROMPTS)
-    ideal = sum(group_work(arch, group).flops for group in groups_of(seen))
-    assert batch_work(arch, batch).vision == batch_work(arch, batch).merger == 0
-    assert batch_work(arch, pixels).vision > 0 and batch_work(arch, batch).flops >= ideal
+    ideal = sum(group_flops(arch, group).flops for group in groups_of(seen))
+    assert micro_batch_flops(arch, batch).vision == micro_batch_flops(arch, batch).merger == 0
+    assert (
+        micro_batch_flops(arch, pixels).vision > 0 and micro_batch_flops(arch, batch).flops >= ideal
+    )
 
 
 def test_a_tower_that_is_trained_is_refused():

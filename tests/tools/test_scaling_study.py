@@ -21,7 +21,12 @@ NODES = launch.Nodes(count=2, rank=0, per_node=4, address="node0", port=29600, u
 
 
 def box(**changes: float) -> Gpu:
-    measured = {"flops": {"float32": 1e13}, "link_share": 1.0, "hbm_share": 1.0, "latency": 1e-5}
+    measured = {
+        "flops": {"float32": 1e13},
+        "link_fraction": 1.0,
+        "hbm_fraction": 1.0,
+        "latency": 1e-5,
+    }
     return replace(GPUS["h100"], **(measured | changes))
 
 

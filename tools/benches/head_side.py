@@ -33,7 +33,7 @@ def main(side: str, tokens: int, vocab: int, channels: int) -> None:
             logprob, entropy = naive(hidden, weight, target)
         else:
             logprob, entropy = token_logprobs(
-                hidden, weight, target, group=mesh.tensor.group, of=Distribution()
+                hidden, weight, target, group=mesh.tensor.group, distribution=Distribution()
             )
         (logprob.sum() + 1e-3 * entropy.sum()).backward()
 

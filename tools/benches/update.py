@@ -27,7 +27,7 @@ from megatron_vrl.errors import ConfigError
 from megatron_vrl.models.architecture import Architecture, read_architecture
 from megatron_vrl.models.logprob_head import Distribution
 from megatron_vrl.models.precision import FP8_FORMATS, FP8_RECIPES
-from megatron_vrl.models.qwen2_5_vl.flops import batch_work, update_flops
+from megatron_vrl.models.qwen2_5_vl.flops import micro_batch_flops, update_flops
 from megatron_vrl.observe.hardware import peak_bytes, peak_flops, reset_peak
 from megatron_vrl.parallel.mesh import close_mesh, init_mesh
 from megatron_vrl.policy.micro_batches import plan_batches
@@ -196,7 +196,7 @@ def _rows(
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     peak = peak_flops(card, "bfloat16")
     for (number_format, layout), rows in rounds.items():
-        flops = sum(update_flops(batch_work(arch, batch), cfg) for batch in batches[layout])
+        flops = sum(update_flops(micro_batch_flops(arch, batch), cfg) for batch in batches[layout])
         seconds = medians[number_format, layout]
         first = rounds[next(iter(rounds))][0]["entropy"]
         yield {

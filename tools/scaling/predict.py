@@ -13,7 +13,7 @@ from megatron_vrl.models.architecture import Architecture
 from megatron_vrl.planner.hardware import Gpu
 from megatron_vrl.planner.parameters import count_stage
 from megatron_vrl.planner.speed import Machine, Phase, optimizer_phase, training_pass
-from megatron_vrl.planner.workload import Packed, Sizes
+from megatron_vrl.planner.workload import GroupSizes, PackedBatch
 from scaling.grid import Cell, Work, micro_batches
 
 TEXT_TOKENS = 81  # of the prompt that benches/update.py makes, around its video
@@ -32,10 +32,10 @@ def model_of(work: Work, checkpoint: str = "none") -> Model:
     )
 
 
-def sizes_of(work: Work) -> Sizes:
+def sizes_of(work: Work) -> GroupSizes:
     grid = (work.frames // 2, work.height // (CELL // 2), work.width // (CELL // 2))
     vision = grid[0] * grid[1] * grid[2] // 4
-    return Sizes(
+    return GroupSizes(
         prompt=TEXT_TOKENS + vision, response=work.answer_tokens, answers=work.answers, grid=grid
     )
 
@@ -51,7 +51,7 @@ def update_parts(
         parallel=layout.parallel(),
     )
     machine = Machine(gpu=gpu, gpus=layout.ranks, mfu=mfu)
-    batch = Packed(of=sizes, groups=1, rows=sizes.rows)
+    batch = PackedBatch(group=sizes, groups=1, rows=sizes.rows)
     passes = training_pass(cfg, arch, batch, micro_batches(cell), machine, backward=True)
     sharers = layout.data * layout.context
     ends = [

@@ -14,7 +14,7 @@ from megatron_vrl.checkpoint.layout import hf_dir_of
 from megatron_vrl.config import RunConfig, load_config
 from megatron_vrl.models.architecture import Architecture, read_architecture
 from megatron_vrl.planner.hardware import Gpu
-from megatron_vrl.planner.plan import Question, make_plan, refusals
+from megatron_vrl.planner.plan import PlanRequest, make_plan, refusals
 from scaling.grid import Cell, Layout, Mode, Study, micro_batches
 from scaling.predict import IDLE, update_parts
 
@@ -78,7 +78,7 @@ def _of_config(
     changed = cfg.model_copy(update=update)
     if broken := refusals(changed, arch, gpu, gpus):
         return _refused(gpus, broken[0])
-    plan = make_plan(changed, arch, Question(gpu=gpu, gpus=gpus, mfu=mfu))
+    plan = make_plan(changed, arch, PlanRequest(gpu=gpu, gpus=gpus, mfu=mfu))
     if plan.refused:
         return _refused(gpus, plan.refused[0])
     passes, end = plan.phases["update"].parts, plan.phases["optimizer"].parts

@@ -1,10 +1,15 @@
-"""Attention plans: packed rows -> buckets of nearly equal length.
+"""Attention plans: index arrays for the attention calls of a packed micro-batch.
 
-`language_plan` is the shared-prompt rule in two kinds of calls of a stock kernel: prompts to
-themselves, causal; answers to (their prompt, themselves), causal from the bottom right.
-`varlen_plan` is the same rule for a kernel that takes sequences of different lengths. Under
-context parallelism a rank holds pieces of both, which see what stands before them likewise.
-`vision_plans` is Qwen2.5-VL's: full attention inside a temporal step, or inside its windows.
+- `language_plan` (sdpa): a prompt attends causally to itself; an answer attends to its prompt and
+  causally to itself. Sequences of nearly equal length share a call.
+- `varlen_plan` (flash, transformer_engine): the rule of `language_plan` in one call over sequences
+  of different lengths.
+- `vision_plans`: full attention inside a temporal step, or inside the windows of a step.
+
+Under context parallelism a rank computes the queries of its own rows and reads the keys of all.
+
+Example: a prompt of 3 rows with answers of 2 and 1 input rows is `[p p p | a a | b]`. Row 4, the
+second of `a`, attends to rows 0 to 4; row 5, `b`, attends to rows 0 to 2 and 5.
 """
 
 import numpy as np
@@ -14,16 +19,16 @@ from numpy.typing import NDArray
 from megatron_vrl.batching.pack import MicroBatch
 from megatron_vrl.models.architecture import VisionArchitecture
 from megatron_vrl.models.layers import AttentionPlan, Bucket, VarlenPlan
-from megatron_vrl.models.segments import Index, Segments, buckets_of, segments_of
+from megatron_vrl.models.segments import Index, Segments, attention_segments, segment_buckets
 
 
-class _Builder:
-    """Collects buckets and where each row's output will lie."""
+class _PlanBuilder:
+    """Builder of an AttentionPlan: collects buckets and the output index of each row."""
 
     def __init__(self, num_rows: int, device: torch.device) -> None:
         self.device = device
         self.buckets: list[Bucket] = []
-        self.place = np.zeros(num_rows, dtype=np.int64)
+        self.output_index = np.zeros(num_rows, dtype=np.int64)
         self.outputs = 0
 
     def add(
@@ -34,9 +39,9 @@ class _Builder:
         mask: NDArray[np.bool_] | None,
         causal: bool,
     ) -> None:
-        """queries [B, Q] with their validity, keys [B, S], mask [B, Q, S] or None."""
+        """Append a bucket: queries [B, Q], `valid` [B, Q], keys [B, S], mask [B, Q, S] or None."""
         slots = np.arange(queries.size).reshape(queries.shape) + self.outputs
-        self.place[queries[valid]] = slots[valid]
+        self.output_index[queries[valid]] = slots[valid]
         self.outputs += queries.size
         on = lambda array: torch.from_numpy(array).to(self.device)  # noqa: E731
         self.buckets.append(
@@ -44,63 +49,64 @@ class _Builder:
         )
 
     def plan(self) -> AttentionPlan:
-        return AttentionPlan(tuple(self.buckets), torch.from_numpy(self.place).to(self.device))
+        """Return the plan of all buckets added."""
+        return AttentionPlan(
+            tuple(self.buckets), torch.from_numpy(self.output_index).to(self.device)
+        )
 
 
 def language_plan(batch: MicroBatch, device: torch.device) -> AttentionPlan:
-    """Who attends to whom among the rows of this rank and the keys of all."""
-    place_of_query = np.zeros(len(batch.token_ids), dtype=np.int64)
-    place_of_query[batch.rows] = np.arange(len(batch.rows))
-    place_of_key = np.argsort(batch.key_rows)
-    build = _Builder(len(batch.rows), device)
-    for part, fast in buckets_of(batch):
-        rows, valid = _padded(part.start, part.length)
+    """Return the plan for sdpa: the queries of this rank and the keys of all context ranks."""
+    query_index = np.zeros(len(batch.token_ids), dtype=np.int64)
+    query_index[batch.rows] = np.arange(len(batch.rows))
+    key_index = np.argsort(batch.key_rows)
+    build = _PlanBuilder(len(batch.rows), device)
+    for part, fast in segment_buckets(batch):
+        rows, valid = _padded(part.query_start, part.query_length)
         keys, mask = _keys(part, valid)
-        build.add(
-            place_of_query[rows], valid, place_of_key[keys], None if fast else mask, causal=fast
-        )
+        build.add(query_index[rows], valid, key_index[keys], None if fast else mask, causal=fast)
     return build.plan()
 
 
 def varlen_plan(batch: MicroBatch, device: torch.device) -> VarlenPlan:
-    """The rule of `language_plan` in one call."""
-    place_of_row = np.zeros(len(batch.token_ids), dtype=np.int64)
-    place_of_row[batch.rows] = np.arange(len(batch.rows))
-    place_of_key = np.argsort(batch.key_rows)
-    segments = segments_of(batch)
-    queries = place_of_row[_runs(segments.start, segments.length)]
-    pairs = (
-        np.stack(two, axis=1).reshape(-1)  # a segment's prefix, then its own keys
-        for two in ((segments.prefix_start, segments.own_start), (segments.prefix, segments.own))
-    )
-    keys = place_of_key[_runs(*pairs)]
-    place = np.zeros(len(batch.rows), dtype=np.int64)
-    place[queries] = np.arange(len(queries))
-    lengths = segments.length, segments.prefix + segments.own
+    """Return the plan for a variable-length kernel; it computes the same attention as
+    `language_plan`."""
+    row_index = np.zeros(len(batch.token_ids), dtype=np.int64)
+    row_index[batch.rows] = np.arange(len(batch.rows))
+    key_index = np.argsort(batch.key_rows)
+    segments = attention_segments(batch)
+    queries = row_index[_index_ranges(segments.query_start, segments.query_length)]
+    starts = segments.prefix_start, segments.own_start  # a segment's keys: prefix, own rows
+    key_lengths = segments.prefix_length, segments.own_length
+    pairs = (np.stack(two, axis=1).reshape(-1) for two in (starts, key_lengths))
+    keys = key_index[_index_ranges(*pairs)]
+    output_index = np.zeros(len(batch.rows), dtype=np.int64)
+    output_index[queries] = np.arange(len(queries))
+    lengths = segments.query_length, segments.prefix_length + segments.own_length
     ends = [np.concatenate([[0], np.cumsum(n)]).astype(np.int32) for n in lengths]
     on = lambda array: torch.from_numpy(array).to(device)  # noqa: E731
     return VarlenPlan(
         queries=on(queries),
         keys=on(keys),
-        query_ends=on(ends[0]),
-        key_ends=on(ends[1]),
-        longest_query=int(lengths[0].max(initial=0)),
-        longest_key=int(lengths[1].max(initial=0)),
-        place=on(place),
+        cu_seqlens_q=on(ends[0]),
+        cu_seqlens_k=on(ends[1]),
+        max_seqlen_q=int(lengths[0].max(initial=0)),
+        max_seqlen_k=int(lengths[1].max(initial=0)),
+        output_index=on(output_index),
     )
 
 
-def _runs(starts: Index, lengths: Index) -> Index:
-    """start, start + 1, ... of each run, one after the other."""
+def _index_ranges(starts: Index, lengths: Index) -> Index:
+    """Return the concatenated ranges start, start + 1, ..., start + length - 1."""
     before = np.cumsum(lengths) - lengths
     return np.arange(int(lengths.sum())) + np.repeat(starts - before, lengths)
 
 
 def _keys(part: Segments, valid: NDArray[np.bool_]) -> tuple[Index, NDArray[np.bool_]]:
-    """Key rows [B, S] and the mask [B, Q, S]; a padding query looks anywhere."""
-    before, before_valid = _padded(part.prefix_start, part.prefix)
-    own, _ = _padded(part.own_start, part.own)
-    last_seen = (part.own - part.length)[:, None] + np.arange(valid.shape[1])  # [B, Q]
+    """Return key rows [B, S] and the mask [B, Q, S]. A padding query may attend to every key."""
+    before, before_valid = _padded(part.prefix_start, part.prefix_length)
+    own, _ = _padded(part.own_start, part.own_length)
+    last_seen = (part.own_length - part.query_length)[:, None] + np.arange(valid.shape[1])  # [B, Q]
     sees_own = np.arange(own.shape[1]) <= last_seen[:, :, None]
     shape = (*valid.shape, before.shape[1])
     sees_before = np.broadcast_to(before_valid[:, None, :], shape)
@@ -109,7 +115,8 @@ def _keys(part: Segments, valid: NDArray[np.bool_]) -> tuple[Index, NDArray[np.b
 
 
 def _padded(starts: Index, lengths: Index) -> tuple[Index, NDArray[np.bool_]]:
-    """Rows [B, longest] from each start, padded with row 0, and which of them are real."""
+    """Return rows [B, longest] counted from each start, padded with row 0, and which of them are
+    valid."""
     offsets = np.arange(int(lengths.max()))
     valid = offsets[None, :] < lengths[:, None]
     return np.where(valid, starts[:, None] + offsets, 0), valid
@@ -118,9 +125,10 @@ def _padded(starts: Index, lengths: Index) -> tuple[Index, NDArray[np.bool_]]:
 def vision_plans(
     slices: list[tuple[int, int]], arch: VisionArchitecture, device: torch.device
 ) -> dict[int, AttentionPlan]:
-    """Plan of every layer (1-based) for temporal steps of (height, width) in patches.
+    """Return the plan of every layer, numbered from 1, for temporal steps of (height, width)
+    patches.
 
-    Rows of a step are in the merged order: the merge x merge patches of one token are adjacent.
+    Patches of a step are in merge order: the merge x merge patches of one token are adjacent.
     """
     sizes = np.array([h * w for h, w in slices])
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
@@ -139,8 +147,9 @@ def vision_plans(
 
 
 def _window_rows(height: int, width: int, arch: VisionArchitecture) -> list[Index]:
-    """Rows of each window of one temporal step; the last windows of a side may be smaller."""
-    side = arch.window // arch.merge // arch.patch  # tokens per side of a window
+    """Return the rows of each window of a temporal step. Windows at the right and bottom may be
+    smaller."""
+    side = arch.window // arch.merge // arch.patch  # tokens along one side of a window
     rows, cols = height // arch.merge, width // arch.merge
     cells = np.arange(rows * cols).reshape(rows, cols)
     unit = arch.merge**2
@@ -152,8 +161,9 @@ def _window_rows(height: int, width: int, arch: VisionArchitecture) -> list[Inde
 
 
 def _segments_plan(segments: list[Index], num_rows: int, device: torch.device) -> AttentionPlan:
-    """Full attention inside each segment; segments of one length share a call without padding."""
-    build = _Builder(num_rows, device)
+    """Return the plan of full attention inside each segment. Equal lengths share a call without
+    padding."""
+    build = _PlanBuilder(num_rows, device)
     by_length: dict[int, list[Index]] = {}
     for segment in segments:
         by_length.setdefault(len(segment), []).append(segment)

@@ -1,9 +1,9 @@
-"""Work of a forward pass in FLOPs, by arithmetic: 2 for each multiply-add of a matrix product.
+"""FLOPs of a forward pass, counted from sizes: 2 per multiply-add of a matrix product.
 
-Counted are products with weights, attention scores and their values with exactly the pairs that
-may see each other, the vision tower with its windows unless a video's tokens were kept, and logits
-where a loss is. Left out, as in every such count: norms, softmax, activations, rotary angles,
-look-ups, biases. Checked against torch's FlopCounterMode on transformers' model.
+Counted: products with weights, attention scores and values for exactly the pairs that attend to
+each other, the vision tower with its windows (unless its embeddings are cached), and logits of
+tokens with a loss. Not counted, as is usual: norms, softmax, activations, rotary embeddings,
+look-ups, biases. Tests compare the counts with torch's FlopCounterMode on transformers' model.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,14 +13,21 @@ import numpy as np
 from megatron_vrl.batching.pack import Group, MicroBatch
 from megatron_vrl.config import Model
 from megatron_vrl.models.architecture import Architecture, VisionArchitecture
-from megatron_vrl.observe.throughput import Work
+from megatron_vrl.models.qwen2_5_vl.matrices import (
+    head_weights,
+    language_layer_weights,
+    merger_weights,
+    tower_weights,
+)
+from megatron_vrl.observe.throughput import FlopCounts
 
 Grid = tuple[int, int, int]  # temporal steps; height and width in patches
 
 
-def group_work(arch: Architecture, group: Group) -> Work:
-    """What a group needs: its prompt and each video once, every answer's inputs, no padding."""
-    return work_of_sizes(
+def group_flops(arch: Architecture, group: Group) -> FlopCounts:
+    """Return the FLOPs that a group needs: its prompt and each video once, all answers, no
+    padding."""
+    return flops_of_sizes(
         arch,
         len(group.prompt.token_ids),
         [len(answer.token_ids) for answer in group.answers],
@@ -28,71 +35,71 @@ def group_work(arch: Architecture, group: Group) -> Work:
     )
 
 
-def work_of_sizes(
+def flops_of_sizes(
     arch: Architecture, prompt: int, answers: Sequence[int], grids: Sequence[Grid]
-) -> Work:
-    """The same of a group that is not there: tokens of prompt and answers, and its videos."""
+) -> FlopCounts:
+    """Return the FLOPs of a group with the given numbers of prompt and answer tokens and video
+    grids."""
     inputs = [length - 1 for length in answers]
     pairs = _triangle(prompt) + sum(prompt * n + _triangle(n) for n in inputs)
     language = _language(arch, prompt + sum(inputs), pairs, sum(answers))
-    return vision_work(arch, grids) + language
+    return vision_flops(arch, grids) + language
 
 
-def batch_work(arch: Architecture, batch: MicroBatch) -> Work:
-    """What a micro-batch computes in its layout, padding rows too; attention by who sees whom.
+def micro_batch_flops(arch: Architecture, batch: MicroBatch) -> FlopCounts:
+    """Return the FLOPs that a micro-batch computes in its layout, including padding rows.
 
-    Of a context-parallel rank's part: its rows and loss tokens, and its share of the vision work,
-    so that the parts add up to the whole.
+    For a context-parallel shard the count covers its rows, its loss tokens and the fraction of the
+    vision FLOPs that equals its fraction of the rows. The counts of all shards add up to the whole.
     """
-    sees = np.zeros(len(batch.token_ids), np.int64)  # keys that a row looks at; padding at none
+    num_keys = np.zeros(len(batch.token_ids), np.int64)  # keys that a row attends to; padding: 0
     group = batch.answer_group
     starts = np.concatenate([batch.prompt_start, batch.answer_start])
     lengths = np.concatenate([batch.prompt_length, batch.answer_length])
     before = np.concatenate([np.zeros_like(batch.prompt_start), batch.prompt_length[group]])
     for start, length, prefix in zip(starts, lengths, before, strict=True):
-        sees[start : start + length] = prefix + np.arange(1, length + 1)
-    pairs, rows = int(sees[batch.rows].sum()), len(batch.rows)
-    shown = () if batch.seen else batch.visuals
-    seen = vision_work(arch, [visual.grid_thw for visual in shown])
-    share = rows / len(batch.key_rows)
-    return _language(arch, rows, pairs, len(batch.target)) + Work(
-        vision=seen.vision * share, merger=seen.merger * share
+        num_keys[start : start + length] = prefix + np.arange(1, length + 1)
+    pairs, rows = int(num_keys[batch.rows].sum()), len(batch.rows)
+    encoded = () if batch.seen else batch.visuals
+    vision = vision_flops(arch, [visual.grid_thw for visual in encoded])
+    fraction = rows / len(batch.key_rows)
+    return _language(arch, rows, pairs, len(batch.target)) + FlopCounts(
+        vision=vision.vision * fraction, merger=vision.merger * fraction
     )
 
 
-def vision_work(arch: Architecture, grids: Sequence[Grid]) -> Work:
-    """The tower over videos and images."""
+def vision_flops(arch: Architecture, grids: Sequence[Grid]) -> FlopCounts:
+    """Return the FLOPs of the vision tower and merger for videos and images."""
     v = arch.vision
-    merged = v.hidden * v.merge**2
     patches = sum(t * h * w for t, h, w in grids)
-    weights = v.layers * (4 * v.hidden**2 + 3 * v.hidden * v.mlp) + v.patch_values * v.hidden
     full = len(v.full_attention_layers)
     pairs = sum(
         t * (full * (h * w) ** 2 + (v.layers - full) * _window_pairs(h, w, v)) for t, h, w in grids
     )
     tokens = patches // v.merge**2
-    return Work(
-        vision=2.0 * patches * weights + 4.0 * v.hidden * pairs,
-        merger=2.0 * tokens * merged * (merged + arch.hidden),
+    return FlopCounts(
+        vision=2.0 * patches * tower_weights(v) + 4.0 * v.hidden * pairs,
+        merger=2.0 * tokens * merger_weights(arch),
     )
 
 
 def padding_rows(batch: MicroBatch) -> int:
-    """Rows of this rank that belong to no prompt and no answer; they are the last of T."""
+    """Return the number of this rank's rows that belong to no prompt and no answer."""
     used = int(batch.prompt_length.sum() + batch.answer_length.sum())
     return int((batch.rows >= used).sum())
 
 
 def plain_tokens(groups: Iterable[Group]) -> int:
-    """Tokens of the layout that repeats the prompt before each answer."""
+    """Return the tokens of the plain layout, which repeats the prompt before each answer."""
     return sum(g.num_tokens + len(g.prompt.token_ids) * (len(g.answers) - 1) for g in groups)
 
 
-def update_flops(work: Work, cfg: Model) -> float:
-    """Model FLOPs of a training update: 3 forward passes, less in frozen parts.
+def update_flops(work: FlopCounts, cfg: Model) -> float:
+    """Return the model FLOPs of a training update: 3 forward passes, fewer for frozen parts.
 
-    A backward pass is one product for the gradient of the input and one for that of the weight; a
-    frozen part has no second, and one with nothing trained before it no first.
+    A backward pass has one product for the input's gradient and one for the weight's. A frozen part
+    needs no weight gradient. A frozen part with no trained part before it needs no input gradient
+    either.
     """
     language = 1 + 1 + (not cfg.freeze_language)
     vision = 1 + 2 * (not cfg.freeze_vision)
@@ -105,11 +112,11 @@ def update_flops(work: Work, cfg: Model) -> float:
     )
 
 
-def hardware_flops(work: Work, cfg: Model) -> float:
-    """FLOPs that an update makes the hardware compute: recompute counts, and the head's own.
+def hardware_flops(work: FlopCounts, cfg: Model) -> float:
+    """Return the FLOPs that the hardware computes in an update, including recompute.
 
-    The head computes its logits again, and the gradient of its weight even when that is frozen.
-    What an attention kernel computes again inside itself is not counted.
+    The head computes its logits twice, and the gradient of its weight even if that is frozen.
+    Recompute inside an attention kernel is not counted.
     """
     layers = work.linear + work.attention + work.vision * (not cfg.freeze_vision)
     again = {"none": 0.0, "selective": work.attention, "full": layers}
@@ -117,24 +124,25 @@ def hardware_flops(work: Work, cfg: Model) -> float:
     return update_flops(work, cfg) + again[cfg.recompute] + head
 
 
-def _language(arch: Architecture, tokens: int, pairs: int, losses: int) -> Work:
-    width, kv = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
-    weights = arch.hidden * (2 * width + 2 * kv + 3 * arch.mlp)  # q and o, k and v, gated MLP
-    return Work(
+def _language(arch: Architecture, tokens: int, pairs: int, losses: int) -> FlopCounts:
+    """Return the FLOPs of the language model for `tokens` rows, `pairs` of attention and `losses`
+    logits."""
+    return FlopCounts(
         tokens=tokens,
-        linear=2.0 * arch.layers * tokens * weights,
-        attention=4.0 * arch.layers * width * pairs,
-        head=2.0 * losses * arch.hidden * arch.vocab,
+        linear=2.0 * arch.layers * tokens * language_layer_weights(arch),
+        attention=4.0 * arch.layers * (arch.heads * arch.head_dim) * pairs,
+        head=2.0 * losses * head_weights(arch),
     )
 
 
 def _triangle(length: int) -> int:
-    """Pairs of causal attention."""
+    """Return the number of pairs in causal attention over `length` rows."""
     return length * (length + 1) // 2
 
 
 def _window_pairs(height: int, width: int, arch: VisionArchitecture) -> int:
-    """Pairs inside the windows of a temporal step; the last windows of a side may be smaller."""
+    """Return the pairs inside the windows of a temporal step. Windows at the edges may be
+    smaller."""
     side = arch.window // arch.merge // arch.patch * arch.merge  # patches per side of a window
     squares = [
         length // side * side**2 + (length % side) ** 2 for length in (height, width)

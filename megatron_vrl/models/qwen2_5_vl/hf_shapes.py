@@ -1,8 +1,10 @@
-"""The shape of every tensor of a checkpoint, from the architecture alone.
+"""Shape of every tensor of a Hugging Face checkpoint, derived from the architecture.
 
-Conversion compares them with what a file holds before it reads or writes anything, so that a
-checkpoint of another model is refused by the name of its first tensor.
+Conversion compares these shapes with the file before it reads or writes a tensor. A checkpoint of
+another model is refused with the name of the first tensor that differs.
 """
+
+from math import prod
 
 import torch
 
@@ -13,7 +15,7 @@ Shape = tuple[int, ...]
 
 
 def hf_shapes(arch: Architecture) -> dict[str, Shape]:
-    """Shape by published name; a tied head is not a tensor of its own."""
+    """Return tensor shapes by Hugging Face name. A tied head has no tensor of its own."""
     hidden = arch.hidden
     shapes: dict[str, Shape] = {
         "model.embed_tokens.weight": (arch.vocab, hidden),
@@ -28,13 +30,19 @@ def hf_shapes(arch: Architecture) -> dict[str, Shape]:
     return shapes | _prefixed("visual.", _ends_of_tower(arch))
 
 
-def megatron_shape(row: Row, published: dict[str, Shape]) -> Shape:
-    """Shape of the whole parameter, without the rows that pad a vocabulary."""
-    parts = [torch.empty(published[name], device="meta") for name in row.published]
+def num_parameters(arch: Architecture) -> int:
+    """Return the exact number of trainable parameters; a tied head counts once."""
+    return sum(prod(shape) for shape in hf_shapes(arch).values())
+
+
+def megatron_shape(row: Row, shapes_by_name: dict[str, Shape]) -> Shape:
+    """Return the shape of the whole Megatron parameter of `row`, without vocabulary padding."""
+    parts = [torch.empty(shapes_by_name[name], device="meta") for name in row.hf_names]
     return tuple(row.layout.join(parts).shape)
 
 
 def _layer_shapes(arch: Architecture) -> dict[str, Shape]:
+    """Return the shapes of one language layer, by name within the layer."""
     hidden, kv = arch.hidden, arch.kv_heads * arch.head_dim
     shapes: dict[str, Shape] = {
         "input_layernorm.weight": (hidden,),
@@ -51,6 +59,7 @@ def _layer_shapes(arch: Architecture) -> dict[str, Shape]:
 
 
 def _block_shapes(arch: Architecture) -> dict[str, Shape]:
+    """Return the shapes of one block of the vision tower, by name within the block."""
     hidden, mlp = arch.vision.hidden, arch.vision.mlp
     linears = {
         "attn.qkv": (3 * hidden, hidden),
@@ -64,6 +73,7 @@ def _block_shapes(arch: Architecture) -> dict[str, Shape]:
 
 
 def _ends_of_tower(arch: Architecture) -> dict[str, Shape]:
+    """Return the shapes of the patch embedding and the merger."""
     v = arch.vision
     merged = v.hidden * v.merge**2
     linears = {"merger.mlp.0": (merged, merged), "merger.mlp.2": (arch.hidden, merged)}
@@ -75,9 +85,11 @@ def _ends_of_tower(arch: Architecture) -> dict[str, Shape]:
 
 
 def _linear_shapes(linears: dict[str, tuple[int, int]]) -> dict[str, Shape]:
+    """Return weight and bias shapes of linear layers with (output, input) sizes."""
     shapes: dict[str, Shape] = {f"{name}.weight": shape for name, shape in linears.items()}
     return shapes | {f"{name}.bias": shape[:1] for name, shape in linears.items()}
 
 
 def _prefixed(prefix: str, shapes: dict[str, Shape]) -> dict[str, Shape]:
+    """Return `shapes` with `prefix` before each name."""
     return {prefix + name: shape for name, shape in shapes.items()}

@@ -1,13 +1,16 @@
 """Qwen2.5-VL's vision tower on Megatron modules.
 
-Patches are embedded, run through pre-norm blocks with 2D rotary angles (window attention, full
-attention in a few blocks), and each merge x merge square becomes one token of the language model.
-Attention never crosses a temporal step, so the steps of all visuals of a micro-batch are dealt out
-over the tensor x context ranks: every rank holds the whole tower, does its share of the work, and
-the tokens are gathered. Gradients of the tower are therefore partial: `policy/policy.py` sums
-them over the tensor ranks, and Megatron over the context ranks, as it does all gradients.
+The tower embeds patches, applies pre-norm blocks with 2D rotary embeddings (window attention, and
+full attention in a few blocks), and merges each merge x merge square of patches into one token of
+the language model.
 
-Source of the arithmetic: transformers' `modeling_qwen2_5_vl.py`, against which it is tested.
+Attention stays inside a temporal step. Therefore the temporal steps of a micro-batch are
+partitioned over the tensor x context ranks: every rank holds the whole tower, encodes its temporal
+steps, and all ranks gather the tokens. A rank's gradients of the tower are partial sums:
+`policy/policy.py` sums them over the tensor ranks, and Megatron sums all gradients over the context
+ranks.
+
+The arithmetic follows transformers' `modeling_qwen2_5_vl.py`; tests compare the two.
 """
 
 from collections.abc import Sequence
@@ -27,7 +30,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_vrl.models.architecture import Architecture, VisionArchitecture
-from megatron_vrl.models.layers import BOTH_TOWERS, RECOMPUTE, RMSNorm, layer_spec, packed
+from megatron_vrl.models.layers import COMMON_CONFIG, RECOMPUTE, RMSNorm, layer_spec, packed_params
 from megatron_vrl.models.qwen2_5_vl.attention_plans import vision_plans
 from megatron_vrl.parallel.mesh import Mesh
 
@@ -35,6 +38,10 @@ Grid = tuple[int, int, int]  # temporal steps; height and width in patches
 
 
 def vision_config(arch: VisionArchitecture, language: TransformerConfig) -> TransformerConfig:
+    """Return Megatron's TransformerConfig of the vision tower.
+
+    `model.recompute: full` also applies to the tower, `selective` does not.
+    """
     recompute = "full" if language.recompute_granularity == "full" else "none"
     return TransformerConfig(
         num_layers=arch.layers,
@@ -43,7 +50,7 @@ def vision_config(arch: VisionArchitecture, language: TransformerConfig) -> Tran
         num_attention_heads=arch.heads,
         layernorm_epsilon=1e-6,
         add_bias_linear=True,
-        **BOTH_TOWERS,
+        **COMMON_CONFIG,
         **RECOMPUTE[recompute],
         gradient_accumulation_fusion=language.gradient_accumulation_fusion,
         params_dtype=language.params_dtype,
@@ -53,7 +60,8 @@ def vision_config(arch: VisionArchitecture, language: TransformerConfig) -> Tran
 
 
 class VisionTower(MegatronModule):
-    """Patches of any number of videos and images -> one embedding for each vision token."""
+    """Encoder of the patches of any number of videos and images; returns one embedding per vision
+    token."""
 
     def __init__(self, arch: Architecture, mesh: Mesh, language: TransformerConfig) -> None:
         config = vision_config(arch.vision, language)
@@ -75,13 +83,15 @@ class VisionTower(MegatronModule):
         )
         self.merger = PatchMerger(config, self.arch, arch.hidden, config.params_dtype)
         for param in self.parameters():
-            param.tensor_model_parallel = False  # a full copy per rank
+            param.tensor_model_parallel = False  # every tensor rank holds a full copy
             param.sequence_parallel = False
 
     def forward(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """patches [P, patch values] of all temporal steps in order -> [tokens, language hidden].
+        """Return embeddings [tokens, language hidden] of patches [P, patch values] of all temporal
+        steps.
 
-        Every tensor and context rank calls it with the same patches and gets all tokens.
+        Every tensor and context rank must call it with the same patches. Every rank gets all
+        tokens.
         """
         sharing = self.mesh.vision
         steps = [(h, w) for t, h, w in grids for _ in range(t)]
@@ -96,23 +106,30 @@ class VisionTower(MegatronModule):
         counts = [sum(sizes[a:b]) // self.arch.merge**2 for a, b in bounds]
         return _GatherRows.apply(tokens, counts, sharing.group, self.mesh.context.group)
 
-    def alone(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """The same by this rank for itself; no other need call it."""
+    def encode_local(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Return the embeddings that `forward` returns, computed by this rank without
+        communication."""
         return self._encode(patches, [(h, w) for t, h, w in grids for _ in range(t)])
 
-    def written(self) -> tuple[tuple[int, int], ...]:
-        """Another value after any of the parameters was written to or exchanged."""
+    def parameter_versions(self) -> tuple[tuple[int, int], ...]:
+        """Return a fingerprint of the parameters: it changes when one is written in place or
+        replaced."""
         return tuple((param.data_ptr(), param._version) for param in self.parameters())
 
-    def nothing(self) -> Tensor:
-        """The token of a black square: with it a batch of text alone touches every parameter, as
-        Megatron's overlapped sum of gradients expects of each."""
+    def dummy_token(self) -> Tensor:
+        """Return the embedding of one black square of merge x merge patches.
+
+        A batch without visuals adds 0 x this embedding, so that every parameter of the tower gets a
+        gradient. Megatron's overlapped gradient reduction waits for all of them.
+        """
         side = self.arch.merge
         weight = self.patch_embed.weight
         return self._encode(weight.new_zeros(side**2, self.arch.patch_values), [(side, side)])
 
     def _encode(self, patches: Tensor, steps: list[tuple[int, int]]) -> Tensor:
-        if not steps:  # a rank without work still joins the gather
+        """Return the embeddings [tokens, language hidden] of the patches of `steps`, (height,
+        width) each."""
+        if not steps:  # a rank without steps must still join the gather
             return patches.new_zeros(0, self.merger.out.out_features, requires_grad=True)
         device = patches.device
         hidden = self.patch_embed(patches).unsqueeze(1)  # [P, 1, C]
@@ -120,7 +137,7 @@ class VisionTower(MegatronModule):
             hidden_states=hidden,
             attention_mask=None,
             rotary_pos_emb=rotary_angles(steps, self.arch, device),
-            packed_seq_params=packed(
+            packed_seq_params=packed_params(
                 len(patches), device, plan_of_layer=vision_plans(steps, self.arch, device)
             ),
         )
@@ -128,7 +145,7 @@ class VisionTower(MegatronModule):
 
 
 class PatchMerger(torch.nn.Module):
-    """RMSNorm, then the merge x merge patches of a token side by side through a two-layer MLP."""
+    """RMSNorm and a two-layer MLP over the concatenated merge x merge patches of a token."""
 
     def __init__(
         self, config: TransformerConfig, arch: VisionArchitecture, out: int, dtype: torch.dtype
@@ -140,11 +157,16 @@ class PatchMerger(torch.nn.Module):
         self.out = torch.nn.Linear(self.width, out, dtype=dtype)
 
     def forward(self, patches: Tensor) -> Tensor:
+        """Return [P / merge², language hidden] of patches [P, C]."""
         return self.out(F.gelu(self.hidden(self.norm(patches).view(-1, self.width))))
 
 
 def shard_steps(sizes: Sequence[int], ranks: int) -> list[tuple[int, int]]:
-    """Contiguous [first, last) shares of the steps, cut before the step that passes a share."""
+    """Partition temporal steps into one contiguous range [first, last) per rank, of nearly equal
+    patches.
+
+    Rank r ends before the step that would exceed (r + 1) / ranks of all patches.
+    """
     ends = np.cumsum(sizes) if len(sizes) else np.zeros(0)
     total = float(ends[-1]) if len(sizes) else 0.0
     cuts = [0]
@@ -156,8 +178,11 @@ def shard_steps(sizes: Sequence[int], ranks: int) -> list[tuple[int, int]]:
 def rotary_angles(
     steps: Sequence[tuple[int, int]], arch: VisionArchitecture, device: torch.device
 ) -> Tensor:
-    """[P, 1, 1, D] angles: a quarter of a head's channels turn with the row, a quarter with the
-    column, and both are repeated for the second half (rotate-half convention)."""
+    """Return rotary angles [P, 1, 1, D] of the patches of `steps`, (height, width) each.
+
+    The first quarter of a head's channels encodes the row, the second quarter the column. Both are
+    repeated for the second half (rotate-half convention).
+    """
     quarter = arch.hidden // arch.heads // 4
     frequency = 1.0 / 10000.0 ** (torch.arange(quarter, dtype=torch.float32) / quarter)
     m = arch.merge
@@ -175,8 +200,12 @@ def rotary_angles(
 
 
 class _GatherRows(torch.autograd.Function):
-    """Concatenate the ranks' rows. In the backward pass tensor ranks hold equal gradients, and a
-    context rank those of the tokens among its rows: the latter are summed, and the own kept."""
+    """All-gather of rows with different counts per rank.
+
+    Backward: tensor ranks hold equal gradients of the gathered rows. A context rank holds only the
+    gradients of tokens among its own rows of the sequence, so gradients are summed over `context`.
+    Each rank then keeps the gradient of its own rows.
+    """
 
     @staticmethod
     def forward(

@@ -1,11 +1,11 @@
-"""The one table between Megatron's parameters and Hugging Face's tensors.
+"""Weight map: the table of Megatron parameters and Hugging Face tensors.
 
-Used by checkpoint conversion, by loading and by the hand-over of weights to vLLM. A row says which
-published tensors make one Megatron parameter and by which layout; a layout says how they are
-joined and along which axis tensor parallelism cuts the result.
+Checkpoint conversion, checkpoint loading and weight sync to vLLM use it. A row names the Hugging
+Face tensors of one Megatron parameter and their layout. A layout says how the tensors are joined,
+and along which axis tensor parallelism shards the result.
 
-Hugging Face names are the published ones (`visual.*`, `model.layers.*`); `hf_name` turns
-the names that transformers uses in memory into them.
+Hugging Face names are those of released checkpoints (`visual.*`, `model.layers.*`). `hf_name`
+converts the names that transformers uses in memory.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,16 +21,20 @@ from megatron_vrl.models.pipeline_split import Chunk
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How Hugging Face tensors lie in one Megatron parameter."""
+    """How Hugging Face tensors are stored in one Megatron parameter.
 
-    join: Callable[[Sequence[Tensor]], Tensor]  # published tensors -> whole parameter
-    part: Callable[[Tensor], list[Tensor]]  # and back
-    axis: int | None  # of the whole parameter, cut over tensor-parallel ranks; None: a copy on each
-    fold: int = 1  # parameter's first axis is (fold, rest): gate and up are cut separately
-    rows: int | None = None  # first axis without the zeros that make it divisible; None: never any
+    Example: gate and up of shape [F, C] join to [2F, C]. With `fold=2` and two tensor ranks, rank 0
+    holds the first half of gate and the first half of up.
+    """
+
+    join: Callable[[Sequence[Tensor]], Tensor]  # Hugging Face tensors -> whole parameter
+    part: Callable[[Tensor], list[Tensor]]  # whole parameter -> Hugging Face tensors
+    axis: int | None  # sharded axis of the whole parameter; None: a full copy on each tensor rank
+    fold: int = 1  # the first axis is (fold, rest); each of the `fold` parts is sharded
+    rows: int | None = None  # size of the first axis before zero padding; None: no padding
 
     def shard(self, whole: Tensor, rank: int, size: int) -> Tensor:
-        """This rank's part, in the shape of the parameter."""
+        """Return the shard of tensor rank `rank` of `size`, in the shape of the parameter."""
         if self.axis is None or size == 1:
             return whole
         if self.rows is not None:
@@ -40,7 +44,7 @@ class Layout:
         return part.flatten(0, 1) if self.fold > 1 else part
 
     def unshard(self, shards: Sequence[Tensor]) -> Tensor:
-        """The whole parameter from every rank's part."""
+        """Return the whole parameter from the shards of all tensor ranks."""
         if self.axis is None or len(shards) == 1:
             return shards[0]
         if self.fold == 1:
@@ -50,11 +54,13 @@ class Layout:
 
 
 def _only(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the single element of `tensors`."""
     (tensor,) = tensors
     return tensor
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Return `tensors` concatenated along the first axis."""
     return torch.cat(list(tensors))
 
 
@@ -64,12 +70,18 @@ GATE_UP = Layout(_stacked, lambda whole: list(whole.chunk(2)), axis=1, fold=2)
 GATE_UP_COPY = Layout(_stacked, lambda whole: list(whole.chunk(2)), axis=None)
 
 
-def _vocabulary(words: int) -> Layout:
-    return Layout(_only, lambda whole: [whole], axis=0, rows=words)
+def _vocabulary(num_tokens: int) -> Layout:
+    """Return the layout of a [vocabulary, hidden] parameter with `num_tokens` rows before
+    padding."""
+    return Layout(_only, lambda whole: [whole], axis=0, rows=num_tokens)
 
 
 def _qkv(heads: int, kv_heads: int, *, fused: bool) -> Layout:
-    """Megatron interleaves by KV group: [q of the group, k, v]; published: all q, all k, all v."""
+    """Return the layout of query, key and value projections.
+
+    Megatron interleaves by KV group: [q of the group, k, v]. Hugging Face stores all q, all k, all
+    v; `fused` means that they are one tensor (vision tower).
+    """
     per_group = heads // kv_heads
 
     def join(tensors: Sequence[Tensor]) -> Tensor:
@@ -91,27 +103,30 @@ def _qkv(heads: int, kv_heads: int, *, fused: bool) -> Layout:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    megatron: str  # name in the chunk's Qwen25VL
-    published: tuple[str, ...]
+    """One Megatron parameter and its Hugging Face tensors."""
+
+    megatron: str  # parameter name in the chunk's Qwen25VL
+    hf_names: tuple[str, ...]  # Hugging Face tensors that it holds
     layout: Layout
     exported: bool = True  # False for a tied head's copy on the last stage
 
 
 def chunk_rows(arch: Architecture, chunk: Chunk) -> list[Row]:
-    """Every parameter of one chunk of layers; `chunks.whole` gives those of the model."""
-    words = _vocabulary(arch.vocab)
+    """Return the rows of every parameter of one chunk; `pipeline_split.whole_model` is the whole
+    model."""
+    vocabulary = _vocabulary(arch.vocab)
     rows: list[Row] = []
-    if chunk.embeds:
+    if chunk.pre_process:
         rows += _vision_rows(arch)
-        rows.append(Row(EMBEDDING, ("model.embed_tokens.weight",), words))
+        rows.append(Row(EMBEDDING, ("model.embed_tokens.weight",), vocabulary))
     for local, layer in enumerate(chunk.layers):
         rows += _layer_rows(arch, local, layer)
-    if chunk.ends:
+    if chunk.post_process:
         rows.append(Row("language.decoder.final_layernorm.weight", ("model.norm.weight",), COPY))
         if not arch.tied_head:
-            rows.append(Row(HEAD, ("lm_head.weight",), words))
-        elif not chunk.embeds:
-            rows.append(Row(HEAD, ("model.embed_tokens.weight",), words, exported=False))
+            rows.append(Row(HEAD, ("lm_head.weight",), vocabulary))
+        elif not chunk.pre_process:
+            rows.append(Row(HEAD, ("model.embed_tokens.weight",), vocabulary, exported=False))
     return rows
 
 
@@ -120,6 +135,7 @@ HEAD = "language.output_layer.weight"
 
 
 def _layer_rows(arch: Architecture, local: int, layer: int) -> list[Row]:
+    """Return the rows of language layer `layer`, which is layer `local` of its chunk."""
     m, p = f"language.decoder.layers.{local}.", f"model.layers.{layer}."
     qkv = _qkv(arch.heads, arch.kv_heads, fused=False)
     mlp = m + "mlp.linear_"
@@ -141,6 +157,7 @@ def _layer_rows(arch: Architecture, local: int, layer: int) -> list[Row]:
 
 
 def _vision_rows(arch: Architecture) -> list[Row]:
+    """Return the rows of the vision tower and its merger."""
     v = arch.vision
     cube = (v.channels, v.temporal_patch, v.patch, v.patch)
     conv = Layout(
@@ -170,8 +187,8 @@ def _vision_rows(arch: Architecture) -> list[Row]:
 
 
 def hf_name(name: str) -> str:
-    """The published name of a tensor that may carry transformers' in-memory name."""
-    for memory, published in (("model.visual.", "visual."), ("model.language_model.", "model.")):
+    """Return the Hugging Face name of a tensor that may have transformers' in-memory name."""
+    for memory, released in (("model.visual.", "visual."), ("model.language_model.", "model.")):
         if name.startswith(memory):
-            return published + name[len(memory) :]
+            return released + name[len(memory) :]
     return name

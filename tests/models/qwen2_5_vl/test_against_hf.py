@@ -1,4 +1,4 @@
-"""The Megatron model against transformers: same weights and positions, every gradient."""
+"""Megatron model compared with transformers: equal weights and positions, every gradient."""
 
 from pathlib import Path
 
@@ -127,7 +127,7 @@ def test_logprobs_and_gradients_equal_transformers(mesh, tmp_path, tied, visuals
     }
     params = dict(model.named_parameters())
     for row in chunk_rows(model.arch, model.chunk):
-        parts = [published[name] for name in row.published]
+        parts = [published[name] for name in row.hf_names]
         got = params[row.megatron].grad
         if any(part is None for part in parts):  # the tower, where nothing is to be seen
             assert got is None

@@ -1,4 +1,4 @@
-"""Attention plans against a dense mask, for one rank and for context-parallel ones."""
+"""Attention plans compared with a dense mask, on one rank and on context-parallel ranks."""
 
 from functools import partial
 
@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_vrl.batching.pack import Answer, Group, MicroBatch, pack, share_context
-from megatron_vrl.models.layers import PlannedAttention, VarlenAttention, packed
+from megatron_vrl.batching.pack import Answer, Group, MicroBatch, pack, shard_context
+from megatron_vrl.models.layers import PlannedAttention, VarlenAttention, packed_params
 from megatron_vrl.models.qwen2_5_vl.attention_plans import language_plan, varlen_plan
 from tests.tiny import prompt
 from tests.varlen import kernel_by_definition
@@ -57,7 +57,7 @@ def visible(batch: MicroBatch) -> np.ndarray:
 def attend(core, plan_of, batch: MicroBatch, query, key, value):
     """The plan's output for the rows of `batch`, keys in the order in which ranks gather them."""
     rows, keys = torch.from_numpy(batch.rows), torch.from_numpy(batch.key_rows)
-    params = packed(len(rows), CPU, plan=plan_of(batch, CPU))
+    params = packed_params(len(rows), CPU, plan=plan_of(batch, CPU))
     layer = core(TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1), 1)
     return layer(query[rows], key[keys], value[keys], None, packed_seq_params=params)[:, 0]
 
@@ -71,7 +71,7 @@ def attend(core, plan_of, batch: MicroBatch, query, key, value):
     ],
 )
 @given(groups=batches)
-def test_every_rank_attends_as_a_dense_mask_says(ranks, core, plan_of, groups):
+def test_attention_equals_a_dense_mask(ranks, core, plan_of, groups):
     batch = pack(groups, multiple=2 * ranks)
     total = len(batch.token_ids)
     noise = torch.Generator().manual_seed(total)
@@ -83,7 +83,7 @@ def test_every_rank_attends_as_a_dense_mask_says(ranks, core, plan_of, groups):
     wanted = torch.einsum("hqk,khd->qhd", scores.softmax(-1), wide_value).flatten(1)
     used = sum(g.num_tokens for g in groups)  # what padding attends to does not matter
     for rank in range(ranks):
-        part = share_context(batch, rank, ranks)
+        part = shard_context(batch, rank, ranks)
         if (part.rows < used).any():
             real = torch.from_numpy(part.rows < used)
             got = attend(core, plan_of, part, query, key, value)
@@ -91,9 +91,9 @@ def test_every_rank_attends_as_a_dense_mask_says(ranks, core, plan_of, groups):
 
 
 @given(groups=batches, ranks=st.sampled_from([2, 4]))
-def test_ranks_share_rows_and_loss_tokens_without_rest(groups, ranks):
+def test_context_ranks_partition_rows_and_loss_tokens(groups, ranks):
     batch = pack(groups, multiple=2 * ranks)
-    parts = [share_context(batch, rank, ranks) for rank in range(ranks)]
+    parts = [shard_context(batch, rank, ranks) for rank in range(ranks)]
     rows = np.concatenate([part.rows for part in parts])
     assert sorted(rows) == list(range(len(batch.token_ids)))
     assert all((part.key_rows == rows).all() for part in parts)

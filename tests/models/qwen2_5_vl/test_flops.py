@@ -1,4 +1,4 @@
-"""FLOPs by arithmetic against those torch counts in transformers' model, and against themselves."""
+"""FLOP counts compared with torch's FlopCounterMode on transformers' model, and with each other."""
 
 from dataclasses import fields, replace
 
@@ -10,25 +10,26 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_vrl.batching.pack import Answer, Group, as_plain, pack, share_context
+from megatron_vrl.batching.pack import Answer, Group, pack, repeat_prompts, shard_context
 from megatron_vrl.config import Model
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.models.qwen2_5_vl.flops import (
-    Work,
-    batch_work,
-    group_work,
+    FlopCounts,
+    group_flops,
     hardware_flops,
+    micro_batch_flops,
     padding_rows,
     plain_tokens,
     update_flops,
 )
+from megatron_vrl.models.qwen2_5_vl.hf_shapes import num_parameters
 from megatron_vrl.models.qwen2_5_vl.preprocess import patchify
 from tests.running import ROOT
 from tests.tiny import GROUPS, VIDEO_TOKEN, prompt, video
 from tests.tiny_models import hf_model, save
 
 ARCH = read_architecture(ROOT / "configs" / "models" / "qwen2.5-vl-3b.json")
-PARTS = [field.name for field in fields(Work)]
+PARTS = [field.name for field in fields(FlopCounts)]
 
 
 def group(seed, lengths, visuals=()):
@@ -43,12 +44,12 @@ def group(seed, lengths, visuals=()):
     return Group(prompt=prompt(visuals, seed), answers=answers)
 
 
-def close(one: Work, other: Work) -> bool:
+def close(one: FlopCounts, other: FlopCounts) -> bool:
     return all(getattr(one, p) == pytest.approx(getattr(other, p), rel=1e-12) for p in PARTS)
 
 
 def total(works):
-    return sum(works, start=Work())
+    return sum(works, start=FlopCounts())
 
 
 def counted(model, asked) -> dict[str, dict]:
@@ -71,7 +72,8 @@ def counted(model, asked) -> dict[str, dict]:
 
 
 def spent(counts, suffix: str, attention: bool | None = None) -> int:
-    """Of the modules whose name ends so: batched products, which are attention's, or the rest."""
+    """Return the FLOPs of modules whose name ends in `suffix`: batched products (attention) or
+    others."""
     return sum(
         flops
         for module, by_operation in counts.items()
@@ -86,12 +88,12 @@ def spent(counts, suffix: str, attention: bool | None = None) -> int:
     [[], [video((3, 4, 4), 1.0, 1)], [video((2, 6, 10), 1.0, 1), video((1, 8, 2), 1.5, 2)]],
     ids=["text", "video", "cut windows"],
 )
-def test_the_parts_are_what_torch_counts(tmp_path, visuals):
+def test_flops_equal_torchs_count(tmp_path, visuals):
     model = hf_model()
     arch = read_architecture(save(model, tmp_path))
     asked = group(1, [1], visuals)  # an answer of one token: no input of its own
     length = len(asked.prompt.token_ids)
-    counts, work = counted(model, asked), group_work(arch, asked)
+    counts, work = counted(model, asked), group_flops(arch, asked)
     assert work.tokens == length
     layers = [f"language_model.layers.{i}" for i in range(arch.layers)]
     assert work.linear == sum(spent(counts, layer, attention=False) for layer in layers)
@@ -109,30 +111,30 @@ lengths_ = st.lists(st.integers(1, 9), min_size=1, max_size=4)
 @given(st.integers(0, 5), lengths_)
 def test_a_group_is_its_packed_rows_in_both_layouts(seed, lengths):
     asked = group(seed, lengths, [video((2, 4, 6), 1.0, 0)])
-    assert close(group_work(ARCH, asked), batch_work(ARCH, pack([asked])))
-    plain = as_plain([asked])
-    repeated = total(group_work(ARCH, one) for one in plain)
-    assert close(repeated, batch_work(ARCH, pack(plain)))
+    assert close(group_flops(ARCH, asked), micro_batch_flops(ARCH, pack([asked])))
+    plain = repeat_prompts([asked])
+    repeated = total(group_flops(ARCH, one) for one in plain)
+    assert close(repeated, micro_batch_flops(ARCH, pack(plain)))
     assert repeated.tokens == plain_tokens([asked]) == plain_tokens(plain)
     if len(lengths) == 1:
-        assert repeated == group_work(ARCH, asked)
+        assert repeated == group_flops(ARCH, asked)
     else:
-        assert repeated.flops > group_work(ARCH, asked).flops
+        assert repeated.flops > group_flops(ARCH, asked).flops
 
 
 @given(st.integers(0, 5), lengths_)
-def test_more_is_more(seed, lengths):
-    small = group_work(ARCH, group(seed, lengths))
-    longer = group_work(ARCH, group(seed, [lengths[0] + 1, *lengths[1:]]))
-    another = group_work(ARCH, group(seed, [*lengths, 1]))
-    filmed = group_work(ARCH, group(seed, lengths, [video((1, 2, 2), 1.0, 0)]))
+def test_flops_grow_with_sizes(seed, lengths):
+    small = group_flops(ARCH, group(seed, lengths))
+    longer = group_flops(ARCH, group(seed, [lengths[0] + 1, *lengths[1:]]))
+    another = group_flops(ARCH, group(seed, [*lengths, 1]))
+    filmed = group_flops(ARCH, group(seed, lengths, [video((1, 2, 2), 1.0, 0)]))
     assert small.flops < min(longer.flops, another.flops, filmed.flops)
 
 
-def test_padding_is_computed_but_looks_at_nothing():
+def test_padding_rows_have_no_attention_pairs():
     exact, padded = pack(GROUPS), pack(GROUPS, multiple=64)
     assert len(padded.rows) > len(exact.rows)
-    one, other = batch_work(ARCH, exact), batch_work(ARCH, padded)
+    one, other = micro_batch_flops(ARCH, exact), micro_batch_flops(ARCH, padded)
     assert other.tokens == len(padded.rows)
     assert other.linear / one.linear == pytest.approx(len(padded.rows) / len(exact.rows))
     assert other.attention == one.attention
@@ -141,15 +143,17 @@ def test_padding_is_computed_but_looks_at_nothing():
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_context_ranks_share_the_work_without_rest(ranks):
+def test_flops_of_context_ranks_add_up(ranks):
     whole = pack(GROUPS, multiple=2 * ranks)
-    parts = [share_context(whole, rank, ranks) for rank in range(ranks)]
-    assert close(total(batch_work(ARCH, part) for part in parts), batch_work(ARCH, whole))
+    parts = [shard_context(whole, rank, ranks) for rank in range(ranks)]
+    assert close(
+        total(micro_batch_flops(ARCH, part) for part in parts), micro_batch_flops(ARCH, whole)
+    )
     assert sum(map(padding_rows, parts)) == padding_rows(whole)
 
 
-def test_an_update_is_three_passes_and_less_in_frozen_parts():
-    work = Work(tokens=1, linear=1.0, attention=10.0, head=100.0, vision=1e3, merger=1e4)
+def test_an_update_is_three_forward_passes_minus_frozen_parts():
+    work = FlopCounts(tokens=1, linear=1.0, attention=10.0, head=100.0, vision=1e3, merger=1e4)
     free = Model(checkpoint="")
 
     def update(**frozen):
@@ -163,7 +167,7 @@ def test_an_update_is_three_passes_and_less_in_frozen_parts():
 
 
 def test_hardware_flops_count_what_is_computed_again():
-    work = Work(tokens=1, linear=1.0, attention=10.0, head=100.0, vision=1e3, merger=1e4)
+    work = FlopCounts(tokens=1, linear=1.0, attention=10.0, head=100.0, vision=1e3, merger=1e4)
     extra = {
         kind: hardware_flops(work, Model(checkpoint="", recompute=kind)) - 3 * work.flops
         for kind in ("none", "selective", "full")
@@ -177,7 +181,7 @@ def test_hardware_flops_count_what_is_computed_again():
 
 def test_the_3b_model_costs_about_two_flops_a_weight_and_token():
     """Short text has next to no attention; the head reads every answer token."""
-    work = group_work(replace(ARCH, tied_head=False), group(0, [100]))
-    language = ARCH.num_parameters - ARCH.vocab * ARCH.hidden - 668_687_360  # tower, published
+    work = group_flops(replace(ARCH, tied_head=False), group(0, [100]))
+    language = num_parameters(ARCH) - ARCH.vocab * ARCH.hidden - 668_687_360  # tower, published
     assert work.linear == pytest.approx(2 * work.tokens * language, rel=1e-3)
     assert work.head == 2 * 100 * ARCH.hidden * ARCH.vocab

@@ -1,4 +1,4 @@
-"""Patches of frames, against their definition and against transformers."""
+"""Patches of frames compared with their definition and with transformers."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def test_patchify_places_every_pixel():
         assert abs(row[c, f % 2, y % 14, x % 14] - want) < 1e-6
 
 
-def test_patchify_is_transformers():
+def test_patchify_equals_transformers():
     declare_missing_ops()
     pytest.importorskip("torchvision")
     from transformers import Qwen2VLVideoProcessor

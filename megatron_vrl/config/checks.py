@@ -1,0 +1,57 @@
+"""Checks of a configuration that need values of several sections; each raises ConfigError."""
+
+from megatron_vrl.config.run import RunConfig
+from megatron_vrl.errors import ConfigError
+
+
+def check_batches(cfg: RunConfig, replicas: int) -> None:
+    """Raise ConfigError if a step has too few samples for the replicas or the mini-batches."""
+    sizes = {"sft.batch_size": cfg.sft.batch_size}
+    sizes["rollout.prompts_per_step"] = cfg.rollout.prompts_per_step
+    for key, size in sizes.items():
+        if size < replicas:
+            raise ConfigError(
+                f"{key}={size} is less than the {replicas} model replicas: raise it, or use fewer "
+                "processes."
+            )
+    if cfg.grpo.mini_batches > cfg.rollout.prompts_per_step:
+        raise ConfigError(
+            f"grpo.mini_batches={cfg.grpo.mini_batches} is more than the "
+            f"{cfg.rollout.prompts_per_step} groups of a step: lower it, or raise "
+            "rollout.prompts_per_step."
+        )
+
+
+def check_dev(cfg: RunConfig) -> None:
+    """Raise ConfigError if a phase evaluates the split `dev` and `data.evaluation` does not have
+    it."""
+    looks = {
+        "sft.stop_metric": cfg.sft.steps > 0 and bool(cfg.sft.stop_metric),
+        "grpo.evaluate_every": 0 < cfg.grpo.evaluate_every <= cfg.grpo.steps,
+    }
+    for key, looks_at_dev in looks.items():
+        if looks_at_dev and not cfg.data.evaluation.get("dev"):
+            raise ConfigError(
+                f"{key} needs the split data.evaluation.dev: name its sources, or leave {key} out."
+            )
+
+
+def check_off_policy(cfg: RunConfig) -> None:
+    """Raise ConfigError if off-policy answers cannot be generated, or are not corrected by
+    `rollout_is`."""
+    staleness, quantization = cfg.rollout.max_staleness, cfg.rollout.quantization
+    if quantization != "none" and cfg.algorithm.rollout_is == "none":
+        raise ConfigError(
+            f"rollout.quantization={quantization} samples from other weights than those that are "
+            "trained: set algorithm.rollout_is=token (or sequence)."
+        )
+    if staleness and cfg.rollout.placement == "colocated":
+        raise ConfigError(
+            f"rollout.max_staleness={staleness} needs rollout.placement=workers, not "
+            f"{cfg.rollout.placement}: an engine in the trainer's process waits while it trains."
+        )
+    if staleness and cfg.algorithm.rollout_is == "none":
+        raise ConfigError(
+            f"rollout.max_staleness={staleness} trains on answers of older weights: set "
+            "algorithm.rollout_is=token (or sequence), or rollout.max_staleness=0."
+        )

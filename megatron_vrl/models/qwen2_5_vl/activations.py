@@ -1,0 +1,231 @@
+"""Bytes that a micro-batch saves for its backward pass, counted per tensor.
+
+The method is that of "Reducing Activation Recomputation in Large Transformer Models" (arXiv
+2205.05198), applied to this project's layers: packed rows without a batch axis, RMSNorm, rotary
+angles computed per call, attention without stored scores whose queries, keys and values are copied
+by `index_select`, a gated MLP that saves its SiLU, no dropout. On a CPU torch's RMSNorm saves two
+float32 copies; on a GPU one kernel saves its input. `tests/planner` compares every term with what
+torch saves.
+
+Shape letters: L packed rows of this rank, S rows of norms (L / tensor under sequence parallelism),
+C channels, A channels of all query heads of this rank, G channels of its key heads, F channels of
+its MLP.
+"""
+
+from dataclasses import dataclass
+
+from megatron_vrl.config import Model, Parallel
+from megatron_vrl.models.architecture import Architecture
+from megatron_vrl.models.logprob_head import CHUNK_BYTES
+
+FLOAT32, INT64 = 4, 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernels:
+    """Properties of torch's kernels that change the memory."""
+
+    on_gpu: bool = True
+    scores: bool = False  # whether masked attention stores all scores in float32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attention:
+    """Sizes of one layer's attention calls."""
+
+    queries: int  # rows, including padding of buckets
+    keys: int  # rows; a prompt's keys count once per answer
+    mask: int  # entries of masks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """Sizes of one layer on one rank, and the bytes it saves."""
+
+    rows: int  # L
+    norm_rows: int  # S
+    channels: int  # C
+    queries: int  # A
+    keys: int  # G
+    heads: int
+    mlp: int  # F
+    number: int  # bytes of a value
+    stored: int  # bytes of a value of a linear layer's saved input: 1 in FP8
+    attention: Attention
+    kernels: Kernels
+
+    def without_recompute(self) -> int:
+        """Return the bytes saved without recompute."""
+        rest = self.stored * self.norm_rows * self.channels * 2 + self.norm_bytes() * 2
+        return rest + self.attention_bytes() + self.projection_bytes() + self.mlp_bytes()
+
+    def with_selective_recompute(self) -> int:
+        """Return the bytes saved when attention is recomputed: rotated queries and keys, and the
+        fused QKV output that `v` is a view of."""
+        kept = self.number * self.rows * (2 * self.queries + 3 * self.keys)
+        return self.without_recompute() - self.attention_bytes() + self.rotary_bytes() + kept
+
+    def layer_input(self) -> int:
+        """Return the bytes saved when the whole layer is recomputed: its input."""
+        return self.number * self.norm_rows * self.channels
+
+    def saved(self, recompute: str) -> int:
+        """Return the bytes saved for the backward pass under `model.recompute`."""
+        return {
+            "none": self.without_recompute,
+            "selective": self.with_selective_recompute,
+            "full": self.layer_input,
+        }[recompute]()
+
+    def recomputed(self, recompute: str) -> int:
+        """Return the additional bytes that one layer at a time holds while it is recomputed."""
+        return {"none": 0, "selective": self.attention_bytes(), "full": self.without_recompute()}[
+            recompute
+        ]
+
+    def norm_bytes(self) -> int:
+        """Return the bytes that an RMSNorm saves."""
+        each = self.number if self.kernels.on_gpu else 2 * FLOAT32
+        return self.norm_rows * (each * self.channels + FLOAT32)
+
+    def rotary_bytes(self) -> int:
+        """Return the bytes of cosines and sines, for queries and keys."""
+        return 4 * self.number * self.rows * (self.queries // self.heads)
+
+    def attention_bytes(self) -> int:
+        """Return the bytes that core attention saves."""
+        a = self.attention
+        copies = self.number * (2 * a.queries * self.queries + 2 * a.keys * self.keys)
+        scores = FLOAT32 * self.heads * a.mask if self.kernels.scores else 0
+        sums = FLOAT32 * self.heads * a.queries
+        return self.rotary_bytes() + copies + sums + self.number * a.mask + scores
+
+    def projection_bytes(self) -> int:
+        """Return the bytes that the output projection saves."""
+        return self.stored * self.rows * self.queries
+
+    def mlp_bytes(self) -> int:
+        """Return the bytes that the MLP saves.
+
+        They are gate and up, the SiLU of the gate, a copy of up (Megatron adds an offset of 0), and
+        the product, which the second matrix reads.
+        """
+        return self.rows * self.mlp * (4 * self.number + self.stored)
+
+    def temporary(self) -> int:
+        """Return the largest temporary gradients of the layer's backward pass.
+
+        The maximum is in the MLP: gradients of the product, of one factor, of the layer's output
+        and of the second matrix.
+        """
+        gathered = self.rows * self.channels if self.norm_rows < self.rows else 0
+        rows = 2 * self.rows * self.mlp + 2 * self.norm_rows * self.channels + gathered
+        return self.number * (rows + self.mlp * self.channels)
+
+
+def dtype_bytes(model: Model) -> int:
+    """Return the bytes of a value of `model.dtype`."""
+    return 2 if model.dtype == "bfloat16" else 4
+
+
+def language_layer(
+    arch: Architecture,
+    model: Model,
+    cfg: Parallel,
+    rows: int,
+    attention: Attention,
+    kernels: Kernels,
+) -> Layer:
+    """Return the sizes of a language layer on a rank with `rows` packed rows."""
+    number = dtype_bytes(model)
+    return Layer(
+        rows=rows,
+        norm_rows=rows // cfg.tensor if cfg.sequence else rows,
+        channels=arch.hidden,
+        queries=arch.hidden // cfg.tensor,
+        keys=arch.kv_heads * arch.head_dim // cfg.tensor,
+        heads=arch.heads // cfg.tensor,
+        mlp=arch.mlp // cfg.tensor,
+        number=number,
+        stored=number if model.fp8 == "none" else 1,
+        attention=attention,
+        kernels=kernels,
+    )
+
+
+def recompute_of_tower(model: Model) -> str:
+    """Return the vision tower's recompute: `selective` excludes it, and a frozen tower saves
+    nothing."""
+    return "full" if model.recompute == "full" and not model.freeze_vision else "none"
+
+
+def vision_layer(arch: Architecture, model: Model, patches: int, kernels: Kernels) -> Layer:
+    """Return the sizes of a block of the vision tower on a rank with `patches` patches."""
+    v = arch.vision
+    number = dtype_bytes(model)
+    return Layer(
+        rows=patches,
+        norm_rows=patches,
+        channels=v.hidden,
+        queries=v.hidden,
+        keys=v.hidden,
+        heads=v.heads,
+        mlp=v.mlp,
+        number=number,
+        stored=number,
+        attention=Attention(queries=patches, keys=patches, mask=0),
+        kernels=kernels,
+    )
+
+
+def vision_saved(
+    arch: Architecture, model: Model, block: Layer, all_patches: int, tokens: int
+) -> int:
+    """Return the bytes saved by the vision tower, the merger and the inserted vision embeddings.
+
+    `all_patches` are the patches of the micro-batch, `tokens` the vision tokens among this rank's
+    rows.
+    """
+    if not all_patches:
+        return 0
+    kept = merger_saved(arch, model, block, tokens)
+    if not model.freeze_vision:
+        kept += arch.vision.layers * block.saved(recompute_of_tower(model))
+        # A rank's patches are a view, which keeps all patches alive.
+        kept += block.number * all_patches * arch.vision.patch_values
+    return kept
+
+
+def merger_saved(arch: Architecture, model: Model, block: Layer, tokens: int) -> int:
+    """Return the part of `vision_saved` that is freed before the backward pass of the blocks."""
+    if model.freeze_vision and model.freeze_merger:
+        return 0
+    patch_channels = block.number * block.rows * arch.vision.hidden
+    kept = 3 * patch_channels  # output of the norm; input and output of the GELU
+    kept += block.norm_bytes() * (not model.freeze_vision)
+    return kept + block.number * tokens * arch.hidden
+
+
+def head_saved(arch: Architecture, model: Model, layer: Layer, targets: int) -> int:
+    """Return the bytes saved by the final norm, and by the rows that predict `targets` tokens."""
+    return layer.norm_bytes() + dtype_bytes(model) * targets * arch.hidden
+
+
+def head_temporary(arch: Architecture, model: Model, vocab_shard: int, targets: int) -> int:
+    """Return the temporary bytes of the head, with `vocab_shard` rows of it on this rank.
+
+    They are two buffers of logits and their product in `dtype`, the head's gradient in float32 and
+    in `dtype`, and the gradient of the rows.
+    """
+    number = dtype_bytes(model)
+    rows = min(targets, max(1, CHUNK_BYTES // (FLOAT32 * vocab_shard)))
+    product = number if number < FLOAT32 else 0
+    logits = rows * vocab_shard * (2 * FLOAT32 + product)
+    weight = vocab_shard * arch.hidden * (FLOAT32 + product)
+    return logits + weight + number * targets * arch.hidden
+
+
+def plan_bytes(layer: Layer) -> int:
+    """Return the bytes of a micro-batch's attention plan, which all layers share."""
+    a = layer.attention
+    return INT64 * (a.queries + a.keys + layer.rows) + a.mask
