@@ -5,7 +5,7 @@ import pytest
 from megatron_vrl.config import Rewards, RunConfig, check_batches, check_dev, load_config
 from megatron_vrl.config.foreign_keys import FOREIGN
 from megatron_vrl.errors import ConfigError
-from megatron_vrl.rewards import weights_of
+from megatron_vrl.rewards.weights import reward_weights
 from tests.running import CONFIG, ROOT
 
 
@@ -81,6 +81,6 @@ def test_a_look_at_a_split_that_is_not_there(key):
         check_dev(cfg)
 
 
-def test_a_weight_for_a_part_no_task_has():
+def test_a_weight_for_a_component_no_task_has():
     with pytest.raises(ConfigError, match=r"acuracy.*accuracy"):
-        weights_of(Rewards(multiple_choice={"format": 0.5, "acuracy": 0.5}))
+        reward_weights(Rewards(weights={"multiple_choice": {"acuracy": 0.5}}))

@@ -190,16 +190,18 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def _peak_of_passes(policy: Policy, live: Live) -> list[int]:
-    """Filled when the last backward pass is done: over gloo the sum over ranks copies gradients."""
+    """Return a list that gets the peak when the last backward pass is done.
+
+    The sum over ranks comes later: over gloo it copies the gradients.
+    """
     found: list[int] = []
-    config = policy.chunks[0].config
-    finish = config.finalize_model_grads_func
+    finish = policy._finalize_gradients
 
     def noting(*arguments: Any, **named: Any) -> Any:
         found.append(live.most)
         return finish(*arguments, **named)
 
-    config.finalize_model_grads_func = noting
+    policy._finalize_gradients = noting
     return found
 
 
