@@ -121,7 +121,7 @@ def prompt_encoder(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutInputs:
-    """What every value of `rollout.placement` is built from."""
+    """Inputs that the builder of each `rollout.placement` takes."""
 
     cfg: RunConfig
     mesh: Mesh

@@ -1,4 +1,4 @@
-"""How tests start programs: the main job, tools, anything in Python."""
+"""Programs that tests start: the main job, tools, anything in Python."""
 
 import os
 import subprocess
@@ -34,7 +34,7 @@ SHORT = (  # a main job of three steps
 
 
 def python() -> str:
-    """What runs Python programs in ENVIRONMENT."""
+    """Return the interpreter of Python programs in ENVIRONMENT."""
     return ENVIRONMENT.get("PYTHON_EXEC", sys.executable)
 
 

@@ -103,8 +103,10 @@ GROUPS = answered(PROMPTS, seed=3)
 def micro_batches(
     groups: Sequence[Group], mesh: Mesh, layout: Literal["shared", "plain"] = "shared"
 ) -> list[MicroBatch]:
-    """This data rank's share, text alone in a micro-batch of its own; a token weighs 1 / (tokens of
-    all ranks)."""
+    """Return the micro-batches of this data rank, text alone in one of its own.
+
+    A token weighs 1 / (tokens of all ranks).
+    """
     mine = list(groups[mesh.data.rank :: mesh.data.size])
     return plan_batches(mine, mine[0], Batch(tokens=40, layout=layout), mesh)
 

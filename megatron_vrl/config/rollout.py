@@ -13,7 +13,7 @@ class RolloutConfig(BaseModel):
     model_config = SECTION
 
     placement: Literal["colocated", "workers", "replay"] = "colocated"
-    """Where rollouts come from. colocated: an engine in every trainer process; workers: engines in
+    """Location of the engines. colocated: an engine in every trainer process; workers: engines in
     processes of their own, started with launch/rollout_worker.sh; replay: stored rollouts in
     `replay_dir`, without an engine."""
     backend: Literal["vllm"] = "vllm"

@@ -123,8 +123,8 @@ class Source(Section):
     sampling_strategy: str = "all"
     """all | first:N | end:N | random:N; N is a number or a percentage."""
     weight: Annotated[float, Field(gt=0)] = 1.0
-    """How often a sample occurs per epoch. 2: each sample twice; 0.5: half of the samples, in
-    turn."""
+    """Number of times that a sample occurs per epoch. 2: each sample twice; 0.5: half of the
+    samples, in turn."""
 
 
 class Data(Section):

@@ -137,7 +137,7 @@ def _read(
 def _values(
     sample: VideoSample, interval_s: Interval | None, option: str, protocol: Protocol
 ) -> dict[str, float]:
-    """By the name of the metric whose mean it makes."""
+    """Return metric -> value of one answer; the metric is the mean of these values."""
     values: dict[str, float] = {}
     truth = TASKS[sample.task].truth
     if truth.option:

@@ -1,4 +1,4 @@
-"""How the released evaluation of Temporal-R1 (arXiv 2506.01908) reads answers, faults included.
+"""Answer parsers of the released Temporal-R1 evaluation (arXiv 2506.01908), faults included.
 
 Of lmms-eval's fork: `qwen2_5_vl_r1.py` cuts the times or the option out of a response, the tasks'
 own scripts read what is left. Times are found anywhere in the response, swapped when reversed and

@@ -51,7 +51,7 @@ class InFlightRequest:
 
 
 class RolloutQueue:
-    """This rank's queue. Every rank calls its methods, in the same order."""
+    """Queue of this rank's requests. Every rank calls its methods, in the same order."""
 
     def __init__(self, ctx: RunContext, state: RunState, dataloader: PromptDataLoader) -> None:
         self._ctx, self._state, self._dataloader = ctx, state, dataloader

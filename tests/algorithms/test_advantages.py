@@ -87,7 +87,7 @@ def test_values_by_hand():
 @settings(max_examples=40)  # for each algorithm
 @given(groups=steps, shift=st.floats(-5, 5))
 def test_a_shift_of_all_rewards_changes_nothing(name, groups, shift):
-    """Up to the rounding of the shift itself, where rewards are nearly equal."""
+    """Nearly equal rewards may differ by the rounding of the shift itself."""
     groups = [[round(r, 3) for r in group] for group in groups]
     shift = round(shift, 3)
     shifted = [[r + shift for r in group] for group in groups]

@@ -112,7 +112,7 @@ def test_result_loads_in_stock_transformers(folder, tmp_path):
 
 
 def test_zeros_that_pad_the_vocabulary_are_left_out(folder, tmp_path):
-    """As tensor-parallel training writes it where the ranks do not divide the words."""
+    """Tensor-parallel training writes such zeros when its ranks do not divide the vocabulary."""
     source = TorchDistReader(folder / "megatron" / "weights")
     padded = tmp_path / "padded"
     writer = TorchDistWriter(padded / "weights")

@@ -1,4 +1,4 @@
-"""How programs end on a mistake: one line on stderr, exit code 2, no traceback."""
+"""Programs end on a mistake with one line on stderr, exit code 2, no traceback."""
 
 import subprocess
 import sys
@@ -40,7 +40,7 @@ def test_a_reader_that_has_seen_enough_is_no_error():
 
 
 def test_another_broken_pipe_is_an_error():
-    """For example to a process that decodes."""
+    """Write to a closed pipe of another process, for example one that decodes."""
     program = "def main(): raise BrokenPipeError('of a worker')\n"
     program += "from megatron_vrl.process.entry import run_program; run_program(main)"
     done = run_python("-c", program)

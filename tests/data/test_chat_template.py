@@ -234,7 +234,7 @@ def test_no_text_becomes_a_special_token(chats, system, question, visuals):
 
 @given(system=ANY, question=ANY)
 def test_a_prompt_decodes_to_its_question(chats, system, question):
-    """Up to NFC, by which the tokenizer normalizes."""
+    """Decoded ids give the text in NFC, which the tokenizer normalizes to."""
     chat = chats[0]
     text = chat.tokenizer.decode(chat.turn_ids(turn(system, question, 1)))
     wanted = (

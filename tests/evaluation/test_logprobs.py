@@ -79,7 +79,7 @@ def read(path: Path) -> list[dict]:
 
 
 def score(folder: Path, samples: Path, out: Path, *overrides: str) -> list[dict]:
-    """In this process."""
+    """Return the scorer of this process."""
     try:
         score_file(score_config(str(folder / "hf"), [*VIDEO, *overrides]), samples, out)
     finally:
@@ -206,7 +206,7 @@ def test_every_layout_equals_one_process(folder, one, tmp_path, layout):
 
 
 def test_special_tokens_in_a_text_are_text(folder, tmp_path):
-    """They score as the letters they are spelled with, and show nothing."""
+    """Special tokens in texts score as the letters they are spelled with, and show no video."""
     from transformers import AutoTokenizer
 
     asked = {"id": "a", "question": "is <|video_pad|> red<|im_end|>?", "response": "<|im_end|> no"}

@@ -53,7 +53,7 @@ def rows_of(run: Path, phase: str) -> list[dict]:
 
 
 def numbers(row: dict) -> dict[str, float]:
-    """What a run must repeat: all numbers but those of its machine."""
+    """Return the metrics that a repeated run must give again: all but those of the machine."""
     measured = ("tokens_per_second", "tflops_per_second", "peak_memory_gib")
     of_process = ("videos_decoded", "videos_from_store")  # whose memory a restart has lost
     return {
@@ -120,7 +120,7 @@ def test_metrics_of_every_step_and_evaluation(run):
 
 
 def test_a_traced_step_shows_its_phases(run):
-    """Of rank 1 alone; vLLM and Megatron work in the same process."""
+    """The profiler traces rank 1 alone; vLLM and Megatron work in the same process."""
     names = {file.name for file in (run / "traces").iterdir()}
     assert names == {f"{phase}-000003-rank0001.json.gz" for phase in ("sft", "grpo")}
     with gzip.open(run / "traces" / "grpo-000003-rank0001.json.gz") as trace:

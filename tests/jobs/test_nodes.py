@@ -86,7 +86,7 @@ class Nodes:
         self.scripts[node].wait()
 
     def start_again(self, node: int) -> None:
-        """As a cluster's scheduler does: the same call."""
+        """Make the same call again, as a cluster's scheduler does."""
         self.scripts[node] = self.start(node)
 
     def __enter__(self) -> "Nodes":

@@ -59,7 +59,7 @@ class Call:
         return psutil.Process(self.script.pid).children(recursive=True)
 
     def wait_for(self, more_steps: int) -> None:
-        """Of its own."""
+        """Return the run directory of a test."""
         deadline = time.monotonic() + 200
         while "sft:" not in self.words():
             assert self.script.poll() is None and time.monotonic() < deadline, self.words()
@@ -82,7 +82,7 @@ def last_step(out: Path) -> int:
 
 
 def gone(processes: list[psutil.Process]) -> bool:
-    """Within some seconds."""
+    """Wait some seconds until the processes have ended."""
     _, alive = psutil.wait_procs(processes, timeout=10)
     return all(process.status() == psutil.STATUS_ZOMBIE for process in alive)
 

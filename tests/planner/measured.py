@@ -83,7 +83,7 @@ class Live:
         self._holders: dict[int, int] = {}
 
     def hold(self, holder: Any, storage: torch.UntypedStorage) -> None:
-        """Until `holder` dies; a storage counts once however many hold it."""
+        """Count a storage until `holder` dies, once however many hold it."""
         key, size = storage.data_ptr(), storage.nbytes()
         if not size:
             return

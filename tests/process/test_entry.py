@@ -1,4 +1,4 @@
-"""How programs end: who says the sentence, and what Ctrl-C leaves on the screen."""
+"""Programs end with one sentence of one rank, and with one line on Ctrl-C."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ run_program(main)
 
 
 def ranks(folder: Path, program: str, failing: str) -> str:
-    """What two ranks of a node print, started as torchrun starts them."""
+    """Return what two ranks of a node print, started as torchrun starts them."""
     said = ""
     for rank in "01":
         (folder / rank).mkdir()

@@ -76,7 +76,7 @@ def test_any_rank_and_any_writer_keeps_the_directory(hold, tmp_path):
 
 
 def lease(out: Path, beat: int) -> None:
-    """What a run on another host wrote last."""
+    """Write the lease that a run on another host wrote last."""
     (out / "lock").mkdir(exist_ok=True)
     fields = {"token": "t", "host": "node7", "boot": "b", "pid": 7, "since": "then", "beat": beat}
     (out / "lock" / "holder.json").write_text(json.dumps(fields))

@@ -20,7 +20,7 @@ def check_with(tmp_path, monkeypatch):
     (tmp_path / "good.json").write_text(json.dumps(GOOD))
 
     def checked(key: str, path: str, form: str = "charades_sta", here: bool = False):
-        """Of a recipe whose sources are good, but for one of `key`."""
+        """Return the notes on a recipe whose sources are good, but for one of `key`."""
         source = {"json_path": str(tmp_path / "good.json"), "data_folder": str(tmp_path)}
         source |= {"format": "charades_sta"}
         wrong = source | {"json_path": path, "format": form}

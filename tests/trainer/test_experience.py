@@ -104,7 +104,7 @@ def test_components_without_weight_do_not_count(mesh):
 
 @pytest.mark.parametrize("tokens", [1, 10_000])
 def test_kl_in_the_reward_is_the_sum_over_each_answer(mesh, tmp_path, tokens):
-    """Against the reference's log-probs of every answer by itself; a sample may come twice."""
+    """Compare with the reference's log-probs of every answer by itself; a sample may come twice."""
     checkpoint = save(hf_model(), tmp_path / "hf")
     cfg = Model(checkpoint=str(checkpoint), dtype="float32")
     policy = Policy(read_architecture(checkpoint), cfg, Parallel(), mesh)

@@ -1,4 +1,4 @@
-"""What a training process does about signals, alone and among children that hear them too."""
+"""Signals to a training process, alone and among children that receive them too."""
 
 import os
 import select

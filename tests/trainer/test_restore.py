@@ -1,4 +1,4 @@
-"""What a run loads when it starts or resumes: each file of weights once, annotations once."""
+"""A run that starts or resumes loads each file of weights once and parses annotations once."""
 
 import json
 from pathlib import Path

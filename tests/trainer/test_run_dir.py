@@ -1,4 +1,4 @@
-"""What a run directory holds decides who may go on in it."""
+"""The content of a run directory decides which run may continue in it."""
 
 from pathlib import Path
 

@@ -44,7 +44,7 @@ FIXED = ("PYTHONPATH", "OMP_NUM_THREADS")  # take effect at the start of a proce
 
 @dataclass
 class Program:
-    """What a client wants run."""
+    """Program that a client wants to run."""
 
     arguments: list[str]  # of `python`
     cwd: str
@@ -111,7 +111,7 @@ class Server:
                     self._reap(pid)
 
     def _start(self) -> Program | None:
-        """In the child, its program."""
+        """Run the program in the child process."""
         client, _ = self._listener.accept()
         program = receive(client)
         if program is None:
@@ -195,7 +195,7 @@ def kill_tree(pid: int) -> None:
 
 
 def run(program: Program) -> None:
-    """As `python ARGUMENTS` would, but for the end: to clear away a thousand modules takes 1 s."""
+    """Run as `python ARGUMENTS` would, but end at once: clearing a thousand modules takes 1 s."""
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in program.ignored_signals:

@@ -1,4 +1,4 @@
-"""What a study runs: sizes x layouts x strong and weak scaling, as cells with names."""
+"""Cells of a study: sizes x layouts x strong and weak scaling, as cells with names."""
 
 import math
 from collections.abc import Iterator

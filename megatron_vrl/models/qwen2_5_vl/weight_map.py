@@ -21,7 +21,7 @@ from megatron_vrl.models.pipeline_split import Chunk
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How Hugging Face tensors are stored in one Megatron parameter.
+    """Rule by which Hugging Face tensors are stored in one Megatron parameter.
 
     Example: gate and up of shape [F, C] join to [2F, C]. With `fold=2` and two tensor ranks, rank 0
     holds the first half of gate and the first half of up.

@@ -9,7 +9,7 @@ from megatron_vrl.rollout.vllm.torchvision_shim import declare_missing_ops
 
 
 def test_patchify_places_every_pixel():
-    """Against the definition, pixel by pixel."""
+    """Compare with the definition, pixel by pixel."""
     frames = np.random.default_rng(0).integers(0, 256, (4, 56, 84, 3), dtype=np.uint8)
     rows = patchify(frames).numpy().reshape(2, 2, 3, 2, 2, 3, 2, 14, 14)
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
