@@ -83,7 +83,13 @@ class Interrupted:
         self._answerer = answerer
 
     def answer(self, *arguments):
-        for number, answered in enumerate(self._answerer.answer(*arguments)):
+        return self._until_interrupted(self._answerer.answer(*arguments))
+
+    def answer_greedily(self, *arguments):
+        return self._until_interrupted(self._answerer.answer_greedily(*arguments))
+
+    def _until_interrupted(self, answers):
+        for number, answered in enumerate(answers):
             if number % 3 == 2:
                 raise KeyboardInterrupt
             yield answered

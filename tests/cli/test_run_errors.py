@@ -44,7 +44,7 @@ def test_vanished_video_stops_a_strict_run_and_is_replaced_in_another(copy):
     aside = copy / "aside.mp4"
     video.rename(aside)
     done = train_in(copy, "video.max_bad_fraction=0")
-    assert done.stderr.count("nothing was learned") == 1  # a fresh model: said of the first step
+    assert done.stderr.count("there was no update") == 1  # a fresh model: said of the first step
     assert sentence_of(done) == (
         "error: 1 of the 6 samples drawn have bad videos, over video.max_bad_fraction=0.0: 1 "
         f"missing (first {order[5].video}); see quarantine.jsonl, check the data with "
