@@ -1,8 +1,7 @@
 """Builds report.html: one page about a run, from the files in its directory.
 
 The page is self-contained (inline style, SVG, base64 images). Sections without files are omitted.
-To rebuild the page at any time, also during the run: `python -m megatron_vrl.observe.report
-RUN_DIR`.
+`mvrl report RUN_DIR` rebuilds the page at any time, also during the run.
 """
 
 import base64
@@ -16,9 +15,6 @@ from megatron_vrl.errors import UserError
 from megatron_vrl.observe.charts import Curve, svg
 from megatron_vrl.observe.metrics import METRICS, metric_info
 from megatron_vrl.observe.page import render
-from megatron_vrl.observe.progress import log_written
-from megatron_vrl.process.command_line import OverrideParser
-from megatron_vrl.process.entry import run_program
 from megatron_vrl.process.run_lock import held
 from megatron_vrl.storage.files import read_error, read_rows, write_file
 
@@ -217,16 +213,3 @@ def _cell(found: dict[str, float], name: str) -> str:
     if name not in found:
         return ""
     return f"{100 * found[name]:.1f}" if metric_info(name).unit == "%" else f"{found[name]:.3f}"
-
-
-def main() -> None:
-    """Build report.html of the run directory on the command line."""
-    parser = OverrideParser(
-        prog="megatron_vrl.observe.report", description="Build report.html of a run again."
-    )
-    parser.add_argument("run", metavar="RUN_DIR", type=Path, help="run.out_dir of a run")
-    log_written(build_report(parser.parse_args().run))
-
-
-if __name__ == "__main__":
-    run_program(main)
