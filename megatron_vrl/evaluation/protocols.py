@@ -1,16 +1,17 @@
-"""Benchmarks: which questions, which numbers, and how an answer to one becomes a record.
+"""Benchmarks: metrics of a benchmark, and the record of one answered question.
 
-Every number but one is the mean of a value of each question. An answer that could not be read or
-was not given counts 0, so that n questions go in and n are divided by; why there was no answer is
-counted apart. A question without a truth to score by (open-ended, no interval within the video) is
-counted as unscorable and in no mean. `r1@t`, `iou@t` and `iop@t` count values >= t; IoU and IoP
-take the best of several true intervals (as NExT-GQA's own script does). `accuracy_gqa` counts right
-options whose interval has IoP >= 0.5. The exception is ActivityNet-RTL's `miou_by_video` and
-`p@0.5_by_video`, means over videos of means over their questions, as LITA's script has them.
-Shares, not percent.
+A metric is the mean over questions of one value per question, as a fraction of 1. A missing or
+unreadable answer counts 0, and the reason is counted in `failures`. A question without a truth
+(open-ended, or without an interval inside the video) is unscorable and in no mean.
 
-The project's protocol reads answers strictly and cuts both the true and the answered interval at
-the video's ends; the seed's neither clips nor orders (megatron_vrl/evaluation/temporal_r1.py).
+    r1@t, iou@t, iop@t     fraction of questions with IoU or IoP of at least t; the best of several
+                           true intervals counts, as in NExT-GQA's script
+    accuracy_gqa           fraction of questions with the right option and IoP of at least 0.5
+    miou_by_video,         ActivityNet-RTL: means over videos of the means over a video's questions,
+    p@0.5_by_video         as in LITA's script
+
+The protocol `strict` reads answers by the parser of the rewards and clips the true and the answered
+interval to the video. The protocol `temporal_r1` does not clip (temporal_r1.py).
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,8 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Benchmark:
+    """Annotation format and metrics of a benchmark. `by_video` adds the means by video."""
+
     form: str  # a row of `megatron_vrl.data.formats.training.READERS`
     metrics: tuple[str, ...]
     by_video: bool = False
@@ -64,18 +67,18 @@ FAILURES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
-    """One question with what was answered."""
+    """One question with its answer and scores."""
 
     sample: VideoSample
     response: str = ""
     failure: str = ""  # a row of FAILURES, "" for an answer that was read
-    reason: str = ""  # of the failure, in words
+    reason: str = ""  # explanation of the failure
     interval_s: Interval | None = None
     option: str = ""
     values: Mapping[str, float] = field(default_factory=dict)  # metric -> value of this question
 
     def record(self) -> dict[str, Any]:
-        """Ready for JSON."""
+        """Return the item as a row of items.jsonl."""
         sample = self.sample
         return {
             "id": sample.id,
@@ -95,7 +98,10 @@ class Item:
 def judged(
     sample: VideoSample, response: str | None, protocol: Protocol, *, cut_off: bool, problem: str
 ) -> Item:
-    """`response` None: there is none, since the video was not read (`problem`) or it is missing."""
+    """Return the scored item of a response.
+
+    `response` is None without a prediction. `problem` says why the video could not be read.
+    """
     if not can_be_asked(sample):
         return Item(
             sample=sample,
@@ -122,7 +128,7 @@ def judged(
 def _read(
     sample: VideoSample, response: str, protocol: Protocol
 ) -> tuple[Interval | None, str, str]:
-    """(interval, option, why one of them is missing)."""
+    """Return interval, option, and the reason if one of them is missing."""
     task = TASKS[sample.task]
     if protocol == "strict" or task.truth.intervals == task.truth.option:
         parsed = task.parse(response, sample)
@@ -157,6 +163,7 @@ def _values(
 
 
 def _failed(item: Item) -> Item:
+    """Return the item with the value 0 for every metric."""
     return Item(
         sample=item.sample,
         failure=item.failure,
@@ -166,12 +173,13 @@ def _failed(item: Item) -> Item:
 
 
 def _iop(answer: Interval, truth: Interval) -> float:
+    """Return overlap / length of the answered interval."""
     overlap = min(answer[1], truth[1]) - max(answer[0], truth[0])
     return max(0.0, overlap) / (answer[1] - answer[0]) if answer[0] < answer[1] else 0.0
 
 
 def summary(benchmark: Benchmark, items: Sequence[Item], seed: int = 0) -> dict[str, Any]:
-    """All numbers of an evaluation, ready for JSON; `metrics` has {value, low, high} by name.
+    """Return summary.json of an evaluation. `metrics`: name -> {value, low, high}.
 
     Raises DataError if no question can be scored.
     """
@@ -199,7 +207,7 @@ def summary(benchmark: Benchmark, items: Sequence[Item], seed: int = 0) -> dict[
 
 
 def interval_of_mean(values: np.ndarray, seed: int) -> tuple[float, float]:
-    """Percentile bootstrap of the mean over questions (Efron 1979)."""
+    """Return the 95 % percentile-bootstrap interval of a mean over questions (Efron 1979)."""
     rng = np.random.default_rng(seed)
     means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(RESAMPLES)]
     tail = (1 - CONFIDENCE) / 2
@@ -208,6 +216,7 @@ def interval_of_mean(values: np.ndarray, seed: int) -> tuple[float, float]:
 
 
 def _by_video(items: Sequence[Item], name: str) -> float:
+    """Return the mean over videos of the mean over a video's questions."""
     videos: dict[str, list[float]] = {}
     for item in items:
         videos.setdefault(item.sample.video, []).append(item.values[name])
@@ -215,7 +224,7 @@ def _by_video(items: Sequence[Item], name: str) -> float:
 
 
 def _by_label(items: Sequence[Item], name: str) -> dict[str, dict[str, float]]:
-    """Label -> mean of the benchmark's first metric, and how many questions it has."""
+    """Return label -> mean of the benchmark's first metric and number of questions."""
     labels: dict[str, list[float]] = {}
     for item in items:
         for label in item.sample.labels:

@@ -1,11 +1,13 @@
 """Answer parsers of the released Temporal-R1 evaluation (arXiv 2506.01908), faults included.
 
-Of lmms-eval's fork: `qwen2_5_vl_r1.py` cuts the times or the option out of a response, the tasks'
-own scripts read what is left. Times are found anywhere in the response, swapped when reversed and
-never clipped; what does not fit the form is read as 0.0 to 0.0. An option is read from the first
-answer block or else from the whole response, where any single letter A to E will do, the article
-"a" too. Its reading of untrained models, by keywords in free text, is left out: here all models
-are asked and read alike.
+The release is a fork of lmms-eval: `qwen2_5_vl_r1.py` extracts the times or the option from a
+response, and the scripts of the tasks parse the extracted text. Times may be anywhere in the
+response. Reversed times are swapped, and times are never clipped. A response in another format
+counts as 0.0 to 0.0. An option is read from the first answer block, else from the whole response,
+where any single letter A to E counts, also the article "a".
+
+Left out: the release parses untrained models by keywords in free text. Here all models have one
+parser.
 """
 
 import re
@@ -26,7 +28,10 @@ PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 
 
 def read_interval(response: str) -> tuple[Interval, str]:
-    """(seconds, failure); a response that is not read is 0 to 0."""
+    """Return the interval in seconds and a failure ("" if there is none).
+
+    A response without times in the released format gives 0.0 to 0.0.
+    """
     match = TIMES.search(response)
     try:
         text = f"{float(match[1])}-{float(match[2])}" if match else ""
@@ -34,19 +39,20 @@ def read_interval(response: str) -> tuple[Interval, str]:
         text = ""
     ranges = RANGE.findall(text)
     if not ranges:
-        return (0.0, 0.0), "no times in the released form"
+        return (0.0, 0.0), "no times in the released format"
     first, second = map(float, ranges[0])
     return (min(first, second), max(first, second)), ""
 
 
 def hull_iou(left: Interval, right: Interval) -> float:
+    """Return overlap / hull of two intervals; 0 for an empty hull."""
     hull = max(left[1], right[1]) - min(left[0], right[0])
     overlap = max(min(left[1], right[1]) - max(left[0], right[0]), 0.0)
     return overlap / hull if hull > 0 else 0.0
 
 
 def read_option(response: str) -> tuple[str, str]:
-    """(letter, failure): "" and a sentence where no letter is found."""
+    """Return the letter and a failure. Without a letter from A to E the letter is ""."""
     block = BLOCK.search(response)
     quoted = QUOTED.search(block[1]) if block else None
     text = (quoted[1] or quoted[2]) if quoted else response
@@ -55,6 +61,7 @@ def read_option(response: str) -> tuple[str, str]:
 
 
 def _plain(text: str) -> str:
+    """Return the text without punctuation, in lower case, as VQA's scorer normalizes it."""
     text = text.replace("\n", " ").replace("\t", " ").strip()
     joined = text
     for mark in PUNCTUATION:
