@@ -61,7 +61,7 @@ def read_option(response: str) -> tuple[str, str]:
 
 
 def _plain(text: str) -> str:
-    """Return the text without punctuation, in lower case, as VQA's scorer normalizes it."""
+    """Return the text without punctuation, in lower case, as the release normalizes it."""
     text = text.replace("\n", " ").replace("\t", " ").strip()
     joined = text
     for mark in PUNCTUATION:
