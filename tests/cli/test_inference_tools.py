@@ -43,9 +43,16 @@ def cfg(folder):
 
 @pytest.fixture(scope="module")
 def engine(cfg):
-    """One for all tests here; it answers what it is asked, whatever the limits in the config."""
+    """Return a start function that gives one engine to all tests, whatever the limits are.
+
+    vLLM's process groups are destroyed at the end: other modules start engines in this process.
+    """
+    from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
+
     answerer = Answerer(cfg, 64)
-    return lambda config, longest: answerer
+    yield lambda config, longest: answerer
+    destroy_model_parallel()
+    destroy_distributed_environment()
 
 
 def never(config, longest):

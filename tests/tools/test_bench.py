@@ -61,8 +61,8 @@ def test_sync_takes_its_stages_apart():
     rows = rows_of("sync", "--hidden", 256, "--layers", 1)
     assert rows.keys() == {"colocated", "shared_memory", "broadcast", "http"}
     for path, row in rows.items():
-        stages = [row[f"{stage}_s"] for stage in ("export", "load", "settle", "finish")]
+        stages = [row[f"{stage}_s"] for stage in ("export", "push", "flush", "commit")]
         assert sum(stages) == pytest.approx(row["median_s"]), path  # one round
         assert row["ratio_to_copy"] == pytest.approx(row["median_s"] / row["copy_s"])
-    assert rows["colocated"]["settle_s"] < rows["http"]["settle_s"]
+    assert rows["colocated"]["flush_s"] < rows["http"]["flush_s"]
     assert rows["colocated"]["bytes"] > 4_000_000
