@@ -14,9 +14,7 @@ from megatron_vrl.errors import DataError
 from megatron_vrl.tasks import TASKS
 from megatron_vrl.types import VideoSample
 
-EXCERPTS = Path(
-    os.environ.get("MVRL_ANNOTATIONS", Path(__file__).parents[3] / "shared" / "annotations")
-)
+EXCERPTS = Path(os.environ.get("MVRL_ANNOTATIONS", "excerpts"))
 CHARADES = {
     "3MSZA": {
         "duration": 30.96,
