@@ -29,7 +29,7 @@ COLUMNS = {
     "grounded_qa/accuracy": "QA acc.",
     "grounded_qa/miou": "QA mIoU",
     "format_rate": "format",
-    "reward": "reward",
+    "reward/mean": "reward",
 }
 ARMS = {
     "base": "base",
@@ -92,7 +92,7 @@ def run_seed(out: Path, seed: int, overrides: list[str]) -> dict[str, Any]:
         "more_sft_steps": steps,
         "results": {**main_job["results"], "more_sft": longer["results"]["sft"]},
         "trivial": main_job["trivial"],
-        "seconds": main_job["seconds"],
+        "timing_s": main_job["timing_s"],
         "peak_rss_bytes_all_ranks": main_job["peak_rss_bytes_all_ranks"],
     }
 
@@ -103,7 +103,7 @@ def equal_steps(job: Path) -> int:
     seconds: dict[str, list[float]] = {"sft": [], "grpo": []}
     for row in metric_rows(job):
         if row["phase"] in seconds:
-            seconds[row["phase"]].append(sum(row["seconds"].get(name, 0.0) for name in work))
+            seconds[row["phase"]].append(sum(row["timing_s"].get(name, 0.0) for name in work))
     return round(sum(seconds["grpo"]) / statistics.median(seconds["sft"]))
 
 
@@ -123,7 +123,7 @@ def rows(summaries: list[dict[str, Any]], split: str) -> list[str]:
 
 def cell(name: str, values: list[float]) -> str:
     mean, low, high = (
-        f"{value:.3f}" if name == "reward" else f"{100 * value:.1f}"
+        f"{value:.3f}" if name == "reward/mean" else f"{100 * value:.1f}"
         for value in (statistics.mean(values), min(values), max(values))
     )
     return mean if low == high else f"{mean} ({low}-{high})"

@@ -240,7 +240,7 @@ def run_arm(
             "of": len(pool),
             "wrong": statistics.mean(sample.is_wrong for sample in passing),
         },
-        "seconds": json.loads((home / arm / "summary.json").read_text())["seconds"],
+        "timing_s": json.loads((home / arm / "summary.json").read_text())["timing_s"],
     }
 
 

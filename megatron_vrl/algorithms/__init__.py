@@ -98,19 +98,19 @@ def token_loss(tokens: Tokens, cfg: config.Algorithm) -> tuple[Tensor, dict[str,
     if cfg.rollout_is != "none":
         weight, cut = rollout_is_weight(tokens, cfg)
         loss = loss * weight
-        metrics |= {"rollout_is_weight": weight, "rollout_is_cut": cut}
+        metrics |= {"rollout/is_weight": weight, "rollout/is_cut_fraction": cut}
     logprob = tokens.logprob.detach()
     gap = (tokens.old_logprob - tokens.engine_logprob).abs()  # same weights, two implementations
-    metrics |= {"policy_loss": loss.detach(), "entropy": tokens.entropy.detach()}
+    metrics |= {"actor/policy_loss": loss.detach(), "actor/entropy": tokens.entropy.detach()}
     metrics |= {
-        "approx_kl": tokens.old_logprob - logprob
+        "actor/ppo_kl": tokens.old_logprob - logprob
     }  # k1 estimate of the change since sampling
-    metrics |= {"logprob_gap": gap, "logprob_gap_max": gap}
+    metrics |= {"rollout/logprob_gap": gap, "rollout/logprob_gap_max": gap}
     if cfg.kl > 0 and cfg.kl_in == "loss":
         assert tokens.reference is not None, "a KL term needs reference log-probs"
         kl = kl_penalty(tokens.logprob, tokens.reference, cfg)
         loss = loss + cfg.kl * kl
-        metrics["ref_kl"] = kl.detach()
+        metrics["actor/kl"] = kl.detach()
     if cfg.entropy > 0:
         loss = loss - cfg.entropy * tokens.entropy
     return loss, metrics

@@ -26,4 +26,4 @@ def policy_loss(tokens: Tokens, cfg: Algorithm) -> tuple[Tensor, dict[str, Tenso
     ratio = exp(tokens.logprob.detach() - tokens.old_logprob)
     weight = ratio.clamp(1.0 - cfg.clip, 1.0 + cfg.clip_high)
     loss = -tokens.advantage * weight * tokens.logprob
-    return loss, {"clip_fraction": (weight != ratio).to(loss.dtype)}
+    return loss, {"actor/clip_fraction": (weight != ratio).to(loss.dtype)}

@@ -33,4 +33,4 @@ def clipped_loss(
     plain = -advantage * ratio
     bounded = -advantage * ratio.clamp(1.0 - cfg.clip, 1.0 + cfg.clip_high)
     clip_fraction = (bounded > plain).to(plain.dtype)
-    return torch.maximum(plain, bounded), {"clip_fraction": clip_fraction}
+    return torch.maximum(plain, bounded), {"actor/clip_fraction": clip_fraction}

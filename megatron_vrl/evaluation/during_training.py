@@ -57,7 +57,7 @@ def evaluate(
     _check_bad_fraction([a.problem for a in ordered if a.problem], len(samples), ctx)
     metrics = summarise(samples, [answer.text for answer in ordered], cfg.rewards)
     read = [answer.tokens for answer in ordered if not answer.problem]
-    metrics["response_tokens"] = float(np.mean(read)) if read else 0.0
+    metrics["response_length/mean"] = float(np.mean(read)) if read else 0.0
     metrics["undecodable"] = float(len(ordered) - len(read))
     return metrics
 

@@ -52,7 +52,7 @@ def summarise(
 def _means(scored: Sequence[Scored]) -> Iterator[tuple[str, float]]:
     """Yield the metrics that every task has; `format_rate` if one of them scores the format."""
     yield "num_samples", float(len(scored))
-    yield "reward", mean([row.reward for row in scored])
+    yield "reward/mean", mean([row.reward for row in scored])
     formats = [row.components["format"] for row in scored if "format" in row.components]
     if formats:
         yield "format_rate", mean(formats)

@@ -27,26 +27,31 @@ METRICS = {
         for metric, title in task.titles.items()
     },
     "format_rate": MetricInfo("format", "%"),
-    "reward": MetricInfo("reward", ""),
-    "response_tokens": MetricInfo("response length", "tokens"),
-    "truncated_share": MetricInfo("truncated answers", "%"),
-    "loss": MetricInfo("loss", "nats per token"),
-    "ref_kl": MetricInfo("KL to the reference", "nats per token"),
-    "entropy": MetricInfo("entropy", "nats per token"),
-    "logprob_gap": MetricInfo("log-prob gap, engine to trainer", "nats per token"),
-    "grad_norm": MetricInfo("gradient norm", ""),
-    "lr": MetricInfo("learning rate", ""),
-    "tokens_per_second": MetricInfo("trained tokens per second", "1/s"),
-    "tokens_computed": MetricInfo("tokens computed", "tokens"),
-    "tokens_ideal": MetricInfo("tokens needed", "tokens"),
-    "prompt_reuse": MetricInfo("prompt reuse (tokens of the plain layout / computed)", ""),
-    "padding_share": MetricInfo("padding tokens", "%"),
-    "update_tflops_per_second": MetricInfo("model FLOPs of the update, per rank", "TFLOP/s"),
-    "hardware_tflops_per_second": MetricInfo("computed FLOPs of the update, per rank", "TFLOP/s"),
-    "mfu": MetricInfo("model FLOPs utilisation", "%"),
-    "bad_samples": MetricInfo("samples replaced because of a bad video", ""),
-    "bad_sample_share": MetricInfo("samples with bad videos so far", "%"),
-    "peak_memory_gib": MetricInfo("peak memory of a rank", "GiB"),
+    "reward/mean": MetricInfo("reward", ""),
+    "reward/std": MetricInfo("standard deviation of the reward within a group", ""),
+    "reward/format": MetricInfo("format", "%"),
+    "response_length/mean": MetricInfo("response length", "tokens"),
+    "response_length/clip_ratio": MetricInfo("truncated answers", "%"),
+    "sft/loss": MetricInfo("loss", "nats per token"),
+    "actor/loss": MetricInfo("loss", "nats per token"),
+    "actor/kl": MetricInfo("KL to the reference", "nats per token"),
+    "actor/entropy": MetricInfo("entropy", "nats per token"),
+    "rollout/logprob_gap": MetricInfo("log-prob gap, engine to trainer", "nats per token"),
+    "actor/grad_norm": MetricInfo("gradient norm", ""),
+    "actor/lr": MetricInfo("learning rate", ""),
+    "perf/tokens_per_second": MetricInfo("trained tokens per second", "1/s"),
+    "perf/tokens_computed": MetricInfo("tokens computed", "tokens"),
+    "perf/tokens_needed": MetricInfo("tokens needed", "tokens"),
+    "perf/prompt_reuse": MetricInfo("prompt reuse (tokens of the plain layout / computed)", ""),
+    "perf/padding_fraction": MetricInfo("padding tokens", "%"),
+    "perf/tflops_per_second": MetricInfo("model FLOPs of the update, per rank", "TFLOP/s"),
+    "perf/hardware_tflops_per_second": MetricInfo(
+        "computed FLOPs of the update, per rank", "TFLOP/s"
+    ),
+    "perf/mfu": MetricInfo("model FLOPs utilisation", "%"),
+    "data/bad_samples": MetricInfo("samples replaced because of a bad video", ""),
+    "data/bad_fraction": MetricInfo("samples with bad videos so far", "%"),
+    "perf/peak_memory_gib": MetricInfo("peak memory of a rank", "GiB"),
 }
 
 
@@ -59,7 +64,7 @@ def metric_info(name: str) -> MetricInfo:
 class StepMetrics:
     """Metrics of one step: one row of metrics.jsonl.
 
-    `values` may be nested one level: {"components": {"format": 0.5}} becomes "components/format".
+    `values` may be nested one level: {"reward": {"format": 0.5}} becomes "reward/format".
     `seconds` has the time of this step by phase of `Clock`. For an evaluation, `split` is the
     evaluated split, and (`during`, `step`) are the phase and the step of the evaluated weights.
     """
@@ -79,7 +84,7 @@ class StepMetrics:
         row: dict[str, Any] = {"phase": self.phase, "step": self.step}
         if self.phase == "eval":
             row |= {"split": self.split, "during": self.during}
-        row["seconds"] = {name: round(value, 4) for name, value in self.seconds.items()}
+        row["timing_s"] = {name: round(value, 4) for name, value in self.seconds.items()}
         return row | flatten(self.values)
 
 

@@ -22,15 +22,15 @@ RUNNING_S = 600.0  # without a lock file, a run counts as running if its last ro
 ERROR = "ended by an error"
 MAX_SAMPLES = 12  # logged samples on the page, evenly spaced over the steps
 CURVES = (  # (phase, metric) in page order
-    ("grpo", "reward"),
-    ("grpo", "format_rate"),
-    ("grpo", "response_tokens"),
-    ("grpo", "ref_kl"),
-    ("grpo", "entropy"),
-    ("grpo", "logprob_gap"),
-    ("sft", "loss"),
+    ("grpo", "reward/mean"),
+    ("grpo", "reward/format"),
+    ("grpo", "response_length/mean"),
+    ("grpo", "actor/kl"),
+    ("grpo", "actor/entropy"),
+    ("grpo", "rollout/logprob_gap"),
+    ("sft", "sft/loss"),
 )
-TABLE = frozenset(name for name, shown in METRICS.items() if shown.unit == "%") | {"reward"}
+TABLE = frozenset(name for name, shown in METRICS.items() if shown.unit == "%") | {"reward/mean"}
 STAGES = {"base": "before training", "sft": "after warm-up (SFT)", "grpo": "after GRPO"}
 PHASES = {"sft": "SFT", "grpo": "GRPO", "eval": "evaluation"}
 Rows = list[dict[str, Any]]
@@ -39,11 +39,16 @@ Rows = list[dict[str, Any]]
 def build_report(out_dir: Path) -> Path:
     """Write report.html and return its path. Call on rank 0 only.
 
-    Raises UserError if the directory has no rows in metrics.jsonl.
+    Raises UserError if metrics.jsonl has no rows, or metrics by their earlier names.
     """
     rows = read_rows(out_dir / "metrics.jsonl")
     if not rows:
         raise UserError(f"{out_dir} holds no metrics.jsonl with rows. Give the out_dir of a run.")
+    if "timing_s" not in rows[0]:
+        raise UserError(
+            f"{out_dir}/metrics.jsonl has no `timing_s`: an earlier version wrote it, and its "
+            "metrics have other names (see CHANGELOG.md). Build the report with that version."
+        )
     summary_path = out_dir / "summary.json"
     summary = json.loads(summary_path.read_text()) if summary_path.is_file() else {}
     config_path = out_dir / "config.yaml"
@@ -158,7 +163,7 @@ def time_budgets(rows: Rows) -> list[tuple[str, float, list[tuple[str, float]]]]
     totals: dict[str, dict[str, float]] = {}
     for row in rows:
         parts = totals.setdefault(row["phase"], {})
-        for part, seconds in row["seconds"].items():
+        for part, seconds in row["timing_s"].items():
             parts[part] = parts.get(part, 0.0) + seconds
     ranked = {
         PHASES[p]: sorted(parts.items(), key=lambda part: -part[1]) for p, parts in totals.items()

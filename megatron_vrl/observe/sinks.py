@@ -141,9 +141,9 @@ class Progress:
         """Move the bar to the row's step. Rows of other phases are ignored."""
         if row["phase"] != self._phase:
             return
-        name = "reward" if "reward" in row else "loss"
+        name, title = ("reward/mean", "reward") if "reward/mean" in row else ("sft/loss", "loss")
         if row.get(name) is not None:
-            self._bar.set_postfix_str(f"{name} {row[name]:.3f}", refresh=False)
+            self._bar.set_postfix_str(f"{title} {row[name]:.3f}", refresh=False)
         self._bar.update(row["step"] - self._bar.n)
 
     def close(self) -> None:
@@ -179,19 +179,33 @@ class Wandb:
                 f"observe.wandb={cfg.wandb} failed: {' '.join(str(error).split())} "
                 "Run `wandb login`, or set observe.wandb=offline."
             ) from None
-        for phase in ("sft", "grpo", "eval"):
-            self._run.define_metric(f"{phase}/*", step_metric=f"{phase}/step")
+        self._run.define_metric("sft/*", step_metric="sft/step")
+        for group in (
+            "reward",
+            "response_length",
+            "actor",
+            "rollout",
+            "perf",
+            "data",
+            "fp8",
+            "timing_s",
+        ):
+            self._run.define_metric(f"{group}/*", step_metric="grpo/step")
 
     def begin(self, phase: Phase, steps: int, done: int) -> None:
         """Do nothing: a row contains its phase."""
 
     def write(self, row: dict[str, Any]) -> None:
-        """Log the row's numbers under PHASE/, for an evaluation under eval/DURING/SPLIT/."""
-        group = "/".join(filter(None, (row["phase"], row.get("during"), row.get("split"))))
+        """Log the row's metrics: GRPO's by their names, SFT's under sft/, evaluations under eval/.
+
+        An evaluation of any stage is eval/SPLIT/METRIC, so that one curve shows all stages.
+        """
+        phase, split = row["phase"], row.get("split")
+        prefix = {"grpo": "", "sft": "sft/", "eval": f"eval/{split}/"}[phase]
         metrics = {k: v for k, v in row.items() if isinstance(v, float)}
-        metrics |= {f"seconds/{k}": v for k, v in row["seconds"].items()}
-        logged = {f"{group}/{k}": v for k, v in metrics.items()}
-        self._run.log({f"{row['phase']}/step": row["step"], **logged})
+        metrics |= {f"timing_s/{k}": v for k, v in row["timing_s"].items()}
+        logged = {k if k.startswith("sft/") else prefix + k: v for k, v in metrics.items()}
+        self._run.log({f"{phase}/step": row["step"], **logged})
 
     def close(self) -> None:
         """Finish the run and stop wandb's service."""

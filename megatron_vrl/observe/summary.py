@@ -42,7 +42,7 @@ def write_summary(
     summary = {
         "results": results,
         "trivial": trivial,
-        "seconds": seconds,
+        "timing_s": seconds,
         "versions": installed_versions(),
         "seed": seed,
         "peak_rss_bytes": peak_rss_bytes,

@@ -64,16 +64,16 @@ def throughput_metrics(
     if not computed.tokens:
         return {}
     values = {
-        "tokens_computed": float(computed.tokens),
-        "tokens_ideal": float(ideal.tokens),
-        "prompt_reuse": plain_tokens / computed.tokens,
-        "padding_share": padding_rows / computed.tokens,
-        "tokens_per_second": ideal.tokens / max(sum(seconds.values()), 1e-9),
+        "perf/tokens_computed": float(computed.tokens),
+        "perf/tokens_needed": float(ideal.tokens),
+        "perf/prompt_reuse": plain_tokens / computed.tokens,
+        "perf/padding_fraction": padding_rows / computed.tokens,
+        "perf/tokens_per_second": ideal.tokens / max(sum(seconds.values()), 1e-9),
     }
     rank_seconds = seconds.get("update", 0.0) * ranks
     if rank_seconds > 0:
-        values["update_tflops_per_second"] = update_flops / rank_seconds / 1e12
-        values["hardware_tflops_per_second"] = hardware_flops / rank_seconds / 1e12
+        values["perf/tflops_per_second"] = update_flops / rank_seconds / 1e12
+        values["perf/hardware_tflops_per_second"] = hardware_flops / rank_seconds / 1e12
         if peak is not None:
-            values["mfu"] = update_flops / rank_seconds / peak
+            values["perf/mfu"] = update_flops / rank_seconds / peak
     return values

@@ -98,11 +98,11 @@ class PromptDataLoader:
         total_bad = self._state.bad_samples
         bad, self._bad_before = total_bad - self._bad_before, total_bad
         of_ranks = gather_objects(world_axis(self._ctx.mesh), own)
-        names = {"decoded": "videos_decoded", "store": "videos_from_store"}
-        names["retried"] = "videos_retried"
+        names = {"decoded": "data/videos_decoded", "store": "data/videos_from_store"}
+        names["retried"] = "data/videos_retried"
         return {
-            "bad_samples": float(bad),
-            "bad_sample_share": total_bad / max(self._num_drawn, 1),
+            "data/bad_samples": float(bad),
+            "data/bad_fraction": total_bad / max(self._num_drawn, 1),
         } | {title: float(sum(o[name] for o in of_ranks)) for name, title in names.items()}
 
     def _draw(self, num: int) -> list[tuple[int, VideoSample | Problem]]:

@@ -131,14 +131,14 @@ def _report_step(
     state.add_seconds(spent)
     values = step_metrics(ctx, rollouts, update, spent, version) | loop.dataloader.metrics()
     warn(sinks, state.step, rollouts, update.updates)
-    if not update.updates and values.get("zero_variance_groups") == 1:
-        formatted = values.get("format_rate")
+    if not update.updates and values.get("rollout/zero_variance_groups") == 1:
+        formatted = values.get("reward/format")
         rest = "" if formatted is None else f"; {100 * formatted:.0f} % had the right format"
         sinks.log_once(
             "no update",
             f"Step {state.step}: there was no update, since in every group all answers earned the "
-            f"same reward ({values['reward']:.3f} on average{rest}). Later steps without an update "
-            "are only counted by the metric updates_left_out.",
+            f"same reward ({values['reward/mean']:.3f} on average{rest}). Later steps without an "
+            "update are only counted by the metric actor/skipped_updates.",
         )
     record(ctx, sinks, StepMetrics(phase="grpo", step=state.step, values=values, seconds=spent))
     log_samples(ctx, sinks, rollouts.experiences[: ctx.cfg.observe.samples_per_step], state.step)

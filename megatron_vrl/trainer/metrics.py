@@ -36,35 +36,37 @@ def step_metrics(
 
     `version` identifies the weights that the step began with.
     """
-    numbers: dict[str, Any] = answer_metrics(ctx, rollout_batch.experiences, version)
-    numbers |= {
-        "invalid_groups": float(len(rollout_batch.invalid)),
-        "reward_errors": float(sum(map(len, rollout_batch.failures.values()))),
-        "rollout_rounds": float(rollout_batch.rounds),
-        "groups_trained": float(sum(gather_objects(ctx.mesh.data, len(rollout_batch.kept)))),
-        "updates_left_out": float(sum(not update.applied for update in update_result.updates)),
+    metrics: dict[str, Any] = answer_metrics(ctx, rollout_batch.experiences, version)
+    metrics |= {
+        "rollout/invalid_groups": float(len(rollout_batch.invalid)),
+        "reward/errors": float(sum(map(len, rollout_batch.failures.values()))),
+        "rollout/rounds": float(rollout_batch.rounds),
+        "actor/groups_trained": float(sum(gather_objects(ctx.mesh.data, len(rollout_batch.kept)))),
+        "actor/skipped_updates": float(sum(not update.applied for update in update_result.updates)),
     }
     if not update_result.updates:  # a step without trainable groups counts as one, too
-        numbers["updates_left_out"] = 1.0
-    numbers |= _of_updates(update_result.updates)
-    return numbers | _meters(ctx, update_result, seconds)
+        metrics["actor/skipped_updates"] = 1.0
+    metrics |= _update_metrics(update_result.updates)
+    return metrics | _throughput(ctx, update_result, seconds)
 
 
 def answer_metrics(
     ctx: RunContext, experiences: Sequence[Experience], version: int
 ) -> dict[str, float]:
-    """Return means over every answer of the step. Every rank calls it."""
+    """Return means over every answer of the step. Every rank calls it.
+
+    `reward/std` is the mean over groups of the standard deviation of a group's rewards.
+    """
     own: dict[str, list[float]] = {}
     for experience in experiences:
         group = experience.scored
-        rows = {f"components/{name}": c.values.tolist() for name, c in group.components.items()}
-        if "format" in group.components:
-            rows["format_rate"] = rows["components/format"]
-        rows["reward"] = group.total.tolist()
-        rows["response_tokens"] = [len(r.token_ids) for r in group.rollouts]
-        rows["staleness"] = [float(version - r.weight_version) for r in group.rollouts]
-        rows["truncated_share"] = [float(r.finish == "length") for r in group.rollouts]
-        rows["zero_variance_groups"] = [float(not has_signal(experience.advantages))]
+        rows = {f"reward/{name}": c.values.tolist() for name, c in group.components.items()}
+        rows["reward/mean"] = group.total.tolist()
+        rows["reward/std"] = [float(group.total.std())]
+        rows["response_length/mean"] = [len(r.token_ids) for r in group.rollouts]
+        rows["rollout/staleness"] = [float(version - r.weight_version) for r in group.rollouts]
+        rows["response_length/clip_ratio"] = [float(r.finish == "length") for r in group.rollouts]
+        rows["rollout/zero_variance_groups"] = [float(not has_signal(experience.advantages))]
         for name, values in rows.items():
             own.setdefault(name, []).extend(values)
     everywhere = gather_objects(ctx.mesh.data, own)
@@ -75,16 +77,25 @@ def answer_metrics(
     }
 
 
-def _of_updates(updates: Sequence[Update]) -> dict[str, float]:
+def _update_metrics(updates: Sequence[Update]) -> dict[str, float]:
     """Return means over the step's updates, and maxima of names that end in "_max"."""
-    rows = [{"loss": u.loss, "grad_norm": u.grad_norm, "lr": u.lr, **u.metrics} for u in updates]
+    rows = [{**_actor(u), **u.metrics} for u in updates]
     return {
         name: float((np.max if name.endswith("_max") else np.mean)([row[name] for row in rows]))
         for name in (rows[0] if rows else ())
     }
 
 
-def _meters(
+def _actor(update: Update) -> dict[str, float]:
+    """Return loss, gradient norm and learning rate of an update."""
+    return {
+        "actor/loss": update.loss,
+        "actor/grad_norm": update.grad_norm,
+        "actor/lr": update.lr,
+    }
+
+
+def _throughput(
     ctx: RunContext, update_result: UpdateResult, seconds: Mapping[str, float]
 ) -> dict[str, float]:
     """Return throughput, MFU and peak memory."""
@@ -103,7 +114,7 @@ def _meters(
     name = torch.cuda.get_device_name(mesh.device) if on_gpu else "CPU"
     peaks = gather_objects(world_axis(mesh), peak_bytes(mesh.device))
     reset_peak(mesh.device)
-    return {"peak_memory_gib": max(peaks) / 2**30} | throughput_metrics(
+    return {"perf/peak_memory_gib": max(peaks) / 2**30} | throughput_metrics(
         computed=computed,
         ideal=ideal,
         plain_tokens=sum(plain),

@@ -83,7 +83,7 @@ def _run(ctx: RunContext, state: RunState, sinks: Sinks, progress: Path) -> None
     def end_step(rollouts: RolloutBatch, update: UpdateResult | None, version: int) -> None:
         warn(sinks, state.step, rollouts, updates=[])
         values = answer_metrics(ctx, rollouts.experiences, version)
-        values |= {"rollout_rounds": float(rollouts.rounds)} | loop.dataloader.metrics()
+        values |= {"rollout/rounds": float(rollouts.rounds)} | loop.dataloader.metrics()
         spent = ctx.clock.take()
         record(ctx, sinks, StepMetrics(phase="grpo", step=state.step, values=values, seconds=spent))
         with raise_on_all_ranks(ctx.mesh):  # every rank has written the step

@@ -71,7 +71,11 @@ def _attempt(ctx: RunContext, state: RunState, sinks: Sinks, dev: list[VideoSamp
         state.step += 1
         state.stream = stream.state
         state.version += 1
-        values = {"loss": update.loss, "grad_norm": update.grad_norm, "lr": update.lr}
+        values = {
+            "sft/loss": update.loss,
+            "sft/grad_norm": update.grad_norm,
+            "sft/lr": update.lr,
+        }
         values |= {k: v for k, v in update.metrics.items() if k.startswith("fp8/")}
         values |= dataloader.metrics()
         spent = clock.take()

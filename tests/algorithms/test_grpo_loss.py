@@ -76,11 +76,11 @@ def test_loss_equals_the_formula(spread, clip_high):
     np.testing.assert_allclose(loss.numpy(), reference(*arrays, cfg), rtol=1e-9, atol=1e-12)
     ratio = np.exp(lp - old)
     active = ((ratio > 1 + clip_high) & (adv > 0)) | ((ratio < 0.8) & (adv < 0))
-    np.testing.assert_array_equal(metrics["clip_fraction"].numpy(), active)
-    np.testing.assert_allclose(metrics["approx_kl"].numpy(), old - lp)
+    np.testing.assert_array_equal(metrics["actor/clip_fraction"].numpy(), active)
+    np.testing.assert_allclose(metrics["actor/ppo_kl"].numpy(), old - lp)
     when_sampled = abs(old - (old - 0.1))
-    np.testing.assert_allclose(metrics["logprob_gap"].numpy(), when_sampled)
-    np.testing.assert_array_equal(metrics["entropy"].numpy(), entropy)
+    np.testing.assert_allclose(metrics["rollout/logprob_gap"].numpy(), when_sampled)
+    np.testing.assert_array_equal(metrics["actor/entropy"].numpy(), entropy)
 
 
 def test_on_policy_the_gradient_is_that_of_reinforce():
@@ -90,9 +90,9 @@ def test_on_policy_the_gradient_is_that_of_reinforce():
     loss, metrics = token_loss(tokens_of(logprobs, advantage), cfg)
     loss.sum().backward()
     torch.testing.assert_close(logprobs.grad, -advantage)
-    assert metrics["clip_fraction"].sum() == 0 and metrics["approx_kl"].abs().sum() == 0
-    always = {"policy_loss", "clip_fraction", "approx_kl", "entropy"}
-    assert set(metrics) == always | {"logprob_gap", "logprob_gap_max"}
+    assert metrics["actor/clip_fraction"].sum() == 0 and metrics["actor/ppo_kl"].abs().sum() == 0
+    always = {"actor/policy_loss", "actor/clip_fraction", "actor/ppo_kl", "actor/entropy"}
+    assert set(metrics) == always | {"rollout/logprob_gap", "rollout/logprob_gap_max"}
 
 
 def test_clipped_tokens_have_no_gradient():

@@ -76,9 +76,9 @@ def test_kl_in_the_reward_is_not_in_the_loss():
     outside = Algorithm(kl=0.5, entropy=0, kl_estimator="k1", kl_in="reward")
     without = Algorithm(kl=0, entropy=0)
     plain, metrics = token_loss(tokens, without)
-    assert "ref_kl" not in metrics
+    assert "actor/kl" not in metrics
     assert torch.equal(token_loss(tokens, outside)[0], plain)
-    assert "ref_kl" not in token_loss(tokens, outside)[1]
+    assert "actor/kl" not in token_loss(tokens, outside)[1]
     loss, metrics = token_loss(tokens, inside)
     torch.testing.assert_close(loss - plain, torch.tensor([0.25, -0.5], dtype=torch.float64))
-    assert metrics["ref_kl"].tolist() == [0.5, -1.0]
+    assert metrics["actor/kl"].tolist() == [0.5, -1.0]

@@ -58,7 +58,7 @@ def test_on_policy_the_gradient_is_that_of_reinforce(name):
     loss, metrics = token_loss(tokens, plain(name))
     (gradient,) = torch.autograd.grad(loss.sum(), logprob)
     torch.testing.assert_close(gradient, -tokens.advantage)
-    assert (metrics["clip_fraction"] == 0).all() and (metrics["approx_kl"] == 0).all()
+    assert (metrics["actor/clip_fraction"] == 0).all() and (metrics["actor/ppo_kl"] == 0).all()
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -124,7 +124,7 @@ def test_gspo_clips_whole_answers():
     tokens = tokens_of(logprob, torch.ones(4).double(), old=old, lengths=[2, 2])
     loss, metrics = token_loss(tokens, plain("gspo"))
     (gradient,) = torch.autograd.grad(loss.sum(), logprob)
-    assert metrics["clip_fraction"].tolist() == [0, 0, 1, 1]
+    assert metrics["actor/clip_fraction"].tolist() == [0, 0, 1, 1]
     torch.testing.assert_close(gradient, torch.tensor([-1.0, -1.0, 0.0, 0.0]).double())
 
 
@@ -144,7 +144,7 @@ def test_cispo_keeps_every_gradient():
     np.testing.assert_allclose(
         loss.detach().numpy(), -advantage * weight * (np.log(ratio) - 4), rtol=1e-12
     )
-    assert metrics["clip_fraction"].tolist() == [0, 0, 0, 1] * 2
+    assert metrics["actor/clip_fraction"].tolist() == [0, 0, 0, 1] * 2
 
 
 def test_cispo_takes_a_lower_bound_if_one_is_set():
@@ -153,4 +153,4 @@ def test_cispo_takes_a_lower_bound_if_one_is_set():
     loss, metrics = token_loss(tokens, plain("cispo", clip=0.2))
     (gradient,) = torch.autograd.grad(loss.sum(), logprob)
     torch.testing.assert_close(gradient, torch.tensor([-0.8, -1.0]).double())
-    assert metrics["clip_fraction"].tolist() == [1, 0]
+    assert metrics["actor/clip_fraction"].tolist() == [1, 0]

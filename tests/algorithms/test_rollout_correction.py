@@ -58,7 +58,9 @@ def test_equal_probabilities_change_nothing(name, level, mode):
     plain, _ = token_loss(tokens, Algorithm(**off))
     weighted, metrics = token_loss(tokens, Algorithm(**off, rollout_is=level, rollout_is_mode=mode))
     assert torch.equal(weighted, plain)
-    assert (metrics["rollout_is_weight"] == 1).all() and (metrics["rollout_is_cut"] == 0).all()
+    assert (metrics["rollout/is_weight"] == 1).all() and (
+        metrics["rollout/is_cut_fraction"] == 0
+    ).all()
 
 
 def test_only_the_policy_loss_is_weighted():
@@ -75,7 +77,7 @@ def test_only_the_policy_loss_is_weighted():
     k3 = float(np.exp(0.2) - 0.2 - 1)
     torch.testing.assert_close(loss, -advantage * w + 0.1 * k3 - 0.01 * entropy)
     torch.testing.assert_close(gradient, -advantage * w + 0.1 * (1 - float(np.exp(0.2))))
-    torch.testing.assert_close(metrics["policy_loss"], -advantage * w)
+    torch.testing.assert_close(metrics["actor/policy_loss"], -advantage * w)
 
 
 @pytest.mark.parametrize("mode", ["clip", "mask"])

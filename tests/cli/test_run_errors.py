@@ -61,7 +61,7 @@ def test_vanished_video_stops_a_strict_run_and_is_replaced_in_another(copy):
     assert whole[: len(rows)] == rows
     of_grpo = [json.loads(row) for row in whole if '"phase": "grpo"' in row]
     assert [row["step"] for row in of_grpo] == [1, 2, 3]
-    assert [row["bad_samples"] for row in of_grpo] == [0, 0, 1]
+    assert [row["data/bad_samples"] for row in of_grpo] == [0, 0, 1]
     [bad] = map(json.loads, (run / "quarantine.jsonl").read_text().splitlines())
     assert (bad["step"], bad["sample"], bad["video"]) == (3, order[5].id, order[5].video)
     assert bad["reason"].startswith(f"{order[5].video} cannot be opened as a video")

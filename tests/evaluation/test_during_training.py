@@ -75,7 +75,7 @@ def test_bad_videos_count_as_answered_with_nothing(mesh, capsys):
     metrics = evaluate(ctx_of(mesh, samples, {"s3", "s7"}, share=0.2), samples, version=0, step=0)
     assert metrics["undecodable"] == 2
     assert metrics["temporal_grounding/miou"] == pytest.approx(0.8)
-    assert metrics["response_tokens"] == 6
+    assert metrics["response_length/mean"] == 6
     said = capsys.readouterr().err
     assert "10 questions of an evaluation have bad videos: 2 empty (first 3.mp4, 7.mp4)" in said
 

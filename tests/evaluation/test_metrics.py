@@ -49,7 +49,7 @@ def test_grounding_numbers():
     assert summary["temporal_grounding/r1@0.7"] == pytest.approx(1 / 5)
     assert summary["temporal_grounding/failure_rate"] == summary["failure_rate"] == 1 / 5
     assert summary["format_rate"] == 4 / 5
-    assert summary["reward"] == pytest.approx(0.5 * 4 / 5 + 0.5 * np.mean(ious))
+    assert summary["reward/mean"] == pytest.approx(0.5 * 4 / 5 + 0.5 * np.mean(ious))
     assert summary["num_samples"] == 5
     assert not any(key.startswith("multiple_choice") for key in summary)
 

@@ -54,8 +54,11 @@ def rows_of(run: Path, phase: str) -> list[dict]:
 
 def numbers(row: dict) -> dict[str, float]:
     """Return the metrics that a repeated run must give again: all but those of the machine."""
-    measured = ("tokens_per_second", "tflops_per_second", "peak_memory_gib")
-    of_process = ("videos_decoded", "videos_from_store")  # whose memory a restart has lost
+    measured = ("perf/tokens_per_second", "tflops_per_second", "perf/peak_memory_gib")
+    of_process = (
+        "data/videos_decoded",
+        "data/videos_from_store",
+    )  # whose memory a restart has lost
     return {
         name: value
         for name, value in row.items()
@@ -107,8 +110,8 @@ def test_metrics_of_every_step_and_evaluation(run):
     grpo = rows_of(run, "grpo")
     assert [row["step"] for row in grpo] == [1, 2, 3, 4]
     for row in grpo:
-        assert row.keys() >= {"reward", "format_rate", "response_tokens", "components/format"}
-        assert row["seconds"].keys() >= {"encode", "rollout", "score", "update"}
+        assert row.keys() >= {"reward/mean", "response_length/mean", "reward/format"}
+        assert row["timing_s"].keys() >= {"encode", "rollout", "score", "update"}
     evaluations = [(row["during"], row["step"], row["split"]) for row in rows_of(run, "eval")]
     assert evaluations == [
         *[("base", 0, split) for split in ("heldout", "ood")],
@@ -116,7 +119,7 @@ def test_metrics_of_every_step_and_evaluation(run):
         *[("grpo", 2, "dev"), ("grpo", 4, "dev")],
         *[("grpo", 4, split) for split in ("heldout", "ood")],
     ]
-    assert rows_of(run, "sft")[-1]["loss"] < rows_of(run, "sft")[0]["loss"] / 3
+    assert rows_of(run, "sft")[-1]["sft/loss"] < rows_of(run, "sft")[0]["sft/loss"] / 3
 
 
 def test_a_traced_step_shows_its_phases(run):
@@ -134,9 +137,9 @@ def test_summary_names_results_versions_and_seed(run):
     for results in summary["results"].values():
         for split in ("heldout", "ood"):
             assert results[split].keys() >= {
-                "reward",
+                "reward/mean",
                 "format_rate",
-                "response_tokens",
+                "response_length/mean",
                 "temporal_grounding/miou",
                 "temporal_grounding/r1@0.5",
                 "multiple_choice/accuracy",
@@ -144,7 +147,7 @@ def test_summary_names_results_versions_and_seed(run):
     assert summary["trivial"]["heldout"].keys() == {"whole video", "best constant"}
     assert (summary["seed"], summary["ranks"], summary["warm_up_restarts"]) == (1, 2, 0)
     assert summary["versions"].keys() >= {"torch", "megatron-core", "transformers"}
-    assert summary["seconds"].keys() >= {"evaluate", "rollout", "update"}
+    assert summary["timing_s"].keys() >= {"evaluate", "rollout", "update"}
     assert 0 < summary["peak_rss_bytes"] < summary["peak_rss_bytes_all_ranks"] < 8 * 2**30
     assert summary["results"]["sft"]["heldout"]["format_rate"] == 1.0  # 80 steps teach the form
 
@@ -195,40 +198,41 @@ def test_config_and_wandb_are_written(run):
 @pytest.mark.parametrize("layout", ["data", *LAYOUTS])
 def test_engine_and_trainer_agree_in_every_layout(job, layout):
     for row in rows_of(job(layout, *LAYOUTS.get(layout, [])), "grpo"):
-        assert row["logprob_gap_max"] < 1e-4
+        assert row["rollout/logprob_gap_max"] < 1e-4
 
 
 def test_several_updates_take_their_ratios_against_the_policy_that_sampled(job):
     (row,) = rows_of(job("tensor", *LAYOUTS["tensor"]), "grpo")
-    assert row["updates_left_out"] == 0
-    assert row["rollout_is_weight"] == pytest.approx(1, abs=1e-3)  # trainer beside engine
-    assert abs(row["approx_kl"]) > 1e-6  # of the updates after the first
-    assert row["ref_kl"] > 0
+    assert row["actor/skipped_updates"] == 0
+    assert row["rollout/is_weight"] == pytest.approx(1, abs=1e-3)  # trainer beside engine
+    assert abs(row["actor/ppo_kl"]) > 1e-6  # of the updates after the first
+    assert row["actor/kl"] > 0
 
 
 def test_kl_in_the_reward_is_no_term_of_the_loss(job):
     (row,) = rows_of(job("pipeline", *LAYOUTS["pipeline"]), "grpo")
-    assert row["components/format"] == 0 and "ref_kl" not in row
+    assert row["reward/format"] == 0 and "actor/kl" not in row
     # The KL term is a component of the reward; engine and reference differ by rounding alone.
-    assert 0 < abs(row["reward"]) <= abs(row["components/kl"]) < 1e-5
-    assert row["zero_variance_groups"] < 1  # engine and reference differ by rounding, and it counts
-    assert row["approx_kl"] == 0  # one update: on policy
+    assert 0 < abs(row["reward/mean"]) <= abs(row["reward/kl"]) < 1e-5
+    # Engine and reference differ by rounding, which gives a group variance.
+    assert row["rollout/zero_variance_groups"] < 1
+    assert row["actor/ppo_kl"] == 0  # one update: on policy
 
 
 def test_meters_count_what_was_computed(run):
     for row in rows_of(run, "grpo"):
-        assert row["tokens_computed"] >= row["tokens_ideal"] > 0
-        assert row["prompt_reuse"] > 1.3 and 0 <= row["padding_share"] < 1
-        assert row["update_tflops_per_second"] > 0 and row["peak_memory_gib"] > 0.2
-        assert "mfu" not in row  # the peak of a CPU is not known
+        assert row["perf/tokens_computed"] >= row["perf/tokens_needed"] > 0
+        assert row["perf/prompt_reuse"] > 1.3 and 0 <= row["perf/padding_fraction"] < 1
+        assert row["perf/tflops_per_second"] > 0 and row["perf/peak_memory_gib"] > 0.2
+        assert "perf/mfu" not in row  # the peak of a CPU is not known
 
 
 def test_dropped_groups_are_replaced(run):
     rows = rows_of(run, "grpo")
-    assert max(row["rollout_rounds"] for row in rows) > 1
+    assert max(row["rollout/rounds"] for row in rows) > 1
     for row in rows:
-        if row["rollout_rounds"] < 3:  # then it did not end for want of rounds
-            assert row["groups_trained"] == 4
+        if row["rollout/rounds"] < 3:  # then it did not end for want of rounds
+            assert row["actor/groups_trained"] == 4
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -334,5 +338,5 @@ def test_warm_up_starts_over_once_and_then_says_that_it_failed(quickstart):
     assert done.returncode == 2
     assert "in 4 steps; starting over with seed 2." in done.stderr
     assert "error: The warm-up did not bring temporal_grounding/miou to 0.99" in done.stderr
-    losses = [row["loss"] for row in rows_of(quickstart / "runs/restart", "sft")]
+    losses = [row["sft/loss"] for row in rows_of(quickstart / "runs/restart", "sft")]
     assert len(losses) == 8 and losses[4] > losses[3] + 1  # from the first weights again

@@ -127,7 +127,8 @@ def rows(metrics: Path) -> list[dict]:
 
 
 def curve(metrics: Path) -> list[tuple]:
-    names = ("loss", "grad_norm", "reward", "policy_loss")
+    names = ("sft/loss", "sft/grad_norm", "actor/loss", "actor/grad_norm", "actor/policy_loss")
+    names += ("reward/mean",)
     return [
         (row["phase"], row["step"], *(row.get(name) for name in names)) for row in rows(metrics)
     ]

@@ -55,7 +55,7 @@ def test_killed_in_the_midst_of_a_selection_it_goes_on_as_if_nothing_had_happene
     ours, theirs = rows_of(killed, "grpo"), rows_of(whole, "grpo")
     assert [row["step"] for row in ours] == list(range(1, STEPS + 1))
     assert [numbers(row) for row in ours] == [numbers(row) for row in theirs]
-    assert abs(ours[-1]["policy_loss"]) > 1e-6
+    assert abs(ours[-1]["actor/policy_loss"]) > 1e-6
     assert stored_answers(killed) == stored_answers(whole)
     _draws_what_was_kept(killed)
 

@@ -82,8 +82,8 @@ def test_a_replay_learns_the_same_to_the_last_bit(train, original, without_vllm)
         environment=without_vllm,
     )
     ours, theirs = rows_of(replay, "grpo"), rows_of(original, "grpo")
-    assert len(ours) == 2 and abs(theirs[0]["policy_loss"]) > 1e-4
-    memory = "peak_memory_gib"
+    assert len(ours) == 2 and abs(theirs[0]["actor/policy_loss"]) > 1e-4
+    memory = "perf/peak_memory_gib"
     for mine, whole in zip(ours, theirs, strict=True):
         assert {**numbers(mine), memory: 0} == {**numbers(whole), memory: 0}
     weights = Path("export") / "model.safetensors"
@@ -103,8 +103,8 @@ def test_rollouts_without_training_are_those_that_training_begins_with(original,
     ]
     assert not (rollouts_only / "checkpoints").exists()
     rows = rows_of(rollouts_only, "grpo")
-    assert [(row["step"], row["staleness"]) for row in rows] == [(1, 0), (2, 0)]
-    assert rows[0]["reward"] == pytest.approx(rows_of(original, "grpo")[0]["reward"])
+    assert [(row["step"], row["rollout/staleness"]) for row in rows] == [(1, 0), (2, 0)]
+    assert rows[0]["reward/mean"] == pytest.approx(rows_of(original, "grpo")[0]["reward/mean"])
 
 
 def test_training_from_them_until_they_run_out(train, original, rollouts_only, without_vllm):
@@ -119,7 +119,7 @@ def test_training_from_them_until_they_run_out(train, original, rollouts_only, w
     assert done.returncode == 2
     assert "error: runs/only/rollouts holds no rollouts of sample train_" in done.stderr
     rows = rows_of(run, "grpo")
-    assert [(row["step"], row["staleness"]) for row in rows] == [(1, 0), (2, 1)]
-    assert rows[1]["rollout_is_weight"] != 1
+    assert [(row["step"], row["rollout/staleness"]) for row in rows] == [(1, 0), (2, 1)]
+    assert rows[1]["rollout/is_weight"] != 1
     latest = run / "checkpoints" / (run / "checkpoints" / "latest").read_text()
     assert json.loads((latest / "state.json").read_text())["step"] == 2  # what was learned is kept

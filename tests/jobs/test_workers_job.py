@@ -67,10 +67,10 @@ def test_generation_goes_on_beside_training_and_outlives_a_worker(quickstart, wo
     assert job.returncode == 0, said[-3000:]
     found_rows = rows(run)
     assert [row["step"] for row in found_rows] == list(range(1, STEPS + 1))
-    assert {row["groups_trained"] for row in found_rows} == {PROMPTS}
-    assert found_rows[0]["staleness"] == 0
-    assert max(row["staleness"] for row in found_rows) == 1  # never more
-    assert all(0.5 < row["rollout_is_weight"] < 2 for row in found_rows)
+    assert {row["actor/groups_trained"] for row in found_rows} == {PROMPTS}
+    assert found_rows[0]["rollout/staleness"] == 0
+    assert max(row["rollout/staleness"] for row in found_rows) == 1  # never more
+    assert all(0.5 < row["rollout/is_weight"] < 2 for row in found_rows)
     assert "rollout: lost 127.0.0.1:" in said
     _replayed_to_the_bit(quickstart, run)
 
@@ -84,7 +84,9 @@ def _replayed_to_the_bit(quickstart, run):
     weights = ("export", "model.safetensors")
     replay = run.parent / "replayed"
     assert replay.joinpath(*weights).read_bytes() == run.joinpath(*weights).read_bytes()
-    assert [row["staleness"] for row in rows(replay)] == [row["staleness"] for row in rows(run)]
+    assert [row["rollout/staleness"] for row in rows(replay)] == [
+        row["rollout/staleness"] for row in rows(run)
+    ]
 
 
 def test_without_workers_the_run_stops_with_a_sentence(quickstart):

@@ -58,7 +58,7 @@ def made_run(out_dir: Path, samples: int = 2) -> Path:
     cfg = Observe(wandb="disabled")
     sinks = open_sinks(out_dir, cfg, {"run": {"seed": 3}}, "run", rank=0)
     for step in range(1, 31):
-        values = {"reward": step / 30, "format_rate": 1.0, "response_tokens": 40 + step}
+        values = {"reward/mean": step / 30, "reward/format": 1.0, "response_length/mean": 40 + step}
         seconds = {"rollout": 3.0, "sync": 1.0}
         sinks.write(StepMetrics(phase="grpo", step=step, values=values, seconds=seconds))
     for step in range(1, samples + 1):
@@ -71,8 +71,10 @@ def summarise(out_dir: Path) -> None:
     write_summary(
         out_dir,
         results={
-            "base": {"test": {"temporal_grounding/miou": 0.123, "reward": 0.25}},
-            "grpo": {"test": {"temporal_grounding/miou": 0.456, "reward": 0.75, "new/metric": 2}},
+            "base": {"test": {"temporal_grounding/miou": 0.123, "reward/mean": 0.25}},
+            "grpo": {
+                "test": {"temporal_grounding/miou": 0.456, "reward/mean": 0.75, "new/metric": 2}
+            },
         },
         trivial={"test": {"whole video": {"temporal_grounding/miou": 0.311}}},
         seconds={"grpo": 120.0},
@@ -160,7 +162,7 @@ def test_a_run_that_stopped_early_still_has_a_page(tmp_path: Path) -> None:
 
 def test_a_run_that_an_error_ended_shows_it_and_its_results(tmp_path: Path) -> None:
     made_run(tmp_path)
-    row = {"phase": "eval", "during": "base", "split": "test", "step": 0, "seconds": {}}
+    row = {"phase": "eval", "during": "base", "split": "test", "step": 0, "timing_s": {}}
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(row | {"temporal_grounding/miou": 0.123}) + "\n")
     write_error(tmp_path, "The disk is <full>.")
@@ -177,6 +179,13 @@ def test_many_samples_are_thinned_from_first_to_last(tmp_path: Path) -> None:
     shown = [int(step) for step in re.findall(r"question of step (\d+)<", page)]
     assert len(shown) == MAX_SAMPLES and shown[0] == 1 and shown[-1] == 40
     assert shown == sorted(set(shown))
+
+
+def test_a_run_with_metrics_by_their_earlier_names_is_refused(tmp_path: Path) -> None:
+    made_run(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"phase": "grpo", "step": 1, "seconds": {}}\n')
+    with pytest.raises(UserError, match=r"no `timing_s`: an earlier version wrote it"):
+        build_report(tmp_path)
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def style_of(text: str) -> str:
 
 
 def test_the_style_is_that_of_a_report(tmp_path: Path):
-    line = '{"phase": "grpo", "step": 1, "reward": 0.5, "seconds": {"rollout": 1.0}}'
+    line = '{"phase": "grpo", "step": 1, "reward/mean": 0.5, "timing_s": {"rollout": 1.0}}'
     (tmp_path / "metrics.jsonl").write_text(line + "\n")
     report, selection = build_report(tmp_path).read_text(), page(VERDICTS)
     assert style_of(report) == style_of(selection)

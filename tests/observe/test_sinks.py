@@ -23,11 +23,11 @@ def opened(out_dir: Path, resume=None, cfg: Observe = QUIET, rank: int = 0) -> S
 
 def write(sinks: Sinks, phase, steps: range, tag: float = 0.0) -> None:
     for step in steps:
-        sinks.write(StepMetrics(phase=phase, step=step, values={"reward": tag + step}))
+        sinks.write(StepMetrics(phase=phase, step=step, values={"reward/mean": tag + step}))
 
 
 def evaluate(sinks: Sinks, during: str, step: int) -> None:
-    values = {"reward": 0.5}
+    values = {"reward/mean": 0.5}
     sinks.write(StepMetrics(phase="eval", step=step, values=values, split="dev", during=during))
 
 
@@ -40,7 +40,7 @@ def test_rows_are_on_disk_before_close(tmp_path: Path) -> None:
     metrics = StepMetrics(
         phase="grpo",
         step=1,
-        values={"reward": np.float32(0.5), "components": {"format": 1}, "kl": float("nan")},
+        values={"reward": {"mean": np.float32(0.5), "format": 1}, "actor/kl": float("nan")},
         seconds={"rollout": 1.23456},
     )
     sinks.write(metrics)
@@ -48,10 +48,10 @@ def test_rows_are_on_disk_before_close(tmp_path: Path) -> None:
         {
             "phase": "grpo",
             "step": 1,
-            "seconds": {"rollout": 1.2346},
-            "reward": 0.5,
-            "components/format": 1.0,
-            "kl": None,
+            "timing_s": {"rollout": 1.2346},
+            "reward/mean": 0.5,
+            "reward/format": 1.0,
+            "actor/kl": None,
         }
     ]
     sinks.close()
@@ -170,17 +170,18 @@ def test_wandb_writes_offline_into_the_run_directory(tmp_path: Path) -> None:
     evaluate(sinks, "grpo", 2)
     sinks.close()
     (record,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    assert b"grpo/reward" in record.read_bytes()
-    assert b"eval/grpo/dev/reward" in record.read_bytes()
+    logged = record.read_bytes()
+    assert b"reward/mean" in logged and b"grpo/step" in logged and b"grpo/reward" not in logged
+    assert b"eval/dev/reward/mean" in logged
 
 
 def test_rows_are_strict_json(tmp_path: Path) -> None:
     sinks = opened(tmp_path)
-    sinks.write(StepMetrics(phase="sft", step=1, values={"loss": float("inf")}))
+    sinks.write(StepMetrics(phase="sft", step=1, values={"sft/loss": float("inf")}))
     sinks.close()
 
     def refuse(name: str) -> None:
         raise AssertionError(name)
 
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(line, parse_constant=refuse)["loss"] is None
+    assert json.loads(line, parse_constant=refuse)["sft/loss"] is None

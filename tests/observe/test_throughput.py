@@ -24,23 +24,23 @@ STEP = {
 def test_values():
     assert throughput_metrics(**STEP) == pytest.approx(
         {
-            "tokens_computed": 1000,
-            "tokens_ideal": 900,
-            "prompt_reuse": 4.0,
-            "padding_share": 0.05,
-            "tokens_per_second": 100.0,
-            "update_tflops_per_second": 5.0,
-            "hardware_tflops_per_second": 4e13 / 6 / 1e12,
-            "mfu": 0.5,
+            "perf/tokens_computed": 1000,
+            "perf/tokens_needed": 900,
+            "perf/prompt_reuse": 4.0,
+            "perf/padding_fraction": 0.05,
+            "perf/tokens_per_second": 100.0,
+            "perf/tflops_per_second": 5.0,
+            "perf/hardware_tflops_per_second": 4e13 / 6 / 1e12,
+            "perf/mfu": 0.5,
         }
     )
     assert throughput_metrics(**STEP).keys() <= METRICS.keys()
 
 
 def test_unknown_values_are_omitted():
-    assert "mfu" not in throughput_metrics(**STEP | {"peak": None})
+    assert "perf/mfu" not in throughput_metrics(**STEP | {"peak": None})
     assert (
-        not {"mfu", "update_tflops_per_second"}
+        not {"perf/mfu", "perf/tflops_per_second"}
         & throughput_metrics(**STEP | {"seconds": {}}).keys()
     )
     assert throughput_metrics(**STEP | {"computed": FlopCounts()}) == {}

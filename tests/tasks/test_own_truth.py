@@ -99,13 +99,13 @@ def test_it_trains_and_its_metrics_have_no_format_rate():
         numbers = answer_metrics(SimpleNamespace(mesh=mesh), [experience], version=0)
     finally:
         close_mesh()
-    assert numbers["components/count_error"] == 0.5 and "format_rate" not in numbers
+    assert numbers["reward/count_error"] == 0.5 and "reward/format" not in numbers
 
 
 def test_an_evaluation_beside_another_task():
     samples = [sample(3), sample(4), sample(0, "temporal_grounding")]
     summary = summarise(samples, ["3", "5", "?"], Rewards())
-    assert summary["counting/exact"] == 0.5 and summary["counting/reward"] == 1.5
+    assert summary["counting/exact"] == 0.5 and summary["counting/reward/mean"] == 1.5
     assert "counting/format_rate" not in summary
     assert summary["format_rate"] == summary["temporal_grounding/format_rate"] == 0.0
     assert "format_rate" not in summarise(samples[:2], ["3", "5"], Rewards())

@@ -43,7 +43,7 @@ def test_a_task_accepts_its_own_target(name):
             components, total = score(sample, response, mode, reward_weights(Rewards())[name])
             assert components == dict.fromkeys(task.components, 1.0)
             assert total == 1.0
-    assert summarise([sample], [task.target(sample)], Rewards())[f"{name}/reward"] == 1.0
+    assert summarise([sample], [task.target(sample)], Rewards())[f"{name}/reward/mean"] == 1.0
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -99,7 +99,9 @@ def draw_steps(ctx: SimpleNamespace, folder: Path, state: RunState, steps: int) 
     own = [one.position for one in made]
     state.under_way = gather_shards(own, ctx.mesh.data)  # asked and not answered
     metrics = dataloader.metrics()
-    assert metrics["bad_samples"] == len(dataloader._bad) and metrics["videos_decoded"] >= 1
+    assert (
+        metrics["data/bad_samples"] == len(dataloader._bad) and metrics["data/videos_decoded"] >= 1
+    )
     return found
 
 

@@ -118,8 +118,8 @@ def test_kl_in_the_reward_is_the_sum_over_each_answer(mesh, tmp_path, tokens):
     metrics = answer_metrics(ctx, judged(ctx, groups)[0], version=0)
     kl = np.concatenate([group.components["kl"].values for group in with_kl])
     task = np.array([0.0, 1.0, 0.0, 0.0, 0.0])
-    assert metrics["components/kl"] == kl.mean()  # what is trained is what is logged
-    assert metrics["reward"] == pytest.approx((task + 0.5 * kl).mean(), rel=1e-12)
+    assert metrics["reward/kl"] == kl.mean()  # what is trained is what is logged
+    assert metrics["reward/mean"] == pytest.approx((task + 0.5 * kl).mean(), rel=1e-12)
     for group, of_group in zip(groups, [group.components for group in with_kl], strict=True):
         assert list(of_group) == ["format", "temporal_iou", "kl"]
         assert of_group["kl"].weight == 0.5

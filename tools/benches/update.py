@@ -124,7 +124,7 @@ def _once(policy: Policy, batches: list[MicroBatch], number_format: str) -> Row:
     return {
         "seconds": seconds,
         "peak_bytes": peak_bytes(device),
-        "entropy": update.metrics["entropy"],
+        "entropy": update.metrics["actor/entropy"],
     }
 
 
