@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -38,7 +39,7 @@ def python() -> str:
     return ENVIRONMENT.get("PYTHON_EXEC", sys.executable)
 
 
-def run_python(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+def run_python(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """`python ARGUMENTS` with its output caught."""
     return subprocess.run(
         [python(), *map(str, arguments)],
@@ -52,7 +53,7 @@ def run_python(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProc
 
 def run_here(
     main: Callable[[], int | None], *arguments: object, cwd: Path = ROOT
-) -> subprocess.CompletedProcess:
+) -> subprocess.CompletedProcess[str]:
     """Run the `main` of a command in this process, which has loaded the libraries already."""
     words = [main.__module__, *map(str, arguments)]
     with (
@@ -64,7 +65,9 @@ def run_here(
         patch.chdir(cwd)
         with pytest.raises(SystemExit) as end:
             run_program(main)
-    return subprocess.CompletedProcess(words, end.value.code, out.getvalue(), err.getvalue())
+    code = end.value.code
+    assert isinstance(code, int)
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 def train_command(*overrides: str, ranks: int = 1) -> list[str]:
@@ -76,7 +79,7 @@ def train_command(*overrides: str, ranks: int = 1) -> list[str]:
     return [python(), *program]
 
 
-def sentence_of(done: subprocess.CompletedProcess) -> str:
+def sentence_of(done: subprocess.CompletedProcess[str]) -> str:
     """The one error line of a program that failed as it should."""
     assert done.returncode == 2, done.stderr[-3000:]
     assert "Traceback" not in done.stderr
@@ -84,7 +87,7 @@ def sentence_of(done: subprocess.CompletedProcess) -> str:
     return line
 
 
-def train_in(folder: Path, *overrides: str, ranks: int = 1) -> subprocess.CompletedProcess:
+def train_in(folder: Path, *overrides: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     """A short main job in `folder` with its output caught."""
     return subprocess.run(
         train_command(*SHORT, *overrides, ranks=ranks),
@@ -96,7 +99,7 @@ def train_in(folder: Path, *overrides: str, ranks: int = 1) -> subprocess.Comple
     )
 
 
-def kill_job(launcher: subprocess.Popen) -> None:
+def kill_job(launcher: subprocess.Popen[Any]) -> None:
     """SIGKILL for torchrun and its ranks, which have sessions of their own and would outlive it."""
     job = warm.family(launcher.pid)
     for process in job:

@@ -14,7 +14,7 @@ SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | 
 BLOCK = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-def test_the_page_has_its_five_examples():
+def test_the_page_has_its_five_examples() -> None:
     assert list(SECTIONS) == [
         "A task: counting",
         "A reward function",
@@ -25,7 +25,7 @@ def test_the_page_has_its_five_examples():
 
 
 @pytest.mark.parametrize("title", SECTIONS)
-def test_an_example_gives_what_the_page_says(title, tmp_path):
+def test_an_example_gives_what_the_page_says(title: str, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "megatron_vrl", tmp_path / "megatron_vrl")
     blocks = BLOCK.findall(SECTIONS[title])
     assert {"python", "yaml", "text"} <= {language for language, _, _ in blocks}
@@ -74,7 +74,7 @@ def only(lines: list[str], text: str, name: str) -> int:
     return lines.index(text)
 
 
-def run(program: str, folder: Path) -> subprocess.CompletedProcess:
+def run(program: str, folder: Path) -> subprocess.CompletedProcess[str]:
     path = folder / "example.py"
     path.write_text(program)
     return subprocess.run(

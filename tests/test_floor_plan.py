@@ -109,7 +109,7 @@ def complaint(module: str, imported: str) -> str:
     return ""
 
 
-def test_the_rule_itself():
+def test_the_rule_itself() -> None:
     assert complaint("megatron_vrl.rewards.temporal_r1", "megatron_vrl.policy.policy")
     assert complaint("megatron_vrl.video.rules", "megatron_vrl.video.dali")
     assert complaint("megatron_vrl.rollout.vllm.engine", "megatron_vrl.checkpoint.hf_load")
@@ -120,7 +120,7 @@ def test_the_rule_itself():
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)
-def test_imports_go_down_only(path):
+def test_imports_go_down_only(path: Path) -> None:
     module = module_of(path)
     if module == PACKAGE:
         assert not imports_of(path)  # `import megatron_vrl` costs nothing
@@ -130,7 +130,7 @@ def test_imports_go_down_only(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)
-def test_heavy_libraries_have_one_owner(path):
+def test_heavy_libraries_have_one_owner(path: Path) -> None:
     folder = path.relative_to(ROOT / PACKAGE).parts[0]
     for imported in imports_of(path):
         library = imported.split(".")[0]
@@ -139,7 +139,7 @@ def test_heavy_libraries_have_one_owner(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)
-def test_files_and_functions_are_short(path):
+def test_files_and_functions_are_short(path: Path) -> None:
     text = path.read_text()
     assert len(text.splitlines()) <= MAX_FILE_LINES
     for node in ast.walk(ast.parse(text)):
@@ -149,7 +149,7 @@ def test_files_and_functions_are_short(path):
 
 
 @pytest.mark.parametrize("module", LIGHT)
-def test_pure_logic_starts_without_heavy_libraries(module):
+def test_pure_logic_starts_without_heavy_libraries(module: str) -> None:
     program = f"import sys, {module}; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

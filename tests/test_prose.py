@@ -48,13 +48,13 @@ def offences(text: str) -> list[str]:
         ("Format of a line.", False),
     ],
 )
-def test_the_rule_itself(line, refused):
+def test_the_rule_itself(line: str, refused: bool) -> None:
     function = f'def f():\n    """{line}"""\n'
     attribute = f'class C:\n    a: int\n    """{line}"""\n'
     for text in (f'"""{line}"""\n', function, attribute):
         assert bool(offences(text)) == refused
 
 
-def test_docstrings_begin_with_what_a_thing_does_or_is():
+def test_docstrings_begin_with_what_a_thing_does_or_is() -> None:
     found = {str(file.relative_to(ROOT)): offences(file.read_text()) for file in FILES}
     assert {file: lines for file, lines in found.items() if lines} == {}

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -28,28 +29,30 @@ PROGRAMS = {
 }
 
 
-def ran(executable, program, tmp_path):
+def ran(executable: str, program: str, cwd: Path) -> tuple[int, str, str]:
     command = [executable, "-c", program, "a b"]
-    options = {"env": ENVIRONMENT, "cwd": tmp_path, "input": "abc", "capture_output": True}
-    done = subprocess.run(command, **options, text=True)
+    done = subprocess.run(
+        command, env=ENVIRONMENT, cwd=cwd, input="abc", capture_output=True, text=True
+    )
     return done.returncode, done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_the_same_as_an_ordinary_python(name, tmp_path):
+def test_the_same_as_an_ordinary_python(name: str, tmp_path: Path) -> None:
     assert ran(python(), PROGRAMS[name], tmp_path) == ran(sys.executable, PROGRAMS[name], tmp_path)
 
 
-def test_it_is_warm():
+def test_it_is_warm() -> None:
     program = "import sys; print('vllm' in sys.modules, 'megatron.core' in sys.modules)"
     assert ran(python(), program, ROOT) == (0, "True True\n", "")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_client_takes_its_program_and_that_one_s_children_along(number):
+def test_a_client_takes_its_program_and_that_one_s_children_along(number: signal.Signals) -> None:
     program = "import subprocess; p = subprocess.Popen(['sleep', '100']); print(p.pid); p.wait()"
     command = [python(), "-u", "-c", program]
     with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as client:
+        assert client.stdout is not None
         child = psutil.Process(int(client.stdout.readline()))
         assert child in warm.family(client.pid)[1].children()
         client.send_signal(number)

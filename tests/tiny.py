@@ -1,6 +1,6 @@
 """Small prompts, answers and micro-batches for tests."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -8,6 +8,7 @@ import numpy as np
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megatron_vrl.algorithms.tokens import Tokens
 from megatron_vrl.batching.pack import Answer, Group, MicroBatch
 from megatron_vrl.batching.positions import VisionBlock, mrope_positions
 from megatron_vrl.config import Batch
@@ -111,13 +112,21 @@ def micro_batches(
     return plan_batches(mine, mine[0], Batch(tokens=40, layout=layout), mesh)
 
 
-def token_loss(tokens):
+def token_loss(tokens: Tokens) -> tuple[Tensor, dict[str, Tensor]]:
     """A loss in which every part of the model has a gradient, for `Policy.update`."""
     metrics = {"entropy": tokens.entropy, "logprob": tokens.logprob}
     if tokens.reference is not None:
         metrics["reference_gap_max"] = (tokens.logprob.detach() - tokens.reference).abs()
     of_answer = 1 + 0.1 * tokens.sequence_sum(tokens.logprob).tanh()  # also over context ranks
     return -tokens.logprob * tokens.advantage * of_answer - 0.01 * tokens.entropy, metrics
+
+
+def present(parts: Iterable[Tensor | None]) -> list[Tensor]:
+    """Return the tensors as a list. Fail if one is None, as log-probs are before the last stage."""
+    tensors = list(parts)
+    found = [tensor for tensor in tensors if tensor is not None]
+    assert len(found) == len(tensors)
+    return found
 
 
 def sharded_tensors(directory: Path) -> dict[str, Tensor]:

@@ -15,6 +15,8 @@ declare_missing_ops()
 
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration  # noqa: E402
 
+__all__ = ["MODELS", "Qwen2_5_VLConfig", "Qwen2_5_VLForConditionalGeneration", "hf_model", "save"]
+
 
 def hf_model(
     *, tied: bool = False, kv_heads: int = 2, vocab: int = 96, seed: int = 0, hidden: int = 64
@@ -64,7 +66,9 @@ def hf_model(
             param.normal_(std=0.15).add_(
                 1.0 if param.dim() == 1 and len(param) in (32, hidden) else 0
             )
-    return model.float().eval()
+    assert isinstance(model, Qwen2_5_VLForConditionalGeneration)
+    model.float().eval()
+    return model
 
 
 MODELS: dict[str, dict[str, Any]] = {

@@ -28,7 +28,7 @@ class Run(Section):
     """Directory of everything that the run writes."""
     seed: int = 1
     """Seed of data order, sampling and initialisation."""
-    lock_timeout_s: float = Field(60.0, ge=0)
+    lock_timeout_s: float = Field(default=60.0, ge=0)
     """Seconds to wait for an earlier run in `out_dir` to end; after that this run is refused."""
     deterministic: bool = False
     """Use only deterministic operations; slower on a GPU."""

@@ -1,6 +1,7 @@
 """Algorithm presets: applied, overridden, recorded and documented."""
 
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -14,23 +15,23 @@ ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 
 
-def test_every_name_has_an_algorithm_and_a_preset():
-    names = set(Algorithm.model_fields["name"].annotation.__args__)
+def test_every_name_has_an_algorithm_and_a_preset() -> None:
+    names = set(get_args(Algorithm.model_fields["name"].annotation))
     assert set(ALGORITHM_PRESETS) == set(ALGORITHMS) == names
 
 
 @pytest.mark.parametrize("name", ALGORITHM_PRESETS)
-def test_presets_are_filled_in(name):
+def test_presets_are_filled_in(name: Any) -> None:
     cfg = Algorithm(name=name)
     expected = {key: field.default for key, field in Algorithm.model_fields.items()}
     assert cfg.model_dump() == {**expected, **ALGORITHM_PRESETS[name], "name": name}
     assert Algorithm.model_validate(cfg.model_dump()) == cfg  # as a written config is read again
 
 
-def test_values_from_the_papers():
+def test_values_from_the_papers() -> None:
     """Once more by hand, so that a slip in the table shows."""
 
-    def keys(name, *wanted):
+    def keys(name: Any, *wanted: str) -> tuple[bool | float | str, ...]:
         return tuple(getattr(Algorithm(name=name), key) for key in wanted)
 
     assert keys("grpo", "clip", "clip_high", "kl", "kl_estimator") == (0.2, 0.2, 0.01, "k3")
@@ -49,7 +50,7 @@ def test_values_from_the_papers():
     assert keys("reinforce_plus_plus_baseline", "kl_in", "kl_estimator") == ("loss", "k2")
 
 
-def test_config_values_override_presets():
+def test_config_values_override_presets() -> None:
     file = yaml.safe_load(QUICKSTART.read_text())["algorithm"]
     assert file == {"kl": 0.0, "entropy": 1e-3}
     cfg = load_config(QUICKSTART, ["algorithm.name=rloo", "algorithm.clip_high=0.3"]).algorithm
@@ -80,13 +81,13 @@ def test_config_values_override_presets():
         ),
     ],
 )
-def test_mistakes(override, sentence):
+def test_mistakes(override: str, sentence: str) -> None:
     with pytest.raises(ConfigError) as error:
         load_config(QUICKSTART, [override])
     assert sentence in str(error.value)
 
 
-def test_the_page_shows_the_presets():
+def test_the_page_shows_the_presets() -> None:
     lines = (ROOT / "docs" / "algorithms.md").read_text().splitlines()
     for name, values in ALGORITHM_PRESETS.items():
         (row,) = [line for line in lines if line.startswith(f"| `{name}` |")]

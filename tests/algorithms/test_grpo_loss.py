@@ -1,8 +1,11 @@
 """GRPO compared with a second implementation from the formulas, and its limits."""
 
 import math
+from random import Random
+from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given
@@ -15,13 +18,13 @@ from tests.algorithms.make_tokens import tokens_of
 groups = st.lists(st.floats(0, 1), min_size=2, max_size=16)
 
 
-def advantages(rewards):
+def advantages(rewards: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     (group_advantages,) = ALGORITHMS["grpo"].advantages([rewards])
     return group_advantages
 
 
 @given(groups)
-def test_advantages_equal_the_formula(rewards):
+def test_advantages_equal_the_formula(rewards: list[float]) -> None:
     ours = advantages(np.array(rewards))
     if len(set(rewards)) == 1:
         assert (ours == 0.0).all() and not has_signal(ours)
@@ -34,7 +37,7 @@ def test_advantages_equal_the_formula(rewards):
 
 
 @given(groups, st.randoms(use_true_random=False))
-def test_advantages_follow_their_rewards(rewards, random):
+def test_advantages_follow_their_rewards(rewards: list[float], random: Random) -> None:
     shuffled = list(range(len(rewards)))
     random.shuffle(shuffled)
     array = np.array(rewards)
@@ -42,17 +45,24 @@ def test_advantages_follow_their_rewards(rewards, random):
     assert abs(advantages(array).sum()) < 1e-6
 
 
-def test_equal_rewards_give_exactly_zero():
+def test_equal_rewards_give_exactly_zero() -> None:
     for value in (0.1, 0.3, 0.7, 1 / 3):
         assert (advantages(np.full(7, value)) == 0.0).all()
 
 
-def test_a_group_of_one_keeps_its_reward():
+def test_a_group_of_one_keeps_its_reward() -> None:
     assert advantages(np.array([0.5])) == pytest.approx(0.5 / (1 + 1e-6), rel=1e-12)
     assert has_signal(advantages(np.array([0.5])))
 
 
-def reference(lp, old, adv, ref, entropy, cfg):
+def reference(
+    lp: npt.NDArray[np.float64],
+    old: npt.NDArray[np.float64],
+    adv: npt.NDArray[np.float64],
+    ref: npt.NDArray[np.float64],
+    entropy: npt.NDArray[np.float64],
+    cfg: Algorithm,
+) -> list[float]:
     """Token by token in float64, from the formulas."""
     losses = []
     for p, o, a, r, h in zip(lp, old, adv, ref, entropy, strict=True):
@@ -65,7 +75,7 @@ def reference(lp, old, adv, ref, entropy, cfg):
 
 @pytest.mark.parametrize("clip_high", [0.2, 0.5])
 @pytest.mark.parametrize("spread", [0.1, 1.0, 5.0])
-def test_loss_equals_the_formula(spread, clip_high):
+def test_loss_equals_the_formula(spread: float, clip_high: float) -> None:
     rng = np.random.default_rng(0)
     arrays = [rng.normal(-2, spread, 500) for _ in range(2)] + [rng.normal(0, 1, 500)]
     arrays += [rng.normal(-2, spread, 500), rng.uniform(0, 3, 500)]
@@ -73,7 +83,9 @@ def test_loss_equals_the_formula(spread, clip_high):
     lp, old, adv, ref, entropy = arrays
     tokens = tokens_of(lp, adv, old=old, reference=ref, entropy=entropy, engine=old - 0.1)
     loss, metrics = token_loss(tokens, cfg)
-    np.testing.assert_allclose(loss.numpy(), reference(*arrays, cfg), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(
+        loss.numpy(), reference(lp, old, adv, ref, entropy, cfg), rtol=1e-9, atol=1e-12
+    )
     ratio = np.exp(lp - old)
     active = ((ratio > 1 + clip_high) & (adv > 0)) | ((ratio < 0.8) & (adv < 0))
     np.testing.assert_array_equal(metrics["actor/clip_fraction"].numpy(), active)
@@ -83,7 +95,7 @@ def test_loss_equals_the_formula(spread, clip_high):
     np.testing.assert_array_equal(metrics["actor/entropy"].numpy(), entropy)
 
 
-def test_on_policy_the_gradient_is_that_of_reinforce():
+def test_on_policy_the_gradient_is_that_of_reinforce() -> None:
     logprobs = torch.randn(50, dtype=torch.float64, requires_grad=True)
     advantage = torch.randn(50, dtype=torch.float64)
     cfg = Algorithm(kl=0.0, entropy=0.0)
@@ -95,7 +107,7 @@ def test_on_policy_the_gradient_is_that_of_reinforce():
     assert set(metrics) == always | {"rollout/logprob_gap", "rollout/logprob_gap_max"}
 
 
-def test_clipped_tokens_have_no_gradient():
+def test_clipped_tokens_have_no_gradient() -> None:
     logprobs = torch.log(torch.tensor([1.3, 0.7, 1.3, 0.7])).requires_grad_()
     advantage = torch.tensor([1.0, -1.0, -1.0, 1.0])
     tokens = tokens_of(logprobs, advantage, old=torch.zeros(4))
@@ -105,7 +117,7 @@ def test_clipped_tokens_have_no_gradient():
     torch.testing.assert_close(logprobs.grad, torch.tensor([0.0, 0.0, 1.3, -0.7]))
 
 
-def test_the_upper_bound_is_independent():
+def test_the_upper_bound_is_independent() -> None:
     """DAPO's: 1.25 is inside 1 + 0.28 and outside 1 + 0.2."""
     for cfg, gradient in ((Algorithm(name="dapo"), -1.25), (Algorithm(kl=0, entropy=0), 0.0)):
         logprobs = torch.log(torch.tensor([1.25])).requires_grad_()
@@ -115,20 +127,20 @@ def test_the_upper_bound_is_independent():
 
 
 @pytest.mark.parametrize("kl_estimator", ["k1", "k2", "k3"])
-def test_the_gradient_equals_finite_differences(kl_estimator):
+def test_the_gradient_equals_finite_differences(kl_estimator: Literal["k1", "k2", "k3"]) -> None:
     generator = torch.Generator().manual_seed(0)
     old, adv, ref, entropy = torch.randn(4, 20, generator=generator, dtype=torch.float64)
     logprobs = (old + 0.5).requires_grad_()
     entropy.requires_grad_()
     cfg = Algorithm(kl=0.1, entropy=0.1, kl_estimator=kl_estimator)
 
-    def loss(lp, h):
+    def loss(lp: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
         return token_loss(tokens_of(lp, adv, old=old, reference=ref, entropy=h), cfg)[0]
 
     assert torch.autograd.gradcheck(loss, (logprobs, entropy))
 
 
-def test_far_ratios_stay_finite():
+def test_far_ratios_stay_finite() -> None:
     logprobs = torch.tensor([0.0, -300.0], requires_grad=True)
     old = torch.tensor([-300.0, 0.0])
     for advantage in (1.0, -1.0):
@@ -138,7 +150,7 @@ def test_far_ratios_stay_finite():
         assert torch.isfinite(loss).all() and torch.isfinite(gradient).all()
 
 
-def test_sft_loss_is_cross_entropy():
+def test_sft_loss_is_cross_entropy() -> None:
     logits, target = torch.randn(6, 11), torch.randint(11, (6,))
     logprobs = logits.log_softmax(-1).gather(1, target[:, None])[:, 0]
     loss, metrics = sft.token_loss(tokens_of(logprobs, torch.zeros(6)))

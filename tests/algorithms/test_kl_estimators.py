@@ -14,7 +14,7 @@ CFG = {name: Algorithm(kl_estimator=name) for name in ("k1", "k2", "k3")}
 
 
 @pytest.mark.parametrize("d", [-3.0, -0.5, 0.0, 0.25, 2.0])
-def test_values(d):
+def test_values(d: float) -> None:
     policy, reference = torch.tensor([d - 1.0]).double(), torch.tensor([-1.0]).double()
     expected = {"k1": d, "k2": d * d / 2, "k3": math.exp(-d) + d - 1}
     for name, value in expected.items():
@@ -22,7 +22,7 @@ def test_values(d):
         assert kl_penalty(policy, reference, CFG[name]).item() == pytest.approx(value, abs=1e-12)
 
 
-def test_expectation_over_a_vocabulary_is_the_kl():
+def test_expectation_over_a_vocabulary_is_the_kl() -> None:
     """k1 and k3 without bias, exactly, summed over all tokens by probability; k2 only nearly."""
     rng = np.random.default_rng(0)
     logits = torch.tensor(rng.normal(size=50))
@@ -35,7 +35,7 @@ def test_expectation_over_a_vocabulary_is_the_kl():
     torch.testing.assert_close(means["k2"], kl, rtol=0.1, atol=0.0)
 
 
-def test_mean_gradients_in_the_loss():
+def test_mean_gradients_in_the_loss() -> None:
     """Tokens drawn by probability: k1 pushes nowhere, k2 along the KL, k3 along its reverse."""
     rng = np.random.default_rng(0)
     logits = torch.tensor(rng.normal(size=20), requires_grad=True)
@@ -53,7 +53,7 @@ def test_mean_gradients_in_the_loss():
         torch.testing.assert_close(ours, expected)
 
 
-def test_k3_is_zero_for_equal_policies_and_bounded_for_far_ones():
+def test_k3_is_zero_for_equal_policies_and_bounded_for_far_ones() -> None:
     same = torch.tensor([-1.0, -30.0])
     assert (kl_penalty(same, same, CFG["k3"]) == 0).all()
     far = torch.tensor([0.0, -500.0, 0.0], requires_grad=True)
@@ -64,13 +64,13 @@ def test_k3_is_zero_for_equal_policies_and_bounded_for_far_ones():
     assert far.grad[:2].tolist() == [0.0, 0.0] and far.grad[2] > 0
 
 
-def test_k1_and_k2_are_not_bounded():
+def test_k1_and_k2_are_not_bounded() -> None:
     policy, reference = torch.tensor([0.0]), torch.tensor([-100.0])
     assert kl_penalty(policy, reference, CFG["k1"]).item() == 100.0
     assert kl_penalty(policy, reference, CFG["k2"]).item() == 5000.0
 
 
-def test_kl_in_the_reward_is_not_in_the_loss():
+def test_kl_in_the_reward_is_not_in_the_loss() -> None:
     tokens = tokens_of([-1.0, -2.0], [1.0, 1.0], reference=[-1.5, -1.0])
     inside = Algorithm(kl=0.5, entropy=0, kl_estimator="k1")
     outside = Algorithm(kl=0.5, entropy=0, kl_estimator="k1", kl_in="reward")

@@ -2,12 +2,14 @@
 formulas."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from megatron_vrl.algorithms import ALGORITHMS, token_loss
+from megatron_vrl.algorithms.tokens import Tokens
 from megatron_vrl.config import Algorithm
 from tests.algorithms.make_tokens import tokens_of
 
@@ -15,12 +17,12 @@ PPO = [name for name in ALGORITHMS if name not in ("gspo", "cispo")]
 LENGTHS = [3, 1, 4, 2]
 
 
-def plain(name, **keys):
+def plain(name: str, **keys: Any) -> Algorithm:
     """Its policy loss alone."""
-    return Algorithm(**{"name": name, "kl": 0.0, "entropy": 0.0, **keys})
+    return Algorithm.model_validate({"name": name, "kl": 0.0, "entropy": 0.0, **keys})
 
 
-def random_tokens(distance, seed=0):
+def random_tokens(distance: float, seed: int = 0) -> tuple[torch.Tensor, Tokens]:
     """Four answers with one advantage each; log-probs about `distance` away from the old ones."""
     generator = torch.Generator().manual_seed(seed)
     n = sum(LENGTHS)
@@ -37,7 +39,7 @@ def random_tokens(distance, seed=0):
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0, 0.0])
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_extreme_ratios_stay_finite(name, advantage):
+def test_extreme_ratios_stay_finite(name: str, advantage: float) -> None:
     logprob = torch.tensor([0.0, -300.0, -1.0, -90.0, -30.0], requires_grad=True)
     old = torch.tensor([-300.0, 0.0, -90.0, -1.0, -30.0])
     for lengths in ([1] * 5, [2, 3]):
@@ -53,7 +55,7 @@ def test_extreme_ratios_stay_finite(name, advantage):
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_on_policy_the_gradient_is_that_of_reinforce(name):
+def test_on_policy_the_gradient_is_that_of_reinforce(name: str) -> None:
     logprob, tokens = random_tokens(distance=0.0)
     loss, metrics = token_loss(tokens, plain(name))
     (gradient,) = torch.autograd.grad(loss.sum(), logprob)
@@ -62,7 +64,7 @@ def test_on_policy_the_gradient_is_that_of_reinforce(name):
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_zero_advantages_have_exactly_no_policy_gradient(name):
+def test_zero_advantages_have_exactly_no_policy_gradient(name: str) -> None:
     logprob, tokens = random_tokens(distance=0.5)
     silent = tokens_of(
         logprob, torch.zeros_like(tokens.advantage), old=tokens.old_logprob, lengths=LENGTHS
@@ -73,7 +75,7 @@ def test_zero_advantages_have_exactly_no_policy_gradient(name):
 
 
 @pytest.mark.parametrize("name", PPO)
-def test_the_ratio_is_ppos(name):
+def test_the_ratio_is_ppos(name: str) -> None:
     logprob, tokens = random_tokens(distance=0.4)
     loss, _ = token_loss(tokens, plain(name, clip=0.1, clip_high=0.3))
     rows = zip(
@@ -88,7 +90,7 @@ def test_the_ratio_is_ppos(name):
 # ---- GSPO
 
 
-def gspo_by_sequence(logprob, tokens, cfg):
+def gspo_by_sequence(logprob: torch.Tensor, tokens: Tokens, cfg: Algorithm) -> torch.Tensor:
     """The paper's objective, answer by answer with autograd, its sign turned: sum over answers."""
     total = torch.zeros((), dtype=torch.float64)
     start = 0
@@ -103,7 +105,7 @@ def gspo_by_sequence(logprob, tokens, cfg):
 
 @pytest.mark.parametrize("distance", [0.0, 1e-4, 1e-3, 0.3])
 @pytest.mark.parametrize("seed", range(5))
-def test_gspo_is_the_sequence_level_objective(distance, seed):
+def test_gspo_is_the_sequence_level_objective(distance: float, seed: int) -> None:
     """Value and gradient, with the paper's mean over each answer's tokens."""
     cfg = plain("gspo")
     logprob, tokens = random_tokens(distance, seed)
@@ -117,7 +119,7 @@ def test_gspo_is_the_sequence_level_objective(distance, seed):
     )
 
 
-def test_gspo_clips_whole_answers():
+def test_gspo_clips_whole_answers() -> None:
     """Tokens far apart whose mean is small are kept, all of them; the others go, all of them."""
     old = torch.zeros(4, dtype=torch.float64)
     logprob = torch.tensor([0.5, -0.5, 1e-3, 1e-3], dtype=torch.float64, requires_grad=True)
@@ -131,7 +133,7 @@ def test_gspo_clips_whole_answers():
 # ---- CISPO
 
 
-def test_cispo_keeps_every_gradient():
+def test_cispo_keeps_every_gradient() -> None:
     """Ratios 0.01, 1, 3, 20 with either sign: weight min(r, 5) on every token's gradient."""
     ratio = np.array([0.01, 1.0, 3.0, 20.0] * 2)
     advantage = np.array([1.0] * 4 + [-1.0] * 4)
@@ -147,7 +149,7 @@ def test_cispo_keeps_every_gradient():
     assert metrics["actor/clip_fraction"].tolist() == [0, 0, 0, 1] * 2
 
 
-def test_cispo_takes_a_lower_bound_if_one_is_set():
+def test_cispo_takes_a_lower_bound_if_one_is_set() -> None:
     logprob = torch.tensor([-5.0, -4.0], dtype=torch.float64, requires_grad=True)
     tokens = tokens_of(logprob, [1.0, 1.0], old=[-4.0, -4.0])
     loss, metrics = token_loss(tokens, plain("cispo", clip=0.2))

@@ -1,6 +1,9 @@
 """Rollout-correction weights."""
 
+from typing import Any, Literal
+
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
@@ -13,7 +16,12 @@ RATIO = np.array([1.5, 2.5, 0.25, 1.25, 1.5])
 PRODUCT = np.array([0.9375, 0.9375, 0.9375, 1.875, 1.875])
 
 
-def weigh(level, mode, limit=2.0, ratio=RATIO):
+def weigh(
+    level: Literal["none", "token", "sequence"],
+    mode: Literal["clip", "mask"],
+    limit: float = 2.0,
+    ratio: npt.NDArray[np.float64] = RATIO,
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     cfg = Algorithm(rollout_is=level, rollout_is_mode=mode, rollout_is_threshold=limit)
     tokens = tokens_of(
         np.full(5, -2.0),
@@ -39,7 +47,13 @@ def weigh(level, mode, limit=2.0, ratio=RATIO):
         ("sequence", "mask", 1.05, [0.0] * 5, [1] * 5),
     ],
 )
-def test_weights_equal_a_table(level, mode, limit, weight, cut):
+def test_weights_equal_a_table(
+    level: Literal["token", "sequence"],
+    mode: Literal["clip", "mask"],
+    limit: float,
+    weight: list[float] | npt.NDArray[np.float64],
+    cut: list[int],
+) -> None:
     if limit == 5.0:  # 1 / 5 < 0.25: both bounds hold
         assert RATIO.min() > 1 / limit
     ours = weigh(level, mode, limit)
@@ -50,8 +64,10 @@ def test_weights_equal_a_table(level, mode, limit, weight, cut):
 @pytest.mark.parametrize("mode", ["clip", "mask"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_equal_probabilities_change_nothing(name, level, mode):
-    off = {"name": name, "kl": 0.0, "entropy": 0.0}
+def test_equal_probabilities_change_nothing(
+    name: str, level: Literal["none", "token", "sequence"], mode: Literal["clip", "mask"]
+) -> None:
+    off: dict[str, Any] = {"name": name, "kl": 0.0, "entropy": 0.0}
     rng = np.random.default_rng(0)
     old, advantage = rng.normal(-2, 0.5, 5), rng.normal(size=5)
     tokens = tokens_of(old + 0.1, advantage, old=old, engine=old, lengths=[3, 2])
@@ -63,7 +79,7 @@ def test_equal_probabilities_change_nothing(name, level, mode):
     ).all()
 
 
-def test_only_the_policy_loss_is_weighted():
+def test_only_the_policy_loss_is_weighted() -> None:
     """Loss and gradient: w x policy + KL - entropy; w is constant though on policy."""
     cfg = Algorithm(kl=0.1, entropy=0.01, rollout_is="token")
     logprob = torch.tensor([-1.0, -2.0, -1.5], dtype=torch.float64, requires_grad=True)
@@ -82,12 +98,14 @@ def test_only_the_policy_loss_is_weighted():
 
 @pytest.mark.parametrize("mode", ["clip", "mask"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_extreme_weights_stay_finite(level, mode):
+def test_extreme_weights_stay_finite(
+    level: Literal["token", "sequence"], mode: Literal["clip", "mask"]
+) -> None:
     weight, _ = weigh(level, mode, ratio=np.exp([300.0, -300.0, 250.0, 80.0, -700.0]))
     assert np.isfinite(weight).all() and (weight >= 0).all() and (weight <= 2).all()
 
 
-def test_sequence_sums_add_up_across_ranks():
+def test_sequence_sums_add_up_across_ranks() -> None:
     """Two answers cut over two ranks, in any order of tokens, one rank without the second."""
     index = torch.tensor([0, 1, 0, 1, 0])
     values = torch.tensor([1.0, 10.0, 2.0, 20.0, 4.0], requires_grad=True)
@@ -96,7 +114,7 @@ def test_sequence_sums_add_up_across_ranks():
     parts = [torch.tensor([0, 2]), torch.tensor([1, 3, 4])]
     seen: list[torch.Tensor] = []
 
-    def remember(sums):
+    def remember(sums: torch.Tensor) -> torch.Tensor:
         seen.append(sums)
         return sums
 

@@ -42,7 +42,9 @@ several = st.lists(groups, min_size=1, max_size=4)
 
 
 @given(several, st.sampled_from([1, 2, 4]))
-def test_every_target_is_predicted_from_prompt_and_answer_alone(members, multiple):
+def test_every_target_is_predicted_from_prompt_and_answer_alone(
+    members: list[Group], multiple: int
+) -> None:
     batch = pack(members, multiple=multiple)
     assert len(batch.token_ids) % multiple == 0
     assert len(batch.token_ids) - sum(group.num_tokens for group in members) in range(multiple)
@@ -71,7 +73,7 @@ def test_every_target_is_predicted_from_prompt_and_answer_alone(members, multipl
 
 
 @given(several)
-def test_rows_of_prompts_and_answers_tile_the_batch(members):
+def test_rows_of_prompts_and_answers_tile_the_batch(members: list[Group]) -> None:
     batch = pack(members)
     starts = np.concatenate([batch.prompt_start, batch.answer_start])
     lengths = np.concatenate([batch.prompt_length, batch.answer_length])
@@ -80,7 +82,7 @@ def test_rows_of_prompts_and_answers_tile_the_batch(members):
 
 
 @given(several)
-def test_plain_layout_has_the_same_targets(members):
+def test_plain_layout_has_the_same_targets(members: list[Group]) -> None:
     shared, plain = pack(members), pack(repeat_prompts(members))
     for name in ("target", "advantage", "engine_logprob", "sequence"):
         assert np.array_equal(getattr(shared, name), getattr(plain, name))
@@ -92,7 +94,7 @@ def test_plain_layout_has_the_same_targets(members):
 
 
 @given(st.lists(st.integers(0, 50), max_size=20), st.sampled_from([1.0, 1.25, 2.0]))
-def test_buckets_hold_each_length_once_and_pad_little(lengths, slack):
+def test_buckets_hold_each_length_once_and_pad_little(lengths: list[int], slack: float) -> None:
     buckets = length_buckets(lengths, slack)
     flat = [index for bucket in buckets for index in bucket]
     assert sorted(flat) == [i for i, length in enumerate(lengths) if length > 0]

@@ -1,6 +1,7 @@
 """M-RoPE positions compared with hand-written values and with a second implementation per token."""
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,13 +11,15 @@ from megatron_vrl.batching.positions import VisionBlock, mrope_positions
 PAD, TEXT = 90, 7
 
 
-def positions(ids, blocks, merge=2, tokens_per_second=2.0):
+def positions(
+    ids: list[int], blocks: list[VisionBlock], merge: int = 2, tokens_per_second: float = 2.0
+) -> npt.NDArray[np.int64]:
     return mrope_positions(
         np.array(ids), [PAD], blocks, merge=merge, tokens_per_second=tokens_per_second
     )
 
 
-def test_text_after_a_video_resumes_after_the_largest_position_of_any_axis():
+def test_text_after_a_video_resumes_after_the_largest_position_of_any_axis() -> None:
     ids = [TEXT] * 3 + [PAD] * 8 + [TEXT] * 2
     block = VisionBlock(grid_thw=(2, 4, 4), seconds_per_grid=1.5)  # steps of 3 positions
     assert positions(ids, [block]).tolist() == [
@@ -26,18 +29,18 @@ def test_text_after_a_video_resumes_after_the_largest_position_of_any_axis():
     ]
 
 
-def test_a_wide_image_moves_the_text_by_its_width():
+def test_a_wide_image_moves_the_text_by_its_width() -> None:
     ids = [PAD] * 4 + [TEXT]
     block = VisionBlock(grid_thw=(1, 2, 8), seconds_per_grid=0.0)
     assert positions(ids, [block])[:, -1].tolist() == [4, 4, 4]
 
 
-def test_text_alone_counts_up():
+def test_text_alone_counts_up() -> None:
     assert positions([TEXT] * 4, []).tolist() == [[0, 1, 2, 3]] * 3
 
 
 @pytest.mark.parametrize("cells", [3, 5])
-def test_vision_tokens_and_pad_tokens_must_agree(cells):
+def test_vision_tokens_and_pad_tokens_must_agree(cells: int) -> None:
     with pytest.raises(ValueError, match="differ in number"):
         positions([PAD] * cells, [VisionBlock((1, 4, 4), 1.0)])
 
@@ -50,7 +53,7 @@ blocks = st.builds(
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), blocks), max_size=3), st.integers(0, 4))
-def test_positions_equal_a_rule_per_token(pairs, tail):
+def test_positions_equal_a_rule_per_token(pairs: list[tuple[int, VisionBlock]], tail: int) -> None:
     ids, wanted, largest = [], [], -1
     for words, block in pairs:
         for _ in range(words):

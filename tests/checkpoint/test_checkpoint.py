@@ -3,6 +3,9 @@
 import os
 import shutil
 import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,19 +32,19 @@ from tests.tiny_models import hf_model, save
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two tensor ranks do not divide its words: what they add must not be resharded as weights."""
     return save(hf_model(vocab=95), tmp_path_factory.mktemp("checkpoint") / "hf")
 
 
 @pytest.fixture(scope="module")
-def converted(checkpoint):
+def converted(checkpoint: Path) -> Path:
     convert_to_megatron(checkpoint, checkpoint.parent / "megatron")
     return checkpoint.parent / "megatron"
 
 
 @pytest.fixture(scope="module")
-def policy(checkpoint):
+def policy(checkpoint: Path) -> Iterator[Policy]:
     mesh = init_mesh(Parallel(), seed=1)
     cfg = Model(checkpoint=str(checkpoint), dtype="float32")
     policy = Policy(read_architecture(checkpoint), cfg, Parallel(), mesh)
@@ -51,7 +54,7 @@ def policy(checkpoint):
 
 
 @pytest.fixture(scope="module")
-def trained(checkpoint, converted, tmp_path_factory):
+def trained(checkpoint: Path, converted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("resharded")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     worker = ["-m", "tests.checkpoint.checkpoint_worker", checkpoint, converted, directory]
@@ -61,11 +64,12 @@ def trained(checkpoint, converted, tmp_path_factory):
     return directory
 
 
-def third_step(trained, name):
-    return torch.load(trained / f"{name}.pt")
+def third_step(trained: Path, name: str) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(trained / f"{name}.pt")
+    return state
 
 
-def assert_alike(resumed, whole, tolerance):
+def assert_alike(resumed: dict[str, Any], whole: dict[str, Any], tolerance: float) -> None:
     assert resumed["loss"] == pytest.approx(whole["loss"], rel=1e-5)
     assert resumed["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-5)
     for name, weight in resumed["weights"].items():
@@ -75,7 +79,7 @@ def assert_alike(resumed, whole, tolerance):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", RESHARDED)
-def test_training_goes_on_in_another_layout_as_if_unbroken(trained, layout):
+def test_training_goes_on_in_another_layout_as_if_unbroken(trained: Path, layout: str) -> None:
     """Weights, both moments and their step count: the third AdamW step depends on each. The
     checkpoint was written while the weights already changed."""
     resumed, whole = third_step(trained, layout), third_step(trained, "unbroken")
@@ -83,7 +87,7 @@ def test_training_goes_on_in_another_layout_as_if_unbroken(trained, layout):
 
 
 @pytest.mark.slow
-def test_training_goes_on_with_half_the_data_ranks(trained, policy):
+def test_training_goes_on_with_half_the_data_ranks(trained: Path, policy: Policy) -> None:
     policy.start_phase(OPTIMIZER, num_steps=8)
     load_checkpoint(trained / "run" / "step-2", policy)
     assert_alike(step(policy, 2), third_step(trained, "unbroken"), tolerance=1e-5)
@@ -91,7 +95,7 @@ def test_training_goes_on_with_half_the_data_ranks(trained, policy):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", SAVED)
-def test_checkpoints_of_any_layout_convert(trained, layout, tmp_path):
+def test_checkpoints_of_any_layout_convert(trained: Path, layout: str, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     convert_to_hf(trained / "saved" / layout, tmp_path / "hf")
@@ -101,7 +105,9 @@ def test_checkpoints_of_any_layout_convert(trained, layout, tmp_path):
     assert all(torch.equal(found[name], weights[name]) for name in found)
 
 
-def test_weights_come_back_bit_equal_and_before_any_update(policy, checkpoint, tmp_path):
+def test_weights_come_back_bit_equal_and_before_any_update(
+    policy: Policy, checkpoint: Path, tmp_path: Path
+) -> None:
     policy.start_phase(Optimizer(lr=1e-3), num_steps=1)
     save_checkpoint(tmp_path / "saved", policy, {"step": 0}, checkpoint)
     before = {name: tensor.clone() for name, tensor in hf_tensors(policy.chunks)}
@@ -120,7 +126,9 @@ def test_weights_come_back_bit_equal_and_before_any_update(policy, checkpoint, t
     }
 
 
-def test_background_save_holds_the_weights_as_they_were(policy, checkpoint, tmp_path):
+def test_background_save_holds_the_weights_as_they_were(
+    policy: Policy, checkpoint: Path, tmp_path: Path
+) -> None:
     before = {name: tensor.clone() for name, tensor in hf_tensors(policy.chunks)}
     saver = Saver(tmp_path, policy, checkpoint, keep=2)
     saver.save("1", {"step": 1})
@@ -136,7 +144,7 @@ def test_background_save_holds_the_weights_as_they_were(policy, checkpoint, tmp_
         assert torch.equal(tensor, before[name]), name
 
 
-def test_latest_is_the_marked_one_and_must_be_whole(tmp_path):
+def test_latest_is_the_marked_one_and_must_be_whole(tmp_path: Path) -> None:
     assert latest(tmp_path) is None
     for age, name in enumerate("ba"):
         (tmp_path / name).mkdir()
@@ -151,7 +159,9 @@ def test_latest_is_the_marked_one_and_must_be_whole(tmp_path):
     assert latest(tmp_path) == tmp_path / "b"
 
 
-def test_old_and_incomplete_ones_go_and_the_pinned_one_stays(policy, checkpoint, tmp_path):
+def test_old_and_incomplete_ones_go_and_the_pinned_one_stays(
+    policy: Policy, checkpoint: Path, tmp_path: Path
+) -> None:
     (tmp_path / "killed.partial" / "weights").mkdir(parents=True)
     saver = Saver(tmp_path, policy, checkpoint, keep=1, asynchronous=False)
     for name in ("1", "2", "3"):
@@ -160,7 +170,9 @@ def test_old_and_incomplete_ones_go_and_the_pinned_one_stays(policy, checkpoint,
     assert latest(tmp_path) == tmp_path / "3"
 
 
-def test_a_full_disk_ends_a_background_save_with_one_sentence(policy, checkpoint, tmp_path):
+def test_a_full_disk_ends_a_background_save_with_one_sentence(
+    policy: Policy, checkpoint: Path, tmp_path: Path
+) -> None:
     mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(tmp_path)]
     if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("only root may mount a small disk")
@@ -186,7 +198,7 @@ DAMAGE = {
 }
 
 
-def flip_bit(path):
+def flip_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -194,8 +206,8 @@ def flip_bit(path):
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
-    policy, converted, tmp_path, damage
-):
+    policy: Policy, converted: Path, tmp_path: Path, damage: Callable[[Path], object]
+) -> None:
     for name in ("1", "2"):
         shutil.copytree(converted, tmp_path / name)
     (tmp_path / "latest").write_text("2")
@@ -208,7 +220,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     assert newest_sound(tmp_path, policy.mesh) == (tmp_path / "1", [])
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(policy, converted, tmp_path):
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(
+    policy: Policy, converted: Path, tmp_path: Path
+) -> None:
     shutil.copytree(converted, tmp_path / "1")
     flip_bit(tmp_path / "1" / "weights" / "__0_0.distcp")
     with pytest.raises(CheckpointError, match="holds no checkpoint that can be used"):
@@ -218,8 +232,8 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(policy, con
 
 
 def test_the_old_name_of_a_folder_is_refused_and_its_sentence_is_the_cure(
-    policy, converted, tmp_path
-):
+    policy: Policy, converted: Path, tmp_path: Path
+) -> None:
     old = tmp_path / "1"
     shutil.copytree(converted, old)
     (old / "huggingface").rename(old / "published")
@@ -235,7 +249,7 @@ def test_the_old_name_of_a_folder_is_refused_and_its_sentence_is_the_cure(
     assert (hf_dir_of(old) / "config.json").is_file()
 
 
-def test_a_saver_hashes_a_checkpoint_once(policy, converted, tmp_path):
+def test_a_saver_hashes_a_checkpoint_once(policy: Policy, converted: Path, tmp_path: Path) -> None:
     shutil.copytree(converted, tmp_path / "1")
     saver = Saver(tmp_path, policy, converted, keep=1)
     assert saver.newest_sound() == (tmp_path / "1", [])
@@ -245,13 +259,13 @@ def test_a_saver_hashes_a_checkpoint_once(policy, converted, tmp_path):
         Saver(tmp_path, policy, converted, keep=1).load_weights(tmp_path / "1")
 
 
-def test_unreadable_state_is_named(tmp_path):
+def test_unreadable_state_is_named(tmp_path: Path) -> None:
     (tmp_path / "state.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"state\.json cannot be read .* remove it"):
         read_state(tmp_path)
 
 
-def test_another_architecture_is_refused(policy, checkpoint, tmp_path):
+def test_another_architecture_is_refused(policy: Policy, checkpoint: Path, tmp_path: Path) -> None:
     other = save(hf_model(vocab=95, kv_heads=1), tmp_path / "other")
     with pytest.raises(
         CheckpointError, match=r"model\.safetensors: .*_proj.*config\.json is of another model"
@@ -265,7 +279,7 @@ def test_another_architecture_is_refused(policy, checkpoint, tmp_path):
         load_weights(tmp_path / "megatron", policy)
 
 
-def test_weights_alone_do_not_pass_for_a_whole_checkpoint(policy, converted):
+def test_weights_alone_do_not_pass_for_a_whole_checkpoint(policy: Policy, converted: Path) -> None:
     policy.start_phase(Optimizer(lr=1e-3), num_steps=1)
     with pytest.raises(CheckpointError, match=r"lacks the tensor optimizer\..*without the optim"):
         load_checkpoint(converted, policy)
@@ -274,7 +288,7 @@ def test_weights_alone_do_not_pass_for_a_whole_checkpoint(policy, converted):
 # ---- pickles
 
 
-def poisoned(converted, directory, payload):
+def poisoned(converted: Path, directory: Path, payload: Callable[[Path], object]) -> Path:
     """A copy whose CHECKSUMS are right: whoever gives away a bad checkpoint can hash it too."""
     copy = shutil.copytree(converted, directory)
     payload(copy / "weights")
@@ -284,15 +298,17 @@ def poisoned(converted, directory, payload):
 
 
 @pytest.mark.parametrize("file", [".metadata", "common.pt", "byte object"])
-def test_no_pickle_of_a_checkpoint_runs(policy, converted, tmp_path, file):
+def test_no_pickle_of_a_checkpoint_runs(
+    policy: Policy, converted: Path, tmp_path: Path, file: str
+) -> None:
     import io
     import pickle
 
     class Payload:
-        def __reduce__(self):
+        def __reduce__(self) -> tuple[Callable[..., object], tuple[str, str]]:
             return (open, (str(tmp_path / "ran"), "w"))
 
-    def payload(weights):
+    def payload(weights: Path) -> None:
         if file == ".metadata":
             (weights / file).write_bytes(pickle.dumps(Payload()))
         elif file == "common.pt":
@@ -300,7 +316,7 @@ def test_no_pickle_of_a_checkpoint_runs(policy, converted, tmp_path, file):
         else:
             add_byte_object(weights, Payload())
 
-    def add_byte_object(weights, thing):
+    def add_byte_object(weights: Path, thing: object) -> None:
         from torch.distributed.checkpoint.filesystem import _StorageInfo
         from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
@@ -325,7 +341,9 @@ def test_no_pickle_of_a_checkpoint_runs(policy, converted, tmp_path, file):
     assert not (tmp_path / "x").exists()
 
 
-def test_a_bare_pickle_in_place_of_a_zip_is_refused(policy, converted, tmp_path):
+def test_a_bare_pickle_in_place_of_a_zip_is_refused(
+    policy: Policy, converted: Path, tmp_path: Path
+) -> None:
     import pickle
 
     bad = poisoned(

@@ -4,6 +4,9 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +24,7 @@ TOOL = ROOT / "tools" / "convert_checkpoint.py"
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
-def folder(request, tmp_path_factory):
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("convert")
     hf = save(hf_model(tied=request.param), folder / "hf")
     (hf / "tokenizer.json").write_text("{}")
@@ -34,15 +37,15 @@ def folder(request, tmp_path_factory):
 
 
 @pytest.fixture
-def copy(folder, tmp_path):
+def copy(folder: Path, tmp_path: Path) -> Path:
     return shutil.copytree(folder, tmp_path / "copy")
 
 
-def tensors_of(directory):
+def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
     return {n: t for f in directory.glob("*.safetensors") for n, t in load_file(f).items()}
 
 
-def rewritten(directory, change):
+def rewritten(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
     """The checkpoint with `change(tensors)` made to its tensors."""
     tensors = load_file(directory / "model.safetensors")
     change(tensors)
@@ -50,7 +53,7 @@ def rewritten(directory, change):
     return directory
 
 
-def assert_same(first, second):
+def assert_same(first: Path, second: Path) -> None:
     a, b = tensors_of(first), tensors_of(second)
     assert a.keys() == b.keys()
     for name in a:
@@ -58,7 +61,7 @@ def assert_same(first, second):
         assert torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8)), name
 
 
-def test_there_and_back_is_bit_equal_and_complete(folder, tmp_path):
+def test_there_and_back_is_bit_equal_and_complete(folder: Path, tmp_path: Path) -> None:
     convert_to_hf(folder / "megatron", tmp_path / "back")
     assert_same(folder / "hf", tmp_path / "back")
     files, back = (
@@ -70,7 +73,9 @@ def test_there_and_back_is_bit_equal_and_complete(folder, tmp_path):
         assert back[name].read_bytes() == files[name].read_bytes()
 
 
-def test_bfloat16_in_shards_under_the_names_of_either_generation(tmp_path, monkeypatch):
+def test_bfloat16_in_shards_under_the_names_of_either_generation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also: NaN and -0 survive, and tensors larger than a chunk or a file are cut."""
     from megatron_vrl.checkpoint import hf_reader, torch_dist
 
@@ -98,11 +103,11 @@ def test_bfloat16_in_shards_under_the_names_of_either_generation(tmp_path, monke
     assert compare(tmp_path / "hf", tmp_path / "in-memory-megatron") == len(tensors_of(in_memory))
 
 
-def test_result_loads_in_stock_transformers(folder, tmp_path):
+def test_result_loads_in_stock_transformers(folder: Path, tmp_path: Path) -> None:
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     convert_to_hf(folder / "megatron", tmp_path / "back")
-    load = Qwen2_5_VLForConditionalGeneration.from_pretrained
+    load: Callable[..., Any] = Qwen2_5_VLForConditionalGeneration.from_pretrained
     model, notes = load(tmp_path / "back", output_loading_info=True)
     assert not notes["missing_keys"] and not notes["unexpected_keys"]
     ids = torch.arange(10)[None]
@@ -111,7 +116,7 @@ def test_result_loads_in_stock_transformers(folder, tmp_path):
     assert torch.equal(ours, theirs)
 
 
-def test_zeros_that_pad_the_vocabulary_are_left_out(folder, tmp_path):
+def test_zeros_that_pad_the_vocabulary_are_left_out(folder: Path, tmp_path: Path) -> None:
     """Tensor-parallel training writes such zeros when its ranks do not divide the vocabulary."""
     source = TorchDistReader(folder / "megatron" / "weights")
     padded = tmp_path / "padded"
@@ -130,7 +135,7 @@ def test_zeros_that_pad_the_vocabulary_are_left_out(folder, tmp_path):
 # ---- verify
 
 
-def test_verify_says_which_tensor_differs(folder, copy):
+def test_verify_says_which_tensor_differs(folder: Path, copy: Path) -> None:
     assert compare(folder / "hf", folder / "megatron") == len(tensors_of(folder / "hf"))
     rewritten(copy / "hf", lambda t: t["model.norm.weight"][3].add_(1e-6))
     for pair in ((folder / "megatron", copy / "hf"), (copy / "hf", folder / "hf")):
@@ -138,7 +143,7 @@ def test_verify_says_which_tensor_differs(folder, copy):
             compare(*pair)
 
 
-def test_verify_reads_bits_not_numbers(folder, copy):
+def test_verify_reads_bits_not_numbers(folder: Path, copy: Path) -> None:
     name = "model.layers.0.self_attn.q_proj.bias"
     rewritten(copy / "hf", lambda t: t[name].zero_())
     other = shutil.copytree(copy / "hf", copy / "other")
@@ -150,17 +155,17 @@ def test_verify_reads_bits_not_numbers(folder, copy):
 # ---- mistakes: (what is done to a copy, the sentence that follows)
 
 
-def cut(path):
+def cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
-def changed_config(directory, **text):
+def changed_config(directory: Path, **text: int) -> None:
     config = json.loads((directory / "config.json").read_text())
     config["text_config"] |= text
     (directory / "config.json").write_text(json.dumps(config))
 
 
-def dropped(name):
+def dropped(name: str) -> Callable[[Path], Path]:
     return lambda d: rewritten(d, lambda t: t.pop(name))
 
 
@@ -229,7 +234,13 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("convert", "kind", "spoil", "sentence"), MISTAKES)
-def test_a_mistake_is_one_sentence_and_leaves_nothing(copy, convert, kind, spoil, sentence):
+def test_a_mistake_is_one_sentence_and_leaves_nothing(
+    copy: Path,
+    convert: Callable[[Path, Path], object],
+    kind: str,
+    spoil: Callable[[Path], object],
+    sentence: str,
+) -> None:
     spoil(copy / kind)
     with pytest.raises(CheckpointError, match=sentence) as error:
         convert(copy / kind, copy / "new")
@@ -237,7 +248,7 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(copy, convert, kind, spoil
     assert not list(copy.glob("new*"))
 
 
-def test_existing_target_wrong_direction_and_nothing_there(folder, tmp_path):
+def test_existing_target_wrong_direction_and_nothing_there(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="hf exists already: remove it or choose another"):
         convert_to_hf(folder / "megatron", folder / "hf")
     with pytest.raises(CheckpointError, match="is a Megatron checkpoint: did you mean megatron-to"):
@@ -248,7 +259,7 @@ def test_existing_target_wrong_direction_and_nothing_there(folder, tmp_path):
         convert_to_hf(folder / "nowhere", tmp_path / "x")
 
 
-def test_no_room_on_the_disk(folder, tmp_path, monkeypatch):
+def test_no_room_on_the_disk(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2**19))
     for convert, source in ((convert_to_megatron, "hf"), (convert_to_hf, "megatron")):
@@ -256,7 +267,7 @@ def test_no_room_on_the_disk(folder, tmp_path, monkeypatch):
             convert(folder / source, tmp_path / "x")
 
 
-def test_a_disk_that_fills_up_meanwhile(folder, tmp_path):
+def test_a_disk_that_fills_up_meanwhile(folder: Path, tmp_path: Path) -> None:
     mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(tmp_path)]
     if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("only root may mount a small disk")
@@ -274,7 +285,9 @@ def test_a_disk_that_fills_up_meanwhile(folder, tmp_path):
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
-def test_writer_closes_a_shard_whose_header_is_full(tmp_path, monkeypatch):
+def test_writer_closes_a_shard_whose_header_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from megatron_vrl.checkpoint import hf_reader
 
     monkeypatch.setattr(hf_reader, "HEADER_BYTES", 512)
@@ -291,7 +304,7 @@ def test_writer_closes_a_shard_whose_header_is_full(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_program_prints_what_it_did(folder, tmp_path):
+def test_program_prints_what_it_did(folder: Path, tmp_path: Path) -> None:
     done = run_python(TOOL, "megatron-to-hf", folder / "megatron", tmp_path / "back")
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[-1] == f"Written: {tmp_path / 'back'}"
@@ -304,7 +317,7 @@ def test_program_prints_what_it_did(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_bench_measures_beside_safetensors_and_leaves_nothing(folder, tmp_path):
+def test_bench_measures_beside_safetensors_and_leaves_nothing(folder: Path, tmp_path: Path) -> None:
     config = folder / "hf" / "config.json"
     bench = [ROOT / "tools" / "bench.py", "convert", "--model", config, "--rounds", 1]
     done = run_python(*bench, "--dir", tmp_path, "--json")

@@ -6,6 +6,8 @@ wrote.
 
 import json
 import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,49 +20,50 @@ from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.storage.hf_files import INDEX
 from tests.tiny_models import hf_model, save
 
+Tensors = dict[str, torch.Tensor]  # of a file, by name
 EMBEDDING = "model.embed_tokens.weight"
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 NORM = "model.norm.weight"
 
 
 @pytest.fixture(scope="module")
-def untied(tmp_path_factory):
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _saved(tmp_path_factory, tied=False)
 
 
 @pytest.fixture(scope="module")
-def tied(tmp_path_factory):
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _saved(tmp_path_factory, tied=True)
 
 
-def _saved(tmp_path_factory, tied):
+def _saved(tmp_path_factory: pytest.TempPathFactory, tied: bool) -> Path:
     folder = save(hf_model(tied=tied), tmp_path_factory.mktemp("reader") / "hf")
     tensors = {_published(n): t for n, t in load_file(folder / "model.safetensors").items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
-def _published(name):
+def _published(name: str) -> str:
     return name.removeprefix("model.") if name.startswith("model.visual") else name
 
 
 @pytest.fixture
-def copy(untied, tmp_path):
+def copy(untied: Path, tmp_path: Path) -> Path:
     return shutil.copytree(untied, tmp_path / "copy")
 
 
 @pytest.fixture
-def tied_copy(tied, tmp_path):
+def tied_copy(tied: Path, tmp_path: Path) -> Path:
     return shutil.copytree(tied, tmp_path / "tied")
 
 
 @pytest.fixture
-def sharded(copy):
+def sharded(copy: Path) -> Path:
     """Two shards and an index."""
     tensors = load_file(copy / "model.safetensors")
     (copy / "model.safetensors").unlink()
     names = sorted(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for shard, part in (("1", names[::2]), ("2", names[1::2])):
         file = f"model-0000{shard}-of-00002.safetensors"
         save_file({n: tensors[n] for n in part}, copy / file, metadata={"format": "pt"})
@@ -69,25 +72,27 @@ def sharded(copy):
     return copy
 
 
-def changed(folder, change, file="model.safetensors"):
+def changed(
+    folder: Path, change: Callable[[Tensors], object], file: str = "model.safetensors"
+) -> Path:
     tensors = load_file(folder / file)
     change(tensors)
     save_file(tensors, folder / file, metadata={"format": "pt"})
     return folder
 
 
-def reader(folder):
+def reader(folder: Path) -> HFCheckpoint:
     return HFCheckpoint(folder, read_architecture(folder))
 
 
-def assert_reads(folder, tensors):
+def assert_reads(folder: Path, tensors: Tensors) -> None:
     """Every way of reading gives these tensors."""
     read = dict(stored_tensors(folder))
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[name], tensors[name]) for name in tensors)
 
 
-def zeros(tensors):
+def zeros(tensors: Tensors) -> Tensors:
     return {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
 
 
@@ -98,19 +103,23 @@ def zeros(tensors):
     "name",
     ["model.safetensors", "model-00002-of-00003.safetensors", "zz.safetensors", "a.safetensors"],
 )
-def test_files_that_the_index_does_not_name_are_not_read(untied, sharded, name):
+def test_files_that_the_index_does_not_name_are_not_read(
+    untied: Path, sharded: Path, name: str
+) -> None:
     tensors = load_file(untied / "model.safetensors")
     save_file(zeros(tensors), sharded / name, metadata={"format": "pt"})
     assert_reads(sharded, tensors)
     assert compare(untied, sharded) == len(tensors)
 
 
-def test_a_damaged_file_that_the_index_does_not_name_is_not_opened(untied, sharded):
+def test_a_damaged_file_that_the_index_does_not_name_is_not_opened(
+    untied: Path, sharded: Path
+) -> None:
     (sharded / "model-00003-of-00003.safetensors").write_bytes(b"cut")
     assert_reads(sharded, load_file(untied / "model.safetensors"))
 
 
-def test_without_an_index_other_files_are_not_read(untied, copy):
+def test_without_an_index_other_files_are_not_read(untied: Path, copy: Path) -> None:
     tensors = load_file(untied / "model.safetensors")
     save_file(zeros(tensors), copy / "zz.safetensors")
     assert_reads(copy, tensors)
@@ -119,10 +128,10 @@ def test_without_an_index_other_files_are_not_read(untied, copy):
 SECOND = "model-00002-of-00002.safetensors"
 
 
-def edited(**shards):
+def edited(**shards: str | None) -> Callable[[Path], None]:
     """A change of the index: tensors to shards; None takes a tensor out."""
 
-    def change(folder):
+    def change(folder: Path) -> None:
         index = json.loads((folder / INDEX).read_text())
         for name, shard in shards.items():
             index["weight_map"].pop(name) if shard is None else None
@@ -132,7 +141,7 @@ def edited(**shards):
     return change
 
 
-def test_a_copy_in_another_shard_is_not_read(untied, sharded):
+def test_a_copy_in_another_shard_is_not_read(untied: Path, sharded: Path) -> None:
     first, second = (load_file(f) for f in sorted(sharded.glob("model-*.safetensors")))
     save_file(second | zeros(first), sharded / SECOND, metadata={"format": "pt"})
     assert_reads(sharded, load_file(untied / "model.safetensors"))
@@ -173,26 +182,28 @@ FILE_MISTAKES = {
 
 
 @pytest.mark.parametrize(("spoil", "sentence"), FILE_MISTAKES.values(), ids=FILE_MISTAKES)
-def test_mistakes_in_files_are_one_sentence(sharded, spoil, sentence):
+def test_mistakes_in_files_are_one_sentence(
+    sharded: Path, spoil: Callable[[Path], object], sentence: str
+) -> None:
     spoil(sharded)
     with pytest.raises(CheckpointError, match=sentence) as error:
         reader(sharded)
     assert "\n" not in str(error.value)
 
 
-def test_shards_of_another_save_beside_a_single_file(copy):
+def test_shards_of_another_save_beside_a_single_file(copy: Path) -> None:
     save_file({"a": torch.zeros(1)}, copy / "model-00001-of-00002.safetensors")
     with pytest.raises(CheckpointError, match=r"of-00002\.safetensors beside model\.safetens"):
         reader(copy)
 
 
-def test_pickled_weights_alone(copy):
+def test_pickled_weights_alone(copy: Path) -> None:
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"but pytorch_model\.bin, which is not read"):
         reader(copy)
 
 
-def test_weights_in_other_files_are_no_side_files(copy, tmp_path):
+def test_weights_in_other_files_are_no_side_files(copy: Path, tmp_path: Path) -> None:
     for name in ("pytorch_model.bin", "pytorch_model.bin.index.json", INDEX, "model.gguf"):
         (copy / name).write_text("{}")
     (copy / "merges.txt").write_text("")
@@ -204,16 +215,16 @@ def test_weights_in_other_files_are_no_side_files(copy, tmp_path):
 # ---- which tensors
 
 
-def scaled(suffix, dtype):
-    def change(tensors):
+def scaled(suffix: str, dtype: torch.dtype) -> Callable[[Tensors], None]:
+    def change(tensors: Tensors) -> None:
         tensors[QUERY] = (tensors[QUERY] * 100).to(dtype)
         tensors[QUERY.removesuffix("weight") + suffix] = torch.ones(64)
 
     return change
 
 
-def packed(suffix):
-    def change(tensors):
+def packed(suffix: str) -> Callable[[Tensors], None]:
+    def change(tensors: Tensors) -> None:
         del tensors[QUERY]
         tensors[QUERY.removesuffix("weight") + suffix] = torch.zeros(8, 64, dtype=torch.int32)
 
@@ -254,7 +265,9 @@ TENSOR_MISTAKES = {
 
 
 @pytest.mark.parametrize(("change", "sentence"), TENSOR_MISTAKES.values(), ids=TENSOR_MISTAKES)
-def test_every_tensor_is_accounted_for(copy, tmp_path, change, sentence):
+def test_every_tensor_is_accounted_for(
+    copy: Path, tmp_path: Path, change: Callable[[Tensors], object], sentence: str
+) -> None:
     changed(copy, change)
     reads = (
         lambda: reader(copy),
@@ -271,12 +284,14 @@ def test_every_tensor_is_accounted_for(copy, tmp_path, change, sentence):
 @pytest.mark.parametrize(
     "name", ["model.layers.0.self_attn.rotary_emb.inv_freq", "visual.rotary_pos_emb.inv_freq"]
 )
-def test_buffers_that_every_reader_computes_are_let_be(untied, copy, name):
+def test_buffers_that_every_reader_computes_are_let_be(untied: Path, copy: Path, name: str) -> None:
     changed(copy, lambda t: t.update({name: torch.zeros(4)}))
     assert_reads(copy, load_file(untied / "model.safetensors"))
 
 
-def test_a_tied_head_is_let_be_if_it_equals_the_embedding(tied_copy, monkeypatch):
+def test_a_tied_head_is_let_be_if_it_equals_the_embedding(
+    tied_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("megatron_vrl.checkpoint.hf_reader.COMPARED_ROWS", 7)
     plain = load_file(tied_copy / "model.safetensors")
     changed(tied_copy, lambda t: t.update({"lm_head.weight": t[EMBEDDING].clone()}))
@@ -292,13 +307,17 @@ def test_a_tied_head_is_let_be_if_it_equals_the_embedding(tied_copy, monkeypatch
     ],
     ids=["last row", "type", "shape"],
 )
-def test_a_tied_head_that_differs_is_a_sentence(tied_copy, head):
+def test_a_tied_head_that_differs_is_a_sentence(
+    tied_copy: Path, head: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
     changed(tied_copy, lambda t: t.update({"lm_head.weight": head(t[EMBEDDING])}))
     with pytest.raises(CheckpointError, match=f"lm_head.weight, which differs from {EMBEDDING}"):
         reader(tied_copy)
 
 
-def test_a_type_other_than_the_configs_is_said_and_read(copy, capsys):
+def test_a_type_other_than_the_configs_is_said_and_read(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert reader(copy).type_note() == ""
     changed(copy, lambda t: t.update({NORM: t[NORM].bfloat16()}))
     tensors = load_file(copy / "model.safetensors")
@@ -310,7 +329,9 @@ def test_a_type_other_than_the_configs_is_said_and_read(copy, capsys):
 
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
 @pytest.mark.parametrize("place", ["top", "text"])
-def test_a_quantised_config_is_refused_by_whoever_reads_it(copy, key, place):
+def test_a_quantised_config_is_refused_by_whoever_reads_it(
+    copy: Path, key: str, place: str
+) -> None:
     config = json.loads((copy / "config.json").read_text())
     (config if place == "top" else config["text_config"])[key] = {"quant_method": "fp8"}
     (copy / "config.json").write_text(json.dumps(config))
@@ -320,7 +341,7 @@ def test_a_quantised_config_is_refused_by_whoever_reads_it(copy, key, place):
         compare(copy, copy)
 
 
-def test_verify_reads_the_config_of_both(untied, copy):
+def test_verify_reads_the_config_of_both(untied: Path, copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"quantization_config": {"a": 1}}))
     with pytest.raises(CheckpointError, match="quantised"):

@@ -1,6 +1,8 @@
 """Layouts and checkpoints that a model cannot have: one sentence that names the value or file."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from tests.tiny_models import hf_model, save
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(hf_model(), tmp_path_factory.mktemp("errors") / "hf")
 
 
@@ -38,7 +40,7 @@ def checkpoint(tmp_path_factory):
         ),
     ],
 )
-def test_sizes_that_do_not_divide(checkpoint, layout, sentence):
+def test_sizes_that_do_not_divide(checkpoint: Path, layout: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError) as error:
         check_divides(read_architecture(checkpoint), Model(checkpoint=""), Parallel(**layout))
     assert str(error.value).startswith(sentence)
@@ -64,13 +66,15 @@ def test_sizes_that_do_not_divide(checkpoint, layout, sentence):
         ),
     ],
 )
-def test_what_needs_a_gpu_is_refused_without_one(model, sentence):
+def test_what_needs_a_gpu_is_refused_without_one(model: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError) as error:
         check_available(Model(checkpoint="", **model), Parallel(tensor=2), torch.device("cpu"))
     assert str(error.value) == sentence
 
 
-def test_checkpoints_that_are_not_there_or_of_another_model(checkpoint, tmp_path):
+def test_checkpoints_that_are_not_there_or_of_another_model(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     with pytest.raises(CheckpointError, match=r"Cannot read .*nowhere"):
         read_architecture(tmp_path / "nowhere")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
@@ -83,7 +87,7 @@ def test_checkpoints_that_are_not_there_or_of_another_model(checkpoint, tmp_path
         read_architecture(tmp_path)
 
 
-def test_missing_and_damaged_shards(tmp_path):
+def test_missing_and_damaged_shards(tmp_path: Path) -> None:
     directory = tmp_path / "sharded"
     hf_model().save_pretrained(directory, max_shard_size="200KB")
     arch = read_architecture(directory)

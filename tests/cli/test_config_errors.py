@@ -1,5 +1,8 @@
 """Mistakes in a config: one sentence with the key, the value and what to write instead."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from megatron_vrl.config import Rewards, RunConfig, check_batches, check_dev, load_config
@@ -29,13 +32,13 @@ from tests.running import CONFIG, ROOT
         ("model.checkpoint.x=1", "model.checkpoint is not a section."),
     ],
 )
-def test_config_mistakes(override, sentence):
+def test_config_mistakes(override: str, sentence: str) -> None:
     with pytest.raises(ConfigError) as error:
         load_config(CONFIG, [override])
     assert sentence in str(error.value)
 
 
-def test_config_file_that_is_missing_or_not_yaml(tmp_path):
+def test_config_file_that_is_missing_or_not_yaml(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"Cannot read the config .*nowhere\.yaml: No such file"):
         load_config(tmp_path / "nowhere.yaml")
     (tmp_path / "c.yaml").write_text("a: [")
@@ -55,15 +58,15 @@ def test_config_file_that_is_missing_or_not_yaml(tmp_path):
         load_config(tmp_path / "c.yaml", ["grpo.steps=3"])
 
 
-def test_every_foreign_name_leads_to_a_key_of_ours():
+def test_every_foreign_name_leads_to_a_key_of_ours() -> None:
     for ours in FOREIGN.values():
-        section = RunConfig
+        section: Any = RunConfig
         for name in ours.split(".")[:-1]:
             section = section.model_fields[name].annotation
         assert ours.split(".")[-1] in section.model_fields
 
 
-def test_a_step_smaller_than_the_replicas():
+def test_a_step_smaller_than_the_replicas() -> None:
     cfg = load_config(ROOT / "configs/quickstart.yaml", ["rollout.prompts_per_step=3"])
     check_batches(cfg, 3)
     with pytest.raises(ConfigError, match="prompts_per_step=3 is less than the 4 model replicas"):
@@ -71,7 +74,7 @@ def test_a_step_smaller_than_the_replicas():
 
 
 @pytest.mark.parametrize("key", ["sft.stop_metric", "grpo.evaluate_every"])
-def test_a_look_at_a_split_that_is_not_there(key):
+def test_a_look_at_a_split_that_is_not_there(key: str) -> None:
     without = ["data.evaluation.dev=[]", "sft.stop_metric=''", "grpo.evaluate_every=0"]
     values = {"sft.stop_metric": "temporal_grounding/miou", "grpo.evaluate_every": 30}
     config = ROOT / "configs/quickstart.yaml"
@@ -81,6 +84,6 @@ def test_a_look_at_a_split_that_is_not_there(key):
         check_dev(cfg)
 
 
-def test_a_weight_for_a_component_no_task_has():
+def test_a_weight_for_a_component_no_task_has() -> None:
     with pytest.raises(ConfigError, match=r"acuracy.*accuracy"):
         reward_weights(Rewards(weights={"multiple_choice": {"acuracy": 0.5}}))

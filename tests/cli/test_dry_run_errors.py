@@ -1,5 +1,8 @@
 """Mistakes that a dry run of the main job finds before anything is written."""
 
+import subprocess
+from pathlib import Path
+
 import pytest
 
 from megatron_vrl.cli import train
@@ -7,7 +10,7 @@ from tests.running import CONFIG, ROOT, SHORT, run_here, run_python, sentence_of
 
 
 @pytest.fixture(scope="module")
-def with_tokenizer(tmp_path_factory):
+def with_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole checkpoint: a dry run reads its tokenizer and chat template, too."""
     directory = tmp_path_factory.mktemp("errors") / "whole"
     done = run_python(ROOT / "tools" / "make_tiny_model.py", "--out", directory)
@@ -15,7 +18,7 @@ def with_tokenizer(tmp_path_factory):
     return directory
 
 
-def dry_run(folder, *arguments):
+def dry_run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return run_here(train.main, "--config", CONFIG, *SHORT, *arguments, "--dry-run", cwd=folder)
 
 
@@ -27,12 +30,14 @@ def dry_run(folder, *arguments):
         ("grpo.mini_batches=3", "grpo.mini_batches=3 is more than the 2 groups of a step"),
     ],
 )
-def test_dry_run_finds_what_cannot_work(tmp_path, override, sentence):
+def test_dry_run_finds_what_cannot_work(tmp_path: Path, override: str, sentence: str) -> None:
     assert sentence in sentence_of(dry_run(tmp_path, override))
     assert not any(tmp_path.iterdir())
 
 
-def test_a_strict_dry_run_refuses_what_is_not_on_this_machine(with_tokenizer, tmp_path):
+def test_a_strict_dry_run_refuses_what_is_not_on_this_machine(
+    with_tokenizer: Path, tmp_path: Path
+) -> None:
     options = (f"model.checkpoint={with_tokenizer}", "sft.steps=0", "video.device=gpu")
     done = dry_run(tmp_path, *options)
     assert done.returncode == 0, done.stderr
@@ -46,8 +51,8 @@ def test_a_strict_dry_run_refuses_what_is_not_on_this_machine(with_tokenizer, tm
 
 @pytest.mark.parametrize("out", ["taken", "taken/run", "/proc/run"])
 def test_an_output_folder_that_cannot_be_written_is_named_by_the_dry_run(
-    with_tokenizer, tmp_path, out
-):
+    with_tokenizer: Path, tmp_path: Path, out: str
+) -> None:
     (tmp_path / "taken").touch()
     options = (f"model.checkpoint={with_tokenizer}", f"run.out_dir={out}")
     line = sentence_of(dry_run(tmp_path, *options))

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from megatron_vrl.config.inference import inference_files
 from megatron_vrl.errors import ConfigError, DataError
 from megatron_vrl.evaluation.ask import Question, as_text, ask
 from megatron_vrl.evaluation.benchmark import items_of, questions, read_predictions
-from megatron_vrl.evaluation.generate import Answerer, inference_config
+from megatron_vrl.evaluation.generate import Answerer, InferenceConfig, inference_config
 from megatron_vrl.evaluation.predict import predict, too_many_bad
 from megatron_vrl.observe.timeline_strip import MARK, timeline_strip
 from megatron_vrl.selection.rules import KEPT
@@ -21,28 +24,29 @@ from megatron_vrl.video import VideoReader
 from tests.running import CONFIG, ROOT, run_python
 
 pytestmark = pytest.mark.slow
+Start = Callable[[InferenceConfig, int], Answerer]
 SMALL = ("rollout.kv_cache_mib=64", "video.decoder=pyav", "evaluation.max_response_tokens=16")
 
 
 @pytest.fixture(scope="module")
-def folder(quickstart, monkeypatch_module):
+def folder(quickstart: Path, monkeypatch_module: pytest.MonkeyPatch) -> Path:
     monkeypatch_module.chdir(quickstart)
     return quickstart
 
 
 @pytest.fixture(scope="module")
-def monkeypatch_module():
+def monkeypatch_module() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
         yield patch
 
 
 @pytest.fixture(scope="module")
-def cfg(folder):
+def cfg(folder: Path) -> InferenceConfig:
     return inference_config("runs/quickstart/model-hf", SMALL, str(CONFIG))
 
 
 @pytest.fixture(scope="module")
-def engine(cfg):
+def engine(cfg: InferenceConfig) -> Iterator[Start]:
     """Return a start function that gives one engine to all tests, whatever the limits are.
 
     vLLM's process groups are destroyed at the end: other modules start engines in this process.
@@ -55,11 +59,13 @@ def engine(cfg):
     destroy_distributed_environment()
 
 
-def never(config, longest):
+def never(config: InferenceConfig, longest: int) -> Answerer:
     raise AssertionError("everything is answered: no engine is needed")
 
 
-def test_every_question_is_answered_once_and_a_stopped_run_goes_on(folder, cfg, engine, tmp_path):
+def test_every_question_is_answered_once_and_a_stopped_run_goes_on(
+    folder: Path, cfg: InferenceConfig, engine: Start, tmp_path: Path
+) -> None:
     data = folder / "runs/quickstart/data"
     annotations = json.loads((data / "annotations/heldout_temporal_grounding.json").read_text())
     name = next(iter(annotations))
@@ -86,23 +92,25 @@ def test_every_question_is_answered_once_and_a_stopped_run_goes_on(folder, cfg, 
 class Interrupted:
     """An answerer that hears Ctrl-C after two answers."""
 
-    def __init__(self, answerer):
+    def __init__(self, answerer: Answerer) -> None:
         self._answerer = answerer
 
-    def answer(self, *arguments):
+    def answer(self, *arguments: Any) -> Iterator[Any]:
         return self._until_interrupted(self._answerer.answer(*arguments))
 
-    def answer_greedily(self, *arguments):
+    def answer_greedily(self, *arguments: Any) -> Iterator[Any]:
         return self._until_interrupted(self._answerer.answer_greedily(*arguments))
 
-    def _until_interrupted(self, answers):
+    def _until_interrupted(self, answers: Iterable[Any]) -> Iterator[Any]:
         for number, answered in enumerate(answers):
             if number % 3 == 2:
                 raise KeyboardInterrupt
             yield answered
 
 
-def test_an_interrupt_says_what_is_kept_and_the_same_call_goes_on(folder, cfg, engine, tmp_path):
+def test_an_interrupt_says_what_is_kept_and_the_same_call_goes_on(
+    folder: Path, cfg: InferenceConfig, engine: Start, tmp_path: Path
+) -> None:
     data = folder / "runs/quickstart/data"
     annotations = str(data / "annotations/train_temporal_grounding.json")
     samples = questions("charades_sta", annotations, str(data / "videos"), "strict")[:5]
@@ -110,16 +118,20 @@ def test_an_interrupt_says_what_is_kept_and_the_same_call_goes_on(folder, cfg, e
     out = tmp_path / "out"
     for kept in (2, 4):
         with pytest.raises(KeyboardInterrupt) as stopped:
-            predict(cfg, samples, out, {}, lambda *_: Interrupted(engine(cfg, 0)))
+            predict(cfg, samples, out, {}, lambda *_: cast(Answerer, Interrupted(engine(cfg, 0))))
         path = out / "predictions.jsonl"
         assert str(stopped.value) == f" {path} keeps {kept} of 5 answers; the same command goes on."
     assert [p.id for p in predict(cfg, samples, out, {}, engine)] == [s.id for s in samples]
     run = load_config(CONFIG, ["model.checkpoint=runs/quickstart/model-hf", *SMALL])
     with pytest.raises(KeyboardInterrupt, match="Nothing was answered yet; the same command begin"):
-        collect_answers(run, pool(run), out, start=lambda *_: Interrupted(engine(cfg, 0)))
+        collect_answers(
+            run, pool(run), out, start=lambda *_: cast(Answerer, Interrupted(engine(cfg, 0)))
+        )
 
 
-def test_a_question_is_asked_again_when_its_video_can_be_read(folder, cfg, engine, tmp_path):
+def test_a_question_is_asked_again_when_its_video_can_be_read(
+    folder: Path, cfg: InferenceConfig, engine: Start, tmp_path: Path
+) -> None:
     clips = sorted((folder / "runs/quickstart/data/videos").glob("*.mp4"))[:2]
     record = {"timestamps": [[0, 2]], "sentences": ["a red square"], "duration": 10.0}
     (tmp_path / "a.json").write_text(json.dumps({"one": record, "two": record}))
@@ -141,7 +153,7 @@ def test_a_question_is_asked_again_when_its_video_can_be_read(folder, cfg, engin
 
 
 @pytest.mark.parametrize(("bad", "said"), [(0, False), (1, False), (2, True)])
-def test_a_share_of_bad_videos_over_the_limit_is_said(bad, said):
+def test_a_share_of_bad_videos_over_the_limit_is_said(bad: int, said: bool) -> None:
     assert bool(too_many_bad(["x cannot be read"] * bad, 20, 0.05)) == said
 
 
@@ -169,12 +181,16 @@ def test_a_share_of_bad_videos_over_the_limit_is_said(bad, said):
         ),
     ],
 )
-def test_what_is_not_there_is_said_before_anything_is_loaded(tmp_path, tool, arguments, sentence):
+def test_what_is_not_there_is_said_before_anything_is_loaded(
+    tmp_path: Path, tool: str, arguments: tuple[str, ...], sentence: str
+) -> None:
     done = run_python(ROOT / "tools" / tool, *arguments, cwd=tmp_path)
     assert (done.returncode, done.stderr.strip()) == (2, sentence)
 
 
-def test_a_selection_goes_on_and_its_rules_apply_anew(folder, engine, tmp_path):
+def test_a_selection_goes_on_and_its_rules_apply_anew(
+    folder: Path, engine: Start, tmp_path: Path
+) -> None:
     overrides = (*SMALL, "selection.answers=2", "rollout.max_response_tokens=8")
     run = load_config(CONFIG, ["model.checkpoint=runs/quickstart/model-hf", *overrides])
     samples = pool(run)
@@ -204,7 +220,7 @@ def test_a_selection_goes_on_and_its_rules_apply_anew(folder, engine, tmp_path):
     assert "<svg" in (tmp_path / "report.html").read_text()
 
 
-def test_one_question(folder, cfg, engine, tmp_path):
+def test_one_question(folder: Path, cfg: InferenceConfig, engine: Start, tmp_path: Path) -> None:
     video = next((folder / "runs/quickstart/data/videos").glob("*.mp4"))
     shutil.copy(video, tmp_path / "clip.mp4")
     question = Question(video=str(tmp_path / "clip.mp4"), text="a red square", task="grounded_qa")
@@ -214,7 +230,9 @@ def test_one_question(folder, cfg, engine, tmp_path):
     assert Image.open(tmp_path / "strip.png").width == 1280
 
 
-def test_one_question_from_the_command_line_with_nothing_configured(folder, tmp_path):
+def test_one_question_from_the_command_line_with_nothing_configured(
+    folder: Path, tmp_path: Path
+) -> None:
     """A model of 4,096 positions, fewer than the default prompt and answer."""
     video = next((folder / "runs/quickstart/data/videos").glob("*.mp4"))
     shutil.copy(video, tmp_path / "clip.mp4")
@@ -229,7 +247,7 @@ def test_one_question_from_the_command_line_with_nothing_configured(folder, tmp_
     assert done.stderr.splitlines()[-1] == f"Written: {found['strip']}"
 
 
-def test_an_export_brings_its_prompt_and_video_rules(folder, tmp_path):
+def test_an_export_brings_its_prompt_and_video_rules(folder: Path, tmp_path: Path) -> None:
     """Asked with the defaults, the clip and the longest answer do not fit; no engine starts."""
     model = tmp_path / "export"
     shutil.copytree(folder / "runs/quickstart/model-hf", model)
@@ -246,7 +264,9 @@ def test_an_export_brings_its_prompt_and_video_rules(folder, tmp_path):
     assert json.loads(done.stdout)["question"] == "<|video_pad|>"
 
 
-def test_a_checkpoint_for_text_is_refused_before_an_engine_starts(folder, tmp_path):
+def test_a_checkpoint_for_text_is_refused_before_an_engine_starts(
+    folder: Path, tmp_path: Path
+) -> None:
     model = tmp_path / "text"
     shutil.copytree(folder / "runs/quickstart/model-hf", model)
     (model / "chat_template.json").unlink()
@@ -269,9 +289,9 @@ def test_a_checkpoint_for_text_is_refused_before_an_engine_starts(folder, tmp_pa
     assert not (run / "config.yaml").exists()
 
 
-def test_the_interval_is_marked_where_it_is():
+def test_the_interval_is_marked_where_it_is() -> None:
     frames = np.zeros((4, 28, 56, 3), np.uint8)
-    image = timeline_strip(frames, np.arange(4.0), 4.0, [(1.0, 3.0)])
+    image = timeline_strip(frames, np.arange(4, dtype=np.float64), 4.0, [(1.0, 3.0)])
     row = np.array(image)[86]  # in the bar under pictures of 80 px
     marked = np.flatnonzero((row == [int(MARK[i : i + 2], 16) for i in (1, 3, 5)]).all(axis=1))
     assert (marked.min(), marked.max()) == (320, 960)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +19,7 @@ def run(*arguments: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-def test_help_has_one_line_for_each_command():
+def test_help_has_one_line_for_each_command() -> None:
     code, out, err = run()
     assert (code, err) == (0, "") and out == mvrl.help_text() + "\n"
     lines = [line for line in out.splitlines() if line.startswith("  ")]
@@ -26,7 +27,7 @@ def test_help_has_one_line_for_each_command():
     assert max(map(len, out.splitlines())) <= 80
 
 
-def test_version_is_that_of_the_package():
+def test_version_is_that_of_the_package() -> None:
     assert run("--version") == (0, f"megatron_vrl {version('megatron_vrl')}\n", "")
 
 
@@ -34,11 +35,11 @@ def test_version_is_that_of_the_package():
     ("name", "hint"),
     [("trian", "did you mean mvrl train?"), ("xyzzy", "mvrl --help lists the commands.")],
 )
-def test_an_unknown_command_is_one_sentence_with_the_nearest(name, hint):
+def test_an_unknown_command_is_one_sentence_with_the_nearest(name: str, hint: str) -> None:
     assert run(name) == (2, "", f"error: mvrl has no command {name!r}; {hint}\n")
 
 
-def test_a_command_gets_its_arguments_and_stdin_and_its_exit_code_is_passed_on():
+def test_a_command_gets_its_arguments_and_stdin_and_its_exit_code_is_passed_on() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "megatron_vrl", "grade", "--task", "multiple_choice"],
         cwd=ROOT,
@@ -51,7 +52,7 @@ def test_a_command_gets_its_arguments_and_stdin_and_its_exit_code_is_passed_on()
     assert done.stderr.startswith("error: line 1 is not JSON")
 
 
-def test_a_command_is_the_main_module_of_its_own_process(monkeypatch):
+def test_a_command_is_the_main_module_of_its_own_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spawned children import the `__main__` of cli/train.py, which ends them with their parent."""
     replaced = []
     monkeypatch.setattr(os, "execv", lambda program, argv: replaced.append((program, argv)))
@@ -61,7 +62,7 @@ def test_a_command_is_the_main_module_of_its_own_process(monkeypatch):
     assert replaced == [(sys.executable, argv)]
 
 
-def test_quickstart_needs_the_repository(monkeypatch, tmp_path):
+def test_quickstart_needs_the_repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert quickstart.SCRIPT.samefile(ROOT / "launch" / "quickstart.sh")
     monkeypatch.setattr(quickstart, "SCRIPT", tmp_path / "launch" / "quickstart.sh")
     monkeypatch.setattr(sys, "argv", ["quickstart"])
@@ -78,7 +79,9 @@ def test_quickstart_needs_the_repository(monkeypatch, tmp_path):
         (("mvrl", "train", "--rollouts"), "--rollouts-only"),
     ],
 )
-def test_bash_completes_commands_options_and_choices(words, answer, tmp_path):
+def test_bash_completes_commands_options_and_choices(
+    words: tuple[str, ...], answer: str, tmp_path: Path
+) -> None:
     script = tmp_path / "completion"
     script.write_text(completion("bash"))
     typed = " ".join(words)
@@ -93,7 +96,7 @@ echo "${{COMPREPLY[@]}}"
 
 
 @pytest.mark.parametrize("shell", ["zsh", "tcsh"])
-def test_other_shells_have_a_completion(shell):
+def test_other_shells_have_a_completion(shell: str) -> None:
     assert "rollouts-only" in completion(shell)
 
 
@@ -103,7 +106,9 @@ def completion(shell: str) -> str:
     return out
 
 
-def test_doctor_finds_what_the_tests_need(capsys, monkeypatch):
+def test_doctor_finds_what_the_tests_need(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "argv", ["doctor"])
     assert doctor.main() == 0
     found = {line[:18].strip(): line for line in capsys.readouterr().out.splitlines()}
@@ -112,7 +117,9 @@ def test_doctor_finds_what_the_tests_need(capsys, monkeypatch):
     assert version("av") in found["PyAV"]
 
 
-def test_doctor_says_what_is_missing_and_what_to_do(capsys, monkeypatch):
+def test_doctor_says_what_is_missing_and_what_to_do(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "argv", ["doctor"])
     monkeypatch.setattr(doctor, "version", lambda name: version(f"no-such-{name}"))
     assert doctor.main() == 1

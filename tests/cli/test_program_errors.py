@@ -9,7 +9,7 @@ import pytest
 from tests.running import CONFIG, ENVIRONMENT, ROOT, run_python, sentence_of
 
 
-def test_program_prints_the_sentence_alone():
+def test_program_prints_the_sentence_alone() -> None:
     done = run_python(
         "-m", "megatron_vrl.cli.train", "--config", CONFIG, "grpo.stpes=3", "--dry-run"
     )
@@ -19,7 +19,7 @@ def test_program_prints_the_sentence_alone():
     )
 
 
-def test_launcher_passes_the_sentence_on(tmp_path):
+def test_launcher_passes_the_sentence_on(tmp_path: Path) -> None:
     done = subprocess.run(
         ["bash", str(ROOT / "launch" / "train.sh"), "--config", str(tmp_path / "nowhere.yaml")],
         env=ENVIRONMENT | {"PATH": f"{Path(sys.executable).parent}:{ENVIRONMENT['PATH']}"},
@@ -29,17 +29,18 @@ def test_launcher_passes_the_sentence_on(tmp_path):
     assert "Cannot read the config" in sentence_of(done)
 
 
-def test_a_reader_that_has_seen_enough_is_no_error():
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     command = [sys.executable, str(ROOT / "tools/config_reference.py")]
     with subprocess.Popen(
         command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as program:
+        assert program.stdout is not None and program.stderr is not None
         program.stdout.close()  # long before the first line
         assert program.stderr.read() == b""
     assert program.returncode == 0
 
 
-def test_another_broken_pipe_is_an_error():
+def test_another_broken_pipe_is_an_error() -> None:
     """Write to a closed pipe of another process, for example one that decodes."""
     program = "def main(): raise BrokenPipeError('of a worker')\n"
     program += "from megatron_vrl.process.entry import run_program; run_program(main)"
@@ -55,7 +56,9 @@ def test_another_broken_pipe_is_an_error():
         (("--run.out_dir", "--dry-run"), "run.out_dir=VALUE"),
     ],
 )
-def test_an_override_written_as_an_option_is_told_its_form(words, right):
+def test_an_override_written_as_an_option_is_told_its_form(
+    words: tuple[str, ...], right: str
+) -> None:
     done = run_python("-m", "megatron_vrl.cli.train", "--config", CONFIG, *words)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"error: {words[0]} is not an option: write {right}.\n"
@@ -85,7 +88,7 @@ def test_an_override_written_as_an_option_is_told_its_form(words, right):
         ),
     ],
 )
-def test_a_wrong_argument_is_one_sentence(tool, words, sentence):
+def test_a_wrong_argument_is_one_sentence(tool: str, words: tuple[str, ...], sentence: str) -> None:
     done = run_python(ROOT / "tools" / tool, *words)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {sentence}\n")
 
@@ -98,7 +101,9 @@ def test_a_wrong_argument_is_one_sentence(tool, words, sentence):
         ("- a", "has no list `datasets` of sources"),
     ],
 )
-def test_a_pool_that_is_none_is_named_by_its_option(tmp_path, content, reason):
+def test_a_pool_that_is_none_is_named_by_its_option(
+    tmp_path: Path, content: str | None, reason: str
+) -> None:
     pool = tmp_path / "pool.yaml"
     if content is not None:
         pool.write_text(content)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -11,7 +12,7 @@ from megatron_vrl.trainer.state import RunState
 from tests.running import CONFIG, sentence_of, train_in
 
 
-def test_a_restarted_run_takes_back_the_rows_it_writes_again():
+def test_a_restarted_run_takes_back_the_rows_it_writes_again() -> None:
     assert RunState().next_row is None
     assert RunState(stage="sft", step=4).next_row == ("sft", 5)
     assert RunState(stage="grpo").next_row == ("grpo", 1)
@@ -20,7 +21,7 @@ def test_a_restarted_run_takes_back_the_rows_it_writes_again():
 
 
 @pytest.fixture
-def copy(quickstart, tmp_path):
+def copy(quickstart: Path, tmp_path: Path) -> Path:
     """The quickstart's folder again, with videos and annotations that may be spoiled."""
     run = tmp_path / "runs" / "quickstart"
     shutil.copytree(quickstart / "runs" / "quickstart" / "data", run / "data")
@@ -30,7 +31,7 @@ def copy(quickstart, tmp_path):
 
 
 @pytest.mark.slow
-def test_vanished_video_stops_a_strict_run_and_is_replaced_in_another(copy):
+def test_vanished_video_stops_a_strict_run_and_is_replaced_in_another(copy: Path) -> None:
     from megatron_vrl.data.mix import SampleStream, load
 
     cfg = yaml.safe_load(CONFIG.read_text())
@@ -68,7 +69,7 @@ def test_vanished_video_stops_a_strict_run_and_is_replaced_in_another(copy):
 
 
 @pytest.mark.slow
-def test_full_disk_ends_all_ranks(copy):
+def test_full_disk_ends_all_ranks(copy: Path) -> None:
     """Rank 0 alone writes metrics; the other must not be left waiting."""
     run = copy / "runs" / "quickstart"
     (run / "metrics.jsonl").symlink_to("/dev/full")
@@ -77,7 +78,7 @@ def test_full_disk_ends_all_ranks(copy):
 
 
 @pytest.mark.slow
-def test_annotation_with_wrong_fields_names_file_and_record(copy):
+def test_annotation_with_wrong_fields_names_file_and_record(copy: Path) -> None:
     path = copy / "runs/quickstart/data/annotations/heldout_temporal_grounding.json"
     records = json.loads(path.read_text())
     name = list(records)[1]
@@ -88,7 +89,9 @@ def test_annotation_with_wrong_fields_names_file_and_record(copy):
 
 
 @pytest.mark.slow
-def test_a_folder_without_the_videos_is_one_sentence_while_a_checkpoint_is_written(copy):
+def test_a_folder_without_the_videos_is_one_sentence_while_a_checkpoint_is_written(
+    copy: Path,
+) -> None:
     """The checkpoint before GRPO is in flight: its writer must not end in a traceback."""
     sources = yaml.safe_load(CONFIG.read_text())["data"]["train"]
     train = json.dumps([source | {"data_folder": "nowhere"} for source in sources])

@@ -53,7 +53,7 @@ def help_of(program: str) -> tuple[str, set[str]]:
 
 
 @pytest.fixture(scope="module")
-def asked():
+def asked() -> dict[str, tuple[str, set[str]]]:
     """Name of a command or tool -> what its --help prints, and the libraries it loads."""
     programs = {f"mvrl {name}": f"megatron_vrl.cli.{name.replace('-', '_')}" for name in COMMANDS}
     own = [tool for tool in TOOLS if not command_name(f"tools/{tool.name}")]
@@ -63,7 +63,7 @@ def asked():
 
 
 @pytest.fixture(scope="module")
-def helps(asked):
+def helps(asked: dict[str, tuple[str, set[str]]]) -> dict[str, str]:
     """Name of a command or tool -> what its --help prints."""
     found = {name: text for name, (text, _) in asked.items()}
     commands = {tool.name: command_name(f"tools/{tool.name}") for tool in TOOLS}
@@ -80,16 +80,18 @@ def calls(page: Path) -> list[tuple[str, str]]:
     return [(match[1] or match[3], match[2] or match[4]) for match in found]
 
 
-def test_every_help_begins_with_the_usage(helps):
+def test_every_help_begins_with_the_usage(helps: dict[str, str]) -> None:
     assert len(helps) == len(COMMANDS) + len(TOOLS)
     assert all(text.startswith("usage: ") for text in helps.values())
 
 
-def test_help_loads_no_heavy_library(asked):
+def test_help_loads_no_heavy_library(asked: dict[str, tuple[str, set[str]]]) -> None:
     assert {name: found for name, (_, loaded) in asked.items() if (found := loaded & HEAVY)} == {}
 
 
-def test_a_usage_is_printed_once_and_every_option_has_a_help_text(asked):
+def test_a_usage_is_printed_once_and_every_option_has_a_help_text(
+    asked: dict[str, tuple[str, set[str]]],
+) -> None:
     for name, (text, _) in asked.items():
         own = "launch/gpu_check.sh" if name == "gpu_check.py" else name
         lines = re.findall(rf"^(?:usage:)? +{own}\b.*", text, re.MULTILINE)
@@ -99,7 +101,7 @@ def test_a_usage_is_printed_once_and_every_option_has_a_help_text(asked):
             assert re.search(r"\S(?:  +|\n +)\w", entry), f"{name}: {entry}"
 
 
-def test_calls_of_the_pages_have_options_that_exist(helps):
+def test_calls_of_the_pages_have_options_that_exist(helps: dict[str, str]) -> None:
     found = [(page.name, *call) for page in PAGES for call in calls(page)]
     assert len(found) > 8
     unknown = []
@@ -110,20 +112,20 @@ def test_calls_of_the_pages_have_options_that_exist(helps):
     assert unknown == []
 
 
-def test_tools_run_by_their_paths():
+def test_tools_run_by_their_paths() -> None:
     done = subprocess.run(
         ["tools/grade.py", "--help"], cwd=ROOT, env=BESIDE_PYTHON, capture_output=True, text=True
     )
     assert done.returncode == 0 and done.stdout.startswith("usage: mvrl grade ")
 
 
-def test_nothing_changes_the_import_path():
+def test_nothing_changes_the_import_path() -> None:
     package = [file for folder in ("megatron_vrl", "tools") for file in (ROOT / folder).rglob("*")]
     texts = {file: file.read_text() for file in package if file.suffix == ".py"}
     assert [file.name for file, text in texts.items() if "sys.path" in text] == []
 
 
-def test_every_command_has_a_module_and_the_planner_names_its_gpus():
+def test_every_command_has_a_module_and_the_planner_names_its_gpus() -> None:
     modules = {f"{name.replace('-', '_')}.py" for name in COMMANDS}
     assert modules == {file.name for file in (ROOT / "megatron_vrl/cli").glob("[a-z]*.py")}
     for name in COMMANDS:

@@ -35,7 +35,7 @@ PUBLISHED_COUNTS = {
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
-def test_every_config_loads(path):
+def test_every_config_loads(path: Path) -> None:
     cfg = load_config(path)
     assert cfg.sft.steps + cfg.grpo.steps > 0
     assert cfg.data.train or not cfg.grpo.steps
@@ -43,7 +43,7 @@ def test_every_config_loads(path):
 
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
-def test_architecture_counts_what_transformers_builds(path):
+def test_architecture_counts_what_transformers_builds(path: Path) -> None:
     """The sum of hf_shapes, and transformers' modules on the meta device, share no code."""
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_pretrained(path))
@@ -52,7 +52,7 @@ def test_architecture_counts_what_transformers_builds(path):
     assert built == PUBLISHED_COUNTS.get(path.stem, built)
 
 
-def test_the_recipe_passes_a_dry_run_on_eight_ranks():
+def test_the_recipe_passes_a_dry_run_on_eight_ranks() -> None:
     run = subprocess.run(
         [sys.executable, "-m", "megatron_vrl.cli.train", "--config", str(RECIPE), "--dry-run"],
         cwd=ROOT,
@@ -67,20 +67,24 @@ def test_the_recipe_passes_a_dry_run_on_eight_ranks():
 
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
-def test_the_recipe_takes_every_size(path, monkeypatch):
+def test_the_recipe_takes_every_size(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     cfg = load_config(RECIPE, [f"model.architecture={path}", "parallel.tensor=2"])
     assert any("replicas of tensor 2" in note for note in check(cfg, 8).notes)
 
 
-def test_a_dry_run_refuses_more_tokens_than_the_model_has_positions(monkeypatch):
+def test_a_dry_run_refuses_more_tokens_than_the_model_has_positions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.chdir(ROOT)
     cfg = load_config(RECIPE, ["data.max_prompt_tokens=128000", "rollout.max_response_tokens=4096"])
     with pytest.raises(ConfigError, match=r"are 132096 tokens, the model reads 128000: lower"):
         check(cfg, 8)
 
 
-def test_a_dry_run_prints_the_pipeline_split(tmp_path, monkeypatch):
+def test_a_dry_run_prints_the_pipeline_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """3B over two stages, the tower weighing 24.9 layers and the head 1; a word too few."""
     monkeypatch.chdir(ROOT)
     published = json.loads((ROOT / "configs/models/qwen2.5-vl-3b.json").read_text())
@@ -94,13 +98,13 @@ def test_a_dry_run_prints_the_pipeline_split(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("duration_s", [5, 30, 180, 384, 3600])
-def test_the_recipe_keeps_its_token_budget(duration_s):
+def test_the_recipe_keeps_its_token_budget(duration_s: int) -> None:
     cfg = load_config(RECIPE)
     plan = plan_frames(duration_s * 30, 30.0, 360, 640, cfg.video)
     assert plan.num_tokens <= 2048 < cfg.data.max_prompt_tokens
 
 
-def test_annotations_of_the_real_clips_lie_inside_them():
+def test_annotations_of_the_real_clips_lie_inside_them() -> None:
     path = ROOT / "configs" / "annotations" / "real_clips.json"
     records = json.loads(path.read_text())
     samples = read(Source(json_path=str(path), data_folder="clips", format="charades_sta"))
@@ -109,14 +113,14 @@ def test_annotations_of_the_real_clips_lie_inside_them():
     assert [sample.intervals_s for sample in samples] == [(span,) for span in spans]  # none cut
 
 
-def test_the_reference_of_the_configuration_is_up_to_date():
+def test_the_reference_of_the_configuration_is_up_to_date() -> None:
     assert (ROOT / "docs" / "config.md").read_text() == reference(), (
         "run: python tools/config_reference.py > docs/config.md"
     )
 
 
 @pytest.mark.parametrize("page", sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]))
-def test_links_and_paths_in_the_pages_exist(page):
+def test_links_and_paths_in_the_pages_exist(page: Path) -> None:
     text = page.read_text()
     links = re.findall(r"\]\((?!https?:)([^)#]+)", text)
     paths = re.findall(r"`((?:megatron_vrl|tools|launch|configs|tests|docs)/[\w./-]*\w)`", text)

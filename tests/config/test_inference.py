@@ -22,14 +22,14 @@ from tests.tiny_models import hf_model, save
 
 
 @pytest.fixture(scope="module")
-def export(tmp_path_factory) -> Path:
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = save(hf_model(), tmp_path_factory.mktemp("export") / "hf")
     for name, text in inference_files(load_config(CONFIG)).items():
         (directory / name).write_text(text)
     return directory
 
 
-def test_tools_use_the_settings_of_the_run(export):
+def test_tools_use_the_settings_of_the_run(export: Path) -> None:
     run, found = load_config(CONFIG), inference_config(str(export), [])
     scored = score_config(str(export), [])
     for section, keys in INFERENCE_KEYS.items():
@@ -41,7 +41,7 @@ def test_tools_use_the_settings_of_the_run(export):
     assert found.data.train == [] and found.video.decoder == "dali"  # of this machine, not kept
 
 
-def test_config_and_overrides_override_the_file(export, tmp_path):
+def test_config_and_overrides_override_the_file(export: Path, tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump({"video": {"fps": 3.0, "min_frames": 6}}))
     found = inference_config(str(export), ["video.min_frames=8"], str(config))
@@ -52,7 +52,7 @@ def test_config_and_overrides_override_the_file(export, tmp_path):
     assert score_config(str(export), ["video.fps=4"]).video.fps == 4
 
 
-def test_without_the_file_the_defaults_hold(export, tmp_path):
+def test_without_the_file_the_defaults_hold(export: Path, tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     shutil.copytree(export, plain)
     (plain / INFERENCE_FILE).unlink()
@@ -70,7 +70,7 @@ def test_without_the_file_the_defaults_hold(export, tmp_path):
         ("model: {}", "unknown"),
     ],
 )
-def test_an_invalid_file_is_named(export, tmp_path, text, sentence):
+def test_an_invalid_file_is_named(export: Path, tmp_path: Path, text: str, sentence: str) -> None:
     (tmp_path / INFERENCE_FILE).write_text(text)
     with pytest.raises(ConfigError) as error:
         read_inference(tmp_path)

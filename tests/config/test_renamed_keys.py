@@ -9,14 +9,14 @@ from tests.running import CONFIG
 
 
 @pytest.mark.parametrize(("old", "new"), RENAMED.items())
-def test_an_old_key_is_refused_with_its_new_name(old, new):
+def test_an_old_key_is_refused_with_its_new_name(old: str, new: str) -> None:
     with pytest.raises(ConfigError, match=f"'{old}' is now called '{new}'"):
         load_config(CONFIG, [f"{old}=1"])
     section, name, *_ = new.split(".")
     assert name in type(getattr(load_config(CONFIG), section)).model_fields
 
 
-def test_a_nested_old_key_is_told_its_whole_new_name():
+def test_a_nested_old_key_is_told_its_whole_new_name() -> None:
     old, new = "rewards.multiple_choice.format", "rewards.weights.multiple_choice.format"
     with pytest.raises(ConfigError) as error:
         load_config(CONFIG, [f"{old}=1"])
@@ -25,7 +25,7 @@ def test_a_nested_old_key_is_told_its_whole_new_name():
 
 
 @pytest.mark.parametrize(("old", "new"), RENAMED_VALUES.items())
-def test_an_old_value_is_refused_with_its_new_name(old, new):
+def test_an_old_value_is_refused_with_its_new_name(old: tuple[str, str], new: str) -> None:
     key, value = old
     with pytest.raises(ConfigError, match=f"{key}='{value}' is now written '{new}'"):
         load_config(CONFIG, [f"{key}={value}"])

@@ -16,7 +16,7 @@ from released_layout import write_released  # noqa: E402
 
 
 @pytest.fixture(scope="session")
-def released(tmp_path_factory) -> Path:
+def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with all files of the tiny model except the weights."""
     directory = tmp_path_factory.mktemp("chat") / "released"
     directory.mkdir()

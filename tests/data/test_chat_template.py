@@ -3,7 +3,9 @@
 import json
 import shutil
 import unicodedata
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -46,7 +48,7 @@ def put(directory: Path, name: str, template: object) -> None:
         path.write_text(json.dumps(tree | {"chat_template": template}))
 
 
-def folder(released: Path, out: Path, templates: dict[str, object]) -> Path:
+def folder(released: Path, out: Path, templates: Mapping[str, object]) -> Path:
     shutil.copytree(released, out)
     (out / "chat_template.json").unlink()
     config = json.loads((out / "tokenizer_config.json").read_text())
@@ -63,7 +65,7 @@ def named(**templates: str) -> list[dict[str, str]]:
 
 TOKENIZER, PROCESSOR = "tokenizer_config.json", "processor_config.json"
 JSON, JINJA, MORE = "chat_template.json", "chat_template.jinja", "additional_chat_templates"
-LAYOUTS: dict[str, dict[str, object]] = {
+LAYOUTS: dict[str, Mapping[str, object]] = {
     "transformers 4": {JSON: MARKED, TOKENIZER: TEXT_TEMPLATE},
     "transformers 4, the processor's alone": {JSON: MARKED},
     "transformers 5": {JINJA: MARKED},
@@ -75,18 +77,18 @@ LAYOUTS: dict[str, dict[str, object]] = {
     "the processor's are named": {PROCESSOR: {"default": MARKED, "rag": TEXT_TEMPLATE}},
 }
 NAMED = ("several files", "the processor's are named")  # vLLM does not choose among them
-OF_TOKENIZER: dict[str, dict[str, object]] = {  # AutoProcessor has none, vLLM takes them
+OF_TOKENIZER: dict[str, Mapping[str, object]] = {  # AutoProcessor has none, vLLM takes them
     "the tokenizer's": {TOKENIZER: MARKED},
     "the tokenizer's are named": {TOKENIZER: named(default=MARKED, tool_use=TEXT_TEMPLATE)},
 }
-QUESTION = [
+QUESTION: list[Any] = [
     {"role": "system", "content": "Look well."},
     {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "When?"}]},
 ]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_the_template_is_that_of_auto_processor(released, tmp_path, name):
+def test_the_template_is_that_of_auto_processor(released: Path, tmp_path: Path, name: str) -> None:
     directory = folder(released, tmp_path / "x", LAYOUTS[name])
     processor = AutoProcessor.from_pretrained(directory)
     wanted = processor.apply_chat_template(QUESTION, add_generation_prompt=True, tokenize=False)
@@ -95,7 +97,7 @@ def test_the_template_is_that_of_auto_processor(released, tmp_path, name):
     assert ids == processor.tokenizer(wanted)["input_ids"]
 
 
-def test_a_folder_saved_by_transformers_renders_the_same(released, tmp_path):
+def test_a_folder_saved_by_transformers_renders_the_same(released: Path, tmp_path: Path) -> None:
     make_processor(train_tokenizer(512), 784, 784).save_pretrained(tmp_path)
     assert not (tmp_path / JSON).exists() and (tmp_path / JINJA).exists()
     saved = ChatTokenizer(tmp_path, PADS).turn_ids(QUESTION)
@@ -104,7 +106,7 @@ def test_a_folder_saved_by_transformers_renders_the_same(released, tmp_path):
 
 @pytest.mark.slow  # imports vLLM
 @pytest.mark.parametrize("name", [*(n for n in LAYOUTS if n not in NAMED), *OF_TOKENIZER])
-def test_the_template_is_that_of_vllm(released, tmp_path, name):
+def test_the_template_is_that_of_vllm(released: Path, tmp_path: Path, name: str) -> None:
     from megatron_vrl.rollout.vllm.startup import import_vllm
 
     import_vllm()
@@ -142,7 +144,12 @@ def test_the_template_is_that_of_vllm(released, tmp_path, name):
         ({JSON: MARKED, f"{MORE}/rag.jinja": MARKED}, "its chat template cannot be read (Cannot"),
     ],
 )
-def test_a_checkpoint_without_a_vision_template(released, tmp_path, templates, sentence):
+def test_a_checkpoint_without_a_vision_template(
+    released: Path,
+    tmp_path: Path,
+    templates: dict[str, Any],
+    sentence: str,
+) -> None:
     directory = folder(released, tmp_path / "x", templates)
     with pytest.raises(CheckpointError) as error:
         ChatTokenizer(directory, PADS)
@@ -150,7 +157,7 @@ def test_a_checkpoint_without_a_vision_template(released, tmp_path, templates, s
 
 
 @pytest.mark.parametrize("text", ["{", "{}", "[]", '{"chat_template": '])
-def test_a_broken_template_file(released, tmp_path, text):
+def test_a_broken_template_file(released: Path, tmp_path: Path, text: str) -> None:
     directory = folder(released, tmp_path / "x", {})
     (directory / JSON).write_text(text)
     with pytest.raises(CheckpointError, match="its chat template cannot be read"):
@@ -161,7 +168,7 @@ def test_a_broken_template_file(released, tmp_path, text):
 
 
 @pytest.fixture(scope="module")
-def chats(released, tmp_path_factory) -> list[ChatTokenizer]:
+def chats(released: Path, tmp_path_factory: pytest.TempPathFactory) -> list[ChatTokenizer]:
     """Return chats with a template that keeps text, one that strips it, and one that adds words."""
     base = tmp_path_factory.mktemp("templates")
     stripped = CHAT_TEMPLATE.replace("content['text'] }}", "content['text'] | trim }}")
@@ -175,7 +182,7 @@ def chats(released, tmp_path_factory) -> list[ChatTokenizer]:
     return [ChatTokenizer(directory, PADS) for directory in [*directories, added]]
 
 
-def turn(system: str | None, question: str, visuals: int) -> list[dict]:
+def turn(system: str | None, question: str, visuals: int) -> list[dict[str, Any]]:
     content = [{"type": "video"}] * visuals + [{"type": "text", "text": question}]
     asked = [{"role": "user", "content": content}]
     return asked if system is None else [{"role": "system", "content": system}, *asked]
@@ -211,8 +218,8 @@ def has_special(text: str) -> bool:
 
 @given(system=st.none() | PLAIN, question=PLAIN, visuals=st.integers(0, 2))
 def test_without_special_tokens_the_ids_are_those_of_the_rendered_text(
-    chats, system, question, visuals
-):
+    chats: list[ChatTokenizer], system: str | None, question: str, visuals: int
+) -> None:
     """BPE may merge letters of the template with letters of the text."""
     for chat in chats:
         messages = turn(system, question, visuals)
@@ -224,7 +231,9 @@ def test_without_special_tokens_the_ids_are_those_of_the_rendered_text(
 
 
 @given(system=st.none() | ANY, question=ANY, visuals=st.integers(0, 2))
-def test_no_text_becomes_a_special_token(chats, system, question, visuals):
+def test_no_text_becomes_a_special_token(
+    chats: list[ChatTokenizer], system: str | None, question: str, visuals: int
+) -> None:
     for chat in chats:
         ids = chat.turn_ids(turn(system, question, visuals))
         plain = chat.turn_ids(turn(None if system is None else "s", "q", visuals))
@@ -233,7 +242,9 @@ def test_no_text_becomes_a_special_token(chats, system, question, visuals):
 
 
 @given(system=ANY, question=ANY)
-def test_a_prompt_decodes_to_its_question(chats, system, question):
+def test_a_prompt_decodes_to_its_question(
+    chats: list[ChatTokenizer], system: str, question: str
+) -> None:
     """Decoded ids give the text in NFC, which the tokenizer normalizes to."""
     chat = chats[0]
     text = chat.tokenizer.decode(chat.turn_ids(turn(system, question, 1)))
@@ -246,7 +257,7 @@ def test_a_prompt_decodes_to_its_question(chats, system, question):
 
 
 @given(ANY)
-def test_an_answer_decodes_to_its_text(chats, text):
+def test_an_answer_decodes_to_its_text(chats: list[ChatTokenizer], text: str) -> None:
     for chat in chats:
         ids = chat.text_ids(text)
         assert not set(ids) & set(chat.tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)))
@@ -256,7 +267,7 @@ def test_an_answer_decodes_to_its_text(chats, text):
             assert ids == chat.tokenizer(text)["input_ids"]
 
 
-def test_added_tokens_that_are_not_special_stay_text(chats):
+def test_added_tokens_that_are_not_special_stay_text(chats: list[ChatTokenizer]) -> None:
     """<tool_call> is not special: decoding keeps it and it ends no turn."""
     chat = chats[-1]
     for word in ADDED:
@@ -266,7 +277,7 @@ def test_added_tokens_that_are_not_special_stay_text(chats):
         assert id in chat.turn_ids(turn(None, f"a {word} b", 1))
 
 
-def test_pads_and_stop_are_always_special(released, tmp_path):
+def test_pads_and_stop_are_always_special(released: Path, tmp_path: Path) -> None:
     directory = folder(released, tmp_path / "x", {JSON: CHAT_TEMPLATE})
     text = (directory / "tokenizer.json").read_text()
     (directory / "tokenizer.json").write_text(text.replace('"special": true', '"special": false'))

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ GQA = {
 
 
 @pytest.fixture
-def dataset(tmp_path) -> tuple[Path, Path]:
+def dataset(tmp_path: Path) -> tuple[Path, Path]:
     """Two annotation files over three clips; every record but the first has a problem."""
     videos = tmp_path / "videos"
     videos.mkdir()
@@ -31,7 +32,7 @@ def dataset(tmp_path) -> tuple[Path, Path]:
         write_clip(str(videos / name), num_frames=frames, fps=16, size=(56, 56))
     (videos / "empty.mp4").write_bytes(b"")
     (videos / "link.mp4").symlink_to("/etc/hostname")
-    records = [
+    records: list[dict[str, Any]] = [
         {"id": "good", "video": "a.mp4"},
         {"id": "again", "video": "a.mp4"},
         {"id": "short", "video": "short.mp4", "glue": [[1.0, 3.5]]},
@@ -49,7 +50,7 @@ def dataset(tmp_path) -> tuple[Path, Path]:
     return qa, grounding
 
 
-def test_every_problem_is_found(dataset, tmp_path):
+def test_every_problem_is_found(dataset: tuple[Path, Path], tmp_path: Path) -> None:
     qa, grounding = dataset
     folder = str(tmp_path / "videos")
     sources = [
@@ -86,7 +87,12 @@ def test_every_problem_is_found(dataset, tmp_path):
     assert "Written" not in sound.stderr and not out.exists()
 
 
-def _check(tmp_path, records, form: str, name: str = "a.json"):
+def _check(
+    tmp_path: Path,
+    records: bytes | dict[str, Any] | list[dict[str, Any]],
+    form: str,
+    name: str = "a.json",
+) -> tuple[int, list[dict[str, Any]], str]:
     """Return (exit code, report rows, stderr) of check_data.py on one file about clips of 4 s."""
     videos = tmp_path / "videos"
     if not videos.exists():
@@ -103,7 +109,7 @@ def _check(tmp_path, records, form: str, name: str = "a.json"):
 
 
 @pytest.mark.parametrize("content", ["null", "{}", "[]", "false", '""'])
-def test_a_file_without_records_is_one_sentence(tmp_path, content):
+def test_a_file_without_records_is_one_sentence(tmp_path: Path, content: str) -> None:
     path = tmp_path / "a.json"
     path.write_text(content)
     for form in ("charades_sta", "temporal_r1"):
@@ -112,7 +118,7 @@ def test_a_file_without_records_is_one_sentence(tmp_path, content):
             num_records(source)
 
 
-def test_times_in_another_unit_are_reported(tmp_path):
+def test_times_in_another_unit_are_reported(tmp_path: Path) -> None:
     shares = [
         {"dataset": "x", "video": "a.mp4", "problem": str(i), "solution": [0.5, 3.0 + i / 10]}
         | {"video_length": 4.0}
@@ -128,7 +134,7 @@ def test_times_in_another_unit_are_reported(tmp_path):
     assert (code, [row["kind"] for row in rows]) == (1, ["interval", "reversed"])
 
 
-def test_records_are_accepted_and_rejected_as_in_training(tmp_path):
+def test_records_are_accepted_and_rejected_as_in_training(tmp_path: Path) -> None:
     record = GQA | {"id": "1", "video": "a.mp4"}
     line = json.dumps(record).encode()
     code, rows, screen = _check(tmp_path, line + b"\n" + line[:-20], "next_gqa", "a.jsonl")
@@ -146,7 +152,7 @@ def test_records_are_accepted_and_rejected_as_in_training(tmp_path):
     assert rows[1]["reason"] == "1: an earlier question of the file has the same id."
 
 
-def test_pictures_that_start_late_are_reported_once(tmp_path):
+def test_pictures_that_start_late_are_reported_once(tmp_path: Path) -> None:
     mux(str(tmp_path / "late.mp4"), ["audio", list(packets("libx264"))], seconds=2.0)
     record = {"duration": 2.5, "timestamps": [[0, 1], [1, 2]], "sentences": ["a", "b"]}
     (tmp_path / "late.json").write_text(json.dumps({"late": record}))

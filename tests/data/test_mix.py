@@ -1,6 +1,7 @@
 """Sources are joined to one list, and the sample order is a function of seed and position."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,19 +40,21 @@ def sample(index: int) -> VideoSample:
         ("first:0.1%", range(1)),
     ],
 )
-def test_sampling_strategies(strategy, kept):
+def test_sampling_strategies(strategy: str, kept: range) -> None:
     assert chosen_indices(strategy, 10, [1, 0]) == list(kept)
 
 
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 99))
-def test_random_sampling_is_a_seeded_choice_in_file_order(num_samples, wanted, seed):
+def test_random_sampling_is_a_seeded_choice_in_file_order(
+    num_samples: int, wanted: int, seed: int
+) -> None:
     drawn = chosen_indices(f"random:{wanted}", num_samples, [seed, 0])
     assert len(drawn) == len(set(drawn)) == min(wanted, num_samples)
     assert drawn == sorted(drawn) and set(drawn) <= set(range(num_samples))
     assert drawn == chosen_indices(f"random:{wanted}", num_samples, [seed, 0])
 
 
-def test_another_seed_or_source_draws_others():
+def test_another_seed_or_source_draws_others() -> None:
     dataloader = {
         tuple(chosen_indices("random:10%", 1000, seed)) for seed in ([1, 0], [2, 0], [1, 1])
     }
@@ -59,7 +62,7 @@ def test_another_seed_or_source_draws_others():
 
 
 @pytest.mark.parametrize("strategy", ["first", "first:x", "last:3", "first:-1", "random:1.5", ""])
-def test_an_unknown_strategy_is_refused(strategy):
+def test_an_unknown_strategy_is_refused(strategy: str) -> None:
     with pytest.raises(ConfigError) as error:
         chosen_indices(strategy, 10, [1, 0])
     assert str(error.value) == (
@@ -68,13 +71,13 @@ def test_an_unknown_strategy_is_refused(strategy):
     )
 
 
-def test_a_strategy_that_keeps_nothing_is_refused():
+def test_a_strategy_that_keeps_nothing_is_refused() -> None:
     with pytest.raises(DataError, match="'first:0' keeps none of 10 samples"):
         chosen_indices("first:0", 10, [1, 0])
 
 
-def test_sources_are_joined_in_order_with_unique_ids(tmp_path):
-    def source(name, num_queries, strategy):
+def test_sources_are_joined_in_order_with_unique_ids(tmp_path: Path) -> None:
+    def source(name: str, num_queries: int, strategy: str) -> Source:
         record = {
             "duration": 9.0,
             "timestamps": [[1, 2]] * num_queries,
@@ -99,7 +102,7 @@ def test_sources_are_joined_in_order_with_unique_ids(tmp_path):
     assert samples == load([one, two, one], seed=1)
 
 
-def test_an_epoch_is_a_permutation_that_seed_and_epoch_decide():
+def test_an_epoch_is_a_permutation_that_seed_and_epoch_decide() -> None:
     orders = [tuple(order(50, epoch, seed)) for epoch, seed in [(0, 1), (1, 1), (0, 2)]]
     assert all(sorted(indices) == list(range(50)) for indices in orders)
     assert len(set(orders)) == 3
@@ -111,7 +114,7 @@ def test_an_epoch_is_a_permutation_that_seed_and_epoch_decide():
     takes=st.lists(st.integers(0, 30), min_size=1, max_size=6),
     stop=st.integers(0, 5),
 )
-def test_a_restored_stream_continues_exactly(num_samples, takes, stop):
+def test_a_restored_stream_continues_exactly(num_samples: int, takes: list[int], stop: int) -> None:
     samples = [sample(index) for index in range(num_samples)]
     whole = SampleStream(samples, seed=3).take(sum(takes))
     first = SampleStream(samples, seed=3)
@@ -125,6 +128,6 @@ def test_a_restored_stream_continues_exactly(num_samples, takes, stop):
         assert {s.id for s in of_epoch} == {s.id for s in samples}
 
 
-def test_an_empty_stream_is_an_error():
+def test_an_empty_stream_is_an_error() -> None:
     with pytest.raises(DataError, match="There are no samples to train on"):
         SampleStream([], seed=1)

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -30,7 +32,7 @@ RECORDS = [RECORD | {"id": str(i), "question": f'"{i}" [{{é}}] \\ ' * (i % 5)} 
 TEXT = st.text(st.sampled_from('"\\[]{}, é\n\u20ac:0'), max_size=12)
 
 
-def source_of(path, form="multiple_choice", strategy="all") -> Source:
+def source_of(path: Path, form: Any = "multiple_choice", strategy: str = "all") -> Source:
     return Source(json_path=str(path), data_folder="/data", format=form, sampling_strategy=strategy)
 
 
@@ -40,7 +42,13 @@ def source_of(path, form="multiple_choice", strategy="all") -> Source:
     ascii_only=st.booleans(),
     block=st.integers(1, 40),
 )
-def test_records_are_found_whatever_they_hold(tmp_path_factory, records, indent, ascii_only, block):
+def test_records_are_found_whatever_they_hold(
+    tmp_path_factory: pytest.TempPathFactory,
+    records: list[Any],
+    indent: int | None,
+    ascii_only: bool,
+    block: int,
+) -> None:
     path = tmp_path_factory.mktemp("pool") / "list.json"
     path.write_text(json.dumps(records, indent=indent, ensure_ascii=ascii_only), encoding="utf-8")
     before, json_files.BLOCK_BYTES = json_files.BLOCK_BYTES, block
@@ -55,7 +63,9 @@ def test_records_are_found_whatever_they_hold(tmp_path_factory, records, indent,
 
 @pytest.mark.parametrize("content", ["", "{}", "[1", "[1 2]", '[{"a": }]', "[1,", "[1,]", "[1] 2"])
 @pytest.mark.parametrize("block", [1, 2, 1000])
-def test_a_file_without_a_list_is_an_error(tmp_path, content, block, monkeypatch):
+def test_a_file_without_a_list_is_an_error(
+    tmp_path: Path, content: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(json_files, "BLOCK_BYTES", block)
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(DataError, match=r"a\.json(, line 1)? is n"):
@@ -63,7 +73,7 @@ def test_a_file_without_a_list_is_an_error(tmp_path, content, block, monkeypatch
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
-def test_an_indexed_source_gives_the_samples_of_a_whole_read(tmp_path, suffix):
+def test_an_indexed_source_gives_the_samples_of_a_whole_read(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"records{suffix}"
     lines = "\n\n".join(json.dumps(record, ensure_ascii=False) for record in RECORDS) + "\n"
     path.write_text(lines if suffix == ".jsonl" else json.dumps(RECORDS), encoding="utf-8")
@@ -74,7 +84,9 @@ def test_an_indexed_source_gives_the_samples_of_a_whole_read(tmp_path, suffix):
     assert [sample for sample in drawn if sample] == read(source_of(path))
 
 
-def test_a_stream_over_an_indexed_pool_skips_unusable_questions(tmp_path, monkeypatch):
+def test_a_stream_over_an_indexed_pool_skips_unusable_questions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "records.json"
     path.write_text(json.dumps(RECORDS))
     monkeypatch.setattr(pool, "READ_WHOLE_BYTES", 0)
@@ -91,7 +103,7 @@ def test_a_stream_over_an_indexed_pool_skips_unusable_questions(tmp_path, monkey
     assert later.take(5) == ahead == stream.take(5)
 
 
-def test_an_invalid_record_is_reported_at_the_start(tmp_path):
+def test_an_invalid_record_is_reported_at_the_start(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
     wrong = RECORD | {"duration": 0}
     path.write_text("\n\n".join(json.dumps(record) for record in (RECORD, wrong)))
@@ -99,7 +111,7 @@ def test_an_invalid_record_is_reported_at_the_start(tmp_path):
         IndexedSource(source_of(path), None)
 
 
-def test_a_file_that_changes_during_the_run_is_named(tmp_path):
+def test_a_file_that_changes_during_the_run_is_named(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
     path.write_text(json.dumps(RECORD) + "\n")
     indexed = IndexedSource(source_of(path), None)
@@ -109,7 +121,7 @@ def test_a_file_that_changes_during_the_run_is_named(tmp_path):
         indexed[0]
 
 
-def test_a_duration_is_read_when_its_record_is_drawn(tmp_path):
+def test_a_duration_is_read_when_its_record_is_drawn(tmp_path: Path) -> None:
     record = {"dataset": "charades_train", "video": "v.mp4", "problem": "x", "solution": [0, 0.5]}
     path = tmp_path / "records.json"
     path.write_text(json.dumps([record] * 3))
@@ -135,7 +147,7 @@ def test_a_duration_is_read_when_its_record_is_drawn(tmp_path):
 
 
 @pytest.mark.slow
-def test_half_a_million_samples_index_in_seconds_and_little_memory(tmp_path):
+def test_half_a_million_samples_index_in_seconds_and_little_memory(tmp_path: Path) -> None:
     path = tmp_path / "records.json"
     with open(path, "w") as file:
         for number in range(490_000):
@@ -164,7 +176,7 @@ print(len(pool), seconds, held_then - before, held() - held_then)
         [sys.executable, "-c", program], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    number, seconds, held, grown = map(float, done.stdout.split())
+    found, seconds, held, grown = map(float, done.stdout.split())
     print(f"{path.stat().st_size / 1e6:.0f} MB, {seconds:.1f} s, {held / 1e6:.0f} MB held")
-    assert number == 490_000
+    assert found == 490_000
     assert seconds < 20 and held < 64e6 and grown < 8e6

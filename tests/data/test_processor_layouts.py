@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from make_tiny_model import CHAT_TEMPLATE
 from transformers import AutoProcessor
 
 from megatron_vrl.checkpoint.hf_reader import copy_side_files
 from megatron_vrl.data.chat_template import ChatTokenizer
 from megatron_vrl.video.image import ImageRules, read_image_rules
-from tests.data.conftest import CHAT_TEMPLATE
 
 IMAGE, VIDEO = "preprocessor_config.json", "video_preprocessor_config.json"
 NESTED = "processor_config.json"
@@ -80,7 +80,9 @@ def processor_settings(directory: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_processor_settings_are_read_and_copied_as_auto_processor_does(released, tmp_path, name):
+def test_processor_settings_are_read_and_copied_as_auto_processor_does(
+    released: Path, tmp_path: Path, name: str
+) -> None:
     directory = folder(released, tmp_path / "x", LAYOUTS[name])
     before = processor_settings(directory)
     size = before["image"]["size"]
@@ -92,7 +94,7 @@ def test_processor_settings_are_read_and_copied_as_auto_processor_does(released,
     assert processor_settings(tmp_path / "copy") == before
 
 
-def test_more_chat_templates_are_copied(released, tmp_path):
+def test_more_chat_templates_are_copied(released: Path, tmp_path: Path) -> None:
     directory = folder(released, tmp_path / "x", LAYOUTS["a file each"])
     (directory / "chat_template.json").unlink()
     (directory / "additional_chat_templates").mkdir()
@@ -108,7 +110,7 @@ def test_more_chat_templates_are_copied(released, tmp_path):
 
 @pytest.mark.slow  # imports vLLM
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_vllm_loads_every_layout(released, tmp_path, name):
+def test_vllm_loads_every_layout(released: Path, tmp_path: Path, name: str) -> None:
     from megatron_vrl.rollout.vllm.startup import import_vllm
 
     import_vllm()

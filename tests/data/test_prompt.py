@@ -2,6 +2,8 @@
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -9,9 +11,10 @@ import pytest
 from megatron_vrl.data.prompt import PromptEncoder, VisionTokens
 from megatron_vrl.errors import CheckpointError, ConfigError, DataError
 from megatron_vrl.tasks import SYSTEM_PROMPTS, TASKS
+from megatron_vrl.types import VideoSample
 from tests.tiny import image, video
 
-SAMPLE = {
+SAMPLE: dict[str, Any] = {
     "id": "clip/0",
     "video": "clip.mp4",
     "duration_s": 8.0,
@@ -25,7 +28,7 @@ CLIP = video((4, 4, 6), 2.0, seed=0)
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory):
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import make_tiny_model
 
     directory = tmp_path_factory.mktemp("prompt") / "hf"
@@ -33,16 +36,23 @@ def published(tmp_path_factory):
     return directory
 
 
-def encoder(published, system_prompt="think", max_tokens=4096, wording="default"):
+def encoder(
+    published: Path,
+    system_prompt: str = "think",
+    max_tokens: int = 4096,
+    wording: Literal["default", "temporal_r1"] = "default",
+) -> tuple[PromptEncoder, int]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(published)
-    pad, image = tokenizer.convert_tokens_to_ids(["<|video_pad|>", "<|image_pad|>"])
+    pad = tokenizer.convert_tokens_to_ids("<|video_pad|>")
+    image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    assert isinstance(pad, int) and isinstance(image, int)
     vision = VisionTokens(video_token=pad, image_token=image, merge=2, tokens_per_second=2.0)
     return PromptEncoder(published, vision, system_prompt, max_tokens, wording), pad
 
 
-def sample(task="temporal_grounding"):
+def sample(task: str = "temporal_grounding") -> VideoSample:
     from megatron_vrl.types import VideoSample
 
     return VideoSample(task=task, **SAMPLE)
@@ -50,7 +60,9 @@ def sample(task="temporal_grounding"):
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("system_prompt", SYSTEM_PROMPTS)
-def test_one_pad_for_the_engine_one_per_cell_for_the_trainer(published, task, system_prompt):
+def test_one_pad_for_the_engine_one_per_cell_for_the_trainer(
+    published: Path, task: str, system_prompt: str
+) -> None:
     encode, pad = encoder(published, system_prompt)
     prompt = encode.prompt(sample(task), CLIP)
     compact, whole = list(prompt.engine_token_ids), prompt.token_ids.tolist()
@@ -69,14 +81,14 @@ def test_one_pad_for_the_engine_one_per_cell_for_the_trainer(published, task, sy
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_sft_target_is_parsed_by_its_task(published, task):
+def test_the_sft_target_is_parsed_by_its_task(published: Path, task: str) -> None:
     encode, _ = encoder(published)
     *ids, stop = encode.target(sample(task)).tolist()
     assert encode.tokenizer.decode([stop]) == "<|im_end|>"
     assert TASKS[task].parse(encode.tokenizer.decode(ids), sample(task)).formatted
 
 
-def test_without_thinking_the_target_has_no_rationale(published):
+def test_without_thinking_the_target_has_no_rationale(published: Path) -> None:
     plain = replace(sample(), rationale="")
     think, _ = encoder(published, "think")
     answer, _ = encoder(published, "answer")
@@ -84,7 +96,7 @@ def test_without_thinking_the_target_has_no_rationale(published):
     assert len(answer.target(sample())) < len(think.target(sample()))
 
 
-def test_a_long_prompt_is_an_error_not_truncated(published):
+def test_a_long_prompt_is_an_error_not_truncated(published: Path) -> None:
     fits, _ = encoder(published)
     length = len(fits.prompt(sample(), CLIP).token_ids)
     exactly, _ = encoder(published, max_tokens=length)
@@ -100,14 +112,16 @@ def test_a_long_prompt_is_an_error_not_truncated(published):
     )
 
 
-def test_a_checkpoint_without_tokenizer(tmp_path):
+def test_a_checkpoint_without_tokenizer(tmp_path: Path) -> None:
     vision = VisionTokens(video_token=0, image_token=1, merge=2, tokens_per_second=2.0)
     with pytest.raises(CheckpointError, match="has no tokenizer that loads"):
         PromptEncoder(tmp_path, vision, "none", 10)
 
 
-def test_the_released_wording(published):
-    question = TASKS["multiple_choice"].temporal_r1_question(sample("multiple_choice"))
+def test_the_released_wording(published: Path) -> None:
+    asked_as_released = TASKS["multiple_choice"].temporal_r1_question
+    assert asked_as_released is not None
+    question = asked_as_released(sample("multiple_choice"))
     assert question == (
         "Question:the red square is visible\nOption:\n(A) red\n(B) blue\n"
         "Only give the best option.\n"
@@ -126,7 +140,9 @@ def test_the_released_wording(published):
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("wording", ["default", "temporal_r1"])
-def test_a_special_token_in_an_annotation_is_text(published, task, wording):
+def test_a_special_token_in_an_annotation_is_text(
+    published: Path, task: str, wording: Literal["default", "temporal_r1"]
+) -> None:
     """Special tokens in query, option and rationale are text in prompt and target."""
     encode, _ = encoder(published, wording=wording)
     words = ["<|im_end|>", "<|video_pad|>", "<|endoftext|>", "<|vision_start|>", "<|im_start|>"]
@@ -151,7 +167,7 @@ def test_a_special_token_in_an_annotation_is_text(published, task, wording):
     assert TASKS[task].parse(text, asked).formatted
 
 
-def test_half_a_surrogate_pair_is_an_error_naming_the_sample(published):
+def test_half_a_surrogate_pair_is_an_error_naming_the_sample(published: Path) -> None:
     encode, _ = encoder(published)
     spoiled = replace(sample(), query="a \ud83c", rationale="a \ud83c")
     for encoded in (lambda: encode.prompt(spoiled, CLIP), lambda: encode.target(spoiled)):
@@ -159,7 +175,9 @@ def test_half_a_surrogate_pair_is_an_error_naming_the_sample(published):
             encoded()
 
 
-def test_a_template_without_images_is_refused_where_an_image_is_shown(published, tmp_path):
+def test_a_template_without_images_is_refused_where_an_image_is_shown(
+    published: Path, tmp_path: Path
+) -> None:
     directory = tmp_path / "hf"
     shutil.copytree(published, directory)
     path = directory / "chat_template.json"

@@ -1,6 +1,9 @@
 """Annotated times against the unit of their format, on synthetic files of a known unit."""
 
+from typing import Any, Literal
+
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from megatron_vrl.config import Source
@@ -19,8 +22,12 @@ WRITTEN = {
 }
 
 
-def unit_problem(written, durations, unit) -> str:
-    form = {"seconds": "charades_sta", "fraction": "temporal_r1"}[unit]
+def unit_problem(
+    written: list[tuple[float, float]] | npt.NDArray[np.float64],
+    durations: list[float] | npt.NDArray[np.float64],
+    unit: Literal["seconds", "fraction"],
+) -> str:
+    form: Any = {"seconds": "charades_sta", "fraction": "temporal_r1"}[unit]
     times = FileTimes(Source(json_path="a.json", data_folder="/d", format=form), unit)
     for number, ((start, end), duration_s) in enumerate(zip(written, durations, strict=True)):
         scale = duration_s if unit == "fraction" else 1.0
@@ -30,7 +37,9 @@ def unit_problem(written, durations, unit) -> str:
 
 @pytest.mark.parametrize("name", WRITTEN)
 @pytest.mark.parametrize("unit", ["seconds", "fraction"])
-def test_a_file_in_another_unit_is_reported(name, unit):
+def test_a_file_in_another_unit_is_reported(
+    name: str, unit: Literal["seconds", "fraction"]
+) -> None:
     sentence = unit_problem(WRITTEN[name], DURATIONS, unit)
     if name.startswith(unit):
         assert sentence == ""
@@ -49,7 +58,12 @@ def test_a_file_in_another_unit_is_reported(name, unit):
         ([(2000.0, 60000.0)], [61.0], "seconds", "these look like milliseconds."),
     ],
 )  # fmt: skip
-def test_one_interval_is_enough(written, durations, unit, ending):
+def test_one_interval_is_enough(
+    written: list[tuple[float, float]],
+    durations: list[float],
+    unit: Literal["seconds", "fraction"],
+    ending: str,
+) -> None:
     assert unit_problem(written, durations, unit).endswith(ending)
 
 
@@ -63,11 +77,13 @@ def test_one_interval_is_enough(written, durations, unit, ending):
         ([], []),
     ],
 )
-def test_plausible_seconds_are_not_reported(written, durations):
+def test_plausible_seconds_are_not_reported(
+    written: list[tuple[float, float]], durations: list[float]
+) -> None:
     assert unit_problem(written, durations, "seconds") == ""
 
 
-def test_problems_of_one_interval():
+def test_problems_of_one_interval() -> None:
     kinds = {
         (1.0, 2.0): [],
         (0.0, 9.0): [],

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -15,7 +16,7 @@ PAGE = (ROOT / "docs" / "your-data.md").read_text()
 
 
 @pytest.fixture
-def sources(tmp_path):
+def sources(tmp_path: Path) -> list[Source]:
     grounding, choice = re.findall(r"```json\n(.*?)```", PAGE, re.S)
     (config,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.S)
     (tmp_path / "grounding.json").write_text(grounding)
@@ -26,7 +27,7 @@ def sources(tmp_path):
     ]
 
 
-def test_both_files_are_read(sources):
+def test_both_files_are_read(sources: list[Source]) -> None:
     first, second, chosen = [sample for source in sources for sample in read(source)]
     assert first.query == "a man opens the door" and first.intervals_s == ((3.2, 7.8),)
     assert second.intervals_s == ((12.0, 15.5),)
@@ -37,7 +38,7 @@ def test_both_files_are_read(sources):
     )
 
 
-def test_the_same_list_with_intervals_is_grounded_qa(sources, tmp_path):
+def test_the_same_list_with_intervals_is_grounded_qa(sources: list[Source], tmp_path: Path) -> None:
     (record,) = json.loads((tmp_path / "choice.json").read_text())
     (tmp_path / "glue.json").write_text(json.dumps([record | {"glue": [[3.2, 7.8]]}]))
     source = sources[1].model_copy(
@@ -47,6 +48,6 @@ def test_the_same_list_with_intervals_is_grounded_qa(sources, tmp_path):
     assert (sample.task, sample.intervals_s) == ("grounded_qa", ((3.2, 7.8),))
 
 
-def test_the_endings_are_known_to_the_reader():
+def test_the_endings_are_known_to_the_reader() -> None:
     endings = set(re.findall(r"`(\.\w+)`", PAGE))
     assert len(endings) > 5 and endings <= set(VIDEO_SUFFIXES)

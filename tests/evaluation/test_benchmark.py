@@ -4,6 +4,9 @@ import json
 import math
 import random
 import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -22,7 +25,7 @@ from tests.data.formats.test_benchmarks import RECORDS, source_of
 from tests.running import run_python
 
 RNG = random.Random(3)
-CAPTIONS = {
+CAPTIONS: dict[str, dict[str, Any]] = {
     f"v{i}": {
         "duration": 30.0,
         "timestamps": [[start := RNG.uniform(0, 20), start + RNG.uniform(1, 10)] for _ in range(4)],
@@ -30,7 +33,7 @@ CAPTIONS = {
     }
     for i in range(12)
 }
-GQA = [
+GQA: list[dict[str, Any]] = [
     {
         "id": f"q{i}",
         "video": f"{i % 7}.mp4",
@@ -45,11 +48,17 @@ GQA = [
 ]
 
 
-def grounding(start, end):
+def grounding(start: float | str, end: float | str) -> str:
     return f'<think>x</think><answer>{{"start_time": "{start}", "end_time": "{end}"}}</answer>'
 
 
-def evaluated(tmp_path, name, annotations, predictions, protocol="strict"):
+def evaluated(
+    tmp_path: Path,
+    name: str,
+    annotations: Mapping[str, Any] | Sequence[dict[str, Any]],
+    predictions: Iterable[dict[str, Any]],
+    protocol: Literal["strict", "temporal_r1"] = "strict",
+) -> dict[str, Any]:
     (tmp_path / "annotations.json").write_text(json.dumps(annotations))
     path = tmp_path / "predictions.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in predictions))
@@ -58,16 +67,16 @@ def evaluated(tmp_path, name, annotations, predictions, protocol="strict"):
     return write_results(tmp_path / "out", name, protocol, items)
 
 
-def overlap(p, t):
+def overlap(p: tuple[float, float], t: list[float] | tuple[float, float]) -> float:
     return max(0.0, min(p[1], t[1]) - max(p[0], t[0]))
 
 
-def iou(p, t):
+def iou(p: tuple[float, float], t: list[float] | tuple[float, float]) -> float:
     return overlap(p, t) / ((p[1] - p[0]) + (t[1] - t[0]) - overlap(p, t))
 
 
 @pytest.mark.parametrize("name", ["charades_sta", "activitynet"])
-def test_grounding_numbers_by_their_formula(tmp_path, name):
+def test_grounding_numbers_by_their_formula(tmp_path: Path, name: str) -> None:
     predictions, ious = [], []
     for video, record in CAPTIONS.items():
         for index, truth in enumerate(record["timestamps"]):
@@ -91,7 +100,7 @@ def test_grounding_numbers_by_their_formula(tmp_path, name):
     assert f"{100 * values['miou']:.2f}" in table(found)
 
 
-def test_grounded_qa_numbers_by_their_formula(tmp_path):
+def test_grounded_qa_numbers_by_their_formula(tmp_path: Path) -> None:
     predictions, rows = [], []
     for record in GQA:
         start = round(RNG.uniform(0, 30), 1)
@@ -103,7 +112,7 @@ def test_grounded_qa_numbers_by_their_formula(tmp_path):
         best_iop = max(overlap(answer, truth) / 6.0 for truth in record["glue"])
         rows.append((f"({letter})" == record["answer"], best_iou, best_iop))
     found = evaluated(tmp_path, "nextgqa", GQA, predictions)
-    expected = {
+    expected: dict[str, list[float]] = {
         "accuracy": [right for right, _, _ in rows],
         "miou": [i for _, i, _ in rows],
         "miop": [p for _, _, p in rows],
@@ -120,9 +129,11 @@ def test_grounded_qa_numbers_by_their_formula(tmp_path):
     }
 
 
-def test_failures_are_told_from_wrong_answers(tmp_path):
+def test_failures_are_told_from_wrong_answers(tmp_path: Path) -> None:
     ids = [f"{video}/{index}" for video in CAPTIONS for index in range(4)]
-    predictions = [{"id": name, "response": grounding(0, 30)} for name in ids[:40]]
+    predictions: list[dict[str, Any]] = [
+        {"id": name, "response": grounding(0, 30)} for name in ids[:40]
+    ]
     predictions += [
         {"id": ids[40], "response": "I do not know"},
         {"id": ids[41], "response": "<think>and then", "finish": "length"},
@@ -148,7 +159,7 @@ def test_failures_are_told_from_wrong_answers(tmp_path):
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_right_answers_score_one(name, tmp_path):
+def test_right_answers_score_one(name: str, tmp_path: Path) -> None:
     """One contract for every row: the target of each question is what it asks for."""
     form = BENCHMARKS[name].form
     if form in RECORDS:
@@ -177,7 +188,7 @@ def test_right_answers_score_one(name, tmp_path):
             assert entry["value"] > 0.97, (protocol, metric)
 
 
-def test_several_questions_of_one_video_count_once_by_video(tmp_path):
+def test_several_questions_of_one_video_count_once_by_video(tmp_path: Path) -> None:
     rtl = [
         {"question_id": i, "vid": vid, "question": "when", "answer": "<0> <10>", "duration": 20.0}
         for i, vid in enumerate("aaab")
@@ -200,7 +211,7 @@ def test_several_questions_of_one_video_count_once_by_video(tmp_path):
         ("", (0.0, 0.0)),
     ],
 )
-def test_the_seeds_reading_of_times(response, seconds):
+def test_the_seeds_reading_of_times(response: str, seconds: tuple[float, float]) -> None:
     assert temporal_r1.read_interval(response)[0] == seconds
 
 
@@ -217,11 +228,11 @@ def test_the_seeds_reading_of_times(response, seconds):
         ("", ""),
     ],
 )
-def test_the_seeds_reading_of_options(response, letter):
+def test_the_seeds_reading_of_options(response: str, letter: str) -> None:
     assert temporal_r1.read_option(response)[0] == letter
 
 
-def test_the_seeds_protocol_does_not_clip(tmp_path):
+def test_the_seeds_protocol_does_not_clip(tmp_path: Path) -> None:
     records = {"v": {"duration": 30.0, "timestamps": [[20.0, 34.0]], "sentences": ["x"]}}
     predictions = [{"id": "v/0", "response": grounding("34.0", "20.0")}]
     found = evaluated(tmp_path, "charades_sta", records, predictions, protocol="temporal_r1")
@@ -230,7 +241,7 @@ def test_the_seeds_protocol_does_not_clip(tmp_path):
     assert found["metrics"]["miou"]["value"] == 0.0 and found["failures"]["unparsable"] == 1
 
 
-def test_the_bootstrap_covers_a_known_spread():
+def test_the_bootstrap_covers_a_known_spread() -> None:
     values = [float(i % 10 < 3) for i in range(1000)]  # mean 0.3
     low, high = interval_of_mean(np.array(values), seed=0)
     half = 1.96 * math.sqrt(0.3 * 0.7 / 1000)
@@ -247,16 +258,18 @@ def test_the_bootstrap_covers_a_known_spread():
         ([{"id": "v0/0"}], "line 1: field 'response' is None, not a text."),
     ],
 )
-def test_a_wrong_prediction_is_named(tmp_path, rows, sentence):
+def test_a_wrong_prediction_is_named(
+    tmp_path: Path, rows: list[dict[str, str]], sentence: str
+) -> None:
     with pytest.raises(DataError) as error:
         evaluated(tmp_path, "charades_sta", CAPTIONS, rows)
     assert sentence in str(error.value)
 
 
-def test_the_tool_prints_json_and_one_sentence_for_a_mistake(tmp_path):
+def test_the_tool_prints_json_and_one_sentence_for_a_mistake(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(CAPTIONS))
     (tmp_path / "p.jsonl").write_text('{"id": "v0/0", "response": "x"}\n')
-    arguments = ["tools/evaluate.py", "--benchmark=charades_sta", "--annotations"]
+    arguments: list[object] = ["tools/evaluate.py", "--benchmark=charades_sta", "--annotations"]
     arguments += [tmp_path / "a.json", "--out", tmp_path / "out"]
     done = run_python(*arguments, "--predictions", tmp_path / "p.jsonl", "--json")
     assert (done.returncode, done.stderr) == (0, f"Written: {tmp_path / 'out'}\n")

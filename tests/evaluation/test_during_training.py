@@ -1,29 +1,33 @@
 """A question whose video cannot be read stays in an evaluation, and is counted."""
 
 import signal
+from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 
 from megatron_vrl.config import Evaluation, Parallel, Rewards, Video
+from megatron_vrl.context import RunContext
 from megatron_vrl.errors import StopRequested, UserError, VideoError
 from megatron_vrl.evaluation import during_training
 from megatron_vrl.evaluation.during_training import evaluate
-from megatron_vrl.parallel.mesh import close_mesh, init_mesh
+from megatron_vrl.parallel.mesh import Mesh, close_mesh, init_mesh
 from megatron_vrl.process import signals
+from megatron_vrl.rollout.request import SamplingSpec
 from megatron_vrl.tasks import TASKS
-from megatron_vrl.types import Rollout, VideoSample
+from megatron_vrl.types import Prompt, Rollout, VideoSample
 from tests.tiny import prompt, video
 
 
 @pytest.fixture(scope="module")
-def mesh():
+def mesh() -> Iterator[Mesh]:
     yield init_mesh(Parallel(), seed=1)
     close_mesh()
 
 
-def sample(number):
+def sample(number: int) -> VideoSample:
     return VideoSample(
         id=f"s{number}",
         task="temporal_grounding",
@@ -37,7 +41,7 @@ def sample(number):
     )
 
 
-def ctx_of(mesh, samples, bad, share):
+def ctx_of(mesh: Mesh, samples: list[VideoSample], bad: set[str], share: float) -> RunContext:
     """Every readable question is answered right."""
     text = TASKS["temporal_grounding"].target(samples[0])
     answer = Rollout(
@@ -51,12 +55,12 @@ def ctx_of(mesh, samples, bad, share):
     )
     shown = prompt([video((1, 2, 2), 1.0, 0)], 0)
 
-    def load(block):
+    def load(block: list[VideoSample]) -> list[VideoError | Prompt]:
         return [
             VideoError(f"{s.video} is empty.", "empty") if s.id in bad else shown for s in block
         ]
 
-    return SimpleNamespace(
+    made = SimpleNamespace(
         cfg=SimpleNamespace(
             evaluation=Evaluation(), rewards=Rewards(), video=Video(max_bad_fraction=share)
         ),
@@ -68,9 +72,12 @@ def ctx_of(mesh, samples, bad, share):
             generate=lambda prompts, spec: [[answer] for _ in prompts],
         ),
     )
+    return cast(RunContext, made)
 
 
-def test_bad_videos_count_as_answered_with_nothing(mesh, capsys):
+def test_bad_videos_count_as_answered_with_nothing(
+    mesh: Mesh, capsys: pytest.CaptureFixture[str]
+) -> None:
     samples = [sample(number) for number in range(10)]
     metrics = evaluate(ctx_of(mesh, samples, {"s3", "s7"}, share=0.2), samples, version=0, step=0)
     assert metrics["undecodable"] == 2
@@ -80,13 +87,13 @@ def test_bad_videos_count_as_answered_with_nothing(mesh, capsys):
     assert "10 questions of an evaluation have bad videos: 2 empty (first 3.mp4, 7.mp4)" in said
 
 
-def test_too_many_end_the_run(mesh):
+def test_too_many_end_the_run(mesh: Mesh) -> None:
     samples = [sample(number) for number in range(10)]
     with pytest.raises(UserError, match=r"over video.max_bad_fraction=0.1: check the data"):
         evaluate(ctx_of(mesh, samples, {"s3", "s7"}, share=0.1), samples, version=0, step=0)
 
 
-def test_without_bad_videos_nothing_is_said(mesh, capsys):
+def test_without_bad_videos_nothing_is_said(mesh: Mesh, capsys: pytest.CaptureFixture[str]) -> None:
     samples = [sample(number) for number in range(3)]
     metrics = evaluate(ctx_of(mesh, samples, set(), share=0.0), samples, version=0, step=0)
     assert metrics["undecodable"] == 0
@@ -101,20 +108,23 @@ def test_without_bad_videos_nothing_is_said(mesh, capsys):
         (7, "Stopped after step 7, in an evaluation, as asked; the same command goes on from "),
     ],
 )
-def test_a_run_that_is_asked_to_stop_answers_no_further_batch(mesh, monkeypatch, step, sentence):
+def test_a_run_that_is_asked_to_stop_answers_no_further_batch(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch, step: int, sentence: str
+) -> None:
     samples = [sample(number) for number in range(10)]
     ctx = ctx_of(mesh, samples, set(), share=0.0)
     monkeypatch.setattr(during_training, "SAMPLES_AT_A_TIME", 3)
     monkeypatch.setattr(signals._state, "asked", False)
-    answer, answered = ctx.rollout_manager.generate, []
+    answer = ctx.rollout_manager.generate
+    answered: list[int] = []
 
-    def generate(prompts, spec):
+    def generate(prompts: list[Prompt], spec: SamplingSpec) -> list[list[Rollout]]:
         answered.append(len(prompts))
         if len(answered) == 2:
             signals._heed(signal.SIGUSR1, sender=0)
         return answer(prompts, spec)
 
-    ctx.rollout_manager.generate = generate
+    monkeypatch.setattr(ctx.rollout_manager, "generate", generate)
     with pytest.raises(StopRequested) as stop:
         evaluate(ctx, samples, 0, step)
     assert answered == [3, 3] and str(stop.value).startswith(sentence)

@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
@@ -25,14 +26,20 @@ SEED_FORM = re.compile(
 )
 
 
-def grade(fields, task="temporal_grounding", mode="strict"):
+def grade(
+    fields: dict[str, Any] | list[Any],
+    task: str = "temporal_grounding",
+    mode: Literal["strict", "temporal_r1"] = "strict",
+) -> dict[str, Any]:
     return Grader(task=task, mode=mode, weights=TASKS[task].default_weights).grade(fields)
 
 
 def released_score(response: str, duration_s: float, truth_s: tuple[float, float]) -> float:
     """The released score in other words: hull IoU of the normalised times and the full match."""
     try:
-        answer = json.loads(BLOCK.search(response).group(1).strip())
+        block = BLOCK.search(response)
+        assert block is not None  # caught below, as any other failure
+        answer = json.loads(block.group(1).strip())
         p = [float(answer[key]) / duration_s for key in ("start_time", "end_time")]
         g = [time / duration_s for time in truth_s]
         ordered = (max(p[0], g[0]), min(p[0], g[0]), max(p[1], g[1]), min(p[1], g[1]))
@@ -54,7 +61,9 @@ values = st.one_of(
     st.sampled_from(["{}", " {}", "{}\n", "<answer>{{}}</answer>{}", "{0}{0}", "<think>{}"]),
     st.booleans(),
 )
-def test_seed_mode_is_the_released_score_bit_for_bit(start, end, around, swapped):
+def test_seed_mode_is_the_released_score_bit_for_bit(
+    start: str, end: str, around: str, swapped: bool
+) -> None:
     pairs = [f'"start_time": {start}', f'"end_time": {end}']
     body = ", ".join(reversed(pairs) if swapped else pairs)
     response = around.format(f"<think>x</think><answer>{{{body}}}</answer>")
@@ -63,7 +72,7 @@ def test_seed_mode_is_the_released_score_bit_for_bit(start, end, around, swapped
     json.dumps(row, allow_nan=False)
 
 
-def test_a_row_says_what_was_read():
+def test_a_row_says_what_was_read() -> None:
     assert grade(GROUNDING | {"response": RIGHT, "source": "passed over"}) == {
         "id": "a",
         "score": 1.0,
@@ -72,13 +81,14 @@ def test_a_row_says_what_was_read():
         "failure": None,
     }
     past_the_end = RIGHT.replace("15.0", "9999")
+    mode: Literal["strict", "temporal_r1"]
     for mode, read in (("strict", [6.0, 30.0]), ("temporal_r1", [6.0, 9999.0])):
         row = grade(GROUNDING | {"response": past_the_end}, mode=mode)
         assert row["parsed"] == {"interval_s": read}
 
 
 @pytest.mark.parametrize("mode", ["strict", "temporal_r1"])
-def test_a_failure_is_told_from_a_wrong_answer(mode):
+def test_a_failure_is_told_from_a_wrong_answer(mode: Literal["strict", "temporal_r1"]) -> None:
     wrong = grade(GROUNDING | {"response": RIGHT.replace('"6.0"', '"20"').replace("15", "25")})
     assert (wrong["parts"]["temporal_iou"], wrong["failure"]) == (0.0, None)
     unreadable = grade(GROUNDING | {"response": "from 6 to 15"}, mode=mode)
@@ -106,7 +116,7 @@ HOLES = [  # what strict mode closes: response, format, IoU
 
 
 @pytest.mark.parametrize(("response", "form", "iou"), HOLES)
-def test_strict_mode_closes_the_holes(response, form, iou):
+def test_strict_mode_closes_the_holes(response: str, form: int, iou: int) -> None:
     assert grade(GROUNDING | {"response": response})["parts"] == {
         "format": form,
         "temporal_iou": iou,
@@ -127,20 +137,20 @@ def test_strict_mode_closes_the_holes(response, form, iou):
         ('{"option": "A or B"}', 0),
     ],
 )
-def test_an_option_needs_no_texts(option, answer, right):
+def test_an_option_needs_no_texts(option: str, answer: str, right: int) -> None:
     response = f"<think></think><answer>{answer}</answer>"
     row = grade({"id": 7, "response": response, "option": option}, task="multiple_choice")
     assert row["id"] == 7 and row["parts"]["accuracy"] == right
 
 
-def test_an_option_by_its_text():
+def test_an_option_by_its_text() -> None:
     fields = {"id": "a", "option": "B", "options": ["red", "blue"]}
     response = '<think></think><answer>{"option": "blue"}</answer>'
     row = grade(fields | {"response": response}, task="multiple_choice")
     assert row["parsed"] == {"option": "B"} and row["parts"]["accuracy"] == 1.0
 
 
-def test_grounded_qa_takes_the_best_of_several_intervals():
+def test_grounded_qa_takes_the_best_of_several_intervals() -> None:
     body = '{"option": "C", "start_time": "20", "end_time": "25"}'
     fields = GROUNDING | {
         "intervals_s": [[6.0, 15.0], [20.0, 25.0]],
@@ -167,13 +177,15 @@ def test_grounded_qa_takes_the_best_of_several_intervals():
         (GROUNDING | {"response": "", "intervals_s": [[31, 40]]}, "within the 30 s of the video"),
     ],
 )
-def test_a_line_that_cannot_be_graded_is_named(fields, sentence):
+def test_a_line_that_cannot_be_graded_is_named(
+    fields: dict[str, Any] | list[Any], sentence: str
+) -> None:
     with pytest.raises(DataError) as error:
         grade(fields)
     assert sentence in str(error.value)
 
 
-def run(text: str | bytes, *arguments: str) -> subprocess.CompletedProcess:
+def run(text: str | bytes, *arguments: str) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
         [sys.executable, str(ROOT / "tools/grade.py"), *arguments],
         input=text.encode() if isinstance(text, str) else text,
@@ -182,7 +194,7 @@ def run(text: str | bytes, *arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_the_tool_writes_what_precedes_a_bad_line():
+def test_the_tool_writes_what_precedes_a_bad_line() -> None:
     good = json.dumps(GROUNDING | {"response": RIGHT})
     lines = f"{good}\n\n{good}\n{{bad\n{good}\n"
     done = run(lines, "--task", "temporal_grounding", "--mode=temporal_r1")
@@ -192,7 +204,7 @@ def test_the_tool_writes_what_precedes_a_bad_line():
     assert sentence.startswith("error: line 4 is not JSON (Expecting property name")
 
 
-def test_the_tool_weighs_as_told_and_knows_its_tasks():
+def test_the_tool_weighs_as_told_and_knows_its_tasks() -> None:
     line = json.dumps(GROUNDING | {"response": " " + RIGHT, "id": "\ud800"})
     weights = "rewards.weights.temporal_grounding={format: 0, temporal_iou: 0.25}"
     done = run(line, "--task", "temporal_grounding", weights)

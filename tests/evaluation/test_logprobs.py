@@ -1,7 +1,9 @@
 """tools/score_responses.py: transformers' numbers in every layout; mistakes are one sentence."""
 
 import json
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -16,6 +18,7 @@ from megatron_vrl.evaluation.logprobs import SAMPLES_AT_A_TIME, score_config, sc
 from megatron_vrl.models.qwen2_5_vl.preprocess import patchify
 from megatron_vrl.parallel.mesh import close_mesh
 from megatron_vrl.rollout.vllm.torchvision_shim import declare_missing_ops
+from megatron_vrl.types import EncodedVideo
 from megatron_vrl.video import VideoReader
 from megatron_vrl.video.image import read_image, read_image_rules
 from tests.running import ROOT, run_python
@@ -44,7 +47,7 @@ def clip(path: Path, frames: int, height: int, width: int, rate: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint, two clips, an image and `samples.jsonl` that asks about them."""
     folder = tmp_path_factory.mktemp("scoring")
     made = run_python(ROOT / "tools/make_tiny_model.py", "--out", folder / "hf", "--layers", 4,
@@ -58,7 +61,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-def sample(folder, name, videos, images, response):
+def sample(
+    folder: Path, name: str, videos: list[str], images: list[str], response: str
+) -> dict[str, Any]:
     return {
         "id": name,
         "system": None if images else "Look well.",
@@ -69,16 +74,16 @@ def sample(folder, name, videos, images, response):
     }
 
 
-def write(path: Path, rows: list) -> Path:
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-def read(path: Path) -> list[dict]:
+def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def score(folder: Path, samples: Path, out: Path, *overrides: str) -> list[dict]:
+def score(folder: Path, samples: Path, out: Path, *overrides: str) -> list[dict[str, Any]]:
     """Return the scorer of this process."""
     try:
         score_file(score_config(str(folder / "hf"), [*VIDEO, *overrides]), samples, out)
@@ -89,12 +94,14 @@ def score(folder: Path, samples: Path, out: Path, *overrides: str) -> list[dict]
 
 
 @pytest.fixture(scope="module")
-def one(folder):
+def one(folder: Path) -> list[dict[str, Any]]:
     """The rows of one process."""
     return score(folder, folder / "samples.jsonl", folder / "one.jsonl")
 
 
-def launched(folder: Path, out: Path, samples: Path, *overrides: str):
+def launched(
+    folder: Path, out: Path, samples: Path, *overrides: str
+) -> subprocess.CompletedProcess[str]:
     return run_python(
         *("launch/torchrun.py", "--standalone", "--nproc-per-node", 2, TOOL),
         *("--checkpoint", folder / "hf", "--samples", samples, "--out", out, *VIDEO, *overrides),
@@ -104,12 +111,14 @@ def launched(folder: Path, out: Path, samples: Path, *overrides: str):
 # ---- the numbers
 
 
-def pixels(folder: Path, asked: dict) -> dict:
+def pixels(folder: Path, asked: dict[str, Any]) -> dict[str, torch.Tensor]:
     """transformers' arguments for the visuals of a sample."""
-    given = {}
+    given: dict[str, list[Any]] = {}
     if asked["videos"]:
         cfg = Video(decoder="pyav", min_pixels=784, max_pixels=6272)
-        videos = VideoReader(cfg).encode(asked["videos"])
+        found = VideoReader(cfg).encode(asked["videos"])
+        videos = [video for video in found if isinstance(video, EncodedVideo)]
+        assert len(videos) == len(found)
         given["pixel_values_videos"] = [patchify(video.frames) for video in videos]
         given["video_grid_thw"] = [video.grid_thw for video in videos]
     if asked["images"]:
@@ -124,7 +133,7 @@ def pixels(folder: Path, asked: dict) -> dict:
 
 
 @torch.no_grad()
-def test_log_probs_equal_transformers(folder, one):
+def test_log_probs_equal_transformers(folder: Path, one: list[dict[str, Any]]) -> None:
     declare_missing_ops()
     from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -147,12 +156,13 @@ def test_log_probs_equal_transformers(folder, one):
         )
 
 
-def test_a_row_says_what_was_scored(folder, one):
+def test_a_row_says_what_was_scored(folder: Path, one: list[dict[str, Any]]) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
     for asked, row in zip(read(folder / "samples.jsonl"), one, strict=True):
         prompt = tokenizer.decode(row["prompt_token_ids"])
+        assert isinstance(prompt, str)
         assert ("You are a helpful assistant." in prompt) == (asked["system"] is None)
         assert ("Look well." in prompt) == (asked["system"] is not None)
         shown = [prompt.rfind(part) for part in ("<|video_pad|>", "<|image_pad|>", "which colour")]
@@ -163,7 +173,9 @@ def test_a_row_says_what_was_scored(folder, one):
         assert len(row["logprobs"]) == len(row["response_token_ids"])
 
 
-def test_several_blocks_keep_the_order(folder, one, tmp_path):
+def test_several_blocks_keep_the_order(
+    folder: Path, one: list[dict[str, Any]], tmp_path: Path
+) -> None:
     asked = read(folder / "samples.jsonl")
     many = [{**asked[i % 5], "id": f"{i}"} for i in range(2 * SAMPLES_AT_A_TIME + 3)]
     rows = score(
@@ -176,7 +188,9 @@ def test_several_blocks_keep_the_order(folder, one, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_megatron_checkpoint_gives_the_same(folder, one, tmp_path):
+def test_a_megatron_checkpoint_gives_the_same(
+    folder: Path, one: list[dict[str, Any]], tmp_path: Path
+) -> None:
     convert = ROOT / "tools" / "convert_checkpoint.py"
     made = run_python(convert, "hf-to-megatron", folder / "hf", tmp_path / "hf")
     assert made.returncode == 0, made.stderr
@@ -194,7 +208,9 @@ def test_a_megatron_checkpoint_gives_the_same(folder, one, tmp_path):
     ],
     ids=["tensor", "virtual", "context", "data"],
 )
-def test_every_layout_equals_one_process(folder, one, tmp_path, layout):
+def test_every_layout_equals_one_process(
+    folder: Path, one: list[dict[str, Any]], tmp_path: Path, layout: list[str]
+) -> None:
     out = tmp_path / "out.jsonl"
     done = launched(folder, out, folder / "samples.jsonl", *layout)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -205,7 +221,7 @@ def test_every_layout_equals_one_process(folder, one, tmp_path, layout):
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
 
 
-def test_special_tokens_in_a_text_are_text(folder, tmp_path):
+def test_special_tokens_in_a_text_are_text(folder: Path, tmp_path: Path) -> None:
     """Special tokens in texts score as the letters they are spelled with, and show no video."""
     from transformers import AutoTokenizer
 
@@ -244,7 +260,9 @@ GOOD = {"id": "a", "question": "which?", "response": "red"}
         (GOOD | {"images": [__file__]}, f"Sample a: {__file__} cannot be read as an"),
     ],
 )
-def test_a_bad_sample_is_named_and_nothing_is_written(folder, tmp_path, line, sentence):
+def test_a_bad_sample_is_named_and_nothing_is_written(
+    folder: Path, tmp_path: Path, line: dict[str, Any] | str, sentence: str
+) -> None:
     samples = tmp_path / "samples.jsonl"
     text = line if isinstance(line, str) else json.dumps(line)
     samples.write_text(f"{json.dumps(GOOD)}\n{text}\n")
@@ -256,7 +274,7 @@ def test_a_bad_sample_is_named_and_nothing_is_written(folder, tmp_path, line, se
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_files_that_are_not_there(folder, tmp_path):
+def test_files_that_are_not_there(folder: Path, tmp_path: Path) -> None:
     samples = folder / "samples.jsonl"
     empty = write(tmp_path / "empty.jsonl", [])
     for asked, out, sentence in (
@@ -285,21 +303,23 @@ def test_files_that_are_not_there(folder, tmp_path):
         ("parallel.tensor=2", "needs a multiple of 2 processes, not 1"),
     ],
 )
-def test_a_bad_override_is_named(folder, tmp_path, override, sentence):
+def test_a_bad_override_is_named(
+    folder: Path, tmp_path: Path, override: str, sentence: str
+) -> None:
     with pytest.raises(UserError) as error:
         score(folder, folder / "samples.jsonl", tmp_path / "out.jsonl", override)
     assert sentence in str(error.value)
 
 
-def test_a_checkpoint_that_is_not_there(tmp_path):
+def test_a_checkpoint_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Give a checkpoint"):
         score_config(str(tmp_path), [])
 
 
 @pytest.mark.slow
-def test_ranks_fail_together(folder, tmp_path):
+def test_ranks_fail_together(folder: Path, tmp_path: Path) -> None:
     """One rank alone meets the broken clip, in the middle of the job."""
-    asked = [GOOD | {"id": f"{i}"} for i in range(40)]
+    asked: list[dict[str, Any]] = [GOOD | {"id": f"{i}"} for i in range(40)]
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     asked[35]["videos"] = [str(tmp_path / "broken.mp4")]
     done = launched(folder, tmp_path / "out.jsonl", write(tmp_path / "bad.jsonl", asked))

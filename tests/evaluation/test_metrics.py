@@ -39,7 +39,7 @@ def choice(letter: str) -> str:
     return f'<think></think><answer>{{"option": "{letter}"}}</answer>'
 
 
-def test_grounding_numbers():
+def test_grounding_numbers() -> None:
     responses = [times(0, 5), times(0, 10), times(0, 1.5), times(6, 9), "no answer"]
     summary = summarise([SAMPLE] * 5, responses, Rewards())
     ious = [1.0, 0.5, 0.3, 0.0, 0.0]
@@ -54,7 +54,7 @@ def test_grounding_numbers():
     assert not any(key.startswith("multiple_choice") for key in summary)
 
 
-def test_a_mixed_split_reports_each_task():
+def test_a_mixed_split_reports_each_task() -> None:
     mc = replace(SAMPLE, task="multiple_choice")
     samples = [SAMPLE, mc, mc, replace(mc, option="A"), mc]
     responses = [times(0, 5), choice("B"), choice("A"), choice("B"), choice("A or B")]
@@ -67,10 +67,10 @@ def test_a_mixed_split_reports_each_task():
     assert all(isinstance(value, float) for value in summary.values())
 
 
-def test_grounded_question_answering_joins_option_and_span():
+def test_grounded_question_answering_joins_option_and_span() -> None:
     sample = replace(SAMPLE, task="grounded_qa", intervals_s=((0.0, 2.0), (4.0, 8.0)))
 
-    def both(letter, start_s, end_s):
+    def both(letter: str, start_s: int, end_s: float) -> str:
         fields = f'"option": "{letter}", "start_time": "{start_s}", "end_time": "{end_s}"'
         return f"<think></think><answer>{{{fields}}}</answer>"
 
@@ -82,7 +82,7 @@ def test_grounded_question_answering_joins_option_and_span():
     assert summary["grounded_qa/miou"] == pytest.approx(np.mean([1, 1 / 3, 1 / 3.5, 0.5, 0]))
 
 
-def test_the_best_constant_interval_is_that_of_a_plain_search():
+def test_the_best_constant_interval_is_that_of_a_plain_search() -> None:
     rng = np.random.default_rng(0)
     samples = []
     for _ in range(20):
@@ -90,12 +90,12 @@ def test_the_best_constant_interval_is_that_of_a_plain_search():
         spans = tuple((float(s), float(s + rng.uniform(1, 10))) for s in starts)
         samples.append(replace(SAMPLE, duration_s=float(rng.uniform(30, 60)), intervals_s=spans))
 
-    def plain(start, end):
+    def plain(start: float | np.float64, end: float | np.float64) -> float:
         values = []
         for sample in samples:
             answered = (start * sample.duration_s, end * sample.duration_s)
             values.append(max(iou(answered, truth) for truth in sample.intervals_s))
-        return np.mean(values)
+        return float(np.mean(values))
 
     grid = np.linspace(0, 1, GRID_STEPS + 1)
     best, miou = best_constant_interval(samples)
@@ -104,11 +104,11 @@ def test_the_best_constant_interval_is_that_of_a_plain_search():
     assert miou >= constant_interval_miou(samples, (0.0, 1.0)) == pytest.approx(plain(0.0, 1.0))
 
 
-def test_the_best_letter_is_the_first_of_equals():
+def test_the_best_letter_is_the_first_of_equals() -> None:
     samples = [replace(SAMPLE, option=letter) for letter in "CBBCA"]
     assert best_constant_letter(samples) == ("B", 2 / 5)
 
 
-def test_one_response_for_each_sample():
+def test_one_response_for_each_sample() -> None:
     with pytest.raises(ValueError, match="2 samples and 1 responses"):
         summarise([SAMPLE, SAMPLE], ["x"], Rewards())

@@ -63,9 +63,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 def call(folder: Path, number: int = 0, batches: int = 0) -> tuple[str, int]:
     """Run to the end, or send the signal after some batches: the last line, batches begun."""
-    command = [python(), ROOT / "launch" / "torchrun.py", "--standalone", "--nproc-per-node", "2"]
+    torchrun = str(ROOT / "launch" / "torchrun.py")
+    command = [python(), torchrun, "--standalone", "--nproc-per-node", "2"]
     with subprocess.Popen(
-        [*command, folder / "program.py", "--config", CONFIG, *SMALL],
+        [*command, str(folder / "program.py"), "--config", str(CONFIG), *SMALL],
         cwd=folder,
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
@@ -73,6 +74,7 @@ def call(folder: Path, number: int = 0, batches: int = 0) -> tuple[str, int]:
         text=True,
         start_new_session=True,
     ) as launcher:
+        assert launcher.stdout is not None and launcher.stderr is not None
         try:
             lines = []
             for line in launcher.stdout:
@@ -87,13 +89,13 @@ def call(folder: Path, number: int = 0, batches: int = 0) -> tuple[str, int]:
     return lines[-1], lines.count("batch")
 
 
-def rows(folder: Path) -> list[tuple]:
+def rows(folder: Path) -> list[tuple[str, int, str | None]]:
     metrics = folder / "runs" / "evaluations" / "metrics.jsonl"
     found = map(json.loads, metrics.read_text().splitlines())
     return [(row.get("during", row["phase"]), row["step"], row.get("split")) for row in found]
 
 
-def test_it_stops_at_the_next_batch_and_makes_the_evaluation_again(quickstart):
+def test_it_stops_at_the_next_batch_and_makes_the_evaluation_again(quickstart: Path) -> None:
     (quickstart / "program.py").write_text(PROGRAM)
     base = [("base", 0, "heldout"), ("base", 0, "ood")]
     sft = [("sft", 1, None), ("sft", 2, None), ("sft", 2, "heldout"), ("sft", 2, "ood")]

@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,12 +49,12 @@ LAYOUTS = {
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-def rows_of(run: Path, phase: str) -> list[dict]:
+def rows_of(run: Path, phase: str) -> list[dict[str, Any]]:
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [row for row in map(json.loads, lines) if row["phase"] == phase]
 
 
-def numbers(row: dict) -> dict[str, float]:
+def numbers(row: dict[str, Any]) -> dict[str, float]:
     """Return the metrics that a repeated run must give again: all but those of the machine."""
     measured = ("perf/tokens_per_second", "tflops_per_second", "perf/peak_memory_gib")
     of_process = (
@@ -66,7 +68,7 @@ def numbers(row: dict) -> dict[str, float]:
     }
 
 
-def stored_answers(run: Path) -> list[tuple]:
+def stored_answers(run: Path) -> list[tuple[Any, ...]]:
     return sorted(
         (row["step"], row["version"], row["sample"], answer["seed"], answer["token_ids"])
         for row in read_rollouts(run / "rollouts")
@@ -74,12 +76,16 @@ def stored_answers(run: Path) -> list[tuple]:
     )
 
 
-def summary_of(run: Path) -> dict:
-    return json.loads((run / "summary.json").read_text())
+def summary_of(run: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    return summary
+
+
+Job = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def job(quickstart):
+def job(quickstart: Path) -> Job:
     """job(name, *overrides) -> run directory; one name is run once."""
     finished: dict[str, Path] = {}
 
@@ -100,12 +106,12 @@ def job(quickstart):
 
 
 @pytest.fixture(scope="module")
-def run(job) -> Path:
+def run(job: Job) -> Path:
     """Data parallel, the default."""
     return job("data")
 
 
-def test_metrics_of_every_step_and_evaluation(run):
+def test_metrics_of_every_step_and_evaluation(run: Path) -> None:
     assert [row["step"] for row in rows_of(run, "sft")] == list(range(1, 81))
     grpo = rows_of(run, "grpo")
     assert [row["step"] for row in grpo] == [1, 2, 3, 4]
@@ -122,7 +128,7 @@ def test_metrics_of_every_step_and_evaluation(run):
     assert rows_of(run, "sft")[-1]["sft/loss"] < rows_of(run, "sft")[0]["sft/loss"] / 3
 
 
-def test_a_traced_step_shows_its_phases(run):
+def test_a_traced_step_shows_its_phases(run: Path) -> None:
     """The profiler traces rank 1 alone; vLLM and Megatron work in the same process."""
     names = {file.name for file in (run / "traces").iterdir()}
     assert names == {f"{phase}-000003-rank0001.json.gz" for phase in ("sft", "grpo")}
@@ -131,7 +137,7 @@ def test_a_traced_step_shows_its_phases(run):
     assert events >= {"sync", "rollout", "score", "update", "aten::mm"}
 
 
-def test_summary_names_results_versions_and_seed(run):
+def test_summary_names_results_versions_and_seed(run: Path) -> None:
     summary = summary_of(run)
     assert summary["results"].keys() == {"base", "sft", "grpo"}
     for results in summary["results"].values():
@@ -152,15 +158,14 @@ def test_summary_names_results_versions_and_seed(run):
     assert summary["results"]["sft"]["heldout"]["format_rate"] == 1.0  # 80 steps teach the form
 
 
-def test_export_loads_in_transformers_and_is_the_trained_model(run):
+def test_export_loads_in_transformers_and_is_the_trained_model(run: Path) -> None:
     from megatron_vrl.rollout.vllm.torchvision_shim import declare_missing_ops
 
     declare_missing_ops()
     from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
-    model, notes = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        run / "export", output_loading_info=True
-    )
+    load: Callable[..., Any] = Qwen2_5_VLForConditionalGeneration.from_pretrained
+    model, notes = load(run / "export", output_loading_info=True)
     assert not notes["missing_keys"] and not notes["unexpected_keys"]
     processor = AutoProcessor.from_pretrained(run / "export")
     ids = processor.tokenizer("the red square is visible", return_tensors="pt").input_ids
@@ -179,7 +184,7 @@ def test_export_loads_in_transformers_and_is_the_trained_model(run):
     assert all(not torch.equal(trained[name], start[name]) for name in trained)
 
 
-def test_report_stands_alone(run):
+def test_report_stands_alone(run: Path) -> None:
     page = (run / "report.html").read_text()
     sources = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)""", page)
     assert not [source for source in sources if not source.startswith(("data:", "#"))]
@@ -188,7 +193,7 @@ def test_report_stands_alone(run):
         assert word.lower() in page.lower()
 
 
-def test_config_and_wandb_are_written(run):
+def test_config_and_wandb_are_written(run: Path) -> None:
     written = yaml.safe_load((run / "config.yaml").read_text())
     assert written["sft"]["steps"] == 80 and written["algorithm"]["kl"] == 0.01
     assert written["video"]["max_frames"] == 768  # a default
@@ -196,12 +201,12 @@ def test_config_and_wandb_are_written(run):
 
 
 @pytest.mark.parametrize("layout", ["data", *LAYOUTS])
-def test_engine_and_trainer_agree_in_every_layout(job, layout):
+def test_engine_and_trainer_agree_in_every_layout(job: Job, layout: str) -> None:
     for row in rows_of(job(layout, *LAYOUTS.get(layout, [])), "grpo"):
         assert row["rollout/logprob_gap_max"] < 1e-4
 
 
-def test_several_updates_take_their_ratios_against_the_policy_that_sampled(job):
+def test_several_updates_take_their_ratios_against_the_policy_that_sampled(job: Job) -> None:
     (row,) = rows_of(job("tensor", *LAYOUTS["tensor"]), "grpo")
     assert row["actor/skipped_updates"] == 0
     assert row["rollout/is_weight"] == pytest.approx(1, abs=1e-3)  # trainer beside engine
@@ -209,7 +214,7 @@ def test_several_updates_take_their_ratios_against_the_policy_that_sampled(job):
     assert row["actor/kl"] > 0
 
 
-def test_kl_in_the_reward_is_no_term_of_the_loss(job):
+def test_kl_in_the_reward_is_no_term_of_the_loss(job: Job) -> None:
     (row,) = rows_of(job("pipeline", *LAYOUTS["pipeline"]), "grpo")
     assert row["reward/format"] == 0 and "actor/kl" not in row
     # The KL term is a component of the reward; engine and reference differ by rounding alone.
@@ -219,7 +224,7 @@ def test_kl_in_the_reward_is_no_term_of_the_loss(job):
     assert row["actor/ppo_kl"] == 0  # one update: on policy
 
 
-def test_meters_count_what_was_computed(run):
+def test_meters_count_what_was_computed(run: Path) -> None:
     for row in rows_of(run, "grpo"):
         assert row["perf/tokens_computed"] >= row["perf/tokens_needed"] > 0
         assert row["perf/prompt_reuse"] > 1.3 and 0 <= row["perf/padding_fraction"] < 1
@@ -227,7 +232,7 @@ def test_meters_count_what_was_computed(run):
         assert "perf/mfu" not in row  # the peak of a CPU is not known
 
 
-def test_dropped_groups_are_replaced(run):
+def test_dropped_groups_are_replaced(run: Path) -> None:
     rows = rows_of(run, "grpo")
     assert max(row["rollout/rounds"] for row in rows) > 1
     for row in rows:
@@ -236,12 +241,14 @@ def test_dropped_groups_are_replaced(run):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_answer_alike_before_training(job, run, layout):
+def test_layouts_answer_alike_before_training(job: Job, run: Path, layout: str) -> None:
     other = job(layout, *LAYOUTS[layout])
     assert summary_of(other)["results"]["base"] == summary_of(run)["results"]["base"]
 
 
-def test_killed_run_continues_as_if_nothing_had_happened(job, run, quickstart):
+def test_killed_run_continues_as_if_nothing_had_happened(
+    job: Job, run: Path, quickstart: Path
+) -> None:
     """SIGKILL in the midst of GRPO; the same command then gives the same numbers."""
     out = quickstart / "runs" / "killed"
     began = "grpo-0-000000"  # where GRPO starts; kept for the KL term's reference
@@ -269,7 +276,7 @@ def test_killed_run_continues_as_if_nothing_had_happened(job, run, quickstart):
             assert summary_of(out)["results"][stage][split] == pytest.approx(metrics)
 
 
-def test_finished_run_only_names_its_report(run, quickstart):
+def test_finished_run_only_names_its_report(run: Path, quickstart: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     command = train_command(*SMALL, "run.out_dir=runs/data")
     done = subprocess.run(command, cwd=quickstart, env=ENVIRONMENT, capture_output=True, text=True)
@@ -297,7 +304,7 @@ if __name__ == "__main__":
 """
 
 
-def test_export_loads_in_stock_vllm(run, tmp_path):
+def test_export_loads_in_stock_vllm(run: Path, tmp_path: Path) -> None:
     """A process that imports nothing of ours: log-probs of a text equal transformers'."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -325,7 +332,7 @@ def test_export_loads_in_stock_vllm(run, tmp_path):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_warm_up_starts_over_once_and_then_says_that_it_failed(quickstart):
+def test_warm_up_starts_over_once_and_then_says_that_it_failed(quickstart: Path) -> None:
     command = train_command(
         "sft.steps=4",
         "sft.evaluate_every=4",

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -34,7 +35,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 def free_port() -> int:
     with socket.socket() as found:
         found.bind(("", 0))
-        return found.getsockname()[1]
+        return int(found.getsockname()[1])
 
 
 class Nodes:
@@ -57,16 +58,16 @@ class Nodes:
         train = ROOT / "launch" / "train.sh"
         self.command = [
             "bash",
-            train,
+            str(train),
             "--config",
-            CONFIG,
+            str(CONFIG),
             *SMALL,
             *more,
             f"run.out_dir=runs/{name}",
         ]
         self.scripts = [self.start(node) for node in range(nodes)]
 
-    def start(self, node: int) -> subprocess.Popen:
+    def start(self, node: int) -> subprocess.Popen[bytes]:
         with self.logs[node].open("a") as output:
             return subprocess.Popen(
                 self.command,
@@ -120,29 +121,32 @@ def children(pid: int, named: str) -> list[int]:
     return [int(word) for word in done.stdout.split()]
 
 
-def rows(metrics: Path) -> list[dict]:
+def rows(metrics: Path) -> list[dict[str, Any]]:
     if not metrics.exists():
         return []
     return [json.loads(line) for line in metrics.read_text().splitlines() if line.endswith("}")]
 
 
-def curve(metrics: Path) -> list[tuple]:
-    names = ("sft/loss", "sft/grad_norm", "actor/loss", "actor/grad_norm", "actor/policy_loss")
-    names += ("reward/mean",)
+def curve(metrics: Path) -> list[tuple[Any, ...]]:
+    update = ("loss", "grad_norm")
+    names = [f"{phase}/{name}" for phase in ("sft", "actor") for name in update]
+    names += ["actor/policy_loss", "reward/mean"]
     return [
         (row["phase"], row["step"], *(row.get(name) for name in names)) for row in rows(metrics)
     ]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(quickstart):
+def undisturbed(quickstart: Path) -> list[tuple[Any, ...]]:
     """The curve of one node with two ranks."""
     with Nodes(quickstart, "one-node", nodes=1, ranks=2) as alone:
         alone.finish()
     return curve(alone.metrics)
 
 
-def test_nodes_that_lose_a_rank_and_are_stopped_give_the_curve_of_one(quickstart, undisturbed):
+def test_nodes_that_lose_a_rank_and_are_stopped_give_the_curve_of_one(
+    quickstart: Path, undisturbed: list[tuple[Any, ...]]
+) -> None:
     with Nodes(quickstart, "two-nodes", nodes=2) as nodes:
         nodes.wait_for(step=7)
         os.kill(nodes.rank_of(1), signal.SIGKILL)  # the launchers start both again
@@ -163,7 +167,9 @@ def test_nodes_that_lose_a_rank_and_are_stopped_give_the_curve_of_one(quickstart
     ]
 
 
-def test_a_node_that_is_lost_and_started_again_leaves_the_curve_as_it_was(quickstart, undisturbed):
+def test_a_node_that_is_lost_and_started_again_leaves_the_curve_as_it_was(
+    quickstart: Path, undisturbed: list[tuple[Any, ...]]
+) -> None:
     with Nodes(quickstart, "lost-node", nodes=2) as nodes:
         nodes.wait_for(step=7)
         nodes.lose(1)
@@ -174,7 +180,9 @@ def test_a_node_that_is_lost_and_started_again_leaves_the_curve_as_it_was(quicks
     assert curve(nodes.metrics) == undisturbed
 
 
-def test_four_nodes_that_lose_one_give_the_curve_of_one_node_with_four_ranks(quickstart):
+def test_four_nodes_that_lose_one_give_the_curve_of_one_node_with_four_ranks(
+    quickstart: Path,
+) -> None:
     with Nodes(quickstart, "four-ranks", nodes=1, ranks=4, more=SFT_ALONE) as alone:
         alone.finish()
     with Nodes(quickstart, "four-nodes", nodes=4, more=SFT_ALONE) as nodes:

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,7 +28,9 @@ OPTIONS = (
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 
 
-def test_killed_in_the_midst_of_a_selection_it_goes_on_as_if_nothing_had_happened(quickstart):
+def test_killed_in_the_midst_of_a_selection_it_goes_on_as_if_nothing_had_happened(
+    quickstart: Path,
+) -> None:
     whole, killed = (quickstart / "runs" / name for name in ("reselected", "reselected-killed"))
     _run(quickstart, whole.name)
     folder = killed / "selection" / "epoch-0001"  # begins at step 5: four steps draw the pool once
@@ -60,7 +64,7 @@ def test_killed_in_the_midst_of_a_selection_it_goes_on_as_if_nothing_had_happene
     _draws_what_was_kept(killed)
 
 
-def _draws_what_was_kept(run):
+def _draws_what_was_kept(run: Path) -> None:
     drawn: dict[int, set[str]] = {}
     for row in read_rollouts(run / "rollouts"):
         drawn.setdefault(row["step"], set()).add(row["sample"])
@@ -76,13 +80,13 @@ def _draws_what_was_kept(run):
     }
 
 
-def _run(folder, name):
+def _run(folder: Path, name: str) -> None:
     command = train_command(*OPTIONS, f"run.out_dir=runs/{name}", ranks=2)
     done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"8 of {POOL} samples" in done.stderr
 
 
-def _rows(path):
+def _rows(path: Path) -> list[dict[str, Any]]:
     whole, _, _ = path.read_text().rpartition("\n")
     return [json.loads(line) for line in whole.splitlines()]

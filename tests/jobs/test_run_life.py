@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -37,7 +38,8 @@ class Call:
         stored.mkdir(exist_ok=True)
         (stored / "none.jsonl.zst").touch()
         self.log = folder / f"call-{time.monotonic_ns()}.log"
-        command = ["bash", ROOT / "launch" / "train.sh", "--config", CONFIG, *SMALL]
+        train = str(ROOT / "launch" / "train.sh")
+        command = ["bash", train, "--config", str(CONFIG), *SMALL]
         environment = ENVIRONMENT | {"WARM_SOCKET": "", "PYTHON_EXEC": "", "NPROC": "2"}
         with self.log.open("w") as output:
             self.script = subprocess.Popen(
@@ -53,10 +55,13 @@ class Call:
         return self.log.read_text()
 
     def ranks(self) -> list[psutil.Process]:
-        return psutil.Process(self.script.pid).children()
+        found: list[psutil.Process] = psutil.Process(self.script.pid).children()
+        return found
 
     def tree(self) -> list[psutil.Process]:
-        return psutil.Process(self.script.pid).children(recursive=True)
+        found: list[psutil.Process]
+        found = psutil.Process(self.script.pid).children(recursive=True)
+        return found
 
     def wait_for(self, more_steps: int) -> None:
         """Return the run directory of a test."""
@@ -88,8 +93,8 @@ def gone(processes: list[psutil.Process]) -> bool:
 
 
 @pytest.fixture
-def call(quickstart):
-    calls = []
+def call(quickstart: Path) -> Iterator[Callable[..., Call]]:
+    calls: list[Call] = []
 
     def start(*overrides: str) -> Call:
         calls.append(Call(quickstart, *overrides))
@@ -100,7 +105,9 @@ def call(quickstart):
         one.end()
 
 
-def test_a_run_that_is_killed_is_taken_up_at_once_by_one_run_alone(call):
+def test_a_run_that_is_killed_is_taken_up_at_once_by_one_run_alone(
+    call: Callable[..., Call],
+) -> None:
     chance = random.Random(time.time_ns())
     running = call()
     for victim in ("launcher", f"rank {chance.randrange(2)}", "group"):
@@ -138,7 +145,9 @@ def test_a_run_that_is_killed_is_taken_up_at_once_by_one_run_alone(call):
     assert json.loads((newest / "state.json").read_text())["step"] == steps[-1]
 
 
-def test_an_interrupt_before_the_first_step_and_a_second_one_end_at_once(call):
+def test_an_interrupt_before_the_first_step_and_a_second_one_end_at_once(
+    call: Callable[..., Call],
+) -> None:
     for wait_s in (0.5, 6.0):
         early = call()
         time.sleep(wait_s)

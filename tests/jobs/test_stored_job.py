@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,18 +31,27 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 
 
 @pytest.fixture(scope="module")
-def without_vllm(tmp_path_factory) -> dict[str, str]:
+def without_vllm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """An environment where importing vllm fails."""
     folder = tmp_path_factory.mktemp("no-vllm")
     (folder / "vllm.py").write_text("raise ImportError('stored rollouts need no vLLM')")
     return ENVIRONMENT | {"PYTHONPATH": f"{folder}:{ROOT}"}
 
 
+Train = Callable[..., tuple[Path, subprocess.CompletedProcess[str]]]
+
+
 @pytest.fixture(scope="module")
-def train(quickstart):
+def train(quickstart: Path) -> Train:
     """train(name, *overrides) -> run directory and what the process said."""
 
-    def run(name, *overrides, ranks=2, environment=ENVIRONMENT, succeeds=True):
+    def run(
+        name: str,
+        *overrides: str,
+        ranks: int = 2,
+        environment: dict[str, str] = ENVIRONMENT,
+        succeeds: bool = True,
+    ) -> tuple[Path, subprocess.CompletedProcess[str]]:
         command = train_command(*OPTIONS, f"run.out_dir=runs/{name}", *overrides, ranks=ranks)
         done = subprocess.run(
             command, cwd=quickstart, env=environment, capture_output=True, text=True
@@ -53,12 +63,12 @@ def train(quickstart):
 
 
 @pytest.fixture(scope="module")
-def original(train) -> Path:
+def original(train: Train) -> Path:
     return train("original")[0]
 
 
 @pytest.fixture(scope="module")
-def rollouts_only(train) -> Path:
+def rollouts_only(train: Train) -> Path:
     """Two steps, the second by a command that goes on; of one process."""
     for steps in (1, 2):
         run, done = train("only", "--rollouts-only", f"grpo.steps={steps}", ranks=1)
@@ -74,7 +84,9 @@ def groups(run: Path) -> dict[tuple[int, str], list[list[int]]]:
     return found
 
 
-def test_a_replay_learns_the_same_to_the_last_bit(train, original, without_vllm):
+def test_a_replay_learns_the_same_to_the_last_bit(
+    train: Train, original: Path, without_vllm: dict[str, str]
+) -> None:
     replay, _ = train(
         "replay",
         "rollout.placement=replay",
@@ -89,11 +101,13 @@ def test_a_replay_learns_the_same_to_the_last_bit(train, original, without_vllm)
     weights = Path("export") / "model.safetensors"
     assert (replay / weights).read_bytes() == (original / weights).read_bytes()
     for rank in ("rank-0000.jsonl.zst", "rank-0001.jsonl.zst"):  # and it is stored again
-        ours, theirs = ((run / "rollouts" / rank).read_bytes() for run in (replay, original))
-        assert ours == theirs
+        again, before = ((run / "rollouts" / rank).read_bytes() for run in (replay, original))
+        assert again == before
 
 
-def test_rollouts_without_training_are_those_that_training_begins_with(original, rollouts_only):
+def test_rollouts_without_training_are_those_that_training_begins_with(
+    original: Path, rollouts_only: Path
+) -> None:
     made, trained = groups(rollouts_only), groups(original)
     assert made.keys() == trained.keys() and {step for step, _ in made} == {1, 2}
     first = [key for key in made if key[0] == 1]
@@ -107,7 +121,9 @@ def test_rollouts_without_training_are_those_that_training_begins_with(original,
     assert rows[0]["reward/mean"] == pytest.approx(rows_of(original, "grpo")[0]["reward/mean"])
 
 
-def test_training_from_them_until_they_run_out(train, original, rollouts_only, without_vllm):
+def test_training_from_them_until_they_run_out(
+    train: Train, original: Path, rollouts_only: Path, without_vllm: dict[str, str]
+) -> None:
     run, done = train(
         "offline",
         "rollout.placement=replay",

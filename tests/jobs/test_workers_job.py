@@ -5,6 +5,9 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -32,7 +35,7 @@ OPTIONS = (
 
 
 @pytest.fixture
-def worker(quickstart):
+def worker(quickstart: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
     """One, under the script that starts it again; its rendezvous."""
     script = ROOT / "launch" / "rollout_worker.sh"
     found = quickstart / "found"
@@ -43,13 +46,15 @@ def worker(quickstart):
     process.wait()
 
 
-def rows(run):
+def rows(run: Path) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return [row for row in map(json.loads, lines) if row["phase"] == "grpo"]
 
 
-def test_generation_goes_on_beside_training_and_outlives_a_worker(quickstart, worker):
+def test_generation_goes_on_beside_training_and_outlives_a_worker(
+    quickstart: Path, worker: tuple[subprocess.Popen[bytes], Path]
+) -> None:
     script, found = worker
     run = quickstart / "runs" / "overlapped"
     command = train_command(
@@ -58,6 +63,7 @@ def test_generation_goes_on_beside_training_and_outlives_a_worker(quickstart, wo
     with subprocess.Popen(
         command, cwd=quickstart, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
     ) as job:
+        assert job.stderr is not None
         while len(rows(run)) < 2:
             assert job.poll() is None, job.stderr.read()[-3000:]
             time.sleep(0.1)
@@ -75,7 +81,7 @@ def test_generation_goes_on_beside_training_and_outlives_a_worker(quickstart, wo
     _replayed_to_the_bit(quickstart, run)
 
 
-def _replayed_to_the_bit(quickstart, run):
+def _replayed_to_the_bit(quickstart: Path, run: Path) -> None:
     """Each group was ready at a step of its own; from its file it is so again."""
     stored = ("rollout.placement=replay", "rollout.replay_dir=runs/overlapped/rollouts")
     command = train_command(*OPTIONS, *stored, "run.out_dir=runs/replayed", ranks=2)
@@ -89,7 +95,7 @@ def _replayed_to_the_bit(quickstart, run):
     ]
 
 
-def test_without_workers_the_run_stops_with_a_sentence(quickstart):
+def test_without_workers_the_run_stops_with_a_sentence(quickstart: Path) -> None:
     command = train_command(*OPTIONS, "rollout.worker_wait_timeout_s=1", "run.out_dir=runs/nobody")
     done = subprocess.run(command, cwd=quickstart, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 2
@@ -99,7 +105,7 @@ def test_without_workers_the_run_stops_with_a_sentence(quickstart):
     ) in done.stderr
 
 
-def test_quantised_answers_want_importance_weights():
+def test_quantised_answers_want_importance_weights() -> None:
     with pytest.raises(ConfigError, match=r"rollout\.quantization=fp8_emulated samples from other"):
         check_off_policy(load_config(CONFIG, ["rollout.quantization=fp8_emulated"]))
 
@@ -111,7 +117,7 @@ def test_quantised_answers_want_importance_weights():
         ("algorithm.rollout_is=none", "set algorithm.rollout_is=token (or sequence)"),
     ],
 )
-def test_old_answers_want_workers_and_importance_weights(override, sentence):
+def test_old_answers_want_workers_and_importance_weights(override: str, sentence: str) -> None:
     cfg = load_config(CONFIG, [*OPTIONS, override])
     with pytest.raises(ConfigError) as refused:
         check_off_policy(cfg)

@@ -1,6 +1,11 @@
 """Emulated FP8: what is rounded, with which scale, and how far training drifts from bfloat16."""
 
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
@@ -9,20 +14,20 @@ from megatron_vrl.config import Batch, Model, Optimizer, Parallel
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.models.fp8_emulation import E4M3, E5M2, Quantizer, _Product
 from megatron_vrl.models.logprob_head import Distribution
-from megatron_vrl.parallel.mesh import close_mesh, init_mesh
+from megatron_vrl.parallel.mesh import Mesh, close_mesh, init_mesh
 from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.policy.policy import Policy
-from tests.tiny import GROUPS, token_loss
+from tests.tiny import GROUPS, present, token_loss
 from tests.tiny_models import hf_model, save
 
 RECIPES = ("delayed", "current", "blockwise")
 
 
-def drawn(*shape, seed=0):
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_current_scaling_maps_the_maximum_to_the_format_maximum():
+def test_current_scaling_maps_the_maximum_to_the_format_maximum() -> None:
     values = drawn(8, 32)
     rounded = Quantizer("current")(values, "input")
     scale = 448 / values.abs().max()
@@ -34,7 +39,7 @@ def test_current_scaling_maps_the_maximum_to_the_format_maximum():
     )
 
 
-def test_delayed_scaling_uses_the_previous_maximum():
+def test_delayed_scaling_uses_the_previous_maximum() -> None:
     quantizer = Quantizer("delayed")
     values = drawn(4, 16)
     assert torch.equal(quantizer(values, "input"), values.to(E4M3).float())  # the first scale is 1
@@ -46,7 +51,7 @@ def test_delayed_scaling_uses_the_previous_maximum():
     torch.testing.assert_close(rounded[small], larger[small], rtol=0.07, atol=0.03)
 
 
-def test_block_scales_are_powers_of_two():
+def test_block_scales_are_powers_of_two() -> None:
     values = drawn(3, 300)  # two whole blocks and a part of one
     values[0, 5] = 1e4
     rounded = Quantizer("blockwise")(values, "input")
@@ -65,11 +70,14 @@ def test_block_scales_are_powers_of_two():
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_all_three_products_use_rounded_operands(recipe):
+def test_all_three_products_use_rounded_operands(
+    recipe: Literal["delayed", "current", "blockwise"],
+) -> None:
     inputs, weight = drawn(40, 160).requires_grad_(), drawn(48, 160, seed=1).requires_grad_()
     gradient = drawn(40, 48, seed=2)
     output = _Product.apply(inputs, weight, Quantizer(recipe))
     output.backward(gradient)
+    assert inputs.grad is not None and weight.grad is not None
     by = Quantizer(recipe)
     x, w, g = by(inputs, "input"), by(weight, "weight"), by(gradient, "gradient")
     assert torch.equal(output, x @ w.t())
@@ -83,32 +91,34 @@ def test_all_three_products_use_rounded_operands(recipe):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(hf_model(), tmp_path_factory.mktemp("fp8") / "hf")
 
 
 @pytest.fixture(scope="module")
-def mesh():
+def mesh() -> Iterator[Mesh]:
     yield init_mesh(Parallel(), seed=1)
     close_mesh()
 
 
-def curve(checkpoint, mesh, steps, **model):
+def curve(
+    checkpoint: Path, mesh: Mesh, steps: int, **model: Any
+) -> tuple[npt.NDArray[np.float64], torch.Tensor, torch.Tensor, Policy]:
     """Loss of every step, and the log-probs after them."""
     cfg = Model(checkpoint=str(checkpoint), **model)
     policy = Policy(read_architecture(checkpoint), cfg, Parallel(), mesh)
     load_hf_weights(policy.chunks, checkpoint)
     policy.start_phase(Optimizer(lr=1e-5), num_steps=steps)
     batches = plan_batches(GROUPS, GROUPS[0], Batch(tokens=10_000), mesh)
-    before = torch.cat(policy.logprobs(batches, Distribution()))
+    before = torch.cat(present(policy.logprobs(batches, Distribution())))
     losses = [policy.update(batches, token_loss, Distribution(), n).loss for n in range(steps)]
-    after = torch.cat(policy.logprobs(batches, Distribution()))
+    after = torch.cat(present(policy.logprobs(batches, Distribution())))
     return np.array(losses), before, after, policy
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_hundred_steps_stay_close_to_bfloat16(checkpoint, mesh):
+def test_a_hundred_steps_stay_close_to_bfloat16(checkpoint: Path, mesh: Mesh) -> None:
     """One batch again and again: log-probs move by 0.6, and FP8 stays within a seventh of that."""
     plain, before, after, _ = curve(checkpoint, mesh, 100)
     for recipe in RECIPES:
@@ -119,7 +129,9 @@ def test_a_hundred_steps_stay_close_to_bfloat16(checkpoint, mesh):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_skipped_layers_and_other_modules_are_not_rounded(checkpoint, mesh, recipe):
+def test_skipped_layers_and_other_modules_are_not_rounded(
+    checkpoint: Path, mesh: Mesh, recipe: str
+) -> None:
     _, exact, _, plain = curve(checkpoint, mesh, 0)
     _, spared, _, _ = curve(
         checkpoint, mesh, 0, layers="fp8_emulated", fp8=recipe, fp8_skip_first_last_layers=(2, 2)

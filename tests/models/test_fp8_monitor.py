@@ -1,7 +1,10 @@
 """FP8 metrics of clipped, underflowed and non-finite values; over several updates, and for the
 buffers of Transformer Engine, which need not be installed."""
 
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -16,20 +19,20 @@ from megatron_vrl.models.fp8_emulation import (
 )
 from megatron_vrl.models.fp8_monitor import OPERANDS, delayed_scaling_amax
 from megatron_vrl.models.logprob_head import Distribution
-from megatron_vrl.parallel.mesh import close_mesh, init_mesh
+from megatron_vrl.parallel.mesh import Mesh, close_mesh, init_mesh
 from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.policy.policy import Policy
 from tests.tiny import GROUPS, token_loss
 from tests.tiny_models import hf_model, save
 
 
-def seen(quantizer, *tensors):
+def seen(quantizer: Quantizer, *tensors: torch.Tensor) -> list[float]:
     for tensor in tensors:
         quantizer(tensor, "input")
     return quantizer.pop_statistics()["input"].tolist()
 
 
-def test_an_outlier_is_clipped_and_counted_once():
+def test_an_outlier_is_clipped_and_counted_once() -> None:
     calm = torch.linspace(0.5, 1.0, 64).view(2, 32)
     wild = calm.clone()
     wild[1, 3] = 100.0
@@ -41,7 +44,9 @@ def test_an_outlier_is_clipped_and_counted_once():
 
 
 @pytest.mark.parametrize("recipe", ["current", "blockwise"])
-def test_current_and_block_scales_clip_nothing(recipe):
+def test_current_and_block_scales_clip_nothing(
+    recipe: Literal["delayed", "current", "blockwise"],
+) -> None:
     values = torch.randn(40, 160, generator=torch.Generator().manual_seed(0))
     values[3, 5], values[3, 6] = 1e6, 1e-4
     count, over, under, nonfinite, amax = seen(Quantizer(recipe), values)
@@ -52,14 +57,14 @@ def test_current_and_block_scales_clip_nothing(recipe):
         assert 0 < under < 130
 
 
-def test_non_finite_values_are_counted_and_left_out_of_amax():
+def test_non_finite_values_are_counted_and_left_out_of_amax() -> None:
     values = torch.tensor([[1.0, float("inf"), float("nan"), -2.0]])
     assert seen(Quantizer("delayed"), values) == [4, 0, 0, 2, 2.0]
     one, other = torch.tensor([[1.0, 2, 3, 4, 5]]), torch.tensor([[1.0, 1, 1, 1, 9]])
     assert merge_statistics(one, other).tolist() == [[2, 3, 4, 5, 9]]
 
 
-def test_amax_comes_from_the_history_or_the_scale():
+def test_amax_comes_from_the_history_or_the_scale() -> None:
     recipe = SimpleNamespace(delayed=lambda: True)
     forward = SimpleNamespace(
         amax_history=torch.tensor([[0.0, 3.0, 9.0], [2.0, 1.0, 9.0]]),
@@ -85,17 +90,19 @@ def test_amax_comes_from_the_history_or_the_scale():
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(hf_model(), tmp_path_factory.mktemp("fp8-monitor") / "hf")
 
 
 @pytest.fixture(scope="module")
-def mesh():
+def mesh() -> Iterator[Mesh]:
     yield init_mesh(Parallel(), seed=1)
     close_mesh()
 
 
-def updates(checkpoint, mesh, wild=False, **model):
+def updates(
+    checkpoint: Path, mesh: Mesh, wild: bool = False, **model: Any
+) -> list[dict[str, float]]:
     """FP8 metrics of three updates; `wild`: a weight gets an outlier before the last."""
     policy = Policy(
         read_architecture(checkpoint), Model(checkpoint=str(checkpoint), **model), Parallel(), mesh
@@ -119,7 +126,7 @@ def updates(checkpoint, mesh, wild=False, **model):
     return told
 
 
-def test_an_update_reports_its_outlier(checkpoint, mesh):
+def test_an_update_reports_its_outlier(checkpoint: Path, mesh: Mesh) -> None:
     calm = updates(checkpoint, mesh, layers="fp8_emulated", fp8="current")
     kinds = ("amax_max", "nonfinite", "overflow", "underflow")
     assert set(calm[0]) == {f"fp8/{operand}/{kind}" for operand in OPERANDS for kind in kinds}
@@ -136,5 +143,5 @@ def test_an_update_reports_its_outlier(checkpoint, mesh):
     assert delayed[0]["fp8/gradient/underflow"] > delayed[1]["fp8/gradient/underflow"]
 
 
-def test_without_fp8_there_are_no_metrics(checkpoint, mesh):
+def test_without_fp8_there_are_no_metrics(checkpoint: Path, mesh: Mesh) -> None:
     assert updates(checkpoint, mesh, dtype="float32") == [{}, {}, {}]

@@ -1,6 +1,8 @@
 """Gradient accumulation fusion: the decision, its description, and the config field it sets."""
 
 import importlib
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +17,7 @@ from tests.running import ROOT
 ARCH = read_architecture(ROOT / "configs" / "models" / "qwen2.5-vl-3b.json")
 
 
-def asked(**model):
+def asked(**model: Any) -> Model:
     return Model(checkpoint="none", **model)
 
 
@@ -37,14 +39,23 @@ def asked(**model):
         ),
     ],
 )
-def test_the_decision_and_its_description(model, on_gpu, here, on, word):
-    probed = []
-    found = gradient_fusion(asked(**model), on_gpu, lambda name: probed.append(name) or here)
+def test_the_decision_and_its_description(
+    model: dict[str, str], on_gpu: bool, here: bool, on: bool, word: str
+) -> None:
+    probed: list[str] = []
+
+    def probe(name: str) -> bool:
+        probed.append(name)
+        return here
+
+    found = gradient_fusion(asked(**model), on_gpu, probe)
     assert found.enabled == on and word in found.description
     assert set(probed) <= {FUSED_GRADIENT}  # PyPI's apex answers to "apex"
 
 
-def test_an_extension_that_cannot_be_loaded_is_not_importable(tmp_path, monkeypatch):
+def test_an_extension_that_cannot_be_loaded_is_not_importable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "built_for_another_torch.py").write_text("raise ImportError('undefined symbol')")
     (tmp_path / "built_for_this_torch.py").write_text("")
@@ -54,7 +65,9 @@ def test_an_extension_that_cannot_be_loaded_is_not_importable(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("on", [False, True])
-def test_language_model_and_vision_tower_use_the_decision(monkeypatch, on):
+def test_language_model_and_vision_tower_use_the_decision(
+    monkeypatch: pytest.MonkeyPatch, on: bool
+) -> None:
     monkeypatch.setattr(model, "gradient_fusion", lambda *_: GradientFusion(on, ""))
     config = language_config(ARCH, asked(), Parallel())
     vision = vision_config(ARCH.vision, config)

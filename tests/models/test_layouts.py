@@ -2,6 +2,8 @@
 
 import functools
 import subprocess
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +17,11 @@ CASES = [(name, model) for name, layout in LAYOUTS.items() for model in layout.m
 LANGUAGE, VISION, MERGER = "language", "vision", "merger"
 
 
+Trained = Callable[[str, str], dict[str, Any]]
+
+
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """trained(layout, model) -> what `layout_worker.train` returned; each layout is run once."""
     directory = tmp_path_factory.mktemp("layouts")
     for name, sizes in MODELS.items():
@@ -37,18 +42,19 @@ def trained(tmp_path_factory):
         assert done.returncode == 0, done.stderr[-3000:]
 
     @functools.cache
-    def results(name: str, model: str) -> dict:
+    def results(name: str, model: str) -> dict[str, Any]:
         layout = LAYOUTS[name]
         if layout.processes == 1:
             return train(directory / model, layout)
         launch(layout.processes)
-        return torch.load(directory / f"{name}-{model}.pt")
+        result: dict[str, Any] = torch.load(directory / f"{name}-{model}.pt")
+        return result
 
     return results
 
 
 @pytest.mark.parametrize(("name", "model"), CASES)
-def test_layout_equals_one_process(trained, name, model):
+def test_layout_equals_one_process(trained: Trained, name: str, model: str) -> None:
     _, is_frozen, frozen = name.partition("-frozen-")
     alone = "one-four-kv-heads" if model == "four-kv-heads" else "one" + is_frozen + frozen
     one = trained(alone, model)
@@ -68,14 +74,14 @@ def test_layout_equals_one_process(trained, name, model):
 
 
 @pytest.mark.parametrize(("name", "model"), CASES)
-def test_reference_stays_where_the_policy_began(trained, name, model):
+def test_reference_stays_where_the_policy_began(trained: Trained, name: str, model: str) -> None:
     gaps = trained(name, model)["reference_gap_max"]
     assert gaps[0] == 0.0  # the same numbers, by the same operations
     assert gaps[1] > 1e-3
 
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if "frozen" in name])
-def test_frozen_parts_have_no_gradient_and_stay(trained, name):
+def test_frozen_parts_have_no_gradient_and_stay(trained: Trained, name: str) -> None:
     frozen = name.partition("-frozen-")[2]
     result, free = trained(name, "untied"), trained("one", "untied")
     start = hf_model(tied=False)
@@ -95,9 +101,9 @@ def _part(tensor: str) -> str:
     return VISION if tensor.startswith("visual.") else LANGUAGE
 
 
-def _published(model) -> dict[str, torch.Tensor]:
+def _published(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     prefixes = {"model.visual.": "visual.", "model.language_model.": "model."}
-    named = {}
+    named: dict[str, torch.Tensor] = {}
     for name, param in model.named_parameters():
         prefix = next((p for p in prefixes if name.startswith(p)), "")
         named[prefixes.get(prefix, "") + name.removeprefix(prefix)] = param

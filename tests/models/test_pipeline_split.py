@@ -20,7 +20,7 @@ MODELS = Path(__file__).parents[2] / "configs" / "models"
 MODEL = Model(checkpoint="")
 
 
-def heaviest(counts, extra):
+def heaviest(counts: list[int] | tuple[int, ...], extra: tuple[float, float]) -> float:
     weights = [float(count) for count in counts]
     weights[0] += extra[0]
     weights[-1] += extra[1]
@@ -29,7 +29,9 @@ def heaviest(counts, extra):
 
 @pytest.mark.parametrize("extra", [(0.0, 0.0), (2.4, 0.7), (0.3, 3.1), (20.0, 1.0)])
 @pytest.mark.parametrize(("layers", "chunks"), [(4, 2), (9, 3), (8, 4)])
-def test_no_split_has_a_lighter_heaviest_stage(layers, chunks, extra):
+def test_no_split_has_a_lighter_heaviest_stage(
+    layers: int, chunks: int, extra: tuple[float, float]
+) -> None:
     counts = balanced_counts(layers, extra, chunks)
     assert sum(counts) == layers and min(counts) >= 1
     every_cut = product(range(1, layers + 1), repeat=chunks)
@@ -39,7 +41,7 @@ def test_no_split_has_a_lighter_heaviest_stage(layers, chunks, extra):
 
 @pytest.mark.parametrize("name", ["3b", "7b", "32b", "72b"])
 @pytest.mark.parametrize("layout", [(2, 1), (4, 1), (4, 2)])
-def test_chunks_cover_every_published_model_once(name, layout):
+def test_chunks_cover_every_published_model_once(name: str, layout: tuple[int, int]) -> None:
     arch = read_architecture(MODELS / f"qwen2.5-vl-{name}.json")
     pipeline, virtual = layout
     cfg = Parallel(pipeline=pipeline, virtual=virtual, split="balanced")
@@ -52,7 +54,7 @@ def test_chunks_cover_every_published_model_once(name, layout):
     assert len(chunks[0].layers) < len(chunks[1].layers)  # the tower is beside the first
 
 
-def test_the_tower_weighs_its_multiply_adds():
+def test_the_tower_weighs_its_multiply_adds() -> None:
     """3B by hand: 32 blocks of 4 * 1280^2 + 3 * 1280 * 3420 for each of 4 patches of a token."""
     arch = read_architecture(MODELS / "qwen2.5-vl-3b.json")
     layer = 2 * 2048**2 + 2 * 2048 * 256 + 3 * 2048 * 11008
@@ -64,7 +66,7 @@ def test_the_tower_weighs_its_multiply_adds():
     assert extra_layers(arch, frozen)[0] == pytest.approx(vision / 3)
 
 
-def test_given_counts_are_taken_as_they_are():
+def test_given_counts_are_taken_as_they_are() -> None:
     arch = read_architecture(MODELS / "qwen2.5-vl-3b.json")
     counts = [3, 11, 11, 11]
     cfg = Parallel(pipeline=2, virtual=2, layers_per_chunk=counts)

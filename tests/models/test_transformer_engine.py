@@ -1,6 +1,9 @@
 """Transformer Engine's layers, attention and FP8 compared with Megatron's, on a GPU."""
 
+from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -9,10 +12,10 @@ from megatron_vrl.checkpoint.hf_load import hf_tensors, load_hf_weights
 from megatron_vrl.config import Batch, Model, Optimizer, Parallel
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.models.logprob_head import Distribution
-from megatron_vrl.parallel.mesh import close_mesh, init_mesh
+from megatron_vrl.parallel.mesh import Mesh, close_mesh, init_mesh
 from megatron_vrl.policy.micro_batches import plan_batches
-from megatron_vrl.policy.policy import Policy
-from tests.tiny import GROUPS, token_loss
+from megatron_vrl.policy.policy import Policy, Update
+from tests.tiny import GROUPS, present, token_loss
 from tests.tiny_models import hf_model, save
 
 pytestmark = [
@@ -23,11 +26,11 @@ pytestmark = [
     ),
 ]
 RECIPES = ("delayed", "current", "blockwise")
-TE = {"layers": "transformer_engine"}
+TE: dict[str, Any] = {"layers": "transformer_engine"}
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = hf_model(hidden=256)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -36,12 +39,18 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def mesh():
+def mesh() -> Iterator[Mesh]:
     yield init_mesh(Parallel(), seed=1)
     close_mesh()
 
 
-def updated(checkpoint, mesh, steps=1, layout="shared", **model):
+def updated(
+    checkpoint: Path,
+    mesh: Mesh,
+    steps: int = 1,
+    layout: Literal["shared", "plain"] = "shared",
+    **model: Any,
+) -> tuple[torch.Tensor, Update, Policy]:
     """Log-probs under the loaded weights, the last update, the policy after it."""
     cfg = Model(checkpoint=str(checkpoint), **model)
     policy = Policy(read_architecture(checkpoint), cfg, Parallel(), mesh)
@@ -51,18 +60,20 @@ def updated(checkpoint, mesh, steps=1, layout="shared", **model):
     for _ in range(3):  # delayed scaling knows the largest values after a pass
         policy.update(batches, token_loss, Distribution(), 0)
     load_hf_weights(policy.chunks, checkpoint)
-    before = torch.cat(policy.logprobs(batches, Distribution()))
+    before = torch.cat(present(policy.logprobs(batches, Distribution())))
     update = policy.update(batches, token_loss, Distribution(), 0)
     return before, update, policy
 
 
-def gap(one, other):
+def gap(one: torch.Tensor, other: torch.Tensor) -> float:
     return (one - other).abs().mean().item()
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "flash", "transformer_engine"])
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_layers_and_attention_equal_megatrons(checkpoint, mesh, attention, recompute):
+def test_layers_and_attention_equal_megatrons(
+    checkpoint: Path, mesh: Mesh, attention: str, recompute: str
+) -> None:
     exact, one, _ = updated(checkpoint, mesh, dtype="float32")
     plain, _, _ = updated(checkpoint, mesh)
     engine, other, _ = updated(checkpoint, mesh, attention=attention, recompute=recompute, **TE)
@@ -70,7 +81,7 @@ def test_layers_and_attention_equal_megatrons(checkpoint, mesh, attention, recom
     assert other.grad_norm == pytest.approx(one.grad_norm, rel=0.05)
 
 
-def test_attention_in_the_plain_layout(checkpoint, mesh):
+def test_attention_in_the_plain_layout(checkpoint: Path, mesh: Mesh) -> None:
     exact, _, _ = updated(checkpoint, mesh, dtype="float32", layout="plain")
     for attention in ("sdpa", "flash", "transformer_engine"):
         engine, _, _ = updated(checkpoint, mesh, attention=attention, layout="plain", **TE)
@@ -78,7 +89,7 @@ def test_attention_in_the_plain_layout(checkpoint, mesh):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_fp8_equals_emulated_fp8(checkpoint, mesh, recipe):
+def test_fp8_equals_emulated_fp8(checkpoint: Path, mesh: Mesh, recipe: str) -> None:
     plain, one, _ = updated(checkpoint, mesh)
     rounded, two, _ = updated(checkpoint, mesh, layers="fp8_emulated", fp8=recipe)
     engine, three, policy = updated(checkpoint, mesh, fp8=recipe, **TE)
@@ -102,7 +113,7 @@ def test_fp8_equals_emulated_fp8(checkpoint, mesh, recipe):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_skipped_layers_stay_in_bfloat16(checkpoint, mesh, recipe):
+def test_skipped_layers_stay_in_bfloat16(checkpoint: Path, mesh: Mesh, recipe: str) -> None:
     plain, _, _ = updated(checkpoint, mesh)
     spared, _, _ = updated(checkpoint, mesh, fp8=recipe, fp8_skip_first_last_layers=(2, 2), **TE)
     some, _, _ = updated(checkpoint, mesh, fp8=recipe, fp8_skip_first_last_layers=(1, 1), **TE)
@@ -112,12 +123,14 @@ def test_skipped_layers_stay_in_bfloat16(checkpoint, mesh, recipe):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_the_reference_is_the_policy_until_it_moves(checkpoint, mesh, recipe):
+def test_the_reference_is_the_policy_until_it_moves(
+    checkpoint: Path, mesh: Mesh, recipe: Literal["none", "delayed", "current", "blockwise"]
+) -> None:
     cfg = Model(checkpoint=str(checkpoint), fp8=recipe, **TE)
     policy = Policy(read_architecture(checkpoint), cfg, Parallel(), mesh)
     load_hf_weights(policy.chunks, checkpoint)
     policy.keep_reference()
     batches = plan_batches(GROUPS, GROUPS[0], Batch(tokens=10_000), mesh)
-    ours = torch.cat(policy.logprobs(batches, Distribution()))
-    kept = torch.cat(policy.reference_logprobs(batches, Distribution()))
+    ours = torch.cat(present(policy.logprobs(batches, Distribution())))
+    kept = torch.cat(present(policy.reference_logprobs(batches, Distribution())))
     assert gap(ours, kept) < 1e-3

@@ -28,12 +28,12 @@ from megatron_vrl.observe.hardware import peak_bytes, peak_flops, reset_peak
         ("cpu", None, None),
     ],
 )
-def test_dense_peaks(name, bfloat16, fp8):
+def test_dense_peaks(name: str, bfloat16: float | None, fp8: float | None) -> None:
     for dtype, tera in {"bfloat16": bfloat16, "fp8": fp8, "float32": None}.items():
         assert peak_flops(name, dtype) == (None if tera is None else pytest.approx(tera * 1e12))
 
 
-def test_peak_memory_grows_with_allocations():
+def test_peak_memory_grows_with_allocations() -> None:
     device = torch.device("cpu")
     reset_peak(device)
     before = peak_bytes(device)
@@ -43,7 +43,7 @@ def test_peak_memory_grows_with_allocations():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_peak_memory_of_a_gpu_is_of_the_step():
+def test_peak_memory_of_a_gpu_is_of_the_step() -> None:
     device = torch.device("cuda")
     held = torch.ones(10**7, device=device)
     del held

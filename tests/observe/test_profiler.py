@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from pathlib import Path
 
 import torch
 
@@ -10,7 +11,7 @@ from megatron_vrl.observe.clock import Clock
 from megatron_vrl.observe.profiler import StepProfiler
 
 
-def test_a_chosen_step_is_traced_with_its_phases(tmp_path):
+def test_a_chosen_step_is_traced_with_its_phases(tmp_path: Path) -> None:
     clock, profiler = Clock(), StepProfiler(tmp_path, Observe(profile_steps=[2]), rank=0)
     for step in (1, 2, 3):
         with profiler("grpo", step), clock("update"):
@@ -23,7 +24,7 @@ def test_a_chosen_step_is_traced_with_its_phases(tmp_path):
     assert outer["ts"] <= inner["ts"] <= inner["ts"] + inner["dur"] <= outer["ts"] + outer["dur"]
 
 
-def test_other_ranks_are_not_traced(tmp_path):
+def test_other_ranks_are_not_traced(tmp_path: Path) -> None:
     profiler = StepProfiler(tmp_path, Observe(profile_steps=[1], profile_ranks=[1]), rank=0)
     with profiler("sft", 1):
         torch.ones(3)

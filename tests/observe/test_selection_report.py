@@ -33,7 +33,7 @@ def style_of(text: str) -> str:
     return str(style).strip()
 
 
-def test_the_style_is_that_of_a_report(tmp_path: Path):
+def test_the_style_is_that_of_a_report(tmp_path: Path) -> None:
     line = '{"phase": "grpo", "step": 1, "reward/mean": 0.5, "timing_s": {"rollout": 1.0}}'
     (tmp_path / "metrics.jsonl").write_text(line + "\n")
     report, selection = build_report(tmp_path).read_text(), page(VERDICTS)
@@ -43,7 +43,7 @@ def test_the_style_is_that_of_a_report(tmp_path: Path):
         assert text.count('<meta name="viewport"') == 1
 
 
-def test_every_verdict_has_a_colour_in_the_key_and_in_the_chart():
+def test_every_verdict_has_a_colour_in_the_key_and_in_the_chart() -> None:
     text = page(VERDICTS)
     assert HOSTILE not in text and "Kept 5 of 18 samples" in text
     first, *_ = re.findall(r'<div class="key sans">.*?</div>', text)
@@ -54,7 +54,7 @@ def test_every_verdict_has_a_colour_in_the_key_and_in_the_chart():
     assert not re.search(r"#0001|#0002", text)  # each colour is the page's
 
 
-def test_charts_are_svg_without_a_legend_over_an_axis():
+def test_charts_are_svg_without_a_legend_over_an_axis() -> None:
     for image in re.findall(r"<svg.*?</svg>", page(VERDICTS), re.DOTALL):
         tree = ElementTree.fromstring(image)
         names = [each.get("id") or "" for each in tree.iter()]
@@ -62,7 +62,7 @@ def test_charts_are_svg_without_a_legend_over_an_axis():
         assert tree.get("role") == "img" and tree.get("aria-label")
 
 
-def test_dropped_samples_never_have_the_colour_of_kept_ones():
+def test_dropped_samples_never_have_the_colour_of_kept_ones() -> None:
     text = page({"temporal_grounding": {"spread but poor": 3}})
     first, *_ = re.findall(r'<div class="key sans">.*?</div>', text)
     assert "var(--p0)" not in first and module.KEPT not in first

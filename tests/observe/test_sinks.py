@@ -3,6 +3,7 @@
 import io
 import json
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -10,18 +11,22 @@ import yaml
 
 from megatron_vrl.config import Observe
 from megatron_vrl.errors import UserError
-from megatron_vrl.observe.metrics import StepMetrics
+from megatron_vrl.observe.metrics import Phase, StepMetrics
 from megatron_vrl.observe.sinks import Sinks, open_sinks
 from megatron_vrl.storage.files import RowFile, read_rows
 
 QUIET = Observe(wandb="disabled")
 
 
-def opened(out_dir: Path, resume=None, cfg: Observe = QUIET, rank: int = 0) -> Sinks:
+def opened(
+    out_dir: Path, resume: tuple[Phase, int] | None = None, cfg: Observe = QUIET, rank: int = 0
+) -> Sinks:
     return open_sinks(out_dir, cfg, {"run": {"seed": 3}}, "a run", rank=rank, resume=resume)
 
 
-def write(sinks: Sinks, phase, steps: range, tag: float = 0.0) -> None:
+def write(
+    sinks: Sinks, phase: Literal["sft", "grpo", "eval"], steps: range, tag: float = 0.0
+) -> None:
     for step in steps:
         sinks.write(StepMetrics(phase=phase, step=step, values={"reward/mean": tag + step}))
 

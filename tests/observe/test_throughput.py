@@ -1,6 +1,7 @@
 """Throughput metrics: ratios of a step's counts; unknown values are omitted."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -8,7 +9,7 @@ from megatron_vrl.observe.metrics import METRICS
 from megatron_vrl.observe.throughput import FlopCounts, throughput_metrics
 
 COMPUTED = FlopCounts(tokens=1000, linear=5e12, attention=1e12, head=1e12, vision=2e12, merger=1e12)
-STEP = {
+STEP: dict[str, Any] = {
     "computed": COMPUTED,
     "ideal": replace(COMPUTED, tokens=900),
     "plain_tokens": 4000,
@@ -21,7 +22,7 @@ STEP = {
 }
 
 
-def test_values():
+def test_values() -> None:
     assert throughput_metrics(**STEP) == pytest.approx(
         {
             "perf/tokens_computed": 1000,
@@ -37,7 +38,7 @@ def test_values():
     assert throughput_metrics(**STEP).keys() <= METRICS.keys()
 
 
-def test_unknown_values_are_omitted():
+def test_unknown_values_are_omitted() -> None:
     assert "perf/mfu" not in throughput_metrics(**STEP | {"peak": None})
     assert (
         not {"perf/mfu", "perf/tflops_per_second"}
@@ -46,7 +47,7 @@ def test_unknown_values_are_omitted():
     assert throughput_metrics(**STEP | {"computed": FlopCounts()}) == {}
 
 
-def test_work_adds_up():
+def test_work_adds_up() -> None:
     assert COMPUTED.flops == 10e12
     twice = COMPUTED + COMPUTED
     assert twice.tokens == 2000

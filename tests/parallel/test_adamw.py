@@ -8,7 +8,7 @@ from megatron_vrl.parallel.adamw import AdamW
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.8, 0.95)])
-def test_equals_torch(weight_decay, betas):
+def test_equals_torch(weight_decay: float, betas: tuple[float, float]) -> None:
     torch.manual_seed(0)
     start = [torch.randn(5, 3), torch.randn(7)]
     runs = []
@@ -26,7 +26,7 @@ def test_equals_torch(weight_decay, betas):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
-def test_state_is_that_of_fused_adam():
+def test_state_is_that_of_fused_adam() -> None:
     param, unused = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))
     optimizer = AdamW([param, unused], lr=0.1, capturable=False)
     param.grad = torch.ones(3)

@@ -111,8 +111,8 @@ class Allocated(TorchDispatchMode):
 
     def __init__(self, live: Live, known: set[int]) -> None:
         super().__init__()
-        self._live, self._seen = live, weakref.WeakSet()
-        self._known = known
+        self._live, self._known = live, known
+        self._seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -201,7 +201,7 @@ def _peak_of_passes(policy: Policy, live: Live) -> list[int]:
         found.append(live.most)
         return finish(*arguments, **named)
 
-    policy._finalize_gradients = noting
+    vars(policy)["_finalize_gradients"] = noting
     return found
 
 

@@ -8,6 +8,8 @@ errors.
 import json
 import subprocess
 from itertools import product
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +23,7 @@ from megatron_vrl.models.qwen2_5_vl.activations import (
     recompute_of_tower,
     vision_layer,
 )
-from megatron_vrl.planner.memory import chunk_saved, in_flight, stage_memory
+from megatron_vrl.planner.memory import StageMemory, chunk_saved, in_flight, stage_memory
 from megatron_vrl.planner.rank_sizes import rank_sizes
 from megatron_vrl.planner.workload import GroupSizes, PackedBatch
 from tests.planner.measured import ARCHITECTURES, measure
@@ -35,7 +37,15 @@ LONG = ONE | {"grid": [2, 12, 16], "answers": [129] * 6}
 KINDS = ("none", "selective", "full")
 
 
-def case(base=ONE, *, parallel=None, layout="shared", groups=1, tokens=4096, **model):
+def case(
+    base: dict[str, Any] = ONE,
+    *,
+    parallel: dict[str, int] | None = None,
+    layout: str = "shared",
+    groups: int = 1,
+    tokens: int = 4096,
+    **model: Any,
+) -> dict[str, Any]:
     model = {"dtype": "float32"} | model
     own = {"parallel": parallel or {}, "layout": layout, "groups": groups, "tokens": tokens}
     return base | own | {"model": model}
@@ -65,7 +75,7 @@ TWO_RANKS = [
 ]
 
 
-def measured(tmp_path, cases, ranks=1):
+def measured(tmp_path: Path, cases: list[dict[str, Any]], ranks: int = 1) -> list[dict[str, Any]]:
     given, out = tmp_path / "cases.json", tmp_path / "out.json"
     given.write_text(json.dumps(cases))
     program = [str(WORKER), str(given), str(out)]
@@ -76,10 +86,11 @@ def measured(tmp_path, cases, ranks=1):
         [python(), *program], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(out.read_text())
+    results: list[dict[str, Any]] = json.loads(out.read_text())
+    return results
 
 
-def planned(case, ranks, row):
+def planned(case: dict[str, Any], ranks: int, row: dict[str, int]) -> tuple[StageMemory, int]:
     """Memory of the row's stage, and what is saved for backward passes at the most."""
     arch = ARCHITECTURES[case["size"]]
     cfg = RunConfig(
@@ -119,7 +130,7 @@ def planned(case, ranks, row):
     return memory, memory.activations + memory.vision + max(head, again)
 
 
-def compare(results):
+def compare(results: list[dict[str, Any]]) -> None:
     for result in results:
         for row in result["ranks"]:
             memory, saved = planned(result["case"], len(result["ranks"]), row)
@@ -127,7 +138,7 @@ def compare(results):
             for name in ("weights", "gradients", "optimizer"):  # but for a buffer's alignment
                 exact = pytest.approx(row[name], rel=1e-3)
                 assert getattr(memory, name) == exact, f"{name} of {about}"
-            within = {"rel": WITHIN}
+            within: dict[str, Any] = {"rel": WITHIN}
             assert saved == pytest.approx(row["saved"], **within), about
             passes = memory.activations + memory.vision + max(memory.log_probs, memory.working)
             assert passes == pytest.approx(row["passes"], **within), about
@@ -135,27 +146,27 @@ def compare(results):
             assert memory.update == pytest.approx(persistent + row["allocated"], **within), about
 
 
-def test_an_update_allocates_what_is_planned():
+def test_an_update_allocates_what_is_planned() -> None:
     compare([measure(case) for case in FAST])
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_memory_of_one_rank_in_every_mode(tmp_path):
+def test_memory_of_one_rank_in_every_mode(tmp_path: Path) -> None:
     compare(measured(tmp_path, ALONE))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_memory_of_two_ranks_in_every_layout(tmp_path):
+def test_memory_of_two_ranks_in_every_layout(tmp_path: Path) -> None:
     compare(measured(tmp_path, TWO_RANKS, ranks=2))
 
 
-def most(*arguments):
+def most(*arguments: int) -> list[int]:
     return [max(counts) for counts in zip(*in_flight(*arguments), strict=True)]
 
 
-def test_micro_batches_in_flight():
+def test_micro_batches_in_flight() -> None:
     assert [most(stage, 4, 1, 16) for stage in range(4)] == [[4], [3], [2], [1]]
     assert most(0, 4, 1, 2) == [2]  # no more than there are
     # Megatron's warm-up of the interleaved schedule: 2 (p - rank - 1) + (v - 1) p chunks, one more

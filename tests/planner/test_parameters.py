@@ -3,6 +3,8 @@ model."""
 
 from functools import cache
 from itertools import product
+from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -28,7 +30,7 @@ def architecture(name: str) -> Architecture:
 
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
-def test_parameter_counts_equal_transformers(path):
+def test_parameter_counts_equal_transformers(path: Path) -> None:
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_pretrained(path))
     size = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
@@ -47,7 +49,9 @@ def test_parameter_counts_equal_transformers(path):
     ("tensor", "pipeline", "virtual", "split"),
     [(1, 1, 1, "even"), (2, 2, 1, "even"), (2, 4, 1, "balanced"), (1, 2, 2, "balanced")],
 )
-def test_shards_add_up_to_the_model_and_its_copies(name, tensor, pipeline, virtual, split):
+def test_shards_add_up_to_the_model_and_its_copies(
+    name: str, tensor: int, pipeline: int, virtual: int, split: Literal["even", "balanced"]
+) -> None:
     arch = architecture(name)
     cfg = Parallel(tensor=tensor, pipeline=pipeline, virtual=virtual, split=split)
     stages = [count_stage(arch, Model(checkpoint=""), cfg, s) for s in range(pipeline)]
@@ -62,17 +66,17 @@ def test_shards_add_up_to_the_model_and_its_copies(name, tensor, pipeline, virtu
     assert held.vectors == whole.vectors - biases + biases // tensor
 
 
-def test_a_vocabulary_is_padded_for_the_ranks():
+def test_a_vocabulary_is_padded_for_the_ranks() -> None:
     arch = architecture("qwen2.5-vl-3b")
     cfg = Parallel(tensor=2)
     odd = Architecture(**{f: getattr(arch, f) for f in arch.__slots__} | {"vocab": 151_935})
     assert count_stage(odd, Model(checkpoint=""), cfg, 0).embedding == 151_936 // 2 * odd.hidden
 
 
-def test_frozen_parts_are_not_trained():
+def test_frozen_parts_are_not_trained() -> None:
     numbers = ParameterCounts(
-        vision=1, merger=10, embedding=100, matrices=1000, vectors=1e4, head=1e5
+        vision=1, merger=10, embedding=100, matrices=1000, vectors=10_000, head=100_000
     )
     for frozen, name in product((False, True), ("vision", "merger", "language")):
-        cfg = Model(checkpoint="", **{f"freeze_{name}": frozen})
+        cfg = Model.model_validate({"checkpoint": "", f"freeze_{name}": frozen})
         assert numbers.trained(cfg) == numbers.all - frozen * getattr(numbers, name)

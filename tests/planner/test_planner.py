@@ -2,7 +2,10 @@
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +15,7 @@ from megatron_vrl.config import load_config
 from megatron_vrl.errors import ConfigError, counted
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.planner.hardware import GPUS, find_gpu
-from megatron_vrl.planner.plan import PlanRequest, make_plan, refusals
+from megatron_vrl.planner.plan import Plan, PlanRequest, make_plan, refusals
 from megatron_vrl.planner.speed import Machine
 from megatron_vrl.planner.workload import TEXT_TOKENS, step_sizes, video_grid
 from megatron_vrl.process.entry import run_program
@@ -28,28 +31,38 @@ READY = {  # parameters, and the GPU that the config is for
 }
 
 
+Planned = Callable[..., tuple[int, str, str]]
+
+
 @pytest.fixture
-def plan(monkeypatch, capsys):
+def plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Planned:
     """Exit code, stdout and stderr of the program."""
     monkeypatch.chdir(ROOT)
 
-    def run(name, *arguments):
+    def run(name: str, *arguments: int | Path | str) -> tuple[int, str, str]:
         path = f"configs/{name}.yaml"
         monkeypatch.setattr(sys, "argv", ["plan.py", path, *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
             run_program(program.main)
-        return end.value.code, *capsys.readouterr()
+        code = end.value.code
+        assert isinstance(code, int)
+        return code, *capsys.readouterr()
 
     return run
 
 
-def as_json(answer):
+def as_json(answer: tuple[int, str, str]) -> tuple[int, dict[str, Any]]:
     code, out, _ = answer
     return code, json.loads(out)
 
 
 @pytest.mark.parametrize("name", READY)
-def test_ready_configs_pass_a_dry_run_and_fit(plan, name, monkeypatch, capsys):
+def test_ready_configs_pass_a_dry_run_and_fit(
+    plan: Planned,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(sys, "argv", ["train", "--config", f"configs/{name}.yaml", "--dry-run"])
     train.main()
@@ -69,7 +82,7 @@ def test_ready_configs_pass_a_dry_run_and_fit(plan, name, monkeypatch, capsys):
     assert found["bounds"].keys() == found["seconds_per_phase"].keys()
 
 
-def test_text_and_json_agree(plan):
+def test_text_and_json_agree(plan: Planned) -> None:
     code, out, err = plan("qwen2.5-vl-7b-tp2pp2")
     _, found = as_json(plan("qwen2.5-vl-7b-tp2pp2", "--json"))
     assert (code, err) == (0, "")
@@ -89,7 +102,9 @@ def test_text_and_json_agree(plan):
         ("qwen2.5-vl-3b-1gpu", "model.fp8=current", "is computed by Transformer Engine only"),
     ],
 )
-def test_refusals_use_the_messages_of_the_program(monkeypatch, name, change, reason):
+def test_refusals_use_the_messages_of_the_program(
+    monkeypatch: pytest.MonkeyPatch, name: str, change: str, reason: str
+) -> None:
     monkeypatch.chdir(ROOT)
     cfg = load_config(f"configs/{name}.yaml", [change])
     arch = read_architecture(cfg.model.architecture)
@@ -98,7 +113,7 @@ def test_refusals_use_the_messages_of_the_program(monkeypatch, name, change, rea
     assert any(part in found for part in reason.split("|")), found
 
 
-def test_an_invalid_layout_is_refused_with_the_nearest(plan):
+def test_an_invalid_layout_is_refused_with_the_nearest(plan: Planned) -> None:
     code, out, err = plan("qwen2.5-vl-7b-tp2pp2", "parallel.tensor=3", "--json")
     found = json.loads(out)
     assert code == 2 and len(err.splitlines()) == len(found["refused"]) == 2
@@ -106,7 +121,7 @@ def test_an_invalid_layout_is_refused_with_the_nearest(plan):
     assert found["nearest"]["gpus"] == 8
 
 
-def test_too_little_memory_is_refused_and_the_nearest_fits(plan):
+def test_too_little_memory_is_refused_and_the_nearest_fits(plan: Planned) -> None:
     code, found = as_json(plan("qwen2.5-vl-3b-8gpu", "model.recompute=none", "--json"))
     assert code == 2 and "the most of it is vision" in found["refused"][0]
     near = found["nearest"]
@@ -116,7 +131,7 @@ def test_too_little_memory_is_refused_and_the_nearest_fits(plan):
     assert fits["seconds_per_step"] == near["seconds_per_step"]
 
 
-def test_an_engine_that_does_not_fit_moves_to_workers(plan):
+def test_an_engine_that_does_not_fit_moves_to_workers(plan: Planned) -> None:
     name = "qwen2.5-vl-72b-tp8pp4-fp8"
     code, found = as_json(plan(name, "rollout.placement=colocated", "--json"))
     assert code == 2
@@ -128,7 +143,7 @@ def test_an_engine_that_does_not_fit_moves_to_workers(plan):
     assert max(map(len, out.splitlines())) <= 80
 
 
-def test_search_ranks_what_fits(plan):
+def test_search_ranks_what_fits(plan: Planned) -> None:
     code, found = as_json(plan("qwen2.5-vl-3b-8gpu", "--search", "--json"))
     seconds = [layout["seconds_per_step"] for layout in found["layouts"]]
     assert code == 0 and seconds == sorted(seconds) and 5 < len(seconds) < found["tried"]
@@ -140,23 +155,23 @@ def test_search_ranks_what_fits(plan):
 @pytest.mark.parametrize(
     "wrong", [["--gpus", 0], ["--mfu", 2], ["--prompt-tokens", 99999], ["--response-tokens", 0]]
 )
-def test_wrong_arguments_are_one_sentence(plan, wrong):
+def test_wrong_arguments_are_one_sentence(plan: Planned, wrong: list[int | str]) -> None:
     code, out, err = plan("qwen2.5-vl-3b-8gpu", *wrong)
     assert (code, out) == (2, "") and err.startswith("error: --") and err.count("\n") == 1
 
 
-def test_an_unknown_gpu_is_named():
+def test_an_unknown_gpu_is_named() -> None:
     with pytest.raises(ConfigError, match="h100"):
         find_gpu("v100")
 
 
-def planned(*overrides, **question):
+def planned(*overrides: str, **question: Any) -> Plan:
     cfg = load_config(ROOT / "configs" / "qwen2.5-vl-3b-8gpu.yaml", list(overrides))
     arch = read_architecture(ROOT / cfg.model.architecture)
     return make_plan(cfg, arch, replace(PlanRequest(gpu=GPUS["h100"], gpus=8), **question))
 
 
-def test_effects_of_options_on_memory_and_time():
+def test_effects_of_options_on_memory_and_time() -> None:
     full, none = planned(), planned("model.recompute=none")
     assert full.memory.stages[0].activations < none.memory.stages[0].activations / 20
     assert full.memory.stages[0].vision < none.memory.stages[0].vision / 15
@@ -172,7 +187,7 @@ def test_effects_of_options_on_memory_and_time():
     assert short.tokens < full.tokens and short.seconds < full.seconds
 
 
-def test_sizes_of_a_prompt():
+def test_sizes_of_a_prompt() -> None:
     cfg = load_config(ROOT / "configs" / "qwen2.5-vl-3b-8gpu.yaml")
     t, h, w = video_grid(cfg.video)
     tokens = t * h * w // 4
@@ -197,7 +212,7 @@ MEASURED = {
 }
 
 
-def test_a_measured_machine_is_planned_for(tmp_path, plan):
+def test_a_measured_machine_is_planned_for(tmp_path: Path, plan: Planned) -> None:
     path = tmp_path / "box.json"
     path.write_text(json.dumps(MEASURED | {"measured": "beside these, when and how"}))
     box = find_gpu(str(path))
@@ -207,8 +222,8 @@ def test_a_measured_machine_is_planned_for(tmp_path, plan):
     machine = Machine(gpu=box, gpus=8, mfu=1.0)
     near = machine.link(1e9, span=4, calls=10, ranks=4)
     far = machine.link(1e9, span=8, calls=10, ranks=8)
-    assert near == ("NVLink", pytest.approx(1.0 + 10 * 2 * 1e-4))
-    assert far == ("network", pytest.approx(10.0 + 10 * 3 * 1e-4))
+    assert near[0] == "NVLink" and near[1] == pytest.approx(1.0 + 10 * 2 * 1e-4)
+    assert far[0] == "network" and far[1] == pytest.approx(10.0 + 10 * 3 * 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +234,9 @@ def test_a_measured_machine_is_planned_for(tmp_path, plan):
         ({"hbm": "absent"}, "'hbm'"),
     ],
 )
-def test_a_machine_that_was_not_measured_is_refused(tmp_path, change, named):
+def test_a_machine_that_was_not_measured_is_refused(
+    tmp_path: Path, change: dict[str, int | str | None], named: str
+) -> None:
     path = tmp_path / "box.json"
     given = MEASURED | change
     path.write_text(json.dumps({k: v for k, v in given.items() if v != "absent"}))

@@ -4,11 +4,12 @@ docs/results/planner.md states the errors; the bounds here keep them from growin
 """
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from megatron_vrl.config import Batch, Model, Parallel, RolloutConfig, Run, RunConfig
-from megatron_vrl.models.architecture import read_architecture
+from megatron_vrl.models.architecture import Architecture, read_architecture
 from megatron_vrl.planner.hardware import GPUS
 from megatron_vrl.planner.memory import optimizer_bytes
 from megatron_vrl.planner.parameters import ParameterCounts
@@ -23,9 +24,13 @@ LLAMA3_70B = replace(LLAMA3_8B, hidden=8192, mlp=28672, layers=80, heads=64)
 LENGTH = 8192
 
 
-def pretraining(arch, gpus, batch, **parallel):
+def pretraining(arch: Architecture, gpus: int, batch: int, **parallel: Any) -> tuple[float, float]:
     """A step of text in which every token has a loss: one answer to a prompt of one token."""
-    layers = {"layers": "transformer_engine", "attention": "transformer_engine", "fp8": "current"}
+    layers: dict[str, Any] = {
+        "layers": "transformer_engine",
+        "attention": "transformer_engine",
+        "fp8": "current",
+    }
     cfg = RunConfig(
         run=Run(out_dir=""),
         model=Model(checkpoint="", **layers),
@@ -39,7 +44,7 @@ def pretraining(arch, gpus, batch, **parallel):
     return plan.model_flops / plan.tokens, plan.tokens / seconds / gpus
 
 
-def test_flops_per_token_equal_published_figures():
+def test_flops_per_token_equal_published_figures() -> None:
     """FLOP/s over tokens/s of the same row."""
     eight, _ = pretraining(LLAMA3_8B, 8, 128)
     seventy, _ = pretraining(LLAMA3_70B, 64, 256, tensor=4, sequence=True, pipeline=8, virtual=5)
@@ -47,7 +52,7 @@ def test_flops_per_token_equal_published_figures():
     assert seventy == pytest.approx(731e12 / 1_639, rel=0.01)
 
 
-def test_tokens_per_second_are_below_published_figures():
+def test_tokens_per_second_are_below_published_figures() -> None:
     """Our head computes its logits twice, and messages do not hide behind products."""
     _, eight = pretraining(LLAMA3_8B, 8, 128)
     _, seventy = pretraining(LLAMA3_70B, 64, 256, tensor=4, sequence=True, pipeline=8, virtual=5)
@@ -56,7 +61,7 @@ def test_tokens_per_second_are_below_published_figures():
 
 
 @pytest.mark.parametrize("sharers", [1, 2, 8])
-def test_bytes_per_parameter(sharers):
+def test_bytes_per_parameter(sharers: int) -> None:
     """6 + 12 / d with float32 gradients: Megatron-LM's page on its distributed optimizer."""
     cfg = RunConfig(run=Run(out_dir=""), model=Model(checkpoint=""))
     numbers = ParameterCounts(matrices=8000)

@@ -1,14 +1,16 @@
 """Micro-batches: as many on every rank, and weights that make the step one batch."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
-from types import SimpleNamespace
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 
+from megatron_vrl.batching.pack import Group
 from megatron_vrl.config import Batch, Parallel
-from megatron_vrl.parallel.mesh import close_mesh, init_mesh
+from megatron_vrl.parallel.mesh import Mesh, close_mesh, init_mesh
 from megatron_vrl.policy.micro_batches import plan_batches, rebalance
 from megatron_vrl.policy.micro_batches import tokens as num_tokens
 from tests.running import run_python
@@ -16,18 +18,20 @@ from tests.tiny import GROUPS
 
 
 @pytest.fixture(scope="module")
-def mesh():
+def mesh() -> Iterator[Mesh]:
     yield init_mesh(Parallel(), seed=1)
     close_mesh()
 
 
-def num_targets(groups):
+def num_targets(groups: list[Group]) -> int:
     return sum(group.num_targets for group in groups)
 
 
 @pytest.mark.parametrize("tokens", [1, 60, 10_000])
 @pytest.mark.parametrize("layout", ["shared", "plain"])
-def test_every_token_weighs_the_same_however_they_are_split(mesh, tokens, layout):
+def test_every_token_weighs_the_same_however_they_are_split(
+    mesh: Mesh, tokens: int, layout: Literal["shared", "plain"]
+) -> None:
     planned = plan_batches(GROUPS, GROUPS[0], Batch(tokens=tokens, layout=layout), mesh)
     assert sum(len(batch.target) for batch in planned) == num_targets(GROUPS)
     weights = np.concatenate([batch.weight for batch in planned])
@@ -35,7 +39,7 @@ def test_every_token_weighs_the_same_however_they_are_split(mesh, tokens, layout
     assert (len(planned) == 1) == (tokens == 10_000)
 
 
-def test_seed_normalisation_is_a_mean_of_means(mesh):
+def test_seed_normalisation_is_a_mean_of_means(mesh: Mesh) -> None:
     planned = plan_batches(GROUPS, GROUPS[0], Batch(tokens=60), mesh, "temporal_r1")
     assert len(planned) > 1
     for batch in planned:
@@ -58,7 +62,9 @@ EXPECTED = {  # weight of each token of an answer of R tokens
 @pytest.mark.parametrize("layout", ["shared", "plain"])
 @pytest.mark.parametrize("tokens", [1, 60, 10_000])
 @pytest.mark.parametrize("normalisation", EXPECTED)
-def test_weights_depend_on_the_answer_alone(mesh, normalisation, tokens, layout):
+def test_weights_depend_on_the_answer_alone(
+    mesh: Mesh, normalisation: Any, tokens: int, layout: Literal["shared", "plain"]
+) -> None:
     cfg = Batch(tokens=tokens, layout=layout)
     planned = plan_batches(NAMED, NAMED[0], cfg, mesh, normalisation, max_response_tokens=MOST)
     found = {
@@ -75,11 +81,11 @@ def test_weights_depend_on_the_answer_alone(mesh, normalisation, tokens, layout)
         np.testing.assert_allclose(sum(weight.sum() for weight in found.values()), 1, rtol=1e-5)
 
 
-def test_micro_batches_are_even_by_the_cost_that_is_given(mesh):
+def test_micro_batches_are_even_by_the_cost_that_is_given(mesh: Mesh) -> None:
     """Two of four groups hold most of the vision work: they are apart, at the same budget."""
     heavy = {GROUPS[1].prompt.id, GROUPS[2].prompt.id}
 
-    def cost(group):
+    def cost(group: Group) -> float:
         return 10.0 if group.prompt.id in heavy else 1.0
 
     planned = plan_batches(GROUPS, GROUPS[0], Batch(tokens=60), mesh, cost=cost)
@@ -91,9 +97,10 @@ def test_micro_batches_are_even_by_the_cost_that_is_given(mesh):
         assert len(seen & {group.prompt.visuals[0].path for group in GROUPS[1:3]}) == 1
 
 
-def test_the_interleaved_schedule_gets_one_length_and_whole_rounds(mesh):
+def test_the_interleaved_schedule_gets_one_length_and_whole_rounds(mesh: Mesh) -> None:
     """Three groups in rounds of two: no filler as long as a micro-batch can be cut."""
-    staged = replace(mesh, interleaved=True, pipeline=SimpleNamespace(size=2, rank=0))
+    axis = replace(mesh.pipeline, size=2, rank=0)
+    staged = replace(mesh, interleaved=True, pipeline=axis)
     for tokens, count, dummy_groups in ((10_000, 2, 0), (60, 2, 0), (1, 4, 1)):
         planned = plan_batches(GROUPS[:3], GROUPS[0], Batch(tokens=tokens), staged)
         assert len(planned) == count
@@ -103,17 +110,17 @@ def test_the_interleaved_schedule_gets_one_length_and_whole_rounds(mesh):
         np.testing.assert_allclose(total, 1, rtol=1e-5)
 
 
-def test_one_rank_keeps_its_groups(mesh):
+def test_one_rank_keeps_its_groups(mesh: Mesh) -> None:
     assert rebalance(GROUPS, mesh, num_tokens) == GROUPS
     assert rebalance([], mesh, num_tokens) == []
 
 
-def test_nothing_to_learn_is_no_batch(mesh):
+def test_nothing_to_learn_is_no_batch(mesh: Mesh) -> None:
     assert plan_batches([], GROUPS[0], Batch(), mesh) == []
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("two_ranks")
     done = run_python(
         "launch/torchrun.py",
@@ -124,7 +131,7 @@ def two_ranks(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_first_stage_looks_for_the_others(two_ranks):
+def test_the_first_stage_looks_for_the_others(two_ranks: list[dict[str, Any]]) -> None:
     first, second = (rank["seen"] for rank in two_ranks)
     assert (len(first), len(second)) == (1, 2)
     for seen, tokens in (*first, *second):
@@ -132,7 +139,7 @@ def test_the_first_stage_looks_for_the_others(two_ranks):
 
 
 @pytest.mark.slow
-def test_two_ranks_share_weights_fill_up_and_fail_together(two_ranks):
+def test_two_ranks_share_weights_fill_up_and_fail_together(two_ranks: list[dict[str, Any]]) -> None:
     """Three groups on one rank, one on the other, each a micro-batch; then an error of one."""
     first, second = (rank["alone"] for rank in two_ranks)
     assert len(first["weights"]) == len(second["weights"]) == 3
@@ -148,7 +155,7 @@ def test_two_ranks_share_weights_fill_up_and_fail_together(two_ranks):
 
 
 @pytest.mark.slow
-def test_two_ranks_cut_finer_before_they_fill_up(two_ranks):
+def test_two_ranks_cut_finer_before_they_fill_up(two_ranks: list[dict[str, Any]]) -> None:
     """Two micro-batches of one rank, and two groups of the other that would fit in one."""
     for planned, own in zip((r["finer"] for r in two_ranks), (GROUPS[:2], GROUPS[2:]), strict=True):
         assert len(planned["weights"]) == 2
@@ -159,7 +166,9 @@ def test_two_ranks_cut_finer_before_they_fill_up(two_ranks):
 
 
 @pytest.mark.slow
-def test_two_ranks_hand_over_as_few_groups_as_make_them_even(two_ranks):
+def test_two_ranks_hand_over_as_few_groups_as_make_them_even(
+    two_ranks: list[dict[str, Any]],
+) -> None:
     first, second = (rank["rebalanced"] for rank in two_ranks)
     # 26 + 31 + 27 tokens beside 15: the 31 goes over, the 26 and 27 stay
     assert [len(first["ids"]), len(second["ids"])] == [2, 2]
@@ -171,7 +180,7 @@ def test_two_ranks_hand_over_as_few_groups_as_make_them_even(two_ranks):
 
 
 @pytest.mark.slow
-def test_two_ranks_exchange_objects_whole_and_in_order(two_ranks):
+def test_two_ranks_exchange_objects_whole_and_in_order(two_ranks: list[dict[str, Any]]) -> None:
     first, second = (rank["exchanged"] for rank in two_ranks)
     assert first["numbers"] == [[1, 0, 0]]  # sender, receiver, which of them
     assert second["numbers"] == [[0, 1, 0], [1, 1, 0], [1, 1, 1]]

@@ -1,40 +1,47 @@
 """One process: the update does not depend on how the batch is cut, on the number format's
 rounding, or on chance; and what is not a number never reaches a weight."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 import torch
 
 from megatron_vrl.algorithms import ALGORITHMS
 from megatron_vrl.algorithms import token_loss as loss_of
+from megatron_vrl.algorithms.tokens import Tokens
+from megatron_vrl.batching.pack import Group
 from megatron_vrl.checkpoint.hf_load import hf_tensors, load_hf_weights
 from megatron_vrl.config import Algorithm, Batch, Model, Optimizer, Parallel
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.models.layers import VarlenAttention
 from megatron_vrl.models.logprob_head import Distribution
 from megatron_vrl.models.precision import ATTENTION
-from megatron_vrl.parallel.mesh import close_mesh, init_mesh
+from megatron_vrl.parallel.mesh import Mesh, close_mesh, init_mesh
 from megatron_vrl.policy.micro_batches import plan_batches
-from megatron_vrl.policy.policy import Policy
-from tests.tiny import GROUPS, token_loss
+from megatron_vrl.policy.policy import Policy, TokenLoss, Update
+from tests.tiny import GROUPS, present, token_loss
 from tests.tiny_models import hf_model, save
 from tests.varlen import kernel_by_definition
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(hf_model(), tmp_path_factory.mktemp("policy") / "hf")
 
 
 @pytest.fixture(scope="module")
-def mesh():
+def mesh() -> Iterator[Mesh]:
     yield init_mesh(Parallel(), seed=1)
     close_mesh()
 
 
-def updated(checkpoint, mesh, *, tokens=10_000, steps=1, **model):
+def updated(
+    checkpoint: Path, mesh: Mesh, *, tokens: int = 10_000, steps: int = 1, **model: Any
+) -> tuple[Policy, Update]:
     """The policy after `steps` updates, and what the last one did."""
     cfg = Model(checkpoint=str(checkpoint), **{"dtype": "float32", **model})
     policy = Policy(read_architecture(checkpoint), cfg, Parallel(), mesh)
@@ -46,11 +53,11 @@ def updated(checkpoint, mesh, *, tokens=10_000, steps=1, **model):
     return policy, update
 
 
-def weights(policy):
+def weights(policy: Policy) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in hf_tensors(policy.chunks)}
 
 
-def test_accumulated_gradients_are_those_of_one_batch(checkpoint, mesh):
+def test_accumulated_gradients_are_those_of_one_batch(checkpoint: Path, mesh: Mesh) -> None:
     whole, one = updated(checkpoint, mesh)
     cut, many = updated(checkpoint, mesh, tokens=1)
     assert many.loss == pytest.approx(one.loss, rel=1e-5)
@@ -60,7 +67,9 @@ def test_accumulated_gradients_are_those_of_one_batch(checkpoint, mesh):
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_an_update_over_sequences_of_any_length(checkpoint, mesh, monkeypatch, recompute):
+def test_an_update_over_sequences_of_any_length(
+    checkpoint: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch, recompute: str
+) -> None:
     """The way of `flash`, with a kernel that runs here, gives what buckets give."""
     by_definition = partial(VarlenAttention, kernel=kernel_by_definition)
     buckets, one = updated(checkpoint, mesh)
@@ -75,7 +84,7 @@ def test_an_update_over_sequences_of_any_length(checkpoint, mesh, monkeypatch, r
         assert (ours - theirs).norm() < 1e-4 * theirs.norm(), name
 
 
-def test_bfloat16_has_float32_gradients_and_main_weights(checkpoint, mesh):
+def test_bfloat16_has_float32_gradients_and_main_weights(checkpoint: Path, mesh: Mesh) -> None:
     _, exact = updated(checkpoint, mesh)
     policy, rounded = updated(checkpoint, mesh, dtype="bfloat16")
     assert rounded.loss == pytest.approx(exact.loss, rel=0.05)
@@ -83,13 +92,14 @@ def test_bfloat16_has_float32_gradients_and_main_weights(checkpoint, mesh):
     params = list(policy.chunks[0].parameters())
     assert {param.dtype for param in params} == {torch.bfloat16}
     assert {param.main_grad.dtype for param in params} == {torch.float32}
+    assert policy.optimizer is not None
     main = [p for group in policy.optimizer.param_groups for p in group["params"]]
     assert {param.dtype for param in main} == {torch.float32}
     # A step smaller than bfloat16's spacing is not lost: it stays in the main weights.
     assert any((p - p.bfloat16()).abs().max() > 0 for p in main)
 
 
-def test_deterministic_mode_repeats_every_bit(checkpoint, mesh):
+def test_deterministic_mode_repeats_every_bit(checkpoint: Path, mesh: Mesh) -> None:
     torch.use_deterministic_algorithms(True)
     try:
         first, second = (updated(checkpoint, mesh, tokens=60, steps=2)[0] for _ in range(2))
@@ -100,16 +110,23 @@ def test_deterministic_mode_repeats_every_bit(checkpoint, mesh):
     assert all(torch.equal(tensor, other[name]) for name, tensor in weights(first).items())
 
 
-def test_log_probs_alone_are_those_of_the_update(checkpoint, mesh):
+def test_log_probs_alone_are_those_of_the_update(checkpoint: Path, mesh: Mesh) -> None:
     policy, _ = updated(checkpoint, mesh)
     batches = plan_batches(GROUPS, GROUPS[0], Batch(tokens=60), mesh)
-    alone = policy.logprobs(batches, Distribution())
+    alone = present(policy.logprobs(batches, Distribution()))
     update = policy.update(batches, token_loss, Distribution(), 1)
     total = sum(float(logprob.sum()) for logprob in alone)
     assert total / sum(map(len, alone)) == pytest.approx(update.metrics["logprob"], rel=1e-5)
 
 
-def one_update(checkpoint, mesh, groups, token_loss, batch=None, normalisation="global_tokens"):
+def one_update(
+    checkpoint: Path,
+    mesh: Mesh,
+    groups: list[Group],
+    token_loss: TokenLoss,
+    batch: Batch | None = None,
+    normalisation: Any = "global_tokens",
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], Update, dict[str, torch.Tensor]]:
     """The policy, its start, what the update did, and every gradient of it."""
     cfg = Model(checkpoint=str(checkpoint), dtype="float32")
     parallel = Parallel(distributed_optimizer=False)
@@ -119,8 +136,10 @@ def one_update(checkpoint, mesh, groups, token_loss, batch=None, normalisation="
     policy.start_phase(Optimizer(lr=1e-3, weight_decay=0.0), num_steps=1)
     before = weights(policy)
     batches = plan_batches(groups, groups[0], batch or Batch(tokens=10_000), mesh, normalisation)
-    old = [logprob + 0.1 for logprob in policy.logprobs(batches, Distribution())]
-    reference = [logprob - 0.2 for logprob in policy.reference_logprobs(batches, Distribution())]
+    old = [logprob + 0.1 for logprob in present(policy.logprobs(batches, Distribution()))]
+    reference = [
+        logprob - 0.2 for logprob in present(policy.reference_logprobs(batches, Distribution()))
+    ]
     update = policy.update(batches, token_loss, Distribution(), 0, old=old, reference=reference)
     gradients = {name: p.main_grad.clone() for name, p in policy.chunks[0].named_parameters()}
     return before, weights(policy), update, gradients
@@ -142,7 +161,9 @@ RAGGED = [NAMED[0], ONE_ANSWER, replace(NAMED[2], answers=(ONE_TOKEN, *NAMED[2].
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_every_loss_is_that_of_the_plain_layout_however_it_is_packed(checkpoint, mesh, name):
+def test_every_loss_is_that_of_the_plain_layout_however_it_is_packed(
+    checkpoint: Path, mesh: Mesh, name: Any
+) -> None:
     """Ragged answers, one of one token, a group of one answer; all terms of the loss at once."""
     cfg = Algorithm(
         name=name,
@@ -167,7 +188,7 @@ def test_every_loss_is_that_of_the_plain_layout_however_it_is_packed(checkpoint,
             assert error < 1e-5, f"{parameter}: {error:.1e}"
 
 
-def test_without_advantages_no_weight_changes(checkpoint, mesh):
+def test_without_advantages_no_weight_changes(checkpoint: Path, mesh: Mesh) -> None:
     idle = [replace(g, answers=tuple(replace(a, advantage=0.0) for a in g.answers)) for g in GROUPS]
     loss = partial(loss_of, cfg=Algorithm(kl=0.0, entropy=0.0))
     before, after, update, _ = one_update(checkpoint, mesh, idle, loss)
@@ -179,16 +200,18 @@ class _Poison(torch.autograd.Function):
     """Its input; where it is hit, the gradient is not a number."""
 
     @staticmethod
-    def forward(ctx, values, hit):
+    def forward(ctx: Any, values: torch.Tensor, hit: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(hit)
         return values.clone()
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return grad.masked_fill(ctx.saved_tensors[0], torch.nan), None
 
 
-def poisoned(tokens, *, where, number):
+def poisoned(
+    tokens: Tokens, *, where: str, number: float
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """A loss that goes wrong for the answer with this advantage."""
     loss, metrics = loss_of(tokens, cfg=Algorithm())
     hit = tokens.advantage == number
@@ -198,7 +221,9 @@ def poisoned(tokens, *, where, number):
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
-def test_a_gradient_that_is_no_number_is_not_applied_and_named(checkpoint, mesh, where):
+def test_a_gradient_that_is_no_number_is_not_applied_and_named(
+    checkpoint: Path, mesh: Mesh, where: str
+) -> None:
     number = float(torch.tensor(NAMED[2].answers[1].advantage))
     loss = partial(poisoned, where=where, number=number)
     one_each = Batch(tokens=1)
@@ -209,7 +234,9 @@ def test_a_gradient_that_is_no_number_is_not_applied_and_named(checkpoint, mesh,
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
 
 
-def test_an_update_that_raises_leaves_megatrons_config_as_it_was(checkpoint, mesh):
+def test_an_update_that_raises_leaves_megatrons_config_as_it_was(
+    checkpoint: Path, mesh: Mesh
+) -> None:
     cfg = Model(checkpoint=str(checkpoint), dtype="float32")
     policy = Policy(read_architecture(checkpoint), cfg, Parallel(overlap=True), mesh)
     load_hf_weights(policy.chunks, checkpoint)
@@ -218,7 +245,7 @@ def test_an_update_that_raises_leaves_megatrons_config_as_it_was(checkpoint, mes
     names = ("finalize_model_grads_func", "no_sync_func", "grad_sync_func")
     seen = []
 
-    def failing(tokens):
+    def failing(tokens: Tokens) -> NoReturn:
         seen.append([getattr(config, name) is not None for name in names])
         raise ZeroDivisionError
 

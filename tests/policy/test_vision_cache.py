@@ -1,12 +1,14 @@
 """Videos seen once by a frozen tower: same log-probs, bounded memory, nothing of old weights."""
 
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_vrl.batching.pack import Answer, Group
+from megatron_vrl.batching.pack import Answer, Group, MicroBatch
 from megatron_vrl.checkpoint.hf_load import load_hf_weights
 from megatron_vrl.config import Batch, Model, Parallel, RunConfig
 from megatron_vrl.errors import ConfigError
@@ -14,28 +16,29 @@ from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.models.logprob_head import Distribution
 from megatron_vrl.models.qwen2_5_vl.flops import group_flops, micro_batch_flops
 from megatron_vrl.parallel.arrays import as_array, as_tensor
-from megatron_vrl.parallel.mesh import close_mesh, init_mesh
+from megatron_vrl.parallel.mesh import Mesh, close_mesh, init_mesh
 from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.policy.policy import Policy
 from megatron_vrl.policy.vision_cache import VisionEmbeddingCache
 from megatron_vrl.trainer.dry_run import check_visual_input
-from tests.tiny import image, prompt, video
+from megatron_vrl.types import EncodedVideo, Prompt
+from tests.tiny import image, present, prompt, video
 from tests.tiny_models import hf_model, save
 
 
 @pytest.fixture(scope="module")
-def mesh():
+def mesh() -> Iterator[Mesh]:
     yield init_mesh(Parallel(), seed=1)
     close_mesh()
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(hf_model(), tmp_path_factory.mktemp("cache") / "hf")
 
 
 @pytest.fixture
-def policy(mesh, checkpoint):
+def policy(mesh: Mesh, checkpoint: Path) -> Policy:
     cfg = Model(checkpoint=str(checkpoint), dtype="float32", freeze_vision=True, freeze_merger=True)
     policy = Policy(read_architecture(checkpoint), cfg, Parallel(), mesh)
     load_hf_weights(policy.chunks, checkpoint)
@@ -49,23 +52,23 @@ PROMPTS = [
 ]
 
 
-def groups_of(prompts):
+def groups_of(prompts: list[Prompt]) -> list[Group]:
     answer = Answer(
         token_ids=np.arange(5), advantage=1.0, engine_logprobs=np.zeros(5, dtype=np.float32)
     )
     return [Group(prompt=one, answers=(answer, answer)) for one in prompts]
 
 
-def batches_of(policy, prompts):
+def batches_of(policy: Policy, prompts: list[Prompt]) -> list[MicroBatch]:
     groups = groups_of(prompts)
     return plan_batches(groups, groups[0], Batch(tokens=10_000), policy.mesh)
 
 
-def logprobs(policy, prompts):
-    return torch.cat(policy.logprobs(batches_of(policy, prompts), Distribution()))
+def logprobs(policy: Policy, prompts: list[Prompt]) -> torch.Tensor:
+    return torch.cat(present(policy.logprobs(batches_of(policy, prompts), Distribution())))
 
 
-def test_log_probs_are_those_of_the_pixels(policy, monkeypatch):
+def test_log_probs_are_those_of_the_pixels(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = VisionEmbeddingCache(policy, 64).embed(PROMPTS)
     assert [len(one.seen) for one in seen] == [1, 0, 2]
     expected = logprobs(policy, PROMPTS)
@@ -73,23 +76,27 @@ def test_log_probs_are_those_of_the_pixels(policy, monkeypatch):
     torch.testing.assert_close(logprobs(policy, seen), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_each_video_is_seen_once(policy):
+def test_each_video_is_seen_once(policy: Policy) -> None:
     cache = VisionEmbeddingCache(policy, 64)
     for _ in range(2):
         first, *_ = cache.embed(PROMPTS)
         assert cache.encoded == 3
     (again,) = cache.embed([replace(PROMPTS[0], id="another question")])
     assert again.seen[0] is first.seen[0] and cache.encoded == 3
-    other_frames = replace(PROMPTS[0].visuals[0], frame_indices=np.arange(4) + 9)
+    shown = PROMPTS[0].visuals[0]
+    assert isinstance(shown, EncodedVideo)
+    other_frames = replace(shown, frame_indices=np.arange(4) + 9)
     cache.embed([replace(PROMPTS[0], visuals=(other_frames,))])
     assert cache.encoded == 4
 
 
-def test_a_tower_that_was_written_to_sees_anew(policy, checkpoint):
+def test_a_tower_that_was_written_to_sees_anew(policy: Policy, checkpoint: Path) -> None:
     cache = VisionEmbeddingCache(policy, 64)
     (before,) = cache.embed(PROMPTS[:1])
     with torch.no_grad():
-        policy.chunks[0].vision.merger.out.weight.mul_(1.5)
+        tower = policy.chunks[0].vision
+        assert tower is not None
+        tower.merger.out.weight.mul_(1.5)
     (after,) = cache.embed(PROMPTS[:1])
     assert cache.epoch == 1 and not np.allclose(before.seen[0], after.seen[0])
     changed = logprobs(policy, PROMPTS[:1])
@@ -100,7 +107,7 @@ def test_a_tower_that_was_written_to_sees_anew(policy, checkpoint):
     assert cache.epoch == 2 and np.array_equal(back.seen[0], before.seen[0])
 
 
-def test_memory_is_bounded(policy, monkeypatch):
+def test_memory_is_bounded(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_vrl.policy.vision_cache.MIB", 1)
     prompts = [prompt([video((2, 4, 4), 1.0, seed)], seed) for seed in range(4)]
     (first,) = VisionEmbeddingCache(policy, 10**6).embed(prompts[:1])
@@ -114,7 +121,7 @@ def test_memory_is_bounded(policy, monkeypatch):
     assert cache.encoded == 4
 
 
-def test_what_was_seen_before_is_no_work(policy):
+def test_what_was_seen_before_is_no_work(policy: Policy) -> None:
     seen = VisionEmbeddingCache(policy, 64).embed(PROMPTS)
     arch = policy.arch
     (batch,), (pixels,) = batches_of(policy, seen), batches_of(policy, PROMPTS)
@@ -125,12 +132,14 @@ def test_what_was_seen_before_is_no_work(policy):
     )
 
 
-def test_a_tower_that_is_trained_is_refused():
-    def config(visual_input):
-        return RunConfig(
-            run={"out_dir": "out"},
-            model={"checkpoint": "c", "freeze_vision": True},
-            rollout={"visual_input": visual_input},
+def test_a_tower_that_is_trained_is_refused() -> None:
+    def config(visual_input: str) -> RunConfig:
+        return RunConfig.model_validate(
+            {
+                "run": {"out_dir": "out"},
+                "model": {"checkpoint": "c", "freeze_vision": True},
+                "rollout": {"visual_input": visual_input},
+            }
         )
 
     check_visual_input(config("pixels"))
@@ -138,7 +147,7 @@ def test_a_tower_that_is_trained_is_refused():
         check_visual_input(config("embeddings"))
 
 
-def test_sixteen_bits_travel_as_they_are():
+def test_sixteen_bits_travel_as_they_are() -> None:
     tensor = torch.randn(3, 4).bfloat16()
     array = as_array(tensor)
     assert array.dtype == np.uint16 and torch.equal(as_tensor(array), tensor)

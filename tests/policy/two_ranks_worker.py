@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vrl.batching.pack import MicroBatch
+from megatron_vrl.batching.pack import Group, MicroBatch
 from megatron_vrl.config import Batch, Parallel
 from megatron_vrl.errors import VideoError
 from megatron_vrl.parallel.mesh import Mesh, exchange_objects, init_mesh, raise_on_all_ranks
@@ -68,7 +68,7 @@ def summary(planned: list[MicroBatch]) -> dict[str, Any]:
     }
 
 
-def rebalanced(mine: list, mesh: Mesh) -> dict[str, Any]:
+def rebalanced(mine: list[Group], mesh: Mesh) -> dict[str, Any]:
     groups = rebalance(mine, mesh, tokens)
     original = {group.prompt.id: group for group in GROUPS}
     return {

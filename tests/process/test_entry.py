@@ -40,7 +40,7 @@ def ranks(folder: Path, program: str, failing: str) -> str:
 
 
 @pytest.mark.parametrize("failing", ["0", "1", "01"])
-def test_an_error_of_any_rank_is_said_once(tmp_path, failing):
+def test_an_error_of_any_rank_is_said_once(tmp_path: Path, failing: str) -> None:
     assert ranks(tmp_path, RAISES, failing) == "error: the file is empty.\n"
 
 
@@ -67,7 +67,7 @@ run_program(main)
 """
 
 
-def test_the_first_error_of_any_rank_is_kept(tmp_path):
+def test_the_first_error_of_any_rank_is_kept(tmp_path: Path) -> None:
     (tmp_path / "error.txt").write_text("of an earlier run")
     started = [
         subprocess.Popen(
@@ -94,7 +94,9 @@ run_program(main, unblocked=frozenset())
 
 
 @pytest.mark.slow
-def test_an_error_of_one_rank_of_a_run_is_kept_in_its_directory(quickstart, tmp_path):
+def test_an_error_of_one_rank_of_a_run_is_kept_in_its_directory(
+    quickstart: Path, tmp_path: Path
+) -> None:
     program, out = tmp_path / "program.py", tmp_path / "out"
     program.write_text(MISTAKEN)
     out.mkdir()
@@ -109,7 +111,7 @@ def test_an_error_of_one_rank_of_a_run_is_kept_in_its_directory(quickstart, tmp_
 
 
 @pytest.mark.slow
-def test_under_the_launcher_an_error_of_the_second_rank_is_said_once(tmp_path):
+def test_under_the_launcher_an_error_of_the_second_rank_is_said_once(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(RAISES)
     launcher = [sys.executable, "launch/torchrun.py", "--standalone", "--nproc-per-node", "2"]
@@ -132,11 +134,12 @@ run_program(main)
 """
 
 
-def test_the_line_of_an_interrupted_program_says_what_is_kept():
+def test_the_line_of_an_interrupted_program_says_what_is_kept() -> None:
     command = [sys.executable, "-c", WAITS]
     with subprocess.Popen(
         command, cwd=ROOT, env=ENVIRONMENT, stdout=-1, stderr=-1, text=True
     ) as program:
+        assert program.stdout is not None
         assert program.stdout.readline() == "ready\n"
         program.send_signal(signal.SIGINT)
         assert program.communicate(timeout=60) == (
@@ -146,9 +149,9 @@ def test_the_line_of_an_interrupted_program_says_what_is_kept():
     assert program.returncode == 130
 
 
-def test_an_interrupted_tool_says_one_line(tmp_path):
+def test_an_interrupted_tool_says_one_line(tmp_path: Path) -> None:
     """Its helpers hear the terminal's Ctrl-C, too."""
-    command = [sys.executable, "tools/make_synthetic.py", "--out", tmp_path / "clips"]
+    command = [sys.executable, "tools/make_synthetic.py", "--out", str(tmp_path / "clips")]
     with subprocess.Popen(
         [*command, "--num", "3000"],
         cwd=ROOT,

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,10 +32,10 @@ time.sleep(60)
 
 
 @pytest.fixture
-def hold():
+def hold() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     started = []
 
-    def start(out: Path, rank: int = 0, writes_s: float = 0.0) -> subprocess.Popen:
+    def start(out: Path, rank: int = 0, writes_s: float = 0.0) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             [python(), "-c", HOLDER, str(out), str(rank), str(writes_s)],
             cwd=ROOT,
@@ -44,6 +45,7 @@ def hold():
             start_new_session=True,
         )
         started.append(process)
+        assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
         return process
 
@@ -53,7 +55,9 @@ def hold():
         process.communicate()
 
 
-def test_a_second_run_is_told_who_holds_it_and_has_it_once_the_holder_is_killed(hold, tmp_path):
+def test_a_second_run_is_told_who_holds_it_and_has_it_once_the_holder_is_killed(
+    hold: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
     first = hold(tmp_path)
     with pytest.raises(RunInUse, match=rf"in use by another run \(host .*, process {first.pid}, "):
         Owner(tmp_path, 0, 0.3)
@@ -61,7 +65,9 @@ def test_a_second_run_is_told_who_holds_it_and_has_it_once_the_holder_is_killed(
     Owner(tmp_path, 0, 30).release()
 
 
-def test_any_rank_and_any_writer_keeps_the_directory(hold, tmp_path):
+def test_any_rank_and_any_writer_keeps_the_directory(
+    hold: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
     first = hold(tmp_path)
     other = hold(tmp_path, rank=1, writes_s=2)
     first.kill()
@@ -82,7 +88,9 @@ def lease(out: Path, beat: int) -> None:
     (out / "lock" / "holder.json").write_text(json.dumps(fields))
 
 
-def test_another_host_keeps_the_directory_as_long_as_its_lease_changes(tmp_path, monkeypatch):
+def test_another_host_keeps_the_directory_as_long_as_its_lease_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(run_lock, "SILENT_S", 1.0)
     monkeypatch.setattr(run_lock, "BEAT_S", 0.2)
     lease(tmp_path, 0)
@@ -108,7 +116,9 @@ def test_another_host_keeps_the_directory_as_long_as_its_lease_changes(tmp_path,
     assert not (tmp_path / "lock" / "holder.json").exists()
 
 
-def test_a_holder_whose_lease_was_replaced_knows(tmp_path, monkeypatch):
+def test_a_holder_whose_lease_was_replaced_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(run_lock, "BEAT_S", 0.1)
     monkeypatch.setattr(run_lock._state, "lost", False)
     owner = Owner(tmp_path, 0, 0)
@@ -124,14 +134,18 @@ def test_a_holder_whose_lease_was_replaced_knows(tmp_path, monkeypatch):
     assert (tmp_path / "lock" / "holder.json").exists()  # it is the other's
 
 
-def test_a_lease_that_stands_still_is_waited_out_however_short_the_timeout(tmp_path, monkeypatch):
+def test_a_lease_that_stands_still_is_waited_out_however_short_the_timeout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(run_lock, "SILENT_S", 0.5)
     monkeypatch.setattr(run_lock, "BEAT_S", 0.2)
     lease(tmp_path, 0)
     Owner(tmp_path, 0, 0).release()
 
 
-def test_a_folder_of_a_tool_has_one_call_at_a_time(tmp_path, monkeypatch):
+def test_a_folder_of_a_tool_has_one_call_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(run_lock, "TOOL_WAITS_S", 0.1)
     out = tmp_path / "new" / "out"
     refused = rf"out is in use by another call \(host .*, process {os.getpid()}, since .*\): wait "
@@ -149,14 +163,16 @@ def test_a_folder_of_a_tool_has_one_call_at_a_time(tmp_path, monkeypatch):
             check_owned(out)
 
 
-def test_a_folder_of_a_tool_that_cannot_be_made_is_named(tmp_path):
+def test_a_folder_of_a_tool_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     sentence = r"--out .*file/out cannot be written \(Not a directory\): choose another folder"
     with pytest.raises(ConfigError, match=sentence), owned(tmp_path / "file" / "out"):
         pass
 
 
-def test_an_evaluation_in_a_folder_that_another_holds_is_refused(hold, tmp_path):
+def test_an_evaluation_in_a_folder_that_another_holds_is_refused(
+    hold: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
     first = hold(tmp_path / "out")
     (tmp_path / "a.json").write_text(
         '{"v": {"timestamps": [[0, 2]], "sentences": ["a"], "duration": 10.0}}'
@@ -177,7 +193,9 @@ def test_an_evaluation_in_a_folder_that_another_holds_is_refused(hold, tmp_path)
     assert run_python(*command, cwd=tmp_path).returncode == 0
 
 
-def test_what_others_see_of_a_directory(hold, tmp_path, monkeypatch):
+def test_what_others_see_of_a_directory(
+    hold: Callable[..., subprocess.Popen[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert held(tmp_path) is None
     first = hold(tmp_path)
     seen = held(tmp_path)

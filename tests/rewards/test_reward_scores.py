@@ -1,6 +1,7 @@
 """Scores: the released golden vectors, the strict ones beside them, and what must always hold."""
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -81,7 +82,10 @@ GOLDEN = [  # name, response, released (IoU, format), strict (IoU, format)
 
 
 @pytest.mark.parametrize(("name", "response", "released", "strict"), GOLDEN)
-def test_golden_vectors(name, response, released, strict):
+def test_golden_vectors(
+    name: str, response: str, released: tuple[float, int], strict: tuple[float, int]
+) -> None:
+    mode: Literal["strict", "temporal_r1"]
     for mode, (temporal_iou, form) in (("temporal_r1", released), ("strict", strict)):
         components, total = score(SAMPLE, response, mode, HALF)
         assert components["format"] == form
@@ -89,7 +93,7 @@ def test_golden_vectors(name, response, released, strict):
         assert total == 0.5 * components["format"] + 0.5 * components["temporal_iou"]
 
 
-def test_the_papers_example():
+def test_the_papers_example() -> None:
     assert iou((85.0, 139.5), (75.0, 127.0)) == pytest.approx(0.6512, abs=5e-5)
 
 
@@ -98,7 +102,9 @@ intervals = st.tuples(times, times).filter(lambda i: i[1] - i[0] > 1e-3)
 
 
 @given(intervals, intervals)
-def test_iou_is_symmetric_and_in_range(left, right):
+def test_iou_is_symmetric_and_in_range(
+    left: tuple[float, float], right: tuple[float, float]
+) -> None:
     value = iou(left, right)
     assert 0.0 <= value <= 1.0
     assert value == iou(right, left)
@@ -107,15 +113,19 @@ def test_iou_is_symmetric_and_in_range(left, right):
 
 
 @given(intervals, intervals, st.floats(-100, 100), st.floats(0.1, 10))
-def test_iou_keeps_under_translation_and_scale(left, right, shift, scale):
-    def moved(interval):
+def test_iou_keeps_under_translation_and_scale(
+    left: tuple[float, float], right: tuple[float, float], shift: float, scale: float
+) -> None:
+    def moved(interval: tuple[float, float]) -> tuple[float, float]:
         return interval[0] * scale + shift, interval[1] * scale + shift
 
     assert iou(moved(left), moved(right)) == pytest.approx(iou(left, right), abs=1e-6)
 
 
 @given(intervals, intervals)
-def test_released_and_strict_agree_on_ordered_answers_inside_the_video(truth, predicted):
+def test_released_and_strict_agree_on_ordered_answers_inside_the_video(
+    truth: tuple[float, float], predicted: tuple[float, float]
+) -> None:
     sample = replace(SAMPLE, duration_s=1000.0, intervals_s=(truth,))
     start, end = (f"{t:.4f}" for t in predicted)
     response = answer(f'"{start}"', f'"{end}"')
@@ -127,7 +137,9 @@ def test_released_and_strict_agree_on_ordered_answers_inside_the_video(truth, pr
 @given(
     st.text(max_size=80), st.sampled_from(list(TASKS)), st.sampled_from(["strict", "temporal_r1"])
 )
-def test_every_component_and_total_is_in_range(text, task, mode):
+def test_every_component_and_total_is_in_range(
+    text: str, task: str, mode: Literal["strict", "temporal_r1"]
+) -> None:
     sample = replace(SAMPLE, task=task)
     for response in (text, f"<think></think><answer>{text}</answer>", answer(text, text)):
         components, total = score(sample, response, mode, reward_weights(Rewards())[task])
@@ -135,16 +147,16 @@ def test_every_component_and_total_is_in_range(text, task, mode):
         assert 0.0 <= total <= 1.0
 
 
-def test_the_best_of_several_intervals_counts():
+def test_the_best_of_several_intervals_counts() -> None:
     several = replace(SAMPLE, intervals_s=((0.0, 1.0), (6.0, 15.0), (20.0, 30.0)))
     assert score(several, RIGHT, "strict", HALF)[1] == 1.0
 
 
-def test_grounded_totals_tell_the_halves_apart():
+def test_grounded_totals_tell_the_halves_apart() -> None:
     sample = replace(SAMPLE, task="grounded_qa")
     weights = {"format": 0.5, "temporal_iou": 0.2, "accuracy": 0.3}
 
-    def total(option, start, end):
+    def total(option: str, start: float, end: float) -> float:
         body = f'{{"option": "{option}", "start_time": "{start}", "end_time": "{end}"}}'
         return score(sample, f"<think></think><answer>{body}</answer>", "strict", weights)[1]
 
@@ -154,7 +166,7 @@ def test_grounded_totals_tell_the_halves_apart():
     assert total("A", 20.0, 30.0) == pytest.approx(0.5)
 
 
-def test_a_component_without_a_weight_is_logged_and_counts_nothing():
+def test_a_component_without_a_weight_is_logged_and_counts_nothing() -> None:
     components, total = score(SAMPLE, RIGHT, "strict", {"temporal_iou": 0.25})
     assert components == {"format": 1.0, "temporal_iou": 1.0} and total == 0.25
     assert score(SAMPLE, RIGHT, "strict", {})[1] == 0.0
@@ -183,13 +195,13 @@ def test_a_component_without_a_weight_is_logged_and_counts_nothing():
         ),
     ],
 )
-def test_weights_are_checked(weights, sentence):
+def test_weights_are_checked(weights: dict[str, float], sentence: str) -> None:
     with pytest.raises(ConfigError) as error:
         reward_weights(Rewards(weights={"temporal_grounding": weights}))
     assert str(error.value) == sentence
 
 
-def test_a_component_without_a_given_weight_keeps_its_default():
+def test_a_component_without_a_given_weight_keeps_its_default() -> None:
     weights = reward_weights(Rewards(weights={"temporal_grounding": {"format": 1.0}}))
     assert weights["temporal_grounding"] == {"format": 1.0, "temporal_iou": 0.5}
     assert weights["multiple_choice"] == TASKS["multiple_choice"].default_weights
@@ -197,11 +209,11 @@ def test_a_component_without_a_given_weight_keeps_its_default():
         reward_weights(Rewards(weights={"temporal_groundin": {"format": 1.0}}))
 
 
-def test_released_scores_exist_for_grounding_alone():
+def test_released_scores_exist_for_grounding_alone() -> None:
     released = [name for name, task in TASKS.items() if task.temporal_r1_components]
     assert released == ["temporal_grounding"]
     sample = replace(SAMPLE, task="multiple_choice")
     response = "<think></think><answer>(b)</answer>"
-    modes = ("temporal_r1", "strict")
+    modes: tuple[Literal["temporal_r1", "strict"], ...] = ("temporal_r1", "strict")
     seed, strict = (score(sample, response, mode, {"accuracy": 1.0}) for mode in modes)
     assert seed == strict == ({"format": 0.0, "accuracy": 1.0}, 1.0)

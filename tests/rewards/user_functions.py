@@ -3,34 +3,36 @@
 import os
 import time
 
+from megatron_vrl.types import VideoSample
 
-def brief(response, sample):
+
+def brief(response: str, sample: VideoSample) -> float:
     return 1.0 / (1 + len(response))
 
 
-def named(response, sample):
+def named(response: str, sample: VideoSample) -> float:
     return float(sample.query in response)
 
 
-def broken(response, sample):
+def broken(response: str, sample: VideoSample) -> float:
     return 1 / 0 if "bad" in response else 1.0
 
 
-def slow(response, sample):
+def slow(response: str, sample: VideoSample) -> float:
     if "slow" in response:
         time.sleep(60)
     return 0.5
 
 
-def leaves(response, sample):
+def leaves(response: str, sample: VideoSample) -> float:
     if "leave" in response:
         os._exit(3)
     return 0.5
 
 
-def too_much(response, sample):
+def too_much(response: str, sample: VideoSample) -> float:
     return 3.0
 
 
-def nothing(response, sample):
+def nothing(response: str, sample: VideoSample) -> None:
     return None

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,14 +16,14 @@ from megatron_vrl.rollout.workers.protocol import encode
 
 
 @pytest.fixture
-def tensors():
+def tensors() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     shapes = [(3,), (7, 5), (), (1, 1000), (64, 2), (0,), (2, 3, 4)]
     return {f"t{index}": torch.randn(shape) for index, shape in enumerate(shapes)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_round_trip(tensors, dtype):
+def test_round_trip(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
     writer, reader = BucketWriter(dtype), BucketReader()
     for part in (list(tensors.items())[:3], list(tensors.items())[3:], list(tensors.items())):
         received = dict(reader.read(writer.write(part)))
@@ -31,7 +32,7 @@ def test_round_trip(tensors, dtype):
             torch.testing.assert_close(received[name], tensor.to(dtype), rtol=0, atol=0)
 
 
-def test_a_bucket_sent_as_bytes_keeps_its_tensors(tensors):
+def test_a_bucket_sent_as_bytes_keeps_its_tensors(tensors: dict[str, torch.Tensor]) -> None:
     writer = BucketWriter(torch.float32)
     bucket = writer.write(tensors.items())
     inbox = BucketWriter(torch.float32)
@@ -42,7 +43,7 @@ def test_a_bucket_sent_as_bytes_keeps_its_tensors(tensors):
             torch.testing.assert_close(read[name], tensor, rtol=0, atol=0)
 
 
-def test_memory_is_allocated_once(tensors):
+def test_memory_is_allocated_once(tensors: dict[str, torch.Tensor]) -> None:
     writer, before = BucketWriter(torch.float32), os.listdir("/proc/self/fd")
     buckets = [writer.write(tensors.items()) for _ in range(3)]
     assert len({(bucket.memory, bucket.memory_bytes) for bucket in buckets}) == 1
@@ -51,7 +52,7 @@ def test_memory_is_allocated_once(tensors):
     assert len(os.listdir("/proc/self/fd")) == len(before) - 1
 
 
-def test_other_files_are_not_mapped(tensors, tmp_path):
+def test_other_files_are_not_mapped(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
     secret = tmp_path / "file"
     secret.write_bytes(bytes(1 << 16))
     bucket = BucketWriter(torch.float32).write(tensors.items())
@@ -59,7 +60,7 @@ def test_other_files_are_not_mapped(tensors, tmp_path):
         dict(BucketReader().read(replace(bucket, path=str(secret))))
 
 
-def test_another_process_can_map_a_bucket(tensors):
+def test_another_process_can_map_a_bucket(tensors: dict[str, torch.Tensor]) -> None:
     writer = BucketWriter(torch.float32)
     bucket = writer.write(tensors.items())
     code = (
@@ -72,7 +73,9 @@ def test_another_process_can_map_a_bucket(tensors):
     assert float(result.stdout) == pytest.approx(sum(t.double().sum() for t in tensors.values()))
 
 
-def test_checksums_depend_on_every_bit_and_not_on_the_order(tensors):
+def test_checksums_depend_on_every_bit_and_not_on_the_order(
+    tensors: dict[str, torch.Tensor],
+) -> None:
     checksums = tensor_checksums(tensors.items(), torch.float32)
     assert tensor_checksums(reversed(tensors.items()), torch.float32) == checksums
     changed = dict(tensors, t1=torch.nextafter(tensors["t1"], torch.tensor(9.0)))
@@ -80,7 +83,7 @@ def test_checksums_depend_on_every_bit_and_not_on_the_order(tensors):
     assert {name for name in checksums if checksums[name] != other[name]} == {"t1"}
 
 
-def test_checksums_use_hf_names_and_ignore_the_sign_of_zero():
+def test_checksums_use_hf_names_and_ignore_the_sign_of_zero() -> None:
     zero = {"model.language_model.norm.weight": torch.zeros(2), "model.visual.a": torch.ones(1)}
     other = {"model.norm.weight": -torch.zeros(2), "visual.a": torch.ones(1)}
     assert tensor_checksums(zero.items(), torch.float32) == tensor_checksums(
@@ -89,7 +92,7 @@ def test_checksums_use_hf_names_and_ignore_the_sign_of_zero():
 
 
 @pytest.mark.gpu
-def test_another_process_can_open_a_bucket_on_the_gpu(tensors):
+def test_another_process_can_open_a_bucket_on_the_gpu(tensors: dict[str, torch.Tensor]) -> None:
     """The reader opens the memory by CUDA IPC once, and reads the next bucket in it."""
     writer, codec = BucketWriter(torch.bfloat16, torch.device("cuda", 0)), "megatron_vrl.rollout"
     code = (
@@ -105,6 +108,7 @@ def test_another_process_can_open_a_bucket_on_the_gpu(tensors):
     reader = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
+    assert reader.stdin is not None and reader.stdout is not None
     for factor in (1, 2):
         scaled = {name: (tensor * factor).bfloat16() for name, tensor in tensors.items()}
         bucket = writer.write(scaled.items())

@@ -9,7 +9,7 @@ QUERY = "model.layers.0.self_attn.q_proj.weight"
 
 
 @pytest.fixture
-def tensors():
+def tensors() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     rows = torch.tensor([[1e-4], [1.0], [100.0], [0.0]])
     names = ["visual.blocks.0.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"]
@@ -17,13 +17,13 @@ def tensors():
     return plain | {QUERY: torch.randn(4, 64) * rows}
 
 
-def test_only_language_matrices_are_rounded(tensors):
+def test_only_language_matrices_are_rounded(tensors: dict[str, torch.Tensor]) -> None:
     seen = dict(emulate_fp8(tensors.items()))
     assert list(seen) == list(tensors)
     assert [name for name in tensors if not torch.equal(seen[name], tensors[name])] == [QUERY]
 
 
-def test_three_bits_of_mantissa_and_a_scale_for_each_row(tensors):
+def test_three_bits_of_mantissa_and_a_scale_for_each_row(tensors: dict[str, torch.Tensor]) -> None:
     before, after = tensors[QUERY], dict(emulate_fp8(tensors.items()))[QUERY]
     assert torch.all(after[3] == 0)
     largest = before.abs().amax(1, keepdim=True)

@@ -1,6 +1,9 @@
 """Vision embeddings instead of pixels: equal rollouts, and vLLM's tower never runs."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,14 +22,18 @@ from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.policy.policy import Policy
 from megatron_vrl.policy.vision_cache import VisionEmbeddingCache
 from megatron_vrl.rollout.request import SamplingSpec, make_request
+from megatron_vrl.rollout.vllm.engine import VllmEngine
 from megatron_vrl.rollout.workers.protocol import GenerateRequest, decode, encode
+from megatron_vrl.types import Prompt, Rollout
+from tests.rollout.conftest import MakePrompt
+from tests.tiny import present
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 SPEC = SamplingSpec(n=2, temperature=1.0, top_p=1.0, max_tokens=12, seed=5)
 
 
 @pytest.fixture
-def policy(engine, checkpoint):
+def policy(engine: VllmEngine, checkpoint: Path) -> Iterator[Policy]:
     mesh = init_mesh(Parallel(), seed=1)
     cfg = Model(checkpoint=str(checkpoint), dtype="float32", freeze_vision=True, freeze_merger=True)
     policy = Policy(read_architecture(checkpoint), cfg, Parallel(), mesh)
@@ -36,7 +43,7 @@ def policy(engine, checkpoint):
 
 
 @pytest.fixture
-def prompts(policy, make_prompt):
+def prompts(policy: Policy, make_prompt: MakePrompt) -> list[Prompt]:
     vision = policy.arch.vision
     placed = []
     for seed in range(3):
@@ -54,18 +61,20 @@ def prompts(policy, make_prompt):
 
 
 @pytest.fixture
-def shown(engine):
+def shown(engine: VllmEngine) -> list[int]:
     """A list that grows by one at each run of the engine's vision tower."""
     calls: list[int] = []
 
-    def hook(model):
+    def hook(model: Any) -> None:
         model.visual.register_forward_pre_hook(lambda *_: calls.append(1))
 
     engine._llm.apply_model(hook)
     return calls
 
 
-def largest_gap(policy, engine, prompts, answers) -> float:
+def largest_gap(
+    policy: Policy, engine: VllmEngine, prompts: list[Prompt], answers: Sequence[Sequence[Rollout]]
+) -> float:
     """Return the largest difference of the trainer's and the engine's log-prob of a token."""
     groups = [
         Group(
@@ -79,11 +88,13 @@ def largest_gap(policy, engine, prompts, answers) -> float:
     ]
     batches = plan_batches(groups, groups[0], Batch(tokens=10_000), policy.mesh)
     of = Distribution(temperature=SPEC.temperature, banned=engine.banned_token_ids)
-    pairs = zip(policy.logprobs(batches, of), batches, strict=True)
+    pairs = zip(present(policy.logprobs(batches, of)), batches, strict=True)
     return max(float(np.abs(ours.numpy() - b.engine_logprob).max()) for ours, b in pairs)
 
 
-def test_one_encoding_serves_engine_reference_and_update(policy, engine, prompts, shown):
+def test_one_encoding_serves_engine_reference_and_update(
+    policy: Policy, engine: VllmEngine, prompts: list[Prompt], shown: list[int]
+) -> None:
     pixels = engine.generate(prompts, SPEC)
     assert len(shown) > 0
     cache, before = VisionEmbeddingCache(policy, 64), len(shown)
@@ -96,11 +107,15 @@ def test_one_encoding_serves_engine_reference_and_update(policy, engine, prompts
     assert len(shown) == before and cache.encoded == len(prompts)
 
 
-def test_a_changed_tower_changes_the_rollouts(policy, engine, prompts, shown):
+def test_a_changed_tower_changes_the_rollouts(
+    policy: Policy, engine: VllmEngine, prompts: list[Prompt], shown: list[int]
+) -> None:
     cache = VisionEmbeddingCache(policy, 64)
     before = engine.generate(cache.embed(prompts), SPEC)
     with torch.no_grad():
-        policy.chunks[0].vision.merger.out.weight.mul_(-1.5)
+        tower = policy.chunks[0].vision
+        assert tower is not None
+        tower.merger.out.weight.mul_(-1.5)
     engine.push_weights(WeightExport(policy.chunks).tensors(), version=2)
     seen = cache.embed(prompts)
     after = engine.generate(seen, SPEC)
@@ -110,11 +125,14 @@ def test_a_changed_tower_changes_the_rollouts(policy, engine, prompts, shown):
     assert first[0].shape != first[1].shape or np.abs(first[0] - first[1]).max() > 1e-2
 
 
-def test_embeddings_are_sent_to_workers_without_pixels(policy, prompts):
+def test_embeddings_are_sent_to_workers_without_pixels(
+    policy: Policy, prompts: list[Prompt]
+) -> None:
     (seen,) = VisionEmbeddingCache(policy, 64).embed(prompts[:1])
     ask = GenerateRequest(request=make_request(seen), spec=SPEC.for_prompt(0), version=0)
     (video,) = decode(encode(ask), GenerateRequest).request.videos
-    assert video.frames.size == 0 and np.array_equal(video.embeddings, seen.seen[0])
+    assert video.frames.size == 0 and video.embeddings is not None
+    assert np.array_equal(video.embeddings, seen.seen[0])
     plain = GenerateRequest(request=make_request(prompts[0]), spec=SPEC.for_prompt(0), version=0)
     (video,) = decode(encode(plain), GenerateRequest).request.videos
     assert video.embeddings is None and np.array_equal(video.frames, prompts[0].visuals[0].frames)

@@ -3,6 +3,8 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from megatron_vrl.config import RunConfig
 from megatron_vrl.errors import ConfigError, DataError, RolloutError
 from megatron_vrl.rollout.records import encode, read_rollouts, record_of, short_floats
-from megatron_vrl.rollout.replay import ReplayEngine, ReplayFiles, check_replay
+from megatron_vrl.rollout.replay import ReplayEngine, ReplayFiles, ReplayFuture, check_replay
 from megatron_vrl.rollout.request import SamplingSpec
 from megatron_vrl.storage.compressed import FrameFile
 from megatron_vrl.types import RewardComponent, Rollout, ScoredGroup, VideoSample
@@ -53,7 +55,7 @@ def scored(number: int, version: int = 0) -> ScoredGroup:
     )
 
 
-def store(path, *groups: ScoredGroup, trainer: int = 0) -> None:
+def store(path: Path, *groups: ScoredGroup, trainer: int = 0) -> None:
     """One step of a rank, begun at the trainer's version."""
     file = FrameFile(path)
     records = [record_of(g, None, "invalid", SPEC, trainer + 1, trainer) for g in groups]
@@ -62,14 +64,20 @@ def store(path, *groups: ScoredGroup, trainer: int = 0) -> None:
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path: Path) -> Path:
     store(tmp_path / "rank-0000.jsonl.zst", scored(0), scored(2))
     store(tmp_path / "rank-0000.jsonl.zst", scored(4, version=1), trainer=1)
     store(tmp_path / "rank-0001.jsonl.zst", scored(1))
     return tmp_path
 
 
-def ask(folder, *numbers: int, version: int = 0, importance_weights: bool = False, spec=SPEC):
+def ask(
+    folder: Path,
+    *numbers: int,
+    version: int = 0,
+    importance_weights: bool = False,
+    spec: SamplingSpec = SPEC,
+) -> tuple[ReplayEngine, list[ReplayFuture]]:
     engine = ReplayEngine(ReplayFiles(folder), importance_weights)
     engine.sync(version, 1)
     prompts = [scored(number).prompt for number in numbers]
@@ -77,13 +85,13 @@ def ask(folder, *numbers: int, version: int = 0, importance_weights: bool = Fals
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1))
-def test_nine_digits_keep_every_number_of_32_bits(values):
+def test_nine_digits_keep_every_number_of_32_bits(values: list[float]) -> None:
     exact = np.array(values, dtype=np.float32)
     stored = json.loads(json.dumps(short_floats(exact)))
     assert np.array(stored, dtype=np.float32).tobytes() == exact.tobytes()
 
 
-def test_rollouts_are_replayed_exactly(folder):
+def test_rollouts_are_replayed_exactly(folder: Path) -> None:
     _, asked = ask(folder, 2, 1, 0)
     for number, answers in zip((2, 1, 0), asked, strict=True):
         assert answers.done()
@@ -94,7 +102,7 @@ def test_rollouts_are_replayed_exactly(folder):
             assert found.token_ids.dtype == np.int64 and found.logprobs.dtype == np.float32
 
 
-def test_other_programs_read_the_groups(folder):
+def test_other_programs_read_the_groups(folder: Path) -> None:
     rows = list(read_rollouts(folder))
     assert [(row["step"], row["sample"]) for row in rows] == [
         (1, "s0"),
@@ -106,14 +114,14 @@ def test_other_programs_read_the_groups(folder):
     assert (second["reward"], second["components"]) == (None, {"format": None})
 
 
-def test_groups_become_ready_at_the_version_that_took_them(folder):
+def test_groups_become_ready_at_the_version_that_took_them(folder: Path) -> None:
     engine, (first, later) = ask(folder, 0, 4)
     assert (first.done(), later.done()) == (True, False)
     engine.sync(1, 1)
     assert later.done()
 
 
-def test_a_second_sync_of_one_version_makes_all_groups_ready(folder):
+def test_a_second_sync_of_one_version_makes_all_groups_ready(folder: Path) -> None:
     engine, (later, missing) = ask(folder, 4, 9)
     assert engine.no_live_workers and not later.done() and not missing.done()
     engine.sync(0, 1)
@@ -122,7 +130,7 @@ def test_a_second_sync_of_one_version_makes_all_groups_ready(folder):
     assert not missing.done()
 
 
-def test_missing_rollouts_name_their_sample(folder):
+def test_missing_rollouts_name_their_sample(folder: Path) -> None:
     _, (missing,) = ask(folder, 9)
     with pytest.raises(
         RolloutError, match=r"holds no rollouts of sample s9 with seed \d+: generate"
@@ -141,13 +149,15 @@ def test_missing_rollouts_name_their_sample(folder):
         ({"max_tokens": 4}, "rollout.max_response_tokens=8, not 4"),
     ],
 )
-def test_rollouts_of_another_spec_are_refused(folder, change, key):
+def test_rollouts_of_another_spec_are_refused(
+    folder: Path, change: dict[str, Any], key: str
+) -> None:
     _, (asked,) = ask(folder, 0, spec=replace(SPEC, **change))
     with pytest.raises(RolloutError, match=f"sample s0 in .* were generated with {key}"):
         asked.result()
 
 
-def test_rollouts_of_another_video_are_refused(folder):
+def test_rollouts_of_another_video_are_refused(folder: Path) -> None:
     engine, _ = ask(folder)
     other = replace(scored(0).prompt, visuals=(video((2, 4, 4), 1.0, 5),))
     (asked,) = engine.submit([other], [SPEC.for_prompt(0)])
@@ -155,7 +165,7 @@ def test_rollouts_of_another_video_are_refused(folder):
         asked.result()
 
 
-def test_old_rollouts_need_importance_weights(folder):
+def test_old_rollouts_need_importance_weights(folder: Path) -> None:
     _, (asked,) = ask(folder, 0, version=3)
     with pytest.raises(RolloutError, match="sample s0 are of weights 0, and the trainer has 3"):
         asked.result()
@@ -163,21 +173,24 @@ def test_old_rollouts_need_importance_weights(folder):
     assert [rollout.weight_version for rollout in importance_weights.result()] == [0, 0]
 
 
-def test_a_group_that_is_stored_twice_is_refused(folder):
+def test_a_group_that_is_stored_twice_is_refused(folder: Path) -> None:
     shutil.copy(folder / "rank-0001.jsonl.zst", folder / "rank-0002.jsonl.zst")
     with pytest.raises(DataError, match=r"sample s1 with seed .* twice"):
         ReplayFiles(folder)
 
 
-def test_other_files_are_refused_by_name(tmp_path):
+def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
     file = FrameFile(tmp_path / "other.jsonl.zst")
     file.append([b'{"id": 3}'])
     with pytest.raises(DataError, match="holds a line that is not a group of rollouts"):
         ReplayFiles(tmp_path)
 
 
-def test_configs_that_replay_cannot_serve_are_refused(folder):
-    def check(rollout=None, **sections):
+def test_configs_that_replay_cannot_serve_are_refused(folder: Path) -> None:
+    def check(
+        rollout: dict[str, Any] | None = None,
+        **sections: Any,
+    ) -> None:
         rollout = {"placement": "replay", "replay_dir": str(folder)} | (rollout or {})
         run, model = {"out_dir": str(folder / "out")}, {"checkpoint": "c"}
         check_replay(RunConfig(**{"run": run, "model": model, "rollout": rollout, **sections}))

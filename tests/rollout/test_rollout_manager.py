@@ -2,12 +2,15 @@
 
 import socket
 import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 import uvicorn
 from starlette.applications import Starlette
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -28,11 +31,11 @@ SERVED = ServedModel(architecture="a", dtype="float32", max_model_len=64, banned
 
 
 @contextmanager
-def worker_that_takes_no_weights():
+def worker_that_takes_no_weights() -> Iterator[tuple[str, list[str]]]:
     """A worker with good health that refuses every call: its address and the paths called."""
     asked = []
 
-    async def answer(request):
+    async def answer(request: Request) -> Response:
         asked.append(request.url.path)
         if request.url.path == "/health":
             health = Health(
@@ -51,7 +54,7 @@ def worker_that_takes_no_weights():
     thread.join()
 
 
-def test_weights_that_no_worker_takes_end_the_run(tmp_path):
+def test_weights_that_no_worker_takes_end_the_run(tmp_path: Path) -> None:
     checkpoint = save(hf_model(), tmp_path / "hf")
     mesh = init_mesh(Parallel(), seed=1)
     cfg = Model(checkpoint=str(checkpoint), dtype="float32")

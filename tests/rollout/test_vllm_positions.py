@@ -5,9 +5,12 @@ seconds of a temporal step as a float32 tensor. transformers is no oracle here: 
 disagree on the text after a video.
 """
 
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
@@ -16,22 +19,26 @@ from megatron_vrl.rollout.vllm.startup import import_vllm
 
 pytestmark = pytest.mark.slow  # imports vLLM
 
+Item = tuple[str, tuple[int, int, int], float]  # modality, grid, seconds of a temporal step
+Positions = Callable[..., tuple[npt.NDArray[np.int64], int]]
 TEXT, VIDEO, IMAGE = 7, 90, 91
 START, END = 92, 93
 
 
 @pytest.fixture(scope="module")
-def vllm_positions():
+def vllm_positions() -> Positions:
     """vllm_positions(ids, [(modality, offset, grid_thw, seconds)], tokens_per_second, merge)."""
     import_vllm()
     from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration as Model
     from vllm.multimodal import inputs
 
-    def elem(value):
+    def elem(value: object) -> Any:
         field = inputs.MultiModalSharedField(batch_size=1)
         return inputs.MultiModalFieldElem(data=torch.tensor(value), field=field)
 
-    def feature(modality, offset, grid_thw, seconds, merge):
+    def feature(
+        modality: str, offset: int, grid_thw: tuple[int, int, int], seconds: float, merge: int
+    ) -> Any:
         data = {f"{modality}_grid_thw": elem(grid_thw)}
         if modality == "video":
             data["second_per_grid_ts"] = elem(np.float32(seconds))
@@ -43,8 +50,14 @@ def vllm_positions():
             mm_position=inputs.PlaceholderRange(offset=offset, length=length),
         )
 
-    def positions(ids, items, tokens_per_second, merge):
-        model = Model.__new__(Model)  # the method reads the config alone
+    def positions(
+        ids: list[int],
+        items: list[tuple[str, int, tuple[int, int, int], float]],
+        tokens_per_second: int,
+        merge: int,
+    ) -> tuple[npt.NDArray[np.int64], int]:
+        kind: Any = Model
+        model = kind.__new__(kind)  # the method reads the config alone
         vision = SimpleNamespace(spatial_merge_size=merge, tokens_per_second=tokens_per_second)
         model.__dict__["config"] = SimpleNamespace(vision_config=vision)
         features = [feature(*item, merge) for item in items]
@@ -54,11 +67,11 @@ def vllm_positions():
     return positions
 
 
-def video(steps, height, width, seconds):
+def video(steps: int, height: int, width: int, seconds: float) -> Item:
     return "video", (steps, height, width), seconds
 
 
-def image(height, width):
+def image(height: int, width: int) -> Item:
     return "image", (1, height, width), 0.0
 
 
@@ -84,7 +97,7 @@ CASES = {
 
 @pytest.mark.parametrize("tokens_per_second", [2, 4])
 @pytest.mark.parametrize("name", CASES)
-def test_positions_equal_vllm(vllm_positions, name, tokens_per_second):
+def test_positions_equal_vllm(vllm_positions: Positions, name: str, tokens_per_second: int) -> None:
     ids, items = [TEXT] * 3, []
     for modality, grid_thw, seconds in CASES[name]:
         pad = VIDEO if modality == "video" else IMAGE
@@ -102,13 +115,14 @@ def test_positions_equal_vllm(vllm_positions, name, tokens_per_second):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_random_prompts_equal_vllm(vllm_positions, seed):
+def test_random_prompts_equal_vllm(vllm_positions: Positions, seed: int) -> None:
     rng = np.random.default_rng(seed)
     ids, items, blocks = [TEXT] * int(rng.integers(0, 4)), [], []
     for _ in range(rng.integers(1, 5)):
         modality = rng.choice(["video", "image"])
         steps = int(rng.integers(1, 40)) if modality == "video" else 1
-        grid = (steps, *(int(side) * 2 for side in rng.integers(1, 12, 2)))
+        height, width = (int(side) * 2 for side in rng.integers(1, 12, 2))
+        grid = (steps, height, width)
         seconds = float(np.float32(rng.uniform(0.05, 3))) if modality == "video" else 0.0
         items.append((modality, len(ids), grid, seconds))
         pad = VIDEO if modality == "video" else IMAGE

@@ -7,7 +7,8 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_vrl import config
-from megatron_vrl.rollout.vllm.engine import SamplingSpec, VllmEngine
+from megatron_vrl.rollout.request import SamplingSpec
+from megatron_vrl.rollout.vllm.engine import VllmEngine
 from tests.rollout.conftest import MAX_MODEL_LEN, prompt_maker
 from tests.tiny import sharded_tensors
 
@@ -33,7 +34,7 @@ def main(checkpoint: Path) -> None:
         engine.generate([make_prompt(seed) for seed in range(1 + rank)], spec)
     assert groups_work()
     [group] = engine.generate([make_prompt(9)], spec)
-    answers: list = [None, None]
+    answers: list[list[list[int]] | None] = [None, None]
     torch.distributed.all_gather_object(answers, [r.token_ids.tolist() for r in group])
     assert answers[0] == answers[1]  # same weights, prompt and seed, whatever came before
     del engine

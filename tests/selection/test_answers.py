@@ -13,7 +13,9 @@ ROWS = [{"id": name, "answers": []} for block in BLOCKS for name in block]
 
 
 @given(st.integers(0, len(ROWS)), st.booleans(), st.sets(st.sampled_from("abcdefg")))
-def test_whole_blocks_without_stale_samples_are_kept(tmp_path_factory, lines, torn, stale):
+def test_whole_blocks_without_stale_samples_are_kept(
+    tmp_path_factory: pytest.TempPathFactory, lines: int, torn: bool, stale: set[str]
+) -> None:
     path = tmp_path_factory.mktemp("rows") / "answers-0.jsonl"
     path.write_text(json_lines(ROWS[:lines]) + ('{"id": "z", "ta' if torn else ""))
     written = {row["id"] for row in ROWS[:lines]}
@@ -23,6 +25,6 @@ def test_whole_blocks_without_stale_samples_are_kept(tmp_path_factory, lines, to
     assert list(resume(path, BLOCKS)) == expected  # and nothing more is lost
 
 
-def test_rows_hold_numbers_only():
+def test_rows_hold_numbers_only() -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         json_lines([{"id": "a", "reward": float("nan")}])

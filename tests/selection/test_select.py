@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,7 +15,7 @@ from megatron_vrl.selection.rules import KEPT, OVER_BUDGET, UNDECODABLE, candida
 RULE = Selection(min_std=0.1, min_mean=0.2)
 
 
-def answers(**components):
+def answers(**components: list[float]) -> list[dict[str, Any]]:
     """{"accuracy": [1, 0]} -> two answers."""
     length = len(next(iter(components.values())))
     return [
@@ -33,7 +34,7 @@ TASK_OF = {
 }
 
 
-def verdict(rows, rule=RULE):
+def verdict(rows: list[dict[str, Any]], rule: Selection = RULE) -> str:
     task = TASK_OF[tuple(rows[0]["components"])] if rows else "temporal_grounding"
     (found,) = select([candidate("a", task, rows, {"temporal_iou": 1.0})], rule)
     return found.verdict
@@ -58,12 +59,14 @@ def verdict(rows, rule=RULE):
         ([], UNDECODABLE),
     ],
 )
-def test_the_rules(rows, expected):
+def test_the_rules(rows: list[dict[str, Any]], expected: str) -> None:
     assert verdict(rows) == expected
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8), st.floats(0, 0.5), st.floats(0, 1))
-def test_the_grounding_rule_by_its_definition(ious, min_std, min_mean):
+def test_the_grounding_rule_by_its_definition(
+    ious: list[float], min_std: float, min_mean: float
+) -> None:
     rule = Selection(min_std=min_std, min_mean=min_mean)
     (found,) = select([candidate("a", "temporal_grounding", answers(temporal_iou=ious), {})], rule)
     assert found.components["temporal_iou"].std == pytest.approx(statistics.pstdev(ious), abs=1e-12)
@@ -77,7 +80,9 @@ def test_the_grounding_rule_by_its_definition(ious, min_std, min_mean):
     st.lists(st.lists(st.sampled_from([0.0, 1.0]), min_size=4, max_size=4), max_size=30),
     st.integers(1, 20),
 )
-def test_a_budget_keeps_the_widest_of_each_task(ious, rights, budget):
+def test_a_budget_keeps_the_widest_of_each_task(
+    ious: list[list[float]], rights: list[list[float]], budget: int
+) -> None:
     rows = [("g", "temporal_grounding", answers(temporal_iou=values)) for values in ious]
     rows += [("c", "multiple_choice", answers(accuracy=values)) for values in rights]
     pool = [candidate(f"{kind}{i}", task, r, {}) for i, (kind, task, r) in enumerate(rows)]
@@ -93,12 +98,12 @@ def test_a_budget_keeps_the_widest_of_each_task(ious, rights, budget):
         assert abs(len(inside) - min(share, sum(f.task == task for f in free))) < 1
 
 
-def test_answers_of_an_earlier_version_are_refused():
+def test_answers_of_an_earlier_version_are_refused() -> None:
     with pytest.raises(DataError, match="answers to sample a have no reward components"):
         candidate("a", "grounded_qa", [{"parts": {"format": 1.0}, "failure": None}], {})
 
 
-def test_a_row_is_ready_for_json():
+def test_a_row_is_ready_for_json() -> None:
     rows = answers(accuracy=[0, 1], format=[1, 1])
     rows[0]["failure"] = "no <answer>"
     weights = {"format": 0.5, "accuracy": 0.5}

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from tests.running import ROOT, run_python
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(tmp_path: Path) -> Path:
     """Make a run directory with three checkpoints, one of them half written, and an export."""
     run = tmp_path / "run"
     for name in ("sft-000100", "grpo-0-000240", "grpo-0-000120", "grpo-0-000360.partial"):
@@ -28,7 +29,7 @@ def run(tmp_path):
     return run
 
 
-def sentences(path, tmp_path):
+def sentences(path: Path, tmp_path: Path) -> Iterator[str]:
     """Return the error messages of each program for a path."""
     for read in (
         lambda: read_architecture(path),
@@ -42,7 +43,7 @@ def sentences(path, tmp_path):
         yield str(error.value)
 
 
-def test_a_directory_of_checkpoints_names_the_newest(run, tmp_path):
+def test_a_directory_of_checkpoints_names_the_newest(run: Path, tmp_path: Path) -> None:
     place = run / "checkpoints"
     for sentence in sentences(place, tmp_path):
         assert sentence == (
@@ -51,7 +52,7 @@ def test_a_directory_of_checkpoints_names_the_newest(run, tmp_path):
         )
 
 
-def test_a_run_names_its_export_and_its_newest_checkpoint(run, tmp_path):
+def test_a_run_names_its_export_and_its_newest_checkpoint(run: Path, tmp_path: Path) -> None:
     for sentence in sentences(run, tmp_path):
         assert f"{run / 'export'} (Hugging Face) or {run}/checkpoints/grpo-0-000240" in sentence
     shutil.rmtree(run / "export")
@@ -61,7 +62,7 @@ def test_a_run_names_its_export_and_its_newest_checkpoint(run, tmp_path):
     assert "has no checkpoint yet" in advice(run)
 
 
-def test_a_missing_latest_falls_back_to_modification_time(run):
+def test_a_missing_latest_falls_back_to_modification_time(run: Path) -> None:
     place = run / "checkpoints"
     (place / "latest").write_text("grpo-0-000999")
     (place / "grpo-0-000120" / "state.json").write_text("{}")
@@ -77,7 +78,9 @@ def test_a_missing_latest_falls_back_to_modification_time(run):
         "hf://Qwen/Qwen2.5-VL-3B-Instruct",
     ],
 )
-def test_a_hub_id_names_the_download(name, tmp_path, monkeypatch):
+def test_a_hub_id_names_the_download(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for sentence in sentences(Path(name), tmp_path):
         assert (
@@ -86,13 +89,13 @@ def test_a_hub_id_names_the_download(name, tmp_path, monkeypatch):
         )
 
 
-def test_a_mistyped_path_is_no_hub_id(run, monkeypatch):
+def test_a_mistyped_path_is_no_hub_id(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(run)
     for name in ("checkpoints/grpo", "nowhere", "/a/b", "./a/b/c", "../a/b"):
         assert advice(Path(name)) == ""
 
 
-def test_the_cache_of_the_hub_and_an_adapter(tmp_path):
+def test_the_cache_of_the_hub_and_an_adapter(tmp_path: Path) -> None:
     snapshot = tmp_path / "models--Qwen--X" / "snapshots" / "0f3a"
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")
@@ -106,7 +109,7 @@ def test_the_cache_of_the_hub_and_an_adapter(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a checkpoint whose tokenizer has exactly as many tokens as the embedding has rows."""
     out = tmp_path_factory.mktemp("tokens") / "hf"
     done = run_python(ROOT / "tools" / "make_tiny_model.py", "--out", out)
@@ -115,7 +118,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("special", [False, True])
-def test_more_tokens_than_rows_is_a_sentence(whole, tmp_path, special):
+def test_more_tokens_than_rows_is_a_sentence(whole: Path, tmp_path: Path, special: bool) -> None:
     folder = shutil.copytree(whole, tmp_path / "copy")
     arch = read_architecture(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -127,7 +130,7 @@ def test_more_tokens_than_rows_is_a_sentence(whole, tmp_path, special):
         check_tokenizer_files(folder, arch)
 
 
-def test_more_rows_than_tokens_is_usual(whole, tmp_path):
+def test_more_rows_than_tokens_is_usual(whole: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(whole, tmp_path / "copy")
     config = json.loads((folder / "config.json").read_text())
     text = config["text_config"] if "vocab_size" in config.get("text_config", {}) else config

@@ -1,12 +1,14 @@
 """A task with a truth of its own and no component `format`, wherever tasks are looked at."""
 
 from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 from pydantic import BaseModel, ConfigDict
 
 from megatron_vrl.config import Parallel, Rewards, Selection
+from megatron_vrl.context import RunContext
 from megatron_vrl.errors import DataError
 from megatron_vrl.evaluation.during_training import trivial_answers
 from megatron_vrl.evaluation.grading import Grader
@@ -27,18 +29,18 @@ class Count(BaseModel):
     count: int
 
 
-def count_error(sample, parsed):
+def count_error(sample: VideoSample, parsed: Parsed) -> float:
     return 0.0 if parsed.value is None else 1 / (1 + abs(parsed.value - sample.truth.count))
 
 
-def parse(response, sample):
+def parse(response: str, sample: VideoSample) -> Parsed:
     if response.isdigit():
         return Parsed(value=int(response), formatted=True)
     return Parsed(failure=f"{response!r} is not a number")
 
 
 @pytest.fixture(autouse=True)
-def counting(monkeypatch):
+def counting(monkeypatch: pytest.MonkeyPatch) -> None:
     task = Task(
         name="counting",
         truth=Truth(record=Count),
@@ -86,7 +88,7 @@ def rollout(text: str) -> Rollout:
     )
 
 
-def test_it_trains_and_its_metrics_have_no_format_rate():
+def test_it_trains_and_its_metrics_have_no_format_rate() -> None:
     manager = RewardManager(Rewards(weights={"counting": {"length": 0.5}}))
     answers = [rollout("3"), rollout("4"), rollout("a few")]
     (group,) = manager.groups([sample(3)], [prompt([], 0)], [answers])
@@ -96,13 +98,14 @@ def test_it_trains_and_its_metrics_have_no_format_rate():
     mesh = init_mesh(Parallel(), seed=1)
     try:
         experience = Experience(scored=group, advantages=group.total)
-        numbers = answer_metrics(SimpleNamespace(mesh=mesh), [experience], version=0)
+        ctx = cast(RunContext, SimpleNamespace(mesh=mesh))
+        numbers = answer_metrics(ctx, [experience], version=0)
     finally:
         close_mesh()
     assert numbers["reward/count_error"] == 0.5 and "reward/format" not in numbers
 
 
-def test_an_evaluation_beside_another_task():
+def test_an_evaluation_beside_another_task() -> None:
     samples = [sample(3), sample(4), sample(0, "temporal_grounding")]
     summary = summarise(samples, ["3", "5", "?"], Rewards())
     assert summary["counting/exact"] == 0.5 and summary["counting/reward/mean"] == 1.5
@@ -116,7 +119,7 @@ def test_an_evaluation_beside_another_task():
     assert trivial["whole video"]["temporal_grounding/miou"] == 0.5
 
 
-def test_a_stored_response_is_graded():
+def test_a_stored_response_is_graded() -> None:
     grader = Grader(task="counting", mode="temporal_r1", weights={"count_error": 1.0})
     assert grader.grade({"id": 1, "response": "4", "truth": {"count": 3}}) == {
         "id": 1,
@@ -131,7 +134,7 @@ def test_a_stored_response_is_graded():
         grader.grade({"id": 1, "response": "4", "truth": {"count": "3"}})
 
 
-def test_it_is_selected_by_the_spread_of_its_graded_component():
+def test_it_is_selected_by_the_spread_of_its_graded_component() -> None:
     rows = [{"components": {"count_error": v}, "failure": None} for v in (0.0, 1.0)]
     (found,) = select([candidate("a", "counting", rows, {"count_error": 2.0})], Selection())
     assert (found.verdict, found.rank, found.reward.mean) == (KEPT, 0.5, 1.0)

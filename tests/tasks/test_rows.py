@@ -1,6 +1,7 @@
 """One contract for every row of every dict where a new thing plugs in."""
 
 from dataclasses import replace
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ SAMPLE = VideoSample(
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_a_task_accepts_its_own_target(name):
+def test_a_task_accepts_its_own_target(name: str) -> None:
     task, sample = TASKS[name], replace(SAMPLE, task=name)
     assert task.name == name
     assert can_be_asked(sample)
@@ -47,7 +48,7 @@ def test_a_task_accepts_its_own_target(name):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_the_fields_of_a_task_name_its_own_components_and_metrics(name):
+def test_the_fields_of_a_task_name_its_own_components_and_metrics(name: str) -> None:
     task, sample = TASKS[name], replace(SAMPLE, task=name)
     assert set(task.default_weights) == set(task.components)
     assert set(task.correctness) <= set(task.components)
@@ -64,7 +65,7 @@ def test_the_fields_of_a_task_name_its_own_components_and_metrics(name):
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_an_algorithm_prefers_the_better_answer(name):
+def test_an_algorithm_prefers_the_better_answer(name: Any) -> None:
     algorithm = ALGORITHMS[name]
     (advantages,) = algorithm.advantages([np.array([0.0, 1.0])])
     assert advantages[0] < 0 < advantages[1] and has_signal(advantages)
@@ -81,8 +82,8 @@ def test_an_algorithm_prefers_the_better_answer(name):
     assert logprobs.grad[0] > 0 > logprobs.grad[1]  # descent lowers the worse, lifts the better
 
 
-def test_the_rows_are_those_the_config_knows():
+def test_the_rows_are_those_the_config_knows() -> None:
     assert set(reward_weights(Rewards())) == set(TASKS)
-    assert set(READERS) == set(Source.model_fields["format"].annotation.__args__)
-    assert set(ALGORITHMS) == set(Algorithm.model_fields["name"].annotation.__args__)
-    assert set(SYSTEM_PROMPTS) == set(Data.model_fields["system_prompt"].annotation.__args__)
+    assert set(READERS) == set(get_args(Source.model_fields["format"].annotation))
+    assert set(ALGORITHMS) == set(get_args(Algorithm.model_fields["name"].annotation))
+    assert set(SYSTEM_PROMPTS) == set(get_args(Data.model_fields["system_prompt"].annotation))

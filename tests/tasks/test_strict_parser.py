@@ -33,7 +33,7 @@ def times(start: str, end: str) -> str:
     return grounded(f'{{"start_time": {start}, "end_time": {end}}}')
 
 
-def test_exact_texts():
+def test_exact_texts() -> None:
     assert GROUNDING.question(SAMPLE) == (
         'Give the query: "what colour is the square?", '
         "when does the described content occur in the video?."
@@ -55,7 +55,7 @@ def test_exact_texts():
     )
 
 
-def test_the_thinking_prompt_keeps_the_released_order():
+def test_the_thinking_prompt_keeps_the_released_order() -> None:
     prompt = SYSTEM_PROMPTS["think"]
     assert prompt is not None
     marks = ["monologue", "<think> </think>", "<answer> </answer>", "JSON"]
@@ -80,7 +80,9 @@ def test_the_thinking_prompt_keeps_the_released_order():
         (times('"1.0"', '"2.0"') + RIGHT.removeprefix("<think>x</think>"), (6.0, 15.0), False),
     ],
 )
-def test_intervals_that_read(response, interval_s, formatted):
+def test_intervals_that_read(
+    response: str, interval_s: tuple[float, float], formatted: bool
+) -> None:
     parsed = GROUNDING.parse(response, SAMPLE)
     assert (parsed.interval_s, parsed.formatted, parsed.failure) == (interval_s, formatted, "")
 
@@ -132,7 +134,7 @@ def test_intervals_that_read(response, interval_s, formatted):
         (grounded('{"start_time": "6.0"}'), "end_time None is not a number of seconds"),
     ],
 )
-def test_intervals_that_do_not_read(response, failure):
+def test_intervals_that_do_not_read(response: str, failure: str) -> None:
     parsed = GROUNDING.parse(response, SAMPLE)
     assert (parsed.interval_s, parsed.formatted, parsed.failure) == (None, False, failure)
 
@@ -166,20 +168,20 @@ def test_intervals_that_do_not_read(response, failure):
         ("", ""),
     ],
 )
-def test_options(body, option):
+def test_options(body: str, option: str) -> None:
     parsed = CHOICE.parse(grounded(body), SAMPLE)
     assert parsed.option == option
     assert (parsed.failure == "") == (option != "")
     assert parsed.formatted == (body == '{"option": "B"}')
 
 
-def test_same_text_twice_is_ambiguous_and_a_letter_is_a_letter():
+def test_same_text_twice_is_ambiguous_and_a_letter_is_a_letter() -> None:
     twice = replace(SAMPLE, options=("B", "A", "x", "x"))
     assert CHOICE.parse(grounded('{"option": "x"}'), twice).option == ""
     assert CHOICE.parse(grounded('{"option": "B"}'), twice).option == "B"
 
 
-def test_grounded_answers_are_read_apart():
+def test_grounded_answers_are_read_apart() -> None:
     no_times = GQA.parse(grounded('{"option": "B"}'), SAMPLE)
     assert (no_times.option, no_times.interval_s) == ("B", None)
     assert no_times.failure == "start_time None is not a number of seconds"
@@ -191,7 +193,7 @@ def test_grounded_answers_are_read_apart():
 
 @pytest.mark.parametrize("name", TASKS)
 @given(text=st.text(max_size=60), cut=st.integers(0, 200))
-def test_parsing_never_raises_and_says_why(name, text, cut):
+def test_parsing_never_raises_and_says_why(name: str, text: str, cut: int) -> None:
     task = TASKS[name]
     target = task.target(SAMPLE)
     for response in (text, target[:cut] + text, f"<answer>{text}</answer>"):
@@ -203,7 +205,7 @@ def test_parsing_never_raises_and_says_why(name, text, cut):
 
 
 @given(start=st.integers(0, 298), length=st.integers(1, 300))
-def test_any_decimal_reads_back(start, length):
+def test_any_decimal_reads_back(start: int, length: int) -> None:
     end = min(start + length, 300)
     body = json.dumps({"start_time": f"{start / 10}", "end_time": f"{end / 10}"})
     parsed = GROUNDING.parse(grounded(body), SAMPLE)

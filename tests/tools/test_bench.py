@@ -1,6 +1,8 @@
 """tools/bench.py at small sizes: its rows say what they should; no speed is tested."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +13,7 @@ BENCH = ROOT / "tools" / "bench.py"
 pytestmark = pytest.mark.slow
 
 
-def rows_of(*arguments):
+def rows_of(*arguments: object) -> dict[str, dict[str, Any]]:
     done = run_python(BENCH, *arguments, "--rounds", 1, "--json")
     assert done.returncode == 0, done.stderr[-3000:]
     return {
@@ -20,7 +22,7 @@ def rows_of(*arguments):
     }
 
 
-def test_step_counts_the_tokens_of_every_layout():
+def test_step_counts_the_tokens_of_every_layout() -> None:
     sizes = ("--prompt-tokens", 64, "--answer-tokens", 8, "--group", 4)
     rows = rows_of("step", *sizes, "--layouts", "shared,temporal_r1", "--against", "temporal_r1")
     shared, seed = rows["shared"], rows["temporal_r1"]
@@ -37,13 +39,13 @@ def test_step_counts_the_tokens_of_every_layout():
     assert shared["peak_bytes"] > 0
 
 
-def test_head_holds_a_part_of_the_logits():
+def test_head_holds_a_part_of_the_logits() -> None:
     sizes = ("--tokens", 4096, "--vocab", 16384, "--hidden", 16)
     rows = rows_of("head", *sizes)
     assert 1.5 * rows["chunked"]["of_logits"] < rows["naive"]["of_logits"]
 
 
-def test_decode_measures_every_path_beside_a_sequential_read(tmp_path):
+def test_decode_measures_every_path_beside_a_sequential_read(tmp_path: Path) -> None:
     clip = tmp_path / "clip.mp4"
     write_clip(str(clip), num_frames=120, size=(112, 112))
     rows = rows_of("decode", clip, "--frames", 4)
@@ -57,7 +59,7 @@ def test_decode_measures_every_path_beside_a_sequential_read(tmp_path):
         assert row["ratio_to_pyav_sequential"] == pytest.approx(row["median_s"] / base), path
 
 
-def test_sync_takes_its_stages_apart():
+def test_sync_takes_its_stages_apart() -> None:
     rows = rows_of("sync", "--hidden", 256, "--layers", 1)
     assert rows.keys() == {"colocated", "shared_memory", "broadcast", "http"}
     for path, row in rows.items():

@@ -3,6 +3,8 @@
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 from scaling import launch, simulate, tell
@@ -10,6 +12,7 @@ from scaling.grid import Cell, Layout, Study, cells, ideal_bubble
 from scaling.predict import IDLE, fitted_mfu, predicted, update_parts
 from scaling.rank import message_kind, union
 
+from megatron_vrl.errors import ConfigError
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.planner.hardware import GPUS, Gpu
 from megatron_vrl.process.entry import run_program
@@ -20,8 +23,8 @@ ARCH = read_architecture(ROOT / "configs" / "models" / "qwen2.5-vl-3b.json")
 NODES = launch.Nodes(count=2, rank=0, per_node=4, address="node0", port=29600, units=2)
 
 
-def box(**changes: float) -> Gpu:
-    measured = {
+def box(**changes: Any) -> Gpu:
+    measured: dict[str, Any] = {
         "flops": {"float32": 1e13},
         "link_fraction": 1.0,
         "hbm_fraction": 1.0,
@@ -30,18 +33,24 @@ def box(**changes: float) -> Gpu:
     return replace(GPUS["h100"], **(measured | changes))
 
 
-def cell(prompts: int = 8, mode: str = "strong", **layout: int) -> Cell:
+def cell(prompts: int = 8, mode: Literal["strong", "weak"] = "strong", **layout: Any) -> Cell:
     return Cell(mode=mode, size="tiny", layout=Layout(**layout), prompts=prompts)
 
 
-def row(**values):
-    given = {"mode": "strong", "size": "tiny", "ranks": 1, "units": 4, "prompts": 8}
+def row(**values: float | str) -> dict[str, float | str]:
+    given: dict[str, float | str] = {
+        "mode": "strong",
+        "size": "tiny",
+        "ranks": 1,
+        "units": 4,
+        "prompts": 8,
+    }
     if "seconds" in values:
         values["min_s"] = values["seconds"]
     return given | {"cell": f"of {values.get('ranks', 1)}"} | values
 
 
-def test_efficiency_is_of_the_cores_that_are_there():
+def test_efficiency_is_of_the_cores_that_are_there() -> None:
     rows = [
         row(ranks=2, seconds=5.0),
         row(seconds=8.0),
@@ -56,14 +65,14 @@ def test_efficiency_is_of_the_cores_that_are_there():
     assert told[0]["base"] == "of 1"
 
 
-def test_the_bubble_is_that_of_the_schedule():
+def test_the_bubble_is_that_of_the_schedule() -> None:
     assert ideal_bubble(cell(prompts=4)) == 0
     assert ideal_bubble(cell(prompts=4, pipeline=4)) == pytest.approx(3 / 7)
     assert ideal_bubble(cell(prompts=4, pipeline=4, data=2)) == pytest.approx(3 / 5)
     assert ideal_bubble(cell(prompts=4, pipeline=2, virtual=2)) == pytest.approx(1 / 9)
 
 
-def test_messages_that_overlap_are_counted_once():
+def test_messages_that_overlap_are_counted_once() -> None:
     assert union([]) == 0
     assert union([(5, 6), (0, 2), (1, 3), (1, 2)]) == 4
     kinds = [message_kind(name, on_gpu=False) for name in ("gloo:recv", "gloo:all_reduce", "mm")]
@@ -72,7 +81,7 @@ def test_messages_that_overlap_are_counted_once():
     assert [message_kind(name, on_gpu=True) for name in on_gpu] == kinds
 
 
-def test_weak_cells_grow_with_the_ranks_and_the_fewest_ranks_come_first():
+def test_weak_cells_grow_with_the_ranks_and_the_fewest_ranks_come_first() -> None:
     study = Study.model_validate({"grid": {"layouts": [{"data": 2, "tensor": 2}, {}]}})
     found = [(each.name, each.prompts) for each in cells(study)]
     assert found == [
@@ -83,7 +92,7 @@ def test_weak_cells_grow_with_the_ranks_and_the_fewest_ranks_come_first():
     ]
 
 
-def test_a_fitted_cell_is_planned_as_it_was_measured():
+def test_a_fitted_cell_is_planned_as_it_was_measured() -> None:
     work = Study().work
     mfu = fitted_mfu(cell(), work, ARCH, box(), seconds=50.0)
     parts = update_parts(cell(), work, ARCH, box(), mfu)
@@ -91,7 +100,7 @@ def test_a_fitted_cell_is_planned_as_it_was_measured():
     assert fitted_mfu(cell(), work, ARCH, box(), seconds=1e-9) == 1.0
 
 
-def test_ranks_that_share_a_core_are_planned_to_share_its_rate():
+def test_ranks_that_share_a_core_are_planned_to_share_its_rate() -> None:
     parts = {"compute": 3.0, IDLE: 1.0, "network": 1.0}
     alone = predicted(parts, ranks=2, units=2)
     assert (alone["seconds"], alone["communication"], alone["idle"]) == (5.0, 0.2, 0.2)
@@ -99,13 +108,13 @@ def test_ranks_that_share_a_core_are_planned_to_share_its_rate():
     assert (shared["seconds"], shared["communication"], shared["idle"]) == (8.0, 0.25, 0.0)
 
 
-def simulated(gpu, **asked):
+def simulated(gpu: Gpu, **asked: int) -> dict[str, list[dict[str, Any]]]:
     study = Study.model_validate({"simulate": asked})
     rows = list(simulate.simulated_sizes(study, {"tiny": ARCH}, gpu, {"tiny": 0.5}))
     return {mode: [r for r in rows if r["mode"] == mode] for mode in ("strong", "weak")}
 
 
-def test_a_simulation_has_its_limits_and_says_what_it_is():
+def test_a_simulation_has_its_limits_and_says_what_it_is() -> None:
     free = box(nvlink=1e30, network=1e30, hbm=1e30, latency=0.0)
     found = simulated(free)
     for rows in found.values():  # no messages: nothing is lost
@@ -124,7 +133,7 @@ def test_a_simulation_has_its_limits_and_says_what_it_is():
     assert [("refused" in r) for r in few] == [r["gpus"] > 8 for r in few]
 
 
-def test_ready_configs_are_simulated_up_to_1024_gpus(monkeypatch):
+def test_ready_configs_are_simulated_up_to_1024_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     config = "configs/qwen2.5-vl-7b-tp2pp2.yaml"
     given = {"configs": [config], "mfu": 0.2, "source": "nowhere"}
@@ -158,7 +167,13 @@ def test_ready_configs_are_simulated_up_to_1024_gpus(monkeypatch):
         (["--nnodes", "2", "--node-rank", "2"], "--node-rank 2 of --nnodes 2"),
     ],
 )
-def test_wrong_input_is_one_sentence(tmp_path, monkeypatch, capsys, arguments, words):
+def test_wrong_input_is_one_sentence(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    words: str,
+) -> None:
     import scaling_study
 
     out = ["--out", str(tmp_path / "out")] if arguments else []
@@ -171,14 +186,14 @@ def test_wrong_input_is_one_sentence(tmp_path, monkeypatch, capsys, arguments, w
     assert not (tmp_path / "out").exists()
 
 
-def test_cells_that_cannot_run_say_why():
+def test_cells_that_cannot_run_say_why() -> None:
     study = Study()
     for wrong, words in {
         cell(data=16): "16 ranks cannot run on 2 nodes of 4",
         cell(data=2, prompts=1): "work.prompts=1 is less than the 2 data ranks",
         cell(tensor=4): "parallel.tensor=4 does not divide the model's 2 KV heads",
     }.items():
-        with pytest.raises(launch.ConfigError, match=words):
+        with pytest.raises(ConfigError, match=words):
             launch.check_cell(wrong, study, ARCH, NODES)
     launch.check_cell(cell(data=8), study, ARCH, NODES)
     assert launch.sentence("W\nerror: no such thing.\nmore") == "no such thing."
@@ -188,7 +203,7 @@ def test_cells_that_cannot_run_say_why():
 
 
 @pytest.mark.slow
-def test_a_grid_of_one_and_two_ranks(tmp_path):
+def test_a_grid_of_one_and_two_ranks(tmp_path: Path) -> None:
     """Also a layout that the model refuses, and that a second call finds all of it finished."""
     options = [
         "grid.layouts=[{}, {pipeline: 2}, {tensor: 4}]",

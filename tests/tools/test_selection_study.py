@@ -15,7 +15,7 @@ POOL = [
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
-def test_the_share_of_wrong_annotations_is_exact_and_they_are_wrong(share):
+def test_the_share_of_wrong_annotations_is_exact_and_they_are_wrong(share: float) -> None:
     changed, wrong = corrupted(CLIPS, share, seed=1)
     assert len(wrong) == share * len(CLIPS)
     assert {name for name in CLIPS if changed[name] != CLIPS[name]} == set(wrong)
@@ -24,13 +24,13 @@ def test_the_share_of_wrong_annotations_is_exact_and_they_are_wrong(share):
         assert start >= 0 and 2 <= end - start <= 6 and end <= 16
 
 
-def test_the_seed_alone_decides_which():
+def test_the_seed_alone_decides_which() -> None:
     assert corrupted(CLIPS, 0.5, seed=1) == corrupted(CLIPS, 0.5, seed=1)
     assert corrupted(CLIPS, 0.5, seed=1)[1] != corrupted(CLIPS, 0.5, seed=2)[1]
 
 
 @pytest.mark.parametrize("arm", ["both", "spread"])
-def test_an_arm_is_the_tools_rule_with_a_budget(arm):
+def test_an_arm_is_the_tools_rule_with_a_budget(arm: str) -> None:
     floor = sorted(sample.mean for sample in POOL)
     median = (floor[29] + floor[30]) / 2 if arm == "both" else 0.0
     answers = [
@@ -42,7 +42,7 @@ def test_an_arm_is_the_tools_rule_with_a_budget(arm):
     assert {sample.id for sample in choose(POOL, arm, 12, seed=1)} == kept
 
 
-def test_random_arms_are_as_large_and_the_floor_holds():
+def test_random_arms_are_as_large_and_the_floor_holds() -> None:
     drawn = {arm: choose(POOL, arm, 12, seed=1) for arm in ("both", "random", "spread", "floor")}
     assert {len({sample.id for sample in chosen}) for chosen in drawn.values()} == {12}
     lowest = {arm: min(sample.mean for sample in chosen) for arm, chosen in drawn.items()}
@@ -50,7 +50,7 @@ def test_random_arms_are_as_large_and_the_floor_holds():
     assert drawn["random"] == choose(POOL, "random", 12, seed=1) != choose(POOL, "random", 12, 2)
 
 
-def test_the_table_has_mean_and_range():
+def test_the_table_has_mean_and_range() -> None:
     rows = [
         {"share": 0.5, "arm": "both", "wrong": w, "miou": {"0": 0.4, "50": m}}
         for w, m in [(0.25, 0.5), (0.35, 0.6)]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -16,6 +17,7 @@ from make_synthetic import COLOURS, DURATION_S, EASY, FPS, KINDS, apportion, bou
 
 from megatron_vrl.config import Source
 from megatron_vrl.data.formats.training import read
+from megatron_vrl.types import VideoSample
 
 TOOL = Path(__file__).parents[2] / "tools/make_synthetic.py"
 SPLITS = ("sft", "train", "dev", "heldout", "ood")
@@ -52,8 +54,9 @@ def apart(first: Path, second: Path) -> float:
     return float(abs(frames(first).astype(int) - frames(second)).mean())
 
 
-def samples(folder: Path, split: str) -> list:
+def samples(folder: Path, split: str) -> list[VideoSample]:
     found = []
+    form: Any
     for task, form in FORMS.items():
         source = Source(
             json_path=str(folder / f"annotations/{split}_{task}.json"),
@@ -77,7 +80,8 @@ def seen_seconds(video: np.ndarray) -> list[int]:
     changed = abs(video.astype(int) - np.median(video, axis=0)).max(axis=-1) > 40
     share = changed.mean(axis=(1, 2)).reshape(DURATION_S, FPS)
     assert ((share > 0.02).all(1) | (share < 0.01).all(1)).all()  # whole seconds only
-    return np.flatnonzero(share[:, 0] > 0.02).tolist()
+    seconds: list[int] = np.flatnonzero(share[:, 0] > 0.02).tolist()
+    return seconds
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +92,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_the_readers_take_every_file(folder):
+def test_the_readers_take_every_file(folder: Path) -> None:
     for split in SPLITS:
         found = samples(folder, split)
         assert Counter(sample.task for sample in found) == {
@@ -100,24 +104,24 @@ def test_the_readers_take_every_file(folder):
         assert all(sample.duration_s == DURATION_S for sample in found)
 
 
-def test_every_clip_is_h264_of_the_annotated_length(folder):
+def test_every_clip_is_h264_of_the_annotated_length(folder: Path) -> None:
     paths = sorted((folder / "videos").iterdir())
     assert len(paths) == 20
     for path in paths:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
-            assert (stream.width, stream.height, stream.average_rate) == (112, 112, FPS)
+            assert (stream.width, stream.height) == (112, 112) and stream.average_rate == FPS
             assert sum(1 for _ in container.decode(video=0)) == DURATION_S * FPS
 
 
-def test_pixels_change_exactly_in_the_annotated_interval(folder):
+def test_pixels_change_exactly_in_the_annotated_interval(folder: Path) -> None:
     for sample in samples(folder, "sft") + samples(folder, "heldout"):
         for start, end in sample.intervals_s:
             assert seen_seconds(frames(sample.video)) == list(range(int(start), int(end)))
 
 
-def test_the_asked_colour_is_the_one_on_screen(folder):
+def test_the_asked_colour_is_the_one_on_screen(folder: Path) -> None:
     asked = [sample for sample in samples(folder, "sft") if sample.options]
     assert asked
     for sample in asked:
@@ -129,14 +133,14 @@ def test_the_asked_colour_is_the_one_on_screen(folder):
         assert nearest == sample.options[ord(sample.option) - ord("A")]
 
 
-def test_no_two_splits_share_a_clip(folder):
+def test_no_two_splits_share_a_clip(folder: Path) -> None:
     names = [Path(sample.video).name for split in SPLITS for sample in samples(folder, split)]
     assert len(names) == len(set(names)) == 20
     pictures = [path.read_bytes() for path in (folder / "videos").iterdir()]
     assert len(set(pictures)) == 20
 
 
-def test_same_arguments_same_clips_and_another_seed_others(folder, tmp_path):
+def test_same_arguments_same_clips_and_another_seed_others(folder: Path, tmp_path: Path) -> None:
     assert make(tmp_path / "again", "--workers=1").returncode == 0
     assert make(tmp_path / "other", "--seed=2").returncode == 0
     assert annotations(tmp_path / "again") == annotations(folder)
@@ -146,7 +150,7 @@ def test_same_arguments_same_clips_and_another_seed_others(folder, tmp_path):
         assert apart(clip, tmp_path / "other/videos" / clip.name) > 2
 
 
-def test_a_half_made_set_is_completed_and_a_whole_one_reused(folder, tmp_path):
+def test_a_half_made_set_is_completed_and_a_whole_one_reused(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "set")
     clip, whole = "videos/sft_00001.mp4", digests(folder)
     (tmp_path / "set" / clip).unlink()
@@ -161,7 +165,7 @@ def test_a_half_made_set_is_completed_and_a_whole_one_reused(folder, tmp_path):
     assert digests(tmp_path / "set") == completed
 
 
-def test_refusals_are_one_sentence(folder, tmp_path):
+def test_refusals_are_one_sentence(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     for out, argument, names in [
         (folder, "--seed=9", "other arguments"),
@@ -178,7 +182,7 @@ def test_refusals_are_one_sentence(folder, tmp_path):
 
 
 @pytest.mark.parametrize("objects", [1, 2])
-def test_plans_keep_their_promises(objects):
+def test_plans_keep_their_promises(objects: int) -> None:
     clips = plan(dict.fromkeys(SPLITS, 40), {"grounded_qa": 1.0}, seed=3, objects=objects)
     for clip in clips:
         assert len({(s.kind, s.colour) for s in clip.shapes}) == len(clip.shapes) == objects
@@ -197,14 +201,14 @@ def test_plans_keep_their_promises(objects):
 
 
 @pytest.mark.parametrize("total", [0, 1, 7, 4000])
-def test_apportioned_counts_add_up(total):
+def test_apportioned_counts_add_up(total: int) -> None:
     shares = {"a": 0.55, "b": 0.25, "c": 0.2}
     counts = apportion(total, shares)
     assert sum(counts.values()) == total
     assert all(abs(counts[name] - total * share) < 1 for name, share in shares.items())
 
 
-def test_the_two_object_set_asks_about_both(tmp_path):
+def test_the_two_object_set_asks_about_both(tmp_path: Path) -> None:
     assert make(tmp_path / "two", "--objects=2").returncode == 0
     records = json.loads((tmp_path / "two/annotations/train_temporal_grounding.json").read_text())
     for record in records.values():

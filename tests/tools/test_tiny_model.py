@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,13 +50,13 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def processor(folder):
+def processor(folder: Path) -> Qwen2_5_VLProcessor:
     return Qwen2_5_VLProcessor.from_pretrained(folder)
 
 
-def test_transformers_answers_a_video_with_it(folder, processor):
+def test_transformers_answers_a_video_with_it(folder: Path, processor: Qwen2_5_VLProcessor) -> None:
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).eval()
-    content = [
+    content: Any = [
         {"type": "video"},
         {"type": "text", "text": TASKS[GROUNDING.task].question(GROUNDING)},
     ]
@@ -71,8 +72,10 @@ def test_transformers_answers_a_video_with_it(folder, processor):
     assert logits.shape == (1, inputs["input_ids"].shape[1], 512) and logits.isfinite().all()
 
 
-def test_the_template_is_qwens(processor):
-    turn = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "When?"}]}]
+def test_the_template_is_qwens(processor: Qwen2_5_VLProcessor) -> None:
+    turn: Any = [
+        {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "When?"}]}
+    ]
     rendered = processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
     assert rendered == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -81,7 +84,7 @@ def test_the_template_is_qwens(processor):
     )
 
 
-def test_numbers_are_single_digits_and_words_single_tokens(processor):
+def test_numbers_are_single_digits_and_words_single_tokens(processor: Qwen2_5_VLProcessor) -> None:
     tokenizer = processor.tokenizer
     for digit in "0123456789":
         assert len(tokenizer.encode(digit)) == 1
@@ -94,11 +97,13 @@ def test_numbers_are_single_digits_and_words_single_tokens(processor):
 @pytest.mark.parametrize(
     "text", ["12.5 s, déjà vu: 象 🎬", "  two  spaces\n\n", "<think>x</think>"]
 )
-def test_any_text_survives(processor, text):
+def test_any_text_survives(processor: Qwen2_5_VLProcessor, text: str) -> None:
     assert processor.tokenizer.decode(processor.tokenizer.encode(text)) == text
 
 
-def test_the_14_special_tokens_are_whole_and_last(folder, processor):
+def test_the_14_special_tokens_are_whole_and_last(
+    folder: Path, processor: Qwen2_5_VLProcessor
+) -> None:
     tokenizer = processor.tokenizer
     ids = [tokenizer.encode(token) for token in make_tiny_model.SPECIAL_TOKENS]
     assert ids == [[index] for index in range(512 - 14, 512)] and len(tokenizer) == 512
@@ -111,7 +116,7 @@ def test_the_14_special_tokens_are_whole_and_last(folder, processor):
         assert config[f"{name}_id"] == tokenizer.convert_tokens_to_ids(word)
 
 
-def test_two_ranks_can_share_every_size(folder):
+def test_two_ranks_can_share_every_size(folder: Path) -> None:
     architecture = read_architecture(folder)
     vision = architecture.vision
     for size in (architecture.layers, architecture.heads, architecture.kv_heads, vision.heads):
@@ -128,7 +133,7 @@ def test_two_ranks_can_share_every_size(folder):
     assert spread == pytest.approx(0.09, rel=0.05)
 
 
-def test_the_seed_decides_the_weights(folder, tmp_path):
+def test_the_seed_decides_the_weights(folder: Path, tmp_path: Path) -> None:
     weights = [stored(folder)]
     for name, seed in (("same", 1), ("other", 2)):
         make_tiny_model.main([f"--out={tmp_path / name}", f"--seed={seed}"])
@@ -153,7 +158,7 @@ RELEASED = [  # of Qwen/Qwen2.5-VL-3B-Instruct, without its README and LICENSE
 ]
 
 
-def test_the_files_are_those_that_were_released(folder):
+def test_the_files_are_those_that_were_released(folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == RELEASED
     config = json.loads((folder / "config.json").read_text())
     assert "text_config" not in config and config["rope_scaling"]["type"] == "mrope"
@@ -165,7 +170,9 @@ def test_the_files_are_those_that_were_released(folder):
     assert {"".join(merge.split()) for merge in merges[1:]} < set(vocab)
 
 
-def test_both_layouts_are_one_model(folder, processor, tmp_path):
+def test_both_layouts_are_one_model(
+    folder: Path, processor: Qwen2_5_VLProcessor, tmp_path: Path
+) -> None:
     """transformers reads the same numbers, tokens and pixel limits from either."""
     other = tmp_path / "other"
     make_tiny_model.main([f"--out={other}", "--layout=transformers-5"])
@@ -187,7 +194,7 @@ def test_both_layouts_are_one_model(folder, processor, tmp_path):
     assert torch.equal(first, second)
 
 
-def test_refusals(tmp_path):
+def test_refusals(tmp_path: Path) -> None:
     for argument in ("--hidden=72", "--kv-heads=3", "--vision-hidden=60", "--vocab=511"):
         with pytest.raises(ConfigError, match=argument.split("=")[0]):
             make_tiny_model.main([f"--out={tmp_path / 'x'}", argument])

@@ -5,11 +5,13 @@ The folder holds 0.mp4, 1.mp4, ... of which those in BAD are bad.
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from transformers import AutoTokenizer
 
 from megatron_vrl.config import Parallel, Video
+from megatron_vrl.context import RunContext
 from megatron_vrl.data.mix import SampleStream
 from megatron_vrl.data.prompt import PromptEncoder, VisionTokens
 from megatron_vrl.data.prompt_pipeline import PromptPipeline
@@ -61,9 +63,11 @@ def expected(folder: Path) -> list[list[str]]:
     return steps
 
 
-def ctx_of(mesh: Mesh, folder: Path, published: Path, max_bad_fraction: float) -> SimpleNamespace:
+def ctx_of(mesh: Mesh, folder: Path, published: Path, max_bad_fraction: float) -> RunContext:
     tokenizer = AutoTokenizer.from_pretrained(published)
-    pad, image = tokenizer.convert_tokens_to_ids(["<|video_pad|>", "<|image_pad|>"])
+    pad = tokenizer.convert_tokens_to_ids("<|video_pad|>")
+    image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    assert isinstance(pad, int) and isinstance(image, int)
     vision = VisionTokens(video_token=pad, image_token=image, merge=2, tokens_per_second=2.0)
     video = Video(
         decoder="pyav",
@@ -73,15 +77,16 @@ def ctx_of(mesh: Mesh, folder: Path, published: Path, max_bad_fraction: float) -
         max_bad_fraction=max_bad_fraction,
     )
     reader = VideoReader(video)
-    return SimpleNamespace(
+    made = SimpleNamespace(
         mesh=mesh,
         cfg=SimpleNamespace(run=SimpleNamespace(out_dir=str(folder)), video=video),
         reader=reader,
         prompts=PromptPipeline(reader, PromptEncoder(published, vision, "none", 4096)),
     )
+    return cast(RunContext, made)
 
 
-def draw_steps(ctx: SimpleNamespace, folder: Path, state: RunState, steps: int) -> list:
+def draw_steps(ctx: RunContext, folder: Path, state: RunState, steps: int) -> list[list[str]]:
     """Ids of all ranks' samples for each step, as one list in the order of the stream."""
     stream = SampleStream(samples(folder), SEED)
     stream.restore(state.stream)

@@ -11,7 +11,7 @@ from tests.video.conftest import write_clip
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory) -> Path:
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import make_tiny_model
 
     directory = tmp_path_factory.mktemp("draw") / "hf"
@@ -20,7 +20,7 @@ def published(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def folder(tmp_path) -> Path:
+def folder(tmp_path: Path) -> Path:
     """Twenty clips, of which one is missing, two are empty and one leads to another folder."""
     folder = tmp_path / "videos"
     folder.mkdir()
@@ -36,12 +36,12 @@ def folder(tmp_path) -> Path:
     return folder
 
 
-def test_bad_videos_are_replaced_in_order(folder, published):
+def test_bad_videos_are_replaced_in_order(folder: Path, published: Path) -> None:
     check(folder, published)
 
 
 @pytest.mark.slow
-def test_two_ranks_replace_alike(folder, published):
+def test_two_ranks_replace_alike(folder: Path, published: Path) -> None:
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
     done = run_python(*launch, "-m", "tests.trainer.dataloader_main", folder, published)
     assert done.returncode == 0, done.stderr[-3000:]

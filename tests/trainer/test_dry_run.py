@@ -1,6 +1,8 @@
 """All annotation files are opened before a run starts: what is wrong names its key and its file."""
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -15,11 +17,11 @@ KEYS = ["data.sft", "data.train", "data.evaluation.dev", "data.evaluation.heldou
 
 
 @pytest.fixture
-def check_with(tmp_path, monkeypatch):
+def check_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     monkeypatch.chdir(ROOT)
     (tmp_path / "good.json").write_text(json.dumps(GOOD))
 
-    def checked(key: str, path: str, form: str = "charades_sta", here: bool = False):
+    def checked(key: str, path: str, form: str = "charades_sta", here: bool = False) -> list[str]:
         """Return the notes on a recipe whose sources are good, but for one of `key`."""
         source = {"json_path": str(tmp_path / "good.json"), "data_folder": str(tmp_path)}
         source |= {"format": "charades_sta"}
@@ -49,7 +51,16 @@ def check_with(tmp_path, monkeypatch):
          "list); it looks like charades_sta."),
     ],
 )  # fmt: skip
-def test_each_source_is_opened(check_with, tmp_path, key, here, name, content, form, sentence):
+def test_each_source_is_opened(
+    check_with: Callable[..., list[str]],
+    tmp_path: Path,
+    key: str,
+    here: bool,
+    name: str,
+    content: str | None,
+    form: str,
+    sentence: str,
+) -> None:
     path = tmp_path if name == "." else tmp_path / name
     if content is not None:
         path.write_text(content)
@@ -58,7 +69,9 @@ def test_each_source_is_opened(check_with, tmp_path, key, here, name, content, f
     assert str(error.value).startswith(f"{key}: {sentence.format(path)}")
 
 
-def test_a_dry_run_may_be_on_another_machine_and_a_run_may_not(check_with):
+def test_a_dry_run_may_be_on_another_machine_and_a_run_may_not(
+    check_with: Callable[..., list[str]],
+) -> None:
     notes = check_with("data.train", "/nowhere/annotations/train.json")
     assert "not on this machine: annotation file /nowhere/annotations/train.json" in notes
     with pytest.raises(DataError, match=r"data\.train: Cannot read the annotations /nowhere/"):

@@ -1,7 +1,10 @@
 """Scored groups -> advantages of the whole step, and what is left out of training."""
 
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -9,20 +12,21 @@ import pytest
 from megatron_vrl.algorithms import has_signal
 from megatron_vrl.checkpoint.hf_load import load_hf_weights
 from megatron_vrl.config import Algorithm, Batch, Model, Parallel, RolloutConfig
+from megatron_vrl.context import RunContext
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.models.logprob_head import Distribution
-from megatron_vrl.parallel.mesh import close_mesh, init_mesh
+from megatron_vrl.parallel.mesh import Mesh, close_mesh, init_mesh
 from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.policy.policy import Policy
 from megatron_vrl.trainer import experience
 from megatron_vrl.trainer.metrics import answer_metrics
-from megatron_vrl.types import RewardComponent, Rollout, ScoredGroup, VideoSample
-from tests.tiny import prompt, video
+from megatron_vrl.types import Experience, RewardComponent, Rollout, ScoredGroup, VideoSample
+from tests.tiny import present, prompt, video
 from tests.tiny_models import hf_model, save
 
 
 @pytest.fixture(scope="module")
-def mesh():
+def mesh() -> Iterator[Mesh]:
     yield init_mesh(Parallel(), seed=1)
     close_mesh()
 
@@ -61,19 +65,19 @@ def scored(name: str, rewards: list[float], lengths: list[int] | None = None) ->
     )
 
 
-def judged(ctx, groups):
+def judged(ctx: RunContext, groups: list[ScoredGroup]) -> tuple[list[Experience], tuple[str, ...]]:
     return experience._with_advantages(ctx, experience._with_kl(ctx, groups, dummy_group=groups[0]))
 
 
-def ctx_of(mesh, **algorithm):
+def ctx_of(mesh: Mesh, **algorithm: Any) -> RunContext:
     cfg = SimpleNamespace(
         algorithm=Algorithm(**{"kl": 0.0, **algorithm}),
         rollout=RolloutConfig(max_response_tokens=8),
     )
-    return SimpleNamespace(cfg=cfg, mesh=mesh)
+    return cast(RunContext, SimpleNamespace(cfg=cfg, mesh=mesh))
 
 
-def test_a_reward_that_is_no_number_leaves_its_group_out_by_name(mesh):
+def test_a_reward_that_is_no_number_leaves_its_group_out_by_name(mesh: Mesh) -> None:
     groups = [scored("a", [0.0, 1.0]), scored("b", [np.nan, 1.0]), scored("c", [0.5, 0.5])]
     found, invalid = judged(ctx_of(mesh), groups)
     assert invalid == ("b",)
@@ -81,7 +85,7 @@ def test_a_reward_that_is_no_number_leaves_its_group_out_by_name(mesh):
     assert [has_signal(e.advantages) for e in found] == [True, False]
 
 
-def test_cut_off_answers_count_in_the_statistics_but_not_in_the_loss(mesh):
+def test_cut_off_answers_count_in_the_statistics_but_not_in_the_loss(mesh: Mesh) -> None:
     group = scored("a", [0.0, 1.0, 0.2], lengths=[4, 8, 3])
     [found], _ = judged(ctx_of(mesh), [group])
     whole, cut = (experience.to_train(found, drop) for drop in (False, True))
@@ -90,7 +94,7 @@ def test_cut_off_answers_count_in_the_statistics_but_not_in_the_loss(mesh):
     assert [a.advantage for a in cut.answers] == [a.advantage for a in whole.answers[::2]]
 
 
-def test_components_without_weight_do_not_count(mesh):
+def test_components_without_weight_do_not_count(mesh: Mesh) -> None:
     group = replace(
         scored("a", [0.0, 1.0]),
         components={
@@ -103,7 +107,9 @@ def test_components_without_weight_do_not_count(mesh):
 
 
 @pytest.mark.parametrize("tokens", [1, 10_000])
-def test_kl_in_the_reward_is_the_sum_over_each_answer(mesh, tmp_path, tokens):
+def test_kl_in_the_reward_is_the_sum_over_each_answer(
+    mesh: Mesh, tmp_path: Path, tokens: int
+) -> None:
     """Compare with the reference's log-probs of every answer by itself; a sample may come twice."""
     checkpoint = save(hf_model(), tmp_path / "hf")
     cfg = Model(checkpoint=str(checkpoint), dtype="float32")
@@ -112,8 +118,9 @@ def test_kl_in_the_reward_is_the_sum_over_each_answer(mesh, tmp_path, tokens):
     policy.keep_reference()
     groups = [scored("a", [0.0, 1.0], [4, 2]), scored("a", [0.0, 0.0, 0.0], [1, 8, 3])]
     ctx = ctx_of(mesh, kl=0.5, kl_estimator="k1", kl_in="reward")
-    ctx.policy, ctx.cfg.batch = policy, Batch(tokens=tokens)
-    ctx.rollout_manager = SimpleNamespace(banned_token_ids=())  # all that is asked of it here
+    ctx.cfg.batch = Batch(tokens=tokens)
+    vars(ctx)["policy"] = policy
+    vars(ctx)["rollout_manager"] = SimpleNamespace(banned_token_ids=())  # all that is asked
     with_kl = experience._with_kl(ctx, groups, dummy_group=groups[0])
     metrics = answer_metrics(ctx, judged(ctx, groups)[0], version=0)
     kl = np.concatenate([group.components["kl"].values for group in with_kl])
@@ -128,6 +135,7 @@ def test_kl_in_the_reward_is_the_sum_over_each_answer(mesh, tmp_path, tokens):
             experience.to_train(whole[0]).answers, of_group["kl"].values, strict=True
         ):
             alone = replace(experience.to_train(whole[0]), answers=(answer,))
-            [kept] = policy.logprobs(plan_batches([alone], alone, Batch(), mesh), Distribution())
+            batches = plan_batches([alone], alone, Batch(), mesh)
+            [kept] = present(policy.logprobs(batches, Distribution()))
             wanted = (answer.engine_logprobs - kept.numpy()).sum()
             assert wanted > 1 and found == pytest.approx(-wanted, rel=1e-5)

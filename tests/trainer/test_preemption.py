@@ -5,6 +5,7 @@ import select
 import signal
 import subprocess
 import time
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -30,10 +31,10 @@ time.sleep(60)
 
 
 @pytest.fixture
-def program():
-    started = []
+def program() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    started: list[subprocess.Popen[str]] = []
 
-    def start(*words: str) -> subprocess.Popen:
+    def start(*words: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             [python(), "-c", PROGRAM, *words],
             cwd=ROOT,
@@ -44,6 +45,7 @@ def program():
             start_new_session=True,
         )
         started.append(process)
+        assert process.stderr is not None
         assert line_of(process) == "ready\n", process.stderr.read()
         return process
 
@@ -53,22 +55,28 @@ def program():
         process.communicate()
 
 
-def line_of(process: subprocess.Popen) -> str:
+def line_of(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
     assert select.select([process.stdout], [], [], 60)[0]
     return process.stdout.readline()
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_the_first_asks_to_stop_and_children_live_on(program, number):
+def test_the_first_asks_to_stop_and_children_live_on(
+    program: Callable[..., subprocess.Popen[str]], number: signal.Signals
+) -> None:
     process = program("steps", "leaves")
     os.killpg(process.pid, number)
     assert line_of(process) == "asked, the child lives\n"
     assert process.wait() == 0
+    assert process.stderr is not None
     assert process.stderr.read() == ""
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_interrupt_ends_the_process_with_one_line(program, number):
+def test_a_second_interrupt_ends_the_process_with_one_line(
+    program: Callable[..., subprocess.Popen[str]], number: signal.Signals
+) -> None:
     process = program("steps")
     os.killpg(process.pid, number)
     assert line_of(process) == "asked, the child lives\n"
@@ -76,16 +84,20 @@ def test_a_second_interrupt_ends_the_process_with_one_line(program, number):
     os.killpg(process.pid, number)
     assert process.wait() == 128 + number
     os.killpg(process.pid, signal.SIGKILL)  # the child holds stderr
+    assert process.stderr is not None
     assert process.stderr.read() == (
         "Ended at once; the same command goes on from the newest checkpoint.\n"
     )
 
 
-def test_before_the_first_step_an_interrupt_ends_and_a_scheduler_waits(program):
+def test_before_the_first_step_an_interrupt_ends_and_a_scheduler_waits(
+    program: Callable[..., subprocess.Popen[str]],
+) -> None:
     process = program()
     os.killpg(process.pid, signal.SIGUSR1)
     assert line_of(process) == "asked, the child lives\n"
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait() == 130
     os.killpg(process.pid, signal.SIGKILL)
+    assert process.stderr is not None
     assert process.stderr.read() == "Interrupted before the first step: nothing was trained.\n"

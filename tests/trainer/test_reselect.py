@@ -2,23 +2,28 @@
 and checkpoints stand in; tests/jobs/test_reselection_job.py has the real ones."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from megatron_vrl.config import Data, Parallel, Rewards, RolloutConfig, Selection, load_config
+from megatron_vrl.context import RunContext
 from megatron_vrl.data.pool import Pool
 from megatron_vrl.errors import ConfigError, DataError, RolloutError, VideoError
 from megatron_vrl.observe.clock import Clock
-from megatron_vrl.parallel.mesh import close_mesh, init_mesh
+from megatron_vrl.parallel.mesh import Mesh, close_mesh, init_mesh
 from megatron_vrl.rewards.manager import RewardManager
+from megatron_vrl.rollout.request import SamplingSpec
 from megatron_vrl.trainer import reselect
 from megatron_vrl.trainer.reselect import DataSelection, check_reselection
 from megatron_vrl.trainer.sample_stream import ordered
 from megatron_vrl.trainer.state import RunState
-from megatron_vrl.types import Rollout
+from megatron_vrl.types import Prompt, Rollout, VideoSample
 from tests.data.test_mix import sample
 from tests.running import CONFIG
 from tests.tiny import prompt, video
@@ -28,7 +33,7 @@ NUM, UNREADABLE, DULL = 10, 3, {1, 4, 8}  # to the dull ones all answers are ali
 
 
 @pytest.fixture(scope="module")
-def mesh():
+def mesh() -> Iterator[Mesh]:
     yield init_mesh(Parallel(), seed=1)
     close_mesh()
 
@@ -36,15 +41,17 @@ def mesh():
 class Run:
     """One process of a run in `tmp_path`: a stream that stands at `place` of a pool of ten."""
 
-    def __init__(self, mesh, out_dir, state, *, calls=99, **selection):
+    def __init__(
+        self, mesh: Mesh, out_dir: Path, state: RunState, *, calls: int = 99, **selection: Any
+    ) -> None:
         self.asked: list[list[int]] = []
         self.said: list[str] = []
         self.saved: list[int] = []
         self.calls = calls
-        keys = {"answers": 2, "every_epochs": 1} | selection
+        keys: dict[str, Any] = {"answers": 2, "every_epochs": 1} | selection
         cfg = SimpleNamespace(
             run=SimpleNamespace(seed=1, out_dir=str(out_dir)),
-            data=Data(train=[SOURCE]),
+            data=Data.model_validate({"train": [SOURCE]}),
             selection=Selection(**keys),
             rollout=RolloutConfig(prompts_per_step=4),
             rewards=Rewards(),
@@ -64,10 +71,12 @@ class Run:
             rollout_manager=SimpleNamespace(generate=self.generate),
             reward_manager=RewardManager(cfg.rewards),
         )
-        self.reselection = DataSelection(ctx, state, self.pool, self.stream, self.said.append)
+        self.reselection = DataSelection(
+            cast(RunContext, ctx), state, self.pool, self.stream, self.said.append
+        )
 
     @staticmethod
-    def load(samples):
+    def load(samples: list[VideoSample]) -> list[VideoError | Prompt]:
         bad = VideoError("is cut off", "cut_off")
         shown = prompt([video((1, 2, 2), 1.0, 0)], 0)
         return [
@@ -75,7 +84,9 @@ class Run:
             for one in samples
         ]
 
-    def generate(self, prompts, spec, numbers):
+    def generate(
+        self, prompts: list[Prompt], spec: SamplingSpec, numbers: list[int]
+    ) -> list[list[Rollout]]:
         if len(self.asked) == self.calls:
             raise RolloutError("killed")
         self.asked.append(list(numbers))
@@ -84,7 +95,7 @@ class Run:
         return [[_answer(end) for end in pair] for pair in ends]
 
 
-def _answer(end):
+def _answer(end: int) -> Rollout:
     answer = {"start_time": "1.0", "end_time": str(float(end))}
     return Rollout(
         token_ids=np.arange(3),
@@ -98,7 +109,7 @@ def _answer(end):
 
 
 @pytest.fixture(autouse=True)
-def saved(monkeypatch) -> list[int]:
+def saved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Steps at which the run was saved."""
     steps: list[int] = []
     monkeypatch.setattr(reselect, "save", lambda ctx, state: steps.append(state.step))
@@ -111,10 +122,10 @@ def at_the_end_of_an_epoch() -> RunState:
 
 
 def drawn(run: Run, num: int) -> list[str]:
-    return [one.id for one in run.stream.draw(num)]
+    return [one.id for one in run.stream.take(num)]
 
 
-def test_nothing_is_asked_before_it_is_time_or_when_it_is_off(mesh, tmp_path):
+def test_nothing_is_asked_before_it_is_time_or_when_it_is_off(mesh: Mesh, tmp_path: Path) -> None:
     for keys, stream in (({"every_epochs": 0}, 25), ({}, 9), ({"every_epochs": 3}, 29)):
         run = Run(mesh, tmp_path, RunState(stage="grpo", step=3, stream=stream), **keys)
         run.reselection.make_if_due()
@@ -122,7 +133,9 @@ def test_nothing_is_asked_before_it_is_time_or_when_it_is_off(mesh, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_next_epochs_hold_what_was_kept_and_then_all_are_asked_again(mesh, tmp_path, saved):
+def test_the_next_epochs_hold_what_was_kept_and_then_all_are_asked_again(
+    mesh: Mesh, tmp_path: Path, saved: list[int]
+) -> None:
     run = Run(mesh, tmp_path, at_the_end_of_an_epoch())
     run.state.step = 4  # after three it was saved: it was restored from there
     run.reselection.make_if_due()
@@ -140,10 +153,11 @@ def test_the_next_epochs_hold_what_was_kept_and_then_all_are_asked_again(mesh, t
     assert run.asked[3:] == run.asked[:3]  # of the whole pool
     again = Run(mesh, tmp_path, replace(run.state, stream=24))
     assert again.asked == [] and drawn(again, 20) == drawn(run, 20)
-    assert {again.stream.at(place).id for place in range(12, 18)} == kept  # under way, perhaps
+    under_way = [again.stream.at(place) for place in range(12, 18)]  # perhaps
+    assert {one.id for one in under_way if isinstance(one, VideoSample)} == kept
 
 
-def test_a_restarted_one_asks_what_is_left_and_keeps_the_same(mesh, tmp_path):
+def test_a_restarted_one_asks_what_is_left_and_keeps_the_same(mesh: Mesh, tmp_path: Path) -> None:
     whole = Run(mesh, tmp_path / "whole", at_the_end_of_an_epoch())
     whole.reselection.make_if_due()
     killed = Run(mesh, tmp_path / "killed", at_the_end_of_an_epoch(), calls=2)
@@ -164,7 +178,9 @@ def test_a_restarted_one_asks_what_is_left_and_keeps_the_same(mesh, tmp_path):
     assert complete.asked == [] and complete.state == going_on.state
 
 
-def test_a_block_that_is_there_in_part_is_asked_again_as_a_whole(mesh, tmp_path):
+def test_a_block_that_is_there_in_part_is_asked_again_as_a_whole(
+    mesh: Mesh, tmp_path: Path
+) -> None:
     """Its other prompts alone would be another batch, which kernels may round otherwise."""
     whole = Run(mesh, tmp_path, at_the_end_of_an_epoch())
     whole.reselection.make_if_due()
@@ -178,12 +194,15 @@ def test_a_block_that_is_there_in_part_is_asked_again_as_a_whole(mesh, tmp_path)
         assert answers.read_text() == complete
 
 
-def test_answers_of_other_weights_or_another_number_are_not_used(mesh, tmp_path):
+def test_answers_of_other_weights_or_another_number_are_not_used(
+    mesh: Mesh, tmp_path: Path
+) -> None:
     first = Run(mesh, tmp_path, at_the_end_of_an_epoch())
     first.reselection.make_if_due()
+    cooler: dict[str, Any] = {"temperature": 0.5}
     for state, keys in (
         (replace(at_the_end_of_an_epoch(), version=4), {}),
-        (replace(at_the_end_of_an_epoch(), version=4), {"temperature": 0.5}),
+        (replace(at_the_end_of_an_epoch(), version=4), cooler),
     ):
         other = Run(mesh, tmp_path, state, **keys)
         other.reselection.make_if_due()
@@ -192,7 +211,9 @@ def test_answers_of_other_weights_or_another_number_are_not_used(mesh, tmp_path)
     assert list((tmp_path / "selection").iterdir()) == []
 
 
-def test_a_pool_that_teaches_nothing_ends_the_run_and_other_rules_go_on(mesh, tmp_path):
+def test_a_pool_that_teaches_nothing_ends_the_run_and_other_rules_go_on(
+    mesh: Mesh, tmp_path: Path
+) -> None:
     run = Run(mesh, tmp_path, at_the_end_of_an_epoch(), min_std=0.9)
     with pytest.raises(DataError, match=r"keeps none .*epoch-0001: lower selection\.min_std=0\.9"):
         run.reselection.make_if_due()
@@ -202,7 +223,7 @@ def test_a_pool_that_teaches_nothing_ends_the_run_and_other_rules_go_on(mesh, tm
     assert other.asked == [] and other.state.selections == [[1, 12]]
 
 
-def test_a_selection_that_is_gone_is_named(mesh, tmp_path):
+def test_a_selection_that_is_gone_is_named(mesh: Mesh, tmp_path: Path) -> None:
     state = replace(at_the_end_of_an_epoch(), selections=[[1, 12]])
     with pytest.raises(DataError, match=r"epoch-0001/kept\.jsonl cannot be read"):
         Run(mesh, tmp_path, state)
@@ -215,7 +236,7 @@ def test_a_selection_that_is_gone_is_named(mesh, tmp_path):
         ("data.curriculum=easy_first", "and data.curriculum=easy_first orders it by older records"),
     ],
 )
-def test_what_cannot_be_is_refused(override, sentence):
+def test_what_cannot_be_is_refused(override: str, sentence: str) -> None:
     cfg = load_config(CONFIG, ["selection.every_epochs=2", override])
     with pytest.raises(ConfigError) as refused:
         check_reselection(cfg)

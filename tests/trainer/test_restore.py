@@ -1,12 +1,15 @@
 """A run that starts or resumes loads each file of weights once and parses annotations once."""
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 
 from megatron_vrl.checkpoint import saver as saver_module
+from megatron_vrl.checkpoint.checksums import ChecksumVerifier
 from megatron_vrl.checkpoint.hf_load import hf_tensors
 from megatron_vrl.checkpoint.saver import Saver
 from megatron_vrl.config import Parallel, Source, load_config
@@ -14,7 +17,7 @@ from megatron_vrl.context import PolicyContext
 from megatron_vrl.data import datasets
 from megatron_vrl.data.datasets import Datasets
 from megatron_vrl.models.architecture import read_architecture
-from megatron_vrl.parallel.mesh import close_mesh, init_mesh
+from megatron_vrl.parallel.mesh import Mesh, close_mesh, init_mesh
 from megatron_vrl.policy.policy import Policy
 from megatron_vrl.trainer.restore import load_stage, restore
 from megatron_vrl.trainer.state import RunState, checkpoint_name
@@ -25,26 +28,31 @@ KL = "algorithm.kl=0.01"
 
 
 @pytest.fixture(scope="module")
-def mesh():
+def mesh() -> Iterator[Mesh]:
     yield init_mesh(Parallel(), seed=1)
     close_mesh()
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(hf_model(), tmp_path_factory.mktemp("restore") / "hf")
 
 
 @pytest.fixture
-def loads(monkeypatch) -> list[str]:
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Name of every checkpoint that is loaded, with "+optimizer" where its state is."""
     found: list[str] = []
     for name, suffix in (("load_weights", ""), ("load_checkpoint", "+optimizer")):
         original = getattr(saver_module, name)
 
-        def counted(checkpoint, *rest, original=original, suffix=suffix):
+        def counted(
+            checkpoint: Path | str,
+            *rest: ChecksumVerifier | Policy,
+            original: Callable[..., Any] = original,
+            suffix: str = suffix,
+        ) -> None:
             found.append(Path(checkpoint).name + suffix)
-            return original(checkpoint, *rest)
+            original(checkpoint, *rest)
 
         monkeypatch.setattr(saver_module, name, counted)
     return found
@@ -53,7 +61,7 @@ def loads(monkeypatch) -> list[str]:
 class Process:
     """One process of a run in `root`."""
 
-    def __init__(self, mesh, base, root, *overrides):
+    def __init__(self, mesh: Mesh, base: Path, root: Path, *overrides: str) -> None:
         keys = [f"model.checkpoint={base}", "model.dtype=float32", "algorithm.kl=0", *overrides]
         self.cfg = load_config(CONFIG, keys)
         policy = Policy(read_architecture(base), self.cfg.model, self.cfg.parallel, mesh)
@@ -74,16 +82,18 @@ class Process:
                     parameter.add_(value)
         return {name: tensor.clone() for name, tensor in hf_tensors(policy.chunks)}
 
-    def save(self, stage: str, step: int) -> None:
+    def save(self, stage: Literal["base", "sft", "grpo", "done"], step: int) -> None:
         state = {"stage": stage, "step": step, "version": step}
         self.trained.saver.save(checkpoint_name(stage, 0, step), state)
 
 
-def equal(ours, theirs) -> bool:
+def equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_fresh_run_and_a_stage_that_begins_load_one_checkpoint(mesh, base, tmp_path, loads):
+def test_a_fresh_run_and_a_stage_that_begins_load_one_checkpoint(
+    mesh: Mesh, base: Path, tmp_path: Path, loads: list[str]
+) -> None:
     run = Process(mesh, base, tmp_path)
     assert run.restored() == RunState() and loads == [base.name]
     changed = run.weights(0.5)
@@ -103,8 +113,14 @@ def test_a_fresh_run_and_a_stage_that_begins_load_one_checkpoint(mesh, base, tmp
     ],
 )
 def test_a_run_in_the_middle_of_a_stage_loads_each_file_once(
-    mesh, base, tmp_path, loads, stage, kl, expected
-):
+    mesh: Mesh,
+    base: Path,
+    tmp_path: Path,
+    loads: list[str],
+    stage: Literal["sft", "grpo"],
+    kl: str,
+    expected: list[str],
+) -> None:
     run = Process(mesh, base, tmp_path, kl)
     run.restored()
     began = run.weights()
@@ -124,11 +140,12 @@ def test_a_run_in_the_middle_of_a_stage_loads_each_file_once(
 
 
 @pytest.fixture
-def sources(tmp_path) -> dict[str, list[Source]]:
+def sources(tmp_path: Path) -> dict[str, list[Source]]:
     """ "kept": durations are in the annotations; "header": a video has to be opened for one."""
     kept = {"v": {"duration": 16.0, "timestamps": [[3.0, 8.0]], "sentences": ["a square"]}}
     listed = {"dataset": "charades_train", "video": "v.mp4", "problem": "a", "solution": [0.2, 0.5]}
     found = {}
+    form: Any
     for name, form, records in (
         ("kept", "charades_sta", kept),
         ("header", "temporal_r1", [listed]),
@@ -139,12 +156,19 @@ def sources(tmp_path) -> dict[str, list[Source]]:
     return found
 
 
-def test_annotations_are_parsed_once_unless_a_video_has_to_be_opened(sources, monkeypatch):
+def test_annotations_are_parsed_once_unless_a_video_has_to_be_opened(
+    sources: dict[str, list[Source]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     parsed: list[str] = []
     for name in ("load", "open_pool"):
         original = getattr(datasets, name)
 
-        def counted(of, *rest, original=original, name=name):
+        def counted(
+            of: list[Source],
+            *rest: Any,
+            original: Callable[..., Any] = original,
+            name: str = name,
+        ) -> Any:
             parsed.append(f"{name} {Path(of[0].json_path).stem}")
             return original(of, *rest)
 

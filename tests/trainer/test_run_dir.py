@@ -10,9 +10,9 @@ from megatron_vrl.errors import ConfigError
 from megatron_vrl.trainer.run_dir import PROGRESS, check_run_dir, check_writable
 
 
-def configured(out_dir, seed=1, **grpo) -> RunConfig:
+def configured(out_dir: Path, seed: int = 1, **grpo: int) -> RunConfig:
     run = {"out_dir": str(out_dir), "seed": seed}
-    return RunConfig(run=run, model={"checkpoint": "c"}, grpo=grpo)
+    return RunConfig.model_validate({"run": run, "model": {"checkpoint": "c"}, "grpo": grpo})
 
 
 def written(cfg: RunConfig, *paths: str) -> None:
@@ -22,12 +22,12 @@ def written(cfg: RunConfig, *paths: str) -> None:
         place.write_text(yaml.safe_dump(cfg.model_dump(mode="json")))
 
 
-def test_an_empty_directory_takes_any_run(tmp_path):
+def test_an_empty_directory_takes_any_run(tmp_path: Path) -> None:
     for trains in (True, False):
         check_run_dir(configured(tmp_path), trains)
 
 
-def test_a_run_goes_on_as_it_began(tmp_path):
+def test_a_run_goes_on_as_it_began(tmp_path: Path) -> None:
     written(configured(tmp_path, steps=3), "checkpoints/latest")
     check_run_dir(configured(tmp_path, steps=3), trains=True)
     with pytest.raises(ConfigError, match=r"a run with grpo.steps=3, not 4: choose another"):
@@ -36,7 +36,7 @@ def test_a_run_goes_on_as_it_began(tmp_path):
         check_run_dir(configured(tmp_path, steps=3), trains=False)
 
 
-def test_rollouts_without_training_may_become_more_and_are_not_overwritten(tmp_path):
+def test_rollouts_without_training_may_become_more_and_are_not_overwritten(tmp_path: Path) -> None:
     written(configured(tmp_path, steps=3), PROGRESS)
     check_run_dir(configured(tmp_path, steps=4), trains=False)
     with pytest.raises(ConfigError, match="holds rollouts that were made without training"):
@@ -45,7 +45,9 @@ def test_rollouts_without_training_may_become_more_and_are_not_overwritten(tmp_p
         check_run_dir(configured(tmp_path, seed=5, steps=3), trains=False)
 
 
-def test_a_directory_that_cannot_be_written_is_named_and_a_trial_leaves_nothing(tmp_path):
+def test_a_directory_that_cannot_be_written_is_named_and_a_trial_leaves_nothing(
+    tmp_path: Path,
+) -> None:
     check_writable(str(tmp_path / "a" / "b"), keep=False)
     assert not list(tmp_path.iterdir())
     check_writable(str(tmp_path / "a" / "b"), keep=True)

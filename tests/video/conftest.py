@@ -1,13 +1,17 @@
 """Fixtures: generated clips, and real clips if the machine has them."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
+
+from megatron_vrl.errors import VideoError
+from megatron_vrl.types import EncodedVideo
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 REAL_CLIPS = Path(os.environ.get("MVRL_REAL_CLIPS", REPOSITORY.parent / "shared" / "videos"))
@@ -25,12 +29,25 @@ def real_clips() -> list[str]:
 
 @pytest.fixture
 def make_clip(tmp_path: Path) -> MakeClip:
-    def make(name: str, **options) -> str:
+    def make(name: str, **options: Any) -> str:
         path = str(tmp_path / name)
         write_clip(path, **options)
         return path
 
     return make
+
+
+def videos_of(found: Sequence[EncodedVideo | VideoError]) -> list[EncodedVideo]:
+    """Return the videos that a reader gave. None of them may be an error."""
+    for video in found:
+        assert isinstance(video, EncodedVideo), video
+    return [video for video in found if isinstance(video, EncodedVideo)]
+
+
+def errors_of(found: Sequence[EncodedVideo | VideoError]) -> list[VideoError]:
+    """Return the errors that a reader gave. None of them may be a video."""
+    assert not any(isinstance(error, EncodedVideo) for error in found)
+    return [error for error in found if isinstance(error, VideoError)]
 
 
 def write_clip(
@@ -52,12 +69,13 @@ def write_clip(
     rng = np.random.default_rng(num_frames)
     coarse = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
     smooth = av.VideoFrame.from_ndarray(coarse, format="rgb24").reformat(width, height, "rgb24")
-    picture = smooth.to_ndarray()
+    picture = smooth.to_ndarray().astype(np.uint8)
     muxer_options = {"movflags": "faststart"} if faststart else {}
     with av.open(path, "w", options=muxer_options) as container:
         stream = container.add_stream(codec, rate=fps)
+        assert isinstance(stream, av.VideoStream)
         stream.width, stream.height, stream.pix_fmt = width, height, pixels
-        stream.gop_size, stream.options = gop, codec_options or {}
+        stream.gop_size, stream.options = gop, {**(codec_options or {})}
         if turned:
             stream.set_display_rotation(turned)
         if colours:
@@ -79,6 +97,7 @@ def sound_only(tmp_path: Path) -> str:
     path = str(tmp_path / "sound.mp4")
     with av.open(path, "w") as container:
         stream = container.add_stream("aac", rate=16000)
+        assert isinstance(stream, av.AudioStream)
         for start in range(0, 16000, 1000):
             samples = np.zeros((1, 1000), np.float32)
             frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")

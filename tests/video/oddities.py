@@ -1,9 +1,10 @@
 """Generates tiny clips of every container and codec, each with one unusual property."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import lru_cache
+from typing import Any, Literal
 
 import av
 import numpy as np
@@ -27,11 +28,20 @@ OPTIONS = {  # parameter sets in every key packet, so that streams may be joined
     "libvpx": {"deadline": "realtime", "cpu-used": "8"},
     "libvpx-vp9": {"deadline": "realtime", "cpu-used": "8"},
 }
+Part = tuple["av.Packet[av.VideoStream]", av.VideoStream]  # a packet and its stream
+Track = list[Part] | Literal["audio", "cover"]
 MATRIX = [(container, codec) for container, codecs in CODECS.items() for codec in codecs]
 
 
 @lru_cache(maxsize=64)
-def encoded(codec: str, size=SIZE, pixels="", bframes=0, open_gop=False, first=0) -> bytes:
+def encoded(
+    codec: str,
+    size: tuple[int, int] = SIZE,
+    pixels: str = "",
+    bframes: int = 0,
+    open_gop: bool = False,
+    first: int = 0,
+) -> bytes:
     """Encode NUM_FRAMES frames, with parameter sets in the container's header."""
     file = io.BytesIO()
     carrier = "matroska" if codec in ("libvpx", "libvpx-vp9", "mjpeg") else "mpegts"
@@ -43,9 +53,10 @@ def encoded(codec: str, size=SIZE, pixels="", bframes=0, open_gop=False, first=0
         options = {k: f"{v}:open-gop=1" for k, v in options.items()}
     with av.open(file, "w", format=carrier) as container:
         stream = container.add_stream(codec, rate=FPS if codec != "mpeg2video" else 25)
+        assert isinstance(stream, av.VideoStream)
         stream.height, stream.width = size
         stream.pix_fmt = pixels or ("yuvj420p" if codec == "mjpeg" else "yuv420p")
-        stream.gop_size, stream.options = 6, options
+        stream.gop_size, stream.options = 6, {**options}
         for index in range(NUM_FRAMES):
             moved = np.roll(picture, 5 * (index + first), axis=1)[: size[0], : size[1]].copy()
             moved[:8, :8] = 12 * index
@@ -55,65 +66,81 @@ def encoded(codec: str, size=SIZE, pixels="", bframes=0, open_gop=False, first=0
     return file.getvalue()
 
 
-def packets(codec: str, **options) -> Iterator[tuple[av.Packet, av.VideoStream]]:
+def packets(codec: str, **options: Any) -> Iterator[Part]:
     """Return the packets of `encoded` with their stream. Times are in frames from 0."""
-    source = av.open(
-        io.BytesIO(encoded(codec, **options))
-    )  # stays open: its stream is the template of what is written
+    # stays open: its stream is the template of what is written
+    source = av.open(io.BytesIO(encoded(codec, **options)), "r")
     stream = source.streams.video[0]
+    unit = stream.time_base
+    assert unit is not None
     found = [packet for packet in source.demux(stream) if packet.size]
     tick = 1 / Fraction(FPS if codec != "mpeg2video" else 25)
-    start = min(p.dts if p.pts is None else p.pts for p in found) * stream.time_base
-    for packet in found:
-        pts = packet.dts if packet.pts is None else packet.pts
-        content = av.Packet(bytes(packet))
-        content.pts = round((pts * stream.time_base - start) / tick)
-        content.dts = round((packet.dts * stream.time_base - start) / tick)
+    shown = [p.dts if p.pts is None else p.pts for p in found]
+    start = min(time for time in shown if time is not None) * unit
+    for packet, pts in zip(found, shown, strict=True):
+        assert pts is not None and packet.dts is not None
+        content: av.Packet[Any] = av.Packet(bytes(packet))
+        content.pts = round((pts * unit - start) / tick)
+        content.dts = round((packet.dts * unit - start) / tick)
         content.duration, content.time_base = 1, tick
         content.is_keyframe = packet.is_keyframe
         yield content, stream
 
 
-def mux(path: str, tracks: list, seconds: float = 0.0, turned: int = 0, times=None) -> None:
+def mux(
+    path: str,
+    tracks: list[Track],
+    seconds: float = 0.0,
+    turned: int = 0,
+    times: Callable[[int], int] | None = None,
+) -> None:
     """Write `tracks` (packets, "audio" or "cover") as the streams of one file."""
     with av.open(path, "w") as container:
-        streams = []
-        for track in tracks:
-            if track == "audio":
-                name = {"flv": "aac", "avi": "libmp3lame", "webm": "libopus"}
-                stream = container.add_stream(name.get(path.rpartition(".")[2], "aac"), rate=48000)
-                stream.layout = "mono"
-            elif track == "cover":
-                stream = container.add_stream("mjpeg", rate=1)
-                stream.width = stream.height = 32
-                stream.pix_fmt = "yuvj420p"
-                stream.disposition = av.stream.Disposition.attached_pic
-            else:
-                stream = container.add_stream_from_template(track[0][1])
-                if turned:
-                    stream.set_display_rotation(turned)
-            streams.append(stream)
+        streams = [_stream_for(track, container, path, turned) for track in tracks]
         for track, stream in zip(tracks, streams, strict=True):
             for packet in _of(track, stream):
                 if isinstance(track, list):
+                    assert packet.pts is not None and packet.dts is not None
                     packet.pts += round(seconds / packet.time_base)
                     packet.dts += round(seconds / packet.time_base)
                     if times:
-                        _move(packet, times)
+                        packet.pts, packet.dts = times(packet.pts), times(packet.dts)
                 packet.stream = stream
                 container.mux(packet)
 
 
-def _move(packet, times) -> None:
-    packet.pts, packet.dts = times(packet.pts), times(packet.dts)
-
-
-def _of(track, stream) -> Iterator:
+def _stream_for(
+    track: Track, container: av.container.OutputContainer, path: str, turned: int
+) -> av.AudioStream | av.VideoStream:
+    """Add the stream of a track to the file."""
+    if track == "audio":
+        name = {"flv": "aac", "avi": "libmp3lame", "webm": "libopus"}
+        sound = container.add_stream(name.get(path.rpartition(".")[2], "aac"), rate=48000)
+        assert isinstance(sound, av.AudioStream)
+        sound.layout = "mono"
+        return sound
     if track == "cover":
+        cover = container.add_stream("mjpeg", rate=1)
+        assert isinstance(cover, av.VideoStream)
+        cover.width = cover.height = 32
+        cover.pix_fmt = "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        return cover
+    assert isinstance(track, list)
+    stream = container.add_stream_from_template(track[0][1])
+    if turned:
+        stream.set_display_rotation(turned)
+    return stream
+
+
+def _of(track: Track, stream: av.AudioStream | av.VideoStream) -> Iterator["av.Packet[Any]"]:
+    if isinstance(track, list):
+        yield from (packet for packet, _ in track)
+    elif isinstance(stream, av.VideoStream):
         white = np.full((32, 32, 3), 255, np.uint8)
-        frame = av.VideoFrame.from_ndarray(white, format="rgb24").reformat(format="yuvj420p")
-        yield from [*stream.encode(frame), *stream.encode()]
-    elif track == "audio":
+        picture = av.VideoFrame.from_ndarray(white, format="rgb24").reformat(format="yuvj420p")
+        yield from [*stream.encode(picture), *stream.encode()]
+    else:
         for start in range(0, 2 * 48000, 960):
             frame = av.AudioFrame.from_ndarray(
                 np.zeros((1, 960), np.float32), format="fltp", layout="mono"
@@ -121,43 +148,43 @@ def _of(track, stream) -> Iterator:
             frame.sample_rate, frame.pts = 48000, start
             yield from stream.encode(frame)
         yield from stream.encode()
-    else:
-        yield from (packet for packet, _ in track)
 
 
-def joined(*parts: list) -> list:
+def joined(*parts: list[Part]) -> list[Part]:
     """Return the parts as one stream, one after the other, with the header of the first."""
-    found, shift = [], 0
+    found: list[Part] = []
+    shift = 0
     for part in parts:
         for packet, _ in part:
+            assert packet.pts is not None and packet.dts is not None
             packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
             found.append((packet, parts[0][0][1]))
         shift += NUM_FRAMES
     return found
 
 
-def _plain(path, codec):
+def _plain(path: str, codec: str) -> None:
     mux(path, [list(packets(codec))])
 
 
-def _smaller(path, codec):
+def _smaller(path: str, codec: str) -> None:
     mux(path, [joined(list(packets(codec)), list(packets(codec, size=SMALLER)))])
 
 
-def _larger(path, codec):
+def _larger(path: str, codec: str) -> None:
     mux(path, [joined(list(packets(codec, size=SMALLER)), list(packets(codec)))])
 
 
-def _chroma(path, codec):
+def _chroma(path: str, codec: str) -> None:
     other = {"mjpeg": "yuvj444p"}.get(codec, "yuv444p")
     mux(path, [joined(list(packets(codec)), list(packets(codec, pixels=other)))])
 
 
-def _two_streams(path, codec):
+def _two_streams(path: str, codec: str) -> None:
     mux(path, [list(packets(codec)), list(packets(codec, size=SMALLER, first=9))])
 
 
-def _two_streams_small_first(path, codec):
+def _two_streams_small_first(path: str, codec: str) -> None:
     mux(path, [list(packets(codec, size=SMALLER, first=9)), list(packets(codec))])
 
 

@@ -1,6 +1,7 @@
 """VideoReader: both decoders give the same bytes, and bad files do not affect other files."""
 
 from pathlib import Path
+from typing import Any, Literal
 
 import av
 import numpy as np
@@ -17,9 +18,10 @@ from megatron_vrl.video.pyav import decode_frames
 from megatron_vrl.video.resize import resize
 from megatron_vrl.video.routing import dali_reads
 from megatron_vrl.video.rules import plan_frames
+from tests.video.conftest import MakeClip, errors_of, videos_of
 
-SMALL = {"min_pixels": 28 * 28, "fps": 4.0}
-CLIPS = {
+SMALL: dict[str, Any] = {"min_pixels": 28 * 28, "fps": 4.0}
+CLIPS: dict[str, dict[str, Any]] = {
     "constant.mp4": {},
     "one_frame.mp4": {"num_frames": 1},
     "three_frames.mp4": {"num_frames": 3},
@@ -42,9 +44,17 @@ CLIPS = {
 }
 
 
-def encoders(**keys) -> tuple[Encoder, Encoder]:
+def encoders(**keys: Any) -> tuple[Encoder, Encoder]:
     """Return both decoders, in this process."""
     return Encoder(Video(decoder="dali", **keys)), Encoder(Video(decoder="pyav", **keys))
+
+
+def fallbacks(dali: Encoder) -> int:
+    """Return how many files the DALI decoder gave to PyAV."""
+    from megatron_vrl.video.dali import DaliDecoder
+
+    assert isinstance(dali.decoder, DaliDecoder)
+    return dali.decoder.num_fallbacks
 
 
 def encode(encoder: Encoder, paths: list[str]) -> list[EncodedVideo | VideoError]:
@@ -61,26 +71,26 @@ def assert_same(one: EncodedVideo | VideoError, other: EncodedVideo | VideoError
     assert (one.digest, one.grid_thw, one.codec) == (other.digest, other.grid_thw, other.codec)
 
 
-def test_decoders_are_equal(make_clip):
+def test_decoders_are_equal(make_clip: MakeClip) -> None:
     paths = [make_clip(name, **options) for name, options in CLIPS.items()]
     dali, pyav = encoders(**SMALL)
-    for one, other in zip(encode(dali, paths), encode(pyav, paths), strict=True):
+    for one, other in zip(videos_of(encode(dali, paths)), encode(pyav, paths), strict=True):
         assert_same(one, other)
         assert one.frames.shape == (2 * one.grid_thw[0], *(14 * g for g in one.grid_thw[1:]), 3)
         assert len(one.timestamps_s) == len(one.frames)
-    assert dali.decoder.num_fallbacks == 0
+    assert fallbacks(dali) == 0
 
 
-def test_decoders_are_equal_on_real_clips(real_clips):
+def test_decoders_are_equal_on_real_clips(real_clips: list[str]) -> None:
     dali, pyav = encoders()
     for one, other in zip(encode(dali, real_clips), encode(pyav, real_clips), strict=True):
         assert_same(one, other)
     own = [path for path in real_clips if dali_reads(probe(path), "cpu")]
-    assert dali.decoder.num_fallbacks == len(real_clips) - len(own) > 0
+    assert fallbacks(dali) == len(real_clips) - len(own) > 0
 
 
 @pytest.mark.parametrize("name", CLIPS)
-def test_seeking_gives_the_frames_of_a_sequential_read(make_clip, name):
+def test_seeking_gives_the_frames_of_a_sequential_read(make_clip: MakeClip, name: str) -> None:
     file = probe(make_clip(name, **CLIPS[name]))
     plan = plan_frames(
         file.num_frames, file.native_fps, file.height, file.width, Video(min_pixels=28 * 28)
@@ -88,10 +98,10 @@ def test_seeking_gives_the_frames_of_a_sequential_read(make_clip, name):
     np.testing.assert_array_equal(decode_frames(file, plan), decode_frames(file, plan, seek=False))
 
 
-def test_frames_have_the_requested_indices(make_clip):
+def test_frames_have_the_requested_indices(make_clip: MakeClip) -> None:
     """Compare with all frames in FFmpeg's order and default colours."""
     path = make_clip("clip.mp4", num_frames=50, gop=10)
-    (video,) = encode(Encoder(Video(decoder="pyav", **SMALL)), [path])
+    (video,) = videos_of(encode(Encoder(Video(decoder="pyav", **SMALL)), [path]))
     with av.open(path) as container:
         shown = list(container.decode(video=0))
     assert len(shown) == 50
@@ -101,10 +111,10 @@ def test_frames_have_the_requested_indices(make_clip):
         assert np.abs(candidates - pixels).mean(axis=(1, 2, 3)).argmin() == index
 
 
-def test_time_axis_of_a_variable_rate(make_clip):
+def test_time_axis_of_a_variable_rate(make_clip: MakeClip) -> None:
     times_ms = CLIPS["variable.mp4"]["times_ms"]
     path = make_clip("clip.mkv", **CLIPS["variable.mkv"])
-    (video,) = encode(Encoder(Video(decoder="pyav", fps=1.0)), [path])
+    (video,) = videos_of(encode(Encoder(Video(decoder="pyav", fps=1.0)), [path]))
     want = [times_ms[i] / 1000 for i in video.frame_indices]
     np.testing.assert_allclose(video.timestamps_s, want, atol=2e-3)
     assert video.sampled_fps == pytest.approx(len(want) / video.duration_s)
@@ -112,7 +122,7 @@ def test_time_axis_of_a_variable_rate(make_clip):
 
 
 @pytest.mark.parametrize(("height", "width"), [(56, 84), (300, 420), (112, 140)])
-def test_resize_is_torchs_bicubic_on_bytes(height, width):
+def test_resize_is_torchs_bicubic_on_bytes(height: int, width: int) -> None:
     frames = np.random.default_rng(0).integers(0, 256, (3, 112, 140, 3), dtype=np.uint8)
     want = torch.nn.functional.interpolate(
         torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous(),
@@ -124,7 +134,9 @@ def test_resize_is_torchs_bicubic_on_bytes(height, width):
 
 
 @pytest.mark.parametrize("decoder", ["dali", "pyav"])
-def test_bad_files_do_not_affect_other_files(make_clip, sound_only, tmp_path, decoder):
+def test_bad_files_do_not_affect_other_files(
+    make_clip: MakeClip, sound_only: str, tmp_path: Path, decoder: Literal["dali", "pyav"]
+) -> None:
     good = make_clip("good.mp4")
     whole = Path(make_clip("whole.mp4", num_frames=300, faststart=True)).read_bytes()
     matroska = Path(make_clip("whole.mkv", num_frames=300)).read_bytes()
@@ -159,13 +171,13 @@ def test_bad_files_do_not_affect_other_files(make_clip, sound_only, tmp_path, de
         assert "\n" not in str(error)
     failed = len(bad)
     assert reader.counts == {"decoded": 1, "failed": failed, "store": 0, "retried": failed}
-    assert [error.kind for error in bad] == [
+    assert [error.kind for error in errors_of(bad)] == [
         *("missing", "unreadable", "empty", "unreadable"),
         *("cut_off", "cut_off", "unreadable", "no_pictures"),
     ]
 
 
-def test_a_file_that_breaks_dalis_run_is_isolated(make_clip, tmp_path):
+def test_a_file_that_breaks_dalis_run_is_isolated(make_clip: MakeClip, tmp_path: Path) -> None:
     """Valid packets, frames that do not decode: DALI fails for the whole batch."""
     good = [make_clip(f"good{i}.mp4", num_frames=20 + i) for i in range(5)]
     broken = bytearray(Path(make_clip("broken.mp4", num_frames=300, size=(240, 320))).read_bytes())
@@ -181,14 +193,15 @@ def test_a_file_that_breaks_dalis_run_is_isolated(make_clip, tmp_path):
     assert error.kind == "damaged"
     for mine, theirs in zip(one, other, strict=True):
         assert_same(mine, theirs)
-    assert dali.decoder.num_fallbacks == 1
+    assert fallbacks(dali) == 1
     assert isinstance(encode(dali, [make_clip("next.mp4")])[0], EncodedVideo)
 
 
-def test_more_videos_than_one_batch(make_clip):
+def test_more_videos_than_one_batch(make_clip: MakeClip) -> None:
     paths = [make_clip(f"{i}.mp4", num_frames=8 + i) for i in range(40)]
     dali, pyav = encoders(**SMALL)
-    for path, one, other in zip(paths, encode(dali, paths), encode(pyav, paths), strict=True):
+    ours, theirs = videos_of(encode(dali, paths)), videos_of(encode(pyav, paths))
+    for path, one, other in zip(paths, ours, theirs, strict=True):
         assert_same(one, other)
         assert one.path == other.path == path
 
@@ -203,6 +216,7 @@ def hide_frames(source: str, target: str) -> None:
             if count % 10 == 5:
                 content = bytes(packet)
                 hidden = av.Packet(bytes([content[0] & ~0x10]) + content[1:])
+                assert packet.pts is not None
                 hidden.pts = hidden.dts = packet.pts - 1
                 hidden.time_base, hidden.stream = packet.time_base, stream
                 container.mux(hidden)
@@ -219,13 +233,15 @@ def cut_by_edit_list(source: str, target: str) -> None:
         stream = container.add_stream_from_template(whole.streams.video[0])
         for packet in whole.demux(video=0):
             if packet.size:
+                assert packet.pts is not None and packet.dts is not None
+                assert packet.duration is not None
                 packet.pts -= 10 * packet.duration
                 packet.dts -= 10 * packet.duration
                 packet.stream = stream
                 container.mux(packet)
 
 
-def test_files_dali_cannot_decode_go_to_pyav(make_clip, tmp_path):
+def test_files_dali_cannot_decode_go_to_pyav(make_clip: MakeClip, tmp_path: Path) -> None:
     hidden, cut = str(tmp_path / "hidden.webm"), str(tmp_path / "cut.mp4")
     hide_frames(make_clip("shown.webm", codec="libvpx", num_frames=60), hidden)
     cut_by_edit_list(make_clip("whole.mp4"), cut)
@@ -233,14 +249,14 @@ def test_files_dali_cannot_decode_go_to_pyav(make_clip, tmp_path):
     dali, pyav = encoders(**SMALL)
     for one, other in zip(encode(dali, paths), encode(pyav, paths), strict=True):
         assert_same(one, other)
-    assert dali.decoder.num_fallbacks == 3
+    assert fallbacks(dali) == 3
     assert [probe(path).num_frames for path in paths] == [64, 60, 54]
     for path in paths:
         with av.open(path) as container:
             assert len(list(container.decode(video=0))) == probe(path).num_frames
 
 
-def test_device_gpu_needs_a_gpu():
+def test_device_gpu_needs_a_gpu() -> None:
     with pytest.raises(ConfigError, match=r"video\.device=gpu needs video\.decoder=dali"):
         VideoReader(Video(decoder="pyav", device="gpu"))
     if not torch.cuda.is_available():
@@ -249,10 +265,10 @@ def test_device_gpu_needs_a_gpu():
 
 
 @pytest.mark.gpu
-def test_gpu_frames_are_close_to_cpu_frames(make_clip):
+def test_gpu_frames_are_close_to_cpu_frames(make_clip: MakeClip) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     path = make_clip("clip.mp4", size=(240, 320))
-    (one,) = encode(Encoder(Video(decoder="dali", device="gpu", **SMALL)), [path])
-    (other,) = encode(Encoder(Video(decoder="pyav", **SMALL)), [path])
+    (one,) = videos_of(encode(Encoder(Video(decoder="dali", device="gpu", **SMALL)), [path]))
+    (other,) = videos_of(encode(Encoder(Video(decoder="pyav", **SMALL)), [path]))
     assert np.abs(one.frames.astype(int) - other.frames).max() <= 4

@@ -4,6 +4,7 @@ import os
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import av
 import fsspec
@@ -17,11 +18,12 @@ from megatron_vrl.video import VideoReader
 from megatron_vrl.video.encode import Encoder
 from megatron_vrl.video.fetch import LocalCopies
 from megatron_vrl.video.probe import probe
+from tests.video.conftest import MakeClip, errors_of, videos_of
 
-SMALL = {"decoder": "pyav", "min_pixels": 28 * 28, "num_frames": 4}
+SMALL: dict[str, Any] = {"decoder": "pyav", "min_pixels": 28 * 28, "num_frames": 4}
 
 
-def test_oversized_frames_are_rejected_before_decoding(tmp_path):
+def test_oversized_frames_are_rejected_before_decoding(tmp_path: Path) -> None:
     path = str(tmp_path / "wide.mkv")
     with av.open(path, "w") as container:
         stream = container.add_stream("ffv1", rate=1)
@@ -34,7 +36,7 @@ def test_oversized_frames_are_rejected_before_decoding(tmp_path):
     assert error.value.kind == "too_large"
 
 
-def test_no_duration(make_clip, tmp_path):
+def test_no_duration(make_clip: MakeClip, tmp_path: Path) -> None:
     """All frames have one time: every sample delta of the mp4 is set to 0."""
     content = bytearray(
         Path(make_clip("clip.mp4", codec_options={"bf": "0"}, num_frames=8)).read_bytes()
@@ -50,14 +52,16 @@ def test_no_duration(make_clip, tmp_path):
     assert error.value.kind in {"no_duration", "cut_off"}
 
 
-def test_a_fifo_is_not_opened(tmp_path):
+def test_a_fifo_is_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.mp4")
-    (error,) = VideoReader(Video(**SMALL)).encode([str(tmp_path / "pipe.mp4")])
+    (error,) = errors_of(VideoReader(Video(**SMALL)).encode([str(tmp_path / "pipe.mp4")]))
     assert error.kind == "unreadable" and str(error).endswith("is not a file; check the path.")
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_links_out_of_the_data_folder_are_rejected(make_clip, tmp_path, inside):
+def test_links_out_of_the_data_folder_are_rejected(
+    make_clip: MakeClip, tmp_path: Path, inside: bool
+) -> None:
     real = tmp_path / "real" / "videos"
     real.mkdir(parents=True)
     source = Path(make_clip("source.mp4", num_frames=8))
@@ -70,11 +74,11 @@ def test_links_out_of_the_data_folder_are_rejected(make_clip, tmp_path, inside):
     if inside:
         assert isinstance(video, EncodedVideo)
     else:
-        assert video.kind == "outside"
+        assert isinstance(video, VideoError) and video.kind == "outside"
         assert str(video).startswith(f"{folder}/clip.mp4 is a link out of the data folder {folder}")
 
 
-def test_url_videos_are_copied_once_within_the_limit(make_clip, tmp_path):
+def test_url_videos_are_copied_once_within_the_limit(make_clip: MakeClip, tmp_path: Path) -> None:
     store = fsspec.filesystem("memory")
     copies = tmp_path / "copies"
     for number in range(3):
@@ -94,7 +98,7 @@ def test_url_videos_are_copied_once_within_the_limit(make_clip, tmp_path):
     assert error.value.kind == "missing"
 
 
-def test_concurrent_copies_stay_within_the_limit(tmp_path):
+def test_concurrent_copies_stay_within_the_limit(tmp_path: Path) -> None:
     store, copies = fsspec.filesystem("memory"), tmp_path / "copies"
     urls = [f"memory://at-once/{number}.mp4" for number in range(12)]
     for url in urls:
@@ -109,11 +113,11 @@ def test_concurrent_copies_stay_within_the_limit(tmp_path):
     assert list(copies.iterdir()) == held  # nothing went for its sake
 
 
-def test_a_url_is_decoded_like_a_file(make_clip, tmp_path):
+def test_a_url_is_decoded_like_a_file(make_clip: MakeClip, tmp_path: Path) -> None:
     path = make_clip("clip.mp4", num_frames=8)
     url = f"file://{path}"
     reader = VideoReader(Video(**SMALL, fetch_dir=str(tmp_path / "copies")))
-    from_url, from_file = reader.encode([url, path])
+    from_url, from_file = videos_of(reader.encode([url, path]))
     np.testing.assert_array_equal(from_url.frames, from_file.frames)
     assert from_url.path == url and reader.counts["decoded"] == 1
     with pytest.raises(ConfigError, match=r"set video\.fetch_dir"):

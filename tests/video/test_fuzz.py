@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import av
 import pytest
@@ -11,10 +12,15 @@ from megatron_vrl.config import Video
 from megatron_vrl.errors import VideoError
 from megatron_vrl.types import EncodedVideo, VideoClip
 from megatron_vrl.video.encode import Encoder
-from tests.video.conftest import write_clip
+from tests.video.conftest import MakeClip, write_clip
 from tests.video.oddities import ODDITIES
 
-RULE = {"min_pixels": 28 * 28, "max_pixels": 28 * 28, "num_frames": 2, "decoder": "pyav"}
+RULE: dict[str, Any] = {
+    "min_pixels": 28 * 28,
+    "max_pixels": 28 * 28,
+    "num_frames": 2,
+    "decoder": "pyav",
+}
 TINY = {  # name -> codec, of a few KB each
     "a.mp4": "libx264",
     "b.mp4": "libx265",
@@ -33,11 +39,11 @@ ODD = {"two_streams.mkv": "libvpx", "cover_first.mp4": "libx264", "late.mp4": "l
 
 
 @pytest.fixture(scope="module")
-def contents(tmp_path_factory) -> dict[str, bytes]:
+def contents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("whole")
     for name, codec in TINY.items():
-        full = {"pixels": "yuvj420p"} if codec == "mjpeg" else {}
-        fps = {"fps": 25} if codec == "mpeg2video" else {}
+        full: dict[str, Any] = {"pixels": "yuvj420p"} if codec == "mjpeg" else {}
+        fps: dict[str, Any] = {"fps": 25} if codec == "mpeg2video" else {}
         write_clip(
             str(folder / name), num_frames=5, size=(32, 32), gop=3, codec=codec, **full, **fps
         )
@@ -65,9 +71,10 @@ def mutant(content: bytes, rng: random.Random) -> bytes:
     return bytes(changed) * (2 if kind > 0.97 else 1)
 
 
-def results(contents: dict[str, bytes], count: int, seed: int, folder: Path) -> Counter:
+def results(contents: dict[str, bytes], count: int, seed: int, folder: Path) -> Counter[str]:
     """Count the results of `count` mutants. Raises any exception that is not a VideoError."""
-    encoder, rng, found = Encoder(Video(**RULE)), random.Random(seed), Counter()
+    encoder, rng = Encoder(Video(**RULE)), random.Random(seed)
+    found: Counter[str] = Counter()
     for number in range(count):
         name = sorted(contents)[number % len(contents)]
         path = folder / name
@@ -83,20 +90,20 @@ def results(contents: dict[str, bytes], count: int, seed: int, folder: Path) -> 
     return found
 
 
-def test_mutated_files_raise_only_video_errors(contents, tmp_path):
+def test_mutated_files_raise_only_video_errors(contents: dict[str, bytes], tmp_path: Path) -> None:
     found = results(contents, 600, 0, tmp_path)
     assert found["read"] > 60 and found["unreadable"] > 10 and found["damaged"] > 10, found
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # about 40 s of one free core
-def test_ten_thousand_mutants(contents, tmp_path):
+def test_ten_thousand_mutants(contents: dict[str, bytes], tmp_path: Path) -> None:
     found = results(contents, 10_000, 1, tmp_path)
     assert found["read"] > 1000, found
 
 
 @pytest.mark.parametrize("suffix", ["avi", "mp4", "mkv"])
-def test_a_title_that_is_not_utf8_is_read(tmp_path, make_clip, suffix):
+def test_a_title_that_is_not_utf8_is_read(tmp_path: Path, make_clip: MakeClip, suffix: str) -> None:
     source, path = make_clip("whole.mp4", num_frames=8, codec="mpeg4"), tmp_path / f"a.{suffix}"
     with av.open(source) as shown, av.open(str(path), "w") as target:
         target.metadata["title"] = "CAFEXX"
@@ -112,7 +119,7 @@ def test_a_title_that_is_not_utf8_is_read(tmp_path, make_clip, suffix):
     assert isinstance(video, EncodedVideo), video
 
 
-def test_an_unknown_codec_is_unreadable(tmp_path, make_clip):
+def test_an_unknown_codec_is_unreadable(tmp_path: Path, make_clip: MakeClip) -> None:
     path = tmp_path / "unknown.mp4"
     path.write_bytes(Path(make_clip("a.mp4", num_frames=4)).read_bytes().replace(b"avc1", b"zzz1"))
     (error,) = Encoder(Video(**RULE)).encode([VideoClip(str(path))], ["digest"])

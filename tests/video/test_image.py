@@ -1,9 +1,12 @@
 """Images compared with transformers' image processor: equal grid, patches near equal."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,7 +27,7 @@ RULES = ImageRules()
 GREY_LEVEL = 1 / 255 / 0.26  # one grey level after normalisation
 
 
-def picture(height, width, seed=0):
+def picture(height: int, width: int, seed: int = 0) -> npt.NDArray[np.uint8]:
     """Return smooth colours with noise, which a wrong resize would change."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width] / max(height, width)
@@ -33,8 +36,8 @@ def picture(height, width, seed=0):
 
 
 @pytest.fixture
-def saved(tmp_path):
-    def save(pixels, name="image.png", **options):
+def saved(tmp_path: Path) -> Callable[..., str]:
+    def save(pixels: npt.NDArray[np.uint8], name: str = "image.png", **options: Any) -> str:
         Image.fromarray(pixels).save(tmp_path / name, **options)
         return str(tmp_path / name)
 
@@ -44,7 +47,9 @@ def saved(tmp_path):
 @pytest.mark.parametrize(
     ("height", "width"), [(56, 84), (100, 75), (333, 517), (20, 30), (1500, 1100), (30, 900)]
 )
-def test_grid_and_patches_equal_transformers(saved, height, width):
+def test_grid_and_patches_equal_transformers(
+    saved: Callable[..., str], height: int, width: int
+) -> None:
     path = saved(picture(height, width))
     image = read_image(path, RULES)
     oracle = published.Qwen2VLImageProcessorPil()(load_image(path), return_tensors="np")
@@ -55,7 +60,7 @@ def test_grid_and_patches_equal_transformers(saved, height, width):
 
 
 @given(st.integers(15, 3000), st.integers(15, 3000))
-def test_sizes_equal_transformers(height, width):
+def test_sizes_equal_transformers(height: int, width: int) -> None:
     if max(height, width) <= 200 * min(height, width):
         limits = {"min_pixels": RULES.min_pixels, "max_pixels": RULES.max_pixels}
         assert smart_resize(height, width, **limits) == published.smart_resize(
@@ -63,7 +68,7 @@ def test_sizes_equal_transformers(height, width):
         )
 
 
-def test_orientation_and_colours_are_those_of_load_image(saved):
+def test_orientation_and_colours_are_those_of_load_image(saved: Callable[..., str]) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # lying on its side
     for path in (
@@ -88,7 +93,7 @@ def test_orientation_and_colours_are_those_of_load_image(saved):
         ),
     ],
 )
-def test_limits_of_the_checkpoint(tmp_path, name, content):
+def test_limits_of_the_checkpoint(tmp_path: Path, name: str, content: dict[str, Any]) -> None:
     assert read_image_rules(tmp_path) == ImageRules(min_pixels=3136, max_pixels=1003520)
     (tmp_path / name).write_text(json.dumps(content))
     assert read_image_rules(tmp_path) == ImageRules(min_pixels=784, max_pixels=1568)
@@ -98,7 +103,7 @@ def test_limits_of_the_checkpoint(tmp_path, name, content):
             read_image_rules(tmp_path)
 
 
-def test_bad_files_are_named(saved, tmp_path):
+def test_bad_files_are_named(saved: Callable[..., str], tmp_path: Path) -> None:
     whole = saved(picture(100, 100))
     (tmp_path / "torn.png").write_bytes(Path(whole).read_bytes()[:5000])
     (tmp_path / "text.png").write_text("no image")

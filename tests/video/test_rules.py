@@ -15,7 +15,9 @@ from megatron_vrl.errors import VideoError
 from megatron_vrl.video import rules
 
 
-def restated(total: int, fps: float, height: int, width: int, cfg: Video):
+def restated(
+    total: int, fps: float, height: int, width: int, cfg: Video
+) -> tuple[list[int], int, int, float]:
     """Reimplementation of fetch_video of qwen-vl-utils 0.0.14 with torch's linspace."""
     min_frames = math.ceil(cfg.min_frames / 2) * 2
     max_frames = math.floor(min(cfg.max_frames, total) / 2) * 2
@@ -47,7 +49,15 @@ def restated(total: int, fps: float, height: int, width: int, cfg: Video):
     max_frames=st.integers(2, 768),
     total_pixels=st.integers(200_000, 90_316_800),
 )
-def test_plan_is_qwens(total, fps, height, width, wanted_fps, max_frames, total_pixels):
+def test_plan_is_qwens(
+    total: int,
+    fps: float,
+    height: int,
+    width: int,
+    wanted_fps: float,
+    max_frames: int,
+    total_pixels: int,
+) -> None:
     cfg = Video(fps=wanted_fps, max_frames=max_frames, total_pixels=total_pixels)
     indices, rows, columns, sampled_fps = restated(total, fps, height, width, cfg)
     assume(max(height, width) <= 200 * min(height, width) and rows and columns)
@@ -59,7 +69,7 @@ def test_plan_is_qwens(total, fps, height, width, wanted_fps, max_frames, total_
     assert plan.grid_thw == (len(indices) // 2, rows // 14, columns // 14)
 
 
-def test_measured_values():
+def test_measured_values() -> None:
     plan = rules.plan_frames(300, 30.0, 720, 1280, Video())
     assert len(plan.indices) == 20
     assert plan.indices[[0, 1, 2, -1]].tolist() == [0, 16, 31, 299]
@@ -69,14 +79,14 @@ def test_measured_values():
 
 
 @pytest.mark.parametrize(("num_frames", "sampled"), [(1, [0, 0]), (2, [0, 1]), (3, [0, 2])])
-def test_short_videos(num_frames, sampled):
+def test_short_videos(num_frames: int, sampled: list[int]) -> None:
     plan = rules.plan_frames(num_frames, 30.0, 112, 112, Video())
     assert plan.indices.tolist() == sampled
     assert plan.grid_thw[0] == 1
 
 
 @given(total=st.integers(1, 10_000), max_frames=st.integers(1, 768), side=st.integers(1, 3000))
-def test_plan_fits_its_limits(total, max_frames, side):
+def test_plan_fits_its_limits(total: int, max_frames: int, side: int) -> None:
     cfg = Video(max_frames=max_frames, total_pixels=20_000_000)
     plan = rules.plan_frames(total, 25.0, side, 2 * side, cfg)
     assert len(plan.indices) % 2 == 0
@@ -87,12 +97,12 @@ def test_plan_fits_its_limits(total, max_frames, side):
     assert plan.num_tokens * 4 == math.prod(plan.grid_thw)
 
 
-def test_extreme_aspect_ratio_is_rejected():
+def test_extreme_aspect_ratio_is_rejected() -> None:
     with pytest.raises(VideoError, match="2010x10, longer than 200:1"):
         rules.smart_resize(10, 2010, 100352, 602112)
 
 
-def test_rules_need_no_heavy_library():
+def test_rules_need_no_heavy_library() -> None:
     heavy = "{'torch', 'av', 'nvidia.dali'}"
     code = f"import sys, megatron_vrl.video.rules; print({heavy} & set(sys.modules))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -12,6 +12,7 @@ from megatron_vrl.errors import ConfigError
 from megatron_vrl.types import EncodedVideo
 from megatron_vrl.video import VideoReader
 from megatron_vrl.video.store import MIB, VideoStore
+from tests.video.conftest import MakeClip, videos_of
 
 
 def a_video(seed: int, frames: int = 4, side: int = 140) -> EncodedVideo:
@@ -43,14 +44,14 @@ def disk_bytes(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.iterdir())
 
 
-def test_disk_round_trip_is_bit_equal(tmp_path):
+def test_disk_round_trip_is_bit_equal(tmp_path: Path) -> None:
     VideoStore(1, str(tmp_path), 64).put("key", a_video(0))
     assert_same(VideoStore(1, str(tmp_path), 64).get("key"), a_video(0))
     assert VideoStore(1, str(tmp_path), 64).get("other") is None
     assert [path.name for path in tmp_path.iterdir()] == ["key.npz"]
 
 
-def test_memory_evicts_the_least_recently_used():
+def test_memory_evicts_the_least_recently_used() -> None:
     store = VideoStore(1)
     size = a_video(0).frames.nbytes
     room = MIB // size
@@ -64,7 +65,7 @@ def test_memory_evicts_the_least_recently_used():
     assert_same(store.get("new"), a_video(99))
 
 
-def test_memory_does_not_store_a_video_over_its_limit():
+def test_memory_does_not_store_a_video_over_its_limit() -> None:
     store = VideoStore(1)
     store.put("small", a_video(0))
     store.put("large", a_video(1, frames=40))
@@ -72,7 +73,7 @@ def test_memory_does_not_store_a_video_over_its_limit():
     assert store.get("small") is not None
 
 
-def test_disk_limit_holds(tmp_path):
+def test_disk_limit_holds(tmp_path: Path) -> None:
     store = VideoStore(1, str(tmp_path), 2)
     for seed in range(30):
         store.put(str(seed), a_video(seed))
@@ -81,7 +82,7 @@ def test_disk_limit_holds(tmp_path):
     assert not (tmp_path / "0.npz").exists()
 
 
-def test_damaged_entry_is_decoded_again(tmp_path):
+def test_damaged_entry_is_decoded_again(tmp_path: Path) -> None:
     VideoStore(1, str(tmp_path), 64).put("key", a_video(0))
     entry = tmp_path / "key.npz"
     content = bytearray(entry.read_bytes())
@@ -102,7 +103,7 @@ def _write_often(directory: str) -> None:
         assert found is not None
 
 
-def test_processes_share_a_directory(tmp_path):
+def test_processes_share_a_directory(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     writers = [context.Process(target=_write_often, args=(str(tmp_path),)) for _ in range(2)]
     for writer in writers:
@@ -119,28 +120,28 @@ def test_processes_share_a_directory(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_unwritable_directory_is_a_config_error(tmp_path):
+def test_unwritable_directory_is_a_config_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written"):
         VideoStore(1, str(tmp_path / "file" / "store"), 2)
 
 
-def test_reader_decodes_a_file_once(make_clip, tmp_path):
+def test_reader_decodes_a_file_once(make_clip: MakeClip, tmp_path: Path) -> None:
     path = make_clip("clip.mp4")
     copy = tmp_path / "copy.mp4"
     copy.write_bytes(Path(path).read_bytes())
     cfg = Video(decoder="pyav", store_dir=str(tmp_path / "store"))
     reader = VideoReader(cfg)
-    first, second = reader.encode([path, str(copy)])
+    first, second = videos_of(reader.encode([path, str(copy)]))
     assert reader.counts == {"decoded": 1, "failed": 0, "store": 0, "retried": 0}
     assert_same(second, replace(first, path=str(copy)))
 
     later = VideoReader(cfg.model_copy(update={"decoder": "dali"}))  # the same bytes, so shared
-    assert_same(later.encode([path])[0], first)
+    assert_same(videos_of(later.encode([path]))[0], first)
     assert later.counts == {"decoded": 0, "failed": 0, "store": 1, "retried": 0}
 
     other_rule = VideoReader(cfg.model_copy(update={"fps": 3.0}))
-    assert len(other_rule.encode([path])[0].frames) > len(first.frames)
+    assert len(videos_of(other_rule.encode([path]))[0].frames) > len(first.frames)
 
     copy.write_bytes(Path(make_clip("other.mp4", num_frames=20)).read_bytes())
-    assert reader.encode([str(copy)])[0].digest != first.digest
+    assert videos_of(reader.encode([str(copy)]))[0].digest != first.digest

@@ -1,5 +1,8 @@
 """Colour and rotation tags: both decoders equal the arithmetic of the standards."""
 
+from pathlib import Path
+from typing import Any, Literal
+
 import av
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from megatron_vrl.video.colour import correct_matrix, to_rgb
 from megatron_vrl.video.encode import Encoder
 from megatron_vrl.video.probe import probe
 from megatron_vrl.video.routing import dali_reads
+from tests.video.conftest import MakeClip
 
 SIDE = 56
 # (Y, Cb, Cr) that no matrix below takes out of RGB's cube
@@ -18,7 +22,7 @@ BT709, UNTAGGED, BT601, BT2020 = 1, 2, 6, 9
 LIMITED, FULL = 1, 2
 
 
-def encode(decoder: str, path: str, **rule) -> EncodedVideo:
+def encode(decoder: Literal["dali", "pyav"], path: str, **rule: Any) -> EncodedVideo:
     encoder = Encoder(Video(decoder=decoder, **{"min_pixels": 784, **rule}))
     clip = VideoClip(path)
     (video,) = encoder.encode([clip], [encoder.identify(clip, None).digest])
@@ -31,6 +35,7 @@ def write_patches(path: str, codec: str, matrix: int, colour_range: int, depth: 
     pixels = "yuv444p" if depth == 8 else "yuv444p10le"
     with av.open(path, "w") as container:
         stream = container.add_stream(codec, rate=4)
+        assert isinstance(stream, av.VideoStream)
         stream.width = stream.height = SIDE
         stream.pix_fmt, stream.gop_size = pixels, 1
         stream.options = {"qp": "0"} if codec == "libx264" else {"lossless": "1"}
@@ -55,7 +60,9 @@ def rgb(matrix: int, is_full: bool) -> np.ndarray:
 @pytest.mark.parametrize("matrix", [BT709, BT601, BT2020, UNTAGGED])
 @pytest.mark.parametrize("colour_range", [LIMITED, FULL])
 @pytest.mark.parametrize(("codec", "depth"), [("libx264", 8), ("libx264", 10), ("libvpx-vp9", 8)])
-def test_colours_follow_the_tags(tmp_path, codec, depth, matrix, colour_range):
+def test_colours_follow_the_tags(
+    tmp_path: Path, codec: str, depth: int, matrix: int, colour_range: int
+) -> None:
     path = str(tmp_path / ("clip.mp4" if codec == "libx264" else "clip.webm"))
     write_patches(path, codec, matrix, colour_range, depth)
     file = probe(path)
@@ -67,7 +74,7 @@ def test_colours_follow_the_tags(tmp_path, codec, depth, matrix, colour_range):
     np.testing.assert_array_equal(encode("dali", path, fps=4.0).frames, video.frames)
 
 
-def test_matrices_equal_the_standards():
+def test_matrices_equal_the_standards() -> None:
     """Compare with the rounded coefficients of ITU-R BT.601-7 and BT.709-6."""
     np.testing.assert_allclose(to_rgb(BT601)[0], [1, 0, 1.402], atol=1e-3)
     np.testing.assert_allclose(to_rgb(BT601)[1], [1, -0.344, -0.714], atol=1e-3)
@@ -77,7 +84,7 @@ def test_matrices_equal_the_standards():
 
 @pytest.mark.parametrize("is_full", [False, True])
 @pytest.mark.parametrize("matrix", [BT709, BT2020])
-def test_a_wrong_matrix_is_corrected(matrix, is_full):
+def test_a_wrong_matrix_is_corrected(matrix: int, is_full: bool) -> None:
     read = np.rint(rgb(BT601, is_full)).astype(np.uint8)
     assert np.abs(correct_matrix(read, matrix) - rgb(matrix, is_full)).max() < 2
     assert np.abs(read - rgb(matrix, is_full)).max() > 4
@@ -85,7 +92,9 @@ def test_a_wrong_matrix_is_corrected(matrix, is_full):
 
 @pytest.mark.parametrize("degrees", [90, 180, -90])
 @pytest.mark.parametrize("decoder", ["dali", "pyav"])
-def test_frames_are_rotated_by_the_display_matrix(make_clip, decoder, degrees):
+def test_frames_are_rotated_by_the_display_matrix(
+    make_clip: MakeClip, decoder: Literal["dali", "pyav"], degrees: int
+) -> None:
     size = {"size": (112, 168), "num_frames": 16}
     upright = encode("pyav", make_clip("upright.mp4", **size), num_frames=4)
     path = make_clip("turned.mp4", turned=degrees, **size)
@@ -96,7 +105,7 @@ def test_frames_are_rotated_by_the_display_matrix(make_clip, decoder, degrees):
     assert video.grid_thw[1:] == ((12, 8) if degrees % 180 else (8, 12))
 
 
-def test_both_decoders_rotate_before_resizing(make_clip):
+def test_both_decoders_rotate_before_resizing(make_clip: MakeClip) -> None:
     path = make_clip("turned.mp4", turned=90, size=(240, 320), num_frames=16)
     small = {"max_pixels": 100 * 100, "num_frames": 4}
     np.testing.assert_array_equal(
@@ -104,7 +113,7 @@ def test_both_decoders_rotate_before_resizing(make_clip):
     )
 
 
-def test_colour_tags_decide_the_decoder(make_clip):
+def test_colour_tags_decide_the_decoder(make_clip: MakeClip) -> None:
     tagged = {"bt709.mp4": (BT709, LIMITED), "bt601.mp4": (BT601, LIMITED)}
     routes = {
         name: dali_reads(probe(make_clip(name, colours=colours, num_frames=8)), "cpu")
@@ -113,7 +122,7 @@ def test_colour_tags_decide_the_decoder(make_clip):
     assert routes == {"bt709.mp4": False, "bt601.mp4": True}
 
 
-def test_codecs_that_each_gpu_generation_decodes(make_clip):
+def test_codecs_that_each_gpu_generation_decodes(make_clip: MakeClip) -> None:
     ten_bits = probe(make_clip("clip.mp4", pixels="yuv420p10le", num_frames=4))
     plain = probe(make_clip("plain.mp4", colours=(BT709, LIMITED), num_frames=4))
     hopper, blackwell = (9, 0), (10, 0)

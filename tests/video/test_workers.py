@@ -9,6 +9,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -19,8 +20,9 @@ from megatron_vrl.errors import VideoError
 from megatron_vrl.types import EncodedVideo, VideoClip
 from megatron_vrl.video import VideoReader
 from megatron_vrl.video.workers import Workers
+from tests.video.conftest import MakeClip, errors_of, videos_of
 
-SMALL = {"decoder": "pyav", "min_pixels": 28 * 28, "num_frames": 4}
+SMALL: dict[str, Any] = {"decoder": "pyav", "min_pixels": 28 * 28, "num_frames": 4}
 LONG_S = 60.0
 ROOT = Path(__file__).parents[2]
 
@@ -54,7 +56,7 @@ def workers() -> Workers:
     return Workers(1, partial(int, 40))
 
 
-def test_a_task_that_hangs_is_killed_and_the_next_one_runs(workers):
+def test_a_task_that_hangs_is_killed_and_the_next_one_runs(workers: Workers) -> None:
     before = workers.submit(LONG_S, process_of).result()
     with pytest.raises(VideoError, match=r"was not decoded within 0\.2 s") as error:
         workers.submit(0.2, hang).result()
@@ -64,14 +66,14 @@ def test_a_task_that_hangs_is_killed_and_the_next_one_runs(workers):
         os.kill(before, 0)
 
 
-def test_a_task_that_crashes_is_a_video_error(workers):
+def test_a_task_that_crashes_is_a_video_error(workers: Workers) -> None:
     with pytest.raises(VideoError, match=r"exit code -11") as error:
         workers.submit(LONG_S, crash).result()
     assert error.value.kind == "crashed"
     assert workers.submit(LONG_S, add, 2).result() == 42
 
 
-def test_errors_are_raised_by_the_future(workers):
+def test_errors_are_raised_by_the_future(workers: Workers) -> None:
     with pytest.raises(VideoError, match=r"is bad\.") as error:
         workers.submit(LONG_S, refuse).result()
     assert error.value.kind == "empty"
@@ -79,7 +81,7 @@ def test_errors_are_raised_by_the_future(workers):
         workers.submit(LONG_S, mistake).result()
 
 
-def test_processes_end_with_their_pool():
+def test_processes_end_with_their_pool() -> None:
     workers = Workers(1, partial(int, 40))
     process = workers.submit(LONG_S, process_of).result()
     del workers
@@ -99,45 +101,47 @@ def repeat(source: str, target: str, times: int) -> None:
     with av.open(source) as shown, av.open(target, "w") as container:
         stream = container.add_stream_from_template(shown.streams.video[0])
         packets = [packet for packet in shown.demux(video=0) if packet.size]
+        duration = packets[0].duration
+        assert duration is not None
         for count in range(times * len(packets)):
             packet = av.Packet(bytes(packets[count % len(packets)]))
-            packet.pts = packet.dts = count * packets[0].duration
-            packet.duration, packet.time_base = packets[0].duration, packets[0].time_base
+            packet.pts = packet.dts = count * duration
+            packet.duration, packet.time_base = duration, packets[0].time_base
             packet.is_keyframe, packet.stream = count == 0, stream
             container.mux(packet)
 
 
-def test_a_video_over_its_timeout_is_a_video_error(make_clip, tmp_path):
+def test_a_video_over_its_timeout_is_a_video_error(make_clip: MakeClip, tmp_path: Path) -> None:
     slow = str(tmp_path / "slow.mp4")
     repeat(make_clip("part.mp4", num_frames=40, codec="mpeg4", size=(480, 640)), slow, times=400)
     quick = make_clip("quick.mp4", num_frames=8)
     reader = VideoReader(Video(**SMALL, timeout_s=1.0, workers=1))
     error, video = reader.encode([slow, quick])
-    assert isinstance(video, EncodedVideo)
+    assert isinstance(video, EncodedVideo) and isinstance(error, VideoError)
     assert error.kind == "hung" and str(error).startswith(f"{slow} was not decoded within 1 s")
     assert reader.counts["retried"] >= 1
     began = time.monotonic()
-    assert reader.encode([slow])[0].kind == "hung"  # it is not tried again
+    assert errors_of(reader.encode([slow]))[0].kind == "hung"  # it is not tried again
     assert time.monotonic() - began < 0.5
 
 
 @pytest.mark.parametrize("decoder", ["dali", "pyav"])
-def test_prefetched_videos_are_bit_equal(make_clip, decoder):
+def test_prefetched_videos_are_bit_equal(make_clip: MakeClip, decoder: str) -> None:
     paths = [make_clip(f"{i}.mp4", num_frames=8 + i) for i in range(6)]
     cfg = Video(**SMALL | {"decoder": decoder}, prefetch=4, store_mib=1)
-    plain = VideoReader(cfg).encode(paths)
+    plain = videos_of(VideoReader(cfg).encode(paths))
     reader = VideoReader(cfg)
     reader.prefetch([VideoClip(path) for path in paths])
-    ahead = reader.encode(paths[::-1])[::-1]
+    ahead = videos_of(reader.encode(paths[::-1])[::-1])
     for one, other in zip(plain, ahead, strict=True):
         np.testing.assert_array_equal(one.frames, other.frames)
     assert reader.counts["decoded"] == 6
     reader.prefetch([VideoClip("/nowhere.mp4")])
-    assert reader.encode(["/nowhere.mp4"])[0].kind == "missing"
+    assert errors_of(reader.encode(["/nowhere.mp4"]))[0].kind == "missing"
     reader.prefetch([])
 
 
-def test_memory_is_flat_over_two_thousand_videos(make_clip, tmp_path):
+def test_memory_is_flat_over_two_thousand_videos(make_clip: MakeClip, tmp_path: Path) -> None:
     """One file under 2,000 names with a different window each, so that all are decoded."""
     source = make_clip("source.mp4", num_frames=16, size=(56, 56))
     clip = []
@@ -163,13 +167,14 @@ READ_ONE = """
 import sys
 from megatron_vrl.config import Video
 from megatron_vrl.video import VideoReader
+from tests.video.conftest import MakeClip
 if __name__ == "__main__":
     print(type(VideoReader(Video(decoder="pyav", workers=2)).encode([sys.argv[1]])[0]).__name__)
 """
 
 
 @pytest.mark.parametrize("length", [75, 76, 200])
-def test_a_long_tmpdir(make_clip, tmp_path, length):
+def test_a_long_tmpdir(make_clip: MakeClip, tmp_path: Path, length: int) -> None:
     """A Unix socket address has at most 107 bytes. TMPDIR is tested under and over MAX_TMPDIR."""
     folder = Path(tempfile.mkdtemp(dir="/tmp"))
     long = folder / ("x" * (length - len(str(folder)) - 1))

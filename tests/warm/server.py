@@ -29,8 +29,9 @@ import threading
 import traceback
 import warnings
 from dataclasses import dataclass, field
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 
@@ -214,7 +215,7 @@ def run(program: Program) -> None:
     except BaseException:
         traceback.print_exc()
         code = 1
-    threading._shutdown()
+    threading._shutdown()  # type: ignore[attr-defined]  # CPython's own; typeshed leaves it out
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         if not stream.closed:
@@ -236,7 +237,7 @@ def take(received: list[int], numbers: list[int]) -> None:
 def run_main(program: Program) -> None:
     options, (kind, *rest) = split(program.arguments)
     unbuffered = "-u" in options or "PYTHONUNBUFFERED" in os.environ
-    sys.stdout.reconfigure(write_through=unbuffered)
+    cast(TextIOWrapper, sys.stdout).reconfigure(write_through=unbuffered)
     sys.dont_write_bytecode |= "-B" in options
     if kind == "-m":
         sys.path[0], sys.argv = program.cwd, rest

@@ -1,6 +1,8 @@
 """Benchmark formats: synthetic records of each format and the expected samples."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,7 +103,7 @@ MMVU = [
         "answer": "Dolly zoom",
     },
 ]
-RECORDS = {
+RECORDS: dict[str, Any] = {
     "tvgbench": TVGBENCH,
     "activitynet_rtl": RTL,
     "mvbench": MVBENCH,
@@ -111,7 +113,11 @@ RECORDS = {
 }
 
 
-def source_of(form, folder, records=None):
+def source_of(
+    form: Any,
+    folder: Path,
+    records: Any = None,
+) -> Source:
     """Write the records as the benchmark is released: one file, or one file per part."""
     records = RECORDS[form] if records is None else records
     if BENCHMARK_READERS[form].by_file:
@@ -148,7 +154,9 @@ def source_of(form, folder, records=None):
         ("mmvu", [("validation_1", "Art/0.mp4", (), "B")]),
     ],
 )
-def test_each_format_gives_the_expected_sample(form, rows, tmp_path):
+def test_each_format_gives_the_expected_sample(
+    form: str, rows: list[tuple[str, str, tuple[tuple[float, float], ...], str]], tmp_path: Path
+) -> None:
     samples = read(source_of(form, tmp_path))
     assert [
         (s.id, s.video.removeprefix("/data/"), s.intervals_s, s.option) for s in samples
@@ -157,11 +165,11 @@ def test_each_format_gives_the_expected_sample(form, rows, tmp_path):
         assert TASKS[sample.task].parse(TASKS[sample.task].target(sample), sample).formatted
 
 
-def test_every_format_is_tested_here():
+def test_every_format_is_tested_here() -> None:
     assert set(RECORDS) == set(BENCHMARK_READERS)
 
 
-def test_options_and_labels(tmp_path):
+def test_options_and_labels(tmp_path: Path) -> None:
     walk, slow, no = read(source_of("tempcompass", tmp_path))[1:]
     assert (walk.query, walk.options) == ("What is it?", ("run", "a long walk"))
     assert slow.labels == ("dimension/speed", "form/multi-choice")
@@ -171,7 +179,7 @@ def test_options_and_labels(tmp_path):
     assert sample.labels == ("duration/short", "domain/Knowledge", "task_type/Counting Problem")
 
 
-def test_one_file_of_several(tmp_path):
+def test_one_file_of_several(tmp_path: Path) -> None:
     (tmp_path / "state_change.json").write_text(json.dumps(MVBENCH["state_change"]))
     path = tmp_path / "state_change.json"
     (sample,) = read(Source(json_path=str(path), data_folder="", format="mvbench"))
@@ -181,7 +189,7 @@ def test_one_file_of_several(tmp_path):
 
 
 @pytest.mark.parametrize("alone", [True, False])
-def test_captions_are_rejected_because_they_need_a_judge(alone, tmp_path):
+def test_captions_are_rejected_because_they_need_a_judge(alone: bool, tmp_path: Path) -> None:
     question = "Which fits?\nInformation A: {'action': 'sit'}\nGenerated Caption:"
     content = {"12": {"action": [{"question": question, "answer": "A. sit"}]}}
     (tmp_path / "captioning.json").write_text(json.dumps(content))
@@ -191,7 +199,7 @@ def test_captions_are_rejected_because_they_need_a_judge(alone, tmp_path):
         read(Source(json_path=str(path), data_folder="", format="tempcompass"))
 
 
-def test_an_evaluation_gets_every_question_uncut(tmp_path):
+def test_an_evaluation_gets_every_question_uncut(tmp_path: Path) -> None:
     assert [sample.id for sample in read_whole(source_of("mmvu", tmp_path))] == [
         "validation_1",
         "validation_2",
@@ -209,13 +217,15 @@ def test_an_evaluation_gets_every_question_uncut(tmp_path):
         ("mmvu", {"metadata": {}}, "record 0: field 'metadata.subject' is missing."),
     ],
 )
-def test_what_is_wrong_is_named(form, changed, sentence, tmp_path):
+def test_what_is_wrong_is_named(
+    form: str, changed: dict[str, Any], sentence: str, tmp_path: Path
+) -> None:
     with pytest.raises(DataError) as error:
         read(source_of(form, tmp_path, [RECORDS[form][0] | changed]))
     assert sentence in str(error.value)
 
 
-def test_a_candidate_of_mvbench_may_be_a_letter(tmp_path):
+def test_a_candidate_of_mvbench_may_be_a_letter(tmp_path: Path) -> None:
     record = {"video": "a.mp4", "question": "Which?", "candidates": ["b", "a", "d"], "answer": "b"}
     (sample,) = read(source_of("mvbench", tmp_path, {"character_order": [record]}))
     assert (sample.options, sample.option) == (("b", "a", "d"), "A")
@@ -226,7 +236,7 @@ NAMES = ("E. coli", "C. elegans", "S. cerevisiae", "(R) label")
 
 @pytest.mark.parametrize("form", ["multiple_choice", "mvbench", "tempcompass", "video_mme", "mmvu"])
 @pytest.mark.parametrize("style", ["{}. {}", "{}) {}", "({}) {}", "({}){}", "{}: {}", "{1}"])
-def test_only_an_options_own_letter_is_removed(form, style, tmp_path):
+def test_only_an_options_own_letter_is_removed(form: Any, style: str, tmp_path: Path) -> None:
     lettered = [style.format(letter, name) for letter, name in zip("ABCD", NAMES, strict=True)]
     if form == "tempcompass" and style == "{1}":
         return  # without letters its lines are no options
@@ -273,5 +283,5 @@ def test_only_an_options_own_letter_is_removed(form, style, tmp_path):
         (["Option 1: A. red", "Option 2: B. blue"], ["A. red", "B. blue"]),
     ],
 )
-def test_letters_are_removed_from_all_options_or_none(options, texts):
+def test_letters_are_removed_from_all_options_or_none(options: list[str], texts: list[str]) -> None:
     assert option_texts(options) == tuple(texts)

@@ -1,7 +1,10 @@
 """The generic format: a task's own truth is validated by its model, and what is wrong is named."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import BaseModel, ConfigDict
@@ -28,11 +31,11 @@ class Count(BaseModel):
 
 
 @pytest.fixture
-def source(monkeypatch, tmp_path):
+def source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Source]:
     task = replace(TASKS["temporal_grounding"], name="counting", truth=Truth(record=Count))
     monkeypatch.setitem(TASKS, "counting", task)
 
-    def write(**changes):
+    def write(**changes: Any) -> Source:
         path = tmp_path / "counts.json"
         path.write_text(json.dumps([RECORD | changes]))
         return Source(json_path=str(path), data_folder="/clips", format="generic")
@@ -40,7 +43,7 @@ def source(monkeypatch, tmp_path):
     return write
 
 
-def test_a_truth_comes_as_an_object_of_its_task(source):
+def test_a_truth_comes_as_an_object_of_its_task(source: Callable[..., Source]) -> None:
     (sample,) = read(source(clip=[2.0, 12.0]))
     assert (sample.task, sample.video) == ("counting", "/clips/a.mp4")
     assert sample.truth == Count(count=3) and hash(sample)
@@ -57,13 +60,15 @@ def test_a_truth_comes_as_an_object_of_its_task(source):
         ({"duration": 0}, "field 'duration' is 0, refused"),
     ],
 )
-def test_what_is_wrong_is_named(source, changes, sentence):
+def test_what_is_wrong_is_named(
+    source: Callable[..., Source], changes: dict[str, Any], sentence: str
+) -> None:
     with pytest.raises(DataError) as error:
         read(source(**changes))
     assert sentence in str(error.value)
 
 
-def test_a_sample_without_its_truth_cannot_be_asked(source):
+def test_a_sample_without_its_truth_cannot_be_asked(source: Callable[..., Source]) -> None:
     (sample,) = read(source())
     assert can_be_asked(sample)
     assert not can_be_asked(replace(sample, truth=None))

@@ -2,6 +2,9 @@
 
 import gzip
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +13,7 @@ from megatron_vrl.data import pool
 from megatron_vrl.data.formats.training import read
 from megatron_vrl.data.mix import open_pool
 from megatron_vrl.errors import DataError
+from megatron_vrl.types import VideoSample
 
 CHOICE = {
     "id": "1",
@@ -24,13 +28,18 @@ LINE, NEXT = (json.dumps(record, ensure_ascii=False) for record in (CHOICE, OTHE
 ODD = "the red{}square is visible"
 
 
+SamplesOf = Callable[..., list[VideoSample]]  # of the name and content of a file
+
+
 @pytest.fixture(params=["read whole", "indexed"])
-def samples_of(request, tmp_path, monkeypatch):
+def samples_of(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> SamplesOf:
     """Return the samples of a multiple_choice file, loaded whole and indexed."""
     if request.param == "indexed":
         monkeypatch.setattr(pool, "READ_WHOLE_BYTES", -1)
 
-    def opened(name: str, content: bytes, form: str = "multiple_choice"):
+    def opened(name: str, content: bytes, form: Any = "multiple_choice") -> list[VideoSample]:
         (tmp_path / name).write_bytes(content)
         source = Source(json_path=str(tmp_path / name), data_folder="/data", format=form)
         samples = open_pool([source], seed=1)
@@ -41,7 +50,7 @@ def samples_of(request, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("code", [0x2028, 0x2029, 0x85, 0x0B, 0x0C, 0x1C, 0x1E, 0xFEFF, 0])
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
-def test_any_character_may_occur_in_a_string(samples_of, code, suffix):
+def test_any_character_may_occur_in_a_string(samples_of: SamplesOf, code: int, suffix: str) -> None:
     question = ODD.format(chr(code))
     record = json.dumps(CHOICE | {"question": question}, ensure_ascii=False)
     content = f"{record}\n{NEXT}\n" if suffix == ".jsonl" else f"[{record},\n{NEXT}]"
@@ -49,7 +58,7 @@ def test_any_character_may_occur_in_a_string(samples_of, code, suffix):
     assert (first.query, second.id) == (question, "2")
 
 
-def test_a_surrogate_pair_is_one_character(samples_of):
+def test_a_surrogate_pair_is_one_character(samples_of: SamplesOf) -> None:
     (sample,) = samples_of("a.jsonl", json.dumps(CHOICE | {"question": "\U0001f600"}).encode())
     assert sample.query == "\U0001f600"
 
@@ -64,7 +73,7 @@ def test_a_surrogate_pair_is_one_character(samples_of):
         ("a.json", f"\r\n [\r\n{LINE} ,\r\n{NEXT}\r\n]\r\n"),
     ],
 )
-def test_byte_order_marks_and_line_ends(samples_of, name, content):
+def test_byte_order_marks_and_line_ends(samples_of: SamplesOf, name: str, content: str) -> None:
     assert [sample.id for sample in samples_of(name, content.encode())] == ["1", "2"]
 
 
@@ -75,7 +84,7 @@ def test_byte_order_marks_and_line_ends(samples_of, name, content):
         ("a.jsonl", f"[{LINE},\n{NEXT}]\n", ", line 1 is not JSON: .* one list is named .json"),
         ("a.jsonl", f"{LINE},\n{NEXT}\n", ", line 1 is not JSON: Extra data at column"),
         ("a.jsonl", f"{LINE}\nnull\n", ", line 2 is null, expected an object"),
-        ("a.jsonl", f"{LINE}\n{LINE.encode()}\n", ", line 2 is not JSON: Expecting value"),
+        ("a.jsonl", f"{LINE}\n{LINE.encode()!r}\n", ", line 2 is not JSON: Expecting value"),
         ("a.jsonl", LINE + "\n" + "[" * 100_000, ", line 2 is not JSON: it is nested too deeply"),
         ("a.jsonl", LINE + "\n" + '{"id": 1, "id": 2}', "line 2 is not JSON: the key 'id' occurs"),
         ("a.jsonl", LINE.replace("16.0", "NaN"), ", line 1: field 'duration' is nan, refused"),
@@ -103,7 +112,9 @@ def test_byte_order_marks_and_line_ends(samples_of, name, content):
         ("a.json", f'[{LINE},\n{{"id": 1, "id": 2}}]', "line 2 is not JSON: the key 'id' occurs"),
     ],
 )  # fmt: skip
-def test_broken_json_is_one_sentence(samples_of, name, content, sentence):
+def test_broken_json_is_one_sentence(
+    samples_of: SamplesOf, name: str, content: str, sentence: str
+) -> None:
     with pytest.raises(DataError, match=rf"/{name}.*{sentence}") as error:
         samples_of(name, content.encode())
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
@@ -119,7 +130,9 @@ def test_broken_json_is_one_sentence(samples_of, name, content, sentence):
         ("a.json.gz", gzip.compress(f"[{LINE}]".encode()), "is compressed with gzip: unpack it"),
     ],
 )
-def test_content_that_is_not_utf8_is_an_error(samples_of, name, content, sentence):
+def test_content_that_is_not_utf8_is_an_error(
+    samples_of: SamplesOf, name: str, content: bytes, sentence: str
+) -> None:
     for form in ("multiple_choice", "charades_sta"):
         with pytest.raises(DataError) as error:
             samples_of(name, content, form)
@@ -128,7 +141,7 @@ def test_content_that_is_not_utf8_is_an_error(samples_of, name, content, sentenc
         assert sentence in str(error.value)
 
 
-def test_a_folder_and_a_missing_file(samples_of, tmp_path):
+def test_a_folder_and_a_missing_file(samples_of: SamplesOf, tmp_path: Path) -> None:
     for form in ("multiple_choice", "charades_sta", "next_gqa"):
         for name, why in {"folder.json": "Is a directory", "gone.json": "No such file"}.items():
             (tmp_path / "folder.json").mkdir(exist_ok=True)
@@ -137,7 +150,7 @@ def test_a_folder_and_a_missing_file(samples_of, tmp_path):
                 open_pool([source], seed=1)
 
 
-def test_a_byte_order_mark_before_records_by_video(tmp_path):
+def test_a_byte_order_mark_before_records_by_video(tmp_path: Path) -> None:
     record = {"duration": 16.0, "timestamps": [[3.0, 8.0]], "sentences": ["the red square"]}
     path = tmp_path / "a.json"
     path.write_bytes(

@@ -1,6 +1,7 @@
 """NExT-GQA's CSV: a synthetic excerpt in the released layout equals the JSON list."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -42,18 +43,18 @@ RECORDS = [
 
 
 @pytest.fixture
-def released(tmp_path):
+def released(tmp_path: Path) -> Path:
     (tmp_path / "test.csv").write_text(CSV)
     (tmp_path / "gsub_test.json").write_text(json.dumps(GSUB))
     (tmp_path / "map_vid_vidorID.json").write_text(json.dumps({"2574": "1101/2574"}))
     return tmp_path
 
 
-def source(path) -> Source:
+def source(path: Path) -> Source:
     return Source(json_path=str(path), data_folder="/data", format="next_gqa")
 
 
-def test_the_released_csv_equals_the_json_list(released):
+def test_the_released_csv_equals_the_json_list(released: Path) -> None:
     (released / "list.json").write_text(json.dumps(RECORDS))
     found = read_whole(source(released / "test.csv"))
     assert found[:2] == read_whole(source(released / "list.json"))
@@ -73,14 +74,14 @@ def test_the_released_csv_equals_the_json_list(released):
         ("gsub_test.json", "{", "is not JSON"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_named(released, name, content, sentence):
+def test_what_is_wrong_is_named(released: Path, name: str, content: str, sentence: str) -> None:
     (released / name).write_text(content)
     with pytest.raises(DataError) as refused:
         read(source(released / "test.csv"))
     assert sentence in str(refused.value)
 
 
-def test_a_missing_intervals_file_is_an_error(released):
+def test_a_missing_intervals_file_is_an_error(released: Path) -> None:
     (released / "gsub_test.json").unlink()
     with pytest.raises(DataError, match=r"gsub_test\.json is missing: .* needs this file"):
         read(source(released / "test.csv"))

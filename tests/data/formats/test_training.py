@@ -3,7 +3,9 @@
 import json
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,8 +46,13 @@ SEED = {
 
 
 @pytest.fixture
-def read_records(tmp_path):
-    def write_and_read(form, records, header_duration_s=None, suffix=".json"):
+def read_records(tmp_path: Path) -> Callable[..., list[VideoSample]]:
+    def write_and_read(
+        form: Any,
+        records: dict[str, dict[str, Any]] | list[dict[str, Any] | int] | str,
+        header_duration_s: Callable[[str], float] | None = None,
+        suffix: str = ".json",
+    ) -> list[VideoSample]:
         path = tmp_path / f"records{suffix}"
         path.write_text(records if isinstance(records, str) else json.dumps(records))
         source = Source(json_path=str(path), data_folder="/data", format=form)
@@ -54,7 +61,7 @@ def read_records(tmp_path):
     return write_and_read
 
 
-def test_charades_sta(read_records):
+def test_charades_sta(read_records: Callable[..., list[VideoSample]]) -> None:
     first, second, third = read_records("charades_sta", CHARADES)
     assert first == VideoSample(
         id="3MSZA/0",
@@ -75,14 +82,16 @@ def test_charades_sta(read_records):
 @pytest.mark.parametrize(
     "name", ["b.mov", "C.MP4", "d.flv", "e.m4v", "f.ts", "G.Mkv", "h.wmv", "i.mpg", "j.3gp"]
 )
-def test_a_name_with_a_video_ending_is_unchanged(read_records, name):
+def test_a_name_with_a_video_ending_is_unchanged(
+    read_records: Callable[..., list[VideoSample]], name: str
+) -> None:
     record = {"duration": 16.0, "timestamps": [[1.0, 3.0]], "sentences": ["x"]}
     ids = {name: f"/data/{name}", f"{name}.part": f"/data/{name}.part.mp4", "v.2": "/data/v.2.mp4"}
     samples = read_records("charades_sta", dict.fromkeys(ids, record))
     assert [sample.video for sample in samples] == list(ids.values())
 
 
-def test_next_gqa(read_records):
+def test_next_gqa(read_records: Callable[..., list[VideoSample]]) -> None:
     (sample,) = read_records("next_gqa", [GQA])
     assert sample == VideoSample(
         id="2574374895_8",
@@ -99,16 +108,18 @@ def test_next_gqa(read_records):
 
 
 @pytest.mark.parametrize("answer", ["(C)", "C", "c", "lay on floor", "(C) lay on floor"])
-def test_multiple_choice(read_records, answer):
+def test_multiple_choice(read_records: Callable[..., list[VideoSample]], answer: str) -> None:
     (sample,) = read_records("multiple_choice", [CHOICE | {"answer": answer}])
     assert (sample.task, sample.option, sample.intervals_s) == ("multiple_choice", "C", ())
     assert sample.rationale == "lay on floor"
 
 
 @pytest.mark.parametrize("form", ["charades_sta", "next_gqa", "temporal_r1"])
-def test_a_clip_is_a_window_with_times_from_its_start(read_records, form):
+def test_a_clip_is_a_window_with_times_from_its_start(
+    read_records: Callable[..., list[VideoSample]], form: str
+) -> None:
     clip = {"clip": [4.0, 10.0]}
-    records = {
+    records: Any = {
         "charades_sta": {"v": {"duration": 30.0, "timestamps": [[6, 12]], "sentences": ["x"]}},
         "next_gqa": [GQA | {"glue": [[6.0, 12.0]]}],
         "temporal_r1": [SEED],
@@ -125,7 +136,7 @@ def test_a_clip_is_a_window_with_times_from_its_start(read_records, form):
         read_records(form, given)
 
 
-def test_temporal_r1(read_records):
+def test_temporal_r1(read_records: Callable[..., list[VideoSample]]) -> None:
     (sample,) = read_records("temporal_r1", [SEED])
     assert (sample.id, sample.task, sample.video) == (
         "v_1.mp4/0",
@@ -136,18 +147,22 @@ def test_temporal_r1(read_records):
     assert sample.intervals_s == ((6.0, 15.0),)
 
 
-def test_temporal_r1_is_asked_unmodified_when_the_problem_is_the_whole_question(read_records):
+def test_temporal_r1_is_asked_unmodified_when_the_problem_is_the_whole_question(
+    read_records: Callable[..., list[VideoSample]],
+) -> None:
     (plain,) = read_records("temporal_r1", [SEED])
     question = TASKS["temporal_grounding"].question(plain)
     (whole,) = read_records("temporal_r1", [SEED | {"problem": question}])
     assert TASKS["temporal_grounding"].question(whole) == question
 
 
-def test_temporal_r1_reads_a_missing_length_from_the_video_once(read_records):
+def test_temporal_r1_reads_a_missing_length_from_the_video_once(
+    read_records: Callable[..., list[VideoSample]],
+) -> None:
     record = {name: SEED[name] for name in SEED if name != "video_length"}
     asked = []
 
-    def header_duration_s(path):
+    def header_duration_s(path: str) -> float:
         asked.append(path)
         return 20.0
 
@@ -164,13 +179,15 @@ def test_temporal_r1_reads_a_missing_length_from_the_video_once(read_records):
     )
 
 
-def test_jsonl_gives_the_same_samples(read_records):
+def test_jsonl_gives_the_same_samples(read_records: Callable[..., list[VideoSample]]) -> None:
     lines = "\n".join(json.dumps(record) for record in (GQA, GQA | {"id": "2"})) + "\n\n"
     samples = read_records("next_gqa", lines, suffix=".jsonl")
     assert samples == read_records("next_gqa", [GQA, GQA | {"id": "2"}])
 
 
-def test_unusable_questions_are_skipped_with_a_warning(read_records, caplog):
+def test_unusable_questions_are_skipped_with_a_warning(
+    read_records: Callable[..., list[VideoSample]], caplog: pytest.LogCaptureFixture
+) -> None:
     records = {
         "a": {"duration": 10.0, "timestamps": [[5, 5], [1, 2], [12, 14]], "sentences": ["x"] * 3},
         "b": {"duration": 10.0, "timestamps": [[1, 2], [-1, 2]], "sentences": [" ", "x"]},
@@ -256,13 +273,18 @@ def test_unusable_questions_are_skipped_with_a_warning(read_records, caplog):
          "valid list."),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_named(read_records, form, records, sentence):
+def test_what_is_wrong_is_named(
+    read_records: Callable[..., list[VideoSample]],
+    form: str,
+    records: dict[str, Any] | list[dict[str, Any] | int | None] | str,
+    sentence: str,
+) -> None:
     with pytest.raises(DataError) as error:
         read_records(form, records)
     assert str(error.value).endswith("/" + sentence)
 
 
-def test_a_missing_file_is_an_error():
+def test_a_missing_file_is_an_error() -> None:
     source = Source(json_path="/nowhere/a.json", data_folder="/", format="charades_sta")
     with pytest.raises(DataError) as error:
         read(source)
@@ -283,7 +305,7 @@ def test_a_missing_file_is_an_error():
         ("tvgbench_first30", "tvgbench"),
     ],
 )
-def test_excerpts_of_released_files_are_read(name, form):
+def test_excerpts_of_released_files_are_read(name: str, form: Any) -> None:
     path = EXCERPTS / f"{name}.json"
     samples = read(Source(json_path=str(path), data_folder="/data", format=form))
     records = json.loads(path.read_text())
@@ -299,6 +321,6 @@ def test_excerpts_of_released_files_are_read(name, form):
         assert all(0 <= s < e <= sample.duration_s for s, e in sample.intervals_s)
 
 
-def test_every_format_is_tested_here():
+def test_every_format_is_tested_here() -> None:
     here = {"charades_sta", "next_gqa", "multiple_choice", "temporal_r1"}
     assert set(READERS) == here | {"generic"} | set(BENCHMARK_READERS)  # test_generic.py

@@ -1,12 +1,13 @@
 """Megatron model compared with transformers: equal weights and positions, every gradient."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_vrl.batching.pack import Answer, Group, pack
+from megatron_vrl.batching.pack import Answer, Group, MicroBatch, pack
 from megatron_vrl.checkpoint.hf_load import hf_tensors, load_hf_weights
 from megatron_vrl.config import Model, Parallel
 from megatron_vrl.models.architecture import read_architecture
@@ -15,25 +16,28 @@ from megatron_vrl.models.qwen2_5_vl.model import Qwen25VL
 from megatron_vrl.models.qwen2_5_vl.preprocess import patchify
 from megatron_vrl.models.qwen2_5_vl.weight_map import chunk_rows
 from megatron_vrl.parallel.mesh import Mesh, close_mesh, init_mesh
-from megatron_vrl.types import EncodedImage, EncodedVideo
-from tests.tiny import IMAGE_TOKEN, VIDEO_TOKEN, image, prompt, video
-from tests.tiny_models import hf_model, save
+from megatron_vrl.types import EncodedImage, EncodedVideo, Prompt, Visual
+from tests.tiny import IMAGE_TOKEN, VIDEO_TOKEN, image, present, prompt, video
+from tests.tiny_models import Qwen2_5_VLForConditionalGeneration, hf_model, save
 
 
 @pytest.fixture(scope="module")
-def mesh():
+def mesh() -> Iterator[Mesh]:
     yield init_mesh(Parallel(), seed=1)
     close_mesh()
 
 
 def _model(mesh: Mesh, directory: Path) -> Qwen25VL:
     cfg = Model(checkpoint=str(directory), dtype="float32")
+    model: Qwen25VL
     model = Qwen25VL(read_architecture(directory), cfg, Parallel(), mesh).to(mesh.device)
     load_hf_weights([model], directory)
     return model
 
 
-def _groups(visuals, answers_per_group):
+def _groups(
+    visuals: list[list[EncodedImage | EncodedVideo]], answers_per_group: list[int]
+) -> list[Group]:
     """One group for each list of visuals."""
     rng = np.random.default_rng(7)
     return [
@@ -52,24 +56,33 @@ def _groups(visuals, answers_per_group):
     ]
 
 
-def _patches(visuals):
+def _patches(
+    visuals: Sequence[Visual],
+) -> torch.Tensor | None:
     patches = [patchify(visual.frames) for visual in visuals]
     return torch.cat(patches) if patches else None
 
 
-def _forward(model, batch, of):
+def _forward(model: Qwen25VL, batch: MicroBatch, of: Distribution) -> torch.Tensor:
     patches = _patches(batch.visuals)
-    return model(batch, None if patches is None else patches.to(model.mesh.device), of)
+    logprob: torch.Tensor
+    logprob = model(batch, None if patches is None else patches.to(model.mesh.device), of)
+    return logprob
 
 
-def _pixels(values, grids, asked, kind):
+def _pixels(
+    values: str, grids: str, asked: Prompt, kind: type[EncodedImage] | type[EncodedVideo]
+) -> dict[str, torch.Tensor]:
     """transformers' arguments for the visuals of one kind."""
     chosen = [visual for visual in asked.visuals if isinstance(visual, kind)]
     thw = torch.tensor([visual.grid_thw for visual in chosen])
-    return {values: _patches(chosen), grids: thw} if chosen else {}
+    patches = _patches(chosen)
+    return {} if patches is None else {values: patches, grids: thw}
 
 
-def _published_logprobs(model, group, answer):
+def _published_logprobs(
+    model: Qwen2_5_VLForConditionalGeneration, group: Group, answer: Answer
+) -> torch.Tensor:
     """Log-probs [R] of one answer by transformers, prompt and answer as one plain sequence."""
     ids = np.concatenate([group.prompt.token_ids, answer.token_ids])
     first = int(group.prompt.positions.max()) + 1
@@ -109,7 +122,13 @@ def _published_logprobs(model, group, answer):
         ),
     ],
 )
-def test_logprobs_and_gradients_equal_transformers(mesh, tmp_path, tied, visuals, answers):
+def test_logprobs_and_gradients_equal_transformers(
+    mesh: Mesh,
+    tmp_path: Path,
+    tied: bool,
+    visuals: list[list[EncodedImage | EncodedVideo]],
+    answers: list[int],
+) -> None:
     oracle = hf_model(tied=tied)
     model = _model(mesh, save(oracle, tmp_path))
     groups = _groups(visuals, answers)
@@ -132,12 +151,12 @@ def test_logprobs_and_gradients_equal_transformers(mesh, tmp_path, tied, visuals
         if any(part is None for part in parts):  # the tower, where nothing is to be seen
             assert got is None
             continue
-        want = row.layout.join(parts)
+        want = row.layout.join(present(parts))
         error = (got.cpu() - want).norm() / want.norm()
         assert error < 1e-5, f"{row.megatron}: relative error {error:.1e}"
 
 
-def test_entropy_is_that_of_the_whole_distribution(mesh, tmp_path):
+def test_entropy_is_that_of_the_whole_distribution(mesh: Mesh, tmp_path: Path) -> None:
     oracle = hf_model()
     model = _model(mesh, save(oracle, tmp_path))
     (group,) = _groups([[video((2, 2, 2), 1.0, 1)]], [1])
@@ -157,7 +176,7 @@ def test_entropy_is_that_of_the_whole_distribution(mesh, tmp_path):
     assert entropy[0] <= partial + rest * (np.log(6) - torch.log(rest)) + 1e-5
 
 
-def test_round_trip_is_bit_equal(mesh, tmp_path):
+def test_round_trip_is_bit_equal(mesh: Mesh, tmp_path: Path) -> None:
     oracle = hf_model()
     model = _model(mesh, save(oracle, tmp_path))
     exported = dict(hf_tensors([model]))

@@ -1,6 +1,8 @@
 """Attention plans compared with a dense mask, on one rank and on context-parallel ranks."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,12 +56,21 @@ def visible(batch: MicroBatch) -> np.ndarray:
     return mask
 
 
-def attend(core, plan_of, batch: MicroBatch, query, key, value):
+def attend(
+    core: Callable[..., Any],
+    plan_of: Callable[[MicroBatch, torch.device], object],
+    batch: MicroBatch,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+) -> torch.Tensor:
     """The plan's output for the rows of `batch`, keys in the order in which ranks gather them."""
     rows, keys = torch.from_numpy(batch.rows), torch.from_numpy(batch.key_rows)
     params = packed_params(len(rows), CPU, plan=plan_of(batch, CPU))
     layer = core(TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1), 1)
-    return layer(query[rows], key[keys], value[keys], None, packed_seq_params=params)[:, 0]
+    output: torch.Tensor
+    output = layer(query[rows], key[keys], value[keys], None, packed_seq_params=params)
+    return output[:, 0]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -71,7 +82,12 @@ def attend(core, plan_of, batch: MicroBatch, query, key, value):
     ],
 )
 @given(groups=batches)
-def test_attention_equals_a_dense_mask(ranks, core, plan_of, groups):
+def test_attention_equals_a_dense_mask(
+    ranks: int,
+    core: Callable[..., Any],
+    plan_of: Callable[[MicroBatch, torch.device], object],
+    groups: list[Group],
+) -> None:
     batch = pack(groups, multiple=2 * ranks)
     total = len(batch.token_ids)
     noise = torch.Generator().manual_seed(total)
@@ -91,7 +107,7 @@ def test_attention_equals_a_dense_mask(ranks, core, plan_of, groups):
 
 
 @given(groups=batches, ranks=st.sampled_from([2, 4]))
-def test_context_ranks_partition_rows_and_loss_tokens(groups, ranks):
+def test_context_ranks_partition_rows_and_loss_tokens(groups: list[Group], ranks: int) -> None:
     batch = pack(groups, multiple=2 * ranks)
     parts = [shard_context(batch, rank, ranks) for rank in range(ranks)]
     rows = np.concatenate([part.rows for part in parts])

@@ -1,6 +1,9 @@
 """FLOP counts compared with torch's FlopCounterMode on transformers' model, and with each other."""
 
+from collections.abc import Iterable
 from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +17,6 @@ from megatron_vrl.batching.pack import Answer, Group, pack, repeat_prompts, shar
 from megatron_vrl.config import Model
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.models.qwen2_5_vl.flops import (
-    FlopCounts,
     group_flops,
     hardware_flops,
     micro_batch_flops,
@@ -24,15 +26,17 @@ from megatron_vrl.models.qwen2_5_vl.flops import (
 )
 from megatron_vrl.models.qwen2_5_vl.hf_shapes import num_parameters
 from megatron_vrl.models.qwen2_5_vl.preprocess import patchify
+from megatron_vrl.observe.throughput import FlopCounts
+from megatron_vrl.types import EncodedVideo
 from tests.running import ROOT
 from tests.tiny import GROUPS, VIDEO_TOKEN, prompt, video
-from tests.tiny_models import hf_model, save
+from tests.tiny_models import Qwen2_5_VLForConditionalGeneration, hf_model, save
 
 ARCH = read_architecture(ROOT / "configs" / "models" / "qwen2.5-vl-3b.json")
 PARTS = [field.name for field in fields(FlopCounts)]
 
 
-def group(seed, lengths, visuals=()):
+def group(seed: int, lengths: list[int], visuals: list[EncodedVideo] | tuple[()] = ()) -> Group:
     answers = tuple(
         Answer(
             token_ids=np.arange(length),
@@ -48,11 +52,11 @@ def close(one: FlopCounts, other: FlopCounts) -> bool:
     return all(getattr(one, p) == pytest.approx(getattr(other, p), rel=1e-12) for p in PARTS)
 
 
-def total(works):
+def total(works: Iterable[FlopCounts]) -> FlopCounts:
     return sum(works, start=FlopCounts())
 
 
-def counted(model, asked) -> dict[str, dict]:
+def counted(model: Qwen2_5_VLForConditionalGeneration, asked: Group) -> dict[str, dict[Any, int]]:
     """FLOPs of transformers' model on one plain sequence, by module and operation."""
     ids = torch.from_numpy(asked.prompt.token_ids)
     seen = {}
@@ -68,10 +72,11 @@ def counted(model, asked) -> dict[str, dict]:
             mm_token_type_ids=(ids == VIDEO_TOKEN)[None] * 2,
             **seen,
         )
-    return counter.get_flop_counts()
+    counts: dict[str, dict[Any, int]] = counter.get_flop_counts()
+    return counts
 
 
-def spent(counts, suffix: str, attention: bool | None = None) -> int:
+def spent(counts: dict[str, dict[Any, int]], suffix: str, attention: bool | None = None) -> int:
     """Return the FLOPs of modules whose name ends in `suffix`: batched products (attention) or
     others."""
     return sum(
@@ -88,7 +93,7 @@ def spent(counts, suffix: str, attention: bool | None = None) -> int:
     [[], [video((3, 4, 4), 1.0, 1)], [video((2, 6, 10), 1.0, 1), video((1, 8, 2), 1.5, 2)]],
     ids=["text", "video", "cut windows"],
 )
-def test_flops_equal_torchs_count(tmp_path, visuals):
+def test_flops_equal_torchs_count(tmp_path: Path, visuals: list[EncodedVideo]) -> None:
     model = hf_model()
     arch = read_architecture(save(model, tmp_path))
     asked = group(1, [1], visuals)  # an answer of one token: no input of its own
@@ -109,7 +114,7 @@ lengths_ = st.lists(st.integers(1, 9), min_size=1, max_size=4)
 
 
 @given(st.integers(0, 5), lengths_)
-def test_a_group_is_its_packed_rows_in_both_layouts(seed, lengths):
+def test_a_group_is_its_packed_rows_in_both_layouts(seed: int, lengths: list[int]) -> None:
     asked = group(seed, lengths, [video((2, 4, 6), 1.0, 0)])
     assert close(group_flops(ARCH, asked), micro_batch_flops(ARCH, pack([asked])))
     plain = repeat_prompts([asked])
@@ -123,7 +128,7 @@ def test_a_group_is_its_packed_rows_in_both_layouts(seed, lengths):
 
 
 @given(st.integers(0, 5), lengths_)
-def test_flops_grow_with_sizes(seed, lengths):
+def test_flops_grow_with_sizes(seed: int, lengths: list[int]) -> None:
     small = group_flops(ARCH, group(seed, lengths))
     longer = group_flops(ARCH, group(seed, [lengths[0] + 1, *lengths[1:]]))
     another = group_flops(ARCH, group(seed, [*lengths, 1]))
@@ -131,7 +136,7 @@ def test_flops_grow_with_sizes(seed, lengths):
     assert small.flops < min(longer.flops, another.flops, filmed.flops)
 
 
-def test_padding_rows_have_no_attention_pairs():
+def test_padding_rows_have_no_attention_pairs() -> None:
     exact, padded = pack(GROUPS), pack(GROUPS, multiple=64)
     assert len(padded.rows) > len(exact.rows)
     one, other = micro_batch_flops(ARCH, exact), micro_batch_flops(ARCH, padded)
@@ -143,7 +148,7 @@ def test_padding_rows_have_no_attention_pairs():
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_flops_of_context_ranks_add_up(ranks):
+def test_flops_of_context_ranks_add_up(ranks: int) -> None:
     whole = pack(GROUPS, multiple=2 * ranks)
     parts = [shard_context(whole, rank, ranks) for rank in range(ranks)]
     assert close(
@@ -152,11 +157,11 @@ def test_flops_of_context_ranks_add_up(ranks):
     assert sum(map(padding_rows, parts)) == padding_rows(whole)
 
 
-def test_an_update_is_three_forward_passes_minus_frozen_parts():
+def test_an_update_is_three_forward_passes_minus_frozen_parts() -> None:
     work = FlopCounts(tokens=1, linear=1.0, attention=10.0, head=100.0, vision=1e3, merger=1e4)
     free = Model(checkpoint="")
 
-    def update(**frozen):
+    def update(**frozen: bool | str) -> float:
         return update_flops(work, free.model_copy(update=frozen))
 
     assert update() == 3 * work.flops
@@ -166,7 +171,7 @@ def test_an_update_is_three_forward_passes_minus_frozen_parts():
     assert update(recompute="full") == update()  # model FLOPs
 
 
-def test_hardware_flops_count_what_is_computed_again():
+def test_hardware_flops_count_what_is_computed_again() -> None:
     work = FlopCounts(tokens=1, linear=1.0, attention=10.0, head=100.0, vision=1e3, merger=1e4)
     extra = {
         kind: hardware_flops(work, Model(checkpoint="", recompute=kind)) - 3 * work.flops
@@ -179,7 +184,7 @@ def test_hardware_flops_count_what_is_computed_again():
     assert hardware_flops(work, frozen) == 3 * work.flops - 1 + 100
 
 
-def test_the_3b_model_costs_about_two_flops_a_weight_and_token():
+def test_the_3b_model_costs_about_two_flops_a_weight_and_token() -> None:
     """Short text has next to no attention; the head reads every answer token."""
     work = group_flops(replace(ARCH, tied_head=False), group(0, [100]))
     language = num_parameters(ARCH) - ARCH.vocab * ARCH.hidden - 668_687_360  # tower, published

@@ -8,7 +8,7 @@ from megatron_vrl.models.qwen2_5_vl.preprocess import patchify
 from megatron_vrl.rollout.vllm.torchvision_shim import declare_missing_ops
 
 
-def test_patchify_places_every_pixel():
+def test_patchify_places_every_pixel() -> None:
     """Compare with the definition, pixel by pixel."""
     frames = np.random.default_rng(0).integers(0, 256, (4, 56, 84, 3), dtype=np.uint8)
     rows = patchify(frames).numpy().reshape(2, 2, 3, 2, 2, 3, 2, 14, 14)
@@ -19,7 +19,7 @@ def test_patchify_places_every_pixel():
         assert abs(row[c, f % 2, y % 14, x % 14] - want) < 1e-6
 
 
-def test_patchify_equals_transformers():
+def test_patchify_equals_transformers() -> None:
     declare_missing_ops()
     pytest.importorskip("torchvision")
     from transformers import Qwen2VLVideoProcessor

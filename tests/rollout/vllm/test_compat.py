@@ -3,6 +3,7 @@
 import ast
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -19,7 +20,7 @@ OWN = {"self", "cls"}  # names whose private attributes are this package's
 
 
 @pytest.fixture(scope="module")
-def vllm():
+def vllm() -> ModuleType:
     from megatron_vrl.rollout.vllm.startup import import_vllm
 
     return import_vllm()
@@ -29,7 +30,7 @@ def vllm():
 @pytest.mark.parametrize(
     "part", PRIVATE_PARTS, ids=lambda part: part.variable or part.location.rpartition(".")[2]
 )
-def test_the_installed_vllm_has_it(vllm, part):
+def test_the_installed_vllm_has_it(vllm: ModuleType, part: PrivatePart) -> None:
     assert part.missing() == ""
     assert part.seen_in == SUPPORTED_VERSION == vllm.__version__.partition("+")[0]
 
@@ -50,12 +51,14 @@ def test_the_installed_vllm_has_it(vllm, part):
         ),
     ],
 )
-def test_a_missing_part_is_noticed(vllm, part, missing):
+def test_a_missing_part_is_noticed(vllm: ModuleType, part: PrivatePart, missing: str) -> None:
     assert part.missing() == missing
 
 
 @pytest.mark.slow
-def test_another_version_is_refused_with_one_sentence(vllm, monkeypatch):
+def test_another_version_is_refused_with_one_sentence(
+    vllm: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     check_private_parts()
     monkeypatch.delattr("vllm._custom_ops._supports_onednn")
     sentence = (
@@ -69,7 +72,7 @@ def test_another_version_is_refused_with_one_sentence(vllm, monkeypatch):
 @pytest.mark.parametrize(
     "path", [path for path in FOLDER.glob("*.py") if path.stem != "compat"], ids=lambda p: p.stem
 )
-def test_only_compat_uses_underscored_names_of_others(path):
+def test_only_compat_uses_underscored_names_of_others(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr):
             owner = node.value.id if isinstance(node.value, ast.Name) else ast.unparse(node.value)

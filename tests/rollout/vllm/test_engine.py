@@ -1,35 +1,45 @@
 """VllmEngine with real vLLM, compared with the model of transformers."""
 
 import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
+import torch.nn
+from transformers import PreTrainedTokenizerBase
 
 from megatron_vrl import config
 from megatron_vrl.errors import RolloutError
 from megatron_vrl.rollout.checksums import tensor_checksums
 from megatron_vrl.rollout.request import SamplingSpec, make_request
 from megatron_vrl.rollout.vllm.engine import VllmEngine
+from megatron_vrl.types import EncodedVideo, Prompt, Rollout
+from tests.rollout.conftest import MakePrompt, Weights
 
 pytestmark = pytest.mark.slow
 BATCH_TOLERANCE = 1e-5  # of a float32 log-prob, see docs/rollouts.md
 
 
-def spec(n=4, temperature=1.0, top_p=1.0, max_tokens=16, seed=0):
+def spec(
+    n: int = 4, temperature: float = 1.0, top_p: float = 1.0, max_tokens: int = 16, seed: int = 0
+) -> SamplingSpec:
     return SamplingSpec(n=n, temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed)
 
 
 class HFModel:
     """Model of transformers as the reference for log-probs, with Qwen2.5-VL's positions."""
 
-    def __init__(self, checkpoint):
+    def __init__(self, checkpoint: Path) -> None:
         from transformers import AutoVideoProcessor, Qwen2_5_VLForConditionalGeneration
 
         self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint).eval()
         self.processor = AutoVideoProcessor.from_pretrained(checkpoint)
 
-    def load(self, weights):
+    def load(self, weights: Weights) -> None:
         from transformers import Qwen2_5_VLForConditionalGeneration as Model
 
         memory_names = {
@@ -42,14 +52,14 @@ class HFModel:
         self.model.load_state_dict({memory_names[name]: t for name, t in weights.items()})
 
     @torch.no_grad()
-    def logits(self, prompt, answer):
+    def logits(self, prompt: Prompt, answer: npt.NDArray[np.int64]) -> torch.Tensor:
         """Return the logits [R, vocabulary] that each token of the response was sampled from."""
         (video,) = prompt.visuals
         frames = torch.from_numpy(video.frames).permute(0, 3, 1, 2)
         pixels = self.processor(frames, do_resize=False, return_tensors="pt")
         assert pixels["video_grid_thw"].tolist() == [list(video.grid_thw)]
         ids = torch.from_numpy(np.concatenate([prompt.token_ids, answer]))
-        logits = self.model(
+        logits: torch.Tensor = self.model(
             input_ids=ids[None],
             position_ids=_positions(prompt, len(answer))[:, None],
             **pixels,
@@ -57,9 +67,10 @@ class HFModel:
         return logits[len(prompt.token_ids) - 1 : -1]
 
 
-def _positions(prompt, num_answer_tokens):
+def _positions(prompt: Prompt, num_answer_tokens: int) -> torch.Tensor:
     """Return positions [3, P + R]. Text continues after the largest position of a video."""
     (video,) = prompt.visuals
+    assert isinstance(video, EncodedVideo)
     steps, height, width = video.grid_thw
     video_token = np.bincount(prompt.token_ids).argmax()
     start = int(np.flatnonzero(prompt.token_ids == video_token)[0])
@@ -75,11 +86,17 @@ def _positions(prompt, num_answer_tokens):
 
 
 @pytest.fixture(scope="module")
-def hf_model(checkpoint):
+def hf_model(checkpoint: Path) -> HFModel:
     return HFModel(checkpoint)
 
 
-def largest_gap(hf_model, engine, prompts, groups, temperature=1.0):
+def largest_gap(
+    hf_model: HFModel,
+    engine: VllmEngine,
+    prompts: Sequence[Prompt],
+    groups: Sequence[Sequence[Rollout]],
+    temperature: float = 1.0,
+) -> float:
     gaps = []
     for prompt, group in zip(prompts, groups, strict=True):
         for rollout in group:
@@ -92,7 +109,13 @@ def largest_gap(hf_model, engine, prompts, groups, temperature=1.0):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_are_those_of_transformers(engine, hf_model, weights, make_prompt, temperature):
+def test_logprobs_are_those_of_transformers(
+    engine: VllmEngine,
+    hf_model: HFModel,
+    weights: Weights,
+    make_prompt: MakePrompt,
+    temperature: float,
+) -> None:
     hf_model.load(weights)
     prompts = [make_prompt(0), make_prompt(1, (2, 4, 4), 1.0), make_prompt(2, (7, 4, 10), 0.7)]
     groups = engine.generate(prompts, spec(temperature=temperature))
@@ -100,7 +123,12 @@ def test_logprobs_are_those_of_transformers(engine, hf_model, weights, make_prom
     assert largest_gap(hf_model, engine, prompts, groups, temperature) < 1e-4
 
 
-def test_new_weights_apply_to_a_cached_video(engine, hf_model, weights, make_prompt):
+def test_new_weights_apply_to_a_cached_video(
+    engine: VllmEngine,
+    hf_model: HFModel,
+    weights: Weights,
+    make_prompt: MakePrompt,
+) -> None:
     prompts = [make_prompt(0), make_prompt(1)]
     old = engine.generate(prompts, spec())
     vision_changed = {
@@ -122,7 +150,12 @@ def test_new_weights_apply_to_a_cached_video(engine, hf_model, weights, make_pro
     assert versions == [{1}, {2}, {3}]
 
 
-def test_banned_tokens_never_occur(engine, hf_model, weights, make_prompt):
+def test_banned_tokens_never_occur(
+    engine: VllmEngine,
+    hf_model: HFModel,
+    weights: Weights,
+    make_prompt: MakePrompt,
+) -> None:
     prompts = [make_prompt(0), make_prompt(1)]
     banned = list(engine.banned_token_ids)
     boosted = dict(weights)
@@ -139,7 +172,12 @@ def test_banned_tokens_never_occur(engine, hf_model, weights, make_prompt):
     assert not np.isin(tokens, banned).any()
 
 
-def test_a_rollout_ends_with_a_stop_token_or_at_the_limit(engine, weights, make_prompt, tokenizer):
+def test_a_rollout_ends_with_a_stop_token_or_at_the_limit(
+    engine: VllmEngine,
+    weights: Weights,
+    make_prompt: MakePrompt,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     stops = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     eager = dict(weights)
     eager["lm_head.weight"] = weights["lm_head.weight"].clone()
@@ -157,7 +195,7 @@ def test_a_rollout_ends_with_a_stop_token_or_at_the_limit(engine, weights, make_
         assert "<|" not in rollout.text
 
 
-def test_checksums_read_the_live_weights(engine, weights):
+def test_checksums_read_the_live_weights(engine: VllmEngine, weights: Weights) -> None:
     assert engine.weights_checksum() == tensor_checksums(weights.items(), torch.float32)
     for name in (
         "model.layers.1.self_attn.k_proj.weight",
@@ -176,10 +214,10 @@ def test_checksums_read_the_live_weights(engine, weights):
         assert {key for key in live if live[key] != expected[key]} == {name}
 
 
-def test_the_loader_runs_only_in_the_first_sync(engine, weights):
+def test_the_loader_runs_only_in_the_first_sync(engine: VllmEngine, weights: Weights) -> None:
     """The second weight sync repeats the copies that vLLM's loader made in the first."""
     changed = {name: tensor * 1.5 for name, tensor in weights.items()}
-    calls = []
+    calls: list[object] = []
     engine._llm.apply_model(lambda model: setattr(model, "load_weights", calls.append))
     try:
         engine.push_weights(changed.items(), version=2)
@@ -189,7 +227,7 @@ def test_the_loader_runs_only_in_the_first_sync(engine, weights):
     assert engine.weights_checksum() == tensor_checksums(changed.items(), torch.float32)
 
 
-def test_one_vision_pass_per_prompt(engine, make_prompt):
+def test_one_vision_pass_per_prompt(engine: VllmEngine, make_prompt: MakePrompt) -> None:
     prompts = [make_prompt(0), make_prompt(1, (2, 4, 4))]
     rows = []
     hooks = engine._llm.apply_model(
@@ -202,18 +240,20 @@ def test_one_vision_pass_per_prompt(engine, make_prompt):
     assert sum(rows) == sum(int(np.prod(prompt.visuals[0].grid_thw)) for prompt in prompts)
 
 
-def test_a_seed_repeats_and_the_trainer_keeps_its_state(engine, weights, make_prompt):
-    def state():
+def test_a_seed_repeats_and_the_trainer_keeps_its_state(
+    engine: VllmEngine, weights: Weights, make_prompt: MakePrompt
+) -> None:
+    def state() -> tuple[object, ...]:
         return (
             torch.get_rng_state().tolist(),
             random.getstate(),
-            np.random.get_state()[1].tolist(),
+            np.random.get_state(legacy=False)["state"]["key"].tolist(),
             torch.get_num_threads(),
             torch.get_default_dtype(),
             torch.set_num_threads.__name__,
         )
 
-    def tokens(seed):
+    def tokens(seed: int) -> list[list[list[int]]]:
         groups = engine.generate([make_prompt(0)], spec(seed=seed))
         return [rollout.token_ids.tolist() for rollout in groups[0]]
 
@@ -226,17 +266,19 @@ def test_a_seed_repeats_and_the_trainer_keeps_its_state(engine, weights, make_pr
     assert state() == before
 
 
-def test_earlier_requests_change_no_bit_of_later_rollouts(engine, make_prompt):
+def test_earlier_requests_change_no_bit_of_later_rollouts(
+    engine: VllmEngine, make_prompt: MakePrompt
+) -> None:
     """A cached prefix or video would change the number of rows, which some kernels round by."""
     rows = []
 
-    def count(_, inputs):
+    def count(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         rows.append(len(inputs[0]))
 
     parts = [engine._llm.apply_model(get)[0] for get in (_vision_tower, _first_norm)]
     hooks = [part.register_forward_pre_hook(count) for part in parts]
 
-    def answered():
+    def answered() -> tuple[list[tuple[list[int], list[float]]], list[int]]:
         rows.clear()
         groups = engine.generate([make_prompt(0), make_prompt(1)], spec(n=2, seed=7))
         values = [(r.token_ids.tolist(), r.logprobs.tolist()) for group in groups for r in group]
@@ -254,15 +296,19 @@ def test_earlier_requests_change_no_bit_of_later_rollouts(engine, make_prompt):
         hook.remove()
 
 
-def _vision_tower(model):
-    return model.visual
+def _vision_tower(model: Any) -> torch.nn.Module:
+    tower: torch.nn.Module = model.visual
+    return tower
 
 
-def _first_norm(model):
-    return model.language_model.model.layers[0].input_layernorm
+def _first_norm(model: Any) -> torch.nn.Module:
+    norm: torch.nn.Module = model.language_model.model.layers[0].input_layernorm
+    return norm
 
 
-def test_other_prompts_in_the_batch_change_log_probs_only_by_rounding(engine, make_prompt):
+def test_other_prompts_in_the_batch_change_log_probs_only_by_rounding(
+    engine: VllmEngine, make_prompt: MakePrompt
+) -> None:
     [alone] = engine.generate([make_prompt(0)], spec(seed=7))
     beside, _, _ = engine.generate([make_prompt(i) for i in range(3)], spec(seed=7))
     assert [r.token_ids.tolist() for r in beside] == [r.token_ids.tolist() for r in alone]
@@ -270,7 +316,12 @@ def test_other_prompts_in_the_batch_change_log_probs_only_by_rounding(engine, ma
         np.testing.assert_allclose(other.logprobs, one.logprobs, atol=BATCH_TOLERANCE)
 
 
-def test_greedy_takes_the_most_likely_token(engine, hf_model, weights, make_prompt):
+def test_greedy_takes_the_most_likely_token(
+    engine: VllmEngine,
+    hf_model: HFModel,
+    weights: Weights,
+    make_prompt: MakePrompt,
+) -> None:
     hf_model.load(weights)
     prompt = make_prompt(0)
     [[rollout]] = engine.generate([prompt], spec(n=1, temperature=0.0))
@@ -279,7 +330,12 @@ def test_greedy_takes_the_most_likely_token(engine, hf_model, weights, make_prom
     assert logits.argmax(-1).tolist() == rollout.token_ids.tolist()
 
 
-def test_a_weight_sync_with_requests_in_flight(engine, hf_model, weights, make_prompt):
+def test_a_weight_sync_with_requests_in_flight(
+    engine: VllmEngine,
+    hf_model: HFModel,
+    weights: Weights,
+    make_prompt: MakePrompt,
+) -> None:
     """Each token has the log-prob of the weights that generated it. No stale cache is reused."""
     changed = {name: tensor * 1.02 for name, tensor in weights.items()}
     prompts = [make_prompt(0), make_prompt(1)]
@@ -290,7 +346,7 @@ def test_a_weight_sync_with_requests_in_flight(engine, hf_model, weights, make_p
         assert not engine.step()
     engine.push_weights(changed.items(), version=2)
     engine.submit("new", make_request(prompts[0]), long.for_prompt(9))  # a video that is cached
-    groups = {}
+    groups: dict[str, list[Rollout]] = {}
     while engine.busy:
         groups |= engine.step()
     assert {len(group) for group in groups.values()} == {4}
@@ -309,7 +365,12 @@ def test_a_weight_sync_with_requests_in_flight(engine, hf_model, weights, make_p
             assert gap[:7].max() < 1e-4 < gap[9:].max()
 
 
-def test_refusals_are_one_sentence(engine, weights, make_prompt, checkpoint):
+def test_refusals_are_one_sentence(
+    engine: VllmEngine,
+    weights: Weights,
+    make_prompt: MakePrompt,
+    checkpoint: Path,
+) -> None:
     with pytest.raises(RolloutError, match=r"clip_0: \d+ prompt tokens .* fit the engine's 256"):
         engine.generate([make_prompt(0)], spec(max_tokens=250))
     prompt = make_prompt(0)

@@ -1,19 +1,22 @@
 """Routes recorded from a loader like vLLM's, which copies by name into merged matrices."""
 
+from collections.abc import Iterable, Iterator
+
 import torch
 
 from megatron_vrl.rollout.vllm.weight_router import WeightRouter
+from tests.rollout.conftest import Weights
 
 
 class Model(torch.nn.Module):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.merged = torch.nn.Parameter(torch.zeros(6, 3))
         self.embedding = torch.nn.Parameter(torch.zeros(8, 3))
         self.scale = torch.nn.Parameter(torch.zeros(4))
-        self.seen = []
+        self.seen: list[str] = []
 
-    def load_weights(self, tensors):
+    def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         filled = set()
         for name, tensor in tensors:
             self.seen.append(name)
@@ -31,24 +34,24 @@ class Model(torch.nn.Module):
         return filled
 
 
-def tensors(seed):
+def tensors(seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shapes = {"q": (3, 3), "tied": (8, 3), "embedding": (10, 3), "k": (3, 3)}
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def as_loaded(weights):
+def as_loaded(weights: Weights) -> dict[str, torch.Tensor]:
     plain = Model()
     plain.load_weights(weights.items())
     return {name: parameter.clone() for name, parameter in plain.named_parameters()}
 
 
-def assert_equal(model, expected):
+def assert_equal(model: Model, expected: dict[str, torch.Tensor]) -> None:
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, expected[name]), name
 
 
-def test_a_second_sync_repeats_the_copies_without_the_loader():
+def test_a_second_sync_repeats_the_copies_without_the_loader() -> None:
     model = Model()
     router = WeightRouter(model)
     assert router.load_weights(tensors(1).items()) == {"merged", "embedding"}
@@ -66,11 +69,11 @@ def test_a_second_sync_repeats_the_copies_without_the_loader():
     assert_equal(model, as_loaded(changed))
 
 
-def test_producing_the_next_tensor_is_not_recorded():
+def test_producing_the_next_tensor_is_not_recorded() -> None:
     model = Model()
     router = WeightRouter(model)
 
-    def made(seed):
+    def made(seed: int) -> Iterator[tuple[str, torch.Tensor]]:
         both = torch.cat([tensors(seed)["q"], tensors(seed)["k"]])
         yield "q", both[:3]
         yield "k", both.clone()[3:]  # reads what "q" is a part of
@@ -81,7 +84,7 @@ def test_producing_the_next_tensor_is_not_recorded():
     assert torch.equal(model.merged, torch.cat([tensors(2)["q"], tensors(2)["k"]]))
 
 
-def test_a_tensor_that_the_loader_computes_with_always_goes_through_it():
+def test_a_tensor_that_the_loader_computes_with_always_goes_through_it() -> None:
     model = Model()
     router = WeightRouter(model)
     for sign in (1, -1):
@@ -91,7 +94,7 @@ def test_a_tensor_that_the_loader_computes_with_always_goes_through_it():
     assert model.seen == ["q", "scale", "scale"]
 
 
-def test_other_strides_are_recorded_again():
+def test_other_strides_are_recorded_again() -> None:
     model = Model()
     router = WeightRouter(model)
     router.load_weights(tensors(1).items())
@@ -101,7 +104,7 @@ def test_other_strides_are_recorded_again():
     assert_equal(model, as_loaded(turned))
 
 
-def test_moved_parameters_invalidate_the_router():
+def test_moved_parameters_invalidate_the_router() -> None:
     model = Model()
     router = WeightRouter(model)
     assert router.is_valid()

@@ -1,7 +1,9 @@
 """Broadcast group: it delivers the bytes, and no rank waits forever."""
 
+import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -11,6 +13,7 @@ from megatron_vrl.rollout.workers import broadcast
 from megatron_vrl.rollout.workers.broadcast import (
     BroadcastError,
     BroadcastGroup,
+    JoinBroadcast,
     invitation,
     own_host,
 )
@@ -19,15 +22,15 @@ BYTES = torch.arange(100, dtype=torch.uint8)
 
 
 @pytest.fixture(autouse=True)
-def short_wait(monkeypatch):
+def short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(broadcast, "JOIN_TIMEOUT_S", 3)
 
 
-def invited(size):
+def invited(size: int) -> tuple[JoinBroadcast, socket.socket]:
     return invitation("127.0.0.1:80", "sender", size, torch.device("cpu"), "gloo")
 
 
-def receiver(join, does):
+def receiver(join: JoinBroadcast, does: Callable[[BroadcastGroup], object]) -> threading.Thread:
     """Start a thread that joins and calls `does` with its group."""
     thread = threading.Thread(
         target=lambda: does(BroadcastGroup(join, own_host(f"{join.host}:{join.port}")))
@@ -36,12 +39,12 @@ def receiver(join, does):
     return thread
 
 
-def test_every_worker_receives_the_bytes():
+def test_every_worker_receives_the_bytes() -> None:
     join, listener = invited(3)
     got = {}
 
-    def receive(rank):
-        def does(group):
+    def receive(rank: int) -> threading.Thread:
+        def does(group: BroadcastGroup) -> None:
             for round_ in range(2):
                 flat = torch.zeros_like(BYTES)
                 group.finish(group.start(flat), timeout_s=10)
@@ -60,7 +63,7 @@ def test_every_worker_receives_the_bytes():
     assert join.host == "127.0.0.1"  # it listens only on the address that leads to the worker
 
 
-def test_a_missing_worker_fails_the_group():
+def test_a_missing_worker_fails_the_group() -> None:
     join, listener = invited(2)
     began = time.monotonic()
     with pytest.raises(BroadcastError):
@@ -68,7 +71,7 @@ def test_a_missing_worker_fails_the_group():
     assert time.monotonic() - began < 20
 
 
-def test_a_broadcast_is_abandoned_when_its_worker_is_lost_or_at_the_timeout():
+def test_a_broadcast_is_abandoned_when_its_worker_is_lost_or_at_the_timeout() -> None:
     join, listener = invited(2)
     leave = threading.Event()
     thread = receiver(replace(join, rank=1), lambda group: leave.wait())

@@ -1,6 +1,7 @@
 """Framed messages at the head of a stream, cut into chunks of any size."""
 
 import asyncio
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -13,28 +14,28 @@ from megatron_vrl.rollout.workers.protocol import (
 )
 
 
-async def pieces_of(data, size):
+async def pieces_of(data: bytes, size: int) -> AsyncIterator[bytes]:
     for start in range(0, len(data), size):
         yield data[start : start + size]
 
 
-def read(data, size):
-    async def message_and_rest():
+def read(data: bytes, size: int) -> tuple[CommitWeights, bytes]:
+    async def message_and_rest() -> tuple[CommitWeights, bytes]:
         pieces = pieces_of(data, size)
         message, rest = await read_framed(pieces, CommitWeights)
-        return message, rest + b"".join([piece async for piece in pieces])
+        return message, bytes(rest) + b"".join([piece async for piece in pieces])
 
     return asyncio.run(message_and_rest())
 
 
 @pytest.mark.parametrize("size", [1, 3, LENGTH_BYTES, 11, 1000])
 @pytest.mark.parametrize("rest", [b"", b"weights" * 9])
-def test_message_and_the_bytes_behind_it(size, rest):
+def test_message_and_the_bytes_behind_it(size: int, rest: bytes) -> None:
     assert read(framed(CommitWeights(version=7)) + rest, size) == (CommitWeights(version=7), rest)
 
 
 @pytest.mark.parametrize("size", [1, 1000])
-def test_a_truncated_message_is_invalid(size):
+def test_a_truncated_message_is_invalid(size: int) -> None:
     whole = framed(CommitWeights(version=7))
     for cut in range(len(whole)):
         with pytest.raises(InvalidMessage, match="not a CommitWeights"):

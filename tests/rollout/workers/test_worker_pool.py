@@ -1,42 +1,51 @@
 """Rollout workers in processes of their own: used, killed, stopped, restarted."""
 
-import asyncio
 import http.client
 import os
 import signal
-import socket
 import subprocess
-import threading
 import time
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 import torch
 import yaml
+from transformers import PreTrainedTokenizerBase
 
-from megatron_vrl.config import load_config
 from megatron_vrl.errors import RolloutError
 from megatron_vrl.rollout.buckets import BucketWriter
 from megatron_vrl.rollout.checksums import tensor_checksums
 from megatron_vrl.rollout.request import SamplingSpec
-from megatron_vrl.rollout.vllm.special_tokens import banned_token_ids
+from megatron_vrl.rollout.vllm.engine import VllmEngine
 from megatron_vrl.rollout.workers.discovery import TOKEN_VARIABLE
 from megatron_vrl.rollout.workers.pool import WorkerPool
 from megatron_vrl.rollout.workers.protocol import LoadBucket, framed
-from megatron_vrl.rollout.workers.worker_info import served_model
+from tests.rollout.conftest import MakePrompt, Weights
+from tests.rollout.workers.pool_helpers import (
+    TOKEN,
+    answered,
+    ask,
+    layers_of,
+    made_pool,
+    process_of,
+    proxy_with_invalid_rollouts,
+    results,
+    start_worker,
+    sync_weights,
+    tokens,
+)
 from tests.running import ENVIRONMENT, ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-TOKEN = "open sesame"
 SPEC = SamplingSpec(n=4, temperature=1.0, top_p=1.0, max_tokens=24, seed=7)
 LONG = replace(SPEC, max_tokens=150)  # takes seconds: time enough to kill a worker
 
 
 @pytest.fixture(scope="module")
-def folder(checkpoint, tmp_path_factory):
+def folder(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory with a config of the tiny checkpoint; its workers are announced there."""
     folder = tmp_path_factory.mktemp("workers")
     tree = {
@@ -58,17 +67,8 @@ def folder(checkpoint, tmp_path_factory):
     return folder
 
 
-def start_worker(folder, *options):
-    script = ROOT / "launch" / "rollout_worker.sh"
-    return subprocess.Popen(
-        ["bash", str(script), "--config", str(folder / "config.yaml"), *options],
-        env=ENVIRONMENT | {TOKEN_VARIABLE: TOKEN},
-        start_new_session=True,
-    )
-
-
 @pytest.fixture(scope="module")
-def workers(folder):
+def workers(folder: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
     """Two workers, each under the script that restarts it."""
     scripts = [start_worker(folder) for _ in range(2)]
     yield scripts
@@ -78,72 +78,22 @@ def workers(folder):
 
 
 @pytest.fixture
-def pool(folder, workers, tokenizer, monkeypatch):
+def pool(
+    folder: Path,
+    workers: list[subprocess.Popen[bytes]],
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[WorkerPool]:
     with made_pool(folder, tokenizer, monkeypatch) as pool:
         yield pool
 
 
-@contextmanager
-def made_pool(folder, tokenizer, monkeypatch, dtype="float32", **rollout):
-    monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
-    cfg = load_config(folder / "config.yaml")
-    served = served_model(cfg, cfg.model.checkpoint, banned_token_ids(tokenizer, 512))
-    cfg_of_pool = cfg.rollout.model_copy(update=rollout)
-    pool = WorkerPool(cfg_of_pool, replace(served, dtype=dtype), torch.device("cpu"))
-    yield pool
-    pool.close()
-
-
-def sync_weights(pool, weights, version, at_least=2):
-    ready = pool.wait_ready(at_least)
-    pool.begin_sync(ready)
-    for layer in layers_of(weights):
-        pool.push(ready, layer)
-    pool.flush()
-    pool.commit(ready, version)
-    pool.activate([w for w in ready if w.address not in pool.failed], version)
-    return ready
-
-
-def layers_of(weights):
-    """Return one list of (name, tensor) for each layer."""
-    layers = {}
-    for name, tensor in weights.items():
-        layers.setdefault(name.rpartition(".")[0].rpartition(".")[0], []).append((name, tensor))
-    return layers.values()
-
-
-def process_of(address):
-    """Return the id of the process that listens at the address."""
-    port = int(address.rpartition(":")[2])
-    (connection,) = [
-        c
-        for c in psutil.net_connections("tcp")
-        if c.status == psutil.CONN_LISTEN and c.laddr.port == port and c.pid
-    ]
-    return connection.pid
-
-
-def ask(pool, prompts, spec):
-    return pool.submit(prompts, [spec.for_prompt(index) for index in range(len(prompts))])
-
-
-def answered(pool, asked):
-    """Wait until all are done or no worker is left; return True if all are done."""
-    while not all(one.done() for one in asked) and not pool.no_live_workers:
-        time.sleep(0.01)
-    return all(one.done() for one in asked)
-
-
-def results(asked):
-    return [one.result() for one in asked]
-
-
-def tokens(groups):
-    return [[rollout.token_ids.tolist() for rollout in group] for group in groups]
-
-
-def test_workers_generate_what_an_engine_in_this_process_does(pool, engine, weights, make_prompt):
+def test_workers_generate_what_an_engine_in_this_process_does(
+    pool: WorkerPool,
+    engine: VllmEngine,
+    weights: Weights,
+    make_prompt: MakePrompt,
+) -> None:
     sync_weights(pool, weights, version=1)
     prompts = [make_prompt(seed) for seed in range(6)]
     asked = ask(pool, prompts, SPEC)
@@ -161,8 +111,13 @@ def test_workers_generate_what_an_engine_in_this_process_does(pool, engine, weig
 
 @pytest.mark.parametrize("transport", ["shared_memory", "broadcast", "http"])
 def test_every_transport_delivers_the_same_weights(
-    folder, workers, tokenizer, weights, monkeypatch, transport
-):
+    folder: Path,
+    workers: list[subprocess.Popen[bytes]],
+    tokenizer: PreTrainedTokenizerBase,
+    weights: Weights,
+    monkeypatch: pytest.MonkeyPatch,
+    transport: str,
+) -> None:
     with made_pool(folder, tokenizer, monkeypatch, transport=transport) as pool:
         for version in (1, 2):
             changed = {name: tensor * (1 + version / 8) for name, tensor in weights.items()}
@@ -173,8 +128,13 @@ def test_every_transport_delivers_the_same_weights(
 
 
 def test_a_broadcast_that_loses_a_worker_falls_back_to_http(
-    folder, workers, tokenizer, weights, monkeypatch, capfd
-):
+    folder: Path,
+    workers: list[subprocess.Popen[bytes]],
+    tokenizer: PreTrainedTokenizerBase,
+    weights: Weights,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     with made_pool(folder, tokenizer, monkeypatch, transport="broadcast") as pool:
         ready = pool.wait_ready(2)
         layers = list(layers_of(weights))
@@ -199,7 +159,12 @@ def test_a_broadcast_that_loses_a_worker_falls_back_to_http(
         assert "broadcast failed" not in capfd.readouterr().err
 
 
-def test_a_request_during_a_weight_sync_waits_for_its_end(pool, weights, make_prompt, capfd):
+def test_a_request_during_a_weight_sync_waits_for_its_end(
+    pool: WorkerPool,
+    weights: Weights,
+    make_prompt: MakePrompt,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     sync_weights(pool, weights, version=1)
     capfd.readouterr()
     ready, changed = pool.wait_ready(2), {name: tensor * 1.05 for name, tensor in weights.items()}
@@ -220,7 +185,7 @@ def test_a_request_during_a_weight_sync_waits_for_its_end(pool, weights, make_pr
     assert tokens(results(during)) == tokens(results(after))
 
 
-def test_a_connection_may_be_idle_between_steps(pool):
+def test_a_connection_may_be_idle_between_steps(pool: WorkerPool) -> None:
     """A worker that closed a connection just when the trainer reuses it would seem lost."""
     host, port = pool.wait_ready(2)[0].address.split(":")
     connection = http.client.HTTPConnection(host, int(port), timeout=10)
@@ -232,7 +197,9 @@ def test_a_connection_may_be_idle_between_steps(pool):
         time.sleep(8)
 
 
-def test_a_truncated_bucket_is_refused_and_the_next_one_is_loaded(pool, weights):
+def test_a_truncated_bucket_is_refused_and_the_next_one_is_loaded(
+    pool: WorkerPool, weights: Weights
+) -> None:
     ready = pool.wait_ready(2)
     writer = BucketWriter(torch.float32)
     bucket = writer.write(weights.items())
@@ -249,8 +216,12 @@ def test_a_truncated_bucket_is_refused_and_the_next_one_is_loaded(pool, weights)
 
 
 def test_a_transport_that_cannot_reach_the_worker_is_refused(
-    folder, workers, tokenizer, weights, monkeypatch
-):
+    folder: Path,
+    workers: list[subprocess.Popen[bytes]],
+    tokenizer: PreTrainedTokenizerBase,
+    weights: Weights,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with (
         made_pool(folder, tokenizer, monkeypatch, transport="cuda_ipc") as pool,
         pytest.raises(RolloutError, match=r"rollout.transport=cuda_ipc: the worker at 127.0.0.1:"),
@@ -258,7 +229,9 @@ def test_a_transport_that_cannot_reach_the_worker_is_refused(
         pool.serialize_stages(pool.wait_ready(1))
 
 
-def test_requests_of_a_killed_worker_move_to_the_other_and_it_rejoins(pool, weights, make_prompt):
+def test_requests_of_a_killed_worker_move_to_the_other_and_it_rejoins(
+    pool: WorkerPool, weights: Weights, make_prompt: MakePrompt
+) -> None:
     ready = sync_weights(pool, weights, version=1)
     prompts = [make_prompt(seed) for seed in range(8)]
     undisturbed = ask(pool, prompts, LONG)
@@ -278,7 +251,9 @@ def test_requests_of_a_killed_worker_move_to_the_other_and_it_rejoins(pool, weig
     assert {r.weight_version for group in results(asked) for r in group} == {2}
 
 
-def test_a_stopped_worker_is_lost_and_rejoins(pool, weights, make_prompt):
+def test_a_stopped_worker_is_lost_and_rejoins(
+    pool: WorkerPool, weights: Weights, make_prompt: MakePrompt
+) -> None:
     ready = sync_weights(pool, weights, version=3)
     stopped = process_of(ready[0].address)
     asked = ask(pool, [make_prompt(seed) for seed in range(8)], LONG)
@@ -294,7 +269,9 @@ def test_a_stopped_worker_is_lost_and_rejoins(pool, weights, make_prompt):
     assert {w.address for w in again} == {w.address for w in ready}
 
 
-def test_without_workers_requests_wait_for_the_next_weight_sync(pool, weights, make_prompt):
+def test_without_workers_requests_wait_for_the_next_weight_sync(
+    pool: WorkerPool, weights: Weights, make_prompt: MakePrompt
+) -> None:
     ready = sync_weights(pool, weights, version=5)
     asked = ask(pool, [make_prompt(seed) for seed in range(4)], LONG)
     for worker in ready:
@@ -305,7 +282,9 @@ def test_without_workers_requests_wait_for_the_next_weight_sync(pool, weights, m
     assert [len(group) for group in results(asked)] == [4] * 4
 
 
-def test_a_worker_with_old_weights_gets_no_requests(pool, weights, make_prompt):
+def test_a_worker_with_old_weights_gets_no_requests(
+    pool: WorkerPool, weights: Weights, make_prompt: MakePrompt
+) -> None:
     ready = sync_weights(pool, weights, version=6)
     pool.activate(ready, version=7)  # as if they had taken part in a sync
     asked = ask(pool, [make_prompt(0)], SPEC)
@@ -316,8 +295,13 @@ def test_a_worker_with_old_weights_gets_no_requests(pool, weights, make_prompt):
 
 
 def test_invalid_responses_lose_the_worker(
-    folder, workers, tokenizer, weights, make_prompt, monkeypatch
-):
+    folder: Path,
+    workers: list[subprocess.Popen[bytes]],
+    tokenizer: PreTrainedTokenizerBase,
+    weights: Weights,
+    make_prompt: MakePrompt,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A proxy before a worker forwards health checks and returns invalid rollouts."""
     with made_pool(folder, tokenizer, monkeypatch) as pool:
         real = pool.wait_ready(2)[0].address
@@ -333,33 +317,14 @@ def test_invalid_responses_lose_the_worker(
         assert len(results(asked)) == 4
 
 
-@contextmanager
-def proxy_with_invalid_rollouts(address):
-    import uvicorn
-    from starlette.applications import Starlette
-    from starlette.responses import Response
-    from starlette.routing import Route
-
-    async def forward(request):
-        if request.url.path == "/generate":
-            return Response(b"\x93\x01\x02\x03")
-        if request.url.path.startswith("/weights"):
-            return Response(b"\xc0")  # the worker gets the weights directly
-        async with httpx.AsyncClient(trust_env=False, headers=dict(request.headers)) as client:
-            answer = await client.get(f"http://{address}{request.url.path}")
-        return Response(answer.content, answer.status_code)
-
-    routes = [Route("/{path:path}", forward, methods=["GET", "POST"])]
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(Starlette(routes=routes), log_level="error"))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
-    thread.start()
-    yield f"127.0.0.1:{listener.getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
-
-
-def test_refusals(folder, pool, weights, tokenizer, make_prompt, monkeypatch):
+def test_refusals(
+    folder: Path,
+    pool: WorkerPool,
+    weights: Weights,
+    tokenizer: PreTrainedTokenizerBase,
+    make_prompt: MakePrompt,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     sync_weights(pool, weights, version=9)
     with pytest.raises(RolloutError, match=r"clip_0: \d+ prompt tokens"):
         ask(pool, [make_prompt(0)], replace(SPEC, max_tokens=250))
@@ -388,7 +353,7 @@ def test_refusals(folder, pool, weights, tokenizer, make_prompt, monkeypatch):
         )
 
 
-def test_a_worker_open_to_other_machines_needs_a_token(folder):
+def test_a_worker_open_to_other_machines_needs_a_token(folder: Path) -> None:
     done = subprocess.run(
         ["bash", "launch/rollout_worker.sh", "--config", folder / "config.yaml", "--host", "::"],
         cwd=ROOT,
