@@ -337,6 +337,6 @@ def test_warm_up_starts_over_once_and_then_says_that_it_failed(quickstart):
     done = subprocess.run(command, cwd=quickstart, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "in 4 steps; starting over with seed 2." in done.stderr
-    assert "error: The warm-up did not bring temporal_grounding/miou to 0.99" in done.stderr
+    assert "error: SFT did not bring temporal_grounding/miou to 0.99" in done.stderr
     losses = [row["sft/loss"] for row in rows_of(quickstart / "runs/restart", "sft")]
     assert len(losses) == 8 and losses[4] > losses[3] + 1  # from the first weights again

@@ -84,7 +84,7 @@ def test_a_reward_that_is_no_number_leaves_its_group_out_by_name(mesh):
 def test_cut_off_answers_count_in_the_statistics_but_not_in_the_loss(mesh):
     group = scored("a", [0.0, 1.0, 0.2], lengths=[4, 8, 3])
     [found], _ = judged(ctx_of(mesh), [group])
-    whole, cut = (experience.to_train(found, drop) for drop in (False, True))
+    whole, cut = (experience.training_group(found, drop) for drop in (False, True))
     assert [a.id for a in whole.answers] == ["a#0", "a#1", "a#2"]
     assert [a.id for a in cut.answers] == ["a#0", "a#2"]
     assert [a.advantage for a in cut.answers] == [a.advantage for a in whole.answers[::2]]
@@ -125,9 +125,9 @@ def test_kl_in_the_reward_is_the_sum_over_each_answer(mesh, tmp_path, tokens):
         assert of_group["kl"].weight == 0.5
         whole, _ = judged(ctx_of(mesh), [group])
         for answer, found in zip(
-            experience.to_train(whole[0]).answers, of_group["kl"].values, strict=True
+            experience.training_group(whole[0]).answers, of_group["kl"].values, strict=True
         ):
-            alone = replace(experience.to_train(whole[0]), answers=(answer,))
+            alone = replace(experience.training_group(whole[0]), answers=(answer,))
             [kept] = policy.logprobs(plan_batches([alone], alone, Batch(), mesh), Distribution())
             wanted = (answer.engine_logprobs - kept.numpy()).sum()
             assert wanted > 1 and found == pytest.approx(-wanted, rel=1e-5)
