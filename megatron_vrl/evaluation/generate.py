@@ -1,7 +1,8 @@
 """Answers of a checkpoint from vLLM in one process, without a trainer, for the tools.
 
 Prompts, video decoding and engine are those of training. A video that cannot be read costs only its
-own questions. Left out: several processes. A tool splits its work over processes with `--share`.
+own questions. Left out: several processes. `mvrl select` splits its pool over processes with
+`--shard`.
 """
 
 from collections.abc import Iterator, Sequence

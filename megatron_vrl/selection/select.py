@@ -176,7 +176,7 @@ def _settings(cfg: RunConfig, shard: Shard) -> dict[str, Any]:
         "top_p": cfg.rollout.top_p,
         "max_response_tokens": cfg.rollout.max_response_tokens,
         "rewards": cfg.rewards.model_dump(mode="json", include={"mode", "functions"}),
-        "share": list(shard),
+        "shard": list(shard),
     }
 
 

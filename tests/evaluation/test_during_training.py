@@ -105,19 +105,19 @@ def test_a_run_that_is_asked_to_stop_answers_no_further_batch(mesh, monkeypatch,
     samples = [sample(number) for number in range(10)]
     ctx = ctx_of(mesh, samples, set(), share=0.0)
     monkeypatch.setattr(during_training, "SAMPLES_AT_A_TIME", 3)
-    monkeypatch.setattr(signals._state, "asked", False)
+    monkeypatch.setattr(signals._state, "stop_requested", False)
     answer, answered = ctx.rollout_manager.generate, []
 
     def generate(prompts, spec):
         answered.append(len(prompts))
         if len(answered) == 2:
-            signals._heed(signal.SIGUSR1, sender=0)
+            signals._handle(signal.SIGUSR1, sender=0)
         return answer(prompts, spec)
 
     ctx.rollout_manager.generate = generate
     with pytest.raises(StopRequested) as stop:
         evaluate(ctx, samples, 0, step)
     assert answered == [3, 3] and str(stop.value).startswith(sentence)
-    monkeypatch.setattr(signals._state, "asked", False)
+    monkeypatch.setattr(signals._state, "stop_requested", False)
     assert evaluate(ctx, samples, 0, step)["undecodable"] == 0
     assert answered == [3, 3, 3, 3, 3, 1]

@@ -61,7 +61,7 @@ def test_weights_that_no_worker_takes_end_the_run(tmp_path):
         pool = WorkerPool(rollout, SERVED, torch.device("cpu"))
         sync = WorkerSync(mesh, WeightExport(policy.chunks), pool, transform_of("none"))
         rollouts = RolloutManager(rollout, mesh, pool, sync, None, ())
-        with pytest.raises(RolloutError, match=r"No rollout worker took the weights within"):
+        with pytest.raises(RolloutError, match=r"No rollout worker loaded the weights within"):
             rollouts.sync_weights(0)
         assert asked.count("/weights/begin") > 1 and rollouts.version is None
         pool.close()

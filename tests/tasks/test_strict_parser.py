@@ -94,9 +94,9 @@ def test_intervals_that_read(response, interval_s, formatted):
         ("<think>" + RIGHT.removeprefix("<think>x</think>"), "the thinking is never closed"),
         (RIGHT[:-4], "the answer is never closed"),
         ("<think>" + RIGHT[16:] + "</think>", "no <answer> after the thinking"),  # hidden
-        (times('"15.0"', '"6.0"'), "no time of the video lies between 15 s and 6 s"),
-        (times('"6.0"', '"6.0"'), "no time of the video lies between 6 s and 6 s"),
-        (times('"40"', '"50"'), "no time of the video lies between 30 s and 30 s"),
+        (times('"15.0"', '"6.0"'), "no part of the video lies between 15 s and 6 s"),
+        (times('"6.0"', '"6.0"'), "no part of the video lies between 6 s and 6 s"),
+        (times('"40"', '"50"'), "no part of the video lies between 30 s and 30 s"),
         (times('"6.0s"', '"15.0"'), "start_time '6.0s' is not a number of seconds"),
         (times('"00:06"', '"00:15"'), "start_time '00:06' is not a number of seconds"),
         (times('"1.2.3"', '"..."'), "start_time '1.2.3' is not a number of seconds"),
