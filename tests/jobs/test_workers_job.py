@@ -94,7 +94,7 @@ def test_without_workers_the_run_stops_with_a_sentence(quickstart):
     done = subprocess.run(command, cwd=quickstart, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 2
     assert (
-        "error: 0 of at least 1 rollout workers came within rollout.worker_wait_timeout_s=1 "
+        "error: 0 of at least 1 rollout workers were ready within rollout.worker_wait_timeout_s=1 "
         "(no address is known): start them with launch/rollout_worker.sh"
     ) in done.stderr
 

@@ -1,4 +1,4 @@
-"""Videos seen once by a frozen tower: same log-probs, bounded memory, nothing of old weights."""
+"""VisionEmbeddingCache: equal log-probs, bounded memory, no embeddings of old weights."""
 
 from dataclasses import replace
 
@@ -66,20 +66,20 @@ def logprobs(policy, prompts):
 
 
 def test_log_probs_are_those_of_the_pixels(policy, monkeypatch):
-    seen = VisionEmbeddingCache(policy, 64).embed(PROMPTS)
-    assert [len(one.seen) for one in seen] == [1, 0, 2]
+    embedded = VisionEmbeddingCache(policy, 64).embed(PROMPTS)
+    assert [len(one.visual_embeds) for one in embedded] == [1, 0, 2]
     expected = logprobs(policy, PROMPTS)
     monkeypatch.setattr(policy.chunks[0].vision, "_encode", None)  # the tower is not asked again
-    torch.testing.assert_close(logprobs(policy, seen), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logprobs(policy, embedded), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_each_video_is_seen_once(policy):
+def test_each_video_is_encoded_once(policy):
     cache = VisionEmbeddingCache(policy, 64)
     for _ in range(2):
         first, *_ = cache.embed(PROMPTS)
         assert cache.encoded == 3
     (again,) = cache.embed([replace(PROMPTS[0], id="another question")])
-    assert again.seen[0] is first.seen[0] and cache.encoded == 3
+    assert again.visual_embeds[0] is first.visual_embeds[0] and cache.encoded == 3
     other_frames = replace(PROMPTS[0].visuals[0], frame_indices=np.arange(4) + 9)
     cache.embed([replace(PROMPTS[0], visuals=(other_frames,))])
     assert cache.encoded == 4
@@ -91,20 +91,20 @@ def test_a_tower_that_was_written_to_sees_anew(policy, checkpoint):
     with torch.no_grad():
         policy.chunks[0].vision.merger.out.weight.mul_(1.5)
     (after,) = cache.embed(PROMPTS[:1])
-    assert cache.epoch == 1 and not np.allclose(before.seen[0], after.seen[0])
+    assert cache.epoch == 1 and not np.allclose(before.visual_embeds[0], after.visual_embeds[0])
     changed = logprobs(policy, PROMPTS[:1])
     torch.testing.assert_close(logprobs(policy, [after]), changed, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(logprobs(policy, [before]), changed, atol=1e-3)
     load_hf_weights(policy.chunks, checkpoint)
     (back,) = cache.embed(PROMPTS[:1])
-    assert cache.epoch == 2 and np.array_equal(back.seen[0], before.seen[0])
+    assert cache.epoch == 2 and np.array_equal(back.visual_embeds[0], before.visual_embeds[0])
 
 
 def test_memory_is_bounded(policy, monkeypatch):
     monkeypatch.setattr("megatron_vrl.policy.vision_cache.MIB", 1)
     prompts = [prompt([video((2, 4, 4), 1.0, seed)], seed) for seed in range(4)]
     (first,) = VisionEmbeddingCache(policy, 10**6).embed(prompts[:1])
-    cache = VisionEmbeddingCache(policy, 2 * first.seen[0].nbytes)
+    cache = VisionEmbeddingCache(policy, 2 * first.visual_embeds[0].nbytes)
     cache.embed(prompts[:2])
     cache.embed([prompts[0], prompts[2]])  # 1 was used longest ago
     assert cache.encoded == 3 and len(cache._kept) == 2
@@ -115,10 +115,10 @@ def test_memory_is_bounded(policy, monkeypatch):
 
 
 def test_what_was_seen_before_is_no_work(policy):
-    seen = VisionEmbeddingCache(policy, 64).embed(PROMPTS)
+    embedded = VisionEmbeddingCache(policy, 64).embed(PROMPTS)
     arch = policy.arch
-    (batch,), (pixels,) = batches_of(policy, seen), batches_of(policy, PROMPTS)
-    ideal = sum(group_flops(arch, group).flops for group in groups_of(seen))
+    (batch,), (pixels,) = batches_of(policy, embedded), batches_of(policy, PROMPTS)
+    ideal = sum(group_flops(arch, group).flops for group in groups_of(embedded))
     assert micro_batch_flops(arch, batch).vision == micro_batch_flops(arch, batch).merger == 0
     assert (
         micro_batch_flops(arch, pixels).vision > 0 and micro_batch_flops(arch, batch).flops >= ideal
