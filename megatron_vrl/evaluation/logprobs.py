@@ -178,7 +178,7 @@ class Scorer:
         dummy_group = self._dummy_group()
         batches = plan_batches(groups, dummy_group, self._batch, mesh)
         outputs = self._policy.logprobs(batches, Distribution())
-        found = [
+        logprobs = [
             (int(name), *pieces)
             for batch, output in zip(batches, outputs, strict=True)
             if output is not None and mesh.tensor.rank == 0
@@ -188,7 +188,7 @@ class Scorer:
             if name != DUMMY
         ]
         rows = {int(g.answers[0].id): _row(g) for g in groups} if mesh.model.rank == 0 else {}
-        everywhere = gather_objects(world_axis(mesh), (rows, found))
+        everywhere = gather_objects(world_axis(mesh), (rows, logprobs))
         return _joined(block, everywhere) if mesh.rank == 0 else []
 
     def _groups(self, block: Sequence[ScoredSample]) -> list[Group]:

@@ -2,9 +2,9 @@
 
 SIGUSR1, which schedulers send some time before a job's time limit, asks the run to stop after the
 current step, or after the current batch of an evaluation. SIGINT, SIGTERM and SIGHUP are called
-interrupts. Before the first step an interrupt ends the process at once. Later the first interrupt
-acts like SIGUSR1, and the second one ends the process at once. `trainer/preemption.py` makes the
-ranks agree on stopping.
+interrupts. Before the first step or evaluation an interrupt ends the process at once. Later the
+first interrupt acts like SIGUSR1, and the second one ends the process at once.
+`trainer/preemption.py` makes the ranks agree on stopping.
 
 The signals are blocked, and a thread receives them, since a signal handler would have to wait for
 the code that runs in the main thread. Child processes (decoders, checkpoint writers, wandb) inherit

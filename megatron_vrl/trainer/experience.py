@@ -183,9 +183,9 @@ def _kl_of_groups(
         if reference is not None and ctx.mesh.tensor.rank == 0:  # equal on tensor ranks
             engine = reference.new_tensor(batch.engine_logprob)
             penalty = kl_penalty(engine, reference, ctx.cfg.algorithm).double().cpu().numpy()
-            numbers = np.array([int(name) for name in batch.answer_id])[batch.sequence]
+            answer_indices = np.array([int(name) for name in batch.answer_id])[batch.sequence]
             counted = batch.weight > 0  # tokens of dummy micro-batches have weight 0
-            np.add.at(sums, numbers[counted], penalty[counted])
+            np.add.at(sums, answer_indices[counted], penalty[counted])
     total = sum(gather_objects(ctx.mesh.model, sums))  # context ranks hold parts of an answer
     return np.split(total, _starts(groups)[1:]) if groups else []
 

@@ -36,7 +36,7 @@ class RunState:
     bad_samples: int = 0  # samples drawn and replaced because of their videos
     selections: list[list[int]] = field(default_factory=list)  # [epoch, first stream position]
     attempt: int = 0  # restarts of SFT
-    version: int = 0  # optimizer updates since the start; it identifies the weights
+    version: int = 0  # training steps since the start; identifies the weights
     results: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)  # by activity, of all starts
 
@@ -93,8 +93,8 @@ def finish_saving(ctx: RunContext) -> None:
 
 def is_done(out_dir: str) -> bool:
     """Return whether the newest checkpoint of a run is that of a finished job."""
-    found = latest(Path(out_dir) / "checkpoints")
+    checkpoint = latest(Path(out_dir) / "checkpoints")
     try:
-        return found is not None and read_state(found)["stage"] == "done"
+        return checkpoint is not None and read_state(checkpoint)["stage"] == "done"
     except (CheckpointError, KeyError):
         return False  # `restore` names the damage

@@ -55,7 +55,7 @@ def test_config_file_that_is_missing_or_not_yaml(tmp_path):
         load_config(tmp_path / "c.yaml", ["grpo.steps=3"])
 
 
-def test_every_foreign_name_leads_to_a_key_of_ours():
+def test_every_verl_or_trl_key_maps_to_an_existing_key():
     for ours in FOREIGN.values():
         section = RunConfig
         for name in ours.split(".")[:-1]:

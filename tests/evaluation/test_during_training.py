@@ -76,17 +76,17 @@ def test_bad_videos_count_as_answered_with_nothing(mesh, capsys):
     assert metrics["undecodable"] == 2
     assert metrics["temporal_grounding/miou"] == pytest.approx(0.8)
     assert metrics["response_length/mean"] == 6
-    said = capsys.readouterr().err
-    assert "10 questions of an evaluation have bad videos: 2 empty (first 3.mp4, 7.mp4)" in said
+    stderr = capsys.readouterr().err
+    assert "10 questions of an evaluation have bad videos: 2 empty (first 3.mp4, 7.mp4)" in stderr
 
 
-def test_too_many_end_the_run(mesh):
+def test_too_many_bad_videos_end_the_run(mesh):
     samples = [sample(number) for number in range(10)]
     with pytest.raises(UserError, match=r"over video.max_bad_fraction=0.1: check the data"):
         evaluate(ctx_of(mesh, samples, {"s3", "s7"}, share=0.1), samples, version=0, step=0)
 
 
-def test_without_bad_videos_nothing_is_said(mesh, capsys):
+def test_without_bad_videos_nothing_is_printed(mesh, capsys):
     samples = [sample(number) for number in range(3)]
     metrics = evaluate(ctx_of(mesh, samples, set(), share=0.0), samples, version=0, step=0)
     assert metrics["undecodable"] == 0
@@ -101,7 +101,7 @@ def test_without_bad_videos_nothing_is_said(mesh, capsys):
         (7, "Stopped after step 7, in an evaluation, as asked; the same command goes on from "),
     ],
 )
-def test_a_run_that_is_asked_to_stop_answers_no_further_batch(mesh, monkeypatch, step, sentence):
+def test_a_stop_request_ends_the_evaluation_after_its_batch(mesh, monkeypatch, step, sentence):
     samples = [sample(number) for number in range(10)]
     ctx = ctx_of(mesh, samples, set(), share=0.0)
     monkeypatch.setattr(during_training, "SAMPLES_AT_A_TIME", 3)

@@ -32,9 +32,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("", 0))
-        return found.getsockname()[1]
+    with socket.socket() as server:
+        server.bind(("", 0))
+        return server.getsockname()[1]
 
 
 class Nodes:
@@ -97,12 +97,12 @@ class Nodes:
             if script.poll() is None:
                 self.lose(node)
 
-    def words(self) -> str:
+    def output(self) -> str:
         return "".join(log.read_text()[-2000:] for log in self.logs)
 
     def wait_for(self, step: int) -> None:
         while not any(row["step"] >= step for row in rows(self.metrics)):
-            assert all(script.poll() is None for script in self.scripts), self.words()
+            assert all(script.poll() is None for script in self.scripts), self.output()
             time.sleep(0.2)
 
     def rank_of(self, node: int) -> int:
@@ -112,7 +112,7 @@ class Nodes:
 
     def finish(self) -> None:
         for script in self.scripts:
-            assert script.wait() == 0, self.words()
+            assert script.wait() == 0, self.output()
 
 
 def children(pid: int, named: str) -> list[int]:
@@ -142,7 +142,7 @@ def undisturbed(quickstart):
     return curve(alone.metrics)
 
 
-def test_nodes_that_lose_a_rank_and_are_stopped_give_the_curve_of_one(quickstart, undisturbed):
+def test_two_nodes_with_a_lost_rank_and_a_stop_equal_one_node(quickstart, undisturbed):
     with Nodes(quickstart, "two-nodes", nodes=2) as nodes:
         nodes.wait_for(step=7)
         os.kill(nodes.rank_of(1), signal.SIGKILL)  # the launchers start both again
@@ -150,7 +150,7 @@ def test_nodes_that_lose_a_rank_and_are_stopped_give_the_curve_of_one(quickstart
         for process in warm.family(nodes.scripts[0].pid):  # as Slurm does: to all, helpers too
             process.send_signal(signal.SIGUSR1)
         nodes.finish()
-    assert "as asked; the same command goes on from its checkpoint." in nodes.words()
+    assert "as asked; the same command goes on from its checkpoint." in nodes.output()
     stopped_at = max(row["step"] for row in rows(nodes.metrics))
     assert 12 <= stopped_at < 20
     with Nodes(quickstart, "two-nodes", nodes=2) as again:
@@ -163,7 +163,7 @@ def test_nodes_that_lose_a_rank_and_are_stopped_give_the_curve_of_one(quickstart
     ]
 
 
-def test_a_node_that_is_lost_and_started_again_leaves_the_curve_as_it_was(quickstart, undisturbed):
+def test_a_restarted_node_does_not_change_the_metrics(quickstart, undisturbed):
     with Nodes(quickstart, "lost-node", nodes=2) as nodes:
         nodes.wait_for(step=7)
         nodes.lose(1)
@@ -174,7 +174,7 @@ def test_a_node_that_is_lost_and_started_again_leaves_the_curve_as_it_was(quicks
     assert curve(nodes.metrics) == undisturbed
 
 
-def test_four_nodes_that_lose_one_give_the_curve_of_one_node_with_four_ranks(quickstart):
+def test_four_nodes_that_lose_one_equal_one_node_with_four_ranks(quickstart):
     with Nodes(quickstart, "four-ranks", nodes=1, ranks=4, more=SFT_ALONE) as alone:
         alone.finish()
     with Nodes(quickstart, "four-nodes", nodes=4, more=SFT_ALONE) as nodes:

@@ -39,7 +39,7 @@ def without_vllm(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def train(quickstart):
-    """train(name, *overrides) -> run directory and what the process said."""
+    """train(name, *overrides) -> run directory and finished process."""
 
     def run(name, *overrides, ranks=2, environment=ENVIRONMENT, succeeds=True):
         command = train_command(*OPTIONS, f"run.out_dir=runs/{name}", *overrides, ranks=ranks)
@@ -69,12 +69,14 @@ def rollouts_only(train) -> Path:
 def groups(run: Path) -> dict[tuple[int, str], list[list[int]]]:
     """(step, sample) -> tokens of each answer; a pair that comes twice would be lost."""
     rows = list(read_rollouts(run / "rollouts"))
-    found = {(row["step"], row["sample"]): [a["token_ids"] for a in row["answers"]] for row in rows}
-    assert len(found) == len(rows)
-    return found
+    tokens = {
+        (row["step"], row["sample"]): [a["token_ids"] for a in row["answers"]] for row in rows
+    }
+    assert len(tokens) == len(rows)
+    return tokens
 
 
-def test_a_replay_learns_the_same_to_the_last_bit(train, original, without_vllm):
+def test_a_replay_equals_the_first_run_to_the_bit(train, original, without_vllm):
     replay, _ = train(
         "replay",
         "rollout.placement=replay",
@@ -93,7 +95,7 @@ def test_a_replay_learns_the_same_to_the_last_bit(train, original, without_vllm)
         assert ours == theirs
 
 
-def test_rollouts_without_training_are_those_that_training_begins_with(original, rollouts_only):
+def test_rollouts_only_equals_the_first_rollouts_of_training(original, rollouts_only):
     made, trained = groups(rollouts_only), groups(original)
     assert made.keys() == trained.keys() and {step for step, _ in made} == {1, 2}
     first = [key for key in made if key[0] == 1]
@@ -107,7 +109,9 @@ def test_rollouts_without_training_are_those_that_training_begins_with(original,
     assert rows[0]["reward/mean"] == pytest.approx(rows_of(original, "grpo")[0]["reward/mean"])
 
 
-def test_training_from_them_until_they_run_out(train, original, rollouts_only, without_vllm):
+def test_training_on_stored_rollouts_until_none_is_left(
+    train, original, rollouts_only, without_vllm
+):
     run, done = train(
         "offline",
         "rollout.placement=replay",

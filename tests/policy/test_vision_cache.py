@@ -65,7 +65,7 @@ def logprobs(policy, prompts):
     return torch.cat(policy.logprobs(batches_of(policy, prompts), Distribution()))
 
 
-def test_log_probs_are_those_of_the_pixels(policy, monkeypatch):
+def test_log_probs_with_embeddings_equal_those_with_pixels(policy, monkeypatch):
     embedded = VisionEmbeddingCache(policy, 64).embed(PROMPTS)
     assert [len(one.visual_embeds) for one in embedded] == [1, 0, 2]
     expected = logprobs(policy, PROMPTS)
@@ -85,7 +85,7 @@ def test_each_video_is_encoded_once(policy):
     assert cache.encoded == 4
 
 
-def test_a_tower_that_was_written_to_sees_anew(policy, checkpoint):
+def test_changed_tower_weights_clear_the_cache(policy, checkpoint):
     cache = VisionEmbeddingCache(policy, 64)
     (before,) = cache.embed(PROMPTS[:1])
     with torch.no_grad():
@@ -100,7 +100,7 @@ def test_a_tower_that_was_written_to_sees_anew(policy, checkpoint):
     assert cache.epoch == 2 and np.array_equal(back.visual_embeds[0], before.visual_embeds[0])
 
 
-def test_memory_is_bounded(policy, monkeypatch):
+def test_the_cache_is_bounded(policy, monkeypatch):
     monkeypatch.setattr("megatron_vrl.policy.vision_cache.MIB", 1)
     prompts = [prompt([video((2, 4, 4), 1.0, seed)], seed) for seed in range(4)]
     (first,) = VisionEmbeddingCache(policy, 10**6).embed(prompts[:1])
@@ -114,7 +114,7 @@ def test_memory_is_bounded(policy, monkeypatch):
     assert cache.encoded == 4
 
 
-def test_what_was_seen_before_is_no_work(policy):
+def test_cached_videos_count_no_flops(policy):
     embedded = VisionEmbeddingCache(policy, 64).embed(PROMPTS)
     arch = policy.arch
     (batch,), (pixels,) = batches_of(policy, embedded), batches_of(policy, PROMPTS)
@@ -125,7 +125,7 @@ def test_what_was_seen_before_is_no_work(policy):
     )
 
 
-def test_a_tower_that_is_trained_is_refused():
+def test_a_trained_tower_is_refused():
     def config(visual_input):
         return RunConfig(
             run={"out_dir": "out"},
@@ -138,7 +138,7 @@ def test_a_tower_that_is_trained_is_refused():
         check_visual_input(config("embeddings"))
 
 
-def test_sixteen_bits_travel_as_they_are():
+def test_bfloat16_arrays_keep_their_bits():
     tensor = torch.randn(3, 4).bfloat16()
     array = as_array(tensor)
     assert array.dtype == np.uint16 and torch.equal(as_tensor(array), tensor)

@@ -51,7 +51,7 @@ def worker_that_takes_no_weights():
     thread.join()
 
 
-def test_weights_that_no_worker_takes_end_the_run(tmp_path):
+def test_a_weight_sync_without_workers_ends_the_run(tmp_path):
     checkpoint = save(hf_model(), tmp_path / "hf")
     mesh = init_mesh(Parallel(), seed=1)
     cfg = Model(checkpoint=str(checkpoint), dtype="float32")

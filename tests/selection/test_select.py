@@ -35,8 +35,8 @@ TASK_OF = {
 
 def verdict(rows, rule=RULE):
     task = TASK_OF[tuple(rows[0]["components"])] if rows else "temporal_grounding"
-    (found,) = select([candidate("a", task, rows, {"temporal_iou": 1.0})], rule)
-    return found.verdict
+    (selected,) = select([candidate("a", task, rows, {"temporal_iou": 1.0})], rule)
+    return selected.verdict
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_the_grounding_rule_by_its_definition(ious, min_std, min_mean):
     st.lists(st.lists(st.sampled_from([0.0, 1.0]), min_size=4, max_size=4), max_size=30),
     st.integers(1, 20),
 )
-def test_a_budget_keeps_the_widest_of_each_task(ious, rights, budget):
+def test_a_budget_keeps_the_largest_deviations_of_each_task(ious, rights, budget):
     rows = [("g", "temporal_grounding", answers(temporal_iou=values)) for values in ious]
     rows += [("c", "multiple_choice", answers(accuracy=values)) for values in rights]
     pool = [candidate(f"{kind}{i}", task, r, {}) for i, (kind, task, r) in enumerate(rows)]
@@ -98,7 +98,7 @@ def test_answers_of_an_earlier_version_are_refused():
         candidate("a", "grounded_qa", [{"parts": {"format": 1.0}, "failure": None}], {})
 
 
-def test_a_row_is_ready_for_json():
+def test_a_row_can_be_written_as_json():
     rows = answers(accuracy=[0, 1], format=[1, 1])
     rows[0]["failure"] = "no <answer>"
     weights = {"format": 0.5, "accuracy": 0.5}

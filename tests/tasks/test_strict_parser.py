@@ -80,7 +80,7 @@ def test_the_thinking_prompt_keeps_the_released_order():
         (times('"1.0"', '"2.0"') + RIGHT.removeprefix("<think>x</think>"), (6.0, 15.0), False),
     ],
 )
-def test_intervals_that_read(response, interval_s, formatted):
+def test_readable_intervals(response, interval_s, formatted):
     parsed = GROUNDING.parse(response, SAMPLE)
     assert (parsed.interval_s, parsed.formatted, parsed.failure) == (interval_s, formatted, "")
 
@@ -132,7 +132,7 @@ def test_intervals_that_read(response, interval_s, formatted):
         (grounded('{"start_time": "6.0"}'), "end_time None is not a number of seconds"),
     ],
 )
-def test_intervals_that_do_not_read(response, failure):
+def test_unreadable_intervals(response, failure):
     parsed = GROUNDING.parse(response, SAMPLE)
     assert (parsed.interval_s, parsed.formatted, parsed.failure) == (None, False, failure)
 
@@ -173,13 +173,13 @@ def test_options(body, option):
     assert parsed.formatted == (body == '{"option": "B"}')
 
 
-def test_same_text_twice_is_ambiguous_and_a_letter_is_a_letter():
+def test_equal_option_texts_are_ambiguous_and_a_single_letter_is_a_letter():
     twice = replace(SAMPLE, options=("B", "A", "x", "x"))
     assert CHOICE.parse(grounded('{"option": "x"}'), twice).option == ""
     assert CHOICE.parse(grounded('{"option": "B"}'), twice).option == "B"
 
 
-def test_grounded_answers_are_read_apart():
+def test_interval_and_option_are_read_independently():
     no_times = GQA.parse(grounded('{"option": "B"}'), SAMPLE)
     assert (no_times.option, no_times.interval_s) == ("B", None)
     assert no_times.failure == "start_time None is not a number of seconds"
@@ -191,7 +191,7 @@ def test_grounded_answers_are_read_apart():
 
 @pytest.mark.parametrize("name", TASKS)
 @given(text=st.text(max_size=60), cut=st.integers(0, 200))
-def test_parsing_never_raises_and_says_why(name, text, cut):
+def test_parsing_never_raises_and_names_the_failure(name, text, cut):
     task = TASKS[name]
     target = task.target(SAMPLE)
     for response in (text, target[:cut] + text, f"<answer>{text}</answer>"):
@@ -203,7 +203,7 @@ def test_parsing_never_raises_and_says_why(name, text, cut):
 
 
 @given(start=st.integers(0, 298), length=st.integers(1, 300))
-def test_any_decimal_reads_back(start, length):
+def test_any_decimal_is_read(start, length):
     end = min(start + length, 300)
     body = json.dumps({"start_time": f"{start / 10}", "end_time": f"{end / 10}"})
     parsed = GROUNDING.parse(grounded(body), SAMPLE)

@@ -53,15 +53,15 @@ def apart(first: Path, second: Path) -> float:
 
 
 def samples(folder: Path, split: str) -> list:
-    found = []
+    all_samples = []
     for task, form in FORMS.items():
         source = Source(
             json_path=str(folder / f"annotations/{split}_{task}.json"),
             data_folder=str(folder / "videos"),
             format=form,
         )
-        found += read(source)
-    return found
+        all_samples += read(source)
+    return all_samples
 
 
 def frames(path: str | Path) -> np.ndarray:
@@ -178,7 +178,7 @@ def test_refusals_are_one_sentence(folder, tmp_path):
 
 
 @pytest.mark.parametrize("objects", [1, 2])
-def test_plans_keep_their_promises(objects):
+def test_planned_clips_have_valid_shapes_and_intervals(objects):
     clips = plan(dict.fromkeys(SPLITS, 40), {"grounded_qa": 1.0}, seed=3, objects=objects)
     for clip in clips:
         assert len({(s.kind, s.colour) for s in clip.shapes}) == len(clip.shapes) == objects

@@ -85,16 +85,16 @@ def draw_steps(ctx: SimpleNamespace, folder: Path, state: RunState, steps: int) 
     """Ids of all ranks' samples for each step, as one list in the order of the stream."""
     stream = SampleStream(samples(folder), SEED)
     stream.restore(state.stream)
-    said: list[str] = []
-    dataloader = PromptDataLoader(ctx, stream, state, said.append)
-    found = []
+    messages: list[str] = []
+    dataloader = PromptDataLoader(ctx, stream, state, messages.append)
+    ids = []
     for _ in range(steps):
         made = dataloader.take(BATCH)
         for sample, prompt, _ in made:
             assert prompt.visuals[0].path == sample.video
         dataloader.prefetch(BATCH)
         mine = [one.sample.id for one in made]
-        found.append(gather_shards(mine, ctx.mesh.data))
+        ids.append(gather_shards(mine, ctx.mesh.data))
         state.step, state.stream = state.step + 1, dataloader.position
     own = [one.position for one in made]
     state.in_flight = gather_shards(own, ctx.mesh.data)  # asked and not answered
@@ -102,7 +102,7 @@ def draw_steps(ctx: SimpleNamespace, folder: Path, state: RunState, steps: int) 
     assert (
         metrics["data/bad_samples"] == len(dataloader._bad) and metrics["data/videos_decoded"] >= 1
     )
-    return found
+    return ids
 
 
 def check(folder: Path, published: Path) -> None:

@@ -73,7 +73,7 @@ def ctx_of(mesh, **algorithm):
     return SimpleNamespace(cfg=cfg, mesh=mesh)
 
 
-def test_a_reward_that_is_no_number_leaves_its_group_out_by_name(mesh):
+def test_a_group_with_an_invalid_reward_is_dropped_and_named(mesh):
     groups = [scored("a", [0.0, 1.0]), scored("b", [np.nan, 1.0]), scored("c", [0.5, 0.5])]
     found, invalid = judged(ctx_of(mesh), groups)
     assert invalid == ("b",)

@@ -33,9 +33,9 @@ time.sleep(60)
 def program():
     started = []
 
-    def start(*words: str) -> subprocess.Popen:
+    def start(*arguments: str) -> subprocess.Popen:
         process = subprocess.Popen(
-            [python(), "-c", PROGRAM, *words],
+            [python(), "-c", PROGRAM, *arguments],
             cwd=ROOT,
             env=ENVIRONMENT | {"WARM_SOCKET": ""},
             stdout=subprocess.PIPE,
@@ -59,7 +59,7 @@ def line_of(process: subprocess.Popen) -> str:
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_the_first_asks_to_stop_and_children_live_on(program, number):
+def test_the_first_signal_requests_a_stop_and_children_continue(program, number):
     process = program("steps", "leaves")
     os.killpg(process.pid, number)
     assert line_of(process) == "asked, the child lives\n"
@@ -81,7 +81,7 @@ def test_a_second_interrupt_ends_the_process_with_one_line(program, number):
     )
 
 
-def test_before_the_first_step_an_interrupt_ends_and_a_scheduler_waits(program):
+def test_before_the_first_step_an_interrupt_ends_the_run_and_sigusr1_waits(program):
     process = program()
     os.killpg(process.pid, signal.SIGUSR1)
     assert line_of(process) == "asked, the child lives\n"

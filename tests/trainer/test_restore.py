@@ -38,16 +38,16 @@ def base(tmp_path_factory) -> Path:
 @pytest.fixture
 def loads(monkeypatch) -> list[str]:
     """Name of every checkpoint that is loaded, with "+optimizer" where its state is."""
-    found: list[str] = []
+    loaded: list[str] = []
     for name, suffix in (("load_weights", ""), ("load_checkpoint", "+optimizer")):
         original = getattr(saver_module, name)
 
         def counted(checkpoint, *rest, original=original, suffix=suffix):
-            found.append(Path(checkpoint).name + suffix)
+            loaded.append(Path(checkpoint).name + suffix)
             return original(checkpoint, *rest)
 
         monkeypatch.setattr(saver_module, name, counted)
-    return found
+    return loaded
 
 
 class Process:
@@ -61,9 +61,9 @@ class Process:
         self.trained = PolicyContext(mesh=mesh, policy=policy, saver=saver)
 
     def restored(self) -> RunState:
-        found = restore(self.cfg, self.trained)
-        load_stage(self.cfg, self.trained, found)
-        return found.state
+        result = restore(self.cfg, self.trained)
+        load_stage(self.cfg, self.trained, result)
+        return result.state
 
     def weights(self, value: float | None = None) -> dict[str, torch.Tensor]:
         """The weights, after `value` is added to each."""
@@ -83,7 +83,7 @@ def equal(ours, theirs) -> bool:
     return all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_fresh_run_and_a_stage_that_begins_load_one_checkpoint(mesh, base, tmp_path, loads):
+def test_a_new_run_and_a_new_stage_load_one_checkpoint(mesh, base, tmp_path, loads):
     run = Process(mesh, base, tmp_path)
     assert run.restored() == RunState() and loads == [base.name]
     changed = run.weights(0.5)
@@ -128,15 +128,15 @@ def sources(tmp_path) -> dict[str, list[Source]]:
     """ "kept": durations are in the annotations; "header": a video has to be opened for one."""
     kept = {"v": {"duration": 16.0, "timestamps": [[3.0, 8.0]], "sentences": ["a square"]}}
     listed = {"dataset": "charades_train", "video": "v.mp4", "problem": "a", "solution": [0.2, 0.5]}
-    found = {}
+    by_name = {}
     for name, form, records in (
         ("kept", "charades_sta", kept),
         ("header", "temporal_r1", [listed]),
     ):
         path = tmp_path / f"{name}.json"
         path.write_text(json.dumps(records))
-        found[name] = [Source(json_path=str(path), data_folder="v", format=form)]
-    return found
+        by_name[name] = [Source(json_path=str(path), data_folder="v", format=form)]
+    return by_name
 
 
 def test_annotations_are_parsed_once_unless_a_video_has_to_be_opened(sources, monkeypatch):

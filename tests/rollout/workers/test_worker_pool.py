@@ -143,7 +143,7 @@ def tokens(groups):
     return [[rollout.token_ids.tolist() for rollout in group] for group in groups]
 
 
-def test_workers_generate_what_an_engine_in_this_process_does(pool, engine, weights, make_prompt):
+def test_workers_equal_an_engine_in_this_process(pool, engine, weights, make_prompt):
     sync_weights(pool, weights, version=1)
     prompts = [make_prompt(seed) for seed in range(6)]
     asked = ask(pool, prompts, SPEC)
@@ -360,7 +360,9 @@ def proxy_with_invalid_rollouts(address):
     thread.join()
 
 
-def test_refusals(folder, pool, weights, tokenizer, make_prompt, monkeypatch):
+def test_prompts_that_do_not_fit_or_are_read_differently_are_refused(
+    folder, pool, weights, tokenizer, make_prompt, monkeypatch
+):
     sync_weights(pool, weights, version=9)
     with pytest.raises(RolloutError, match=r"clip_0: \d+ prompt tokens"):
         ask(pool, [make_prompt(0)], replace(SPEC, max_tokens=250))
