@@ -121,7 +121,7 @@ class Prompt:
     token_ids: NDArray[np.int64]  # [P] with one pad token per merged vision patch
     engine_token_ids: tuple[int, ...]  # with one pad token per visual, the input vLLM expects
     positions: NDArray[np.int64]  # [3, P] M-RoPE positions: time, height, width
-    seen: tuple[NDArray[Any], ...] = ()  # vision embeddings [tokens, hidden] per visual, if cached
+    visual_embeds: tuple[NDArray[Any], ...] = ()  # [tokens, hidden] per visual; (): not computed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

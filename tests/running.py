@@ -55,19 +55,19 @@ def run_here(
     main: Callable[[], int | None], *arguments: object, cwd: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
     """Run the `main` of a command in this process, which has loaded the libraries already."""
-    words = [main.__module__, *map(str, arguments)]
+    argv = [main.__module__, *map(str, arguments)]
     with (
         pytest.MonkeyPatch.context() as patch,
         redirect_stdout(StringIO()) as out,
         redirect_stderr(StringIO()) as err,
     ):
-        patch.setattr(sys, "argv", words)
+        patch.setattr(sys, "argv", argv)
         patch.chdir(cwd)
         with pytest.raises(SystemExit) as end:
             run_program(main)
     code = end.value.code
     assert isinstance(code, int)
-    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+    return subprocess.CompletedProcess(argv, code, out.getvalue(), err.getvalue())
 
 
 def train_command(*overrides: str, ranks: int = 1) -> list[str]:

@@ -87,15 +87,15 @@ def floor_of(module: str) -> int:
 def imports_of(path: Path) -> set[str]:
     """Full names of imported modules; `from package import name` counts as package.name."""
     modules = {module_of(file) for file in FILES}
-    found = set()
+    names_imported = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names_imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno} imports relatively; write the full name"
             names = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {name if name in modules else str(node.module) for name in names}
-    return found
+            names_imported |= {name if name in modules else str(node.module) for name in names}
+    return names_imported
 
 
 def complaint(module: str, imported: str) -> str:

@@ -56,5 +56,5 @@ def test_the_rule_itself(line: str, refused: bool) -> None:
 
 
 def test_docstrings_begin_with_what_a_thing_does_or_is() -> None:
-    found = {str(file.relative_to(ROOT)): offences(file.read_text()) for file in FILES}
-    assert {file: lines for file, lines in found.items() if lines} == {}
+    offences_by_file = {str(file.relative_to(ROOT)): offences(file.read_text()) for file in FILES}
+    assert {file: lines for file, lines in offences_by_file.items() if lines} == {}

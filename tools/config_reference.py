@@ -47,12 +47,12 @@ def _table(title: str, section: type[BaseModel]) -> str:
 
 
 def _row(name: str, field: FieldInfo) -> str:
-    words = " ".join((field.description or "").split())
-    cells = (f"`{name}`", _type_words(field), _default_words(field.default), words)
+    description = " ".join((field.description or "").split())
+    cells = (f"`{name}`", _type_text(field), _default_text(field.default), description)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _type_words(field: FieldInfo) -> str:
+def _type_text(field: FieldInfo) -> str:
     limits = [_limit_words(limit) for limit in field.metadata]
     return " ".join([_plain(field.annotation), *limits])
 
@@ -74,7 +74,7 @@ def _limit_words(limit: Any) -> str:
     return f"{signs[kind]} {getattr(limit, kind.lower())}"
 
 
-def _default_words(default: Any) -> str:
+def _default_text(default: Any) -> str:
     if default is PydanticUndefined:
         return "required"
     if isinstance(default, BaseModel):

@@ -37,7 +37,7 @@ PACKAGES = (
 )
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = tool_parser(__doc__)
     parser.add_argument(
         "--out",
@@ -55,7 +55,7 @@ def main(words: Sequence[str] | None = None) -> int:
         metavar="FILE",
         help="config.json of the benches, default Qwen2.5-VL-3B's",
     )
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         parts = _parts(arguments.model, Path(folder))
         only = [name for name in arguments.only.split(",") if name]
@@ -79,8 +79,8 @@ def main(words: Sequence[str] | None = None) -> int:
 def _parts(model: str, folder: Path) -> dict[str, tuple[tuple[str, ...], float, list[str]]]:
     """Return name -> (modules that it needs, limit in seconds, arguments of Python)."""
 
-    def bench(*words: str) -> list[str]:
-        return ["tools/bench.py", *words, "--json"]
+    def bench(*argv: str) -> list[str]:
+        return ["tools/bench.py", *argv, "--json"]
 
     te = find_spec("transformer_engine") is not None
     formats = "bfloat16,delayed,current,blockwise" if te else "bfloat16"
@@ -124,7 +124,7 @@ with av.open(sys.argv[1], "w") as file:
 def _run(name: str, needs: tuple[str, ...], seconds: float, command: list[str]) -> list[Row]:
     absent = [module for module in needs if not _importable(module)]
     if absent:
-        return [{"part": name, "status": "absent", "words": f"no {', '.join(absent)} here"}]
+        return [{"part": name, "status": "absent", "message": f"no {', '.join(absent)} here"}]
     try:
         done = subprocess.run(
             [sys.executable, *command],
@@ -134,15 +134,15 @@ def _run(name: str, needs: tuple[str, ...], seconds: float, command: list[str]) 
             timeout=seconds,
         )
     except subprocess.TimeoutExpired:
-        return [{"part": name, "status": "too slow", "words": f"more than {seconds:.0f} s"}]
+        return [{"part": name, "status": "too slow", "message": f"more than {seconds:.0f} s"}]
     lines = (done.stdout if done.stdout.strip() else done.stderr).strip().splitlines()
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-        return [{"part": name, "status": "failed", "words": " ".join(last)[:300]}]
-    found = [json.loads(line) for line in lines if line.startswith('{"bench"')]
-    if not found:
-        return [{"part": name, "status": "ok", "words": " ".join(lines[-1:]) or "made"}]
-    return [{"part": name, "status": "ok", **row} for row in found]
+        return [{"part": name, "status": "failed", "message": " ".join(last)[:300]}]
+    rows = [json.loads(line) for line in lines if line.startswith('{"bench"')]
+    if not rows:
+        return [{"part": name, "status": "ok", "message": " ".join(lines[-1:]) or "made"}]
+    return [{"part": name, "status": "ok", **row} for row in rows]
 
 
 def _importable(module: str) -> bool:
@@ -155,30 +155,30 @@ def _importable(module: str) -> bool:
 def _machine() -> dict[str, str]:
     import torch
 
-    told = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
+    values = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     for name, command in {"gpus": query, "commit": ["git", "rev-parse", "--short", "HEAD"]}.items():
         try:
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-            told[name] = "; ".join(done.stdout.split("\n")).strip("; ")
+            values[name] = "; ".join(done.stdout.split("\n")).strip("; ")
         except (OSError, subprocess.CalledProcessError):
-            told[name] = "unknown"
-    told["apex"] = "present" if find_spec("amp_C") else "absent"  # PyPI's apex is another package
+            values[name] = "unknown"
+    values["apex"] = "present" if find_spec("amp_C") else "absent"  # PyPI's apex is another package
     for package in PACKAGES:
         try:
-            told[package] = version(package)
+            values[package] = version(package)
         except PackageNotFoundError:
-            told[package] = "absent"
-    return told
+            values[package] = "absent"
+    return values
 
 
 def _markdown(report: Row) -> str:
     """Return the machine on one line, then a row for each measurement."""
-    told = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
-    lines = [told, "", "| part | status | what |", "|-|-|-|"]
+    machine = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
+    lines = [machine, "", "| part | status | what |", "|-|-|-|"]
     for row in report["rows"]:
         skipped = ("part", "status", "bench", "machine", "cores", "card")
-        what = row.get("words") or ", ".join(
+        what = row.get("message") or ", ".join(
             f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
             for key, value in row.items()
             if key not in skipped and value is not None

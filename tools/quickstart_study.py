@@ -109,14 +109,14 @@ def equal_steps(job: Path) -> int:
 
 def rows(summaries: list[dict[str, Any]], split: str) -> list[str]:
     """Return a Markdown table: mean and range over the seeds, in percent except the reward."""
-    found = [name for name in COLUMNS if name in summaries[0]["results"]["base"][split]]
-    lines = ["", f"| {SPLITS[split]} | " + " | ".join(COLUMNS[name] for name in found) + " |"]
-    lines.append("|" + "-|" * (len(found) + 1))
+    columns = [name for name in COLUMNS if name in summaries[0]["results"]["base"][split]]
+    lines = ["", f"| {SPLITS[split]} | " + " | ".join(COLUMNS[name] for name in columns) + " |"]
+    lines.append("|" + "-|" * (len(columns) + 1))
     measured = {label: [metrics] for label, metrics in summaries[0]["trivial"][split].items()}
     for arm, label in ARMS.items():
         measured[label] = [summary["results"][arm][split] for summary in summaries]
     for label, seeds in measured.items():
-        cells = [cell(name, [metrics[name] for metrics in seeds]) for name in found]
+        cells = [cell(name, [metrics[name] for metrics in seeds]) for name in columns]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return lines
 

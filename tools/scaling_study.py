@@ -67,13 +67,13 @@ def _rank(spec: dict[str, Any]) -> None:
     if "machine" in spec:
         from scaling.machine import measure
 
-        numbers = measure(spec["machine"])
+        measurements = measure(spec["machine"])
     else:
         from scaling.rank import run_cell
 
-        numbers = run_cell(spec, Path(spec["path"]))
+        measurements = run_cell(spec, Path(spec["path"]))
     if os.environ["LOCAL_RANK"] == "0":  # torchrun's first rank may be on any node
-        print(json.dumps(numbers), flush=True)
+        print(json.dumps(measurements), flush=True)
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def pack(
         answer_group=answer_group,
         answer_id=tuple(answer.id for answer in answers),
         visuals=tuple(visual for group in groups for visual in group.prompt.visuals),
-        seen=tuple(tokens for group in groups for tokens in group.prompt.seen),
+        seen=tuple(tokens for group in groups for tokens in group.prompt.visual_embeds),
         source=np.concatenate([[first, *range(start, start + n)] for first, start, n in inputs]),
         target=np.concatenate([answer.token_ids for answer in answers]),
         advantage=np.repeat([a.advantage for a in answers], targets).astype(np.float32),

@@ -56,8 +56,8 @@ def main() -> None:
     arguments = make_parser().parse_intermixed_args()
     from megatron_vrl.observe.progress import log_written
 
-    found, text = _ask(arguments)
-    print(json.dumps(found, indent=1) if arguments.json else text, flush=True)
+    answer, text = _ask(arguments)
+    print(json.dumps(answer, indent=1) if arguments.json else text, flush=True)
     log_written(arguments.strip)
 
 
@@ -81,8 +81,8 @@ def _ask(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         task=arguments.task,
         options=tuple(arguments.option) if chooses else (),
     )
-    found = ask(cfg, question, arguments.strip)
-    return found, as_text(found)
+    answer = ask(cfg, question, arguments.strip)
+    return answer, as_text(answer)
 
 
 def _check(arguments: argparse.Namespace, chooses: bool) -> None:

@@ -59,9 +59,9 @@ def _check(arguments: argparse.Namespace) -> int:
             records = tqdm(
                 check.problems(source), total=num_records(source), unit=" records", desc=name
             )
-            for found in records:
-                problems += found
-                report.writelines(_line(problem) for problem in found)
+            for new_problems in records:
+                problems += new_problems
+                report.writelines(_line(problem) for problem in new_problems)
                 records.set_postfix(problems=len(problems), refresh=False)
             file_problems = check.file_problems()
             problems += file_problems

@@ -47,21 +47,21 @@ def make_parser() -> OverrideParser:
 
 def main() -> int:
     make_parser().parse_args()
-    found = list(findings())
-    width = max(len(each.name) for each in found)
-    for each in found:
+    results = list(findings())
+    width = max(len(each.name) for each in results)
+    for each in results:
         advice = f": {each.advice}" if each.advice else ""
         print(f"{each.name:<{width}}  {each.status:<7}  {each.value}{advice}")
-    missing = [each.name for each in found if each.status == "MISSING"]
-    print("\n" + conclusion(found, missing))
+    missing = [each.name for each in results if each.status == "MISSING"]
+    print("\n" + conclusion(results, missing))
     return 1 if missing else 0
 
 
-def conclusion(found: list[Finding], missing: list[str]) -> str:
+def conclusion(results: list[Finding], missing: list[str]) -> str:
     """Return what can run here."""
     if missing:
         return f"Nothing runs yet; missing: {', '.join(missing)}."
-    on_gpu = any(each.name == "GPUs" and each.status == "ok" for each in found)
+    on_gpu = any(each.name == "GPUs" and each.status == "ok" for each in results)
     if on_gpu:
         return "Training and rollouts run on the GPUs; see configs/ and mvrl plan."
     return "Training and rollouts run on the CPU: start with mvrl quickstart."
@@ -132,22 +132,24 @@ def _installed(*distributions: str) -> str:
 
 
 def _needed(title: str, *distributions: str) -> Finding:
-    found = _installed(*distributions)
-    return Finding(title, found or "not installed", "" if found else INSTALL, needed=True)
+    installed = _installed(*distributions)
+    return Finding(title, installed or "not installed", "" if installed else INSTALL, needed=True)
 
 
 def _optional(title: str, distribution: str, purpose: str) -> Finding:
-    found = _installed(distribution)
-    return Finding(title, found or "not installed", "" if found else f"optional, for {purpose}")
+    installed = _installed(distribution)
+    return Finding(
+        title, installed or "not installed", "" if installed else f"optional, for {purpose}"
+    )
 
 
 def _apex() -> Finding:
     """Return NVIDIA apex; the apex on PyPI is another project, a toolkit for a web framework."""
     from importlib.util import find_spec
 
-    found = _installed("apex") if find_spec("amp_C") else ""
-    advice = "" if found else "optional, for gradient accumulation fusion; build it from source"
-    return Finding("apex", found or "not installed", advice)
+    installed = _installed("apex") if find_spec("amp_C") else ""
+    advice = "" if installed else "optional, for gradient accumulation fusion; build it from source"
+    return Finding("apex", installed or "not installed", advice)
 
 
 def _pyav() -> Finding:

@@ -98,8 +98,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         else:
             predictions, complaint = _predict(arguments, samples, out)
         items = benchmark.items_of(samples, predictions, protocol)
-        found = benchmark.write_results(out, name, protocol, items)
-    text = json.dumps(found, indent=1) if arguments.json else benchmark.table(found)
+        results = benchmark.write_results(out, name, protocol, items)
+    text = json.dumps(results, indent=1) if arguments.json else benchmark.table(results)
     print(text, flush=True)
     if complaint:
         print(f"error: {complaint}", file=sys.stderr)

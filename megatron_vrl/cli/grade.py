@@ -52,14 +52,14 @@ def make_parser() -> OverrideParser:
 def main() -> None:
     arguments = make_parser().parse_intermixed_args()
     from megatron_vrl.config import Rewards, Section
-    from megatron_vrl.config.loader import overridden
+    from megatron_vrl.config.loader import validate_with_overrides
     from megatron_vrl.evaluation.grading import Grader
     from megatron_vrl.rewards.weights import reward_weights
 
     class GradeConfig(Section):
         rewards: Rewards = Rewards()
 
-    rewards = overridden(GradeConfig, {}, arguments.overrides, "command line").rewards
+    rewards = validate_with_overrides(GradeConfig, {}, arguments.overrides, "command line").rewards
     weights = reward_weights(rewards)[arguments.task]
     _grade_all(Grader(task=arguments.task, mode=arguments.mode, weights=weights))
 

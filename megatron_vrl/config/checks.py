@@ -1,4 +1,4 @@
-"""Checks of a configuration that need values of several sections; each raises ConfigError."""
+"""Checks that compare values of several configuration sections. Each raises ConfigError."""
 
 from megatron_vrl.config.run import RunConfig
 from megatron_vrl.errors import ConfigError
@@ -23,16 +23,16 @@ def check_batches(cfg: RunConfig, replicas: int) -> None:
 
 
 def check_dev(cfg: RunConfig) -> None:
-    """Raise ConfigError if a phase evaluates the split `dev` and `data.evaluation` does not have
-    it."""
-    looks = {
+    """Raise ConfigError if a phase evaluates the split `dev` and `data.evaluation` has no such
+    split."""
+    needs_dev = {
         "sft.stop_metric": cfg.sft.steps > 0 and bool(cfg.sft.stop_metric),
         "grpo.evaluate_every": 0 < cfg.grpo.evaluate_every <= cfg.grpo.steps,
     }
-    for key, looks_at_dev in looks.items():
-        if looks_at_dev and not cfg.data.evaluation.get("dev"):
+    for key, is_needed in needs_dev.items():
+        if is_needed and not cfg.data.evaluation.get("dev"):
             raise ConfigError(
-                f"{key} needs the split data.evaluation.dev: name its sources, or leave {key} out."
+                f"{key} needs the split data.evaluation.dev: list its sources, or leave {key} out."
             )
 
 
@@ -48,7 +48,8 @@ def check_off_policy(cfg: RunConfig) -> None:
     if staleness and cfg.rollout.placement == "colocated":
         raise ConfigError(
             f"rollout.max_staleness={staleness} needs rollout.placement=workers, not "
-            f"{cfg.rollout.placement}: an engine in the trainer's process waits while it trains."
+            f"{cfg.rollout.placement}: an engine in the trainer's process cannot generate "
+            "during an update."
         )
     if staleness and cfg.algorithm.rollout_is == "none":
         raise ConfigError(

@@ -1,6 +1,7 @@
 """Key names of verl and TRL, and the equivalent keys of this project."""
 
-# verl: the last two parts of the names in its ppo_trainer.yaml; TRL: the fields of GRPOConfig.
+# Keys of verl are the last two parts of a name in its ppo_trainer.yaml. Keys of TRL are fields of
+# GRPOConfig.
 FOREIGN = {
     "algorithm.adv_estimator": "algorithm.name",
     "actor.kl_loss_coef": "algorithm.kl",
@@ -46,7 +47,7 @@ FOREIGN = {
 }
 
 
-def name_here(key: str) -> str:
+def equivalent_key(key: str) -> str:
     """Return the key that is equivalent to `key` of verl or TRL; "" if none is known."""
     *_, section, name = ["", *key.split(".")]
     return FOREIGN.get(f"{section}.{name}") or FOREIGN.get(name, "")

@@ -1,7 +1,7 @@
 """`inference.yaml`: the settings that inference tools need beside exported weights.
 
 The file holds the prompt settings, the rules for sampling frames, and the maximum answer length. It
-leaves out what depends on the machine (decoder, engine, stores) or on the data.
+holds no settings of the machine (decoder, engine, frame store) and none of the data.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from megatron_vrl.config import Data, Evaluation, RunConfig
 from megatron_vrl.config.base import SECTION
-from megatron_vrl.config.loader import checked, read_tree
+from megatron_vrl.config.loader import read_tree, validate
 from megatron_vrl.config.video import Video
 
 INFERENCE_FILE = "inference.yaml"
@@ -36,7 +36,7 @@ _HEADER = (
 
 
 class _InferenceSections(BaseModel):
-    """Sections that inference.yaml may hold."""
+    """Schema of inference.yaml."""
 
     model_config = SECTION
 
@@ -46,22 +46,22 @@ class _InferenceSections(BaseModel):
 
 
 def inference_files(cfg: RunConfig) -> dict[str, str]:
-    """Return the files (name -> text) to write beside this run's exported weights."""
+    """Return the files {name: text} to write beside this run's exported weights."""
     sections = cfg.model_dump(mode="json")
-    kept = {
+    inference = {
         name: {key: sections[name][key] for key in keys} for name, keys in INFERENCE_KEYS.items()
     }
-    return {INFERENCE_FILE: _HEADER + yaml.safe_dump(kept, sort_keys=False)}
+    return {INFERENCE_FILE: _HEADER + yaml.safe_dump(inference, sort_keys=False)}
 
 
 def read_inference(directory: Path) -> dict[str, dict[str, Any]]:
     """Return the sections of a checkpoint's `inference.yaml`; {} if there is none.
 
-    Raise ConfigError, naming the file, if a key or a value is refused.
+    Raise ConfigError if a key or a value is refused. The message names the file.
     """
     path = directory / INFERENCE_FILE
     if not path.exists():
         return {}
     tree = read_tree(path)
-    kept = checked(_InferenceSections, tree, str(path), "set it in the file.")
-    return kept.model_dump(mode="json", exclude_unset=True)
+    sections = validate(_InferenceSections, tree, str(path), "set it in the file.")
+    return sections.model_dump(mode="json", exclude_unset=True)

@@ -38,11 +38,11 @@ class RolloutConfig(BaseModel):
     worker_wait_timeout_s: Annotated[float, Field(gt=0)] = 300.0
     """Longest wait for workers, at the start and when none is left. Then the run stops."""
     heartbeat_timeout_s: Annotated[float, Field(gt=0)] = 30.0
-    """A worker that answers no health check for so long is lost."""
+    """A worker that answers no health check for this time, seconds, is lost."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
-    """A worker that takes longer for the rollouts of one prompt is lost."""
+    """A worker that takes longer than this, seconds, for the rollouts of one prompt is lost."""
     max_staleness: Annotated[int, Field(ge=0)] = 0
-    """Maximum policy lag: a prompt is submitted at most this many optimizer updates before its
+    """Maximum policy lag: a prompt is submitted at most this many training steps before its
     rollouts are trained on. 0: synchronous. More: workers generate for later steps during an
     update."""
     group_size: Positive = 8

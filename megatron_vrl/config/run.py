@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 
 from megatron_vrl.config.algorithm_presets import ALGORITHM_PRESETS, AlgorithmName
 from megatron_vrl.config.base import SECTION, Positive
-from megatron_vrl.config.loader import overridden, read_mix, read_tree
+from megatron_vrl.config.loader import read_mix, read_tree, validate_with_overrides
 from megatron_vrl.config.rollout import RolloutConfig
 from megatron_vrl.config.video import Video
 
@@ -353,4 +353,4 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:  # ty
 
     Raise ConfigError with the key, the value and the nearest known name.
     """
-    return overridden(RunConfig, read_tree(path), overrides, str(path))
+    return validate_with_overrides(RunConfig, read_tree(path), overrides, str(path))

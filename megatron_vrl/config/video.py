@@ -18,7 +18,7 @@ class Video(BaseModel):
     device: Literal["cpu", "gpu"] = "cpu"
     """Device that DALI decodes on; `gpu` uses NVDEC."""
     fps: Annotated[float, Field(gt=0)] = 2.0
-    """Frames sampled per second of video (Qwen's rule)."""
+    """Frames sampled per second of video, by the rule of qwen-vl-utils."""
     num_frames: Annotated[int, Field(ge=0)] = 0
     """Frames of every video, rounded to an even number; overrides `fps`. 0: use `fps`."""
     min_frames: Positive = 4
@@ -40,13 +40,13 @@ class Video(BaseModel):
     prefetch: Annotated[int, Field(ge=0)] = 64
     """Maximum number of the next step's videos that a rank decodes during training."""
     timeout_s: Annotated[float, Field(gt=0)] = 60.0
-    """Longest decoding time of a video; after it the decoding process is killed and the video has
-    failed."""
+    """Maximum decoding time of a video, seconds. After this time the decoding process is killed,
+    and the attempt counts as failed."""
     retries: Annotated[int, Field(ge=0)] = 1
-    """Number of retries of a failed video before it counts as bad."""
+    """Number of further attempts after a failed one; the video is bad when all have failed."""
     max_bad_fraction: Fraction = 0.05
-    """A run stops when a larger fraction of its samples has bad videos. Until 100 samples are
-    drawn, the fraction is taken of 100."""
+    """A run stops when a larger fraction of its drawn samples has bad videos. While fewer than 100
+    samples are drawn, the fraction is bad samples / 100."""
     fetch_dir: str = ""
     """Directory for local copies of videos whose data folder is a URL; shared by ranks and runs."""
     fetch_mib: Positive = 65536

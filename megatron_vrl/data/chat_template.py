@@ -72,13 +72,15 @@ class ChatTokenizer:
 
     def special_tokens(self, text: str) -> Iterator[tuple[int, int, int]]:
         """Yield (id, begin, end) of each special token in a text."""
-        found = self.tokenizer(
+        encoded = self.tokenizer(
             text,
             add_special_tokens=False,
             split_special_tokens=False,
             return_offsets_mapping=True,
         )
-        for token, (begin, end) in zip(found["input_ids"], found["offset_mapping"], strict=True):
+        for token, (begin, end) in zip(
+            encoded["input_ids"], encoded["offset_mapping"], strict=True
+        ):
             if token in self._special:
                 yield token, begin, end
 
@@ -89,9 +91,9 @@ class ChatTokenizer:
         them.
         """
         tokenizer = self.tokenizer
-        words = {*STRUCTURE_TOKENS, *tokenizer.convert_ids_to_tokens(list(pads))}
+        special = {*STRUCTURE_TOKENS, *tokenizer.convert_ids_to_tokens(list(pads))}
         known = {token.content for token in tokenizer.added_tokens_decoder.values()}
-        marked = [AddedToken(w, special=True, normalized=False) for w in sorted(words & known)]
+        marked = [AddedToken(w, special=True, normalized=False) for w in sorted(special & known)]
         tokenizer.add_tokens(marked, special_tokens=True)
         added = tokenizer.added_tokens_decoder.items()
         return set(tokenizer.all_special_ids) | {id for id, token in added if token.special}
@@ -139,19 +141,19 @@ def read_template(hf_dir: str | Path, tokenizer: Any) -> str:
         raise CheckpointError(
             f"{hf_dir}: its chat template cannot be read ({reason:.200}); {_USE_THE_RELEASED}"
         ) from None
-    found = processor.get("chat_template")
-    found = tokenizer.chat_template if found is None else found
-    if isinstance(found, dict):
-        names = ", ".join(map(str, found))
-        if "default" not in found:
+    template = processor.get("chat_template")
+    template = tokenizer.chat_template if template is None else template
+    if isinstance(template, dict):
+        names = ", ".join(map(str, template))
+        if "default" not in template:
             raise CheckpointError(
                 f"{hf_dir} has the chat templates {names} and none called default; "
                 f"{_USE_THE_RELEASED}"
             )
-        found = found["default"]
-    if not isinstance(found, str):
+        template = template["default"]
+    if not isinstance(template, str):
         raise CheckpointError(f"{hf_dir} has no chat template; {_USE_THE_RELEASED}")
-    return found
+    return template
 
 
 class _Masked:

@@ -93,17 +93,17 @@ class DatasetCheck:
         while some := list(islice(records, AT_A_TIME)):
             read = [self._read(*one, source) for one in some]
             files = self._files([sample for samples, _ in read for sample in samples])
-            for samples, found in read:
-                yield [*found, *self._sample_problems(samples, files)]
+            for samples, record_problems in read:
+                yield [*record_problems, *self._sample_problems(samples, files)]
 
     def file_problems(self) -> list[Problem]:
         """Return the problems of the whole file. Call it after `problems` is exhausted."""
-        found = {"unit": self._times.problem()}
+        sentences = {"unit": self._times.problem()}
         if self.stats.samples == self._samples_before:
-            found["annotation"] = f"{self._times.source.json_path} holds no sample."
+            sentences["annotation"] = f"{self._times.source.json_path} holds no sample."
         return [
             Problem(sample="", video="", kind=kind, reason=sentence)
-            for kind, sentence in found.items()
+            for kind, sentence in sentences.items()
             if sentence
         ]
 
@@ -206,8 +206,8 @@ def _durations(sample: VideoSample, file_s: float) -> Iterator[tuple[str, str]]:
 def _records(source: Source) -> Iterator[tuple[str | int, Any, int]]:
     """Yield (key or index, record, line in a .jsonl file or 0)."""
     if is_list(source):
-        for number, found in enumerate(list_records(source)):
-            yield number, found.record, found.line
+        for number, entry in enumerate(list_records(source)):
+            yield number, entry.record, entry.line
         return
     content = load_records(source)
     if not isinstance(content, dict | list):

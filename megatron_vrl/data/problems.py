@@ -52,8 +52,8 @@ def summary(problems: Iterable[Problem]) -> str:
         of_kind.setdefault(problem.kind, []).append(problem)
     by_number = sorted(of_kind.items(), key=lambda item: -len(item[1]))
     return ", ".join(
-        f"{len(found)} {kind} (first {', '.join(dict.fromkeys(map(_name, found[:NUM_FIRST])))})"
-        for kind, found in by_number
+        f"{len(group)} {kind} (first {', '.join(dict.fromkeys(map(_name, group[:NUM_FIRST])))})"
+        for kind, group in by_number
     )
 
 

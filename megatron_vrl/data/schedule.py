@@ -104,25 +104,25 @@ def stages_of(
 
 def read_mean_rewards(path: str) -> dict[str, float]:
     """Return sample id -> mean reward from a stats.jsonl. Raises DataError naming the line."""
-    found = {}
+    rewards = {}
     for number, row in _rows(path):
         try:
-            found[str(row["id"])] = float(row["reward"]["mean"])
+            rewards[str(row["id"])] = float(row["reward"]["mean"])
         except (KeyError, TypeError, ValueError):
             raise DataError(
                 f"{path}, line {number}: no field reward.mean; give a stats.jsonl."
             ) from None
-    return found
+    return rewards
 
 
 def read_ids(path: str) -> set[str]:
     """Return the ids in a kept.jsonl. Raises DataError naming the line."""
-    found = set()
+    ids = set()
     for number, row in _rows(path):
         if not isinstance(row, dict) or "id" not in row:
             raise DataError(f"{path}, line {number}: no field id; give a kept.jsonl.")
-        found.add(str(row["id"]))
-    return found
+        ids.add(str(row["id"]))
+    return ids
 
 
 def _rows(path: str) -> list[tuple[int, dict[str, Any]]]:

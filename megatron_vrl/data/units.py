@@ -71,15 +71,15 @@ class FileTimes:
         units = " or ".join(self._looks_like())
         if not units:
             return ""
-        found = f"all {self.count} intervals end within the first second of their videos"
+        evidence = f"all {self.count} intervals end within the first second of their videos"
         if self.past:
             first = ", ".join(map(repr, self.past[:NUM_FIRST]))
-            found = (
+            evidence = (
                 f"{len(self.past)} of {self.count} intervals end past their video's end (first "
                 f"{first})"
             )
         return (
-            f"{self.source.json_path}: {found}: the times of {self.source.format} are "
+            f"{self.source.json_path}: {evidence}: the times of {self.source.format} are "
             f"{UNIT_NAMES[self.unit]}, these look like {units}."
         )
 

@@ -47,11 +47,11 @@ def ask(
     ((_, answer),) = answerer.answer_greedily([sample], longest, 1)
     if isinstance(answer, VideoError):
         raise answer
-    found = _parsed(sample, answer)
-    intervals_s = [found["interval_s"]] if found["interval_s"] else []
+    result = _parsed(sample, answer)
+    intervals_s = [result["interval_s"]] if result["interval_s"] else []
     picture.parent.mkdir(parents=True, exist_ok=True)
     timeline_strip(video.frames, video.timestamps_s, video.duration_s, intervals_s).save(picture)
-    return found | {"strip": str(picture)}
+    return result | {"strip": str(picture)}
 
 
 def _parsed(sample: VideoSample, rollout: Rollout) -> dict[str, Any]:
@@ -71,16 +71,16 @@ def _parsed(sample: VideoSample, rollout: Rollout) -> dict[str, Any]:
     }
 
 
-def as_text(found: dict[str, Any]) -> str:
+def as_text(result: dict[str, Any]) -> str:
     """Return the result of `ask` as lines for a terminal."""
-    lines = [f"thinking: {found['thinking']}"] if found["thinking"] else []
-    if found["option"]:
-        lines.append(f"option:   {found['option']}")
-    if "value" in found:
-        lines.append(f"answer:   {found['value']}")
-    if found["interval_s"]:
-        start_s, end_s = found["interval_s"]
-        lines.append(f"interval: {start_s:.1f} s to {end_s:.1f} s of {found['duration_s']:.1f} s")
-    if found["failure"]:
-        lines.append(f"not read: {found['failure']}; it answered {found['response']!r:.200}")
+    lines = [f"thinking: {result['thinking']}"] if result["thinking"] else []
+    if result["option"]:
+        lines.append(f"option:   {result['option']}")
+    if "value" in result:
+        lines.append(f"answer:   {result['value']}")
+    if result["interval_s"]:
+        start_s, end_s = result["interval_s"]
+        lines.append(f"interval: {start_s:.1f} s to {end_s:.1f} s of {result['duration_s']:.1f} s")
+    if result["failure"]:
+        lines.append(f"not read: {result['failure']}; it answered {result['response']!r:.200}")
     return "\n".join(lines)

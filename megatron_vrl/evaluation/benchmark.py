@@ -48,7 +48,7 @@ def questions(name: str, annotations: str, videos: str, protocol: Protocol) -> l
 def read_predictions(path: Path, samples: Sequence[VideoSample]) -> list[Prediction]:
     """Read lines {"id", "response"} in any order. Raises DataError naming the line."""
     known = {sample.id for sample in samples}
-    found: dict[str, Prediction] = {}
+    predictions: dict[str, Prediction] = {}
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # U+2028 may be in a response
     except (OSError, UnicodeDecodeError) as error:
@@ -61,10 +61,10 @@ def read_predictions(path: Path, samples: Sequence[VideoSample]) -> list[Predict
                     f"{path}, line {number}: no question has the id {prediction.id!r}; an id is "
                     f"like {samples[0].id!r}."
                 )
-            if prediction.id in found:
+            if prediction.id in predictions:
                 raise DataError(f"{path}, line {number}: {prediction.id!r} is there twice.")
-            found[prediction.id] = prediction
-    return list(found.values())
+            predictions[prediction.id] = prediction
+    return list(predictions.values())
 
 
 def items_of(
@@ -74,34 +74,35 @@ def items_of(
     by_id = {prediction.id: prediction for prediction in predictions}
     missing = Prediction(id="", response=None)
     return [
-        judged(sample, found.response, protocol, cut_off=found.cut_off, problem=found.problem)
-        for sample, found in ((sample, by_id.get(sample.id, missing)) for sample in samples)
+        judged(sample, answer.response, protocol, cut_off=answer.cut_off, problem=answer.problem)
+        for sample, answer in ((sample, by_id.get(sample.id, missing)) for sample in samples)
     ]
 
 
 def write_results(out: Path, name: str, protocol: str, items: Sequence[Item]) -> dict[str, Any]:
     """Write OUT/items.jsonl and OUT/summary.json, and return the content of the summary."""
-    found = {"benchmark": name, "protocol": protocol, **summary(BENCHMARKS[name], items)}
+    results = {"benchmark": name, "protocol": protocol, **summary(BENCHMARKS[name], items)}
     out.mkdir(parents=True, exist_ok=True)
     rows = (json.dumps(item.record(), allow_nan=False) for item in items)
     write_file(out / "items.jsonl", "".join(row + "\n" for row in rows))
-    write_file(out / "summary.json", json.dumps(found, indent=1) + "\n")
-    return found
+    write_file(out / "summary.json", json.dumps(results, indent=1) + "\n")
+    return results
 
 
-def table(found: dict[str, Any]) -> str:
+def table(results: dict[str, Any]) -> str:
     """Return the metrics as text, in percent, with 95 % intervals over questions."""
-    failures = ", ".join(f"{n} {kind.replace('_', ' ')}" for kind, n in found["failures"].items())
+    failures = ", ".join(f"{n} {kind.replace('_', ' ')}" for kind, n in results["failures"].items())
     lines = [
-        f"{found['benchmark']}, protocol {found['protocol']}: "
-        f"{counted(found['num_questions'], 'question')}, {found['answered']} answered ({failures})",
+        f"{results['benchmark']}, protocol {results['protocol']}: "
+        f"{counted(results['num_questions'], 'question')}, {results['answered']} answered "
+        f"({failures})",
     ]
-    for name, metric in found["metrics"].items():
+    for name, metric in results["metrics"].items():
         bounds = (
             f"  {100 * metric['low']:6.2f} - {100 * metric['high']:.2f}" if "low" in metric else ""
         )
         lines.append(f"  {name:16} {100 * metric['value']:6.2f}{bounds}")
-    for label, row in found["labels"].items():
+    for label, row in results["labels"].items():
         metric, value = next(iter(row.items()))
         lines.append(f"    {label:40} {metric} {100 * value:6.2f}  of {row['num_questions']}")
     return "\n".join(lines)

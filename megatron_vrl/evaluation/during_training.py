@@ -77,14 +77,14 @@ def _check_bad_fraction(bad: Sequence[Problem], count: int, ctx: RunContext) -> 
         return
     most = ctx.cfg.video.max_bad_fraction
     asked = counted(count, "question")
-    found = f"{len(bad)} of {asked} of an evaluation have bad videos: {summary(bad)}"
+    message = f"{len(bad)} of {asked} of an evaluation have bad videos: {summary(bad)}"
     if len(bad) > most * count:
         raise UserError(
-            f"{found}; that is over video.max_bad_fraction={most}: check the data with "
+            f"{message}; that is over video.max_bad_fraction={most}: check the data with "
             "tools/check_data.py, or raise the limit."
         )
     if ctx.mesh.rank == 0:
-        tqdm.write(f"{found}; they count as empty answers.", file=sys.stderr)
+        tqdm.write(f"{message}; they count as empty answers.", file=sys.stderr)
 
 
 def trivial_answers(samples: Sequence[VideoSample], cfg: Rewards) -> dict[str, dict[str, float]]:

@@ -1,7 +1,8 @@
 """Answers of a checkpoint from vLLM in one process, without a trainer, for the tools.
 
 Prompts, video decoding and engine are those of training. A video that cannot be read costs only its
-own questions. Left out: several processes. A tool splits its work over processes with `--share`.
+own questions. Left out: several processes. `mvrl select` splits its pool over processes with
+`--shard`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ from megatron_vrl import config
 from megatron_vrl.checkpoint.convert import stored_tensors
 from megatron_vrl.checkpoint.layout import hf_dir_of
 from megatron_vrl.config.inference import read_inference
-from megatron_vrl.config.loader import overridden, read_tree
+from megatron_vrl.config.loader import read_tree, validate_with_overrides
 from megatron_vrl.context import prompt_encoder
 from megatron_vrl.data.prompt_pipeline import PromptPipeline
 from megatron_vrl.errors import CheckpointError, ConfigError, VideoError
@@ -65,7 +66,7 @@ def inference_config(
         for name in InferenceConfig.model_fields:
             tree[name] = tree.get(name, {}) | (given.get(name) or {})
     tree["model"] = tree.get("model", {}) | {"checkpoint": checkpoint, "dtype": dtype}
-    return overridden(InferenceConfig, tree, overrides, run_config or "command line")
+    return validate_with_overrides(InferenceConfig, tree, overrides, run_config or "command line")
 
 
 class Answerer:

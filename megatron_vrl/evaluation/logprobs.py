@@ -29,7 +29,7 @@ from megatron_vrl.config import (
 )
 from megatron_vrl.config.base import Positive
 from megatron_vrl.config.inference import read_inference
-from megatron_vrl.config.loader import checked, overridden
+from megatron_vrl.config.loader import validate, validate_with_overrides
 from megatron_vrl.context import prompt_encoder
 from megatron_vrl.data.prompt import PromptEncoder, PromptSpec, check_text
 from megatron_vrl.data.prompt_pipeline import PromptPipeline
@@ -98,7 +98,7 @@ def score_config(checkpoint: str, overrides: Sequence[str]) -> ScoreConfig:
     if "max_prompt_tokens" in kept.get("data", {}):
         tree["data"] = {"max_prompt_tokens": kept["data"]["max_prompt_tokens"]}
     tree["model"] = {"checkpoint": checkpoint, "dtype": dtype}
-    cfg = overridden(ScoreConfig, tree, overrides, "command line")
+    cfg = validate_with_overrides(ScoreConfig, tree, overrides, "command line")
     if cfg.model.checkpoint != checkpoint:
         raise ConfigError(
             f"model.checkpoint={cfg.model.checkpoint} is not --checkpoint {checkpoint}: give one."
@@ -178,7 +178,7 @@ class Scorer:
         dummy_group = self._dummy_group()
         batches = plan_batches(groups, dummy_group, self._batch, mesh)
         outputs = self._policy.logprobs(batches, Distribution())
-        found = [
+        logprobs = [
             (int(name), *pieces)
             for batch, output in zip(batches, outputs, strict=True)
             if output is not None and mesh.tensor.rank == 0
@@ -188,7 +188,7 @@ class Scorer:
             if name != DUMMY
         ]
         rows = {int(g.answers[0].id): _row(g) for g in groups} if mesh.model.rank == 0 else {}
-        everywhere = gather_objects(world_axis(mesh), (rows, found))
+        everywhere = gather_objects(world_axis(mesh), (rows, logprobs))
         return _joined(block, everywhere) if mesh.rank == 0 else []
 
     def _groups(self, block: Sequence[ScoredSample]) -> list[Group]:
@@ -301,7 +301,7 @@ def _parsed(line: bytes, origin: str) -> ScoredSample:
     if not isinstance(tree, dict):
         raise DataError(f"{origin} holds {type(tree).__name__}; write one object a line.")
     try:
-        return checked(ScoredSample, tree, origin, "every sample has one.")
+        return validate(ScoredSample, tree, origin, "every sample has one.")
     except ConfigError as error:
         raise DataError(str(error)) from None
 

@@ -85,15 +85,15 @@ def check_videos(samples: Sequence[VideoSample], origin: str) -> None:
 
 def readable(cfg: Video, samples: Sequence[VideoSample]) -> set[str]:
     """Return the ids of the samples whose video can be decoded now."""
-    found: set[str] = set()
+    ids: set[str] = set()
     if samples:
         reader = VideoReader(cfg)
         for start in range(0, len(samples), SAMPLES_AT_A_TIME):
             block = samples[start : start + SAMPLES_AT_A_TIME]
             videos = reader.encode([sample.clip for sample in block])
             shown = zip(block, videos, strict=True)
-            found |= {sample.id for sample, v in shown if not isinstance(v, VideoError)}
-    return found
+            ids |= {sample.id for sample, v in shown if not isinstance(v, VideoError)}
+    return ids
 
 
 def too_many_bad(problems: Sequence[str], count: int, most: float) -> str:

@@ -95,13 +95,12 @@ def read_architecture(path: str | Path) -> Architecture:
 
 
 def config_dtype(directory: str | Path) -> str | None:
-    """Return the dtype of the weights that DIR/config.json names, for example "bfloat16"; None
-    without one."""
+    """Return the dtype in DIR/config.json, for example "bfloat16"; None if there is none."""
     raw = json.loads((Path(directory) / "config.json").read_text())
     text = raw.get("text_config") or {}
     keys = ("dtype", "torch_dtype")
-    found = (part[key] for part in (raw, text) for key in keys if part.get(key))
-    return next(found, None)
+    dtypes = (part[key] for part in (raw, text) for key in keys if part.get(key))
+    return next(dtypes, None)
 
 
 def _check_not_quantised(file: Path, raw: dict[str, Any]) -> None:

@@ -42,10 +42,10 @@ def fp8_metrics(chunks: Sequence[torch.nn.Module], device: torch.device) -> dict
     counted = False  # whether emulated FP8 counted single values
     for module in (module for chunk in chunks for module in chunk.modules()):
         if isinstance(module, EmulatedFp8ColumnParallelLinear | EmulatedFp8RowParallelLinear):
-            found, counted = module.quantizer.pop_statistics(), True
+            statistics, counted = module.quantizer.pop_statistics(), True
         else:
-            found = _transformer_engine_amax(module)
-        for operand, seen in found.items():
+            statistics = _transformer_engine_amax(module)
+        for operand, seen in statistics.items():
             index = OPERANDS.index(operand)
             rows[index] = merge_statistics(rows[index], seen.to(rows))
     sums_and_flag = torch.cat([rows[:, :4].flatten(), torch.tensor([counted]).to(rows)])
@@ -109,7 +109,7 @@ def delayed_scaling_amax(meta: Mapping[str, Any]) -> dict[str, Tensor]:
     """
     if "recipe" not in meta or not meta["recipe"].delayed():
         return {}
-    found: dict[str, Tensor] = {}
+    statistics: dict[str, Tensor] = {}
     for name, kind, columns in BUFFERS:
         if name not in meta:  # no backward pass has run yet
             continue
@@ -120,5 +120,5 @@ def delayed_scaling_amax(meta: Mapping[str, Any]) -> dict[str, Tensor]:
             amax = torch.where(largest == 0, before, largest)
             finite, zero = amax.isfinite(), torch.zeros_like(amax)
             known = torch.where(finite, amax, zero)
-            found[operand] = torch.stack([zero + 1, zero, zero, (~finite).double(), known])
-    return found
+            statistics[operand] = torch.stack([zero + 1, zero, zero, (~finite).double(), known])
+    return statistics

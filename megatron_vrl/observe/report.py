@@ -74,13 +74,13 @@ def build_report(out_dir: Path) -> Path:
 
 def results_so_far(rows: Rows) -> dict[str, dict[str, dict[str, float]]]:
     """Return stage -> split -> metrics from the evaluation rows of a run without a summary."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    results: dict[str, dict[str, dict[str, float]]] = {}
     for row in rows:
         stage, split = row.get("during"), row.get("split")
         if row["phase"] == "eval" and stage in STAGES and split not in (None, "dev"):
             metrics = {name: value for name, value in row.items() if isinstance(value, float)}
-            found.setdefault(str(stage), {})[str(split)] = metrics
-    return found
+            results.setdefault(str(stage), {})[str(split)] = metrics
+    return results
 
 
 def run_state(out_dir: Path) -> str:
@@ -95,16 +95,16 @@ def run_state(out_dir: Path) -> str:
     """
     age_s = max(0.0, time.time() - (out_dir / "metrics.jsonl").stat().st_mtime)
     row = f"last row {age_s:.0f} s ago" if age_s < 120 else f"last row {age_s / 60:.0f} minutes ago"
-    found = held(out_dir)
-    if found and found.now:
-        return f"running ({', '.join(filter(None, (found.holder, row)))})"
+    lock = held(out_dir)
+    if lock and lock.now:
+        return f"running ({', '.join(filter(None, (lock.holder, row)))})"
     if read_error(out_dir):
         return f"{ERROR} ({row})"
-    if found is None and age_s < RUNNING_S:
+    if lock is None and age_s < RUNNING_S:
         return f"running ({row})"
-    if found is None:
+    if lock is None:
         return f"stopped early, or in a long step ({row})"
-    if found.holder:
+    if lock.holder:
         return f"crashed: its process ended without releasing the run directory ({row})"
     return f"stopped early ({row})"
 
@@ -126,15 +126,17 @@ def result_tables(summary: dict[str, Any]) -> list[ResultTable]:
     results, trivial = summary.get("results", {}), summary.get("trivial", {})
     tables = []
     for split in dict.fromkeys(split for stage in results.values() for split in stage):
-        lines = [(label, "trivial", found) for label, found in trivial.get(split, {}).items()]
+        lines = [(label, "trivial", metrics) for label, metrics in trivial.get(split, {}).items()]
         lines += [
             (STAGES[stage], "model", results[stage][split])
             for stage in STAGES
             if split in results.get(stage, {})
         ]
-        found_names = {name for _, _, found in lines for name in found}
-        names = [name for name in METRICS if name in found_names and name in TABLE]
-        shown = [(label, kind, [_cell(found, n) for n in names]) for label, kind, found in lines]
+        measured_names = {name for _, _, metrics in lines for name in metrics}
+        names = [name for name in METRICS if name in measured_names and name in TABLE]
+        shown = [
+            (label, kind, [_cell(metrics, n) for n in names]) for label, kind, metrics in lines
+        ]
         tables.append(ResultTable(split, [_heading(n) for n in names], shown))
     return tables
 
@@ -213,8 +215,8 @@ def _heading(name: str) -> str:
     return f"{title}, {unit}" if unit not in ("", "%") else title
 
 
-def _cell(found: dict[str, float], name: str) -> str:
+def _cell(metrics: dict[str, float], name: str) -> str:
     """Return the formatted value of a metric; "" if it is missing."""
-    if name not in found:
+    if name not in metrics:
         return ""
-    return f"{100 * found[name]:.1f}" if metric_info(name).unit == "%" else f"{found[name]:.3f}"
+    return f"{100 * metrics[name]:.1f}" if metric_info(name).unit == "%" else f"{metrics[name]:.3f}"

@@ -68,10 +68,12 @@ def _spread(task: str, rows: Rows) -> str:
     component = _drawn(task)
     figure = Figure(figsize=(4.4, 2.8), layout="constrained")
     axes = figure.subplots()
-    found = [row for row in rows if row["task"] == task and component in row["components"]]
+    task_rows = [row for row in rows if row["task"] == task and component in row["components"]]
     for mark, number in reversed(MARKS.items()):
         shown = [
-            r["components"][component] for r in found if (r["verdict"] == KEPT) == (mark == KEPT)
+            r["components"][component]
+            for r in task_rows
+            if (r["verdict"] == KEPT) == (mark == KEPT)
         ]
         axes.scatter(
             [s["mean"] for s in shown], [s["std"] for s in shown], s=8, color=SHADES[number]
@@ -79,4 +81,6 @@ def _spread(task: str, rows: Rows) -> str:
     axes.set_xlabel(f"mean {component}", color=INK)
     axes.set_ylabel("standard deviation", color=INK)
     plain_axes(axes)
-    return to_svg(figure, f"{task}: mean and standard deviation of {counted(len(found), 'sample')}")
+    return to_svg(
+        figure, f"{task}: mean and standard deviation of {counted(len(task_rows), 'sample')}"
+    )

@@ -53,10 +53,10 @@ def write_summary(
 
 def installed_versions() -> dict[str, str]:
     """Return the versions of installed packages that results depend on."""
-    found = {}
+    versions = {}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions

@@ -272,6 +272,6 @@ def raise_on_all_ranks(mesh: Mesh) -> Iterator[None]:
     except UserError as caught:
         error = caught
     errors = gather_objects(world_axis(mesh), error)
-    first = next((found for found in errors if found is not None), None)
+    first = next((e for e in errors if e is not None), None)
     if first is not None:
         raise first

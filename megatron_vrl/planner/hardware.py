@@ -16,7 +16,7 @@ from typing import Annotated
 from pydantic import BaseModel, Field
 
 from megatron_vrl.config.base import SECTION, Positive
-from megatron_vrl.config.loader import checked
+from megatron_vrl.config.loader import validate
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.observe.hardware import peak_flops
 
@@ -139,7 +139,7 @@ def read_machine(path: Path) -> Gpu:
     known = MeasuredMachine.model_fields
     if isinstance(tree, dict):  # other keys say when and how it was measured
         tree = {name: value for name, value in tree.items() if name in known}
-    return checked(MeasuredMachine, tree, str(path), "measure it again.").as_gpu()
+    return validate(MeasuredMachine, tree, str(path), "measure it again.").as_gpu()
 
 
 def find_gpu(name: str) -> Gpu:

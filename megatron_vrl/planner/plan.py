@@ -46,8 +46,8 @@ class PlanRequest:
     gpu: Gpu
     gpus: int
     mfu: float = DEFAULT_MFU
-    prompt: int | None = None  # tokens; None: the maximum that the config allows
-    response: int | None = None
+    prompt: int | None = None  # prompt tokens; None: the maximum that the config allows
+    response: int | None = None  # response tokens; None: the maximum
     clip_s: float | None = None  # length of a video in seconds
 
 
@@ -58,11 +58,11 @@ class Memory:
     stages: Sequence[StageMemory]
     engine: EngineMemory
     colocated: bool
-    usable: int
+    usable: int  # memory of a GPU without the reserve
 
     def rollout(self, stage: int) -> int:
-        """Return the memory in use while a colocated engine generates, with its whole fraction
-        reserved."""
+        """Return the memory during generation. A colocated engine reserves its whole
+        `rollout.gpu_memory_utilization`."""
         share = self.engine.share if self.colocated else 0
         return self.stages[stage].persistent + share
 
@@ -86,9 +86,9 @@ class Plan:
     micro_batches: int  # per update and replica
     stages: Sequence[ParameterCounts]  # parameters on one rank of each pipeline stage
     memory: Memory
-    tokens: int  # of a step; a prompt counts once in the shared layout
-    model_flops: float  # of a step's updates
-    hardware_flops: float  # of all that the trainer computes, with recompute
+    tokens: int  # tokens of a step; with `batch.layout: shared` a prompt counts once
+    model_flops: float  # model FLOPs of a step's updates
+    hardware_flops: float  # FLOPs of all passes of the trainer, with recompute
     phases: Mapping[str, Phase]
     overlapped: bool  # workers generate the next step's answers during training
     refused: Sequence[str]  # one sentence for each shortage of memory
@@ -104,7 +104,7 @@ class Plan:
 
 
 def num_workers(cfg: RunConfig) -> int:
-    """Return how many rollout workers the config asks for; 0 for other placements."""
+    """Return the number of rollout workers in the config; 0 for other placements."""
     rollout = cfg.rollout
     return max(rollout.min_workers, len(rollout.workers)) if rollout.placement == "workers" else 0
 
@@ -156,7 +156,8 @@ def plan_memory(cfg: RunConfig, arch: Architecture, request: PlanRequest) -> Mem
     multiple = _multiple(cfg)
     _, micro_batches = pack_step(cfg, sizes, replicas, multiple)
     worst = list(worst_batches(cfg, sizes, multiple, given=request.response is not None))
-    # Only cuDNN supports a mask with fewer key heads, in bfloat16 and non-deterministically.
+    # Of torch's attention kernels, only cuDNN's (bfloat16, not deterministic) supports a mask
+    # together with fewer key heads than query heads. Other kernels store the scores.
     scores = cfg.model.dtype == "float32" or cfg.run.deterministic
     kernels = Kernels(scores=scores and arch.kv_heads < arch.heads)
     dp_ranks = replicas * parallel.context

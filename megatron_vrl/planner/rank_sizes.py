@@ -1,4 +1,4 @@
-"""Sizes of a planned micro-batch on one rank, from which activations are counted."""
+"""Sizes of a planned micro-batch on one rank. The planner computes activation memory from them."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -17,8 +17,8 @@ from megatron_vrl.types import Prompt
 class RankSizes:
     """Sizes of one rank's shard of a micro-batch."""
 
-    rows: int  # packed rows of the context-parallel shard
-    attention: Attention
+    rows: int  # packed tokens (rows) of the context-parallel shard
+    attention: Attention  # queries, keys and mask entries
     patches: int  # patches that this rank encodes
     all_patches: int  # patches of the whole micro-batch
     vision_tokens: int  # vision tokens among `rows`
@@ -46,9 +46,9 @@ def _in_buckets(model: Model) -> bool:
 
 
 def _attention(batch: PackedBatch, context: int, masks: bool) -> Attention:
-    """Return the attention sizes of the context-parallel rank that reads the most.
+    """Return the attention sizes of the context-parallel rank with the largest sum of sizes.
 
-    They are measured on a micro-batch built with the planned sizes.
+    The sizes are counted on a micro-batch that is packed from groups of the planned sizes.
     """
     size = batch.group
     prompt = Prompt(

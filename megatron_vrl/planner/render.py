@@ -1,4 +1,4 @@
-"""Output of a plan: text for a screen, and plain values for `--json`."""
+"""Output of `mvrl plan`: text for the terminal, and values for `--json`."""
 
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -25,13 +25,13 @@ NAMES = {
     "vision": "vision tower, kept",
     "activations": "activations, kept",
 }
-PIXEL_CACHE = GIB  # of a vLLM engine, see `rollout/vllm/engine.py`
-COLUMNS = 80  # width of the screen
+PIXEL_CACHE = GIB  # cache of decoded pixels of a vLLM engine, see `rollout/vllm/engine.py`
+COLUMNS = 80  # width of the output
 TOP = 10  # number of layouts that a search prints
 
 
 def values(cfg: RunConfig, arch: Architecture, request: PlanRequest, plan: Plan) -> dict[str, Any]:
-    """Return the plan for `--json`. Bytes are per GPU; FLOPs and tokens are totals."""
+    """Return the plan for `--json`. Bytes are per GPU; FLOPs and tokens are those of all GPUs."""
     return {
         **heading(cfg, arch, request),
         "replicas": plan.replicas,
@@ -59,7 +59,7 @@ def values(cfg: RunConfig, arch: Architecture, request: PlanRequest, plan: Plan)
 
 
 def heading(cfg: RunConfig, arch: Architecture, request: PlanRequest) -> dict[str, Any]:
-    """Return the values that do not depend on the layout's plan."""
+    """Return the values for `--json` that exist also for a refused layout."""
     counts = count_all(arch)
     return {
         "gpu": request.gpu.name,
@@ -101,7 +101,7 @@ def host_bytes(cfg: RunConfig, request: PlanRequest, memory: Memory) -> dict[str
 
 
 def _stage_values(memory: Memory, stage: int) -> dict[str, int]:
-    """Return the memory of one stage by part, with peaks."""
+    """Return the memory parts of one pipeline stage, and their peaks, in bytes."""
     parts = {name: getattr(memory.stages[stage], name) for name in PARTS}
     engine = memory.engine
     if memory.colocated:
@@ -232,7 +232,7 @@ def _time_table(plan: Plan, mfu: float) -> Iterable[str]:
 
 
 def format_nearest(near: dict[str, Any] | None) -> str:
-    """Return a line about the `candidate_values` of the nearest layout."""
+    """Return a line about the nearest layout, given its `candidate_values`."""
     if near is None:
         return "nearest: no layout of this config fits on such GPUs, however many"
     peak, workers = near["peak_bytes"] / GIB, near["worker_gpus"]
@@ -279,7 +279,7 @@ def search_table(candidates: Sequence[Candidate], tried: int) -> str:
 
 
 def aligned(table: Sequence[Sequence[str]], words: Sequence[int] = (0,)) -> Iterable[str]:
-    """Yield the table's lines with aligned columns; columns in `words` are flush left, others flush
+    """Yield the table's lines with aligned columns. Columns in `words` are aligned left, the others
     right."""
     widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
     for line in table:

@@ -1,9 +1,9 @@
-"""Search over layouts of a configuration: all that fit, by speed, and the nearest that fits.
+"""Search over layouts of a configuration: all layouts that fit, by speed, and the nearest one.
 
 The search varies tensor, context and pipeline size within Megatron's rules, virtual stages, the
 split of layers, and recompute. Sequence parallelism is on whenever tensor parallelism is, since it
-only saves memory. The nearest layout may also halve `batch.tokens`, change the engine's placement
-or memory, or turn off FP8. It changes as few keys as possible.
+only saves memory. The nearest layout is the layout that fits and changes the fewest keys. It may
+also halve `batch.tokens`, change the engine's placement or memory, or turn off FP8.
 """
 
 from collections.abc import Iterator
@@ -54,7 +54,7 @@ def rank_layouts(
 
 
 def nearest_layout(cfg: RunConfig, arch: Architecture, request: PlanRequest) -> Candidate | None:
-    """Return the fastest of the layouts that fit with the fewest changes; None if there is none.
+    """Return the nearest layout, the fastest if several change as few keys; None if none fits.
 
     If no layout fits on the requested number of GPUs, twice as many are tried, then four times, and
     so on up to MOST_TIMES.
@@ -88,7 +88,7 @@ def _nearest(cfg: RunConfig, arch: Architecture, request: PlanRequest) -> Candid
 
 
 def _cost(changes: Changes) -> float:
-    """Return the number of changed keys. Keys that follow from another key count 0."""
+    """Return the number of changed keys, without keys that depend on another changed key."""
     free = {"parallel.sequence", "parallel.split", "parallel.layers_per_chunk"}
     return sum(key not in free for key in changes)
 
@@ -119,7 +119,7 @@ def _layouts(cfg: RunConfig, arch: Architecture, request: PlanRequest) -> Iterat
 
 
 def _budgets(cfg: RunConfig) -> list[Changes]:
-    """Return `batch.tokens`, halved as long as one prompt of maximum length fits."""
+    """Return `batch.tokens`, its half, its quarter, ..., while a prompt of maximum length fits."""
     tokens = [cfg.batch.tokens]
     while tokens[-1] // 2 >= cfg.data.max_prompt_tokens:
         tokens.append(tokens[-1] // 2)

@@ -1,9 +1,9 @@
 """Pack a rank's groups into micro-batches, the same number on every data-parallel rank.
 
-Every token weighs as if the whole step were one batch. `plan_batches` needs one all-gather over the
-data-parallel ranks for the number of micro-batches and the weights; the rest is local. `rebalance`
-may run before: it moves groups between data-parallel ranks until their work is nearly equal. Left
-out: splitting a group, since two ranks would then compute its prompt.
+Every token gets the weight it would have if the whole step were one batch. `plan_batches` needs one
+all-gather over the data-parallel ranks for the number of micro-batches and the weights; the rest is
+local. Before, `rebalance` can move groups between data-parallel ranks until their work is nearly
+equal. A group is never split, since two ranks would then compute its prompt.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from megatron_vrl.batching.pack import Group, MicroBatch, pack, repeat_prompts, 
 from megatron_vrl.config import Batch
 from megatron_vrl.parallel.mesh import Mesh, exchange_objects, gather_objects
 
-TILE_ROWS = 16  # rows of a tensor-core tile; FP8 kernels require a multiple of it
+TILE_ROWS = 16  # rows of a tensor-core tile; FP8 kernels require a multiple of this number
 Cost = Callable[[Group], float]
 Normalisation = Literal[
     "global_tokens", "sequence_mean", "sequence_sum", "constant_length", "temporal_r1"
@@ -33,8 +33,8 @@ def tokens(group: Group) -> float:
 def rebalance(groups: Sequence[Group], mesh: Mesh, cost: Cost) -> list[Group]:
     """Partition the groups of all data-parallel ranks by `cost`, and return this rank's.
 
-    Every rank calls it with the groups of its replica, the same on all ranks of the replica. Only
-    groups that change rank are sent, with their frames. The result may be empty.
+    Every rank calls this function with the groups of its replica. All ranks of a replica pass equal
+    groups. Only groups that change rank are sent, with their video frames. The result may be empty.
     """
     everywhere = gather_objects(mesh.data, [cost(group) for group in groups])
     costs = [c for of_rank in everywhere for c in of_rank]
@@ -42,7 +42,7 @@ def rebalance(groups: Sequence[Group], mesh: Mesh, cost: Cost) -> list[Group]:
     targets = assign_ranks(costs, homes, mesh.data.size)
     first = homes.index(mesh.data.rank) if groups else 0
     outgoing: list[list[tuple[int, Group]]] = [[] for _ in range(mesh.data.size)]
-    for number, group in enumerate(groups, start=first):  # counted over all ranks
+    for number, group in enumerate(groups, start=first):  # the number of a group over all ranks
         outgoing[targets[number]].append((number, group))
     kept, outgoing[mesh.data.rank] = outgoing[mesh.data.rank], []
     if targets != homes:
@@ -62,10 +62,11 @@ def plan_batches(
 ) -> list[MicroBatch]:
     """Return the micro-batches of this rank's groups; [] if no rank has groups.
 
-    Every rank calls it, with the groups of its data-parallel rank. A rank with fewer micro-batches
-    than another first splits its own into smaller ones, and then adds dummy micro-batches: an
-    answer of `dummy_group` whose tokens have weight 0. Micro-batches are balanced by `cost`. See
-    `_token_weights` for `normalisation`; only `constant_length` uses `max_response_tokens`.
+    Every rank calls this function, with the groups of its data-parallel rank. A rank with fewer
+    micro-batches than another first splits its own into smaller ones, and then adds dummy
+    micro-batches: an answer of `dummy_group` whose tokens have weight 0. Micro-batches are balanced
+    by `cost`. See `_token_weights` for `normalisation`; only `constant_length` uses
+    `max_response_tokens`.
     """
     laid_out = repeat_prompts(groups) if cfg.layout == "plain" else list(groups)
     sizes, costs = [g.num_tokens for g in laid_out], [cost(g) for g in laid_out]
@@ -75,7 +76,7 @@ def plan_batches(
     most = max(counts)
     if most == 0:
         return []
-    if mesh.interleaved:  # this schedule takes a multiple of the pipeline's size
+    if mesh.interleaved:  # the interleaved schedule needs a multiple of the pipeline's size
         most = -(-most // mesh.pipeline.size) * mesh.pipeline.size
     if len(bins) < most:
         bins = into_micro_batches(sizes, costs, cfg.tokens, at_least=most)
@@ -91,11 +92,11 @@ def plan_batches(
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """Counts over all data-parallel ranks, by which token weights are divided."""
+    """Counts over all data-parallel ranks, from which the divisors of token weights are made."""
 
-    tokens: int  # that have a loss
+    tokens: int  # tokens that have a loss
     answers: int
-    micro_batches: int  # as if every rank had as many of its own as this one
+    micro_batches: int  # own micro-batches of this rank, without dummies, times data ranks
     max_response_tokens: int
 
 
@@ -109,9 +110,9 @@ def _token_weights(
     over answers of the sum over their tokens. `constant_length`: `sequence_sum` divided by the
     maximum response length (Dr. GRPO, arXiv 2503.20783). `temporal_r1`: mean inside each
     micro-batch, then over micro-batches, then over data ranks, as in Temporal-R1's released code;
-    only this one depends on how answers are packed.
+    `temporal_r1` alone depends on how answers are packed.
     """
-    length = np.bincount(batch.sequence)[batch.sequence]  # [N] of the token's answer
+    length = np.bincount(batch.sequence)[batch.sequence]  # [N] tokens in its answer
     divisors: dict[Normalisation, Any] = {
         "global_tokens": step.tokens,
         "sequence_mean": step.answers * length,

@@ -36,19 +36,19 @@ from megatron_vrl.parallel.mesh import Mesh, gather_objects, world_axis
 from megatron_vrl.policy.optimizer import learning_rate, make_optimizer
 
 TokenLoss = Callable[[Tokens], tuple[Tensor, dict[str, Tensor]]]  # loss [N], metrics {name: [N]}
-Job = tuple[MicroBatch, Callable[..., Any]]  # the function gets the output on the last stage
-FINITE = "finite"  # entry [N] of a record beside its sums: True where the token loss is finite
-LogProbs = Sequence[Tensor | None]  # [N] of every micro-batch; None on other stages than the last
+Job = tuple[MicroBatch, Callable[..., Any]]  # the function gets the output of the last stage
+FINITE = "finite"  # a record's entry [N]: True where a token's loss is finite; the rest are sums
+LogProbs = Sequence[Tensor | None]  # one [N] for each micro-batch; None except on the last stage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Update:
-    """Result of one optimizer update. It is the same on every rank."""
+    """Result of one optimizer update, equal on every rank."""
 
     loss: float
     grad_norm: float
-    applied: bool  # False: a gradient was not finite and the update was left out
-    suspects: tuple[str, ...]  # if not applied: answers of any rank that may be the cause
+    applied: bool  # False: a gradient was not finite, so the weights were not changed
+    suspects: tuple[str, ...]  # if not applied: ids of answers that may be the cause
     lr: float
     metrics: dict[str, float]  # token means; "_max": maxima; "fp8/": see models/fp8_monitor.py
 
@@ -102,14 +102,15 @@ class Policy:
     def logprobs(self, batches: Sequence[MicroBatch], of: Distribution) -> LogProbs:
         """Return the log-probs [N] of every batch under the policy.
 
-        On other pipeline stages than the last they are None.
+        They are None except on the last pipeline stage.
         """
         return self._logprobs(self.chunks, batches, of)
 
     def reference_logprobs(self, batches: Sequence[MicroBatch], of: Distribution) -> LogProbs:
         """Return the log-probs [N] of every batch under the reference model.
 
-        They are None on other pipeline stages than the last, and if no reference was kept.
+        They are None except on the last pipeline stage, and None everywhere without a reference
+        model (`keep_reference`).
         """
         if not self._reference:
             return [None] * len(batches)
@@ -135,8 +136,9 @@ class Policy:
     ) -> Update:
         """Make one optimizer update from this rank's micro-batches, after `step` updates.
 
-        `old`: log-probs from before the first update on these rollouts; None: those of this pass.
-        `reference`: log-probs of the reference model for the KL term; None: no KL term.
+        `old` holds the log-probs from before the first update on these rollouts; None takes those
+        of this update's forward pass. `reference` holds the reference model's log-probs for the KL
+        term; None means no KL term.
         """
         assert self.optimizer is not None, "start_phase first"
         absent: LogProbs = [None] * len(batches)
@@ -191,7 +193,7 @@ class Policy:
                 records = self._run(self._ddp, part, of)
                 if self._gradients_are_finite(self.mesh.model.group):
                     continue
-                for (batch, _), record in zip(part, records, strict=False):  # [] but on the last
+                for (batch, _), record in zip(part, records, strict=False):  # [] except on the last
                     bad = record[FINITE].cpu().numpy() == 0
                     named = batch.sequence[bad] if bad.any() else batch.sequence
                     found |= {batch.answer_id[answer] for answer in named}
@@ -203,17 +205,17 @@ class Policy:
     def _reducing_gradients(self, finalize: bool = True) -> Iterator[None]:
         """Set the functions by which Megatron's schedule reduces gradients, in this block only.
 
-        Without `finalize` the gradients of a schedule stay those of this rank.
+        Without `finalize` each rank keeps its own gradients; they are not summed over ranks.
         """
         functions: dict[str, Any] = {}
         functions["finalize_model_grads_func"] = self._finalize_gradients if finalize else None
         if self._parallel_cfg.overlap:
             pause = [wrapped.no_sync for wrapped in self._ddp]
             begin = [wrapped.start_grad_sync for wrapped in self._ddp]
-            several = len(self._ddp) > 1  # else Megatron wants the function and not a list of one
+            several = len(self._ddp) > 1  # for one chunk Megatron expects a function, not a list
             functions["no_sync_func"] = pause if several else pause[0]
             functions["grad_sync_func"] = begin if several else begin[0]
-        with changed_config(self.chunks[0].config, functions):  # schedules read the first chunk's
+        with changed_config(self.chunks[0].config, functions):  # schedules read chunk 0's
             yield
 
     def _run(
@@ -225,7 +227,7 @@ class Policy:
     ) -> list[Any]:
         """Run Megatron's schedule over the micro-batches.
 
-        Returns the result of each job's function on the last pipeline stage, [] on the others.
+        Return the result of each job's function on the last pipeline stage, and [] on other stages.
         """
 
         def forward_step(data: Iterator[Job], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
@@ -246,7 +248,8 @@ class Policy:
         return records
 
     def _patches(self, batch: MicroBatch) -> Tensor | None:
-        """Return the pixel patches of a micro-batch; None if no visual needs the tower."""
+        """Return the pixel patches of a micro-batch; None if no visual needs the vision
+        tower."""
         if len(batch.seen) == len(batch.visuals):  # no visuals, or all have embeddings
             return None
         patches = [patchify(visual.frames, self.mesh.device) for visual in batch.visuals]
@@ -255,10 +258,11 @@ class Policy:
     def _finalize_gradients(
         self, model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any
     ) -> None:
-        """Sum gradients over data ranks, tied embeddings and sequence-parallel norms.
+        """Call Megatron's `finalize_model_grads`, then sum the vision tower's gradients.
 
-        Then sum the vision tower's gradients over tensor-parallel ranks, each of which encoded its
-        own temporal steps only.
+        Megatron's function sums gradients over data ranks, tied embeddings and sequence-parallel
+        norms. The vision tower's gradients are summed over tensor-parallel ranks, since each of
+        them encodes other temporal steps.
         """
         finalize_model_grads(model, None, **kwargs)
         tensor, vision = self.mesh.tensor, self.chunks[0].vision
@@ -273,7 +277,7 @@ class Policy:
 
     def _gradients_are_finite(self, group: dist.ProcessGroup | None) -> bool:
         """Return whether all gradients of the ranks of `group` are finite."""
-        # NaN propagates to the extremes. `isfinite` of a buffer would take twice its memory.
+        # Minimum and maximum are NaN if any value is. `isfinite` would need a copy of the buffer.
         extremes = [
             torch.stack(buffer.grad_data.aminmax())
             for wrapped in self._ddp
@@ -358,7 +362,8 @@ class Policy:
 
 @contextmanager
 def changed_config(config: Any, values: Mapping[str, Any]) -> Iterator[None]:
-    """Set fields of a Megatron config in this block, and restore them however it ends."""
+    """Set fields of a Megatron config in this block, and restore them at its end, also after an
+    error."""
     before = {name: getattr(config, name) for name in values}
     try:
         for name, value in values.items():

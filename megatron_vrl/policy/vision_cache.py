@@ -38,9 +38,11 @@ def embed_across_ranks(
         assert cache is not None
         return cache.embed(prompts)
     by_stage = gather_objects(mesh.pipeline, list(prompts))
-    seen = [[p.seen for p in cache.embed(of_stage)] for of_stage in by_stage] if cache else []
+    seen = (
+        [[p.visual_embeds for p in cache.embed(of_stage)] for of_stage in by_stage] if cache else []
+    )
     own_seen = gather_objects(mesh.pipeline, seen)[0][mesh.pipeline.rank]
-    return [replace(p, seen=tokens) for p, tokens in zip(prompts, own_seen, strict=True)]
+    return [replace(p, visual_embeds=tokens) for p, tokens in zip(prompts, own_seen, strict=True)]
 
 
 class VisionEmbeddingCache:
@@ -62,7 +64,7 @@ class VisionEmbeddingCache:
             self._written, self.epoch = written, self.epoch + 1
             self._kept.clear()
             self._used = 0
-        return [replace(p, seen=tuple(map(self._tokens, p.visuals))) for p in prompts]
+        return [replace(p, visual_embeds=tuple(map(self._tokens, p.visuals))) for p in prompts]
 
     def _tokens(self, visual: Visual) -> NDArray[Any]:
         key = _key(visual)

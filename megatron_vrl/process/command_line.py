@@ -1,4 +1,8 @@
-"""Command-line parsers: a module's docstring is its help, and a wrong argument is one sentence."""
+"""Command-line parsers.
+
+The docstring of a command's module is its help text. The error for a wrong argument is one
+sentence.
+"""
 
 import argparse
 import difflib
@@ -10,7 +14,7 @@ from typing import NoReturn
 from megatron_vrl.errors import EXIT_CODE
 
 OVERRIDE_HELP = "set a key of the configuration; the value is YAML (docs/config.md)"
-_OPTION = re.compile(r"--\w+\.[\w.]+(=.*)?")  # a key of the configuration, written like an option
+_OPTION = re.compile(r"--\w+\.[\w.]+(=.*)?")  # a key written as an option: --grpo.steps
 _USAGE = re.compile(r"^    (?:mvrl |\S+\.(?:py|sh)\b).*\n(?:    .*\n)*\n?", re.MULTILINE)
 
 
@@ -28,20 +32,20 @@ def protocol_name(text: str) -> str:
 class OverrideParser(argparse.ArgumentParser):
     """Argument parser whose errors are one sentence and exit code 2.
 
-    `--grpo.steps 5` is answered with the right form, `grpo.steps=5`. An unknown option is answered
-    with the nearest known one.
+    The error for `--grpo.steps 5` names the correct form, `grpo.steps=5`. The error for an unknown
+    option names the nearest known option.
     """
 
     def error(self, message: str) -> NoReturn:
-        words = sys.argv[1:]
-        for word, following in zip(words, [*words, ""][1:], strict=True):
-            if _OPTION.fullmatch(word):
-                key, _, value = word.removeprefix("--").partition("=")
+        arguments = sys.argv[1:]
+        for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
+            if _OPTION.fullmatch(argument):
+                key, _, value = argument.removeprefix("--").partition("=")
                 value = value or ("VALUE" if following.startswith("-") else following or "VALUE")
-                self.exit(EXIT_CODE, f"error: {word} is not an option: write {key}={value}.\n")
+                self.exit(EXIT_CODE, f"error: {argument} is not an option: write {key}={value}.\n")
         unknown = message.removeprefix("unrecognized arguments: ").split()[0]
-        near = difflib.get_close_matches(unknown, self._option_string_actions, n=1)
-        hint = f" (did you mean {near[0]}?)" if unknown.startswith("--") and near else ""
+        nearest = difflib.get_close_matches(unknown, self._option_string_actions, n=1)
+        hint = f" (did you mean {nearest[0]}?)" if unknown.startswith("--") and nearest else ""
         self.exit(EXIT_CODE, f"error: {message.rstrip('.')}{hint}; see {self.prog} --help.\n")
 
     def add_overrides(self, text: str = OVERRIDE_HELP) -> None:

@@ -70,9 +70,9 @@ class Owner:
     ) -> None:
         """Take the directory (rank 0); wait at most `timeout_s` seconds, then raise RunInUse.
 
-        If only a lease is in the way, the wait is at least SILENT_S: its host may be gone. The
-        other ranks call `join` when rank 0 has returned. The files are in `out_dir`/`folder`;
-        `user` and `advice` are part of the error sentence.
+        If the locks are free and a lease of another host exists, the wait is at least SILENT_S,
+        since that host may be gone. The other ranks call `join` when rank 0 has returned. The files
+        are in `out_dir`/`folder`; `user` and `advice` are part of the error sentence.
         """
         self._out_dir, self._rank, self._user = Path(out_dir), rank, user
         self._timeout_s = timeout_s
@@ -116,7 +116,7 @@ class Owner:
         reaches = _has_locks(lock)  # all processes of this kernel
         silence = _Silence()
         began = time.monotonic()
-        told = False
+        announced = False
         while True:
             free = _locked(lock, fcntl.LOCK_EX) and _locked(ranks, fcntl.LOCK_EX)
             holder = _read(self._holder)
@@ -129,8 +129,8 @@ class Owner:
                 os.close(lock)
                 os.close(ranks)
                 raise RunInUse(f"{in_use}: {self._advice}")
-            if not told and time.monotonic() - began > 1:
-                told = True
+            if not announced and time.monotonic() - began > 1:
+                announced = True
                 print(f"{in_use}; waiting up to {patience_s:g} s for its end.", file=sys.stderr)
             time.sleep(_LOOK_S)
         os.close(ranks)  # which unlocks it for the ranks of this run
@@ -214,17 +214,17 @@ def held(out_dir: Path) -> Held | None:
     finally:
         os.close(file)
     holder = _read(path)
-    words = _named(holder) if holder else ""
+    holder_name = _named(holder) if holder else ""
     if not free:
-        return Held(True, words)
+        return Held(True, holder_name)
     if holder is None or (reaches and holder["boot"] == _boot()):
-        return Held(False, words)
+        return Held(False, holder_name)
     until_s = time.monotonic() + 2 * BEAT_S
     while time.monotonic() < until_s:
         time.sleep(_LOOK_S)
         if _read(path) not in (holder, None):
-            return Held(True, words)
-    return Held(False, words)
+            return Held(True, holder_name)
+    return Held(False, holder_name)
 
 
 class _Silence:

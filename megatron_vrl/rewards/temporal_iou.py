@@ -1,7 +1,7 @@
 """Temporal IoU: overlap of the answered interval and a true interval, divided by their union.
 
 If a sample has several true intervals, the one with the largest IoU counts: the question asks for
-one interval that shows the answer, not for all of them. NExT-GQA is evaluated in this way too.
+one interval that shows the answer, not for all of them. NExT-GQA is evaluated by the same rule.
 """
 
 from megatron_vrl.types import Interval, Parsed, VideoSample

@@ -88,7 +88,7 @@ class Workers:
             while waiting and idle:
                 share = min(CALLS_AT_A_TIME, -(-len(waiting) // len(self._workers)))
                 task = _Busy(idle.pop(), deque(waiting.popleft() for _ in range(share)), 0.0)
-                task.worker.connection.send([calls[number] for number in task.numbers])
+                task.worker.connection.send([calls[number] for number in task.indices])
                 task.deadline_s = time.monotonic() + self._timeout_s
                 busy.append(task)
             first_s = min(task.deadline_s for task in busy)
@@ -99,10 +99,10 @@ class Workers:
                 elif task.deadline_s <= time.monotonic():
                     self._give_up(task, f"took longer than {self._timeout_s:g} s", results)
                 if task.failed:
-                    waiting.extendleft(reversed(task.numbers))
-                    task.numbers.clear()
-            idle += [task.worker for task in busy if not task.numbers]
-            busy = [task for task in busy if task.numbers]
+                    waiting.extendleft(reversed(task.indices))
+                    task.indices.clear()
+            idle += [task.worker for task in busy if not task.indices]
+            busy = [task for task in busy if task.indices]
         return [results[number] for number in range(len(calls))]
 
     def close(self) -> None:
@@ -113,13 +113,13 @@ class Workers:
     def _receive(self, task: "_Busy", results: dict[int, Returned]) -> None:
         """Store the result of the call that is running; an error if its process has ended."""
         try:
-            results[task.numbers[0]] = task.worker.connection.recv()
+            results[task.indices[0]] = task.worker.connection.recv()
         except (EOFError, OSError):
             task.worker.process.join()
             code = task.worker.process.exitcode
             self._give_up(task, f"ended its process (exit code {code})", results)
             return
-        task.numbers.popleft()
+        task.indices.popleft()
         task.deadline_s = time.monotonic() + self._timeout_s
 
     def _give_up(self, task: "_Busy", error: str, results: dict[int, Returned]) -> None:
@@ -127,7 +127,7 @@ class Workers:
 
         `run` gives the remaining calls of the task to any process.
         """
-        results[task.numbers.popleft()] = Returned(math.nan, error)
+        results[task.indices.popleft()] = Returned(math.nan, error)
         task.worker.stop()
         new = self._start()
         new.await_ready()
@@ -172,7 +172,7 @@ class _Busy:
     """A worker with the calls it was given."""
 
     worker: _Worker
-    numbers: deque[int]  # indices of its calls; the first call is running
+    indices: deque[int]  # indices of its calls; the first call is running
     deadline_s: float  # time.monotonic() at which the running call has taken too long
     failed: bool = False  # the worker was replaced, and the remaining calls must be given out again
 

@@ -10,9 +10,9 @@ from megatron_vrl.types import Prompt, Rollout
 
 
 class InProcessEngine:
-    """Generator and WeightReceiver over one engine of this process.
+    """Generator and WeightReceiver that use one engine of this process.
 
-    `submit` returns finished futures. The engine sleeps between calls, so that training has the
+    `submit` returns finished futures. The engine sleeps between calls, so that training can use the
     GPU memory.
     """
 
@@ -35,15 +35,18 @@ class InProcessEngine:
         return futures
 
     def begin_sync(self) -> None:
+        """Invalidate the engine's weights."""
         self._engine.wake()
         self._engine.start_update()
 
     def push(self, tensors: NamedTensors) -> None:
+        """Load one bucket."""
         self._engine.load(tensors)
 
     def commit(self, version: int) -> None:
+        """End the weight sync; the engine generates as `version`."""
         self._engine.finish_update(version)
 
     def checksums(self) -> dict[str, Checksums]:
-        """Return SHA-256 of every live weight under the engine's name, "this process"."""
+        """Return {"this process": SHA-256 of every live weight}."""
         return {"this process": self._engine.weights_checksum()}

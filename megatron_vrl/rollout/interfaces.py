@@ -1,14 +1,14 @@
 """Interfaces between the trainer, the sources of rollouts and the inference engine.
 
-`RolloutManager` needs two things of a placement (`rollout.placement`):
+A placement (`rollout.placement`) gives `RolloutManager` a Generator and a WeightSync:
 
     placement   Generator         WeightSync
     colocated   InProcessEngine   InProcessSync   every rank pushes into its own engine
     workers     WorkerPool        WorkerSync      each pipeline stage sends its own layers
     replay      ReplayEngine      ReplayEngine    only the version number is recorded
 
-`InferenceEngine` is what a backend (`rollout.backend`) provides. A trainer rank holds one with
-`colocated`, and a rollout worker holds one with `workers`.
+`InferenceEngine` is what a backend (`rollout.backend`) provides. With placement
+`colocated` every trainer rank has an engine; with `workers` every rollout worker has one.
 """
 
 from collections.abc import Sequence
@@ -24,14 +24,14 @@ Checksums = dict[str, str]  # HF tensor name -> SHA-256
 
 
 class RolloutFuture(Protocol):
-    """Rollouts of one prompt that may still be generated, in the manner of concurrent.futures."""
+    """Future of the rollouts of one prompt, with two methods of `concurrent.futures.Future`."""
 
     def done(self) -> bool:
-        """Return True when `result` returns or raises at once."""
+        """Return whether `result` would return (or raise) without waiting."""
         ...
 
     def result(self) -> list[Rollout]:
-        """Return the rollouts. Raises RolloutError."""
+        """Wait for the rollouts and return them. Raises RolloutError."""
         ...
 
 
@@ -46,7 +46,7 @@ class Generator(Protocol):
 
     @property
     def no_live_workers(self) -> bool:
-        """True when no pending future can finish before the next weight sync."""
+        """Return whether all workers are lost: futures then finish after the next weight sync."""
         ...
 
 
@@ -56,7 +56,7 @@ class WeightSync(Protocol):
     def sync(self, version: int, min_workers: int) -> bool:
         """Send the weights as `version` and return True if at least one engine holds them.
 
-        Every rank calls it. Raises RolloutError on every rank.
+        Every rank calls this method. Raises RolloutError on every rank.
         """
         ...
 

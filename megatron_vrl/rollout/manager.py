@@ -1,4 +1,4 @@
-"""Weight sync and generation for the training loop, with all trainer ranks in step."""
+"""Weight sync and generation for the training loop; all trainer ranks act together."""
 
 import time
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ from megatron_vrl.rollout.request import SamplingSpec
 from megatron_vrl.rollout.weight_sync import WeightVerifier
 from megatron_vrl.types import Prompt, Rollout
 
-POLL_INTERVAL_S = 0.005  # between looks at pending futures; one decoded token takes longer
+POLL_INTERVAL_S = 0.005  # between two polls of pending futures; decoding one token takes longer
 SYNC_RETRY_INTERVAL_S = 0.5
 
 
 class RolloutManager:
-    """Every rank calls every method, in the same order."""
+    """Facade over generator and weight sync. Every rank calls every method, in the same order."""
 
     def __init__(
         self,
@@ -27,7 +27,7 @@ class RolloutManager:
         verifier: WeightVerifier | None,
         banned_token_ids: tuple[int, ...],
     ) -> None:
-        """verifier: None skips the comparison of weight checksums."""
+        """`verifier`: compares weight checksums; None: they are not compared."""
         self.banned_token_ids = banned_token_ids  # tokens that no rollout contains
         self.version: int | None = None  # of the weights that the engines hold
         self._cfg, self._mesh = cfg, mesh
@@ -35,7 +35,7 @@ class RolloutManager:
         self._syncs = 0
 
     def sync_weights(self, version: int) -> None:
-        """Give the engines the trainer's weights, unless they already hold `version`.
+        """Send the trainer's weights to the engines, unless they already hold `version`.
 
         The first sync waits for `rollout.min_workers` workers, a later one for a single worker.
         Weight checksums are compared at the first sync and at every
@@ -43,34 +43,37 @@ class RolloutManager:
         """
         if self.version == version:
             return
-        self._sync_until_taken(version, self._cfg.min_workers if self.version is None else 1)
+        self._sync_until_loaded(version, self._cfg.min_workers if self.version is None else 1)
         if self._verifier is not None:
             if self._syncs % self._cfg.check_weights_every == 0:
                 self._verifier.check()
             self._syncs += 1
 
     def generate(
-        self, prompts: Sequence[Prompt], spec: SamplingSpec, numbers: Sequence[int] | None = None
+        self,
+        prompts: Sequence[Prompt],
+        spec: SamplingSpec,
+        indices: Sequence[int] | None = None,
     ) -> list[list[Rollout]]:
         """Return `spec.n` rollouts for each of this rank's prompts, in order.
 
-        numbers: as in `submit`; by default 0, 1, 2, ...
+        `indices`: see `submit`; None: 0, 1, 2, ...
         Raises RolloutError on every rank if a prompt of any rank cannot be answered.
         """
-        futures = self.submit(prompts, spec, range(len(prompts)) if numbers is None else numbers)
+        futures = self.submit(prompts, spec, range(len(prompts)) if indices is None else indices)
         self.wait(futures, required=len(futures), count=len(futures))
         return self.results(futures)
 
     def submit(
-        self, prompts: Sequence[Prompt], spec: SamplingSpec, numbers: Sequence[int]
+        self, prompts: Sequence[Prompt], spec: SamplingSpec, indices: Sequence[int]
     ) -> Sequence[RolloutFuture]:
         """Start generation and return one future per prompt.
 
-        Prompt i is sampled with the seed of `spec.for_prompt(numbers[i])`. Workers generate while
+        Prompt i is sampled with the seed of `spec.for_prompt(indices[i])`. Workers generate while
         the trainer does other work. An in-process engine finishes before the call returns.
         """
         with raise_on_all_ranks(self._mesh):
-            return self._generator.submit(prompts, [spec.for_prompt(number) for number in numbers])
+            return self._generator.submit(prompts, [spec.for_prompt(index) for index in indices])
 
     def wait(self, futures: Sequence[RolloutFuture], required: int, count: int) -> list[int]:
         """Wait for `count` of this rank's futures and return their indices.
@@ -78,8 +81,8 @@ class RolloutManager:
         The first `required` futures are always among them. The remaining indices are those that
         finished first. Example: required=1, count=3 and futures 0, 2, 4, 5 done -> [0, 2, 4].
 
-        When no live worker is left on some rank, the weights are synced again and the pending
-        requests continue on the workers that take them.
+        When no live worker is left on some rank, the weights are synced again, and the workers that
+        load them get the pending requests.
         """
         while True:
             chosen = self._poll(futures, required, count)
@@ -87,7 +90,7 @@ class RolloutManager:
                 assert chosen is not None
                 return chosen
             assert self.version is not None
-            self._sync_until_taken(self.version, 1)
+            self._sync_until_loaded(self.version, 1)
 
     def results(self, futures: Sequence[RolloutFuture]) -> list[list[Rollout]]:
         """Return the rollouts of finished futures. Raises RolloutError on every rank alike."""
@@ -107,7 +110,7 @@ class RolloutManager:
                 return None
             time.sleep(POLL_INTERVAL_S)
 
-    def _sync_until_taken(self, version: int, min_workers: int) -> None:
+    def _sync_until_loaded(self, version: int, min_workers: int) -> None:
         """Repeat the weight sync until at least one engine holds `version`.
 
         Raises RolloutError on every rank after `rollout.worker_wait_timeout_s`.
@@ -116,7 +119,7 @@ class RolloutManager:
         while not self._weight_sync.sync(version, min_workers):
             if gather_objects(world_axis(self._mesh), time.monotonic() > deadline)[0]:
                 raise RolloutError(
-                    "No rollout worker took the weights within rollout.worker_wait_timeout_s="
+                    "No rollout worker loaded the weights within rollout.worker_wait_timeout_s="
                     f"{self._cfg.worker_wait_timeout_s:g}: look at the workers' output."
                 )
             time.sleep(SYNC_RETRY_INTERVAL_S)

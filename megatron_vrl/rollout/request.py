@@ -1,8 +1,8 @@
-"""Rollout requests, their conversion to vLLM prompts, and a check of what vLLM read.
+"""Rollout requests, their conversion to vLLM prompts, and a comparison of vLLM's inputs.
 
-A `RolloutRequest` carries what an engine needs, so it is also the message to a rollout worker. For
-every request the prompt tokens, video grid and seconds per grid step that the engine derived are
-compared with the trainer's. A difference is an error that names the sample.
+A `RolloutRequest` holds all data that an engine needs, so it is also the message to a rollout
+worker. For every request, the prompt tokens, video grid and seconds per grid step that vLLM derived
+are compared with the trainer's. A difference raises an error that names the sample.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ class SamplingSpec:
     temperature: float  # 0: greedy, which needs n == 1
     top_p: float
     max_tokens: int
-    seed: int  # of the first rollout; the i-th one has seed + i
+    seed: int  # seed of the first rollout; rollout i has seed + i
 
     def __post_init__(self) -> None:
         if self.temperature == 0 and self.n > 1:
@@ -47,7 +47,7 @@ class SamplingSpec:
     def for_prompt(self, index: int) -> "SamplingSpec":
         """Return the spec of prompt `index`, with a seed derived from the spec's seed and `index`.
 
-        A rollout therefore depends neither on the prompts beside it nor on the engine.
+        The seed of a rollout therefore depends neither on the other prompts nor on the engine.
         """
         seed = np.random.SeedSequence([self.seed, index]).generate_state(1)[0] >> 1
         return replace(self, seed=int(seed))
@@ -67,9 +67,9 @@ class VideoInput:
 class RolloutRequest:
     """One prompt as an engine receives it."""
 
-    id: str  # of the sample, for error messages
-    token_ids: NDArray[np.int64]  # [P] as the trainer has them: one pad per vision token
-    engine_token_ids: tuple[int, ...]  # with one pad per video
+    id: str  # id of the sample, for error messages
+    token_ids: NDArray[np.int64]  # [P] tokens of the trainer, with one pad token per vision token
+    engine_token_ids: tuple[int, ...]  # tokens for vLLM, with one pad token per video
     videos: tuple[VideoInput, ...]
 
 
@@ -92,7 +92,7 @@ def make_request(prompt: Prompt) -> RolloutRequest:
                 seconds_per_grid=video.seconds_per_grid,
                 embeddings=embeddings,
             )
-            for video, embeddings in zip(videos, prompt.seen or repeat(None), strict=False)
+            for video, embeddings in zip(videos, prompt.visual_embeds or repeat(None), strict=False)
         ),
     )
 

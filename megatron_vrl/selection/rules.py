@@ -98,13 +98,13 @@ def select(candidates: Sequence[Candidate], rule: Selection) -> list[Candidate]:
     return [replace(c, verdict=OVER_BUDGET) if c.id in over else c for c in with_verdict]
 
 
-def _verdict(found: Candidate, rule: Selection) -> dict[str, Any]:
+def _verdict(candidate: Candidate, rule: Selection) -> dict[str, Any]:
     """Return {"verdict", "rank"} of one sample, without regard to the budget."""
-    if not found.components:
+    if not candidate.components:
         return {"verdict": UNDECODABLE, "rank": 0.0}
     verdicts = []
-    for name, kind in TASKS[found.task].correctness.items():
-        spread = found.components[name]
+    for name, kind in TASKS[candidate.task].correctness.items():
+        spread = candidate.components[name]
         verdicts.append(_of_binary(spread) if kind == "binary" else _of_graded(spread, rule))
     kept = [rank for verdict, rank in verdicts if verdict == KEPT]
     if kept:  # one component with a learning signal is enough
@@ -115,19 +115,19 @@ def _verdict(found: Candidate, rule: Selection) -> dict[str, Any]:
     }
 
 
-def _of_binary(found: Spread) -> tuple[str, float]:
+def _of_binary(spread: Spread) -> tuple[str, float]:
     """Return verdict and rank by a component that is 0 or 1."""
-    if found.mean == 0.0:
+    if spread.mean == 0.0:
         return "all wrong", 0.0
-    return ("all right", 0.0) if found.mean == 1.0 else (KEPT, found.std)
+    return ("all right", 0.0) if spread.mean == 1.0 else (KEPT, spread.std)
 
 
-def _of_graded(found: Spread, rule: Selection) -> tuple[str, float]:
+def _of_graded(spread: Spread, rule: Selection) -> tuple[str, float]:
     """Return verdict and rank by a component with values between 0 and 1."""
-    poor = found.mean < rule.min_mean
-    if found.std < rule.min_std:
-        return ("little spread and poor" if poor else "little spread and good"), found.std
-    return ("spread but poor" if poor else KEPT), found.std
+    poor = spread.mean < rule.min_mean
+    if spread.std < rule.min_std:
+        return ("little spread and poor" if poor else "little spread and good"), spread.std
+    return ("spread but poor" if poor else KEPT), spread.std
 
 
 def _quotas(passed: Mapping[str, int], budget: int) -> dict[str, int]:

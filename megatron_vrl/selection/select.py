@@ -105,14 +105,14 @@ def apply_rules(cfg: RunConfig, samples: Sequence[VideoSample], out: Path) -> li
     rows = {
         row["id"]: row for path in sorted(out.glob("answers-*.jsonl")) for row in read_rows(path)
     }
-    found = candidates_of(
+    candidates = candidates_of(
         (rows[s.id] for s in samples if s.id in rows), reward_weights(cfg.rewards)
     )
-    if not found:
+    if not candidates:
         raise DataError(
             f"{out} has no answers to the samples of data.train; leave out --rules-only."
         )
-    chosen = select(found, cfg.selection)
+    chosen = select(candidates, cfg.selection)
     write_selection(out, chosen, len(samples), cfg.selection)
     return chosen
 
@@ -176,13 +176,13 @@ def _settings(cfg: RunConfig, shard: Shard) -> dict[str, Any]:
         "top_p": cfg.rollout.top_p,
         "max_response_tokens": cfg.rollout.max_response_tokens,
         "rewards": cfg.rewards.model_dump(mode="json", include={"mode", "functions"}),
-        "share": list(shard),
+        "shard": list(shard),
     }
 
 
 def _counts(chosen: Sequence[Candidate]) -> dict[str, dict[str, int]]:
     """Return task -> verdict -> number of samples."""
-    found: dict[str, Counter[str]] = {}
+    counts: dict[str, Counter[str]] = {}
     for one in chosen:
-        found.setdefault(one.task, Counter())[one.verdict] += 1
-    return {task: dict(of_task.most_common()) for task, of_task in sorted(found.items())}
+        counts.setdefault(one.task, Counter())[one.verdict] += 1
+    return {task: dict(of_task.most_common()) for task, of_task in sorted(counts.items())}

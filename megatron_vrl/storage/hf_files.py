@@ -49,10 +49,10 @@ def read_headers(directory: Path) -> list[StoredTensor]:
 
 def check_no_adapter(directory: Path) -> None:
     """Raise CheckpointError if the directory contains a LoRA adapter."""
-    found = next((name for name in ADAPTERS if (directory / name).exists()), None)
-    if found is not None:
+    adapter = next((name for name in ADAPTERS if (directory / name).exists()), None)
+    if adapter is not None:
         raise CheckpointError(
-            f"{directory} holds an adapter ({found}), which would not be applied: merge it into "
+            f"{directory} holds an adapter ({adapter}), which would not be applied: merge it into "
             "its base model first (merge_and_unload of peft) and give the merged folder."
         )
 

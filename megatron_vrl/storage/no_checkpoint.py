@@ -26,23 +26,23 @@ def advice(path: Path) -> str:
         )
     if (path / "checkpoints").is_dir() or (path / "export").is_dir():
         return _run_advice(path)
-    found = newest(path) or newest(path / "snapshots")
-    if found is None:
+    checkpoint = newest(path) or newest(path / "snapshots")
+    if checkpoint is None:
         return ""
-    return f"{path} holds checkpoints and is none: choose one, the newest is {found}."
+    return f"{path} holds checkpoints and is none: choose one, the newest is {checkpoint}."
 
 
 def newest(directory: Path) -> Path | None:
     """Return the newest checkpoint of a directory: by its file `latest`, else by time."""
     if not directory.is_dir():
         return None
-    found = [child for child in directory.iterdir() if _is_checkpoint(child)]
+    checkpoints = [child for child in directory.iterdir() if _is_checkpoint(child)]
     latest = directory / "latest"
     if latest.is_file():
         named = directory / latest.read_text(errors="replace").strip()
-        if named in found:
+        if named in checkpoints:
             return named
-    return max(found, key=lambda child: (child.stat().st_mtime, child.name), default=None)
+    return max(checkpoints, key=lambda child: (child.stat().st_mtime, child.name), default=None)
 
 
 def _is_checkpoint(path: Path) -> bool:

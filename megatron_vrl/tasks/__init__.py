@@ -1,12 +1,15 @@
-"""Tasks: the kinds of questions about a video. A new task is one file and one row of `TASKS`.
+"""Tasks: the kinds of questions about a video. A new task is one file and one entry of `TASKS`.
 
-`SYSTEM_PROMPTS` are the choices of `data.system_prompt`. `temporal_r1` is the released text of
-Temporal-R1 (arXiv 2506.01908, `sys_prompt_map` of its evaluation; its training script has a line
-break in place of one space). `think` gives the same instruction in other words. Neither names the
-JSON keys. `answer` asks for an empty think block, not for none, so that one format rule serves all:
-the warm-up then imitates `task.target(replace(sample, rationale=""))`. Under `none` the chat
-template of Qwen2.5-VL writes "You are a helpful assistant.", as the released evaluation of
-untrained models does.
+`SYSTEM_PROMPTS` are the choices of `data.system_prompt`:
+
+- `temporal_r1` is the released text of Temporal-R1 (arXiv 2506.01908, `sys_prompt_map` of its
+  evaluation). Its training script has a line break in place of one space.
+- `think` gives the same instruction in other words. Like `temporal_r1`, it does not name the JSON
+  keys of the answer.
+- `answer` asks for an empty think block, so that all prompts have the same response format. The
+  SFT target is then `task.target(replace(sample, rationale=""))`.
+- `none` sets no system prompt. The chat template of Qwen2.5-VL then writes "You are a helpful
+  assistant.", as in Temporal-R1's evaluation of untrained models.
 """
 
 from megatron_vrl.tasks.grounded_qa import GROUNDED_QA
@@ -24,7 +27,7 @@ TASKS: dict[str, Task] = {
 }
 
 SYSTEM_PROMPTS: dict[str, str | None] = {
-    "none": None,  # the chat template's own
+    "none": None,  # the chat template writes its default system prompt
     "temporal_r1": (
         "You FIRST think about the reasoning process as an internal monologue and then provide the "
         "final answer. The reasoning process MUST BE enclosed within <think> </think> tags. The "
@@ -44,5 +47,5 @@ SYSTEM_PROMPTS: dict[str, str | None] = {
 
 
 def can_be_asked(sample: VideoSample) -> bool:
-    """Return whether the sample has a question, and a truth to score answers by."""
+    """Return whether the sample has a question and a ground truth to score answers with."""
     return bool(sample.query) and TASKS[sample.task].truth.is_in(sample)

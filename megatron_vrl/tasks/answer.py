@@ -1,15 +1,16 @@
 """Strict parser of `<think>...</think><answer>{JSON}</answer>`.
 
 The last `<answer>...</answer>` after the last `</think>` is the answer block. A block inside the
-thinking is never read, nor is a block that is not closed, as in a response cut at its length limit.
-The block holds one JSON object without repeated keys. Seconds are plain decimals, as a string or a
-number; units, mm:ss, exponents, NaN and infinity are refused. Seconds are clipped to the video and
-must then be in order. An option is read from its letter ("B", "b", "(B)", "B."), from its text, or
-from both if they agree.
+thinking is never read. An unclosed block, as in a response cut at its length limit, is not read
+either. The block holds one JSON object without repeated keys. Seconds are plain decimals, as a
+string or a number; units, mm:ss, exponents, NaN and infinity are refused. Seconds are clipped to
+the duration of the video; the start must then be before the end. An option is read from its letter
+("B", "b", "(B)", "B."), from its text, or from both if they agree.
 
-The parser accepts more than the format does: `template` returns the pattern of a formatted
-response. The pattern allows white space around the response and inside the JSON. It allows no
-second answer block, no tags inside the thinking and no text outside the two blocks.
+The parser reads more responses than those in the exact format. `template` returns the pattern of a
+response in the exact format. The pattern allows white space around the response and inside the
+JSON. It allows no second answer block, no tags inside the thinking and no text outside the two
+blocks.
 
 Each `read_` function returns (value, failure), where failure is "" or one sentence.
 """
@@ -53,18 +54,18 @@ def read_block(response: str) -> tuple[str, str]:
 def read_json(body: str) -> tuple[Any, str]:
     """Return one JSON value.
 
-    Integers become floats, so that no literal is too long. A number with an exponent becomes its
-    text, which no field of an answer accepts.
+    Integers become floats, since Python refuses integers of too many digits. A number with an
+    exponent becomes its text, which no field of an answer accepts.
     """
     try:
         value = json.loads(
             body,
             parse_int=float,
-            parse_float=_plain,
-            parse_constant=_refuse,
+            parse_float=_plain_number,
+            parse_constant=_refuse_constant,
             object_pairs_hook=_unique_keys,
         )
-    except (ValueError, RecursionError):  # a long row of "[" is too deep for the json module
+    except (ValueError, RecursionError):  # RecursionError: too many nested "["
         return None, "the answer is not JSON"
     return value, ""
 
@@ -90,27 +91,27 @@ def read_interval(fields: dict[str, Any], duration_s: float) -> tuple[Interval |
         clipped_s.append(min(max(time_s, 0.0), duration_s))
     start_s, end_s = clipped_s
     if not start_s < end_s:
-        return None, f"no time of the video lies between {start_s:g} s and {end_s:g} s"
+        return None, f"no part of the video lies between {start_s:g} s and {end_s:g} s"
     return (start_s, end_s), ""
 
 
 def read_option(text: Any, options: tuple[str, ...]) -> tuple[str, str]:
     """Return the letter of the one option that `text` names; "" if it names none or several.
 
-    A single letter is always read as a letter. An empty string in `options` is an option with an
-    unknown text: any text may follow its marked letter.
+    A single letter is always read as a letter. An empty string in `options` is an option
+    whose text is unknown: any text may follow its letter if the letter is marked, as in "(B) text".
     """
     if not isinstance(text, str):
         return "", f"option {text!r:.40} is not a letter"
     text = text.strip()
-    named = {letter for letter, option in lettered(options) if _same(option, text)}
+    named = {letter for letter, option in lettered(options) if _equal_texts(option, text)}
     match = _LETTERED.fullmatch(text)
     if match:
         letter, marked, rest = (match[1] or match[2]).upper(), match[1] or match[3], match[4]
         option = dict(lettered(options)).get(letter)
         if rest is None:
             named = {letter} if option is not None else set()
-        elif (option == "" and marked) or (option and _same(option, rest)):
+        elif (option == "" and marked) or (option and _equal_texts(option, rest)):
             named.add(letter)
     if len(named) != 1:
         return "", f"option {text!r:.40} does not name one of {len(options)} options"
@@ -129,17 +130,17 @@ def _seconds(value: Any) -> float | None:
     return value if isinstance(value, float) and math.isfinite(value) else None
 
 
-def _same(left: str, right: str) -> bool:
+def _equal_texts(left: str, right: str) -> bool:
     """Return whether two texts are equal up to case, surrounding space and a final period."""
     return left.strip().rstrip(".").casefold() == right.strip().rstrip(".").casefold()
 
 
-def _plain(literal: str) -> float | str:
+def _plain_number(literal: str) -> float | str:
     """Return the number; the text itself if it has an exponent."""
     return literal if "e" in literal.lower() else float(literal)
 
 
-def _refuse(constant: str) -> float:
+def _refuse_constant(constant: str) -> float:
     """Raise ValueError: NaN, Infinity and -Infinity are not JSON."""
     raise ValueError(constant)
 

@@ -17,7 +17,7 @@ from megatron_vrl.tasks.answer import (
 )
 from megatron_vrl.tasks.baselines import grounded_option_baselines
 from megatron_vrl.tasks.metrics import grounded_option_metrics
-from megatron_vrl.tasks.multiple_choice import ask
+from megatron_vrl.tasks.multiple_choice import question_with_options
 from megatron_vrl.tasks.task import Task, Truth
 from megatron_vrl.types import Parsed, VideoSample
 
@@ -26,7 +26,7 @@ TEMPLATE = template(option=LETTER, start_time=SECONDS, end_time=SECONDS)
 
 
 def question(sample: VideoSample) -> str:
-    return ask(sample, INSTRUCTION)
+    return question_with_options(sample, INSTRUCTION)
 
 
 def target(sample: VideoSample) -> str:

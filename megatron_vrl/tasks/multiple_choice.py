@@ -1,7 +1,8 @@
-"""Multiple choice: which option is right?
+"""Multiple choice: the model names the letter of the correct option.
 
-The target answers in JSON. An answer block without a JSON object is read as the bare option, so
-that models that never learned the format can be evaluated; the answer does not count as formatted.
+The SFT target is a JSON object. If the answer block holds no JSON object, its text is read as the
+option, so that models without format training can be evaluated. Such an answer gets no format
+reward.
 `temporal_r1_question` is the wording of Temporal-R1's evaluation on MVBench.
 """
 
@@ -26,11 +27,11 @@ TEMPLATE = template(option=LETTER)
 
 
 def question(sample: VideoSample) -> str:
-    return ask(sample, INSTRUCTION)
+    return question_with_options(sample, INSTRUCTION)
 
 
-def ask(sample: VideoSample, instruction: str) -> str:
-    """Return the question with its options, one a line, and `instruction` below them."""
+def question_with_options(sample: VideoSample, instruction: str) -> str:
+    """Return the question, its options with one option per line, and `instruction` below them."""
     options = "\n".join(f"({letter}) {option}" for letter, option in lettered(sample.options))
     return f"Question: {sample.query}\nOptions:\n{options}\n{instruction}"
 
@@ -49,8 +50,8 @@ def parse(response: str, sample: VideoSample) -> Parsed:
     body, failure = read_block(response)
     if failure:
         return Parsed(failure=failure)
-    value, not_json = read_json(body)
-    text = body if not_json else value.get("option") if isinstance(value, dict) else value
+    value, json_failure = read_json(body)
+    text = body if json_failure else value.get("option") if isinstance(value, dict) else value
     option, failure = read_option(text, sample.options)
     formatted = not failure and TEMPLATE.fullmatch(response.strip()) is not None
     return Parsed(option=option, formatted=formatted, failure=failure)

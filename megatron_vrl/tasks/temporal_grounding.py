@@ -1,7 +1,7 @@
-"""Temporal grounding: when does the described content occur?
+"""Temporal grounding: the model names the interval in which the described content occurs.
 
-The question has the wording, with its odd "?." ending, that Temporal-R1 is evaluated with
-(arXiv 2506.01908). The target names the first true interval.
+The question, including its ending "?.", is the one of Temporal-R1's evaluation (arXiv 2506.01908).
+The SFT target is the first interval of the ground truth.
 """
 
 from collections.abc import Sequence

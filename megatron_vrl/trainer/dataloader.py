@@ -1,15 +1,15 @@
 """Data loader of a training phase: the prompts of each step, with decoded videos.
 
 A sample whose video cannot be read is written to quarantine.jsonl and replaced by the next sample
-of the stream, in the same position of the same rank, so that groups keep their number and size.
-Example: a step takes samples 0 to 3 of the stream and the video of sample 2 is cut off. The step
+of the stream, at the same position in the step, so that every step has the same number of groups.
+Example: a step takes samples 0 to 3 of the stream and the file of sample 2 is truncated. The step
 trains on 0, 1, 4, 3, and the next step begins with 5.
 
-All ranks learn of every bad sample before any rank draws again, and all draw the same samples. The
-position in the stream is saved with the run, so a resumed run draws the same samples in the same
+All ranks exchange their bad samples before any rank draws again, so all draw the same samples. A
+checkpoint holds the position in the stream, so a resumed run draws the same samples in the same
 order. Videos of the next step are decoded in the background.
 
-Evaluations have fixed samples and do not replace any: see evaluation/during_training.py.
+Evaluations have fixed samples and replace none of them: see evaluation/during_training.py.
 """
 
 from collections.abc import Callable
@@ -25,13 +25,15 @@ from megatron_vrl.storage.files import RowFile, read_rows
 from megatron_vrl.trainer.state import RunState
 from megatron_vrl.types import Prompt, VideoSample
 
-FEWEST_DRAWN = 100  # below it, the fraction of bad samples is taken of this number
+MIN_DRAWN = 100  # least divisor of the fraction of bad samples
 
 
 class PreparedSample(NamedTuple):
+    """A sample with its prompt, whose video is decoded."""
+
     sample: VideoSample
     prompt: Prompt
-    position: int  # of the sample in the stream
+    position: int  # position of the sample in the stream
 
 
 class PromptDataLoader:
@@ -42,7 +44,8 @@ class PromptDataLoader:
     ):
         """Remove the rows of quarantine.jsonl that the resumed run will write again.
 
-        Samples that were in flight when `state` was saved are drawn first. `log` gets messages.
+        Samples that were in flight when `state` was saved are drawn first, again. `log` prints a
+        message.
         """
         self._ctx, self._stream, self._state, self._log = ctx, stream, state, log
         path = Path(ctx.cfg.run.out_dir) / "quarantine.jsonl"
@@ -51,11 +54,11 @@ class PromptDataLoader:
             if ctx.mesh.rank == 0:
                 self._file = RowFile(path, resume=state.next_row)
         self._written = {(row["sample"], row["video"]) for row in read_rows(path)}
-        self._bad: list[Problem] = []  # since this process started
-        self._reported: set[str] = set()  # kinds of problems that one message named in full
+        self._bad: list[Problem] = []  # bad samples since this process started
+        self._reported: set[str] = set()  # kinds of problems that have been logged
         self._bad_before = state.bad_samples
-        self._again = list(state.under_way)
-        self._num_drawn = state.stream - len(self._again)
+        self._to_redraw = list(state.in_flight)
+        self._num_drawn = state.stream - len(self._to_redraw)
         self._counts_before = dict.fromkeys(ctx.reader.counts, 0)
 
     @property
@@ -69,26 +72,26 @@ class PromptDataLoader:
         Raises UserError on every rank if more than video.max_bad_fraction of the samples are bad.
         """
         mesh = self._ctx.mesh
-        mine = shard(range(num), mesh.data, mesh.model)
+        own_slots = shard(range(num), mesh.data, mesh.model)
         prepared: dict[int, PreparedSample] = {}  # by position in the step
         missing = list(range(num))
         while missing:
             drawn = dict(zip(missing, self._draw(len(missing)), strict=True))
-            new, bad = self._prepare({slot: drawn[slot] for slot in mine if slot in drawn})
+            new, bad = self._prepare({slot: drawn[slot] for slot in own_slots if slot in drawn})
             prepared |= new
             bad_of_step: dict[int, Problem] = {}
             for bad_of_rank in gather_objects(world_axis(mesh), bad):
                 bad_of_step = bad_of_rank | bad_of_step
             missing = sorted(bad_of_step)
             self._quarantine([bad_of_step[slot] for slot in missing])
-        return [prepared[slot] for slot in mine]
+        return [prepared[slot] for slot in own_slots]
 
     def prefetch(self, num: int) -> None:
         """Decode this rank's shard of the next `num` samples in the background."""
         mesh = self._ctx.mesh
         with raise_on_all_ranks(mesh):
-            coming = shard(self._stream.peek(num), mesh.data, mesh.model)
-        self._ctx.reader.prefetch([item.clip for item in coming if isinstance(item, VideoSample)])
+            upcoming = shard(self._stream.peek(num), mesh.data, mesh.model)
+        self._ctx.reader.prefetch([item.clip for item in upcoming if isinstance(item, VideoSample)])
 
     def metrics(self) -> dict[str, float]:
         """Return the counts of all ranks since the last call."""
@@ -97,21 +100,21 @@ class PromptDataLoader:
         self._counts_before = counts
         total_bad = self._state.bad_samples
         bad, self._bad_before = total_bad - self._bad_before, total_bad
-        of_ranks = gather_objects(world_axis(self._ctx.mesh), own)
+        counts_of_ranks = gather_objects(world_axis(self._ctx.mesh), own)
         names = {"decoded": "data/videos_decoded", "store": "data/videos_from_store"}
         names["retried"] = "data/videos_retried"
         return {
             "data/bad_samples": float(bad),
             "data/bad_fraction": total_bad / max(self._num_drawn, 1),
-        } | {title: float(sum(o[name] for o in of_ranks)) for name, title in names.items()}
+        } | {metric: float(sum(c[name] for c in counts_of_ranks)) for name, metric in names.items()}
 
     def _draw(self, num: int) -> list[tuple[int, VideoSample | Problem]]:
         """Return the next `num` items of the stream, each with its position in the stream."""
         self._num_drawn += num
-        again, self._again = self._again[:num], self._again[num:]
+        redrawn, self._to_redraw = self._to_redraw[:num], self._to_redraw[num:]
         with raise_on_all_ranks(self._ctx.mesh):
-            drawn = [(position, self._stream.at(position)) for position in again]
-            for _ in range(num - len(again)):
+            drawn = [(position, self._stream.at(position)) for position in redrawn]
+            for _ in range(num - len(redrawn)):
                 (item,) = self._stream.draw(1)
                 drawn.append((self._stream.state - 1, item))
         return drawn
@@ -119,7 +122,7 @@ class PromptDataLoader:
     def _prepare(
         self, drawn: dict[int, tuple[int, VideoSample | Problem]]
     ) -> tuple[dict[int, PreparedSample], dict[int, Problem]]:
-        """Return this rank's prepared samples and its bad ones, by position in the step."""
+        """Return this rank's prepared samples and its bad samples, both by position in the step."""
         bad = {slot: item for slot, (_, item) in drawn.items() if isinstance(item, Problem)}
         samples = {s: item for s, (_, item) in drawn.items() if isinstance(item, VideoSample)}
         with raise_on_all_ranks(self._ctx.mesh):
@@ -147,17 +150,17 @@ class PromptDataLoader:
                     when = {"phase": self._state.stage, "step": self._state.step + 1}
                     self._file.append(when | problem.row())
         self._report(new)
-        most = self._ctx.cfg.video.max_bad_fraction
-        if self._state.bad_samples > most * max(self._num_drawn, FEWEST_DRAWN):
-            since = "since this start " if len(self._bad) < self._state.bad_samples else ""
+        limit = self._ctx.cfg.video.max_bad_fraction
+        if self._state.bad_samples > limit * max(self._num_drawn, MIN_DRAWN):
+            since = "since the run was resumed " if len(self._bad) < self._state.bad_samples else ""
             raise UserError(
                 f"{self._state.bad_samples} of the {self._num_drawn} samples drawn have bad "
-                f"videos, over video.max_bad_fraction={most}: {since}{summary(self._bad)}; see "
+                f"videos, over video.max_bad_fraction={limit}: {since}{summary(self._bad)}; see "
                 "quarantine.jsonl, check the data with tools/check_data.py, or raise the limit."
             )
 
     def _report(self, new: list[Problem]) -> None:
-        """Log the first problem of each kind in full, and the others of a batch by number."""
+        """Log the first problem of each kind in full; of the others in `new`, only the number."""
         others = []
         for problem in new:
             if problem.kind in self._reported:

@@ -91,9 +91,9 @@ def _parse(cfg: RunConfig, datasets: Datasets, here: bool) -> list[str]:
         read_all = datasets.load if key.startswith("data.evaluation.") else datasets.open_pool
         for source in sources:
             missing += _missing(source)
-        found = [source for source in sources if here or not _is_elsewhere(source)]
+        local = [source for source in sources if here or not _is_elsewhere(source)]
         try:
-            read_all(found, _one_second)
+            read_all(local, _one_second)
         except DataError as error:
             raise DataError(f"{key}: {error}") from None
     return missing

@@ -59,7 +59,7 @@ def collect_rollouts(ctx: RunContext, rollout_queue: RolloutQueue) -> RolloutBat
         everywhere = sum(gather_objects(ctx.mesh.data, len(kept)))
         missing = cfg.rollout.prompts_per_step - everywhere
         rounds += 1
-    dummy_group = to_train(
+    dummy_group = training_group(
         Experience(scored=groups[0], advantages=np.zeros(len(groups[0].rollouts)))
     )
     return RolloutBatch(
@@ -82,10 +82,11 @@ def _failures(ctx: RunContext) -> dict[str, list[str]]:
     return joined
 
 
-def to_train(experience: Experience, mask_truncated: bool = False) -> Group:
-    """Return the group to pack. Advantages were computed over all its answers.
+def training_group(experience: Experience, mask_truncated: bool = False) -> Group:
+    """Return the group that an update trains on.
 
-    `mask_truncated` drops the answers that were cut at the length limit.
+    `mask_truncated` drops the answers that were cut at the length limit. Their rewards still count
+    in the advantages of the others.
     """
     scored = experience.scored
     answers = [
@@ -101,8 +102,8 @@ def to_train(experience: Experience, mask_truncated: bool = False) -> Group:
     return Group(prompt=scored.prompt, answers=tuple(answers))
 
 
-def sampled_distribution(ctx: RunContext) -> Distribution:
-    """Return the distribution that the engine samples from, for the trainer's log-probs."""
+def sampling_distribution(ctx: RunContext) -> Distribution:
+    """Return the distribution that the engine samples from. The trainer's log-probs use it, too."""
     return Distribution(
         temperature=ctx.cfg.rollout.temperature, banned=ctx.rollout_manager.banned_token_ids
     )
@@ -177,14 +178,14 @@ def _kl_of_groups(
     ]
     batches = plan_batches(to_score, _numbered(dummy_group, 0), ctx.cfg.batch, ctx.mesh)
     sums = np.zeros(sum(len(group.rollouts) for group in groups))
-    references = ctx.policy.reference_logprobs(batches, sampled_distribution(ctx))
+    references = ctx.policy.reference_logprobs(batches, sampling_distribution(ctx))
     for batch, reference in zip(batches, references, strict=True):
         if reference is not None and ctx.mesh.tensor.rank == 0:  # equal on tensor ranks
             engine = reference.new_tensor(batch.engine_logprob)
             penalty = kl_penalty(engine, reference, ctx.cfg.algorithm).double().cpu().numpy()
-            numbers = np.array([int(name) for name in batch.answer_id])[batch.sequence]
+            answer_indices = np.array([int(name) for name in batch.answer_id])[batch.sequence]
             counted = batch.weight > 0  # tokens of dummy micro-batches have weight 0
-            np.add.at(sums, numbers[counted], penalty[counted])
+            np.add.at(sums, answer_indices[counted], penalty[counted])
     total = sum(gather_objects(ctx.mesh.model, sums))  # context ranks hold parts of an answer
     return np.split(total, _starts(groups)[1:]) if groups else []
 
@@ -197,6 +198,6 @@ def _starts(groups: Sequence[ScoredGroup]) -> list[int]:
 
 def _numbered(group: ScoredGroup, first: int) -> Group:
     """Return the group for a forward pass, with answer numbers as answer ids."""
-    whole = to_train(Experience(scored=group, advantages=np.zeros(len(group.rollouts))))
+    whole = training_group(Experience(scored=group, advantages=np.zeros(len(group.rollouts))))
     answers = [replace(a, id=str(first + i)) for i, a in enumerate(whole.answers)]
     return replace(whole, answers=tuple(answers))

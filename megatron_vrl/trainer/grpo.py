@@ -112,7 +112,7 @@ def run_steps(
                     update = update_policy(ctx, rollouts, state.step)
         version = state.version
         state.step += 1
-        state.stream, state.under_way = loop.dataloader.position, loop.rollout_queue.positions()
+        state.stream, state.in_flight = loop.dataloader.position, loop.rollout_queue.positions()
         state.version += trains
         end_step(rollouts, update, version)
 

@@ -112,7 +112,7 @@ class DataSelection:
         self._save()
         with ctx.clock("select"):
             chosen = select(self._candidates(epoch), ctx.cfg.selection)
-            kept = {found.id for found in chosen if found.verdict == KEPT}
+            kept = {candidate.id for candidate in chosen if candidate.verdict == KEPT}
             with raise_on_all_ranks(ctx.mesh):
                 if ctx.mesh.rank == 0:
                     rule = ctx.cfg.selection
@@ -195,7 +195,10 @@ class DataSelection:
         return self._by_id(resume(folder / ANSWERS, blocks).values())
 
     def _by_id(self, rows: Iterable[Row]) -> dict[str, Candidate]:
-        return {found.id: found for found in candidates_of(rows, self._ctx.reward_manager.weights)}
+        return {
+            candidate.id: candidate
+            for candidate in candidates_of(rows, self._ctx.reward_manager.weights)
+        }
 
     def _answered(self, mine: Sequence[int], spec: SamplingSpec) -> list[tuple[int, Row]]:
         """Return (number in the pool, row) of this rank's samples. Every rank calls it."""
@@ -236,6 +239,6 @@ def _append(path: Path, rows: Sequence[Row]) -> None:
 
 def _sentence(chosen: Sequence[Candidate], kept: Set[str]) -> str:
     """Return how many samples are kept, and why the others are not."""
-    verdicts = Counter(found.verdict for found in chosen if found.verdict != KEPT)
+    verdicts = Counter(candidate.verdict for candidate in chosen if candidate.verdict != KEPT)
     dropped = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common())
     return f"{len(kept)} of {len(chosen)} samples" + (f", without {dropped}" if dropped else "")

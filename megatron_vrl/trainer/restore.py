@@ -40,14 +40,14 @@ def restore(cfg: RunConfig, trained: PolicyContext) -> Restored:
     Every rank calls it. Raises CheckpointError on every rank.
     """
     saver = trained.saver
-    found = _newest(saver, trained.mesh)
-    if found is None:
+    checkpoint = _newest(saver, trained.mesh)
+    if checkpoint is None:
         saver.load_weights(cfg.model.checkpoint)
         return Restored(state=RunState(), pending=None)
-    state = RunState(**read_state(found))
+    state = RunState(**read_state(checkpoint))
     if state.step > 0:
-        return Restored(state=state, pending=found)
-    saver.load_weights(found)
+        return Restored(state=state, pending=checkpoint)
+    saver.load_weights(checkpoint)
     return Restored(state=state, pending=None)
 
 
@@ -68,11 +68,11 @@ def load_stage(cfg: RunConfig, trained: PolicyContext, restored: Restored) -> No
 
 def _newest(saver: Saver, mesh: Mesh) -> Path | None:
     """Return the newest sound checkpoint. Rank 0 prints which ones were passed over."""
-    found, damaged = saver.newest_sound()
+    checkpoint, damaged = saver.newest_sound()
     if mesh.rank == 0:
         for sentence in damaged:
             print(f"warning: {sentence}", file=sys.stderr)
-    return found
+    return checkpoint
 
 
 def _phase(cfg: RunConfig, state: RunState) -> tuple[Optimizer, int]:

@@ -1,4 +1,4 @@
-"""Scope of a run: its metric files are open and its directory is locked."""
+"""Context manager of a run: opens its metric sinks, and at the end releases its directory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +14,12 @@ from megatron_vrl.process.run_lock import Owner
 
 @contextmanager
 def run_scope(ctx: RunContext, owner: Owner, resume: tuple[Phase, int] | None) -> Iterator[Sinks]:
-    """Open the metric sinks, and at the end close them and release the run directory.
+    """Yield the open metric sinks. At the end close them and release the run directory.
 
-    Every rank enters it. `resume`: first (phase, step) whose rows are written again; None: all.
-    A UserError, which all ranks raise together, is raised after closing. On any other error
-    nothing is closed, since the other ranks may not come to it.
+    Every rank enters the context. `owner` is this rank's lock on the run directory. `resume` is the
+    first (phase, step) whose metric rows are written again; None writes all rows again. A UserError
+    is raised after closing, since all ranks raise it together. On any other error nothing is
+    closed: closing waits for all ranks, and the others may not have failed.
     """
     cfg, out_dir = ctx.cfg, Path(ctx.cfg.run.out_dir)
     with raise_on_all_ranks(ctx.mesh):
@@ -35,7 +36,7 @@ def run_scope(ctx: RunContext, owner: Owner, resume: tuple[Phase, int] | None) -
         yield sinks
     except UserError as error:
         failure = error
-    # torchrun kills all ranks when one has ended, and closing takes time: close together.
+    # torchrun kills the other ranks when one has failed. So all ranks close before any raises.
     with raise_on_all_ranks(ctx.mesh):
         sinks.close()
         owner.release()

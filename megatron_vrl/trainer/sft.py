@@ -1,8 +1,9 @@
-"""Supervised fine-tuning (SFT) before GRPO: cross-entropy of the ideal answers.
+"""Supervised fine-tuning (SFT) before GRPO: cross-entropy of the target answers.
 
-SFT uses the data loader, the packing and the model of GRPO. It is a short cold start: it ends when
-an evaluation of the split `dev` reaches sft.stop_at. If that does not happen within sft.steps, SFT
-starts over from model.checkpoint with the next seed, at most sft.restarts times.
+SFT uses the data loader, the packing and the model of GRPO. It is a short warm-up: it ends when
+sft.stop_metric reaches sft.stop_at in an evaluation of the split `dev`. If that does not happen
+within sft.steps, SFT starts over from model.checkpoint with the next seed, at most sft.restarts
+times.
 """
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from megatron_vrl.algorithms.sft import token_loss
 from megatron_vrl.batching.pack import Answer, Group
 from megatron_vrl.context import RunContext
-from megatron_vrl.errors import ConfigError, UserError
+from megatron_vrl.errors import ConfigError, UserError, counted
 from megatron_vrl.models.logprob_head import Distribution
 from megatron_vrl.observe.metrics import StepMetrics
 from megatron_vrl.observe.sinks import Sinks
@@ -25,13 +26,16 @@ from megatron_vrl.types import VideoSample
 
 
 def train_sft(ctx: RunContext, state: RunState, sinks: Sinks, dev: list[VideoSample]) -> None:
-    """Run SFT to its end. Every rank calls it. Raises UserError if it misses the threshold."""
+    """Run SFT to its end. Every rank calls the function.
+
+    Raises UserError if no attempt reaches sft.stop_at.
+    """
     cfg = ctx.cfg.sft
-    while not _attempt(ctx, state, sinks, dev):
+    while not _train_attempt(ctx, state, sinks, dev):
         if state.attempt == cfg.restarts:
             raise UserError(
-                f"The warm-up did not bring {cfg.stop_metric} to {cfg.stop_at} within {cfg.steps} "
-                f"steps, {state.attempt + 1} times: set another run.seed or more sft.steps."
+                f"SFT did not bring {cfg.stop_metric} to {cfg.stop_at} within {cfg.steps} steps in "
+                f"{counted(state.attempt + 1, 'attempt')}: set another run.seed or more sft.steps."
             )
         state.attempt += 1
         state.begin("sft")
@@ -42,8 +46,8 @@ def train_sft(ctx: RunContext, state: RunState, sinks: Sinks, dev: list[VideoSam
         )
 
 
-def _attempt(ctx: RunContext, state: RunState, sinks: Sinks, dev: list[VideoSample]) -> bool:
-    """Train from `state.step` to the threshold (returns True) or the last step."""
+def _train_attempt(ctx: RunContext, state: RunState, sinks: Sinks, dev: list[VideoSample]) -> bool:
+    """Train from `state.step` on; return False if the last step ends below sft.stop_at."""
     cfg, clock = ctx.cfg, ctx.clock
     seed = cfg.run.seed + state.attempt
     stream = weighted(open_run_pool(ctx, cfg.data.sft), cfg.data.sft, seed)
@@ -90,7 +94,7 @@ def _attempt(ctx: RunContext, state: RunState, sinks: Sinks, dev: list[VideoSamp
 
 
 def _target(ctx: RunContext, sample: VideoSample) -> Answer:
-    """Return the ideal answer of a sample."""
+    """Return the SFT target of a sample."""
     token_ids = ctx.encoder.target(sample)
     return Answer(
         token_ids=token_ids,
@@ -114,7 +118,7 @@ def _reaches_threshold(
     if value < cfg.stop_at:
         return False
     sinks.log(
-        f"The warm-up, a short cold start, ends at step {state.step}: {cfg.stop_metric} on dev is "
-        f"{value:.3f}, and {cfg.stop_at} was asked for."
+        f"SFT ends at step {state.step}: {cfg.stop_metric} on dev is {value:.3f}, and sft.stop_at "
+        f"is {cfg.stop_at}."
     )
     return True

@@ -28,22 +28,22 @@ Stage = Literal["base", "sft", "grpo", "done"]
 class RunState:
     """State of a run, as state.json of a checkpoint holds it."""
 
-    stage: Stage = "base"  # current stage, or the next one at its step 0
+    stage: Stage = "base"  # current stage; after its last step the next one, at step 0
     step: int = 0  # finished steps of the stage
     evaluating: Literal["", "dev", "stage"] = ""  # evaluation after `step` that is not finished
     stream: int = 0  # samples drawn from the stream of the stage
-    under_way: list[int] = field(default_factory=list)  # stream positions of prompts in flight
+    in_flight: list[int] = field(default_factory=list)  # stream positions of in-flight requests
     bad_samples: int = 0  # samples drawn and replaced because of their videos
     selections: list[list[int]] = field(default_factory=list)  # [epoch, first stream position]
     attempt: int = 0  # restarts of SFT
-    version: int = 0  # optimizer updates since the start; it identifies the weights
+    version: int = 0  # training steps since the start; identifies the weights
     results: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)  # of each activity, over all processes
+    seconds: dict[str, float] = field(default_factory=dict)  # by activity, of all starts
 
     def begin(self, stage: Stage) -> None:
         """Go to step 0 of `stage`."""
         self.stage, self.step, self.evaluating, self.stream = stage, 0, "", 0
-        self.under_way, self.selections, self.bad_samples = [], [], 0
+        self.in_flight, self.selections, self.bad_samples = [], [], 0
 
     @property
     def next_row(self) -> tuple[Phase, int] | None:
@@ -93,8 +93,8 @@ def finish_saving(ctx: RunContext) -> None:
 
 def is_done(out_dir: str) -> bool:
     """Return whether the newest checkpoint of a run is that of a finished job."""
-    found = latest(Path(out_dir) / "checkpoints")
+    checkpoint = latest(Path(out_dir) / "checkpoints")
     try:
-        return found is not None and read_state(found)["stage"] == "done"
+        return checkpoint is not None and read_state(checkpoint)["stage"] == "done"
     except (CheckpointError, KeyError):
         return False  # `restore` names the damage

@@ -1,8 +1,8 @@
-"""Optimizer updates of a step: rebalance groups over data ranks, pack them, and update.
+"""Optimizer updates of a step: balance groups over data-parallel ranks, pack them, and update.
 
-With one update per step the old log-probs are those of the update's own forward pass. With several
-they are computed once before the first. The reference pass is also made once, and only if
-algorithm.kl is not 0.
+With one update per step, the old log-probs are those of the update's own forward pass. With several
+updates, they are computed once, before the first update. The log-probs of the reference model are
+also computed once, and only if the loss has a KL term (algorithm.kl > 0, algorithm.kl_in: loss).
 """
 
 from collections.abc import Sequence
@@ -16,51 +16,69 @@ from megatron_vrl.context import RunContext
 from megatron_vrl.models.qwen2_5_vl.flops import group_flops
 from megatron_vrl.policy.micro_batches import plan_batches, rebalance
 from megatron_vrl.policy.policy import Update
-from megatron_vrl.trainer.experience import RolloutBatch, sampled_distribution, to_train
+from megatron_vrl.trainer.experience import RolloutBatch, sampling_distribution, training_group
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateResult:
-    """Updates of a step, with the work of this data-parallel rank."""
+    """Optimizer updates of a step, and the groups and micro-batches of this data-parallel rank."""
 
-    groups: list[Group]  # that this data rank trained on
-    batches: list[MicroBatch]  # of one pass over them
-    updates: list[Update]  # the same on every rank; empty if no group was kept
+    groups: list[Group]  # groups that this data-parallel rank trained on
+    batches: list[MicroBatch]  # micro-batches of one pass over `groups`
+    updates: list[Update]  # equal on every rank; empty if no group was kept
     passes: int  # forward passes without gradient over `batches`
 
 
 def update_policy(ctx: RunContext, rollout_batch: RolloutBatch, step: int) -> UpdateResult:
-    """Train on a step's rollouts, after `step` finished steps. Every rank calls it."""
+    """Train on the rollouts of a step. Every rank calls the function.
+
+    `step` is the number of finished steps.
+    """
     cfg = ctx.cfg
     cost = lambda group: group_flops(ctx.arch, group).flops  # noqa: E731
-    given = [to_train(e, cfg.algorithm.mask_truncated) for e in rollout_batch.kept]
-    groups = rebalance([group for group in given if group.answers], ctx.mesh, cost)
+    trainable = [training_group(e, cfg.algorithm.mask_truncated) for e in rollout_batch.kept]
+    groups = rebalance([group for group in trainable if group.answers], ctx.mesh, cost)
     mini_batches = [
         batches
         for members in partition([cost(group) for group in groups], cfg.grpo.mini_batches)
-        if (batches := _planned(ctx, [groups[i] for i in members], rollout_batch.dummy_group))
+        if (
+            batches := _plan_micro_batches(
+                ctx, [groups[i] for i in members], rollout_batch.dummy_group
+            )
+        )
     ]
-    several = len(mini_batches) * cfg.grpo.epochs > 1
-    refers = cfg.algorithm.kl > 0 and cfg.algorithm.kl_in == "loss"
-    of = sampled_distribution(ctx)
-    old = [ctx.policy.logprobs(b, of) if several else None for b in mini_batches]
-    reference = [ctx.policy.reference_logprobs(b, of) if refers else None for b in mini_batches]
+    has_old = len(mini_batches) * cfg.grpo.epochs > 1
+    has_reference = cfg.algorithm.kl > 0 and cfg.algorithm.kl_in == "loss"
+    distribution = sampling_distribution(ctx)
+    old_logprobs = [ctx.policy.logprobs(b, distribution) if has_old else None for b in mini_batches]
+    references = [
+        ctx.policy.reference_logprobs(b, distribution) if has_reference else None
+        for b in mini_batches
+    ]
     updates = [
         ctx.policy.update(
-            batches, partial(token_loss, cfg=cfg.algorithm), of, step, old=before, reference=kept
+            batches,
+            partial(token_loss, cfg=cfg.algorithm),
+            distribution,
+            step,
+            old=old,
+            reference=reference,
         )
         for _ in range(cfg.grpo.epochs)
-        for batches, before, kept in zip(mini_batches, old, reference, strict=True)
+        for batches, old, reference in zip(mini_batches, old_logprobs, references, strict=True)
     ]
     return UpdateResult(
         groups=groups,
         batches=[batch for batches in mini_batches for batch in batches],
         updates=updates,
-        passes=several + refers,
+        passes=has_old + has_reference,
     )
 
 
-def _planned(ctx: RunContext, groups: Sequence[Group], dummy_group: Group) -> list[MicroBatch]:
+def _plan_micro_batches(
+    ctx: RunContext, groups: Sequence[Group], dummy_group: Group
+) -> list[MicroBatch]:
+    """Return the micro-batches of one optimizer update, balanced by FLOPs."""
     cfg = ctx.cfg
     return plan_batches(
         groups,

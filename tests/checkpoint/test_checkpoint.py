@@ -181,7 +181,7 @@ def test_a_full_disk_ends_a_background_save_with_one_sentence(
         saver.save("1", {})
         with pytest.raises(CheckpointError, match=rf"{tmp_path / '1'} cannot be written; its disk"):
             saver.finish()
-        saver.finish()  # said once
+        saver.finish()  # raised once
         assert not any(tmp_path.iterdir())
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)

@@ -191,19 +191,19 @@ def test_mistakes_in_files_are_one_sentence(
     assert "\n" not in str(error.value)
 
 
-def test_shards_of_another_save_beside_a_single_file(copy: Path) -> None:
+def test_a_single_file_beside_shards_of_another_save_is_refused(copy: Path) -> None:
     save_file({"a": torch.zeros(1)}, copy / "model-00001-of-00002.safetensors")
     with pytest.raises(CheckpointError, match=r"of-00002\.safetensors beside model\.safetens"):
         reader(copy)
 
 
-def test_pickled_weights_alone(copy: Path) -> None:
+def test_a_checkpoint_of_pickled_weights_only_is_refused(copy: Path) -> None:
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"but pytorch_model\.bin, which is not read"):
         reader(copy)
 
 
-def test_weights_in_other_files_are_no_side_files(copy: Path, tmp_path: Path) -> None:
+def test_weight_files_are_not_copied_as_side_files(copy: Path, tmp_path: Path) -> None:
     for name in ("pytorch_model.bin", "pytorch_model.bin.index.json", INDEX, "model.gguf"):
         (copy / name).write_text("{}")
     (copy / "merges.txt").write_text("")
@@ -265,7 +265,7 @@ TENSOR_MISTAKES = {
 
 
 @pytest.mark.parametrize(("change", "sentence"), TENSOR_MISTAKES.values(), ids=TENSOR_MISTAKES)
-def test_every_tensor_is_accounted_for(
+def test_unknown_and_missing_tensors_are_refused(
     copy: Path, tmp_path: Path, change: Callable[[Tensors], object], sentence: str
 ) -> None:
     changed(copy, change)
@@ -284,12 +284,12 @@ def test_every_tensor_is_accounted_for(
 @pytest.mark.parametrize(
     "name", ["model.layers.0.self_attn.rotary_emb.inv_freq", "visual.rotary_pos_emb.inv_freq"]
 )
-def test_buffers_that_every_reader_computes_are_let_be(untied: Path, copy: Path, name: str) -> None:
+def test_computed_buffers_are_ignored(untied: Path, copy: Path, name: str) -> None:
     changed(copy, lambda t: t.update({name: torch.zeros(4)}))
     assert_reads(copy, load_file(untied / "model.safetensors"))
 
 
-def test_a_tied_head_is_let_be_if_it_equals_the_embedding(
+def test_a_tied_head_equal_to_the_embedding_is_ignored(
     tied_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("megatron_vrl.checkpoint.hf_reader.COMPARED_ROWS", 7)
@@ -307,7 +307,7 @@ def test_a_tied_head_is_let_be_if_it_equals_the_embedding(
     ],
     ids=["last row", "type", "shape"],
 )
-def test_a_tied_head_that_differs_is_a_sentence(
+def test_a_tied_head_that_differs_is_refused(
     tied_copy: Path, head: Callable[[torch.Tensor], torch.Tensor]
 ) -> None:
     changed(tied_copy, lambda t: t.update({"lm_head.weight": head(t[EMBEDDING])}))
@@ -315,23 +315,21 @@ def test_a_tied_head_that_differs_is_a_sentence(
         reader(tied_copy)
 
 
-def test_a_type_other_than_the_configs_is_said_and_read(
+def test_another_dtype_than_in_the_config_is_reported_and_read(
     copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert reader(copy).type_note() == ""
     changed(copy, lambda t: t.update({NORM: t[NORM].bfloat16()}))
     tensors = load_file(copy / "model.safetensors")
     assert_reads(copy, tensors)
-    said = capsys.readouterr().err
-    assert f"1 of {len(tensors)} tensors, the first {NORM}, are stored as bfloat16" in said
-    assert "config.json says float32" in said
+    stderr = capsys.readouterr().err
+    assert f"1 of {len(tensors)} tensors, the first {NORM}, are stored as bfloat16" in stderr
+    assert "config.json says float32" in stderr
 
 
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
 @pytest.mark.parametrize("place", ["top", "text"])
-def test_a_quantised_config_is_refused_by_whoever_reads_it(
-    copy: Path, key: str, place: str
-) -> None:
+def test_every_reader_refuses_a_quantised_config(copy: Path, key: str, place: str) -> None:
     config = json.loads((copy / "config.json").read_text())
     (config if place == "top" else config["text_config"])[key] = {"quant_method": "fp8"}
     (copy / "config.json").write_text(json.dumps(config))
@@ -341,7 +339,7 @@ def test_a_quantised_config_is_refused_by_whoever_reads_it(
         compare(copy, copy)
 
 
-def test_verify_reads_the_config_of_both(untied: Path, copy: Path) -> None:
+def test_verify_reads_both_configs(untied: Path, copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"quantization_config": {"a": 1}}))
     with pytest.raises(CheckpointError, match="quantised"):

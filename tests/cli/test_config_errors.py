@@ -58,7 +58,7 @@ def test_config_file_that_is_missing_or_not_yaml(tmp_path: Path) -> None:
         load_config(tmp_path / "c.yaml", ["grpo.steps=3"])
 
 
-def test_every_foreign_name_leads_to_a_key_of_ours() -> None:
+def test_every_verl_or_trl_key_maps_to_an_existing_key() -> None:
     for ours in FOREIGN.values():
         section: Any = RunConfig
         for name in ours.split(".")[:-1]:
@@ -66,7 +66,7 @@ def test_every_foreign_name_leads_to_a_key_of_ours() -> None:
         assert ours.split(".")[-1] in section.model_fields
 
 
-def test_a_step_smaller_than_the_replicas() -> None:
+def test_fewer_prompts_than_replicas_are_refused() -> None:
     cfg = load_config(ROOT / "configs/quickstart.yaml", ["rollout.prompts_per_step=3"])
     check_batches(cfg, 3)
     with pytest.raises(ConfigError, match="prompts_per_step=3 is less than the 4 model replicas"):
@@ -74,16 +74,16 @@ def test_a_step_smaller_than_the_replicas() -> None:
 
 
 @pytest.mark.parametrize("key", ["sft.stop_metric", "grpo.evaluate_every"])
-def test_a_look_at_a_split_that_is_not_there(key: str) -> None:
+def test_evaluation_of_a_missing_dev_split_is_refused(key: str) -> None:
     without = ["data.evaluation.dev=[]", "sft.stop_metric=''", "grpo.evaluate_every=0"]
     values = {"sft.stop_metric": "temporal_grounding/miou", "grpo.evaluate_every": 30}
     config = ROOT / "configs/quickstart.yaml"
     check_dev(load_config(config, [*without, "grpo.steps=29", "grpo.evaluate_every=30"]))
     cfg = load_config(config, [*without, f"{key}={values[key]}"])
-    with pytest.raises(ConfigError, match=rf"{key} needs the split data\.evaluation\.dev: name"):
+    with pytest.raises(ConfigError, match=rf"{key} needs the split data\.evaluation\.dev: list"):
         check_dev(cfg)
 
 
-def test_a_weight_for_a_component_no_task_has() -> None:
+def test_a_weight_of_an_unknown_component_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"acuracy.*accuracy"):
         reward_weights(Rewards(weights={"multiple_choice": {"acuracy": 0.5}}))

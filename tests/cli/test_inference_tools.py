@@ -63,7 +63,7 @@ def never(config: InferenceConfig, longest: int) -> Answerer:
     raise AssertionError("everything is answered: no engine is needed")
 
 
-def test_every_question_is_answered_once_and_a_stopped_run_goes_on(
+def test_every_question_is_answered_once_and_a_stopped_run_resumes(
     folder: Path, cfg: InferenceConfig, engine: Start, tmp_path: Path
 ) -> None:
     data = folder / "runs/quickstart/data"
@@ -90,7 +90,7 @@ def test_every_question_is_answered_once_and_a_stopped_run_goes_on(
 
 
 class Interrupted:
-    """An answerer that hears Ctrl-C after two answers."""
+    """An answerer that receives SIGINT after two answers."""
 
     def __init__(self, answerer: Answerer) -> None:
         self._answerer = answerer
@@ -108,7 +108,7 @@ class Interrupted:
             yield answered
 
 
-def test_an_interrupt_says_what_is_kept_and_the_same_call_goes_on(
+def test_an_interrupt_reports_what_is_kept_and_the_same_call_resumes(
     folder: Path, cfg: InferenceConfig, engine: Start, tmp_path: Path
 ) -> None:
     data = folder / "runs/quickstart/data"
@@ -152,9 +152,9 @@ def test_a_question_is_asked_again_when_its_video_can_be_read(
     assert isinstance(second[1].response, str)
 
 
-@pytest.mark.parametrize(("bad", "said"), [(0, False), (1, False), (2, True)])
-def test_a_share_of_bad_videos_over_the_limit_is_said(bad: int, said: bool) -> None:
-    assert bool(too_many_bad(["x cannot be read"] * bad, 20, 0.05)) == said
+@pytest.mark.parametrize(("bad", "is_reported"), [(0, False), (1, False), (2, True)])
+def test_too_large_a_fraction_of_bad_videos_is_reported(bad: int, is_reported: bool) -> None:
+    assert bool(too_many_bad(["x cannot be read"] * bad, 20, 0.05)) == is_reported
 
 
 @pytest.mark.parametrize(
@@ -181,14 +181,14 @@ def test_a_share_of_bad_videos_over_the_limit_is_said(bad: int, said: bool) -> N
         ),
     ],
 )
-def test_what_is_not_there_is_said_before_anything_is_loaded(
+def test_missing_inputs_are_reported_before_the_model_loads(
     tmp_path: Path, tool: str, arguments: tuple[str, ...], sentence: str
 ) -> None:
     done = run_python(ROOT / "tools" / tool, *arguments, cwd=tmp_path)
     assert (done.returncode, done.stderr.strip()) == (2, sentence)
 
 
-def test_a_selection_goes_on_and_its_rules_apply_anew(
+def test_a_selection_resumes_and_new_rules_apply(
     folder: Path, engine: Start, tmp_path: Path
 ) -> None:
     overrides = (*SMALL, "selection.answers=2", "rollout.max_response_tokens=8")
@@ -230,9 +230,7 @@ def test_one_question(folder: Path, cfg: InferenceConfig, engine: Start, tmp_pat
     assert Image.open(tmp_path / "strip.png").width == 1280
 
 
-def test_one_question_from_the_command_line_with_nothing_configured(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_ask_needs_no_config(folder: Path, tmp_path: Path) -> None:
     """A model of 4,096 positions, fewer than the default prompt and answer."""
     video = next((folder / "runs/quickstart/data/videos").glob("*.mp4"))
     shutil.copy(video, tmp_path / "clip.mp4")
@@ -247,19 +245,19 @@ def test_one_question_from_the_command_line_with_nothing_configured(
     assert done.stderr.splitlines()[-1] == f"Written: {found['strip']}"
 
 
-def test_an_export_brings_its_prompt_and_video_rules(folder: Path, tmp_path: Path) -> None:
+def test_ask_uses_the_exports_prompt_and_video_settings(folder: Path, tmp_path: Path) -> None:
     """Asked with the defaults, the clip and the longest answer do not fit; no engine starts."""
     model = tmp_path / "export"
     shutil.copytree(folder / "runs/quickstart/model-hf", model)
     video = next((folder / "runs/quickstart/data/videos").glob("*.mp4"))
-    words = ("--checkpoint", model, "--video", video, "--question", "<|video_pad|>", "--json")
-    refused = run_python(ROOT / "tools/ask.py", *words, "video.decoder=pyav", cwd=tmp_path)
+    arguments = ("--checkpoint", model, "--video", video, "--question", "<|video_pad|>", "--json")
+    refused = run_python(ROOT / "tools/ask.py", *arguments, "video.decoder=pyav", cwd=tmp_path)
     assert refused.returncode == 2
     (sentence,) = refused.stderr.splitlines()
     assert "the answer may take 2048, the model reads 4096: pass the training config" in sentence
     for name, text in inference_files(load_config(CONFIG)).items():
         (model / name).write_text(text)
-    done = run_python(ROOT / "tools/ask.py", *words, "rollout.kv_cache_mib=64", cwd=tmp_path)
+    done = run_python(ROOT / "tools/ask.py", *arguments, "rollout.kv_cache_mib=64", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout)["question"] == "<|video_pad|>"
 
@@ -289,7 +287,7 @@ def test_a_checkpoint_for_text_is_refused_before_an_engine_starts(
     assert not (run / "config.yaml").exists()
 
 
-def test_the_interval_is_marked_where_it_is() -> None:
+def test_the_strip_marks_the_interval() -> None:
     frames = np.zeros((4, 28, 56, 3), np.uint8)
     image = timeline_strip(frames, np.arange(4, dtype=np.float64), 4.0, [(1.0, 3.0)])
     row = np.array(image)[86]  # in the bar under pictures of 80 px

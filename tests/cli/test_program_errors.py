@@ -19,7 +19,7 @@ def test_program_prints_the_sentence_alone() -> None:
     )
 
 
-def test_launcher_passes_the_sentence_on(tmp_path: Path) -> None:
+def test_the_launcher_prints_the_programs_error(tmp_path: Path) -> None:
     done = subprocess.run(
         ["bash", str(ROOT / "launch" / "train.sh"), "--config", str(tmp_path / "nowhere.yaml")],
         env=ENVIRONMENT | {"PATH": f"{Path(sys.executable).parent}:{ENVIRONMENT['PATH']}"},
@@ -29,7 +29,7 @@ def test_launcher_passes_the_sentence_on(tmp_path: Path) -> None:
     assert "Cannot read the config" in sentence_of(done)
 
 
-def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+def test_a_closed_stdout_is_no_error() -> None:
     command = [sys.executable, str(ROOT / "tools/config_reference.py")]
     with subprocess.Popen(
         command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -49,23 +49,23 @@ def test_another_broken_pipe_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "right"),
+    ("arguments", "correct"),
     [
         (("--grpo.steps", "5"), "grpo.steps=5"),
         (("--grpo.steps=5",), "grpo.steps=5"),
         (("--run.out_dir", "--dry-run"), "run.out_dir=VALUE"),
     ],
 )
-def test_an_override_written_as_an_option_is_told_its_form(
-    words: tuple[str, ...], right: str
+def test_the_error_for_an_override_as_option_names_the_form(
+    arguments: tuple[str, ...], correct: str
 ) -> None:
-    done = run_python("-m", "megatron_vrl.cli.train", "--config", CONFIG, *words)
+    done = run_python("-m", "megatron_vrl.cli.train", "--config", CONFIG, *arguments)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"error: {words[0]} is not an option: write {right}.\n"
+    assert done.stderr == f"error: {arguments[0]} is not an option: write {correct}.\n"
 
 
 @pytest.mark.parametrize(
-    ("tool", "words", "sentence"),
+    ("tool", "arguments", "sentence"),
     [
         ("grade.py", (), "the following arguments are required: --task; see mvrl grade --help."),
         (
@@ -88,8 +88,10 @@ def test_an_override_written_as_an_option_is_told_its_form(
         ),
     ],
 )
-def test_a_wrong_argument_is_one_sentence(tool: str, words: tuple[str, ...], sentence: str) -> None:
-    done = run_python(ROOT / "tools" / tool, *words)
+def test_a_wrong_argument_is_one_sentence(
+    tool: str, arguments: tuple[str, ...], sentence: str
+) -> None:
+    done = run_python(ROOT / "tools" / tool, *arguments)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {sentence}\n")
 
 
@@ -101,13 +103,13 @@ def test_a_wrong_argument_is_one_sentence(tool: str, words: tuple[str, ...], sen
         ("- a", "has no list `datasets` of sources"),
     ],
 )
-def test_a_pool_that_is_none_is_named_by_its_option(
+def test_the_error_for_a_wrong_pool_names_its_option(
     tmp_path: Path, content: str | None, reason: str
 ) -> None:
     pool = tmp_path / "pool.yaml"
     if content is not None:
         pool.write_text(content)
-    words = ("--config", CONFIG, "--pool", pool, "--out", tmp_path / "out")
-    done = run_python(ROOT / "tools" / "select_data.py", *words)
+    arguments = ("--config", CONFIG, "--pool", pool, "--out", tmp_path / "out")
+    done = run_python(ROOT / "tools" / "select_data.py", *arguments)
     assert done.returncode == 2 and done.stderr.startswith(f"error: --pool {pool} {reason}")
     assert done.stderr.endswith(": correct it.\n") and done.stderr.count("\n") == 1

@@ -12,7 +12,7 @@ from megatron_vrl.trainer.state import RunState
 from tests.running import CONFIG, sentence_of, train_in
 
 
-def test_a_restarted_run_takes_back_the_rows_it_writes_again() -> None:
+def test_a_resumed_run_removes_the_rows_that_it_writes_again() -> None:
     assert RunState().next_row is None
     assert RunState(stage="sft", step=4).next_row == ("sft", 5)
     assert RunState(stage="grpo").next_row == ("grpo", 1)
@@ -31,7 +31,9 @@ def copy(quickstart: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_vanished_video_stops_a_strict_run_and_is_replaced_in_another(copy: Path) -> None:
+def test_a_missing_video_stops_a_run_without_tolerance_and_is_replaced_in_another(
+    copy: Path,
+) -> None:
     from megatron_vrl.data.mix import SampleStream, load
 
     cfg = yaml.safe_load(CONFIG.read_text())
@@ -45,7 +47,7 @@ def test_vanished_video_stops_a_strict_run_and_is_replaced_in_another(copy: Path
     aside = copy / "aside.mp4"
     video.rename(aside)
     done = train_in(copy, "video.max_bad_fraction=0")
-    assert done.stderr.count("there was no update") == 1  # a fresh model: said of the first step
+    assert done.stderr.count("there was no update") == 1  # only of the first step
     assert sentence_of(done) == (
         "error: 1 of the 6 samples drawn have bad videos, over video.max_bad_fraction=0.0: 1 "
         f"missing (first {order[5].video}); see quarantine.jsonl, check the data with "
@@ -99,7 +101,7 @@ def test_a_folder_without_the_videos_is_one_sentence_while_a_checkpoint_is_writt
     line = sentence_of(done)
     assert "samples drawn have bad videos, over video.max_bad_fraction" in line
     assert done.stderr.splitlines()[-1] == line
-    said = [line for line in done.stderr.splitlines() if line.startswith("Quarantined ")]
-    assert "nowhere" in said[0] and len(said) == len(set(said)) <= 50
-    assert all(" more: " in words for words in said[1:])
+    lines = [line for line in done.stderr.splitlines() if line.startswith("Quarantined ")]
+    assert "nowhere" in lines[0] and len(lines) == len(set(lines)) <= 50
+    assert all(" more: " in line for line in lines[1:])
     assert (copy / "runs/quickstart/checkpoints/latest").read_text() == "grpo-0-000000"

@@ -34,8 +34,8 @@ finally:
 
 def command_name(tool: str) -> str:
     """Return the command that a tool stands for: its module in megatron_vrl/cli; "" for none."""
-    found = re.search(r"from megatron_vrl\.cli\.(\w+) import main", (ROOT / tool).read_text())
-    return found[1].replace("_", "-") if found else ""
+    match = re.search(r"from megatron_vrl\.cli\.(\w+) import main", (ROOT / tool).read_text())
+    return match[1].replace("_", "-") if match else ""
 
 
 def help_of(program: str) -> tuple[str, set[str]]:
@@ -65,9 +65,9 @@ def asked() -> dict[str, tuple[str, set[str]]]:
 @pytest.fixture(scope="module")
 def helps(asked: dict[str, tuple[str, set[str]]]) -> dict[str, str]:
     """Name of a command or tool -> what its --help prints."""
-    found = {name: text for name, (text, _) in asked.items()}
+    texts = {name: text for name, (text, _) in asked.items()}
     commands = {tool.name: command_name(f"tools/{tool.name}") for tool in TOOLS}
-    return found | {tool: found[f"mvrl {name}"] for tool, name in commands.items() if name}
+    return texts | {tool: texts[f"mvrl {name}"] for tool, name in commands.items() if name}
 
 
 def calls(page: Path) -> list[tuple[str, str]]:
@@ -76,8 +76,8 @@ def calls(page: Path) -> list[tuple[str, str]]:
     blocks = re.findall(r"^    .*$|^```.*?^```", text, re.MULTILINE | re.DOTALL)
     lines = [line.partition(" #")[0] for block in blocks for line in block.splitlines()]
     call = re.compile(r"\btools/(\w+\.py) +(\S.*)|^ *(?:\$ )?(mvrl [a-z-]+)(.*)")
-    found = [match for line in lines if (match := call.search(line))]
-    return [(match[1] or match[3], match[2] or match[4]) for match in found]
+    matches = [match for line in lines if (match := call.search(line))]
+    return [(match[1] or match[3], match[2] or match[4]) for match in matches]
 
 
 def test_every_help_begins_with_the_usage(helps: dict[str, str]) -> None:
@@ -86,7 +86,7 @@ def test_every_help_begins_with_the_usage(helps: dict[str, str]) -> None:
 
 
 def test_help_loads_no_heavy_library(asked: dict[str, tuple[str, set[str]]]) -> None:
-    assert {name: found for name, (_, loaded) in asked.items() if (found := loaded & HEAVY)} == {}
+    assert {name: heavy for name, (_, loaded) in asked.items() if (heavy := loaded & HEAVY)} == {}
 
 
 def test_a_usage_is_printed_once_and_every_option_has_a_help_text(
@@ -102,10 +102,10 @@ def test_a_usage_is_printed_once_and_every_option_has_a_help_text(
 
 
 def test_calls_of_the_pages_have_options_that_exist(helps: dict[str, str]) -> None:
-    found = [(page.name, *call) for page in PAGES for call in calls(page)]
-    assert len(found) > 8
+    page_calls = [(page.name, *call) for page in PAGES for call in calls(page)]
+    assert len(page_calls) > 8
     unknown = []
-    for page, program, arguments in found:
+    for page, program, arguments in page_calls:
         options = re.findall(r"(?<![\w-])--[a-z][\w-]*", arguments)
         known = set(re.findall(r"--[a-z][\w-]*", helps[program]))
         unknown += [f"{page}: {program} {option}" for option in options if option not in known]

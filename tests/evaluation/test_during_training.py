@@ -83,17 +83,19 @@ def test_bad_videos_count_as_answered_with_nothing(
     assert metrics["undecodable"] == 2
     assert metrics["temporal_grounding/miou"] == pytest.approx(0.8)
     assert metrics["response_length/mean"] == 6
-    said = capsys.readouterr().err
-    assert "10 questions of an evaluation have bad videos: 2 empty (first 3.mp4, 7.mp4)" in said
+    stderr = capsys.readouterr().err
+    assert "10 questions of an evaluation have bad videos: 2 empty (first 3.mp4, 7.mp4)" in stderr
 
 
-def test_too_many_end_the_run(mesh: Mesh) -> None:
+def test_too_many_bad_videos_end_the_run(mesh: Mesh) -> None:
     samples = [sample(number) for number in range(10)]
     with pytest.raises(UserError, match=r"over video.max_bad_fraction=0.1: check the data"):
         evaluate(ctx_of(mesh, samples, {"s3", "s7"}, share=0.1), samples, version=0, step=0)
 
 
-def test_without_bad_videos_nothing_is_said(mesh: Mesh, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_bad_videos_nothing_is_printed(
+    mesh: Mesh, capsys: pytest.CaptureFixture[str]
+) -> None:
     samples = [sample(number) for number in range(3)]
     metrics = evaluate(ctx_of(mesh, samples, set(), share=0.0), samples, version=0, step=0)
     assert metrics["undecodable"] == 0
@@ -108,26 +110,26 @@ def test_without_bad_videos_nothing_is_said(mesh: Mesh, capsys: pytest.CaptureFi
         (7, "Stopped after step 7, in an evaluation, as asked; the same command goes on from "),
     ],
 )
-def test_a_run_that_is_asked_to_stop_answers_no_further_batch(
+def test_a_stop_request_ends_the_evaluation_after_its_batch(
     mesh: Mesh, monkeypatch: pytest.MonkeyPatch, step: int, sentence: str
 ) -> None:
     samples = [sample(number) for number in range(10)]
     ctx = ctx_of(mesh, samples, set(), share=0.0)
     monkeypatch.setattr(during_training, "SAMPLES_AT_A_TIME", 3)
-    monkeypatch.setattr(signals._state, "asked", False)
+    monkeypatch.setattr(signals._state, "stop_requested", False)
     answer = ctx.rollout_manager.generate
     answered: list[int] = []
 
     def generate(prompts: list[Prompt], spec: SamplingSpec) -> list[list[Rollout]]:
         answered.append(len(prompts))
         if len(answered) == 2:
-            signals._heed(signal.SIGUSR1, sender=0)
+            signals._handle(signal.SIGUSR1, sender=0)
         return answer(prompts, spec)
 
     monkeypatch.setattr(ctx.rollout_manager, "generate", generate)
     with pytest.raises(StopRequested) as stop:
         evaluate(ctx, samples, 0, step)
     assert answered == [3, 3] and str(stop.value).startswith(sentence)
-    monkeypatch.setattr(signals._state, "asked", False)
+    monkeypatch.setattr(signals._state, "stop_requested", False)
     assert evaluate(ctx, samples, 0, step)["undecodable"] == 0
     assert answered == [3, 3, 3, 3, 3, 1]

@@ -22,12 +22,12 @@ def job_in_small_batches(cfg):
 
     stop_if_asked = evaluation.stop_if_asked
 
-    def told(*arguments, **options):
+    def print_and_stop_if_asked(*arguments, **options):
         if os.environ["RANK"] == "0":
             os.write(1, b"batch\\n")
         stop_if_asked(*arguments, **options)
 
-    evaluation.SAMPLES_AT_A_TIME, evaluation.stop_if_asked = 1, told
+    evaluation.SAMPLES_AT_A_TIME, evaluation.stop_if_asked = 1, print_and_stop_if_asked
     return job(cfg)
 
 train._job = job_in_small_batches
@@ -91,11 +91,11 @@ def call(folder: Path, number: int = 0, batches: int = 0) -> tuple[str, int]:
 
 def rows(folder: Path) -> list[tuple[str, int, str | None]]:
     metrics = folder / "runs" / "evaluations" / "metrics.jsonl"
-    found = map(json.loads, metrics.read_text().splitlines())
-    return [(row.get("during", row["phase"]), row["step"], row.get("split")) for row in found]
+    records = map(json.loads, metrics.read_text().splitlines())
+    return [(row.get("during", row["phase"]), row["step"], row.get("split")) for row in records]
 
 
-def test_it_stops_at_the_next_batch_and_makes_the_evaluation_again(quickstart: Path) -> None:
+def test_a_stopped_evaluation_ends_after_its_batch_and_is_repeated(quickstart: Path) -> None:
     (quickstart / "program.py").write_text(PROGRAM)
     base = [("base", 0, "heldout"), ("base", 0, "ood")]
     sft = [("sft", 1, None), ("sft", 2, None), ("sft", 2, "heldout"), ("sft", 2, "ood")]
@@ -104,7 +104,7 @@ def test_it_stops_at_the_next_batch_and_makes_the_evaluation_again(quickstart: P
     last, begun = call(quickstart, signal.SIGTERM, HELDOUT + OOD + HELDOUT + 3)
     assert last.startswith("Stopped after step 2, in an evaluation, as asked; ")
     assert begun < 2 * (HELDOUT + OOD) and rows(quickstart) == base + sft[:-1]
-    last, begun = call(quickstart, signal.SIGUSR1, OOD + 1)  # the split that was under way
+    last, begun = call(quickstart, signal.SIGUSR1, OOD + 1)  # the split that was in progress
     assert last.startswith("Stopped after step 1, in an evaluation, as asked; ")
     assert begun < OOD + DEV and rows(quickstart) == base + sft + grpo[:1]
     last, begun = call(quickstart)

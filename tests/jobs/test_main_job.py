@@ -184,7 +184,7 @@ def test_export_loads_in_transformers_and_is_the_trained_model(run: Path) -> Non
     assert all(not torch.equal(trained[name], start[name]) for name in trained)
 
 
-def test_report_stands_alone(run: Path) -> None:
+def test_the_report_needs_no_other_file(run: Path) -> None:
     page = (run / "report.html").read_text()
     sources = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)""", page)
     assert not [source for source in sources if not source.startswith(("data:", "#"))]
@@ -206,7 +206,7 @@ def test_engine_and_trainer_agree_in_every_layout(job: Job, layout: str) -> None
         assert row["rollout/logprob_gap_max"] < 1e-4
 
 
-def test_several_updates_take_their_ratios_against_the_policy_that_sampled(job: Job) -> None:
+def test_ratios_of_several_updates_use_the_sampling_policy(job: Job) -> None:
     (row,) = rows_of(job("tensor", *LAYOUTS["tensor"]), "grpo")
     assert row["actor/skipped_updates"] == 0
     assert row["rollout/is_weight"] == pytest.approx(1, abs=1e-3)  # trainer beside engine
@@ -214,7 +214,7 @@ def test_several_updates_take_their_ratios_against_the_policy_that_sampled(job: 
     assert row["actor/kl"] > 0
 
 
-def test_kl_in_the_reward_is_no_term_of_the_loss(job: Job) -> None:
+def test_kl_in_the_reward_is_not_in_the_loss(job: Job) -> None:
     (row,) = rows_of(job("pipeline", *LAYOUTS["pipeline"]), "grpo")
     assert row["reward/format"] == 0 and "actor/kl" not in row
     # The KL term is a component of the reward; engine and reference differ by rounding alone.
@@ -224,7 +224,7 @@ def test_kl_in_the_reward_is_no_term_of_the_loss(job: Job) -> None:
     assert row["actor/ppo_kl"] == 0  # one update: on policy
 
 
-def test_meters_count_what_was_computed(run: Path) -> None:
+def test_throughput_metrics_count_the_computed_tokens(run: Path) -> None:
     for row in rows_of(run, "grpo"):
         assert row["perf/tokens_computed"] >= row["perf/tokens_needed"] > 0
         assert row["perf/prompt_reuse"] > 1.3 and 0 <= row["perf/padding_fraction"] < 1
@@ -241,14 +241,12 @@ def test_dropped_groups_are_replaced(run: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_answer_alike_before_training(job: Job, run: Path, layout: str) -> None:
+def test_layouts_generate_equal_answers_before_training(job: Job, run: Path, layout: str) -> None:
     other = job(layout, *LAYOUTS[layout])
     assert summary_of(other)["results"]["base"] == summary_of(run)["results"]["base"]
 
 
-def test_killed_run_continues_as_if_nothing_had_happened(
-    job: Job, run: Path, quickstart: Path
-) -> None:
+def test_a_killed_run_resumes_to_equal_results(job: Job, run: Path, quickstart: Path) -> None:
     """SIGKILL in the midst of GRPO; the same command then gives the same numbers."""
     out = quickstart / "runs" / "killed"
     began = "grpo-0-000000"  # where GRPO starts; kept for the KL term's reference
@@ -276,7 +274,7 @@ def test_killed_run_continues_as_if_nothing_had_happened(
             assert summary_of(out)["results"][stage][split] == pytest.approx(metrics)
 
 
-def test_finished_run_only_names_its_report(run: Path, quickstart: Path) -> None:
+def test_a_finished_run_only_prints_its_report(run: Path, quickstart: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     command = train_command(*SMALL, "run.out_dir=runs/data")
     done = subprocess.run(command, cwd=quickstart, env=ENVIRONMENT, capture_output=True, text=True)
@@ -332,7 +330,7 @@ def test_export_loads_in_stock_vllm(run: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_warm_up_starts_over_once_and_then_says_that_it_failed(quickstart: Path) -> None:
+def test_sft_starts_over_once_and_then_fails(quickstart: Path) -> None:
     command = train_command(
         "sft.steps=4",
         "sft.evaluate_every=4",
@@ -344,6 +342,6 @@ def test_warm_up_starts_over_once_and_then_says_that_it_failed(quickstart: Path)
     done = subprocess.run(command, cwd=quickstart, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "in 4 steps; starting over with seed 2." in done.stderr
-    assert "error: The warm-up did not bring temporal_grounding/miou to 0.99" in done.stderr
+    assert "error: SFT did not bring temporal_grounding/miou to 0.99" in done.stderr
     losses = [row["sft/loss"] for row in rows_of(quickstart / "runs/restart", "sft")]
     assert len(losses) == 8 and losses[4] > losses[3] + 1  # from the first weights again

@@ -33,9 +33,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as server:
+        server.bind(("", 0))
+        return int(server.getsockname()[1])
 
 
 class Nodes:
@@ -98,12 +98,12 @@ class Nodes:
             if script.poll() is None:
                 self.lose(node)
 
-    def words(self) -> str:
+    def output(self) -> str:
         return "".join(log.read_text()[-2000:] for log in self.logs)
 
     def wait_for(self, step: int) -> None:
         while not any(row["step"] >= step for row in rows(self.metrics)):
-            assert all(script.poll() is None for script in self.scripts), self.words()
+            assert all(script.poll() is None for script in self.scripts), self.output()
             time.sleep(0.2)
 
     def rank_of(self, node: int) -> int:
@@ -113,7 +113,7 @@ class Nodes:
 
     def finish(self) -> None:
         for script in self.scripts:
-            assert script.wait() == 0, self.words()
+            assert script.wait() == 0, self.output()
 
 
 def children(pid: int, named: str) -> list[int]:
@@ -144,7 +144,7 @@ def undisturbed(quickstart: Path) -> list[tuple[Any, ...]]:
     return curve(alone.metrics)
 
 
-def test_nodes_that_lose_a_rank_and_are_stopped_give_the_curve_of_one(
+def test_two_nodes_with_a_lost_rank_and_a_stop_equal_one_node(
     quickstart: Path, undisturbed: list[tuple[Any, ...]]
 ) -> None:
     with Nodes(quickstart, "two-nodes", nodes=2) as nodes:
@@ -154,7 +154,7 @@ def test_nodes_that_lose_a_rank_and_are_stopped_give_the_curve_of_one(
         for process in warm.family(nodes.scripts[0].pid):  # as Slurm does: to all, helpers too
             process.send_signal(signal.SIGUSR1)
         nodes.finish()
-    assert "as asked; the same command goes on from its checkpoint." in nodes.words()
+    assert "as asked; the same command goes on from its checkpoint." in nodes.output()
     stopped_at = max(row["step"] for row in rows(nodes.metrics))
     assert 12 <= stopped_at < 20
     with Nodes(quickstart, "two-nodes", nodes=2) as again:
@@ -167,7 +167,7 @@ def test_nodes_that_lose_a_rank_and_are_stopped_give_the_curve_of_one(
     ]
 
 
-def test_a_node_that_is_lost_and_started_again_leaves_the_curve_as_it_was(
+def test_a_restarted_node_does_not_change_the_metrics(
     quickstart: Path, undisturbed: list[tuple[Any, ...]]
 ) -> None:
     with Nodes(quickstart, "lost-node", nodes=2) as nodes:
@@ -180,7 +180,7 @@ def test_a_node_that_is_lost_and_started_again_leaves_the_curve_as_it_was(
     assert curve(nodes.metrics) == undisturbed
 
 
-def test_four_nodes_that_lose_one_give_the_curve_of_one_node_with_four_ranks(
+def test_four_nodes_that_lose_one_equal_one_node_with_four_ranks(
     quickstart: Path,
 ) -> None:
     with Nodes(quickstart, "four-ranks", nodes=1, ranks=4, more=SFT_ALONE) as alone:

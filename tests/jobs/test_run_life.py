@@ -51,7 +51,7 @@ class Call:
                 start_new_session=True,
             )
 
-    def words(self) -> str:
+    def output(self) -> str:
         return self.log.read_text()
 
     def ranks(self) -> list[psutil.Process]:
@@ -66,12 +66,12 @@ class Call:
     def wait_for(self, more_steps: int) -> None:
         """Return the run directory of a test."""
         deadline = time.monotonic() + 200
-        while "sft:" not in self.words():
-            assert self.script.poll() is None and time.monotonic() < deadline, self.words()
+        while "sft:" not in self.output():
+            assert self.script.poll() is None and time.monotonic() < deadline, self.output()
             time.sleep(0.1)
         until = last_step(self.out) + more_steps
         while last_step(self.out) < until:
-            assert self.script.poll() is None and time.monotonic() < deadline, self.words()
+            assert self.script.poll() is None and time.monotonic() < deadline, self.output()
             time.sleep(0.05)
 
     def end(self) -> None:
@@ -105,7 +105,7 @@ def call(quickstart: Path) -> Iterator[Callable[..., Call]]:
         one.end()
 
 
-def test_a_run_that_is_killed_is_taken_up_at_once_by_one_run_alone(
+def test_one_run_alone_resumes_a_killed_run(
     call: Callable[..., Call],
 ) -> None:
     chance = random.Random(time.time_ns())
@@ -127,18 +127,18 @@ def test_a_run_that_is_killed_is_taken_up_at_once_by_one_run_alone(
         running.script.wait(60)
         assert gone(helpers), victim
         following.wait_for(more_steps=1)
-        assert "; resuming at step " in following.words(), following.words()
+        assert "; resuming at step " in following.output(), following.output()
         holder = json.loads((running.out / "lock" / "holder.json").read_text())
         assert holder["pid"] in [rank.pid for rank in following.ranks()]
         running = following
     refused = call("run.lock_timeout_s=0.5")
     assert refused.script.wait(120) == 2
-    (line,) = [line for line in refused.words().splitlines() if line.startswith("error: ")]
+    (line,) = [line for line in refused.output().splitlines() if line.startswith("error: ")]
     assert f"process {holder['pid']}, since {holder['since']}" in line
     os.killpg(running.script.pid, signal.SIGINT)  # as a terminal's Ctrl-C
     assert running.script.wait(60) == 0
-    assert "Traceback" not in running.words()
-    assert running.words().splitlines()[-1].startswith("Stopped after step ")
+    assert "Traceback" not in running.output()
+    assert running.output().splitlines()[-1].startswith("Stopped after step ")
     steps = [json.loads(line)["step"] for line in (running.out / "metrics.jsonl").open()]
     assert steps == list(range(1, len(steps) + 1))  # one run wrote
     newest = running.out / "checkpoints" / (running.out / "checkpoints" / "latest").read_text()
@@ -153,7 +153,7 @@ def test_an_interrupt_before_the_first_step_and_a_second_one_end_at_once(
         time.sleep(wait_s)
         os.killpg(early.script.pid, signal.SIGINT)
         assert early.script.wait(10) == 130
-        assert early.words() == "Interrupted before the first step: nothing was trained.\n"
+        assert early.output() == "Interrupted before the first step: nothing was trained.\n"
     twice = call()
     twice.wait_for(more_steps=1)
     tree = twice.tree()
@@ -164,7 +164,7 @@ def test_an_interrupt_before_the_first_step_and_a_second_one_end_at_once(
     os.killpg(twice.script.pid, signal.SIGTERM)
     assert twice.script.wait(10) == 143
     assert gone(tree)
-    assert twice.words().endswith(
+    assert twice.output().endswith(
         "Ended at once; the same command goes on from the newest checkpoint.\n"
     )
-    assert "Traceback" not in twice.words()
+    assert "Traceback" not in twice.output()

@@ -43,7 +43,7 @@ Train = Callable[..., tuple[Path, subprocess.CompletedProcess[str]]]
 
 @pytest.fixture(scope="module")
 def train(quickstart: Path) -> Train:
-    """train(name, *overrides) -> run directory and what the process said."""
+    """train(name, *overrides) -> run directory and finished process."""
 
     def run(
         name: str,
@@ -79,12 +79,14 @@ def rollouts_only(train: Train) -> Path:
 def groups(run: Path) -> dict[tuple[int, str], list[list[int]]]:
     """(step, sample) -> tokens of each answer; a pair that comes twice would be lost."""
     rows = list(read_rollouts(run / "rollouts"))
-    found = {(row["step"], row["sample"]): [a["token_ids"] for a in row["answers"]] for row in rows}
-    assert len(found) == len(rows)
-    return found
+    tokens = {
+        (row["step"], row["sample"]): [a["token_ids"] for a in row["answers"]] for row in rows
+    }
+    assert len(tokens) == len(rows)
+    return tokens
 
 
-def test_a_replay_learns_the_same_to_the_last_bit(
+def test_a_replay_equals_the_first_run_to_the_bit(
     train: Train, original: Path, without_vllm: dict[str, str]
 ) -> None:
     replay, _ = train(
@@ -105,7 +107,7 @@ def test_a_replay_learns_the_same_to_the_last_bit(
         assert again == before
 
 
-def test_rollouts_without_training_are_those_that_training_begins_with(
+def test_rollouts_only_equals_the_first_rollouts_of_training(
     original: Path, rollouts_only: Path
 ) -> None:
     made, trained = groups(rollouts_only), groups(original)
@@ -121,7 +123,7 @@ def test_rollouts_without_training_are_those_that_training_begins_with(
     assert rows[0]["reward/mean"] == pytest.approx(rows_of(original, "grpo")[0]["reward/mean"])
 
 
-def test_training_from_them_until_they_run_out(
+def test_training_on_stored_rollouts_until_none_is_left(
     train: Train, original: Path, rollouts_only: Path, without_vllm: dict[str, str]
 ) -> None:
     run, done = train(

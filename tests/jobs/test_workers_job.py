@@ -52,7 +52,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return [row for row in map(json.loads, lines) if row["phase"] == "grpo"]
 
 
-def test_generation_goes_on_beside_training_and_outlives_a_worker(
+def test_generation_overlaps_training_and_survives_a_lost_worker(
     quickstart: Path, worker: tuple[subprocess.Popen[bytes], Path]
 ) -> None:
     script, found = worker
@@ -69,15 +69,15 @@ def test_generation_goes_on_beside_training_and_outlives_a_worker(
             time.sleep(0.1)
         (serving,) = psutil.Process(script.pid).children()
         serving.kill()
-        said = job.stderr.read()
-    assert job.returncode == 0, said[-3000:]
+        stderr = job.stderr.read()
+    assert job.returncode == 0, stderr[-3000:]
     found_rows = rows(run)
     assert [row["step"] for row in found_rows] == list(range(1, STEPS + 1))
     assert {row["actor/groups_trained"] for row in found_rows} == {PROMPTS}
     assert found_rows[0]["rollout/staleness"] == 0
     assert max(row["rollout/staleness"] for row in found_rows) == 1  # never more
     assert all(0.5 < row["rollout/is_weight"] < 2 for row in found_rows)
-    assert "rollout: lost 127.0.0.1:" in said
+    assert "rollout: lost 127.0.0.1:" in stderr
     _replayed_to_the_bit(quickstart, run)
 
 
@@ -100,12 +100,12 @@ def test_without_workers_the_run_stops_with_a_sentence(quickstart: Path) -> None
     done = subprocess.run(command, cwd=quickstart, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 2
     assert (
-        "error: 0 of at least 1 rollout workers came within rollout.worker_wait_timeout_s=1 "
+        "error: 0 of at least 1 rollout workers were ready within rollout.worker_wait_timeout_s=1 "
         "(no address is known): start them with launch/rollout_worker.sh"
     ) in done.stderr
 
 
-def test_quantised_answers_want_importance_weights() -> None:
+def test_quantised_rollouts_need_importance_sampling() -> None:
     with pytest.raises(ConfigError, match=r"rollout\.quantization=fp8_emulated samples from other"):
         check_off_policy(load_config(CONFIG, ["rollout.quantization=fp8_emulated"]))
 
@@ -117,7 +117,7 @@ def test_quantised_answers_want_importance_weights() -> None:
         ("algorithm.rollout_is=none", "set algorithm.rollout_is=token (or sequence)"),
     ],
 )
-def test_old_answers_want_workers_and_importance_weights(override: str, sentence: str) -> None:
+def test_stale_rollouts_need_workers_and_importance_sampling(override: str, sentence: str) -> None:
     cfg = load_config(CONFIG, [*OPTIONS, override])
     with pytest.raises(ConfigError) as refused:
         check_off_policy(cfg)

@@ -44,7 +44,7 @@ def test_an_outlier_is_clipped_and_counted_once() -> None:
 
 
 @pytest.mark.parametrize("recipe", ["current", "blockwise"])
-def test_current_and_block_scales_clip_nothing(
+def test_current_and_block_scaling_clip_no_value(
     recipe: Literal["delayed", "current", "blockwise"],
 ) -> None:
     values = torch.randn(40, 160, generator=torch.Generator().manual_seed(0))
@@ -110,7 +110,7 @@ def updates(
     load_hf_weights(policy.chunks, checkpoint)
     policy.start_phase(Optimizer(lr=1e-6), num_steps=3)
     batches = plan_batches(GROUPS, GROUPS[0], Batch(tokens=10_000), mesh)
-    told = []
+    logged = []
     for step in range(3):
         if step == 2 and wild:
             weight = next(
@@ -122,18 +122,20 @@ def updates(
                 weight[0, 0] = 2.0**15
         policy.logprobs(batches, Distribution())  # not counted
         metrics = policy.update(batches, token_loss, Distribution(), step).metrics
-        told.append({name: value for name, value in metrics.items() if name.startswith("fp8/")})
-    return told
+        logged.append({name: value for name, value in metrics.items() if name.startswith("fp8/")})
+    return logged
 
 
 def test_an_update_reports_its_outlier(checkpoint: Path, mesh: Mesh) -> None:
     calm = updates(checkpoint, mesh, layers="fp8_emulated", fp8="current")
     kinds = ("amax_max", "nonfinite", "overflow", "underflow")
     assert set(calm[0]) == {f"fp8/{operand}/{kind}" for operand in OPERANDS for kind in kinds}
-    for told in calm:
-        assert all(told[f"fp8/{o}/overflow"] == told[f"fp8/{o}/nonfinite"] == 0 for o in OPERANDS)
-        assert 0 < told["fp8/weight/amax_max"] < 10
-        assert 0 <= told["fp8/weight/underflow"] < 0.2
+    for logged in calm:
+        assert all(
+            logged[f"fp8/{o}/overflow"] == logged[f"fp8/{o}/nonfinite"] == 0 for o in OPERANDS
+        )
+        assert 0 < logged["fp8/weight/amax_max"] < 10
+        assert 0 <= logged["fp8/weight/underflow"] < 0.2
     wild = updates(checkpoint, mesh, wild=True, layers="fp8_emulated", fp8="current")
     assert wild[1] == calm[1]
     assert wild[2]["fp8/weight/amax_max"] == 2.0**15

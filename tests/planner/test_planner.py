@@ -66,10 +66,10 @@ def test_ready_configs_pass_a_dry_run_and_fit(
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(sys, "argv", ["train", "--config", f"configs/{name}.yaml", "--dry-run"])
     train.main()
-    said = capsys.readouterr().out
+    text = capsys.readouterr().out
     cfg = load_config(f"configs/{name}.yaml")
-    assert f"# model: {READY[name]:,} parameters" in said
-    assert f"# layout: {counted(cfg.parallel.processes, 'process')} = " in said
+    assert f"# model: {READY[name]:,} parameters" in text
+    assert f"# layout: {counted(cfg.parallel.processes, 'process')} = " in text
     code, found = as_json(plan(name, "--json"))
     assert (code, found["refused"], found["parameters"]) == (0, [], READY[name])
     assert found["gpus"] == cfg.parallel.processes > 0
@@ -102,7 +102,7 @@ def test_text_and_json_agree(plan: Planned) -> None:
         ("qwen2.5-vl-3b-1gpu", "model.fp8=current", "is computed by Transformer Engine only"),
     ],
 )
-def test_refusals_use_the_messages_of_the_program(
+def test_refusals_use_the_messages_of_training(
     monkeypatch: pytest.MonkeyPatch, name: str, change: str, reason: str
 ) -> None:
     monkeypatch.chdir(ROOT)
@@ -138,12 +138,12 @@ def test_an_engine_that_does_not_fit_moves_to_workers(plan: Planned) -> None:
     assert found["nearest"]["changes"] == {"rollout.placement": "workers"}
     assert (found["nearest"]["gpus"], found["nearest"]["worker_gpus"]) == (64, 32)
     _, out, _ = plan(name, "rollout.placement=colocated")
-    said = " ".join(out[out.index("nearest: ") :].split())
-    assert said.startswith("nearest: --gpus 64 rollout.placement=workers (64 GPUs and 32 GPUs of")
+    text = " ".join(out[out.index("nearest: ") :].split())
+    assert text.startswith("nearest: --gpus 64 rollout.placement=workers (64 GPUs and 32 GPUs of")
     assert max(map(len, out.splitlines())) <= 80
 
 
-def test_search_ranks_what_fits(plan: Planned) -> None:
+def test_search_ranks_the_layouts_that_fit(plan: Planned) -> None:
     code, found = as_json(plan("qwen2.5-vl-3b-8gpu", "--search", "--json"))
     seconds = [layout["seconds_per_step"] for layout in found["layouts"]]
     assert code == 0 and seconds == sorted(seconds) and 5 < len(seconds) < found["tried"]
@@ -234,7 +234,7 @@ def test_a_measured_machine_is_planned_for(tmp_path: Path, plan: Planned) -> Non
         ({"hbm": "absent"}, "'hbm'"),
     ],
 )
-def test_a_machine_that_was_not_measured_is_refused(
+def test_a_damaged_machine_file_is_refused(
     tmp_path: Path, change: dict[str, int | str | None], named: str
 ) -> None:
     path = tmp_path / "box.json"

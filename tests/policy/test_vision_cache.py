@@ -1,4 +1,4 @@
-"""Videos seen once by a frozen tower: same log-probs, bounded memory, nothing of old weights."""
+"""VisionEmbeddingCache: equal log-probs, bounded memory, no embeddings of old weights."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -68,21 +68,23 @@ def logprobs(policy: Policy, prompts: list[Prompt]) -> torch.Tensor:
     return torch.cat(present(policy.logprobs(batches_of(policy, prompts), Distribution())))
 
 
-def test_log_probs_are_those_of_the_pixels(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = VisionEmbeddingCache(policy, 64).embed(PROMPTS)
-    assert [len(one.seen) for one in seen] == [1, 0, 2]
+def test_log_probs_with_embeddings_equal_those_with_pixels(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedded = VisionEmbeddingCache(policy, 64).embed(PROMPTS)
+    assert [len(one.visual_embeds) for one in embedded] == [1, 0, 2]
     expected = logprobs(policy, PROMPTS)
     monkeypatch.setattr(policy.chunks[0].vision, "_encode", None)  # the tower is not asked again
-    torch.testing.assert_close(logprobs(policy, seen), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logprobs(policy, embedded), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_each_video_is_seen_once(policy: Policy) -> None:
+def test_each_video_is_encoded_once(policy: Policy) -> None:
     cache = VisionEmbeddingCache(policy, 64)
     for _ in range(2):
         first, *_ = cache.embed(PROMPTS)
         assert cache.encoded == 3
     (again,) = cache.embed([replace(PROMPTS[0], id="another question")])
-    assert again.seen[0] is first.seen[0] and cache.encoded == 3
+    assert again.visual_embeds[0] is first.visual_embeds[0] and cache.encoded == 3
     shown = PROMPTS[0].visuals[0]
     assert isinstance(shown, EncodedVideo)
     other_frames = replace(shown, frame_indices=np.arange(4) + 9)
@@ -90,7 +92,7 @@ def test_each_video_is_seen_once(policy: Policy) -> None:
     assert cache.encoded == 4
 
 
-def test_a_tower_that_was_written_to_sees_anew(policy: Policy, checkpoint: Path) -> None:
+def test_changed_tower_weights_clear_the_cache(policy: Policy, checkpoint: Path) -> None:
     cache = VisionEmbeddingCache(policy, 64)
     (before,) = cache.embed(PROMPTS[:1])
     with torch.no_grad():
@@ -98,20 +100,20 @@ def test_a_tower_that_was_written_to_sees_anew(policy: Policy, checkpoint: Path)
         assert tower is not None
         tower.merger.out.weight.mul_(1.5)
     (after,) = cache.embed(PROMPTS[:1])
-    assert cache.epoch == 1 and not np.allclose(before.seen[0], after.seen[0])
+    assert cache.epoch == 1 and not np.allclose(before.visual_embeds[0], after.visual_embeds[0])
     changed = logprobs(policy, PROMPTS[:1])
     torch.testing.assert_close(logprobs(policy, [after]), changed, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(logprobs(policy, [before]), changed, atol=1e-3)
     load_hf_weights(policy.chunks, checkpoint)
     (back,) = cache.embed(PROMPTS[:1])
-    assert cache.epoch == 2 and np.array_equal(back.seen[0], before.seen[0])
+    assert cache.epoch == 2 and np.array_equal(back.visual_embeds[0], before.visual_embeds[0])
 
 
-def test_memory_is_bounded(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_bounded(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_vrl.policy.vision_cache.MIB", 1)
     prompts = [prompt([video((2, 4, 4), 1.0, seed)], seed) for seed in range(4)]
     (first,) = VisionEmbeddingCache(policy, 10**6).embed(prompts[:1])
-    cache = VisionEmbeddingCache(policy, 2 * first.seen[0].nbytes)
+    cache = VisionEmbeddingCache(policy, 2 * first.visual_embeds[0].nbytes)
     cache.embed(prompts[:2])
     cache.embed([prompts[0], prompts[2]])  # 1 was used longest ago
     assert cache.encoded == 3 and len(cache._kept) == 2
@@ -121,18 +123,18 @@ def test_memory_is_bounded(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> N
     assert cache.encoded == 4
 
 
-def test_what_was_seen_before_is_no_work(policy: Policy) -> None:
-    seen = VisionEmbeddingCache(policy, 64).embed(PROMPTS)
+def test_cached_videos_count_no_flops(policy: Policy) -> None:
+    embedded = VisionEmbeddingCache(policy, 64).embed(PROMPTS)
     arch = policy.arch
-    (batch,), (pixels,) = batches_of(policy, seen), batches_of(policy, PROMPTS)
-    ideal = sum(group_flops(arch, group).flops for group in groups_of(seen))
+    (batch,), (pixels,) = batches_of(policy, embedded), batches_of(policy, PROMPTS)
+    ideal = sum(group_flops(arch, group).flops for group in groups_of(embedded))
     assert micro_batch_flops(arch, batch).vision == micro_batch_flops(arch, batch).merger == 0
     assert (
         micro_batch_flops(arch, pixels).vision > 0 and micro_batch_flops(arch, batch).flops >= ideal
     )
 
 
-def test_a_tower_that_is_trained_is_refused() -> None:
+def test_a_trained_tower_is_refused() -> None:
     def config(visual_input: str) -> RunConfig:
         return RunConfig.model_validate(
             {
@@ -147,7 +149,7 @@ def test_a_tower_that_is_trained_is_refused() -> None:
         check_visual_input(config("embeddings"))
 
 
-def test_sixteen_bits_travel_as_they_are() -> None:
+def test_bfloat16_arrays_keep_their_bits() -> None:
     tensor = torch.randn(3, 4).bfloat16()
     array = as_array(tensor)
     assert array.dtype == np.uint16 and torch.equal(as_tensor(array), tensor)

@@ -53,12 +53,12 @@ def seen(mesh: Mesh) -> list[list[float]]:
     prompts = [group.prompt for group in (GROUPS[:1] if mesh.rank == 0 else GROUPS[1:3])]
 
     def embed(of_stage: Sequence[Prompt]) -> list[Prompt]:
-        return [replace(p, seen=(np.full(1, float(len(p.token_ids))),)) for p in of_stage]
+        return [replace(p, visual_embeds=(np.full(1, float(len(p.token_ids))),)) for p in of_stage]
 
     cache: Any = SimpleNamespace(embed=embed) if mesh.rank == 0 else None
     stages: Any = SimpleNamespace(pipeline=mesh.data)
     embedded = embed_across_ranks(cache, stages, prompts)
-    return [[float(one.seen[0][0]), float(len(one.token_ids))] for one in embedded]
+    return [[float(one.visual_embeds[0][0]), float(len(one.token_ids))] for one in embedded]
 
 
 def summary(planned: list[MicroBatch]) -> dict[str, Any]:

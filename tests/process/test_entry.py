@@ -26,7 +26,7 @@ run_program(main)
 
 def ranks(folder: Path, program: str, failing: str) -> str:
     """Return what two ranks of a node print, started as torchrun starts them."""
-    said = ""
+    stderr = ""
     for rank in "01":
         (folder / rank).mkdir()
         place = {"RANK": rank, "TORCHELASTIC_ERROR_FILE": f"{folder}/{rank}/error.json"}
@@ -35,12 +35,12 @@ def ranks(folder: Path, program: str, failing: str) -> str:
             command, cwd=ROOT, env=ENVIRONMENT | place, capture_output=True, text=True
         )
         assert done.returncode == (2 if rank in failing else 0)
-        said += done.stderr
-    return said
+        stderr += done.stderr
+    return stderr
 
 
 @pytest.mark.parametrize("failing", ["0", "1", "01"])
-def test_an_error_of_any_rank_is_said_once(tmp_path: Path, failing: str) -> None:
+def test_an_error_of_any_rank_is_printed_once(tmp_path: Path, failing: str) -> None:
     assert ranks(tmp_path, RAISES, failing) == "error: the file is empty.\n"
 
 
@@ -67,7 +67,7 @@ run_program(main)
 """
 
 
-def test_the_first_error_of_any_rank_is_kept(tmp_path: Path) -> None:
+def test_the_first_error_of_any_rank_is_stored(tmp_path: Path) -> None:
     (tmp_path / "error.txt").write_text("of an earlier run")
     started = [
         subprocess.Popen(
@@ -94,7 +94,7 @@ run_program(main, unblocked=frozenset())
 
 
 @pytest.mark.slow
-def test_an_error_of_one_rank_of_a_run_is_kept_in_its_directory(
+def test_an_error_of_one_rank_is_stored_in_the_run_directory(
     quickstart: Path, tmp_path: Path
 ) -> None:
     program, out = tmp_path / "program.py", tmp_path / "out"
@@ -106,12 +106,12 @@ def test_an_error_of_one_rank_of_a_run_is_kept_in_its_directory(
         cwd=quickstart, env=ENVIRONMENT | {"WARM_SOCKET": ""}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
-    (said,) = done.stderr.splitlines()
-    assert said == "error: " + (out / "error.txt").read_text().strip() and "gone" in said
+    (stderr,) = done.stderr.splitlines()
+    assert stderr == "error: " + (out / "error.txt").read_text().strip() and "gone" in stderr
 
 
 @pytest.mark.slow
-def test_under_the_launcher_an_error_of_the_second_rank_is_said_once(tmp_path: Path) -> None:
+def test_under_the_launcher_an_error_of_the_second_rank_is_printed_once(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(RAISES)
     launcher = [sys.executable, "launch/torchrun.py", "--standalone", "--nproc-per-node", "2"]
@@ -134,7 +134,7 @@ run_program(main)
 """
 
 
-def test_the_line_of_an_interrupted_program_says_what_is_kept() -> None:
+def test_an_interrupted_program_reports_what_is_kept() -> None:
     command = [sys.executable, "-c", WAITS]
     with subprocess.Popen(
         command, cwd=ROOT, env=ENVIRONMENT, stdout=-1, stderr=-1, text=True
@@ -149,7 +149,7 @@ def test_the_line_of_an_interrupted_program_says_what_is_kept() -> None:
     assert program.returncode == 130
 
 
-def test_an_interrupted_tool_says_one_line(tmp_path: Path) -> None:
+def test_an_interrupted_tool_prints_one_line(tmp_path: Path) -> None:
     """Its helpers hear the terminal's Ctrl-C, too."""
     command = [sys.executable, "tools/make_synthetic.py", "--out", str(tmp_path / "clips")]
     with subprocess.Popen(

@@ -98,12 +98,12 @@ def test_one_encoding_serves_engine_reference_and_update(
     pixels = engine.generate(prompts, SPEC)
     assert len(shown) > 0
     cache, before = VisionEmbeddingCache(policy, 64), len(shown)
-    seen = cache.embed(prompts)
-    answers = engine.generate(seen, SPEC)
+    embedded = cache.embed(prompts)
+    answers = engine.generate(embedded, SPEC)
     for ours, theirs in zip(answers, pixels, strict=True):
         assert [a.token_ids.tolist() for a in ours] == [a.token_ids.tolist() for a in theirs]
     policy.keep_reference()
-    assert largest_gap(policy, engine, seen, answers) < 1e-4
+    assert largest_gap(policy, engine, embedded, answers) < 1e-4
     assert len(shown) == before and cache.encoded == len(prompts)
 
 
@@ -117,10 +117,10 @@ def test_a_changed_tower_changes_the_rollouts(
         assert tower is not None
         tower.merger.out.weight.mul_(-1.5)
     engine.push_weights(WeightExport(policy.chunks).tensors(), version=2)
-    seen = cache.embed(prompts)
-    after = engine.generate(seen, SPEC)
+    embedded = cache.embed(prompts)
+    after = engine.generate(embedded, SPEC)
     assert cache.epoch == 1 and cache.encoded == 2 * len(prompts) and not shown
-    assert largest_gap(policy, engine, seen, after) < 1e-4
+    assert largest_gap(policy, engine, embedded, after) < 1e-4
     first = [np.concatenate([a.logprobs for rs in made for a in rs]) for made in (before, after)]
     assert first[0].shape != first[1].shape or np.abs(first[0] - first[1]).max() > 1e-2
 
@@ -128,11 +128,11 @@ def test_a_changed_tower_changes_the_rollouts(
 def test_embeddings_are_sent_to_workers_without_pixels(
     policy: Policy, prompts: list[Prompt]
 ) -> None:
-    (seen,) = VisionEmbeddingCache(policy, 64).embed(prompts[:1])
-    ask = GenerateRequest(request=make_request(seen), spec=SPEC.for_prompt(0), version=0)
+    (embedded,) = VisionEmbeddingCache(policy, 64).embed(prompts[:1])
+    ask = GenerateRequest(request=make_request(embedded), spec=SPEC.for_prompt(0), version=0)
     (video,) = decode(encode(ask), GenerateRequest).request.videos
     assert video.frames.size == 0 and video.embeddings is not None
-    assert np.array_equal(video.embeddings, seen.seen[0])
+    assert np.array_equal(video.embeddings, embedded.visual_embeds[0])
     plain = GenerateRequest(request=make_request(prompts[0]), spec=SPEC.for_prompt(0), version=0)
     (video,) = decode(encode(plain), GenerateRequest).request.videos
     assert video.embeddings is None and np.array_equal(video.frames, prompts[0].visuals[0].frames)

@@ -54,7 +54,7 @@ def worker_that_takes_no_weights() -> Iterator[tuple[str, list[str]]]:
     thread.join()
 
 
-def test_weights_that_no_worker_takes_end_the_run(tmp_path: Path) -> None:
+def test_a_weight_sync_without_workers_ends_the_run(tmp_path: Path) -> None:
     checkpoint = save(hf_model(), tmp_path / "hf")
     mesh = init_mesh(Parallel(), seed=1)
     cfg = Model(checkpoint=str(checkpoint), dtype="float32")
@@ -64,7 +64,7 @@ def test_weights_that_no_worker_takes_end_the_run(tmp_path: Path) -> None:
         pool = WorkerPool(rollout, SERVED, torch.device("cpu"))
         sync = WorkerSync(mesh, WeightExport(policy.chunks), pool, transform_of("none"))
         rollouts = RolloutManager(rollout, mesh, pool, sync, None, ())
-        with pytest.raises(RolloutError, match=r"No rollout worker took the weights within"):
+        with pytest.raises(RolloutError, match=r"No rollout worker loaded the weights within"):
             rollouts.sync_weights(0)
         assert asked.count("/weights/begin") > 1 and rollouts.version is None
         pool.close()

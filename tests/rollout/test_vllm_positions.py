@@ -61,8 +61,8 @@ def vllm_positions() -> Positions:
         vision = SimpleNamespace(spatial_merge_size=merge, tokens_per_second=tokens_per_second)
         model.__dict__["config"] = SimpleNamespace(vision_config=vision)
         features = [feature(*item, merge) for item in items]
-        found, delta = model.get_mrope_input_positions(list(ids), features)
-        return found.numpy(), delta
+        result, delta = model.get_mrope_input_positions(list(ids), features)
+        return result.numpy(), delta
 
     return positions
 

@@ -36,8 +36,8 @@ TASK_OF = {
 
 def verdict(rows: list[dict[str, Any]], rule: Selection = RULE) -> str:
     task = TASK_OF[tuple(rows[0]["components"])] if rows else "temporal_grounding"
-    (found,) = select([candidate("a", task, rows, {"temporal_iou": 1.0})], rule)
-    return found.verdict
+    (selected,) = select([candidate("a", task, rows, {"temporal_iou": 1.0})], rule)
+    return selected.verdict
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_the_grounding_rule_by_its_definition(
     st.lists(st.lists(st.sampled_from([0.0, 1.0]), min_size=4, max_size=4), max_size=30),
     st.integers(1, 20),
 )
-def test_a_budget_keeps_the_widest_of_each_task(
+def test_a_budget_keeps_the_largest_deviations_of_each_task(
     ious: list[list[float]], rights: list[list[float]], budget: int
 ) -> None:
     rows = [("g", "temporal_grounding", answers(temporal_iou=values)) for values in ious]
@@ -103,7 +103,7 @@ def test_answers_of_an_earlier_version_are_refused() -> None:
         candidate("a", "grounded_qa", [{"parts": {"format": 1.0}, "failure": None}], {})
 
 
-def test_a_row_is_ready_for_json() -> None:
+def test_a_row_can_be_written_as_json() -> None:
     rows = answers(accuracy=[0, 1], format=[1, 1])
     rows[0]["failure"] = "no <answer>"
     weights = {"format": 0.5, "accuracy": 0.5}

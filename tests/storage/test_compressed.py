@@ -41,15 +41,15 @@ def test_zstandard_readers_see_one_stream_of_lines(path: Path) -> None:
         assert reader.read().splitlines() == [line for lines in STEPS for line in lines]
 
 
-def test_a_torn_frame_is_skipped_wherever_it_is_torn(path: Path) -> None:
+def test_an_incomplete_frame_is_skipped(path: Path) -> None:
     whole, ends = path.read_bytes(), [frame.end for frame in frames(path)]
     for size in [*range(ends[1] + 40), len(whole) - 1]:
         path.write_bytes(whole[:size])
-        said: list[str] = []
+        messages: list[str] = []
         num_whole = sum(end <= size for end in ends)
-        assert [f.content.splitlines() for f in frames(path, said.append)] == STEPS[:num_whole]
+        assert [f.content.splitlines() for f in frames(path, messages.append)] == STEPS[:num_whole]
         torn = size - max([0, *(end for end in ends if end <= size)])
-        assert said == [f"{path} ends in a torn frame: its last {torn} bytes are left out."] * (
+        assert messages == [f"{path} ends in a torn frame: its last {torn} bytes are left out."] * (
             torn > 0
         )
 
@@ -65,7 +65,7 @@ def test_a_truncated_file_can_be_appended_to(path: Path) -> None:
     assert lines_of(path) == [*STEPS[:2], [b"again"]]
 
 
-def test_a_changed_byte_is_named(path: Path) -> None:
+def test_a_changed_byte_is_reported(path: Path) -> None:
     whole = bytearray(path.read_bytes())
     _, _, last = frames(path)
     whole[last.begin + 40] ^= 1

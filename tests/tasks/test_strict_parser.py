@@ -80,7 +80,7 @@ def test_the_thinking_prompt_keeps_the_released_order() -> None:
         (times('"1.0"', '"2.0"') + RIGHT.removeprefix("<think>x</think>"), (6.0, 15.0), False),
     ],
 )
-def test_intervals_that_read(
+def test_readable_intervals(
     response: str, interval_s: tuple[float, float], formatted: bool
 ) -> None:
     parsed = GROUNDING.parse(response, SAMPLE)
@@ -96,9 +96,9 @@ def test_intervals_that_read(
         ("<think>" + RIGHT.removeprefix("<think>x</think>"), "the thinking is never closed"),
         (RIGHT[:-4], "the answer is never closed"),
         ("<think>" + RIGHT[16:] + "</think>", "no <answer> after the thinking"),  # hidden
-        (times('"15.0"', '"6.0"'), "no time of the video lies between 15 s and 6 s"),
-        (times('"6.0"', '"6.0"'), "no time of the video lies between 6 s and 6 s"),
-        (times('"40"', '"50"'), "no time of the video lies between 30 s and 30 s"),
+        (times('"15.0"', '"6.0"'), "no part of the video lies between 15 s and 6 s"),
+        (times('"6.0"', '"6.0"'), "no part of the video lies between 6 s and 6 s"),
+        (times('"40"', '"50"'), "no part of the video lies between 30 s and 30 s"),
         (times('"6.0s"', '"15.0"'), "start_time '6.0s' is not a number of seconds"),
         (times('"00:06"', '"00:15"'), "start_time '00:06' is not a number of seconds"),
         (times('"1.2.3"', '"..."'), "start_time '1.2.3' is not a number of seconds"),
@@ -134,7 +134,7 @@ def test_intervals_that_read(
         (grounded('{"start_time": "6.0"}'), "end_time None is not a number of seconds"),
     ],
 )
-def test_intervals_that_do_not_read(response: str, failure: str) -> None:
+def test_unreadable_intervals(response: str, failure: str) -> None:
     parsed = GROUNDING.parse(response, SAMPLE)
     assert (parsed.interval_s, parsed.formatted, parsed.failure) == (None, False, failure)
 
@@ -175,13 +175,13 @@ def test_options(body: str, option: str) -> None:
     assert parsed.formatted == (body == '{"option": "B"}')
 
 
-def test_same_text_twice_is_ambiguous_and_a_letter_is_a_letter() -> None:
+def test_equal_option_texts_are_ambiguous_and_a_single_letter_is_a_letter() -> None:
     twice = replace(SAMPLE, options=("B", "A", "x", "x"))
     assert CHOICE.parse(grounded('{"option": "x"}'), twice).option == ""
     assert CHOICE.parse(grounded('{"option": "B"}'), twice).option == "B"
 
 
-def test_grounded_answers_are_read_apart() -> None:
+def test_interval_and_option_are_read_independently() -> None:
     no_times = GQA.parse(grounded('{"option": "B"}'), SAMPLE)
     assert (no_times.option, no_times.interval_s) == ("B", None)
     assert no_times.failure == "start_time None is not a number of seconds"
@@ -193,7 +193,7 @@ def test_grounded_answers_are_read_apart() -> None:
 
 @pytest.mark.parametrize("name", TASKS)
 @given(text=st.text(max_size=60), cut=st.integers(0, 200))
-def test_parsing_never_raises_and_says_why(name: str, text: str, cut: int) -> None:
+def test_parsing_never_raises_and_names_the_failure(name: str, text: str, cut: int) -> None:
     task = TASKS[name]
     target = task.target(SAMPLE)
     for response in (text, target[:cut] + text, f"<answer>{text}</answer>"):
@@ -205,7 +205,7 @@ def test_parsing_never_raises_and_says_why(name: str, text: str, cut: int) -> No
 
 
 @given(start=st.integers(0, 298), length=st.integers(1, 300))
-def test_any_decimal_reads_back(start: int, length: int) -> None:
+def test_any_decimal_is_read(start: int, length: int) -> None:
     end = min(start + length, 300)
     body = json.dumps({"start_time": f"{start / 10}", "end_time": f"{end / 10}"})
     parsed = GROUNDING.parse(grounded(body), SAMPLE)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from scaling import launch, simulate, tell
+from scaling import launch, simulate, tables
 from scaling.grid import Cell, Layout, Study, cells, ideal_bubble
 from scaling.predict import IDLE, fitted_mfu, predicted, update_parts
 from scaling.rank import message_kind, union
@@ -50,7 +50,7 @@ def row(**values: float | str) -> dict[str, float | str]:
     return given | {"cell": f"of {values.get('ranks', 1)}"} | values
 
 
-def test_efficiency_is_of_the_cores_that_are_there() -> None:
+def test_efficiency_counts_each_core_once() -> None:
     rows = [
         row(ranks=2, seconds=5.0),
         row(seconds=8.0),
@@ -60,12 +60,12 @@ def test_efficiency_is_of_the_cores_that_are_there() -> None:
         row(ranks=1, seconds=8.0, mode="weak"),
         row(ranks=8, failed="why"),
     ]
-    told = tell.with_efficiency(rows)
-    assert [each.get("efficiency") for each in told] == [0.8, 1.0, 1.0, 1.0, 1.0, 1.0, None]
-    assert told[0]["base"] == "of 1"
+    compared = tables.with_efficiency(rows)
+    assert [each.get("efficiency") for each in compared] == [0.8, 1.0, 1.0, 1.0, 1.0, 1.0, None]
+    assert compared[0]["base"] == "of 1"
 
 
-def test_the_bubble_is_that_of_the_schedule() -> None:
+def test_the_bubble_equals_that_of_the_schedule() -> None:
     assert ideal_bubble(cell(prompts=4)) == 0
     assert ideal_bubble(cell(prompts=4, pipeline=4)) == pytest.approx(3 / 7)
     assert ideal_bubble(cell(prompts=4, pipeline=4, data=2)) == pytest.approx(3 / 5)
@@ -143,7 +143,7 @@ def test_ready_configs_are_simulated_up_to_1024_gpus(monkeypatch: pytest.MonkeyP
     weak = [r for r in rows if r["mode"] == "weak" and "seconds" in r]
     assert weak[-1]["gpus"] == 1024 and 0 < weak[-1]["efficiency"] <= 1.0
     assert weak[0]["efficiency"] == 1.0
-    text = tell.table([], rows, {"name": "x", "flops": {}, "link": 1, "latency": 0})
+    text = tables.table([], rows, {"name": "x", "flops": {}, "link": 1, "latency": 0})
     assert "**Simulated, not run:**" in text and "mfu: nowhere" in text
 
 
@@ -181,12 +181,12 @@ def test_wrong_input_is_one_sentence(
     with pytest.raises(SystemExit) as end:
         run_program(scaling_study.main)
     assert end.value.code == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: ") and words in told and told.count("\n") == 1
+    compared = capsys.readouterr().err
+    assert compared.startswith("error: ") and words in compared and compared.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_cells_that_cannot_run_say_why() -> None:
+def test_cells_that_cannot_run_name_the_reason() -> None:
     study = Study()
     for wrong, words in {
         cell(data=16): "16 ranks cannot run on 2 nodes of 4",

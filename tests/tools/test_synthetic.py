@@ -55,7 +55,7 @@ def apart(first: Path, second: Path) -> float:
 
 
 def samples(folder: Path, split: str) -> list[VideoSample]:
-    found = []
+    all_samples = []
     form: Any
     for task, form in FORMS.items():
         source = Source(
@@ -63,8 +63,8 @@ def samples(folder: Path, split: str) -> list[VideoSample]:
             data_folder=str(folder / "videos"),
             format=form,
         )
-        found += read(source)
-    return found
+        all_samples += read(source)
+    return all_samples
 
 
 def frames(path: str | Path) -> np.ndarray:
@@ -182,7 +182,7 @@ def test_refusals_are_one_sentence(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("objects", [1, 2])
-def test_plans_keep_their_promises(objects: int) -> None:
+def test_planned_clips_have_valid_shapes_and_intervals(objects: int) -> None:
     clips = plan(dict.fromkeys(SPLITS, 40), {"grounded_qa": 1.0}, seed=3, objects=objects)
     for clip in clips:
         assert len({(s.kind, s.colour) for s in clip.shapes}) == len(clip.shapes) == objects

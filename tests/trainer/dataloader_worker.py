@@ -90,24 +90,24 @@ def draw_steps(ctx: RunContext, folder: Path, state: RunState, steps: int) -> li
     """Ids of all ranks' samples for each step, as one list in the order of the stream."""
     stream = SampleStream(samples(folder), SEED)
     stream.restore(state.stream)
-    said: list[str] = []
-    dataloader = PromptDataLoader(ctx, stream, state, said.append)
-    found = []
+    messages: list[str] = []
+    dataloader = PromptDataLoader(ctx, stream, state, messages.append)
+    ids = []
     for _ in range(steps):
         made = dataloader.take(BATCH)
         for sample, prompt, _ in made:
             assert prompt.visuals[0].path == sample.video
         dataloader.prefetch(BATCH)
         mine = [one.sample.id for one in made]
-        found.append(gather_shards(mine, ctx.mesh.data))
+        ids.append(gather_shards(mine, ctx.mesh.data))
         state.step, state.stream = state.step + 1, dataloader.position
     own = [one.position for one in made]
-    state.under_way = gather_shards(own, ctx.mesh.data)  # asked and not answered
+    state.in_flight = gather_shards(own, ctx.mesh.data)  # asked and not answered
     metrics = dataloader.metrics()
     assert (
         metrics["data/bad_samples"] == len(dataloader._bad) and metrics["data/videos_decoded"] >= 1
     )
-    return found
+    return ids
 
 
 def check(folder: Path, published: Path) -> None:
@@ -125,7 +125,7 @@ def check(folder: Path, published: Path) -> None:
     state = RunState(stage="grpo")  # stopped after two steps and started again
     first = draw_steps(ctx, folder, state, 2)
     again = ctx_of(mesh, folder, published, max_bad_fraction=0.5)
-    state.under_way = []
+    state.in_flight = []
     assert first + draw_steps(again, folder, state, STEPS - 2) == want
     assert state.bad_samples == bad_at_once  # counted on, not anew
     state.step -= 1

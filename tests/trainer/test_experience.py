@@ -77,7 +77,7 @@ def ctx_of(mesh: Mesh, **algorithm: Any) -> RunContext:
     return cast(RunContext, SimpleNamespace(cfg=cfg, mesh=mesh))
 
 
-def test_a_reward_that_is_no_number_leaves_its_group_out_by_name(mesh: Mesh) -> None:
+def test_a_group_with_an_invalid_reward_is_dropped_and_named(mesh: Mesh) -> None:
     groups = [scored("a", [0.0, 1.0]), scored("b", [np.nan, 1.0]), scored("c", [0.5, 0.5])]
     found, invalid = judged(ctx_of(mesh), groups)
     assert invalid == ("b",)
@@ -88,7 +88,7 @@ def test_a_reward_that_is_no_number_leaves_its_group_out_by_name(mesh: Mesh) -> 
 def test_cut_off_answers_count_in_the_statistics_but_not_in_the_loss(mesh: Mesh) -> None:
     group = scored("a", [0.0, 1.0, 0.2], lengths=[4, 8, 3])
     [found], _ = judged(ctx_of(mesh), [group])
-    whole, cut = (experience.to_train(found, drop) for drop in (False, True))
+    whole, cut = (experience.training_group(found, drop) for drop in (False, True))
     assert [a.id for a in whole.answers] == ["a#0", "a#1", "a#2"]
     assert [a.id for a in cut.answers] == ["a#0", "a#2"]
     assert [a.advantage for a in cut.answers] == [a.advantage for a in whole.answers[::2]]
@@ -132,9 +132,9 @@ def test_kl_in_the_reward_is_the_sum_over_each_answer(
         assert of_group["kl"].weight == 0.5
         whole, _ = judged(ctx_of(mesh), [group])
         for answer, found in zip(
-            experience.to_train(whole[0]).answers, of_group["kl"].values, strict=True
+            experience.training_group(whole[0]).answers, of_group["kl"].values, strict=True
         ):
-            alone = replace(experience.to_train(whole[0]), answers=(answer,))
+            alone = replace(experience.training_group(whole[0]), answers=(answer,))
             batches = plan_batches([alone], alone, Batch(), mesh)
             [kept] = present(policy.logprobs(batches, Distribution()))
             wanted = (answer.engine_logprobs - kept.numpy()).sum()

@@ -34,9 +34,9 @@ time.sleep(60)
 def program() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     started: list[subprocess.Popen[str]] = []
 
-    def start(*words: str) -> subprocess.Popen[str]:
+    def start(*arguments: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [python(), "-c", PROGRAM, *words],
+            [python(), "-c", PROGRAM, *arguments],
             cwd=ROOT,
             env=ENVIRONMENT | {"WARM_SOCKET": ""},
             stdout=subprocess.PIPE,
@@ -62,7 +62,7 @@ def line_of(process: subprocess.Popen[str]) -> str:
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_the_first_asks_to_stop_and_children_live_on(
+def test_the_first_signal_requests_a_stop_and_children_continue(
     program: Callable[..., subprocess.Popen[str]], number: signal.Signals
 ) -> None:
     process = program("steps", "leaves")
@@ -90,7 +90,7 @@ def test_a_second_interrupt_ends_the_process_with_one_line(
     )
 
 
-def test_before_the_first_step_an_interrupt_ends_and_a_scheduler_waits(
+def test_before_the_first_step_an_interrupt_ends_the_run_and_sigusr1_waits(
     program: Callable[..., subprocess.Popen[str]],
 ) -> None:
     process = program()

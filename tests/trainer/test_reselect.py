@@ -45,7 +45,7 @@ class Run:
         self, mesh: Mesh, out_dir: Path, state: RunState, *, calls: int = 99, **selection: Any
     ) -> None:
         self.asked: list[list[int]] = []
-        self.said: list[str] = []
+        self.messages: list[str] = []
         self.saved: list[int] = []
         self.calls = calls
         keys: dict[str, Any] = {"answers": 2, "every_epochs": 1} | selection
@@ -72,7 +72,7 @@ class Run:
             reward_manager=RewardManager(cfg.rewards),
         )
         self.reselection = DataSelection(
-            cast(RunContext, ctx), state, self.pool, self.stream, self.said.append
+            cast(RunContext, ctx), state, self.pool, self.stream, self.messages.append
         )
 
     @staticmethod
@@ -125,7 +125,7 @@ def drawn(run: Run, num: int) -> list[str]:
     return [one.id for one in run.stream.take(num)]
 
 
-def test_nothing_is_asked_before_it_is_time_or_when_it_is_off(mesh: Mesh, tmp_path: Path) -> None:
+def test_no_selection_before_its_epoch_or_when_off(mesh: Mesh, tmp_path: Path) -> None:
     for keys, stream in (({"every_epochs": 0}, 25), ({}, 9), ({"every_epochs": 3}, 29)):
         run = Run(mesh, tmp_path, RunState(stage="grpo", step=3, stream=stream), **keys)
         run.reselection.make_if_due()
@@ -133,7 +133,7 @@ def test_nothing_is_asked_before_it_is_time_or_when_it_is_off(mesh: Mesh, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-def test_the_next_epochs_hold_what_was_kept_and_then_all_are_asked_again(
+def test_the_next_epochs_draw_kept_samples_and_the_next_selection_answers_all(
     mesh: Mesh, tmp_path: Path, saved: list[int]
 ) -> None:
     run = Run(mesh, tmp_path, at_the_end_of_an_epoch())
@@ -141,7 +141,7 @@ def test_the_next_epochs_hold_what_was_kept_and_then_all_are_asked_again(
     run.reselection.make_if_due()
     assert run.asked == [[0, 1, 2], [4, 5, 6, 7], [8, 9]] and saved == [4]
     kept = {f"v/{i}" for i in range(NUM)} - {f"v/{i}" for i in (UNREADABLE, *DULL)}
-    assert run.said == [
+    assert run.messages == [
         "From epoch 1 on 6 of 10 samples, without 3 little spread and good, 1 undecodable; see "
         f"{tmp_path}/selection/epoch-0001."
     ]
@@ -153,11 +153,13 @@ def test_the_next_epochs_hold_what_was_kept_and_then_all_are_asked_again(
     assert run.asked[3:] == run.asked[:3]  # of the whole pool
     again = Run(mesh, tmp_path, replace(run.state, stream=24))
     assert again.asked == [] and drawn(again, 20) == drawn(run, 20)
-    under_way = [again.stream.at(place) for place in range(12, 18)]  # perhaps
-    assert {one.id for one in under_way if isinstance(one, VideoSample)} == kept
+    in_flight = [again.stream.at(place) for place in range(12, 18)]  # perhaps
+    assert {one.id for one in in_flight if isinstance(one, VideoSample)} == kept
 
 
-def test_a_restarted_one_asks_what_is_left_and_keeps_the_same(mesh: Mesh, tmp_path: Path) -> None:
+def test_a_resumed_selection_answers_the_rest_and_keeps_equal_samples(
+    mesh: Mesh, tmp_path: Path
+) -> None:
     whole = Run(mesh, tmp_path / "whole", at_the_end_of_an_epoch())
     whole.reselection.make_if_due()
     killed = Run(mesh, tmp_path / "killed", at_the_end_of_an_epoch(), calls=2)
@@ -178,9 +180,7 @@ def test_a_restarted_one_asks_what_is_left_and_keeps_the_same(mesh: Mesh, tmp_pa
     assert complete.asked == [] and complete.state == going_on.state
 
 
-def test_a_block_that_is_there_in_part_is_asked_again_as_a_whole(
-    mesh: Mesh, tmp_path: Path
-) -> None:
+def test_an_incomplete_block_is_answered_again_as_a_whole(mesh: Mesh, tmp_path: Path) -> None:
     """Its other prompts alone would be another batch, which kernels may round otherwise."""
     whole = Run(mesh, tmp_path, at_the_end_of_an_epoch())
     whole.reselection.make_if_due()
@@ -194,7 +194,7 @@ def test_a_block_that_is_there_in_part_is_asked_again_as_a_whole(
         assert answers.read_text() == complete
 
 
-def test_answers_of_other_weights_or_another_number_are_not_used(
+def test_answers_of_other_weights_or_of_another_count_are_not_used(
     mesh: Mesh, tmp_path: Path
 ) -> None:
     first = Run(mesh, tmp_path, at_the_end_of_an_epoch())
@@ -211,7 +211,7 @@ def test_answers_of_other_weights_or_another_number_are_not_used(
     assert list((tmp_path / "selection").iterdir()) == []
 
 
-def test_a_pool_that_teaches_nothing_ends_the_run_and_other_rules_go_on(
+def test_an_empty_selection_ends_the_run_and_other_rules_resume_it(
     mesh: Mesh, tmp_path: Path
 ) -> None:
     run = Run(mesh, tmp_path, at_the_end_of_an_epoch(), min_std=0.9)
@@ -223,7 +223,7 @@ def test_a_pool_that_teaches_nothing_ends_the_run_and_other_rules_go_on(
     assert other.asked == [] and other.state.selections == [[1, 12]]
 
 
-def test_a_selection_that_is_gone_is_named(mesh: Mesh, tmp_path: Path) -> None:
+def test_a_deleted_selection_is_reported(mesh: Mesh, tmp_path: Path) -> None:
     state = replace(at_the_end_of_an_epoch(), selections=[[1, 12]])
     with pytest.raises(DataError, match=r"epoch-0001/kept\.jsonl cannot be read"):
         Run(mesh, tmp_path, state)
@@ -236,7 +236,7 @@ def test_a_selection_that_is_gone_is_named(mesh: Mesh, tmp_path: Path) -> None:
         ("data.curriculum=easy_first", "and data.curriculum=easy_first orders it by older records"),
     ],
 )
-def test_what_cannot_be_is_refused(override: str, sentence: str) -> None:
+def test_impossible_settings_are_refused(override: str, sentence: str) -> None:
     cfg = load_config(CONFIG, ["selection.every_epochs=2", override])
     with pytest.raises(ConfigError) as refused:
         check_reselection(cfg)

@@ -41,7 +41,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Name of every checkpoint that is loaded, with "+optimizer" where its state is."""
-    found: list[str] = []
+    loaded: list[str] = []
     for name, suffix in (("load_weights", ""), ("load_checkpoint", "+optimizer")):
         original = getattr(saver_module, name)
 
@@ -51,11 +51,11 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             original: Callable[..., Any] = original,
             suffix: str = suffix,
         ) -> None:
-            found.append(Path(checkpoint).name + suffix)
+            loaded.append(Path(checkpoint).name + suffix)
             original(checkpoint, *rest)
 
         monkeypatch.setattr(saver_module, name, counted)
-    return found
+    return loaded
 
 
 class Process:
@@ -69,9 +69,9 @@ class Process:
         self.trained = PolicyContext(mesh=mesh, policy=policy, saver=saver)
 
     def restored(self) -> RunState:
-        found = restore(self.cfg, self.trained)
-        load_stage(self.cfg, self.trained, found)
-        return found.state
+        result = restore(self.cfg, self.trained)
+        load_stage(self.cfg, self.trained, result)
+        return result.state
 
     def weights(self, value: float | None = None) -> dict[str, torch.Tensor]:
         """The weights, after `value` is added to each."""
@@ -91,7 +91,7 @@ def equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> boo
     return all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_fresh_run_and_a_stage_that_begins_load_one_checkpoint(
+def test_a_new_run_and_a_new_stage_load_one_checkpoint(
     mesh: Mesh, base: Path, tmp_path: Path, loads: list[str]
 ) -> None:
     run = Process(mesh, base, tmp_path)
@@ -144,7 +144,7 @@ def sources(tmp_path: Path) -> dict[str, list[Source]]:
     """ "kept": durations are in the annotations; "header": a video has to be opened for one."""
     kept = {"v": {"duration": 16.0, "timestamps": [[3.0, 8.0]], "sentences": ["a square"]}}
     listed = {"dataset": "charades_train", "video": "v.mp4", "problem": "a", "solution": [0.2, 0.5]}
-    found = {}
+    by_name = {}
     form: Any
     for name, form, records in (
         ("kept", "charades_sta", kept),
@@ -152,8 +152,8 @@ def sources(tmp_path: Path) -> dict[str, list[Source]]:
     ):
         path = tmp_path / f"{name}.json"
         path.write_text(json.dumps(records))
-        found[name] = [Source(json_path=str(path), data_folder="v", format=form)]
-    return found
+        by_name[name] = [Source(json_path=str(path), data_folder="v", format=form)]
+    return by_name
 
 
 def test_annotations_are_parsed_once_unless_a_video_has_to_be_opened(

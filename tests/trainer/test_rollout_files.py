@@ -13,7 +13,7 @@ from megatron_vrl.context import RunContext
 from megatron_vrl.observe.clock import Clock
 from megatron_vrl.parallel.mesh import Mesh, close_mesh, init_mesh
 from megatron_vrl.rollout.records import read_rollouts
-from megatron_vrl.trainer.experience import RolloutBatch, to_train
+from megatron_vrl.trainer.experience import RolloutBatch, training_group
 from megatron_vrl.trainer.rollout_files import RolloutFiles
 from megatron_vrl.types import Experience
 from tests.trainer.test_experience import scored
@@ -44,7 +44,7 @@ def rollout_batch(step: int) -> RolloutBatch:
         groups=groups,
         experiences=experiences,
         kept=experiences[:1],
-        dummy_group=to_train(experiences[0]),
+        dummy_group=training_group(experiences[0]),
         invalid=(f"c{step}",),
         rounds=1,
         failures={},

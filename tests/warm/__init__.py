@@ -35,10 +35,10 @@ def start(environment: dict[str, str]) -> None:
 
 def family(pid: int) -> list[psutil.Process]:
     """A process and its descendants, with the programs that clients stand for."""
-    found = [psutil.Process(pid)]
-    for process in found:
-        found += process.children()
+    processes = [psutil.Process(pid)]
+    for process in processes:
+        processes += process.children()
         kind, _, program = process.name().partition(" ")
         if kind == "warm":
-            found.append(psutil.Process(int(program)))
-    return found
+            processes.append(psutil.Process(int(program)))
+    return processes

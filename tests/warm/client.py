@@ -28,7 +28,7 @@ def main() -> None:
                 "files": files,
             }
             socket.send_fds(server, [json.dumps(message).encode()], files)
-            if pid := told(server):
+            if pid := receive_number(server):
                 follow(pid, server)
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
@@ -47,7 +47,7 @@ def follow(pid: int, server: socket.socket) -> None:
     for number in FORWARDED:  # what is ignored here, the program ignores until it decides otherwise
         signal.signal(number, lambda number, _: hand_on(pid, number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
-    code = os.waitstatus_to_exitcode(told(server))
+    code = os.waitstatus_to_exitcode(receive_number(server))
     if code < 0:
         if -code not in (signal.SIGKILL, signal.SIGSTOP):
             signal.signal(-code, signal.SIG_DFL)
@@ -55,10 +55,10 @@ def follow(pid: int, server: socket.socket) -> None:
     os._exit(code)
 
 
-def told(server: socket.socket) -> int:
+def receive_number(server: socket.socket) -> int:
     answer = server.recv(64)
     if not answer:
-        sys.exit("warm: the server has ended; its words are in server.log beside its socket.")
+        sys.exit("warm: the server has ended; its output is in server.log beside its socket.")
     return int(answer)
 
 

@@ -46,8 +46,8 @@ def run(arguments: argparse.Namespace) -> Iterator[Row]:
             for made in ("megatron", "back"):
                 shutil.rmtree(folder / made)
         base = statistics.median(seconds for seconds, _ in runs["safetensors alone"])
-        for step, found in runs.items():
-            seconds = statistics.median(s for s, _ in found)
+        for step, timings in runs.items():
+            seconds = statistics.median(s for s, _ in timings)
             yield {
                 "bench": "convert",
                 "step": step,
@@ -55,8 +55,8 @@ def run(arguments: argparse.Namespace) -> Iterator[Row]:
                 "gib": size / 2**30,
                 "seconds": seconds,
                 "ratio": seconds / base,
-                "peak_gib": max(peak for _, peak in found),
-                "rounds": len(found),
+                "peak_gib": max(peak for _, peak in timings),
+                "rounds": len(timings),
             }
 
 

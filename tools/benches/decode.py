@@ -48,8 +48,8 @@ def run(arguments: argparse.Namespace) -> Iterator[Row]:
                     if number > 0:
                         seconds[name].append(spent / (COPIES if "workers" in name else 1))
         base = statistics.median(seconds["pyav-sequential"])
-        for name, found in seconds.items():
-            median_s = statistics.median(found)
+        for name, timings in seconds.items():
+            median_s = statistics.median(timings)
             yield {
                 "bench": "decode",
                 "path": name,
@@ -57,8 +57,8 @@ def run(arguments: argparse.Namespace) -> Iterator[Row]:
                 "frames": arguments.frames,
                 "median_s": median_s,
                 "ratio_to_pyav_sequential": median_s / base,
-                "min_s": min(found),
-                "max_s": max(found),
+                "min_s": min(timings),
+                "max_s": max(timings),
                 "frames_s": arguments.frames / median_s,
             }
 

@@ -35,9 +35,11 @@ CONFIG = Qwen2Config(
 
 
 def trainer(folder: str, answers: int, beta: float) -> "GRPOTrainer":
-    words = Tokenizer(models.WordLevel({"[UNK]": 0, "[PAD]": 1, "[EOS]": 2}, unk_token="[UNK]"))
+    word_tokenizer = Tokenizer(
+        models.WordLevel({"[UNK]": 0, "[PAD]": 1, "[EOS]": 2}, unk_token="[UNK]")
+    )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]", eos_token="[EOS]"
+        tokenizer_object=word_tokenizer, unk_token="[UNK]", pad_token="[PAD]", eos_token="[EOS]"
     )
     Qwen2ForCausalLM(CONFIG).save_pretrained(folder)  # the reference is read from where it lies
     model = Qwen2ForCausalLM.from_pretrained(folder, attn_implementation="sdpa")

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from megatron_vrl.config import Parallel
 from megatron_vrl.config.base import SECTION, Positive
-from megatron_vrl.config.loader import overridden, read_tree
+from megatron_vrl.config.loader import read_tree, validate_with_overrides
 from megatron_vrl.errors import ConfigError
 
 Mode = Literal["strong", "weak"]
@@ -133,7 +133,7 @@ class Cell:
 def read_study(path: Path | None, overrides: list[str]) -> Study:
     """Return the study of a file and overrides. Raise ConfigError for values that cannot work."""
     tree = read_tree(path) if path else {}
-    study = overridden(Study, tree, overrides, str(path or "options"))
+    study = validate_with_overrides(Study, tree, overrides, str(path or "options"))
     for key in ("sizes", "layouts", "modes"):
         if not getattr(study.grid, key):
             raise ConfigError(f"grid.{key} is empty: name at least one.")

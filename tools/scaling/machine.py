@@ -34,16 +34,16 @@ def measure(dtype: str) -> dict[str, Any]:
     side = 8192 if on_gpu else 1024
     left, right = (torch.randn(side, side, device=mesh.device).to(DTYPES[dtype]) for _ in "ab")
     product = _seconds(lambda: left @ right, mesh)
-    numbers = torch.ones(2**28 if on_gpu else 2**24, device=mesh.device)
-    copy = torch.empty_like(numbers)
-    copied = _seconds(lambda: copy.copy_(numbers), mesh)
+    values = torch.ones(2**28 if on_gpu else 2**24, device=mesh.device)
+    copy = torch.empty_like(values)
+    copied = _seconds(lambda: copy.copy_(values), mesh)
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     mine, _ = dist.new_subgroups(per_node)
-    message = numbers[: 2**26 if on_gpu else 2**22]
+    message = values[: 2**26 if on_gpu else 2**22]
     link = _bus(message, mine, per_node, mesh)
     whole = dist.group.WORLD
     several = mesh.world > per_node
-    hosted = numbers[: 2**26].cpu()
+    hosted = values[: 2**26].cpu()
     taken = _seconds(lambda: copy[: len(hosted)].copy_(hosted), mesh)
     small = torch.ones(1, device=mesh.device)
     steps = max(1, (mesh.world - 1).bit_length())
@@ -56,7 +56,7 @@ def measure(dtype: str) -> dict[str, Any]:
         "name": torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} core",
         "flops": {dtype: 2 * side**3 / product},
         "memory": memory,
-        "hbm": 2 * numbers.nbytes / copied,
+        "hbm": 2 * values.nbytes / copied,
         "link": link,
         "network": _bus(message, whole, mesh.world, mesh) if several else link,
         "host": hosted.nbytes / taken,

@@ -16,7 +16,7 @@ from megatron_vrl.planner.hardware import Gpu, find_gpu
 from scaling.grid import Study, cells, ideal_bubble
 from scaling.launch import Nodes, check_cell, launch, load, model_path
 from scaling.predict import fitted_mfu, predicted, update_parts
-from scaling.tell import plot_measured, plot_simulated, table, with_efficiency
+from scaling.tables import plot_measured, plot_simulated, table, with_efficiency
 
 Row = dict[str, Any]
 
@@ -70,18 +70,20 @@ def run_study(study: Study, out: Path, nodes: Nodes, retry: bool) -> None:
                 row |= {"units": used * nodes.units, "nodes": used, "load": load()}
                 asked = spec | {"path": str(paths[cell.size])}
                 limit = study.rounds.timeout_s
-                numbers = launch(asked, cell.layout.ranks, number, nodes, limit)
-                row |= (numbers or {}) | {"ideal_bubble": ideal_bubble(cell)}
+                measurements = launch(asked, cell.layout.ranks, number, nodes, limit)
+                row |= (measurements or {}) | {"ideal_bubble": ideal_bubble(cell)}
             except UserError as error:
                 row["failed"] = str(error)
             if nodes.rank == 0:
                 with (out / "study.jsonl").open("a") as file:
                     file.write(json.dumps(row) + "\n")
-        words = row.get("failed") or (f"{row['seconds']:.3f} s" if "seconds" in row else "no part")
-        print(f"scaling: {cell.name}: {row['ranks']} ranks: {words}", flush=True)
+        outcome = row.get("failed") or (
+            f"{row['seconds']:.3f} s" if "seconds" in row else "no part"
+        )
+        print(f"scaling: {cell.name}: {row['ranks']} ranks: {outcome}", flush=True)
         rows.append(row)
     if nodes.rank == 0:
-        _tell(study, out, archs, rows, machine, simulated_gpu)
+        _write_results(study, out, archs, rows, machine, simulated_gpu)
 
 
 def _machine(study: Study, out: Path, nodes: Nodes) -> Gpu | None:
@@ -95,9 +97,9 @@ def _machine(study: Study, out: Path, nodes: Nodes) -> Gpu | None:
         each = min(nodes.per_node, nodes.units, most)
         used = min(nodes.count, -(-most // each))
         spec = {"machine": study.work.dtype}
-        numbers = launch(spec, used * each, 0, nodes, study.rounds.timeout_s)
+        measurements = launch(spec, used * each, 0, nodes, study.rounds.timeout_s)
         if nodes.rank == 0:
-            path.write_text(json.dumps(numbers, indent=1) + "\n")
+            path.write_text(json.dumps(measurements, indent=1) + "\n")
     return find_gpu(str(path)) if nodes.rank == 0 else None
 
 
@@ -117,7 +119,7 @@ def _finished_rows(path: Path) -> dict[str, Row]:
     return rows
 
 
-def _tell(
+def _write_results(
     study: Study,
     out: Path,
     archs: dict[str, Architecture],
@@ -127,14 +129,14 @@ def _tell(
 ) -> None:
     assert gpu is not None
     mfus = _fitted(study, archs, rows, gpu)
-    told = with_efficiency([_planned(study, archs, row, gpu, mfus) for row in rows])
+    compared = with_efficiency([_planned(study, archs, row, gpu, mfus) for row in rows])
     simulated = list(_simulations(study, archs, gpu, simulated_gpu, mfus))
     lines = [json.dumps(row) for row in simulated]
     (out / "simulated.jsonl").write_text("\n".join([*lines, ""]))
-    (out / "planned.jsonl").write_text("\n".join([*(json.dumps(row) for row in told), ""]))
-    text = table(told, simulated, json.loads((out / "machine.json").read_text()))
+    (out / "planned.jsonl").write_text("\n".join([*(json.dumps(row) for row in compared), ""]))
+    text = table(compared, simulated, json.loads((out / "machine.json").read_text()))
     (out / "table.md").write_text(text)
-    plot_measured(told, out / "measured.png")
+    plot_measured(compared, out / "measured.png")
     plot_simulated(simulated, out / "simulated.png")
     failed = sum("failed" in row for row in rows)
     done = counted(len(rows) - failed, "cell")

@@ -83,7 +83,7 @@ def parse(content: bytes) -> Any:
 def load(path: str) -> Any:
     """Return the value of a whole file. Raises DataError naming the file and the location."""
     if is_lines(path):
-        return [found.record for found in records(path)]
+        return [entry.record for entry in records(path)]
     with _opened(path) as file:
         content = file.read()
     if not content.strip():
@@ -114,10 +114,10 @@ def records(path: str) -> Iterator[LocatedRecord]:
 def version(path: str) -> tuple[int, int]:
     """Return the modification time (ns) and the size (bytes) of a file."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError as error:
         raise DataError(f"Cannot read the annotations {path}: {error.strerror}.") from None
-    return found.st_mtime_ns, found.st_size
+    return status.st_mtime_ns, status.st_size
 
 
 def begins_a_list(path: str) -> bool:

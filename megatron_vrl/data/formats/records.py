@@ -132,9 +132,9 @@ def option_texts(options: Sequence[str]) -> tuple[str, ...]:
     """
     texts = tuple(option.strip() for option in options)
     for style in LETTER_STYLES:
-        found = [style.fullmatch(text) for text in texts]
-        plain = [match[2] for match in found if match]
-        letters = "".join(match[1] for match in found if match)
+        matches = [style.fullmatch(text) for text in texts]
+        plain = [match[2] for match in matches if match]
+        letters = "".join(match[1] for match in matches if match)
         in_order = (ascii_uppercase[: len(texts)], "123456789"[: len(texts)])
         if len(plain) == len(texts) and letters.upper() in in_order:
             return tuple(plain)

@@ -229,8 +229,8 @@ def check_format(source: Source) -> None:
     """Raise DataError if the first record has another format than its source names."""
     try:
         if is_list(source):
-            for found in islice(list_records(source), 1):
-                checked_record(found.record, 0, source, found.line)
+            for entry in islice(list_records(source), 1):
+                checked_record(entry.record, 0, source, entry.line)
         else:
             _checked_whole(source)
     except (OtherFormat, WrongTopLevelType):
@@ -389,11 +389,11 @@ def _checked_whole(source: Source) -> Any:
         raise _other_format(source, error) or error from None
 
 
-def _other_format(source: Source, found: DataError) -> OtherFormat | None:
+def _other_format(source: Source, error: DataError) -> OtherFormat | None:
     """Return `found` as an error that names the format the file matches; None without a match."""
     others = matching_formats(source, READERS)
     if not others:
         return None
-    own = str(found).removeprefix(source.json_path).strip(" ,:.")
-    reason = found.wanted if isinstance(found, WrongTopLevelType) else own
+    own = str(error).removeprefix(source.json_path).strip(" ,:.")
+    reason = error.wanted if isinstance(error, WrongTopLevelType) else own
     return OtherFormat(source, reason, others)

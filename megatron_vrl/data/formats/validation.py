@@ -107,7 +107,7 @@ def _head(path: str) -> tuple[str, Any]:
     if path.endswith(".csv"):
         return name, None
     if is_lines(path) or begins_a_list(path):
-        return name, [found.record for found in islice(records(path), HEAD)]
+        return name, [entry.record for entry in islice(records(path), HEAD)]
     content = load(path)
     return name, dict(islice(content.items(), HEAD)) if isinstance(content, dict) else content
 

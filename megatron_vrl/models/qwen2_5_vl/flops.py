@@ -31,7 +31,10 @@ def group_flops(arch: Architecture, group: Group) -> FlopCounts:
         arch,
         len(group.prompt.token_ids),
         [len(answer.token_ids) for answer in group.answers],
-        [visual.grid_thw for visual in (() if group.prompt.seen else group.prompt.visuals)],
+        [
+            visual.grid_thw
+            for visual in (() if group.prompt.visual_embeds else group.prompt.visuals)
+        ],
     )
 
 

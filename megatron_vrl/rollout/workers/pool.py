@@ -1,6 +1,6 @@
 """Rollout workers as the trainer sees them: request routing, health and weight syncs.
 
-Life of a worker, seen from one trainer rank:
+States of a worker, as one trainer rank sees it:
 
     UNKNOWN --wait_ready--> READY --push, commit--> ACTIVE --failure--> LOST --next sync--> READY
 
@@ -10,22 +10,22 @@ Life of a worker, seen from one trainer rank:
     LOST      the worker receives no requests until it takes part in another weight sync
 
 A worker is lost if it refuses connections, answers no health check for `heartbeat_timeout_s`, takes
-longer than `request_timeout_s` for a request, was restarted, or returns an invalid response or one
-of old weights.
+longer than `request_timeout_s` for a request, was restarted, returns an invalid response, or
+returns rollouts of old weights.
 
-Life of a request (`submit`):
+States of a request (`submit`):
 
     WAITING --worker has room--> SENT --valid response--> DONE
        ^                          |
-       +------- worker lost ------+   at most MAX_ATTEMPTS times, then the future raises
+       +------- worker lost ------+   after MAX_ATTEMPTS lost workers the future raises
 
 Example: max_num_seqs=16 and n=8, so a worker has room for 2 requests. Of 5 requests and 2 active
-workers, 4 are sent and 1 waits. Worker B is lost: its 2 requests wait again. Worker A finishes a
-request and takes the next one. If A is lost as well, `no_live_workers` is True, and the next weight
-sync activates the workers that the remaining requests go to.
+workers, 4 are sent and 1 waits. Worker B is lost, so its 2 requests wait again. Worker A finishes a
+request and gets the next one. If A is lost as well, `no_live_workers` is True, and the next weight
+sync activates workers, which get the remaining requests.
 
 Each request gets exactly one response. A late response of a lost worker is discarded, since its
-connection is closed. The methods are of one rank; `weight_sync.py` makes ranks agree.
+connection is closed. Each rank has its own WorkerPool; `weight_sync.py` coordinates the ranks.
 """
 
 import asyncio
@@ -58,7 +58,7 @@ from megatron_vrl.rollout.workers.worker_info import Health, ServedModel, Worker
 from megatron_vrl.types import Prompt, Rollout
 
 POLL_INTERVAL_S = 0.5
-MAX_ATTEMPTS = 4  # of one request; after these the request itself is assumed to be the cause
+MAX_ATTEMPTS = 4  # attempts of a request; then the request is taken as the cause of the failures
 
 
 @dataclass(slots=True)
@@ -71,27 +71,27 @@ class _LiveWorker:
 
 
 class WorkerPool:
-    """Generator over all active workers, and this rank's end of weight syncs with them."""
+    """Generator over all active workers, and this rank's part of the weight syncs with them."""
 
     def __init__(
         self, cfg: config.RolloutConfig, served_model: ServedModel, device: torch.device
     ) -> None:
-        """device: where this rank's weights are."""
-        self.version: int | None = None  # of the weights that active workers hold
+        """`device`: device of this rank's weights."""
+        self.version: int | None = None  # version of the weights that active workers hold
         self._cfg, self._served_model = cfg, served_model
-        self._workers: dict[str, _LiveWorker] = {}  # active ones, by address
+        self._workers: dict[str, _LiveWorker] = {}  # active workers by address
         self._client = WorkerClient()
         self._sender = WeightSender(
             cfg.transport, torch_dtype(served_model.dtype), device, self._client
         )
-        self._changed = self._client.call(_new_event())
+        self._room_event = self._client.call(_new_event())
 
     # Generation.
 
     def submit(
         self, prompts: Sequence[Prompt], specs: Sequence[SamplingSpec]
     ) -> list[Future[list[Rollout]]]:
-        """Send the prompts to workers and return one future each.
+        """Send the prompts to workers and return one future for each prompt.
 
         Raises RolloutError if a prompt does not fit the workers' engines.
         """
@@ -119,14 +119,14 @@ class WorkerPool:
             worker.requests += 1
             try:
                 rollouts = await self._send(worker, body)
-                self._check(rollouts, spec, version)
+                self._check_rollouts(rollouts, spec, version)
             except WorkerError as error:
-                self._lose(worker, f"sample {request.id}: {error}")
+                self._mark_lost(worker, f"sample {request.id}: {error}")
             else:
                 return rollouts
             finally:
                 worker.requests -= 1
-                self._notify()
+                self._wake_waiting_requests()
         raise RolloutError(
             f"Sample {request.id}: {MAX_ATTEMPTS} workers failed while they generated its "
             "rollouts: look at their output, and at the sample."
@@ -155,16 +155,19 @@ class WorkerPool:
     async def _worker_with_room(self, n: int) -> _LiveWorker:
         """Wait for room and return the active worker with the fewest requests.
 
-        Requests wait here and not at a worker, so that a slow worker holds few of them.
+        Requests wait in the trainer and not in a worker's queue, so that a slow worker holds few of
+        them.
         """
         limit = max(1, -(-self._cfg.max_num_seqs // n))
         while True:
             with_room = [worker for worker in self._workers.values() if worker.requests < limit]
             if with_room:
                 return min(with_room, key=lambda worker: worker.requests)
-            await self._changed.wait()
+            await self._room_event.wait()
 
-    def _check(self, rollouts: Sequence[Rollout], spec: SamplingSpec, version: int) -> None:
+    def _check_rollouts(
+        self, rollouts: Sequence[Rollout], spec: SamplingSpec, version: int
+    ) -> None:
         """Raise WorkerError for rollouts that this spec and these weights cannot produce."""
         if len(rollouts) != spec.n:
             raise WorkerError(f"{len(rollouts)} rollouts instead of {spec.n}")
@@ -175,7 +178,12 @@ class WorkerPool:
                 )
             if rollout.seed != spec.seed + index:
                 raise WorkerError(f"seed {rollout.seed} instead of {spec.seed + index}")
-            if not version <= rollout.weight_version <= rollout.newest_version <= self._newest():
+            if (
+                not version
+                <= rollout.weight_version
+                <= rollout.newest_version
+                <= self._newest_allowed_version()
+            ):
                 raise WorkerError(f"weights {rollout.weight_version} instead of {version}")
 
     # Weight sync.
@@ -189,7 +197,7 @@ class WorkerPool:
         return self._client.call(self._wait_ready(min_workers))
 
     def begin_sync(self, workers: Sequence[WorkerInfo]) -> None:
-        """Invalidate the workers' weights. One rank calls it, before any rank pushes."""
+        """Invalidate the workers' weights. One rank calls this method, before any rank pushes."""
         self._sender.begin_sync(workers)
 
     def serialize_stages(self, workers: Sequence[WorkerInfo]) -> bool:
@@ -197,7 +205,10 @@ class WorkerPool:
         return self._sender.serialize_stages(workers)
 
     def push(self, workers: Sequence[WorkerInfo], tensors: NamedTensors) -> None:
-        """Send one bucket, which is in flight until `flush`. One rank of each pipeline stage."""
+        """Send one bucket, which is in flight until `flush`.
+
+        One rank of each pipeline stage calls this method.
+        """
         self._sender.push(workers, tensors)
 
     def flush(self) -> None:
@@ -205,18 +216,18 @@ class WorkerPool:
         self._sender.flush()
 
     def commit(self, workers: Sequence[WorkerInfo], version: int) -> None:
-        """End a weight sync. One rank calls it, after all ranks have flushed."""
+        """End a weight sync. One rank calls this method, after all ranks have flushed."""
         self._sender.commit(workers, version)
 
     @property
     def failed(self) -> set[str]:
-        """Addresses that did not take the weights from this rank."""
+        """Return the addresses of workers that failed to load weights from this rank."""
         return self._sender.failed
 
     def activate(self, workers: Sequence[WorkerInfo], version: int) -> None:
-        """Send requests to exactly these workers from now on. Every rank calls it.
+        """Send requests to exactly these workers from now on. Every rank calls this method.
 
-        version: of the weights that they hold.
+        `version`: version of the weights that these workers hold.
         """
         self.version = version
         self._sender.forget_failures()
@@ -245,13 +256,12 @@ class WorkerPool:
             if len(ready) >= min_workers:
                 return [WorkerInfo(a, h.instance, h.machine, h.gpus) for a, h in ready.items()]
             if self._client.loop.time() > deadline:
-                seen = "; ".join(f"{a}: {s}" for a, s in zip(addresses, states, strict=True))
+                states_text = "; ".join(f"{a}: {s}" for a, s in zip(addresses, states, strict=True))
                 raise RolloutError(
-                    f"{len(ready)} of at least {min_workers} rollout workers came within rollout."
-                    f"worker_wait_timeout_s={self._cfg.worker_wait_timeout_s:g} "
-                    f"({seen or 'no address is known'}): start them with "
-                    "launch/rollout_worker.sh, and name them in rollout.workers or "
-                    "rollout.discovery_dir."
+                    f"{len(ready)} of at least {min_workers} rollout workers were ready within "
+                    f"rollout.worker_wait_timeout_s={self._cfg.worker_wait_timeout_s:g} "
+                    f"({states_text or 'no address is known'}): start workers with "
+                    "launch/rollout_worker.sh, and set rollout.workers or rollout.discovery_dir."
                 )
             await asyncio.sleep(POLL_INTERVAL_S)
 
@@ -267,12 +277,12 @@ class WorkerPool:
     async def _activate(self, workers: Sequence[WorkerInfo]) -> None:
         for live in list(self._workers.values()):
             if live.info not in workers:
-                self._lose(live, "it took no part in the weight sync")
+                self._mark_lost(live, "it was not in the weight sync")
         for info in workers:
             if info.address not in self._workers:
                 live = self._workers[info.address] = _LiveWorker(info)
                 self._client.spawn(self._watch(live))
-        self._notify()
+        self._wake_waiting_requests()
 
     async def _checksums(self, address: str) -> Checksums:
         try:
@@ -294,19 +304,19 @@ class WorkerPool:
             if isinstance(state, Health):
                 last_response = self._client.loop.time()
                 if state.instance != worker.info.instance:
-                    self._lose(worker, "it was restarted")
+                    self._mark_lost(worker, "it was restarted")
             elif isinstance(state, WorkerUnreachable) or silent_s > self._cfg.heartbeat_timeout_s:
-                self._lose(worker, f"no health response for {silent_s:.1f} s: {state}")
+                self._mark_lost(worker, f"no health response for {silent_s:.1f} s: {state}")
             await asyncio.sleep(min(POLL_INTERVAL_S, self._cfg.heartbeat_timeout_s / 4))
 
-    def _lose(self, worker: _LiveWorker, reason: str) -> None:
+    def _mark_lost(self, worker: _LiveWorker, reason: str) -> None:
         """Make the worker LOST: its requests wait for other workers."""
         if not worker.lost.is_set():
             worker.lost.set()
             if self._workers.get(worker.info.address) is worker:
                 del self._workers[worker.info.address]
             log(f"lost {worker.info.address}: {reason}")
-            self._notify()
+            self._wake_waiting_requests()
 
     async def _health(self, address: str) -> Health | WorkerError:
         try:
@@ -314,17 +324,17 @@ class WorkerPool:
         except WorkerError as error:
             return error
 
-    def _notify(self) -> None:
+    def _wake_waiting_requests(self) -> None:
         """Wake the requests that wait for a worker with room."""
-        self._changed.set()
-        self._changed = asyncio.Event()
+        self._room_event.set()
+        self._room_event = asyncio.Event()
 
     def _known_version(self) -> int:
         if self.version is None:
             raise RolloutError("The workers have no weights yet: sync weights first.")
         return self.version
 
-    def _newest(self) -> int:
+    def _newest_allowed_version(self) -> int:
         """Newest version that a response may have.
 
         During a weight sync a worker may respond with the next version before `activate`.

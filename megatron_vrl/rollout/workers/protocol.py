@@ -1,7 +1,7 @@
 """Messages between the trainer and rollout workers, as typed MessagePack.
 
-Nothing is unpickled. A message is checked against its type while it is decoded, and bytes that do
-not fit raise `InvalidMessage`.
+Decoding uses no pickle and checks a message against its type. Bytes that are no message of this
+type raise `InvalidMessage`.
 """
 
 from collections.abc import AsyncIterator
@@ -18,9 +18,9 @@ from megatron_vrl.types import Rollout
 
 Message = TypeVar("Message")
 LENGTH_BYTES = 8  # length prefix of a framed message
-# The trainer closes a connection that was idle for so long; a worker waits twice as long. A worker
-# that closed first could close a connection just when the trainer reuses it, and would then seem to
-# have failed.
+# The trainer closes a connection after this idle time, a worker after twice the time. If a worker
+# closed a connection first, the trainer could be about to reuse the connection, and the worker
+# would seem to have failed.
 IDLE_S = 30
 
 
@@ -34,7 +34,7 @@ class GenerateRequest:
 
     request: RolloutRequest
     spec: SamplingSpec
-    version: int  # oldest weights that may generate the response
+    version: int  # oldest weight version that may generate the response
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,11 +46,11 @@ class GenerateResponse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadBucket:
-    """Head of POST /weights/load."""
+    """First part of the body of POST /weights/load."""
 
     bucket: WeightBucket
     follows: bool = False  # True: the bucket's bytes follow in the request's body
-    group: str = ""  # name of the broadcast group that the bytes come from; "": none
+    group: str = ""  # name of the broadcast group that sends the bytes; "": no broadcast
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +81,7 @@ def decode(data: bytes, kind: type[Message]) -> Message:
 
 
 def framed(message: Any) -> bytes:
-    """Return the encoded message behind its length, so that other bytes may follow it."""
+    """Return the length of the encoded message and the message, so that other bytes may follow."""
     data = encode(message)
     return len(data).to_bytes(LENGTH_BYTES) + data
 
@@ -89,7 +89,7 @@ def framed(message: Any) -> bytes:
 async def read_framed(
     pieces: AsyncIterator[bytes], kind: type[Message]
 ) -> tuple[Message, bytearray]:
-    """Return the message at the head of a stream, and the bytes read beyond it.
+    """Return the first message of a stream, and the bytes that were read after it.
 
     Raises InvalidMessage.
     """
@@ -99,7 +99,7 @@ async def read_framed(
         end = LENGTH_BYTES + int.from_bytes(data[:LENGTH_BYTES])
         if len(data) >= max(end, LENGTH_BYTES):
             return decode(bytes(data[LENGTH_BYTES:end]), kind), data[end:]
-    raise InvalidMessage(f"not a {kind.__name__}: the stream ends within it")
+    raise InvalidMessage(f"not a {kind.__name__}: the stream ends before the message does")
 
 
 def _array_to_wire(value: Any) -> Any:

@@ -1,8 +1,9 @@
 """Rollout worker: one inference engine behind HTTP, for any number of trainer ranks.
 
-`EngineThread` owns the engine and decodes one token at a time for all requests in flight. Between
-two tokens it runs the calls that the HTTP side has queued, so requests come and go independently
-and a weight sync may start in the middle of a rollout. The HTTP side only reads, waits and writes.
+`EngineThread` calls the engine, which decodes one token at a time for all requests in flight.
+Between two tokens the thread runs the calls that the HTTP handlers have queued. Requests therefore
+start and end independently, and a weight sync may start in the middle of a rollout. The HTTP
+handlers read requests, wait for the thread and write responses.
 
     GET  /health                             -> Health
     POST /generate        GenerateRequest    -> GenerateResponse
@@ -12,11 +13,11 @@ and a weight sync may start in the middle of a rollout. The HTTP side only reads
     POST /weights/commit  CommitWeights
     POST /checksums                          -> ChecksumsResponse
 
-A status other than 200 carries one sentence: 401 wrong token; 409 the worker's state does not allow
-the call (no weights, older weights); 422 no worker can fulfil the request; 424 a broadcast failed,
-and the bucket must be sent by another transport.
+The body of a response with another status than 200 is one sentence. 401: wrong token. 409: the
+worker's state does not allow the call (no weights, older weights). 422: no worker can fulfil the
+request. 424: a broadcast failed, and the bucket must be sent by another transport.
 
-States of a worker, seen from inside:
+States of a worker:
 
     NO WEIGHTS --/weights/begin--> SYNCING --/weights/commit--> SERVING --/weights/begin--> SYNCING
 
@@ -24,12 +25,13 @@ States of a worker, seen from inside:
     SYNCING      decoding stops; new requests wait and are answered with the new weights
     SERVING      requests are decoded
 
-A /weights/begin while SYNCING means that a trainer broke off a sync. vLLM cannot restart an update,
-so the process exits with code 3 and `launch/rollout_worker.sh` starts it again.
+A /weights/begin while SYNCING means that a trainer did not finish its sync. vLLM cannot restart an
+update, so the worker exits with code 3, and `launch/rollout_worker.sh` starts it again.
 
-Example: two requests are in flight at version 4 and have 30 tokens each. /weights/begin: decoding
-stops. A third request arrives and waits. /weights/commit with version 5: the first two go on with
-the new weights (weight_version=4, newest_version=5), and the third starts with version 5.
+Example: two requests are in flight at version 4 and have 30 tokens each. /weights/begin stops
+decoding. A third request arrives and waits. After /weights/commit with version 5 the first two
+continue with the new weights (weight_version=4, newest_version=5), and the third starts with
+version 5.
 """
 
 import asyncio
@@ -75,27 +77,27 @@ from megatron_vrl.rollout.workers.protocol import (
 from megatron_vrl.rollout.workers.worker_info import Health, ServedModel, machine
 from megatron_vrl.types import Rollout
 
-RESTART = 3  # exit code on which the launch script starts the worker again
-BROADCAST_TIMEOUT_S = 300  # for one bucket
+RESTART = 3  # exit code after which launch/rollout_worker.sh starts the worker again
+BROADCAST_TIMEOUT_S = 300  # timeout of one bucket
 
 Result = TypeVar("Result")
 Message = TypeVar("Message")
 
 
 class StateConflict(Exception):
-    """Call that the worker's state does not allow; another worker may."""
+    """Call that the worker's current state does not allow. Another worker may accept it."""
 
 
 class EngineThread:
-    """Inference engine, and the only thread that may call it."""
+    """Thread that alone calls the inference engine."""
 
     def __init__(self, engine: InferenceEngine) -> None:
         self.engine = engine
         self._calls: queue.Queue[tuple[Callable[[], Any], Future[Any]]] = queue.Queue()
         self._requests: dict[str, Future[list[Rollout]]] = {}
         self._updating = False
-        self._late: list[Callable[[], None]] = []  # requests that arrived during a weight sync
-        self._inboxes: dict[
+        self._delayed: list[Callable[[], None]] = []  # requests that arrived during a weight sync
+        self._receive_buffers: dict[
             str, BucketWriter
         ] = {}  # memory that broadcasts are received into, by device
         self._broadcasts: dict[str, tuple[JoinBroadcast, BroadcastGroup]] = {}  # by sender
@@ -117,7 +119,7 @@ class EngineThread:
 
         def submit() -> None:
             if self._updating:
-                self._late.append(begin)
+                self._delayed.append(begin)
                 return
             if rollouts.cancelled():
                 return
@@ -137,13 +139,15 @@ class EngineThread:
             self.call(submit).add_done_callback(failed)
 
         begin()
-        rollouts.add_done_callback(lambda _: self._abort(key) if rollouts.cancelled() else None)
+        rollouts.add_done_callback(
+            lambda _: self._abort_request(key) if rollouts.cancelled() else None
+        )
         return rollouts
 
     def start_update(self) -> None:
-        """Begin a weight sync, or restart the process if one was broken off."""
+        """Begin a weight sync, or restart the process if the last sync was not finished."""
         if self._updating:
-            _restart("a weight sync was broken off")
+            _restart("a weight sync was not finished")
         self._updating = True
         self.engine.start_update()
 
@@ -156,17 +160,17 @@ class EngineThread:
         group = BroadcastGroup(own, own_host(f"{join.host}:{join.port}"))
         self._broadcasts[join.sender] = own, group
 
-    def load(self, load: LoadBucket, inbox: BucketWriter | None) -> None:
+    def load(self, load: LoadBucket, buffer: BucketWriter | None) -> None:
         """Load a bucket.
 
-        inbox: memory of this process that holds the bucket; None if the bucket is in the trainer's
-        memory or comes by broadcast. Raises BroadcastError.
+        `buffer`: memory of this process that holds the bucket; None if the bucket is in the
+        trainer's memory or comes by broadcast. Raises BroadcastError.
         """
         bucket = load.bucket
         if load.group:
-            inbox, bucket = self._receive_broadcast(load.group, bucket)
-        if inbox is not None and self.engine.in_process:
-            self.engine.load(inbox.tensors(bucket))
+            buffer, bucket = self._receive_broadcast(load.group, bucket)
+        if buffer is not None and self.engine.in_process:
+            self.engine.load(buffer.tensors(bucket))
         else:
             self.engine.load(bucket)
 
@@ -176,32 +180,32 @@ class EngineThread:
         """Return the memory that a broadcast was received into, and the bucket there."""
         for sender, (join, group) in self._broadcasts.items():
             if join.name == name:
-                inbox = self._inbox(join.device)
-                received = inbox.reserve(bucket)
+                buffer = self._receive_buffer(join.device)
+                received = buffer.reserve(bucket)
                 try:
-                    group.finish(group.start(inbox.flat(received)), BROADCAST_TIMEOUT_S)
+                    group.finish(group.start(buffer.flat(received)), BROADCAST_TIMEOUT_S)
                 except BroadcastError:
                     group.close()
                     del self._broadcasts[sender]
                     raise
-                return inbox, received
+                return buffer, received
         raise BroadcastError("the worker is not in that broadcast group")
 
-    def _inbox(self, device: str) -> BucketWriter:
-        if device not in self._inboxes:
+    def _receive_buffer(self, device: str) -> BucketWriter:
+        if device not in self._receive_buffers:
             gpu = None if device == "cpu" else torch.device(device)
-            self._inboxes[device] = BucketWriter(self.engine.dtype, gpu)
-        return self._inboxes[device]
+            self._receive_buffers[device] = BucketWriter(self.engine.dtype, gpu)
+        return self._receive_buffers[device]
 
     def finish_update(self, version: int) -> None:
         """End a weight sync and start the requests that arrived during it."""
         self.engine.finish_update(version)
         self._updating = False
-        late, self._late = self._late, []
-        for begin in late:
+        delayed, self._delayed = self._delayed, []
+        for begin in delayed:
             begin()
 
-    def _abort(self, key: str) -> None:
+    def _abort_request(self, key: str) -> None:
         """Drop a request whose client has disconnected."""
 
         def abort() -> None:
@@ -219,7 +223,7 @@ class EngineThread:
             _restart("the engine failed")
 
     def _run_calls_and_step(self) -> None:
-        """Run the queued calls, at least one if nothing can be decoded, then decode one token."""
+        """Run the queued calls, then decode one token; without requests, wait for a call."""
         can_step = self.engine.busy and not self._updating
         while not (self._calls.empty() and can_step):
             function, future = self._calls.get()
@@ -236,9 +240,9 @@ class EngineThread:
 
 
 def make_app(engine: InferenceEngine, served_model: ServedModel, token: str) -> Starlette:
-    """Return the worker's HTTP application. token "": requests need no token."""
+    """Return the worker's HTTP application. With `token` "" requests need no token."""
     thread, instance, gpus = EngineThread(engine), uuid.uuid4().hex, visible_gpus()
-    free_inboxes: list[BucketWriter] = []  # for buckets that follow a message
+    free_buffers: list[BucketWriter] = []  # buffers for buckets sent by http
 
     async def health(_: bytes) -> Health:
         return Health(
@@ -261,10 +265,10 @@ def make_app(engine: InferenceEngine, served_model: ServedModel, token: str) -> 
         await asyncio.wrap_future(thread.call(lambda: thread.join(message)))
 
     async def load(received: tuple[LoadBucket, BucketWriter | None]) -> None:
-        message, inbox = received
-        loaded = thread.call(lambda: thread.load(message, inbox))
-        if inbox is not None:
-            loaded.add_done_callback(lambda _: free_inboxes.append(inbox))
+        message, buffer = received
+        loaded = thread.call(lambda: thread.load(message, buffer))
+        if buffer is not None:
+            loaded.add_done_callback(lambda _: free_buffers.append(buffer))
         await asyncio.wrap_future(loaded)
 
     async def receive(request: HttpRequest) -> tuple[LoadBucket, BucketWriter | None]:
@@ -272,14 +276,14 @@ def make_app(engine: InferenceEngine, served_model: ServedModel, token: str) -> 
         message, head = await read_framed(chunks, LoadBucket)
         if not message.follows:
             return message, None
-        inbox = free_inboxes.pop() if free_inboxes else BucketWriter(engine.dtype)
+        buffer = free_buffers.pop() if free_buffers else BucketWriter(engine.dtype)
         try:
-            bucket = inbox.reserve(message.bucket)
-            await _fill(inbox.contents(bucket), head, chunks)
+            bucket = buffer.reserve(message.bucket)
+            await _fill(buffer.contents(bucket), head, chunks)
         except BaseException:
-            free_inboxes.append(inbox)
+            free_buffers.append(buffer)
             raise
-        return replace(message, bucket=bucket), inbox
+        return replace(message, bucket=bucket), buffer
 
     async def commit(body: bytes) -> None:
         version = decode(body, CommitWeights).version
@@ -289,15 +293,15 @@ def make_app(engine: InferenceEngine, served_model: ServedModel, token: str) -> 
         by_name = await asyncio.wrap_future(thread.call(engine.weights_checksum))
         return ChecksumsResponse(by_name=by_name)
 
-    whole = HttpRequest.body
+    read_body = HttpRequest.body
     routes = [
-        Route("/health", _endpoint(whole, health, token)),
-        _post("/generate", _endpoint(whole, generate, token)),
-        _post("/weights/begin", _endpoint(whole, begin, token)),
-        _post("/weights/join", _endpoint(whole, join, token)),
+        Route("/health", _endpoint(read_body, health, token)),
+        _post("/generate", _endpoint(read_body, generate, token)),
+        _post("/weights/begin", _endpoint(read_body, begin, token)),
+        _post("/weights/join", _endpoint(read_body, join, token)),
         _post("/weights/load", _endpoint(receive, load, token)),
-        _post("/weights/commit", _endpoint(whole, commit, token)),
-        _post("/checksums", _endpoint(whole, checksums, token)),
+        _post("/weights/commit", _endpoint(read_body, commit, token)),
+        _post("/checksums", _endpoint(read_body, checksums, token)),
     ]
     return Starlette(routes=routes)
 
@@ -305,7 +309,7 @@ def make_app(engine: InferenceEngine, served_model: ServedModel, token: str) -> 
 async def _fill(memory: memoryview, head: bytearray, chunks: AsyncIterator[bytes]) -> None:
     """Copy `head` and the chunks into the memory.
 
-    Raises InvalidMessage if they are fewer or more bytes than the memory.
+    Raises InvalidMessage if the number of bytes differs from the size of the memory.
     """
     end = len(head)
     memory[:end] = head[: len(memory)]
@@ -314,7 +318,7 @@ async def _fill(memory: memoryview, head: bytearray, chunks: AsyncIterator[bytes
         if end <= len(memory):
             memory[start:end] = chunk
     if end != len(memory):
-        raise InvalidMessage(f"a bucket of {len(memory)} bytes came with {end}")
+        raise InvalidMessage(f"a bucket of {len(memory)} bytes arrived with {end} bytes")
 
 
 async def _unless_disconnected(http: HttpRequest, work: Awaitable[Result]) -> Result:
@@ -336,12 +340,12 @@ def _endpoint(
     handle: Callable[[Message], Awaitable[Any]],
     token: str,
 ) -> Callable[[HttpRequest], Awaitable[Response]]:
-    """Return an endpoint: check the token, read a message, return the result of `handle`."""
+    """Return an endpoint that checks the token, reads a message and calls `handle`."""
     expected = f"Bearer {token}"
 
     async def endpoint(request: HttpRequest) -> Response:
-        given = request.headers.get("authorization", "")
-        if token and not hmac.compare_digest(given.encode(), expected.encode()):
+        authorization = request.headers.get("authorization", "")
+        if token and not hmac.compare_digest(authorization.encode(), expected.encode()):
             return PlainTextResponse(f"The worker needs the token of {TOKEN_VARIABLE}.", 401)
         try:
             message = await read(request)
@@ -357,6 +361,6 @@ def _endpoint(
 
 
 def _restart(reason: str) -> None:
-    """End the process at once, with the exit code on which it is started again."""
+    """End the process at once, with the exit code after which the launch script starts it again."""
     print(f"worker: {reason}; restarting", file=sys.stderr)
     os._exit(RESTART)

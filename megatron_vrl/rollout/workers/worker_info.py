@@ -1,4 +1,4 @@
-"""Identity of a rollout worker: what it serves, and which memory it can share."""
+"""Identity of a rollout worker: its model, its machine and its GPUs."""
 
 import hashlib
 import os
@@ -17,18 +17,18 @@ class ServedModel:
     architecture: str  # digest of the checkpoint's config.json
     dtype: str
     max_model_len: int  # tokens of prompt and response together
-    banned_tokens: str  # digest
+    banned_tokens: str  # digest of the banned token ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Health:
     """Response of a worker to a health check."""
 
-    instance: str  # random, new at every start of the worker
-    machine: str  # see `machine`
+    instance: str  # random id, new at every start of the worker
+    machine: str  # result of `machine()` in the worker
     gpus: tuple[str, ...]  # UUIDs of the GPUs visible to the worker
     served_model: ServedModel
-    version: int | None  # of the weights; None before the first sync and during a sync
+    version: int | None  # weight version; None before the first sync and during a sync
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class WorkerInfo:
 
 
 def machine() -> str:
-    """Return an id that is equal for two processes that can map each other's memory by /proc."""
+    """Return an id. Two processes with equal ids can map each other's memory through /proc."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot} {os.stat('/proc/self/ns/pid').st_ino} {os.getuid()} {socket.gethostname()}"
 
@@ -50,7 +50,7 @@ def machine() -> str:
 def served_model(
     cfg: RunConfig, hf_dir: str | Path, banned_token_ids: tuple[int, ...]
 ) -> ServedModel:
-    """Return the model that a worker with this config serves. hf_dir: has its config.json."""
+    """Return the model that a worker with this config serves. `hf_dir` holds the config.json."""
     hf_config = (Path(hf_dir) / "config.json").read_bytes()
     return ServedModel(
         architecture=hashlib.sha256(hf_config).hexdigest(),

@@ -88,7 +88,7 @@ def pool(
         yield pool
 
 
-def test_workers_generate_what_an_engine_in_this_process_does(
+def test_workers_equal_an_engine_in_this_process(
     pool: WorkerPool,
     engine: VllmEngine,
     weights: Weights,
@@ -209,7 +209,8 @@ def test_a_truncated_bucket_is_refused_and_the_next_one_is_loaded(
             body = framed(LoadBucket(bucket=bucket, follows=True)) + wrong
             answer = client.post(f"http://{ready[0].address}/weights/load", content=body)
             assert answer.status_code == 422
-            assert answer.text == f"a bucket of {len(contents)} bytes came with {len(wrong)}"
+            size = len(contents)
+            assert answer.text == f"a bucket of {size} bytes arrived with {len(wrong)} bytes"
     sync_weights(pool, weights, version=5)
     sums = tensor_checksums(weights.items(), torch.float32)
     assert list(pool.checksums().values()) == [sums, sums]
@@ -317,7 +318,7 @@ def test_invalid_responses_lose_the_worker(
         assert len(results(asked)) == 4
 
 
-def test_refusals(
+def test_prompts_that_do_not_fit_or_are_read_differently_are_refused(
     folder: Path,
     pool: WorkerPool,
     weights: Weights,
@@ -341,7 +342,7 @@ def test_refusals(
         other.wait_ready(1)
     with (
         made_pool(folder, tokenizer, monkeypatch, worker_wait_timeout_s=1.0) as other,
-        pytest.raises(RolloutError, match=r"2 of at least 3 rollout workers came within"),
+        pytest.raises(RolloutError, match=r"2 of at least 3 rollout workers were ready within"),
     ):
         other.wait_ready(3)
     address = pool.wait_ready(1)[0].address

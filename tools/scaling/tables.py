@@ -18,13 +18,13 @@ def with_efficiency(rows: Sequence[Row]) -> list[Row]:
     bases: dict[str, Row] = {}
     for row in sorted(done, key=lambda row: (row["ranks"], -_speed(row))):
         bases.setdefault(row["size"], row)
-    told = []
+    compared = []
     for row in rows:
         if "seconds" in row:
             base = bases[row["size"]]
             row = {**row, "efficiency": _speed(row) / _speed(base), "base": base["cell"]}
-        told.append(row)
-    return told
+        compared.append(row)
+    return compared
 
 
 def _speed(row: Mapping[str, Any]) -> float:
