@@ -5,10 +5,10 @@ PyAV, which reads everything that FFmpeg reads, decodes the others.
 On the CPU, DALI gets the codecs compiled into DALI 2.1.0, and only files whose colours it converts
 correctly, so that frames do not depend on the decoder. On a GPU, DALI gets what NVDEC of that
 generation decodes, by NVIDIA's "Video Encode and Decode GPU Support Matrix"; colours are corrected
-afterwards. On both, PyAV gets files without pts, and files whose frame size or pixel format changes.
-`video/trim.py` selects the stream and the packets. For codecs that it does not trim, PyAV also gets
-files whose packets DALI would miscount, and files with a second video stream (DALI may pick another
-one than FFmpeg).
+afterwards. On both, PyAV gets files without pts and files whose size or pixel format changes in the
+stream. `video/trim.py` selects the stream and its packets. For codecs that it does not trim, PyAV
+also gets files whose packets DALI would miscount, and files with a second video stream (DALI may
+pick another one than FFmpeg).
 
 Of the GPU table only 8-bit 4:2:0 H.264 has been run (docs/results/gpu.md).
 """
