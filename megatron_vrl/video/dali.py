@@ -10,12 +10,11 @@ byte-equal to PyAV's. On the GPU, DALI resizes too (within 1 grey level of `vide
 only small frames are copied to the host, where the colour matrix is corrected. DALI ignores
 rotation tags, so frames are rotated last.
 
-Each job is decoded in one of three ways:
+Each job is decoded in one of two ways:
 
-  PARTS      `routing.dali_reads` accepts the file and `trim.split` cuts it into parts
-  WHOLE      `trim.split` does not, but DALI counts the file's frames as the index does
-  FALLBACK   all other files, files that DALI fails on, and parts whose full-size frames exceed
-             MAX_BATCH_BYTES: PyAV decodes them or returns the error
+  DALI       `routing.dali_reads` accepts the file, `trim.split` cuts it into parts, and the
+             full-size frames of each part fit MAX_BATCH_BYTES
+  FALLBACK   all other files, and files that DALI fails on: PyAV decodes them or returns the error
 
 If one part makes DALI fail, the whole batch fails, and DALI does not name the part. The batch is
 then halved until the part is alone. Example: part 3 of 4 is damaged.
@@ -43,7 +42,7 @@ from megatron_vrl.video.probe import DecodeJob
 from megatron_vrl.video.pyav import PyavDecoder
 from megatron_vrl.video.resize import resize, rotate
 from megatron_vrl.video.routing import dali_reads
-from megatron_vrl.video.trim import Part, split, whole
+from megatron_vrl.video.trim import Part, split
 
 try:
     from nvidia.dali import Pipeline, fn
@@ -112,8 +111,6 @@ class DaliDecoder:
             return []
         try:
             parts = split(job)
-            if parts is None:
-                parts = [part for part in [whole(job)] if part is not None]
         except (av.FFmpegError, OSError, ValueError):  # PyAV reports it
             return []
         fits = all(_Task(job, part).num_bytes <= MAX_BATCH_BYTES for part in parts)

@@ -19,9 +19,9 @@ that the header lacks. H.264 key frames are also IDR pictures, or have a recover
 (so the key frames of intra refresh do not count). Without a second access point, a part starts
 where the stream starts.
 
-`split` returns None where packets and frames do not correspond: a packet without pts, two packets
-with one pts, a packet whose frame is never shown, access points out of order, a codec without a row
-in `CONTAINERS`. The file is then decoded whole (`whole`) or by PyAV.
+Codecs without a row in `CONTAINERS` are decoded whole. PyAV decodes streams in which packets and
+frames do not correspond: a packet without pts, two packets with one pts, a packet whose frame is
+never shown, access points out of order.
 """
 
 import io
@@ -58,7 +58,7 @@ class Part:
     encoded: NDArray[np.uint8]  # [bytes]
     frames: NDArray[np.int64]  # [n] frame numbers in the original file, ascending
     positions: NDArray[np.int32]  # [n] the same frames, counted in `encoded`
-    num_packets: int  # 0 for the whole file, whose packets are not counted
+    num_packets: int
 
 
 class _Irregular(Exception):
@@ -75,14 +75,14 @@ class _Packet(NamedTuple):
     layer: int  # temporal layer
 
 
-def split(job: DecodeJob) -> list[Part] | None:
-    """Return the parts of a job in presentation order; None if the file cannot be split.
+def split(job: DecodeJob) -> list[Part]:
+    """Return the parts of a job; [] if packets and frames of the file do not correspond.
 
     Raises FFmpegError or OSError if the file cannot be read.
     """
     file = job.file
-    if file.codec not in CONTAINERS or not file.has_pts:
-        return None
+    if file.codec not in CONTAINERS:
+        return [_whole(job)]
     numbers = {int(file.pts[i]): int(i) for i in job.plan.indices}
     try:
         with open_video(file.path) as container:
@@ -90,16 +90,14 @@ def split(job: DecodeJob) -> list[Part] | None:
             groups = _groups(_packets(container, stream, file), set(numbers))
             return [_part(stream, file.codec, packets, numbers) for packets in groups]
     except _Irregular:
-        return None
+        return []
 
 
-def whole(job: DecodeJob) -> Part | None:
-    """Return the file itself; None if DALI would count other frames than the job's."""
-    if job.file.has_hidden_packets or job.file.has_other_pictures:
-        return None
+def _whole(job: DecodeJob) -> Part:
+    """Return the file itself, without a look at its packets."""
     frames = np.unique(job.plan.indices)
     encoded = np.fromfile(job.file.path, np.uint8)
-    return Part(encoded, frames, frames.astype(np.int32), num_packets=0)
+    return Part(encoded, frames, frames.astype(np.int32), job.file.num_frames)
 
 
 def _packets(container: Any, stream: Any, file: VideoFile) -> Iterator[tuple[_Packet, bool]]:
