@@ -21,7 +21,7 @@ where the stream starts.
 
 Codecs without a row in `CONTAINERS` are decoded whole. PyAV decodes streams in which packets and
 frames do not correspond: a packet without pts, two packets with one pts, a packet whose frame is
-never shown, access points out of order.
+never shown, a hidden packet with the pts of a shown one, access points out of order.
 """
 
 import io
@@ -103,7 +103,8 @@ def _whole(job: DecodeJob) -> Part:
 def _packets(container: Any, stream: Any, file: VideoFile) -> Iterator[tuple[_Packet, bool]]:
     """Yield (packet, whether it is an access point) from the first access point on.
 
-    Raises _Irregular for a packet whose frame has no number, except hidden ones of an edit list.
+    Packets that an edit list hides have no frame number. Raises _Irregular for other packets
+    without a number, and for hidden packets with one.
     """
     access = _AccessPoints(file.codec, bytes(stream.codec_context.extradata or b""))
     shown, has_started, first_pts = set(file.pts.tolist()), False, 0
@@ -119,7 +120,7 @@ def _packets(container: Any, stream: Any, file: VideoFile) -> Iterator[tuple[_Pa
             is_access, first_pts = has_started, packet.pts
         if not has_started or packet.pts < first_pts:
             continue  # a recording that begins inside a GOP: shown by no decoder
-        if not packet.is_discard and packet.pts not in shown:
+        if packet.is_discard == (packet.pts in shown):
             raise _Irregular
         yield found, is_access
 
