@@ -13,8 +13,7 @@ class Video(BaseModel):
     model_config = SECTION
 
     decoder: Literal["dali", "pyav"] = "dali"
-    """Video decoder. On a CPU both give the same bytes; `pyav` is faster on long videos, because it
-    seeks to keyframes."""
+    """Video decoder. On a CPU both give the same bytes at about the same speed."""
     device: Literal["cpu", "gpu"] = "cpu"
     """Device that DALI decodes on; `gpu` uses NVDEC."""
     fps: Annotated[float, Field(gt=0)] = 2.0

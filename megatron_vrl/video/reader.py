@@ -41,7 +41,7 @@ SAMPLING_KEYS = (
     *("fps", "num_frames", "min_frames", "max_frames"),
     *("min_pixels", "max_pixels", "total_pixels"),
 )
-CACHE_VERSION = "2"  # increment when decoding changes the bytes of frames: it invalidates the store
+CACHE_VERSION = "3"  # increment when decoding changes the bytes of frames: it invalidates the store
 VIDEOS_PER_DALI_TASK = 32
 MAX_IDENTITIES = 1 << 16  # about 30 MB
 Result = EncodedVideo | VideoError

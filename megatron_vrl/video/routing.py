@@ -5,8 +5,10 @@ PyAV, which reads everything that FFmpeg reads, decodes the others.
 On the CPU, DALI gets the codecs compiled into DALI 2.1.0, and only files whose colours it converts
 correctly, so that frames do not depend on the decoder. On a GPU, DALI gets what NVDEC of that
 generation decodes, by NVIDIA's "Video Encode and Decode GPU Support Matrix"; colours are corrected
-afterwards. On both, PyAV gets files whose packets DALI would miscount, files with a second video
-stream (DALI may pick another one than FFmpeg), and files whose frame size or pixel format changes.
+afterwards. On both, PyAV gets files without pts and files whose size or pixel format changes in the
+stream. `video/trim.py` selects the stream and its packets. For codecs that it does not trim, PyAV
+also gets files whose packets DALI would miscount, and files with a second video stream (DALI may
+pick another one than FFmpeg).
 
 Of the GPU table only 8-bit 4:2:0 H.264 has been run (docs/results/gpu.md).
 """
@@ -15,6 +17,7 @@ from typing import Literal
 
 from megatron_vrl.video.colour import format_implies_range, is_bt601
 from megatron_vrl.video.probe import VideoFile
+from megatron_vrl.video.trim import CONTAINERS
 
 CPU_CODECS = {"h264", "hevc", "vp8", "vp9", "mjpeg"}
 
@@ -51,9 +54,10 @@ def dali_reads(
     file: VideoFile, device: Literal["cpu", "gpu"], capability: Capability = (0, 0)
 ) -> bool:
     """Return whether DALI decodes the file. `capability` is the GPU's; ignored on the CPU."""
-    if file.has_hidden_packets or not file.has_pts:
+    if file.format_changes or not file.has_pts:
         return False
-    if file.has_other_pictures or file.format_changes:
+    is_plain = not file.has_hidden_packets and not file.has_other_pictures
+    if file.codec not in CONTAINERS and not is_plain:
         return False
     if device == "gpu":
         since = NVDEC.get(file.codec, {}).get(file.pixel_format)

@@ -249,7 +249,7 @@ def test_files_dali_cannot_decode_go_to_pyav(make_clip: MakeClip, tmp_path: Path
     dali, pyav = encoders(**SMALL)
     for one, other in zip(encode(dali, paths), encode(pyav, paths), strict=True):
         assert_same(one, other)
-    assert fallbacks(dali) == 3
+    assert fallbacks(dali) == 2  # DALI reads the third: its parts have no edit list
     assert [probe(path).num_frames for path in paths] == [64, 60, 54]
     for path in paths:
         with av.open(path) as container:

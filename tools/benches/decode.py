@@ -5,7 +5,8 @@ project's decoders, including the scan of the file; `torchcodec` and `decord` ru
 imported (pip install -e '.[bench]') and their frames are resized by our code; `store-disk` and
 `store-memory` read the frames from the store, as a second epoch does; `workers-K` decodes four
 copies of the file in K processes and gives the seconds of one video; `ours-nvdec` needs a GPU. The
-paths run in turns; a row has medians over --rounds."""
+paths run in turns; a row has medians over --rounds. `cpu_s` is the CPU time of this process, which
+other programs change little; it leaves out the decoding processes of `workers-K` and the store."""
 
 import argparse
 import importlib.util
@@ -40,13 +41,15 @@ def run(arguments: argparse.Namespace) -> Iterator[Row]:
             cfg = Video(num_frames=arguments.frames, decoder="pyav", store_dir=folder)
             paths = _paths(file, cfg, wanted)
             seconds: dict[str, list[float]] = {name: [] for name in paths}
+            cpu: dict[str, list[float]] = {name: [] for name in paths}
             for number in range(1 + arguments.rounds):  # the first warms up
                 for name, once in paths.items():
-                    start = time.perf_counter()
+                    start, cpu_start = time.perf_counter(), time.process_time()
                     once()
-                    spent = time.perf_counter() - start
+                    spent, cpu_s = time.perf_counter() - start, time.process_time() - cpu_start
                     if number > 0:
                         seconds[name].append(spent / (COPIES if "workers" in name else 1))
+                        cpu[name].append(cpu_s)
         base = statistics.median(seconds["pyav-sequential"])
         for name, timings in seconds.items():
             median_s = statistics.median(timings)
@@ -60,6 +63,7 @@ def run(arguments: argparse.Namespace) -> Iterator[Row]:
                 "min_s": min(timings),
                 "max_s": max(timings),
                 "frames_s": arguments.frames / median_s,
+                "cpu_s": statistics.median(cpu[name]),
             }
 
 
