@@ -62,7 +62,8 @@ class Model(Section):
     else sdpa."""
     fp8: Literal["none", "delayed", "current", "blockwise"] = "none"
     """Scaling of FP8 in the language layers; needs `layers` transformer_engine or fp8_emulated.
-    Vision tower, embedding and head stay in `dtype`."""
+    Vision tower, embedding and head stay in `dtype`. blockwise with `parallel.sequence` pads each
+    micro-batch to a multiple of 128 rows per tensor rank, else 16."""
     fp8_skip_first_last_layers: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] = (
         0,
         0,

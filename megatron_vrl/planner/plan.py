@@ -9,7 +9,7 @@ from megatron_vrl.models.architecture import Architecture
 from megatron_vrl.models.pipeline_split import check_divides
 from megatron_vrl.models.qwen2_5_vl.activations import Kernels
 from megatron_vrl.models.qwen2_5_vl.flops import hardware_flops, update_flops
-from megatron_vrl.parallel.mesh import check_layout
+from megatron_vrl.parallel.mesh import check_layout, row_tile
 from megatron_vrl.planner.generation import (
     EngineMemory,
     encode_phase,
@@ -36,7 +36,6 @@ from megatron_vrl.planner.workload import (
     step_sizes,
     worst_batches,
 )
-from megatron_vrl.policy.micro_batches import TILE_ROWS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,7 +245,8 @@ def _multiple(cfg: RunConfig) -> int:
     """Return the multiple that a micro-batch's rows are padded to on GPUs, see
     `policy/micro_batches.py`."""
     context = cfg.parallel.context
-    return cfg.parallel.tensor * (2 * context if context > 1 else 1) * TILE_ROWS
+    tile = row_tile(cfg.parallel, cfg.model.fp8)
+    return cfg.parallel.tensor * (2 * context if context > 1 else 1) * tile
 
 
 def _shortages(cfg: RunConfig, request: PlanRequest, memory: Memory) -> Iterator[str]:
