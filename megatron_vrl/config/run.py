@@ -76,8 +76,8 @@ class Model(Section):
 
 class Parallel(Section):
     processes: Annotated[int, Field(ge=0)] = 0
-    """Number of processes that the layout is meant for; read by --dry-run and tools/plan.py if
-    nothing else gives it. 0: any."""
+    """Number of processes of the run; a launcher that starts another number is refused. --dry-run
+    and tools/plan.py use it if nothing else gives a number. 0: any."""
     tensor: Positive = 1
     """Ranks that split each layer's matrices (tensor parallelism)."""
     pipeline: Positive = 1
