@@ -25,7 +25,7 @@ NAMES = {
     "vision": "vision tower, kept",
     "activations": "activations, kept",
 }
-PIXEL_CACHE = GIB  # of a vLLM engine, see `rollout/vllm/engine.py`
+PIXEL_CACHE = GIB  # of a vLLM engine, see `rollout/vllm/arguments.py`
 COLUMNS = 80  # width of the screen
 TOP = 10  # number of layouts that a search prints
 
@@ -95,7 +95,6 @@ def host_bytes(cfg: RunConfig, request: PlanRequest, memory: Memory) -> dict[str
     ranks = min(request.gpus, request.gpu.per_node)
     host = {"frame_store": ranks * cfg.video.store_mib * 2**20}
     if memory.colocated:
-        host["engine_weights_asleep"] = ranks * memory.engine.weights
         host["engine_pixel_cache"] = ranks * PIXEL_CACHE
     return host
 
