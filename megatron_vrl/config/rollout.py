@@ -6,6 +6,7 @@ from pydantic import BaseModel, Field
 
 from megatron_vrl.config.base import SECTION, Fraction, Positive
 
+BUCKET_BYTES = 128 << 20  # of one bucket of a weight sync, unless a module is larger
 Transport = Literal["auto", "shared_memory", "cuda_ipc", "broadcast", "http"]
 
 

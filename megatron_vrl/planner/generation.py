@@ -12,6 +12,7 @@ from megatron_vrl.models.architecture import Architecture
 from megatron_vrl.models.qwen2_5_vl.activations import dtype_bytes
 from megatron_vrl.models.qwen2_5_vl.flops import flops_of_sizes
 from megatron_vrl.planner.hardware import GIB
+from megatron_vrl.planner.libraries import first_gpu_bytes
 from megatron_vrl.planner.parameters import count_all
 from megatron_vrl.planner.speed import Machine, Phase
 from megatron_vrl.planner.workload import FILM_FPS, GroupSizes
@@ -33,6 +34,7 @@ class EngineMemory:
     kv_cache: int  # rest of the engine's memory; negative if too small
     sequence: int  # keys and values of one answer; the group shares the prompt
     longest: int  # keys and values of the longest prompt with the longest answer
+    sync: int  # of a weight sync on a worker's first GPU, beside the engine; 0 if colocated
 
     @property
     def share(self) -> int:
@@ -65,6 +67,7 @@ def engine_memory(
         kv_cache=kv_cache,
         sequence=token * (sizes.prompt // sizes.answers + sizes.response),
         longest=token * (cfg.data.max_prompt_tokens + answer),
+        sync=0 if cfg.rollout.placement == "colocated" else first_gpu_bytes(cfg, arch),
     )
 
 

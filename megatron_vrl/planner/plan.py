@@ -74,6 +74,18 @@ class Memory:
         """Return the peak over all stages."""
         return max(map(self.peak, range(len(self.stages))))
 
+    @property
+    def first_worker_gpu(self) -> int:
+        """Return the peak of a weight sync on a worker's first GPU; 0 if engines are colocated."""
+        return 0 if self.colocated else self.engine.share + self.engine.sync
+
+    @property
+    def fits(self) -> bool:
+        """Return True if no GPU needs more than it has and the longest answer can be sampled."""
+        engine = self.engine
+        peak = max(self.most, self.first_worker_gpu)
+        return peak <= self.usable and engine.kv_cache >= engine.longest
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
@@ -267,6 +279,13 @@ def _shortages(cfg: RunConfig, request: PlanRequest, memory: Memory) -> Iterator
             f"{key} of a {request.gpu.name} leaves {engine.kv_cache / GIB:.1f} GiB for keys and "
             f"values beside an engine's {engine.weights / GIB:.1f} GiB of weights, and the longest "
             f"answer alone needs {engine.longest / GIB:.1f} GiB."
+        )
+    if memory.first_worker_gpu > memory.usable:
+        taken = memory.first_worker_gpu / GIB
+        yield (
+            f"During a weight sync a worker's first GPU holds {taken:.1f} GiB, more than the "
+            f"{of}: {key} of it, and {engine.sync / GIB:.1f} GiB for the buckets of all its "
+            "processes; lower it."
         )
     rollout = max(map(memory.rollout, range(len(memory.stages))))
     if memory.colocated and rollout > memory.usable:

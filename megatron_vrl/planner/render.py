@@ -24,6 +24,10 @@ NAMES = {
     "stepping": "optimizer's update",
     "vision": "vision tower, kept",
     "activations": "activations, kept",
+    "decoder": "video decoder's process",
+    "nccl": "NCCL groups",
+    "buckets": "weight-sync buckets",
+    "graphs": "engine's CUDA graphs",
 }
 PIXEL_CACHE = GIB  # of a vLLM engine, see `rollout/vllm/arguments.py`
 COLUMNS = 80  # width of the screen
@@ -120,6 +124,7 @@ def _engine_values(engine: EngineMemory) -> dict[str, int]:
         "weights": engine.weights,
         "working": engine.working,
         "kv_cache": engine.kv_cache,
+        "sync": engine.sync,
         "kv_per_answer": engine.sequence,
         "answers_at_a_time": engine.sequences,
     }
@@ -201,7 +206,8 @@ def _memory_table(plan: Plan, cfg: RunConfig) -> Iterable[str]:
         yield wrapped(
             f"a worker's GPU: weights {engine.weights / GIB:.1f}, working "
             f"{engine.working / GIB:.1f}, KV cache {engine.kv_cache / GIB:.1f} GiB for "
-            f"{counted(engine.sequences, 'answer')}"
+            f"{counted(engine.sequences, 'answer')}; a weight sync takes {engine.sync / GIB:.1f} "
+            "GiB more on a worker's first"
         )
 
 
