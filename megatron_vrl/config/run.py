@@ -31,7 +31,8 @@ class Run(Section):
     lock_timeout_s: float = Field(60.0, ge=0)
     """Seconds to wait for an earlier run in `out_dir` to end; after that this run is refused."""
     deterministic: bool = False
-    """Use only deterministic operations; slower on a GPU."""
+    """Use only deterministic operations in the trainer; slower on a GPU. Engines are not
+    affected."""
 
 
 class Model(Section):

@@ -175,3 +175,18 @@ def test_train_starts_one_rank_on_each_visible_gpu(tmp_path: Path, visible, rank
     check, start = [line for line in done.stderr.splitlines() if "WORLD_SIZE=" in line]
     assert check.startswith(f"WORLD_SIZE={ranks} ") and "--dry-run" in check
     assert f"--nproc-per-node {ranks} " in start
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [("9.0", "1"), ("8.0", "1"), ("10.0", ""), ("12.0", ""), (None, "1")],
+)
+def test_one_launch_queue_on_gpus_before_blackwell(tmp_path: Path, capability, expected) -> None:
+    path = fake_bin(tmp_path / "bin", "bash")
+    if capability:
+        (path / "nvidia-smi").write_text(f"#!/bin/bash\necho {capability}\necho {capability}\n")
+        (path / "nvidia-smi").chmod(0o755)
+    command = f"source {ROOT}/launch/env.sh; echo ${{CUDA_DEVICE_MAX_CONNECTIONS-}}"
+    bash = [str(path / "bash"), "-euo", "pipefail", "-c", command]
+    done = subprocess.run(bash, env={"PATH": str(path)}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, expected), done.stderr

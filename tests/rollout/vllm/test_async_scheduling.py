@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_vrl import config
+from megatron_vrl.errors import RolloutError
 from megatron_vrl.rollout.checksums import tensor_checksums
 from megatron_vrl.rollout.request import SamplingSpec, make_request
 from megatron_vrl.rollout.vllm.engine import VllmEngine
@@ -90,3 +91,17 @@ def test_a_request_goes_on_with_new_weights(asynchronous, weights, make_prompt):
         assert (rollout.weight_version, rollout.newest_version) == (1, 2)
         np.testing.assert_array_equal(rollout.logprobs[:6], before.logprobs[:6])
         assert rollout.logprobs[6] != before.logprobs[6]
+
+
+def test_a_prefix_cache_that_stays_is_an_error(asynchronous, weights, make_prompt):
+    """vLLM keeps the cache while a request holds blocks: its keys would be those of old weights."""
+    asynchronous.push_weights(weights.items(), version=1)
+    asynchronous.submit("a", make_request(make_prompt(0)), SPEC.for_prompt(0))
+    asynchronous.step()
+    known, asynchronous._in_flight = asynchronous._in_flight, {}
+    with pytest.raises(RolloutError, match="vLLM kept its prefix cache"):
+        asynchronous.push_weights(weights.items(), version=2)
+    assert asynchronous.version is None
+    asynchronous._in_flight = known
+    asynchronous.abort(["a"])
+    asynchronous.push_weights(weights.items(), version=2)
