@@ -48,6 +48,10 @@ start() { # start INDEX
     workers[$1]=$!
     starts[$1]=$((${starts[$1]:-0} + 1))
 }
+exec {silence}<> <(:) # a pipe that nobody writes to
+pause() { # pause SECONDS: without a child process beside the workers
+    read -rt "$1" -u "$silence" || true
+}
 running() { # process ids of the workers that run
     local pid
     for pid in "${workers[@]}"; do
@@ -66,7 +70,7 @@ trap 'stop 0' TERM INT
 for i in "${!groups[@]}"; do start "$i"; done
 result=0
 while [[ -n "$(running)" ]]; do
-    sleep 0.5 # not `wait -n`, which says of no process which one ended
+    pause 0.5 # not `wait -n`, which says of no process which one ended
     for i in "${!workers[@]}"; do
         [[ -n "${workers[i]}" ]] && ! kill -0 "${workers[i]}" 2>/dev/null || continue
         code=0
@@ -79,7 +83,7 @@ while [[ -n "$(running)" ]]; do
             continue
         fi
         echo "worker: ended with exit code $code; starting again (${starts[i]} of $RESTARTS)" >&2
-        sleep 1
+        pause 1
         start "$i"
     done
 done

@@ -75,10 +75,11 @@ class Device:
 
 
 @pytest.fixture
-def device(shared_engine):
+def device(shared_engine, weights):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared_engine, "_on_gpu", True)
         yield Device(patch)
+        shared_engine.push_weights(weights.items(), version=1)  # awake for the tests that follow
 
 
 @pytest.fixture
