@@ -2,7 +2,7 @@
 # Train on one node or many: launch/train.sh --config configs/NAME.yaml [section.key=value ...]
 # Many nodes: the same call on each, with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT set, the
 # address where the nodes meet. NPROC is the number of ranks on this node; its default is the number of
-# GPUs, or 1. RESTARTS (default 0): how often all ranks start again from the newest
+# GPUs that torch sees (CUDA_VISIBLE_DEVICES), or 1. RESTARTS (default 0): how often all ranks start again from the newest
 # checkpoint after one has died. A lost node may be started again by the same call. LOCAL_ADDR is this
 # node's address where its host name is not one. PYTHON is the interpreter; its default is that of an
 # active environment, then that of .venv. SIGUSR1, Ctrl-C or SIGTERM to this script finishes the step,
@@ -20,8 +20,8 @@ source "$root/launch/python.sh"
 # Restarted ranks meet in a new store: the launchers' store still has the addresses of dead ranks,
 # for which gloo waits for ever (torch 2.13).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-gpus="$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)"
-NPROC="${NPROC:-$((gpus > 0 ? gpus : 1))}"
+NPROC="${NPROC:-$(visible_gpus)}"
+((NPROC > 0)) || NPROC=1
 NNODES="${NNODES:-1}"
 NODE_RANK="${NODE_RANK:-0}"
 RESTARTS="${RESTARTS:-0}"

@@ -201,7 +201,7 @@ def build_policy(cfg: RunConfig, checked: CheckedRun) -> PolicyContext:
         raise CheckpointError(
             f"There is no checkpoint {cfg.model.checkpoint}: set model.checkpoint."
         )
-    mesh = init_mesh(cfg.parallel, cfg.run.seed)
+    mesh = init_mesh(cfg.parallel, cfg.run.seed, cfg.model.fp8)
     torch.use_deterministic_algorithms(cfg.run.deterministic)
     policy = Policy(checked.arch, cfg.model, cfg.parallel, mesh)
     saver = Saver(

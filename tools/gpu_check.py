@@ -3,9 +3,10 @@
 
     launch/gpu_check.sh [--out runs/gpu-check] [--only tests,update] [--model configs/models/X.json]
 
-It writes OUT/gpu-check.json and OUT/gpu-check.md: machine, versions and commit, then a row for each
-measurement. Each part runs in its own process under a time limit. The row of a part whose library
-is absent says so, the row of a failed part has its last line. Exit code 1: a part failed.
+It writes OUT/gpu-check.json and OUT/gpu-check.md after each part: machine, versions and commit,
+then a row for each measurement. Each part runs in its own process under a time limit. The row of a
+part whose library is absent says so, the row of a failed part has its last line. Exit code 1: a
+part failed.
 """
 
 import json
@@ -62,18 +63,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         unknown = sorted({*only} - {*parts})
         if unknown:
             parser.error(f"--only {','.join(unknown)}: choose of {', '.join(parts)}.")
-        rows = []
+        rows: list[Row] = []
+        report = {"machine": _machine(), "rows": rows}
+        _write(report, arguments.out)
         for name, (needs, seconds, command) in tqdm(parts.items(), unit="part"):
             if not only or name in only:
                 rows += _run(name, needs, seconds, command)
-    report = {"machine": _machine(), "rows": rows}
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "gpu-check.json").write_text(json.dumps(report, indent=1) + "\n")
-    table = _markdown(report)
-    (arguments.out / "gpu-check.md").write_text(table)
-    print(table, flush=True)
+                _write(report, arguments.out)
+    print(_markdown(report), flush=True)
     log_written(arguments.out)
     return int(any(row["status"] in ("failed", "too slow") for row in rows))
+
+
+def _write(report: Row, out: Path) -> None:
+    """Write the report so far: a command that is stopped at a limit keeps its finished parts."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "gpu-check.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / "gpu-check.md").write_text(_markdown(report))
 
 
 def _parts(model: str, folder: Path) -> dict[str, tuple[tuple[str, ...], float, list[str]]]:

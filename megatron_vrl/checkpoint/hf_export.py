@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_vrl.config.rollout import BUCKET_BYTES
 from megatron_vrl.models.qwen2_5_vl.model import Qwen25VL
 from megatron_vrl.models.qwen2_5_vl.weight_map import Row, chunk_rows
 from megatron_vrl.parallel.mesh import gather_objects
 
 NamedTensors = Iterator[tuple[str, Tensor]]
-DEFAULT_BUCKET_BYTES = 128 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class WeightExport:
         chunks: Sequence[Qwen25VL],
         dtype: torch.dtype | None = None,
         value: Callable[[Tensor], Tensor] = torch.Tensor.detach,
-        max_bytes: int = DEFAULT_BUCKET_BYTES,
+        max_bytes: int = BUCKET_BYTES,
     ) -> None:
         """Plan the buckets. Every rank calls it.
 

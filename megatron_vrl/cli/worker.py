@@ -2,11 +2,12 @@
 
     mvrl worker --config FILE [--host H] [--port P] [section.key=value ...]
 
-launch/rollout_worker.sh takes the same arguments and starts a worker again when it dies. The config
-is the trainer's own. The worker listens on loopback by default. To listen on another address it
-needs a token in MEGATRON_VRL_ROLLOUT_TOKEN, which it then asks of every client. With
-`rollout.discovery_dir` it announces its address in that directory. A worker has no weights until
-the first weight sync of a trainer.
+launch/rollout_worker.sh takes the same arguments, starts a worker for each `rollout.tensor` GPUs of
+the machine, and starts a worker again when it dies. The config is the trainer's own. The worker
+listens on loopback by default. To listen on another address it needs a token in
+MEGATRON_VRL_ROLLOUT_TOKEN, which it then asks of every client. With `rollout.discovery_dir` it
+announces its address in that directory. A worker has no weights until the first weight sync of a
+trainer.
 """
 
 import ipaddress
@@ -32,6 +33,11 @@ def make_parser() -> OverrideParser:
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML, the trainer's own")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=0, help="port to listen on (0: a free one)")
+    parser.add_argument(
+        "--gpu-groups",
+        action="store_true",
+        help="print CUDA_VISIBLE_DEVICES of each worker of this machine, one a line, and end",
+    )
     parser.add_overrides()
     return parser
 
@@ -43,10 +49,22 @@ def main() -> None:
     from megatron_vrl.rollout.workers.discovery import TOKEN_VARIABLE
 
     cfg = load_config(arguments.config, arguments.overrides)
+    if arguments.gpu_groups:
+        _print_gpu_groups(cfg.rollout.tensor)
+        return
     token = os.environ.get(TOKEN_VARIABLE, "")
     _check_token(arguments.host, token)
     with _listening(arguments.host, arguments.port) as listener:
         _serve(cfg, listener, token)
+
+
+def _print_gpu_groups(tensor: int) -> None:
+    import torch
+
+    from megatron_vrl.rollout.workers.gpu_groups import gpu_groups
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    print("\n".join(gpu_groups(tensor, torch.cuda.device_count(), visible)))
 
 
 def _check_token(host: str, token: str) -> None:

@@ -6,6 +6,7 @@ from pydantic import BaseModel, Field
 
 from megatron_vrl.config.base import SECTION, Fraction, Positive
 
+BUCKET_BYTES = 128 << 20  # of one bucket of a weight sync, unless a module is larger
 Transport = Literal["auto", "shared_memory", "cuda_ipc", "broadcast", "http"]
 
 
@@ -52,8 +53,11 @@ class RolloutConfig(BaseModel):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_p: Fraction = 1.0
     max_response_tokens: Positive = 2048
-    max_num_seqs: Positive = 64
-    """Sequences that one engine decodes at a time."""
+    max_num_seqs: Annotated[int, Field(ge=0)] = 0
+    """Sequences that one engine decodes at a time. 0: 256 on a GPU, 64 on a CPU."""
+    max_num_batched_tokens: Annotated[int, Field(ge=0)] = 0
+    """Tokens that one engine computes in one forward pass; at least the longest prompt with its
+    response. 0: 8192 on a GPU, 2048 on a CPU."""
     kv_cache_mib: Positive = 1024
     """KV cache of one engine on a CPU, MiB. On a GPU see gpu_memory_utilization."""
     gpu_memory_utilization: Fraction = 0.5
@@ -70,3 +74,11 @@ class RolloutConfig(BaseModel):
     """FP8 of the language layers. fp8: the engine quantises and computes in FP8, on a GPU.
     fp8_emulated: the engine gets weights rounded to FP8 and computes in `model.dtype`. Both need
     algorithm.rollout_is."""
+
+    def num_seqs(self, on_gpu: bool) -> int:
+        """Return `max_num_seqs`, or its default for the engine's device."""
+        return self.max_num_seqs or (256 if on_gpu else 64)
+
+    def batched_tokens(self, on_gpu: bool) -> int:
+        """Return `max_num_batched_tokens`, or its default for the engine's device."""
+        return self.max_num_batched_tokens or (8192 if on_gpu else 2048)

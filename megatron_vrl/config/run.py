@@ -31,7 +31,8 @@ class Run(Section):
     lock_timeout_s: float = Field(default=60.0, ge=0)
     """Seconds to wait for an earlier run in `out_dir` to end; after that this run is refused."""
     deterministic: bool = False
-    """Use only deterministic operations; slower on a GPU."""
+    """Use only deterministic operations in the trainer; slower on a GPU. Engines are not
+    affected."""
 
 
 class Model(Section):
@@ -62,7 +63,8 @@ class Model(Section):
     else sdpa."""
     fp8: Literal["none", "delayed", "current", "blockwise"] = "none"
     """Scaling of FP8 in the language layers; needs `layers` transformer_engine or fp8_emulated.
-    Vision tower, embedding and head stay in `dtype`."""
+    Vision tower, embedding and head stay in `dtype`. blockwise with `parallel.sequence` pads each
+    micro-batch to a multiple of 128 rows per tensor rank, else 16."""
     fp8_skip_first_last_layers: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] = (
         0,
         0,
@@ -75,8 +77,8 @@ class Model(Section):
 
 class Parallel(Section):
     processes: Annotated[int, Field(ge=0)] = 0
-    """Number of processes that the layout is meant for; read by --dry-run and tools/plan.py if
-    nothing else gives it. 0: any."""
+    """Number of processes of the run; a launcher that starts another number is refused. --dry-run
+    and tools/plan.py use it if nothing else gives a number. 0: any."""
     tensor: Positive = 1
     """Ranks that split each layer's matrices (tensor parallelism)."""
     pipeline: Positive = 1

@@ -115,7 +115,7 @@ def score_file(cfg: ScoreConfig, samples: Path, out: Path) -> str:
     directory = hf_dir_of(cfg.model.checkpoint)
     arch = read_architecture(directory)
     check_divides(arch, cfg.model, cfg.parallel)
-    mesh = init_mesh(cfg.parallel, seed=0)
+    mesh = init_mesh(cfg.parallel, seed=0, fp8=cfg.model.fp8)
     limit = cfg.data.max_prompt_tokens
     encoder = prompt_encoder(directory, arch, "none", limit)
     with raise_on_all_ranks(mesh):

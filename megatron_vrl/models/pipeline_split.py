@@ -22,6 +22,7 @@ from megatron_vrl.models.qwen2_5_vl.matrices import (
     merger_weights,
     tower_weights,
 )
+from megatron_vrl.parallel.mesh import FP8_BLOCK
 
 # Assumption of `balanced` about packed tokens: 3 in 4 are vision tokens, 1 in 4 is an answer's
 # token, which the head reads. Example: 8 answers of 128 tokens beside a prompt of 3000 tokens.
@@ -54,6 +55,12 @@ def check_divides(arch: Architecture, model: Model, cfg: Parallel) -> None:
             f"model.fp8={model.fp8} needs matrices in tiles of {FP8_TILE}; "
             f"parallel.tensor={cfg.tensor} does not split the MLP's {arch.mlp} channels so: lower "
             "parallel.tensor, or set model.fp8=none."
+        )
+    if model.fp8 == "blockwise" and cfg.sequence and arch.hidden % FP8_BLOCK:
+        raise ConfigError(
+            f"model.fp8=blockwise with parallel.sequence=true gathers blocks of {FP8_BLOCK} "
+            f"values, which do not divide the model's {arch.hidden} hidden channels: set "
+            "parallel.sequence=false or model.fp8=current."
         )
 
 

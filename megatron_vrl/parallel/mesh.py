@@ -24,6 +24,8 @@ from megatron_vrl.config import Parallel
 from megatron_vrl.errors import ConfigError, UserError
 
 Item = TypeVar("Item")
+TILE_ROWS = 16  # rows of a tensor-core tile; FP8 kernels require a multiple of it
+FP8_BLOCK = 128  # rows and channels of a block of FP8 with blockwise scaling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +52,7 @@ class Mesh:
     batch: Axis  # context x data: ranks that hold the same parameters
     model: Axis  # tensor x context x pipeline: ranks that train on the same samples
     interleaved: bool  # whether a pipeline rank holds several chunks of layers
+    row_tile: int  # a tensor rank's rows of a packed sequence are padded to a multiple of it
     alone: dist.ProcessGroup  # group of this rank only, for modules that are not sharded
 
 
@@ -69,11 +72,21 @@ def check_layout(cfg: Parallel, world: int) -> None:
         raise ConfigError("parallel.sequence=true needs parallel.tensor > 1: set one of them.")
 
 
-def init_mesh(cfg: Parallel, seed: int) -> Mesh:
+def row_tile(cfg: Parallel, fp8: str) -> int:
+    """Return the multiple that a tensor rank's rows are padded to on GPUs. fp8: `model.fp8`.
+
+    Under sequence parallelism each rank quantises its own rows, and Transformer Engine gathers only
+    whole blocks of 128 of them with blockwise scaling (2.11: `assert_dim_for_all_gather` of
+    pytorch/module/base.py, `is_quantizable` of pytorch/tensor/float8_blockwise_tensor.py).
+    """
+    return FP8_BLOCK if fp8 == "blockwise" and cfg.sequence else TILE_ROWS
+
+
+def init_mesh(cfg: Parallel, seed: int, fp8: str = "none") -> Mesh:
     """Join the default process group and return the mesh. Every rank must call it, once per
     process.
 
-    Without torchrun's environment variables the world has one process.
+    Without torchrun's environment variables the world has one process. fp8: `model.fp8`.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     check_layout(cfg, world)
@@ -108,6 +121,7 @@ def init_mesh(cfg: Parallel, seed: int) -> Mesh:
         batch=_axis(parallel_state.get_data_parallel_group(with_context_parallel=True)),
         model=_model_axis(parallel_state.get_data_parallel_rank()),
         interleaved=cfg.virtual > 1,
+        row_tile=row_tile(cfg, fp8) if device.type == "cuda" else 1,
         alone=dist.new_group([dist.get_rank()], use_local_synchronization=True),
     )
 

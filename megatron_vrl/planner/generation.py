@@ -12,6 +12,7 @@ from megatron_vrl.models.architecture import Architecture
 from megatron_vrl.models.qwen2_5_vl.activations import dtype_bytes
 from megatron_vrl.models.qwen2_5_vl.flops import flops_of_sizes
 from megatron_vrl.planner.hardware import GIB
+from megatron_vrl.planner.libraries import first_gpu_bytes
 from megatron_vrl.planner.parameters import count_all
 from megatron_vrl.planner.speed import Machine, Phase
 from megatron_vrl.planner.workload import FILM_FPS, GroupSizes
@@ -33,6 +34,7 @@ class EngineMemory:
     kv_cache: int  # rest of the engine's memory; negative if too small
     sequence: int  # keys and values of one answer; the group shares the prompt
     longest: int  # keys and values of the longest prompt with the longest answer
+    sync: int  # of a weight sync on a worker's first GPU, beside the engine; 0 if colocated
 
     @property
     def share(self) -> int:
@@ -65,6 +67,7 @@ def engine_memory(
         kv_cache=kv_cache,
         sequence=token * (sizes.prompt // sizes.answers + sizes.response),
         longest=token * (cfg.data.max_prompt_tokens + answer),
+        sync=0 if cfg.rollout.placement == "colocated" else first_gpu_bytes(cfg, arch),
     )
 
 
@@ -81,7 +84,7 @@ def rollout_phase(
     ranks = 1 if cfg.rollout.placement == "colocated" else cfg.rollout.tensor
     prompts = -(-cfg.rollout.prompts_per_step // engines)
     answers = prompts * sizes.answers
-    at_once = max(1, min(answers, cfg.rollout.max_num_seqs, engine.sequences))
+    at_once = max(1, min(answers, cfg.rollout.num_seqs(on_gpu=True), engine.sequences))
     read = flops_of_sizes(arch, sizes.prompt, [1], [sizes.grid] if sizes.grid else [])
     token = flops_of_sizes(arch, 1, [1], [])
     steps = -(-answers // at_once) * sizes.response
@@ -103,8 +106,7 @@ def rollout_phase(
 def sync_phase(cfg: RunConfig, arch: Architecture, machine: Machine) -> Phase:
     """Return the seconds of a weight sync.
 
-    Colocated: every rank gathers all layers. The engine's old weights move back from host memory
-    before the sync, and the new ones move to host memory after the answers. Workers: weights pass
+    Colocated: every rank gathers all layers and copies them on its GPU. Workers: weights pass
     through host memory, and pipeline stages send their own layers in parallel.
     """
     num_bytes = dtype_bytes(cfg.model) * count_all(arch).all
@@ -113,7 +115,7 @@ def sync_phase(cfg: RunConfig, arch: Architecture, machine: Machine) -> Phase:
     if cfg.rollout.placement == "workers":
         own = 2 * num_bytes / parallel.pipeline  # to host memory and back
         return Phase(parts={"host link": own / machine.gpu.host})
-    parts = {"host link": 2 * num_bytes / machine.gpu.host, "HBM": machine.hbm(2 * num_bytes)}
+    parts = {"HBM": machine.hbm(2 * num_bytes)}
     if ranks > 1:
         span = parallel.tensor if parallel.pipeline == 1 else machine.gpus
         name, seconds = machine.link(num_bytes * (1 - 1 / ranks), span)

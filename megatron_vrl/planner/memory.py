@@ -27,11 +27,12 @@ from megatron_vrl.models.qwen2_5_vl.activations import (
     vision_saved,
 )
 from megatron_vrl.planner.hardware import GIB
+from megatron_vrl.planner.libraries import bucket_bytes, decoder_bytes, graphs_bytes, nccl_bytes
 from megatron_vrl.planner.parameters import ParameterCounts, count_stage
 from megatron_vrl.planner.rank_sizes import rank_sizes
 from megatron_vrl.planner.workload import PackedBatch
 
-RUNTIME = 2 * GIB  # CUDA context, NCCL buffers, cuBLAS workspaces; *not measured*
+RUNTIME = 2 * GIB  # CUDA context, kernels, cuBLAS workspaces; *not measured*
 RESERVE = 0.04  # fraction of the GPU left free for allocator fragmentation and the driver
 
 
@@ -50,6 +51,10 @@ class StageMemory:
     working: int  # temporary memory of one layer's backward pass
     stepping: int  # temporary memory of the optimizer step
     runtime: int
+    decoder: int  # process that decodes videos on this GPU
+    nccl: int  # buffers of communicators
+    buckets: int  # of a weight sync to workers
+    graphs: int  # CUDA graphs of a sleeping colocated engine; awake, the engine counts them
 
     @property
     def persistent(self) -> int:
@@ -61,6 +66,9 @@ class StageMemory:
             + self.reference
             + self.fp8_weights
             + self.runtime
+            + self.decoder
+            + self.nccl
+            + self.buckets
         )
 
     @property
@@ -68,7 +76,7 @@ class StageMemory:
         """Return the peak of an update: the passes, in which head and layers run in turn, or the
         optimizer step."""
         passes = self.activations + self.vision + max(self.log_probs, self.working)
-        return self.persistent + max(passes, self.stepping)
+        return self.persistent + self.graphs + max(passes, self.stepping)
 
 
 def stage_memory(
@@ -143,6 +151,10 @@ def _case(
         working=working,
         stepping=stepping_bytes(cfg, counts, dp_ranks, kernels),
         runtime=RUNTIME * kernels.on_gpu,
+        decoder=decoder_bytes(cfg) * kernels.on_gpu,
+        nccl=nccl_bytes(parallel, dp_ranks) * kernels.on_gpu,
+        buckets=bucket_bytes(cfg, arch, chunks) * kernels.on_gpu,
+        graphs=graphs_bytes(cfg) * kernels.on_gpu,
     )
 
 

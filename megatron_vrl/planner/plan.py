@@ -9,7 +9,7 @@ from megatron_vrl.models.architecture import Architecture
 from megatron_vrl.models.pipeline_split import check_divides
 from megatron_vrl.models.qwen2_5_vl.activations import Kernels
 from megatron_vrl.models.qwen2_5_vl.flops import hardware_flops, update_flops
-from megatron_vrl.parallel.mesh import check_layout
+from megatron_vrl.parallel.mesh import check_layout, row_tile
 from megatron_vrl.planner.generation import (
     EngineMemory,
     encode_phase,
@@ -36,7 +36,6 @@ from megatron_vrl.planner.workload import (
     step_sizes,
     worst_batches,
 )
-from megatron_vrl.policy.micro_batches import TILE_ROWS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +73,18 @@ class Memory:
     def most(self) -> int:
         """Return the peak over all stages."""
         return max(map(self.peak, range(len(self.stages))))
+
+    @property
+    def first_worker_gpu(self) -> int:
+        """Return the peak of a weight sync on a worker's first GPU; 0 if engines are colocated."""
+        return 0 if self.colocated else self.engine.share + self.engine.sync
+
+    @property
+    def fits(self) -> bool:
+        """Return True if no GPU needs more than it has and the longest answer can be sampled."""
+        engine = self.engine
+        peak = max(self.most, self.first_worker_gpu)
+        return peak <= self.usable and engine.kv_cache >= engine.longest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,7 +258,8 @@ def _multiple(cfg: RunConfig) -> int:
     """Return the multiple that a micro-batch's rows are padded to on GPUs, see
     `policy/micro_batches.py`."""
     context = cfg.parallel.context
-    return cfg.parallel.tensor * (2 * context if context > 1 else 1) * TILE_ROWS
+    tile = row_tile(cfg.parallel, cfg.model.fp8)
+    return cfg.parallel.tensor * (2 * context if context > 1 else 1) * tile
 
 
 def _shortages(cfg: RunConfig, request: PlanRequest, memory: Memory) -> Iterator[str]:
@@ -268,6 +280,13 @@ def _shortages(cfg: RunConfig, request: PlanRequest, memory: Memory) -> Iterator
             f"{key} of a {request.gpu.name} leaves {engine.kv_cache / GIB:.1f} GiB for keys and "
             f"values beside an engine's {engine.weights / GIB:.1f} GiB of weights, and the longest "
             f"answer alone needs {engine.longest / GIB:.1f} GiB."
+        )
+    if memory.first_worker_gpu > memory.usable:
+        taken = memory.first_worker_gpu / GIB
+        yield (
+            f"During a weight sync a worker's first GPU holds {taken:.1f} GiB, more than the "
+            f"{of}: {key} of it, and {engine.sync / GIB:.1f} GiB for the buckets of all its "
+            "processes; lower it."
         )
     rollout = max(map(memory.rollout, range(len(memory.stages))))
     if memory.colocated and rollout > memory.usable:

@@ -24,8 +24,12 @@ NAMES = {
     "stepping": "optimizer's update",
     "vision": "vision tower, kept",
     "activations": "activations, kept",
+    "decoder": "video decoder's process",
+    "nccl": "NCCL groups",
+    "buckets": "weight-sync buckets",
+    "graphs": "engine's CUDA graphs",
 }
-PIXEL_CACHE = GIB  # cache of decoded pixels of a vLLM engine, see `rollout/vllm/engine.py`
+PIXEL_CACHE = GIB  # cache of decoded pixels of a vLLM engine, see `rollout/vllm/arguments.py`
 COLUMNS = 80  # width of the output
 TOP = 10  # number of layouts that a search prints
 
@@ -95,7 +99,6 @@ def host_bytes(cfg: RunConfig, request: PlanRequest, memory: Memory) -> dict[str
     ranks = min(request.gpus, request.gpu.per_node)
     host = {"frame_store": ranks * cfg.video.store_mib * 2**20}
     if memory.colocated:
-        host["engine_weights_asleep"] = ranks * memory.engine.weights
         host["engine_pixel_cache"] = ranks * PIXEL_CACHE
     return host
 
@@ -121,6 +124,7 @@ def _engine_values(engine: EngineMemory) -> dict[str, int]:
         "weights": engine.weights,
         "working": engine.working,
         "kv_cache": engine.kv_cache,
+        "sync": engine.sync,
         "kv_per_answer": engine.sequence,
         "answers_at_a_time": engine.sequences,
     }
@@ -202,7 +206,8 @@ def _memory_table(plan: Plan, cfg: RunConfig) -> Iterable[str]:
         yield wrapped(
             f"a worker's GPU: weights {engine.weights / GIB:.1f}, working "
             f"{engine.working / GIB:.1f}, KV cache {engine.kv_cache / GIB:.1f} GiB for "
-            f"{counted(engine.sequences, 'answer')}"
+            f"{counted(engine.sequences, 'answer')}; a weight sync takes {engine.sync / GIB:.1f} "
+            "GiB more on a worker's first"
         )
 
 

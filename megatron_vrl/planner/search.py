@@ -19,6 +19,7 @@ RECOMPUTE = ("none", "selective", "full")
 VIRTUAL = (1, 2, 4)
 ENGINE_RANKS = (1, 2, 4, 8)
 GPU_MEMORY_FRACTIONS = (0.5, 0.4, 0.3, 0.2)
+WORKER_MEMORY_FRACTION = 0.8  # leaves room for a weight sync on a worker's first GPU
 MOST_TIMES = 64  # largest multiple of the requested GPUs to try
 
 Changes = dict[str, Any]  # "section.key" -> value
@@ -131,7 +132,13 @@ def _engines(cfg: RunConfig) -> list[Changes]:
     rollout = cfg.rollout
     if rollout.placement == "workers":
         ranks = sorted({rollout.tensor, *ENGINE_RANKS})
-        return [{"rollout.tensor": t} for t in ranks if t >= rollout.tensor]
+        shares = sorted({rollout.gpu_memory_utilization, WORKER_MEMORY_FRACTION})
+        return [
+            {"rollout.tensor": t, "rollout.gpu_memory_utilization": share}
+            for t in ranks
+            if t >= rollout.tensor
+            for share in shares
+        ]
     shares = sorted({rollout.gpu_memory_utilization, *GPU_MEMORY_FRACTIONS})
     own: list[Changes] = [{"rollout.gpu_memory_utilization": share} for share in shares]
     return own + [{"rollout.placement": "workers", "rollout.tensor": t} for t in ENGINE_RANKS]
@@ -147,7 +154,7 @@ def _plan_if_fits(
     if refusals(candidate, arch, request.gpu, request.gpus):
         return None
     memory = plan_memory(candidate, arch, request)
-    if memory.most > memory.usable or memory.engine.kv_cache < memory.engine.longest:
+    if not memory.fits:
         return None
     plan = make_plan(candidate, arch, request)
     return Candidate(changes=changed, cfg=candidate, gpus=request.gpus, plan=plan)

@@ -18,7 +18,6 @@ from megatron_vrl.batching.pack import Group, MicroBatch, pack, repeat_prompts, 
 from megatron_vrl.config import Batch
 from megatron_vrl.parallel.mesh import Mesh, exchange_objects, gather_objects
 
-TILE_ROWS = 16  # rows of a tensor-core tile; FP8 kernels require a multiple of this number
 Cost = Callable[[Group], float]
 Normalisation = Literal[
     "global_tokens", "sequence_mean", "sequence_sum", "constant_length", "temporal_r1"
@@ -127,8 +126,7 @@ def _token_weights(
 def _packed(bins: Sequence[Sequence[Group]], mesh: Mesh) -> list[MicroBatch]:
     """Pack each bin into a micro-batch, padded to a multiple for the layout and the hardware."""
     zigzag = 2 * mesh.context.size if mesh.context.size > 1 else 1
-    tile = TILE_ROWS if mesh.device.type == "cuda" else 1
-    multiple = mesh.tensor.size * zigzag * tile
+    multiple = mesh.tensor.size * zigzag * mesh.row_tile
     # The interleaved schedule sends tensors of one shape: pad all to the longest.
     longest = max(sum(group.num_tokens for group in groups) for groups in bins)
     at_least = longest if mesh.interleaved else 0

@@ -1,12 +1,13 @@
 """Entry point of every program: a user's error is one sentence and exit code 2, Ctrl-C code 130."""
 
+import atexit
 import os
 import select
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -50,6 +51,7 @@ def run_program(
     stdout closes it early (`| head`), the code is 0. An interrupted process prints one line, drops
     what libraries print after it, and ends within LEAVE_S seconds.
     """
+    codes = _leave_without_destructors() if main.__module__ == "__main__" else []
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, unblocked)
         code = main() or 0
@@ -74,7 +76,29 @@ def run_program(
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    codes.append(code)
     sys.exit(code)
+
+
+def _leave_without_destructors() -> list[int]:
+    """Return a list; after a code is appended, a process with a CUDA context ends by os._exit.
+
+    Memory pools, CUDA graphs and NCCL groups that are alive at the end are destroyed in any order,
+    which can end a finished run with code 134 (vLLM's device_allocator/cumem.py). This handler is
+    registered first and so runs last, after all that libraries do at exit.
+    """
+    codes: list[int] = []
+
+    def leave() -> None:
+        torch = sys.modules.get("torch")
+        if codes and torch is not None and torch.cuda.is_initialized():
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError, ValueError):  # nobody reads it, or it is closed
+                    stream.flush()
+            os._exit(codes[0])
+
+    atexit.register(leave)
+    return codes
 
 
 def _nobody_reads() -> bool:

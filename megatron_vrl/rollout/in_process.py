@@ -12,8 +12,14 @@ from megatron_vrl.types import Prompt, Rollout
 class InProcessEngine:
     """Generator and WeightReceiver that use one engine of this process.
 
-    `submit` returns finished futures. The engine sleeps between calls, so that training can use the
-    GPU memory.
+    `submit` returns finished futures. The engine sleeps afterwards, so that training can use the
+    GPU memory. On a GPU it loses its weights then, and the next `submit` needs a weight sync: pushing
+    weights on the same GPU is cheaper than moving them to host memory and back.
+
+        begin_sync   memory for the weights is taken
+        push         the weights arrive
+        commit       memory for the KV cache is taken
+        submit       rollouts are generated, and all of this memory is freed
     """
 
     no_live_workers = False
@@ -25,18 +31,23 @@ class InProcessEngine:
         self, prompts: Sequence[Prompt], specs: Sequence[SamplingSpec]
     ) -> list[Future[list[Rollout]]]:
         """Generate all rollouts before returning. Raises RolloutError."""
-        self._engine.wake()
-        groups = self._engine.generate_each(prompts, specs)
-        self._engine.sleep()
+        try:
+            groups = self._engine.generate_each(prompts, specs)
+        finally:
+            self._engine.sleep()
         futures: list[Future[list[Rollout]]] = []
         for group in groups:
             futures.append(Future())
             futures[-1].set_result(group)
         return futures
 
+    @property
+    def needs_weights(self) -> bool:
+        """True if the engine has no weights: before the first sync, and on a GPU after a sleep."""
+        return self._engine.version is None
+
     def begin_sync(self) -> None:
         """Invalidate the engine's weights."""
-        self._engine.wake()
         self._engine.start_update()
 
     def push(self, tensors: NamedTensors) -> None:

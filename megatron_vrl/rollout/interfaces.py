@@ -49,6 +49,11 @@ class Generator(Protocol):
         """Return whether all workers are lost: futures then finish after the next weight sync."""
         ...
 
+    @property
+    def needs_weights(self) -> bool:
+        """True when a weight sync must come before the next `submit`; the same on every rank."""
+        ...
+
 
 class WeightSync(Protocol):
     """Transfer of the trainer's weights to the engines of all ranks."""
@@ -82,7 +87,7 @@ class InferenceEngine(Protocol):
 
     dtype: torch.dtype
     banned_token_ids: tuple[int, ...]
-    version: int | None  # of the weights; None before the first sync and during a sync
+    version: int | None  # of the weights; None before the first sync, during a sync, and asleep
     in_process: bool  # True: the model lives in this process and can read its tensors
 
     @property
@@ -103,4 +108,3 @@ class InferenceEngine(Protocol):
     def weights_checksum(self) -> Checksums: ...
 
     def sleep(self) -> None: ...
-    def wake(self) -> None: ...

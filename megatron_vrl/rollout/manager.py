@@ -70,8 +70,11 @@ class RolloutManager:
         """Start generation and return one future per prompt.
 
         Prompt i is sampled with the seed of `spec.for_prompt(indices[i])`. Workers generate while
-        the trainer does other work. An in-process engine finishes before the call returns.
+        the trainer does other work. An in-process engine finishes before the call returns. Engines
+        that lost their weights get the trainer's first, which must be those of `version`.
         """
+        if self.version is not None and self._generator.needs_weights:
+            self._sync_until_loaded(self.version, 1)
         with raise_on_all_ranks(self._mesh):
             return self._generator.submit(prompts, [spec.for_prompt(index) for index in indices])
 

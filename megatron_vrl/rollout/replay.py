@@ -124,6 +124,7 @@ class ReplayEngine:
     """Generator over stored rollouts. Its weight sync only records the version number."""
 
     no_live_workers = True  # waiting never makes a stored group ready
+    needs_weights = False
 
     def __init__(self, files: ReplayFiles, importance_weights: bool) -> None:
         """importance_weights: the loss corrects for rollouts of other weights than the trainer's;

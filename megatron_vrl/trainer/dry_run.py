@@ -37,6 +37,7 @@ def check(cfg: RunConfig, world: int, here: bool = False) -> CheckedRun:
     every annotation file must exist. Otherwise a missing one is a note.
     """
     check_layout(cfg.parallel, world)
+    check_processes(cfg, world)
     parallel = cfg.parallel
     replicas = world // (parallel.tensor * parallel.context * parallel.pipeline)
     check_batches(cfg, replicas)
@@ -121,6 +122,17 @@ def refuse_missing(notes: list[str]) -> None:
     missing = [note.removeprefix(MISSING) for note in notes if note.startswith(MISSING)]
     if missing:
         raise ConfigError(f"{MISSING}{', '.join(missing)}.")
+
+
+def check_processes(cfg: RunConfig, world: int) -> None:
+    """Raise ConfigError if the launcher started another number of ranks than the config names."""
+    wanted = cfg.parallel.processes
+    if wanted and world != wanted:
+        raise ConfigError(
+            f"parallel.processes={wanted} and the launcher started {counted(world, 'process')}: "
+            f"set NPROC and NNODES of launch/train.sh so that they give {wanted}, or set "
+            f"parallel.processes={world}."
+        )
 
 
 def check_visual_input(cfg: RunConfig) -> None:

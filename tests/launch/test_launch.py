@@ -146,3 +146,47 @@ def test_train_takes_the_active_python_and_does_not_hide_a_gpu_environment(tmp_p
     assert used() == f"{venv}/bin/python3"
     (venv / "bin" / "python3").unlink()
     assert used() == f"{path}/python3"
+
+
+@pytest.mark.parametrize(("visible", "ranks"), [("0", 1), ("2,5,7", 3), (None, 8)])
+def test_train_starts_one_rank_on_each_visible_gpu(tmp_path: Path, visible, ranks) -> None:
+    """The machine has 8 GPUs. Its torch is a script that counts CUDA_VISIBLE_DEVICES."""
+    path = fake_bin(tmp_path / "bin", "bash", "dirname", "grep", "wc")
+    python = path / "python3"
+    python.write_text(
+        "#!/bin/bash\n"
+        'case "$2" in *device_count*)\n'
+        '    IFS=, read -ra seen <<<"${CUDA_VISIBLE_DEVICES-0,1,2,3,4,5,6,7}"\n'
+        '    echo "${#seen[@]}" ;;\n'
+        '*) echo "WORLD_SIZE=${WORLD_SIZE:-} $*" >&2 ;; esac\n'
+    )
+    (path / "nvidia-smi").write_text("#!/bin/bash\nfor i in {0..7}; do echo GPU $i; done\n")
+    for script in (python, path / "nvidia-smi"):
+        script.chmod(0o755)
+    bare = {"PATH": str(path), "PYTHON": str(python), "PYTHON_EXEC": "", "MASTER_PORT": ""}
+    env = {**os.environ, **bare, "CUDA_VISIBLE_DEVICES": visible or ""}
+    if visible is None:
+        del env["CUDA_VISIBLE_DEVICES"]
+    script = str(ROOT / "launch" / "train.sh")
+    done = subprocess.run(
+        ["bash", script, "--config", "x"], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    check, start = [line for line in done.stderr.splitlines() if "WORLD_SIZE=" in line]
+    assert check.startswith(f"WORLD_SIZE={ranks} ") and "--dry-run" in check
+    assert f"--nproc-per-node {ranks} " in start
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [("9.0", "1"), ("8.0", "1"), ("10.0", ""), ("12.0", ""), (None, "1")],
+)
+def test_one_launch_queue_on_gpus_before_blackwell(tmp_path: Path, capability, expected) -> None:
+    path = fake_bin(tmp_path / "bin", "bash")
+    if capability:
+        (path / "nvidia-smi").write_text(f"#!/bin/bash\necho {capability}\necho {capability}\n")
+        (path / "nvidia-smi").chmod(0o755)
+    command = f"source {ROOT}/launch/env.sh; echo ${{CUDA_DEVICE_MAX_CONNECTIONS-}}"
+    bash = [str(path / "bash"), "-euo", "pipefail", "-c", command]
+    done = subprocess.run(bash, env={"PATH": str(path)}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, expected), done.stderr

@@ -1,15 +1,18 @@
 """Split of layers over pipeline stages."""
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import pytest
 
 from megatron_vrl.config import Model, Parallel
+from megatron_vrl.errors import ConfigError
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.models.pipeline_split import (
     all_chunks,
     balanced_counts,
+    check_divides,
     extra_layers,
     layer_counts,
     stage_chunks,
@@ -72,3 +75,14 @@ def test_given_counts_are_taken_as_they_are() -> None:
     cfg = Parallel(pipeline=2, virtual=2, layers_per_chunk=counts)
     assert layer_counts(arch, MODEL, cfg) == counts
     assert all_chunks(arch, MODEL, Parallel()) == [whole_model(arch)]
+
+
+def test_fp8_blocks_must_divide_what_sequence_parallelism_gathers():
+    arch = read_architecture(MODELS / "qwen2.5-vl-7b.json")
+    cfg = Model(checkpoint="", layers="transformer_engine", fp8="blockwise")
+    tensor2 = Parallel(tensor=2, sequence=True)
+    check_divides(arch, cfg, tensor2)
+    narrow = replace(arch, hidden=arch.hidden + 64)
+    check_divides(narrow, cfg, Parallel(tensor=2))
+    with pytest.raises(ConfigError, match=r"blocks of 128 .* 3648 hidden channels: set"):
+        check_divides(narrow, cfg, tensor2)

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_vrl.batching.pack import Group
 from megatron_vrl.config import Batch, Parallel
-from megatron_vrl.parallel.mesh import Mesh, close_mesh, init_mesh
+from megatron_vrl.parallel.mesh import Mesh, close_mesh, init_mesh, row_tile
 from megatron_vrl.policy.micro_batches import plan_batches, rebalance
 from megatron_vrl.policy.micro_batches import tokens as num_tokens
 from tests.running import run_python
@@ -45,6 +45,21 @@ def test_seed_normalisation_is_a_mean_of_means(mesh: Mesh) -> None:
     for batch in planned:
         np.testing.assert_allclose(batch.weight.sum(), 1 / len(planned), rtol=1e-6)
         assert len(set(batch.weight)) == 1
+
+
+@pytest.mark.parametrize(("fp8", "sequence", "rows"), [
+    ("none", True, 16), ("delayed", True, 16), ("current", True, 16),
+    ("blockwise", True, 128), ("blockwise", False, 16),
+])  # fmt: skip
+def test_a_tensor_rank_has_whole_tiles_on_a_gpu(mesh, fp8, sequence, rows):
+    """Transformer Engine gathers the rows of FP8 with blockwise scaling by blocks of 128."""
+    tensor = 2
+    tile = row_tile(Parallel(tensor=tensor, sequence=sequence), fp8)
+    on_gpus = replace(mesh, row_tile=tile, tensor=replace(mesh.tensor, size=tensor))
+    for batch in plan_batches(GROUPS, GROUPS[0], Batch(tokens=60), on_gpus):
+        assert len(batch.token_ids) % (tensor * rows) == 0
+        assert len(batch.token_ids) < 60 + tensor * rows
+    assert mesh.row_tile == 1  # this machine's kernels take any number
 
 
 ANSWERS = [replace(a, id=f"{g}/{i}") for g, group in enumerate(GROUPS)

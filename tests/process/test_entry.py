@@ -169,3 +169,35 @@ def test_an_interrupted_tool_prints_one_line(tmp_path: Path) -> None:
     assert tool.returncode == 130 and out == ""
     *bar, last = err.splitlines()
     assert last == "Interrupted." and all(not line or "clip/s" in line for line in bar), err
+
+
+LEAVES = """
+import atexit, os, sys, types
+from megatron_vrl.process.entry import run_program
+
+context = types.SimpleNamespace(is_initialized=lambda: sys.argv[1] == "gpu")
+sys.modules["torch"] = types.SimpleNamespace(cuda=context)
+
+class Pool:
+    def __del__(self):
+        os._exit(134)  # as "pure virtual method called" does
+
+def main():
+    global pool
+    pool = Pool()
+    atexit.register(lambda: print("closed"))
+    print("done")
+    return 3
+
+run_program(main)
+"""
+
+
+@pytest.mark.parametrize(("device", "code"), [("gpu", 3), ("cpu", 134)])
+def test_a_finished_program_on_a_gpu_ends_before_memory_pools_are_destroyed(device, code):
+    """Handlers that libraries registered for the exit still run."""
+    command = [sys.executable, "-c", LEAVES, device]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    if device == "gpu":
+        assert done.stdout == "done\nclosed\n"

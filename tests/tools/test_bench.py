@@ -68,3 +68,11 @@ def test_sync_takes_its_stages_apart() -> None:
         assert row["ratio_to_copy"] == pytest.approx(row["median_s"] / row["copy_s"])
     assert rows["colocated"]["flush_s"] < rows["http"]["flush_s"]
     assert rows["colocated"]["bytes"] > 4_000_000
+
+
+def test_generate_counts_the_sampled_tokens():
+    sizes = ("--hidden", 512, "--layers", 1, "--prompts", 2, "--group", 2)
+    rows = rows_of("generate", *sizes, "--prompt-tokens", 16, "--answer-tokens", 4)
+    (row,) = rows.values()
+    assert row["answers"] == "2x2" and 4 <= row["tokens"] <= 16
+    assert row["tokens_per_s"] > 0

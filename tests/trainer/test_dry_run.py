@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vrl.config import load_config
-from megatron_vrl.errors import DataError
+from megatron_vrl.errors import ConfigError, DataError
 from megatron_vrl.trainer.dry_run import check
 from tests.running import ROOT
 
@@ -76,3 +76,15 @@ def test_a_dry_run_may_be_on_another_machine_and_a_run_may_not(
     assert "not on this machine: annotation file /nowhere/annotations/train.json" in notes
     with pytest.raises(DataError, match=r"data\.train: Cannot read the annotations /nowhere/"):
         check_with("data.train", "/nowhere/annotations/train.json", here=True)
+
+
+@pytest.mark.parametrize("world", [1, 16])
+def test_a_launcher_with_another_number_of_ranks_is_refused(monkeypatch, world):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ConfigError) as error:
+        check(load_config(RECIPE, []), world)
+    started = "1 process" if world == 1 else "16 processes"
+    assert str(error.value) == (
+        f"parallel.processes=8 and the launcher started {started}: set NPROC and NNODES of "
+        f"launch/train.sh so that they give 8, or set parallel.processes={world}."
+    )

@@ -27,33 +27,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Iterator[Row]:
-    import numpy as np
-
-    from megatron_vrl.config import RolloutConfig
     from megatron_vrl.rollout.request import SamplingSpec
-    from megatron_vrl.rollout.vllm.engine import VllmEngine
-    from megatron_vrl.types import Prompt
 
-    count = arguments.prompt_tokens
-    rng = np.random.default_rng(0)
-    prompts = []
-    for number in range(arguments.prompts):
-        ids = rng.integers(10, 200, count)
-        positions = np.tile(np.arange(count), (3, 1))
-        prompts.append(
-            Prompt(
-                id=f"bench-{number}",
-                visuals=(),
-                token_ids=ids,
-                engine_token_ids=tuple(ids.tolist()),
-                positions=positions,
-            )
-        )
+    prompts = _prompts(arguments.prompts, arguments.prompt_tokens)
     with tempfile.TemporaryDirectory() as folder:
-        hf = checkpoint_of(Path(folder) / "hf", arguments.hidden, arguments.layers)
-        cfg = RolloutConfig(max_num_seqs=arguments.prompts * arguments.group)
-        longest = count + arguments.answer_tokens
-        engine = VllmEngine(str(hf), cfg, dtype=arguments.dtype, seed=1, max_model_len=longest)
+        engine = _engine(Path(folder) / "hf", arguments)
         rates, tokens = [], 0
         for number in range(1 + arguments.rounds):
             spec = SamplingSpec(
@@ -77,3 +55,44 @@ def run(arguments: argparse.Namespace) -> Iterator[Row]:
         "tokens": tokens,
         "tokens_per_s": statistics.median(rates),
     }
+
+
+def _prompts(num_prompts: int, num_tokens: int) -> list[Any]:
+    """Return text prompts of random tokens."""
+    import numpy as np
+
+    from megatron_vrl.types import Prompt
+
+    rng = np.random.default_rng(0)
+    prompts = []
+    for number in range(num_prompts):
+        ids = rng.integers(10, 200, num_tokens)
+        positions = np.tile(np.arange(num_tokens), (3, 1))
+        prompts.append(
+            Prompt(
+                id=f"bench-{number}",
+                visuals=(),
+                token_ids=ids,
+                engine_token_ids=tuple(ids.tolist()),
+                positions=positions,
+            )
+        )
+    return prompts
+
+
+def _engine(folder: Path, arguments: argparse.Namespace) -> Any:
+    """Return an engine that holds the random weights of a checkpoint, which is written first."""
+    from megatron_vrl.checkpoint.hf_reader import HFCheckpoint
+    from megatron_vrl.config import RolloutConfig
+    from megatron_vrl.models.architecture import read_architecture
+    from megatron_vrl.models.qwen2_5_vl.hf_shapes import hf_shapes
+    from megatron_vrl.rollout.vllm.engine import VllmEngine
+
+    hf = checkpoint_of(folder, arguments.hidden, arguments.layers)
+    arch = read_architecture(hf)
+    stored = HFCheckpoint(hf, arch)
+    cfg = RolloutConfig(max_num_seqs=arguments.prompts * arguments.group)
+    longest = arguments.prompt_tokens + arguments.answer_tokens
+    engine = VllmEngine(str(hf), cfg, dtype=arguments.dtype, seed=1, max_model_len=longest)
+    engine.push_weights(((name, stored.tensor(name)) for name in hf_shapes(arch)), version=0)
+    return engine

@@ -18,6 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_vrl.errors import RolloutError
+
 Row = dict[str, Any]
 STAGES = ("export", "push", "flush", "commit")
 TRANSPORTS = ("shared_memory", "cuda_ipc", "broadcast", "http")
@@ -37,8 +39,8 @@ def run(arguments: argparse.Namespace) -> Iterator[Row]:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         cfg = _config(folder, arguments)
-        stack.enter_context(_worker(folder, cfg))
-        export, sides = _sides(cfg)
+        wait_until_serving = stack.enter_context(_worker(folder, cfg))
+        export, sides = _sides(cfg, wait_until_serving)
         num_bytes, copy = _plain_copy(export)
         for path, side in sides:
             with side as engine:
@@ -104,30 +106,46 @@ def _config(folder: Path, arguments: argparse.Namespace) -> Any:
 
 
 @contextmanager
-def _worker(folder: Path, cfg: Any) -> Iterator[None]:
-    """Run a rollout worker in its own process while the block runs."""
+def _worker(folder: Path, cfg: Any) -> Iterator[Callable[[], None]]:
+    """Run a rollout worker in its own process during the block; yield a function that waits until
+    the worker serves."""
     command = [sys.executable, "-m", "megatron_vrl.cli.worker"]
     process = subprocess.Popen(
-        [*command, "--config", str(folder / "config.yaml")], stdout=sys.stderr
+        [*command, "--config", str(folder / "config.yaml")], stdout=subprocess.PIPE, text=True
     )
+
+    def wait_until_serving() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", file=sys.stderr)
+            if line.startswith("worker: serving"):
+                return
+        raise RolloutError(f"The worker ended with exit code {process.wait()}: see its output.")
+
     try:
-        yield
+        yield wait_until_serving
     finally:
         process.kill()
         process.wait()
 
 
-def _sides(cfg: Any) -> tuple[Any, Iterator[tuple[str, Any]]]:
-    """Return the trainer's export, and by path a context with the calls of a weight sync."""
+def _sides(
+    cfg: Any, wait_until_serving: Callable[[], None]
+) -> tuple[Any, Iterator[tuple[str, Any]]]:
+    """Return the trainer's export, and by path a context with the calls of a weight sync.
+
+    vLLM sizes its KV cache by the change of a GPU's free memory, so this process starts its engine
+    after the worker has started its own.
+    """
     from megatron_vrl.checkpoint.hf_export import WeightExport
     from megatron_vrl.checkpoint.hf_load import load_hf_weights
     from megatron_vrl.config import Parallel
-    from megatron_vrl.errors import RolloutError
     from megatron_vrl.models.architecture import read_architecture
     from megatron_vrl.parallel.mesh import init_mesh
     from megatron_vrl.policy.policy import Policy
     from megatron_vrl.rollout.backends import start_engine
     from megatron_vrl.rollout.in_process import InProcessEngine
+    from megatron_vrl.rollout.vllm.startup import import_vllm
     from megatron_vrl.rollout.workers.pool import WorkerPool
     from megatron_vrl.rollout.workers.worker_info import served_model
 
@@ -135,6 +153,8 @@ def _sides(cfg: Any) -> tuple[Any, Iterator[tuple[str, Any]]]:
     mesh = init_mesh(Parallel(), seed=1)
     policy = Policy(read_architecture(checkpoint), cfg.model, Parallel(), mesh)
     load_hf_weights(policy.chunks, checkpoint)
+    import_vllm()
+    wait_until_serving()
     engine = start_engine(cfg, checkpoint)
     served = served_model(cfg, checkpoint, engine.banned_token_ids)
 

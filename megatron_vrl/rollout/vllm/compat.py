@@ -128,6 +128,11 @@ PRIVATE_PARTS = (
     PrivatePart("vllm.v1.engine.llm_engine:LLMEngine.reset_encoder_cache", "drops stale caches"),
     PrivatePart("vllm.v1.engine.llm_engine:LLMEngine.set_weight_version", "stamps rollouts"),
     PrivatePart(
+        "vllm.v1.engine.llm_engine:LLMEngine.__init__",
+        "asks whether batches are scheduled asynchronously",
+        sets="self.vllm_config = ",
+    ),
+    PrivatePart(
         "vllm.outputs:CompletionOutput",
         "reads the weight version of a rollout",
         sets="weight_versions: ",
@@ -161,6 +166,11 @@ def keep_process_groups(llm: Any) -> None:
     already closed. All of them end with the process.
     """
     llm.llm_engine.engine_core._finalizer.detach()
+
+
+def scheduler_is_asynchronous(llm: Any) -> bool:
+    """Return True if vLLM schedules a batch before it has the tokens of the one before."""
+    return bool(llm.llm_engine.vllm_config.scheduler_config.async_scheduling)
 
 
 def allow_weight_packing(allowed: bool) -> None:

@@ -14,7 +14,8 @@ lower by -log(1 - banned mass) at every token.
 Life of a request (`submit`, `step`, `abort`):
 
     WAITING   submit: vLLM has queued the prompt; the weight version is noted
-    RUNNING   step: the prompt is computed, then one token per sequence and step
+    RUNNING   step: the prompt is computed, then one token per sequence and step. On a GPU vLLM
+              schedules asynchronously: a step returns what the step before it has computed
     FINISHED  step returns all `spec.n` rollouts of the request, and the engine forgets it
     ABORTED   abort: the engine forgets it, and returns nothing
 
@@ -43,14 +44,12 @@ from megatron_vrl.rollout.request import (
     make_request,
     vllm_prompt,
 )
-from megatron_vrl.rollout.vllm.compat import keep_process_groups
+from megatron_vrl.rollout.vllm.arguments import engine_arguments
+from megatron_vrl.rollout.vllm.compat import keep_process_groups, scheduler_is_asynchronous
 from megatron_vrl.rollout.vllm.live_checksums import live_checksums
 from megatron_vrl.rollout.vllm.special_tokens import banned_token_ids, stop_token_ids
 from megatron_vrl.rollout.vllm.startup import import_vllm, preserve_trainer_state
 from megatron_vrl.types import Prompt, Rollout
-
-MIN_BATCHED_TOKENS = 2048
-PIXEL_CACHE_GIB = 1.0  # processed pixels of recent videos, host memory
 
 
 class VllmEngine:
@@ -84,7 +83,15 @@ class VllmEngine:
         # Under torchrun the launcher sets the rank, and vLLM uses the trainer's groups.
         several_ranks = groups_exist and torch.distributed.get_world_size() > 1
         executor = "external_launcher" if several_ranks else "mp" if tensor > 1 else "uni"
-        arguments = self._arguments(hf_dir, cfg, dtype, seed) | {"tensor_parallel_size": tensor}
+        arguments = engine_arguments(
+            hf_dir,
+            cfg,
+            dtype=dtype,
+            seed=seed,
+            max_model_len=max_model_len,
+            tensor=tensor,
+            on_gpu=self._on_gpu,
+        )
         with preserve_trainer_state():
             try:
                 self._llm = self._vllm.LLM(**arguments, distributed_executor_backend=executor)
@@ -104,51 +111,9 @@ class VllmEngine:
         self._asleep = False
         self._inputs = InputCheck()
         self._in_flight: dict[str, tuple[int, int]] = {}  # key -> seed, version at submission
+        self._drained: dict[str, list[Rollout]] = {}  # finished requests for the next `step`
         self._cache_name = ""  # salt of cache entries; other salts share nothing
         self.version: int | None = None  # of the weights; None before and during a sync
-
-    def _arguments(
-        self, hf_dir: str, cfg: config.RolloutConfig, dtype: str, seed: int
-    ) -> dict[str, Any]:
-        on_device: dict[str, Any] = {
-            "enforce_eager": True,  # compiling pays off on a GPU only
-            "kv_cache_memory_bytes": cfg.kv_cache_mib << 20,
-            "block_size": 32,  # short prompts share more of their cache than with 128
-            # Chunked prefill rewinds the generator of a seed, which torch cannot do on a CPU.
-            "enable_chunked_prefill": False,
-        }
-        if self._on_gpu:
-            on_device = {
-                "gpu_memory_utilization": cfg.gpu_memory_utilization,
-                "enable_sleep_mode": True,
-            }
-        if cfg.quantization == "fp8":
-            if not self._on_gpu:
-                raise RolloutError(
-                    "rollout.quantization=fp8 needs a GPU: set fp8_emulated to emulate FP8 weights."
-                )
-            on_device |= {
-                "quantization": "fp8_per_channel",
-                "quantization_config": {"ignore": ["visual.*"]},
-            }
-        return on_device | {
-            "model": hf_dir,
-            "load_format": "zeros",
-            "dtype": dtype,
-            "seed": seed,
-            "max_model_len": self.max_model_len,
-            "max_num_seqs": cfg.max_num_seqs,
-            "max_num_batched_tokens": max(self.max_model_len, MIN_BATCHED_TOKENS),
-            "weight_transfer_config": {"backend": "shared_memory"},
-            "additional_config": {"cpu_prepack_weights": cfg.cpu_prepack_weights},
-            "logprobs_mode": "processed_logprobs",
-            "generation_config": "vllm",  # the checkpoint's sets a repetition penalty
-            "limit_mm_per_prompt": {"video": 1, "image": 0},
-            "mm_processor_kwargs": {"do_resize": False, "cap_pixels_per_frame": False},
-            "mm_processor_cache_gb": PIXEL_CACHE_GIB,
-            "enable_mm_embeds": True,  # the trainer may send vision embeddings instead of pixels
-            "disable_log_stats": True,
-        }
 
     def generate(self, prompts: Sequence[Prompt], spec: SamplingSpec) -> list[list[Rollout]]:
         """Return `spec.n` rollouts per prompt, in order.
@@ -207,11 +172,15 @@ class VllmEngine:
 
     @property
     def busy(self) -> bool:
-        """True while requests are in flight."""
-        return bool(self._in_flight)
+        """True while `step` has requests to compute or to return."""
+        return bool(self._in_flight or self._drained)
 
     def step(self) -> dict[str, list[Rollout]]:
         """Compute one token per running sequence and return the finished requests by key."""
+        finished, self._drained = self._drained, {}
+        return finished | self._decode() if self._in_flight else finished
+
+    def _decode(self) -> dict[str, list[Rollout]]:
         with torch.compiler.set_stance(self._stance):
             outputs = self._llm.llm_engine.step()
         finished: dict[str, list[Rollout]] = {}
@@ -222,6 +191,8 @@ class VllmEngine:
 
     def abort(self, keys: Sequence[str]) -> None:
         """Drop requests in flight. Unknown keys are ignored."""
+        for key in keys:
+            self._drained.pop(key, None)
         known = [key for key in keys if key in self._in_flight]
         if known:
             self._llm.llm_engine.abort_request(known)
@@ -239,10 +210,28 @@ class VllmEngine:
         self.finish_update(version)
 
     def start_update(self) -> None:
-        """Invalidate the weights. The engine generates nothing until `finish_update`."""
+        """Invalidate the weights. The engine generates nothing until `finish_update`.
+
+        A sleeping engine takes memory for its weights, and `finish_update` takes the rest.
+        """
+        self._drain()
         self.version = None  # stays None if the update fails
         with preserve_trainer_state():
+            if self._asleep:
+                self._llm.wake_up(tags=["weights"])
             self._llm.collective_rpc("start_weight_update")
+
+    def _drain(self) -> None:
+        """Finish the batch that asynchronous scheduling has in flight.
+
+        vLLM stamps a token with the version that is set when the token comes out of its queue, and
+        documents that versions change only while generation is paused.
+        """
+        if not (self._in_flight and scheduler_is_asynchronous(self._llm)):
+            return
+        self._llm.sleep(level=0, mode="keep")  # schedule nothing new
+        self._drained |= self._decode()
+        self._llm.wake_up(tags=["scheduling"])
 
     def load(self, weights: NamedTensors | WeightBucket) -> None:
         """Load some of the weights; whole modules come in one call.
@@ -260,11 +249,14 @@ class VllmEngine:
         An idle engine clears the prefix cache and the vision encoder cache, which hold results of
         the old weights. With requests in flight both caches stay, since these requests read them
         and go on with the new weights; later requests use another cache salt. Decoded and
-        normalised pixels stay cached in both cases.
+        normalised pixels stay cached in both cases, until the engine sleeps.
         """
         with preserve_trainer_state():
             self._llm.collective_rpc("update_weights", args=({"complete": True},))
             self._llm.collective_rpc("finish_weight_update")
+            if self._asleep:
+                self._llm.wake_up(tags=["kv_cache"])
+                self._asleep = False
             if self.busy:
                 self._cache_name = str(version)
             else:
@@ -282,16 +274,14 @@ class VllmEngine:
         return torch.device("cuda", 0) if self._on_gpu else torch.device("cpu")
 
     def sleep(self) -> None:
-        """Free the engine's GPU memory and move the weights to host memory. No effect on a CPU."""
-        if self._on_gpu and not self._asleep:
-            self._llm.sleep(level=1)
-            self._asleep = True
+        """Free the GPU memory of weights, KV cache and pixels. No effect on a CPU.
 
-    def wake(self) -> None:
-        """Take the GPU memory back. Call it before `generate` and before a weight sync."""
-        if self._asleep:
-            self._llm.wake_up()
-            self._asleep = False
+        The weights are not kept (vLLM's sleep level 2): the next weight sync brings new ones, and
+        takes the memory back. Until then `version` is None.
+        """
+        if self._on_gpu and not self._asleep:
+            self._llm.sleep(level=2)
+            self._asleep, self.version = True, None
 
     def _clear_caches(self) -> None:
         """Empty the prefix cache and the vision encoder cache of an idle engine."""

@@ -51,17 +51,25 @@ def import_vllm() -> ModuleType:
 
 @contextmanager
 def preserve_trainer_state() -> Iterator[None]:
-    """Restore the trainer's random states, threads, default dtype and environment afterwards."""
+    """Restore the trainer's random states, threads, default dtype and environment afterwards.
+
+    `run.deterministic` holds for the trainer alone: inside, deterministic algorithms are off. An
+    engine has operations without such a form, and torch fills its empty tensors with NaN.
+    """
     environment = dict(os.environ)
     python_state, numpy_state = random.getstate(), np.random.get_state()
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
     default_dtype = torch.get_default_dtype()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # vLLM uses old torch names
+        torch.use_deterministic_algorithms(False)
         try:
             yield
         finally:
+            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
             random.setstate(python_state)
             np.random.set_state(numpy_state)
             torch.set_num_threads = set_num_threads

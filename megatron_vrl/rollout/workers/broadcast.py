@@ -10,9 +10,11 @@ address that leads to the workers, and joining needs a random name that is sent 
 
 import os
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -145,12 +147,36 @@ def _make(store: Any, join: JoinBroadcast, own_host: str, timeout: timedelta) ->
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timedelta(days=1)  # `finish` has a shorter timeout
         group = dist.ProcessGroupNCCL(store, join.rank, join.size, options)
-        group.eager_connect_single_device(torch.device(join.device))
+        device = torch.device(join.device)
+        # NCCL waits without end for a peer that dies between the store and its first message.
+        _within(JOIN_TIMEOUT_S, lambda: group.eager_connect_single_device(device))
         return group
     finally:
         del os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"]
         if kept is not None:
             os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = kept
+
+
+def _within(seconds: float, connect: Callable[[], None]) -> None:
+    """Call `connect`, in a thread that is left behind if it takes longer.
+
+    Raises BroadcastError then, and what `connect` raises.
+    """
+    done: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            connect()
+        except RuntimeError as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    threading.Thread(target=run, name="join broadcast", daemon=True).start()
+    try:
+        done.result(seconds)
+    except TimeoutError:
+        raise BroadcastError(f"not connected after {seconds:g} s") from None
 
 
 def _first_line(error: Exception) -> str:

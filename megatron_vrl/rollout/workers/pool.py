@@ -73,6 +73,8 @@ class _LiveWorker:
 class WorkerPool:
     """Generator over all active workers, and this rank's part of the weight syncs with them."""
 
+    needs_weights = False  # active workers keep theirs
+
     def __init__(
         self, cfg: config.RolloutConfig, served_model: ServedModel, device: torch.device
     ) -> None:
@@ -158,9 +160,13 @@ class WorkerPool:
         Requests wait in the trainer and not in a worker's queue, so that a slow worker holds few of
         them.
         """
-        limit = max(1, -(-self._cfg.max_num_seqs // n))
+
+        def has_room(worker: _LiveWorker) -> bool:
+            sequences = self._cfg.num_seqs(on_gpu=bool(worker.info.gpus))
+            return worker.requests < max(1, -(-sequences // n))
+
         while True:
-            with_room = [worker for worker in self._workers.values() if worker.requests < limit]
+            with_room = [worker for worker in self._workers.values() if has_room(worker)]
             if with_room:
                 return min(with_room, key=lambda worker: worker.requests)
             await self._room_event.wait()

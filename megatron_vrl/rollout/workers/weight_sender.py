@@ -140,7 +140,7 @@ class WeightSender:
     def _transport_to(self, worker: WorkerInfo) -> ResolvedTransport:
         """Return the transport to a worker. Raises RolloutError if it cannot reach the worker."""
         same_machine = worker.machine == machine()
-        same_gpu = same_machine and self._gpu in worker.gpus
+        same_gpu = same_machine and bool(self._gpu) and self._gpu in worker.gpus
         transport = self._transport
         if transport == "auto":
             transport = "cuda_ipc" if same_gpu else "shared_memory" if same_machine else "broadcast"
@@ -153,6 +153,11 @@ class WeightSender:
                     f"rollout.transport={transport}: the worker at {worker.address} does not use "
                     f"the trainer's {shared}: set rollout.transport=auto."
                 )
+        if transport == "broadcast" and same_gpu:
+            raise RolloutError(
+                f"rollout.transport=broadcast: the worker at {worker.address} uses the trainer's "
+                "GPU, and NCCL refuses two ranks on one GPU: set rollout.transport=auto."
+            )
         return "http" if transport == "broadcast" and self._broadcast_failed else transport
 
     def _needs_gpu_memory(self, transport: ResolvedTransport) -> bool:

@@ -85,3 +85,18 @@ def test_a_broadcast_is_abandoned_when_its_worker_is_lost_or_at_the_timeout() ->
     leave.set()
     thread.join()
     group.close()
+
+
+def test_a_connection_that_never_comes_is_given_up():
+    """NCCL's first message waits without end for a peer that has died."""
+    forever = threading.Event()
+    with pytest.raises(BroadcastError, match=r"not connected after 0\.1 s"):
+        broadcast._within(0.1, lambda: forever.wait() and None)
+    forever.set()
+    with pytest.raises(RuntimeError, match="refused"):
+        broadcast._within(5, lambda: _refuse())
+    broadcast._within(5, lambda: None)
+
+
+def _refuse():
+    raise RuntimeError("refused")
