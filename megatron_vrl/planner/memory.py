@@ -154,16 +154,11 @@ def optimizer_bytes(cfg: RunConfig, counts: ParameterCounts, dp_ranks: int) -> i
 
 
 def stepping_bytes(cfg: RunConfig, counts: ParameterCounts, dp_ranks: int, kernels: Kernels) -> int:
-    """Return the bytes of AdamW's temporary denominators.
-
-    FusedAdam, which comes with Transformer Engine, has none; torch's AdamW has one list of tensors;
-    the CPU's AdamW has two.
-    """
-    lists = 1 if cfg.model.layers == "megatron" else 0
-    if not kernels.on_gpu:
-        lists = 2
+    """Return the bytes of AdamW's temporary denominators. The fused kernel of a GPU has none."""
+    if kernels.on_gpu:
+        return 0
     shares = dp_ranks if cfg.parallel.distributed_optimizer else 1
-    return lists * FLOAT32 * -(-counts.trained(cfg.model) // shares)
+    return FLOAT32 * -(-counts.trained(cfg.model) // shares)
 
 
 def chunk_saved(chunk: Chunk, layer: Layer, recompute: str) -> int:

@@ -21,6 +21,7 @@ from megatron_vrl.checkpoint.saver import Saver, latest, newest_sound
 from megatron_vrl.config import Model, Optimizer, Parallel
 from megatron_vrl.errors import CheckpointError
 from megatron_vrl.models.architecture import read_architecture
+from megatron_vrl.parallel import adamw
 from megatron_vrl.parallel.mesh import close_mesh, init_mesh
 from megatron_vrl.policy.policy import Policy
 from tests.checkpoint.checkpoint_worker import OPTIMIZER, RESHARDED, SAVED, step
@@ -118,6 +119,27 @@ def test_weights_come_back_bit_equal_and_before_any_update(policy, checkpoint, t
         "state.json",
         "CHECKSUMS",
     }
+
+
+def test_a_checkpoint_does_not_know_the_device(policy, checkpoint, monkeypatch, tmp_path):
+    """A step by the kernel of a GPU, a checkpoint, a step of a CPU: as without the checkpoint."""
+    cfg = Model(checkpoint=str(checkpoint), dtype="bfloat16")
+    runs = [Policy(policy.arch, cfg, Parallel(), policy.mesh) for _ in range(2)]
+    for run in runs:
+        load_weights(checkpoint, run)
+        run.start_phase(OPTIMIZER, num_steps=8)
+    monkeypatch.setitem(adamw.UPDATES, "cpu", adamw.fused_update)
+    step(runs[0], 0)
+    monkeypatch.undo()
+    save_checkpoint(tmp_path / "gpu", runs[0], {}, checkpoint)
+    load_checkpoint(tmp_path / "gpu", runs[1])
+    unbroken, resumed = (step(run, 1)["weights"] for run in runs)
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in unbroken.items())
+    kept, loaded = (run.optimizer.chained_optimizers[0].optimizer for run in runs)
+    assert [g["step"] for g in kept.param_groups] == [g["step"] for g in loaded.param_groups]
+    for state, other in zip(kept.state.values(), loaded.state.values(), strict=True):
+        assert set(state) == {"exp_avg", "exp_avg_sq"}
+        assert all(torch.equal(state[name], other[name]) for name in state)
 
 
 def test_background_save_holds_the_weights_as_they_were(policy, checkpoint, tmp_path):
