@@ -30,11 +30,12 @@ from tests.tiny import GROUPS, micro_batches, token_loss
 OPTIMIZER = Optimizer(lr=1e-3, betas=(0.9, 0.95), warmup_steps=4)
 RESHARDED = {
     "dp2": Parallel(),
+    "whole": Parallel(distributed_optimizer=False),
     "tp2": Parallel(tensor=2),
     "pp2": Parallel(pipeline=2),
     "vpp2": Parallel(pipeline=2, virtual=2),
 }
-SAVED = ("tp2", "vpp2")
+SAVED = ("dp2", "whole", "tp2", "vpp2")
 
 
 def started(checkpoint: Path, converted: Path, parallel: Parallel) -> Policy:

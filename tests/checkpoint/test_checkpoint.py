@@ -18,11 +18,14 @@ from megatron_vrl.checkpoint.convert import convert_to_hf, convert_to_megatron
 from megatron_vrl.checkpoint.hf_load import hf_tensors
 from megatron_vrl.checkpoint.layout import hf_dir_of
 from megatron_vrl.checkpoint.saver import Saver, latest, newest_sound
+from megatron_vrl.checkpoint.sharded_state import model_state
+from megatron_vrl.checkpoint.torch_dist import TorchDistReader
 from megatron_vrl.config import Model, Optimizer, Parallel
 from megatron_vrl.errors import CheckpointError
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.parallel import adamw
 from megatron_vrl.parallel.mesh import close_mesh, init_mesh
+from megatron_vrl.policy.optimizer_state import parameter_states, step_count
 from megatron_vrl.policy.policy import Policy
 from tests.checkpoint.checkpoint_worker import OPTIMIZER, RESHARDED, SAVED, step
 from tests.running import run_python
@@ -100,6 +103,58 @@ def test_checkpoints_of_any_layout_convert(trained, layout, tmp_path):
     found = load_file(tmp_path / "hf" / "model.safetensors")
     assert found.keys() == weights.keys()
     assert all(torch.equal(found[name], weights[name]) for name in found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", SAVED)
+def test_every_layout_writes_the_same_optimizer_state_each_rank_its_share(trained, layout):
+    folder = trained / "saved" / layout / "weights"
+    expected = TorchDistReader(trained / "saved" / "dp2" / "weights")
+    found = TorchDistReader(folder)
+    assert found.names() == expected.names()
+    for name in found.names():
+        ours, theirs = found.tensor(name)[:95], expected.tensor(name)[:95]  # but for padding
+        assert (ours - theirs).norm() <= 1e-4 * theirs.norm(), name
+    written = [sum(f.stat().st_size for f in folder.glob(f"__{rank}_*")) for rank in (0, 1)]
+    if layout != "vpp2":  # whose first stage has the vision tower, too
+        assert written[0] == pytest.approx(written[1], rel=0.15)
+
+
+def gathered(policy):
+    """The state that earlier versions saved: Megatron's own, gathered on one rank."""
+    model = model_state(policy)
+    metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
+    state = policy.optimizer.sharded_state_dict(dict(model), metadata=metadata)
+    return {**model, "optimizer": state}
+
+
+def test_optimizer_state_has_megatrons_names_and_earlier_checkpoints_load(
+    policy, checkpoint, monkeypatch, tmp_path
+):
+    cfg = Model(checkpoint=str(checkpoint), dtype="bfloat16")
+    layouts = [Parallel(), Parallel(), Parallel(distributed_optimizer=False)]
+    trained, *others = [Policy(policy.arch, cfg, layout, policy.mesh) for layout in layouts]
+    for run in (trained, *others):
+        load_weights(checkpoint, run)
+        run.start_phase(OPTIMIZER, num_steps=8)
+    step(trained, 0)
+    save_checkpoint(tmp_path / "ours", trained, {}, checkpoint)
+    monkeypatch.setattr("megatron_vrl.checkpoint.checkpoint.state_to_save", gathered)
+    save_checkpoint(tmp_path / "megatron", trained, {}, checkpoint)
+    ours, theirs = (TorchDistReader(tmp_path / by / "weights") for by in ("ours", "megatron"))
+    assert ours.names() == theirs.names()
+    assert all(torch.equal(ours.tensor(name), theirs.tensor(name)) for name in ours.names())
+    expected = {id_of(trained, s): s.tensors for s in parameter_states(trained.optimizer)}
+    for resumed in others:
+        load_checkpoint(tmp_path / "megatron", resumed)
+        assert step_count(resumed.optimizer) == step_count(trained.optimizer) == 1
+        for state in parameter_states(resumed.optimizer):
+            for name, tensor in state.tensors.items():
+                assert torch.equal(tensor, expected[id_of(resumed, state)][name])
+
+
+def id_of(run, state):
+    return next(n for n, p in run.chunks[0].named_parameters() if p is state.parameter)
 
 
 def test_weights_come_back_bit_equal_and_before_any_update(policy, checkpoint, tmp_path):
