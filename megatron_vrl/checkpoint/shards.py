@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
+import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
@@ -76,7 +77,7 @@ def sharded(
             begin = region.start + first - start
             yield ShardedTensor(
                 key=prefix + region.key,
-                data=flat[begin : begin + prod(sizes)].view(sizes),
+                data=_alone(flat[begin : begin + prod(sizes)]).view(sizes),
                 dtype=flat.dtype,
                 local_shape=sizes,
                 global_shape=region.global_shape,
@@ -84,6 +85,16 @@ def sharded(
                 axis_fragmentations=None,  # blocks are no regular grid
                 allow_shape_mismatch=region.padded,
             )
+
+
+def _alone(flat: Tensor) -> Tensor:
+    """Return the elements as a tensor whose storage ends with them, on the same memory.
+
+    Megatron's writer copies a CPU tensor whose storage is larger, since torch.save writes storages.
+    """
+    if flat.device.type != "cpu":
+        return flat
+    return torch.from_numpy(flat.detach().view(torch.uint8).numpy()).view(flat.dtype)
 
 
 def blocks(shape: Sequence[int], low: int, high: int, most: int = 0) -> Iterator[Block]:

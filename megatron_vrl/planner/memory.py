@@ -64,6 +64,11 @@ class StageMemory:
         )
 
     @property
+    def checkpoint(self) -> int:
+        """Return the peak of a save, which copies to host memory and takes none of the GPU."""
+        return self.persistent
+
+    @property
     def update(self) -> int:
         """Return the peak of an update: the passes, in which head and layers run in turn, or the
         optimizer step."""
@@ -151,6 +156,21 @@ def optimizer_bytes(cfg: RunConfig, counts: ParameterCounts, dp_ranks: int) -> i
     each = 2 * FLOAT32 + (FLOAT32 if cfg.model.dtype == "bfloat16" else 0)
     shares = dp_ranks if cfg.parallel.distributed_optimizer else 1
     return each * -(-counts.trained(cfg.model) // shares)
+
+
+def checkpoint_bytes(cfg: RunConfig, counts: ParameterCounts, dp_ranks: int) -> int:
+    """Return the bytes of a checkpoint that a rank writes. It copies them to host memory first.
+
+    Ranks that hold the same elements divide them; all tensor ranks hold the vision tower.
+    """
+    model, tensor = cfg.model, cfg.parallel.tensor
+    state = 2 * FLOAT32 + (FLOAT32 if model.dtype == "bfloat16" else 0)
+    tower = dtype_bytes(model) * (counts.vision + counts.merger)
+    tower += state * counts.vision * (not model.freeze_vision)
+    tower += state * counts.merger * (not model.freeze_merger)
+    language = dtype_bytes(model) * counts.language
+    language += state * counts.language * (not model.freeze_language)
+    return -(-(language + tower // tensor) // dp_ranks)
 
 
 def stepping_bytes(cfg: RunConfig, counts: ParameterCounts, dp_ranks: int, kernels: Kernels) -> int:

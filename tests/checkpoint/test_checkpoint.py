@@ -18,13 +18,15 @@ from megatron_vrl.checkpoint.convert import convert_to_hf, convert_to_megatron
 from megatron_vrl.checkpoint.hf_load import hf_tensors
 from megatron_vrl.checkpoint.layout import hf_dir_of
 from megatron_vrl.checkpoint.saver import Saver, latest, newest_sound
-from megatron_vrl.checkpoint.sharded_state import model_state
+from megatron_vrl.checkpoint.sharded_state import model_state, state_to_save
 from megatron_vrl.checkpoint.torch_dist import TorchDistReader
-from megatron_vrl.config import Model, Optimizer, Parallel
+from megatron_vrl.config import Model, Optimizer, Parallel, Run, RunConfig
 from megatron_vrl.errors import CheckpointError
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.parallel import adamw
 from megatron_vrl.parallel.mesh import close_mesh, init_mesh
+from megatron_vrl.planner.memory import checkpoint_bytes
+from megatron_vrl.planner.parameters import count_stage
 from megatron_vrl.policy.optimizer_state import parameter_states, step_count
 from megatron_vrl.policy.policy import Policy
 from tests.checkpoint.checkpoint_worker import OPTIMIZER, RESHARDED, SAVED, step
@@ -151,6 +153,18 @@ def test_optimizer_state_has_megatrons_names_and_earlier_checkpoints_load(
         for state in parameter_states(resumed.optimizer):
             for name, tensor in state.tensors.items():
                 assert torch.equal(tensor, expected[id_of(resumed, state)][name])
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_the_planner_counts_the_bytes_of_a_save(policy, checkpoint, freeze):
+    model = Model(checkpoint=str(checkpoint), dtype="bfloat16", freeze_vision=freeze)
+    cfg = RunConfig(run=Run(out_dir=""), model=model)
+    run = Policy(policy.arch, model, cfg.parallel, policy.mesh)
+    run.start_phase(OPTIMIZER, num_steps=8)
+    saved = sum(shard.data.nbytes for shard in state_to_save(run)["shards"])
+    counts = count_stage(policy.arch, model, cfg.parallel, 0)
+    assert checkpoint_bytes(cfg, counts, dp_ranks=1) == saved
+    assert checkpoint_bytes(cfg, counts, dp_ranks=8) == -(-saved // 8)
 
 
 def id_of(run, state):
