@@ -14,7 +14,7 @@ from megatron_vrl.checkpoint.checkpoint import (
     save_checkpoint,
 )
 from megatron_vrl.checkpoint.checksums import write_sums
-from megatron_vrl.checkpoint.convert import convert_to_hf, convert_to_megatron
+from megatron_vrl.checkpoint.convert import compare, convert_to_hf, convert_to_megatron
 from megatron_vrl.checkpoint.hf_load import hf_tensors
 from megatron_vrl.checkpoint.layout import hf_dir_of
 from megatron_vrl.checkpoint.saver import Saver, latest, newest_sound
@@ -98,25 +98,22 @@ def test_training_goes_on_with_half_the_data_ranks(trained, policy):
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", SAVED)
 def test_checkpoints_of_any_layout_convert(trained, layout, tmp_path):
-    from safetensors.torch import load_file
-
     convert_to_hf(trained / "saved" / layout, tmp_path / "hf")
-    weights = third_step(trained, layout)["weights"]
-    found = load_file(tmp_path / "hf" / "model.safetensors")
-    assert found.keys() == weights.keys()
-    assert all(torch.equal(found[name], weights[name]) for name in found)
+    assert compare(trained / "run" / "step-2", tmp_path / "hf") > 50
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", SAVED)
-def test_every_layout_writes_the_same_optimizer_state_each_rank_its_share(trained, layout):
+def test_what_a_layout_loads_it_saves_bit_for_bit_each_rank_its_share(trained, layout):
     folder = trained / "saved" / layout / "weights"
-    expected = TorchDistReader(trained / "saved" / "dp2" / "weights")
+    expected = TorchDistReader(trained / "run" / "step-2" / "weights")
     found = TorchDistReader(folder)
     assert found.names() == expected.names()
+    assert any(name.startswith("optimizer.state.exp_avg_sq.vision.") for name in found.names())
     for name in found.names():
-        ours, theirs = found.tensor(name)[:95], expected.tensor(name)[:95]  # but for padding
-        assert (ours - theirs).norm() <= 1e-4 * theirs.norm(), name
+        rows = 95 if "word_embeddings" in name or "output_layer" in name else None  # not padding
+        ours, theirs = found.tensor(name)[:rows], expected.tensor(name)[:rows]
+        assert torch.equal(ours, theirs), name
     written = [sum(f.stat().st_size for f in folder.glob(f"__{rank}_*")) for rank in (0, 1)]
     if layout != "vpp2":  # whose first stage has the vision tower, too
         assert written[0] == pytest.approx(written[1], rel=0.15)
