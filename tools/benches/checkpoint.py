@@ -1,8 +1,9 @@
 """Host memory and seconds of a save, beside the bytes that are written.
 
 Sides: `ours` and `gathered`, Megatron's format `fully_reshardable`. Random bfloat16 weights and
-float32 optimizer state. After a save has begun, every value is written again as by an update, so
-that memory shared with the writers is copied. `peak_ratio`: extra host memory of a rank and its
+float32 optimizer state. After a save has begun, values are written again as by an update, and the
+system copies what the forked writers share: the values that the rank saves, or with `--rewrite all`
+every weight and optimizer state. `peak_ratio`: extra host memory of a rank and its
 writers, of the rank where it is largest, over an equal share of the checkpoint. `node_ratio`: extra
 memory of all ranks over the checkpoint. `most_written`: files of the rank that writes most, over an
 equal share. `stall_s`: seconds until training goes on. `total_s`: until the save is committed."""
@@ -30,6 +31,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel ranks")
     parser.add_argument("--hidden", type=int, default=512, help="hidden size")
     parser.add_argument("--layers", type=int, default=6, help="language layers")
+    parser.add_argument(
+        "--rewrite", choices=["saved", "all"], default="saved", help="what is written meanwhile"
+    )
     parser.add_argument("--sides", default=",".join(SIDES), help="some of " + ",".join(SIDES))
     parser.add_argument("--dir", type=Path, default=None, help="folder with room for the files")
 
@@ -57,6 +61,7 @@ def _measured(ranks: int, arguments: argparse.Namespace, folder: Path) -> dict[s
     options = {
         "sides": arguments.sides.split(","),
         "rounds": arguments.rounds,
+        "every": arguments.rewrite == "all",
         **{name: getattr(arguments, name) for name in ("tensor", "hidden", "layers")},
     }
     torchrun = ROOT / "launch" / "torchrun.py"

@@ -57,19 +57,21 @@ print(most)
 """
 
 
-def main(sides: list[str], rounds: int, tensor: int, hidden: int, layers: int, out: Path) -> None:
+def main(
+    sides: list[str], rounds: int, tensor: int, hidden: int, layers: int, every: bool, out: Path
+) -> None:
     parallel = Parallel(tensor=tensor)
     mesh = init_mesh(parallel, seed=1)
     policy = Policy(_architecture(hidden, layers), Model(checkpoint="none"), parallel, mesh)
     policy.start_phase(Optimizer(lr=1e-6), num_steps=1)
-    _write_all(policy)
+    _rewrite(policy, every=True)
     saver = Saver(out / "run", policy, _template(out, mesh.rank), keep=1)
     forms = {"ours": state_to_save, "gathered": gathered}
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     for number in range(1 + rounds):
         for side in sides:
             with patch.object(checkpoint, "state_to_save", forms[side]):
-                measured = _measured(policy, saver, f"{side}-{number}")
+                measured = _measured(policy, saver, f"{side}-{number}", every)
             if number:
                 found[side].append(measured)
     if mesh.rank == 0:
@@ -115,7 +117,7 @@ def _template(out: Path, rank: int) -> Path:
     return folder
 
 
-def _measured(policy: Policy, saver: Saver, name: str) -> dict[str, Any]:
+def _measured(policy: Policy, saver: Saver, name: str, every: bool) -> dict[str, Any]:
     dist.barrier()
     sampler = subprocess.Popen(
         [sys.executable, "-c", _SAMPLER, str(os.getpid())],
@@ -133,7 +135,7 @@ def _measured(policy: Policy, saver: Saver, name: str) -> dict[str, Any]:
     start = time.perf_counter()
     saver.save(name, {})
     stall = time.perf_counter() - start
-    _write_all(policy)
+    _rewrite(policy, every)
     saver.finish()
     total = time.perf_counter() - start
     extra = _status_bytes("VmHWM") - before + int(sampler.communicate("\n")[0])
@@ -159,10 +161,14 @@ def _status_bytes(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
-def _write_all(policy: Policy) -> None:
-    """Write every weight and optimizer state, as an update does."""
+def _rewrite(policy: Policy, every: bool) -> None:
+    """Write weights and optimizer state as an update does: those that this rank saves, or all."""
     assert policy.optimizer is not None
     with torch.no_grad():
+        if not every:
+            for shard in state_to_save(policy)["shards"]:
+                shard.data.add_(1e-3)
+            return
         for chunk in policy.chunks:
             for param in chunk.parameters():
                 param.add_(1e-3)
