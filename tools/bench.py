@@ -7,6 +7,7 @@
     bench.py sync [--hidden 1024 --layers 10]
     bench.py generate [--hidden 1024 --layers 10 --dtype float32]
     bench.py update [--formats bfloat16,current --layouts shared,plain]
+    bench.py checkpoint [--ranks 1 2 --hidden 512 --layers 6]
     bench.py convert [--model configs/models/qwen2.5-vl-3b.json --dir DIR]
 
 A bench runs its sides in turns within one call and prints the medians over --rounds, one row a
@@ -27,6 +28,7 @@ from megatron_vrl.process.command_line import OverrideParser, tool_parser
 from megatron_vrl.process.entry import run_program
 
 BENCHES = {  # name, which is a module in tools/benches -> help
+    "checkpoint": "save of a run's checkpoint beside the bytes written",
     "convert": "checkpoint conversion beside plain copies",
     "decode": "decoders beside a sequential read",
     "generate": "rollouts of an engine",

@@ -15,6 +15,10 @@ States of a checkpoint:
 
 `load_weights` and `load_checkpoint` use no file of a Megatron checkpoint before it is verified.
 `saver.py` decides when a run writes checkpoints and which ones it keeps.
+
+Every rank writes the optimizer state that it holds, and its share of what all data ranks hold
+alike. Nothing is gathered: a save needs host memory of the size of the files that the rank writes,
+and none on a GPU (`sharded_state.py`).
 """
 
 import json
@@ -29,6 +33,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
@@ -37,14 +42,13 @@ from megatron_vrl.checkpoint.hf_load import load_hf_weights
 from megatron_vrl.checkpoint.hf_reader import copy_side_files
 from megatron_vrl.checkpoint.layout import HF, STATE, WEIGHTS, is_megatron
 from megatron_vrl.checkpoint.safe_pickle import check_pickles
+from megatron_vrl.checkpoint.sharded_state import model_state, state_to_load, state_to_save
 from megatron_vrl.errors import CheckpointError
 from megatron_vrl.parallel.mesh import Mesh, raise_on_all_ranks
+from megatron_vrl.policy.optimizer_state import set_step_count
 from megatron_vrl.policy.policy import Policy
 from megatron_vrl.storage.files import full_disk_named
 
-# Megatron 0.16's default sharding of optimizer state no longer works; this one reshards freely.
-_OPTIMIZER = {"distrib_optim_sharding_type": "fully_reshardable"}
-_LAYERS = {"non_homogeneous_layers": True}  # a name for each layer, instead of one stack of them
 _SUMS = "sums-{}.json"  # hashes of one rank's files, merged into CHECKSUMS by `commit`
 
 
@@ -85,13 +89,21 @@ def begin_save(
             (partial / STATE).write_text(json.dumps(state, indent=1))
     with write_failure_named(directory, policy.mesh):
         request = dist_checkpointing.save(
-            _sharded(policy), str(partial / WEIGHTS), async_sharded_save=True
+            state_to_save(policy),
+            str(partial / WEIGHTS),
+            validate_access_integrity=False,  # torch compares the blocks of all ranks
+            async_sharded_save=True,
         )
     assert request is not None
     if request.async_fn is None:  # this rank has nothing to write
         return request
-    hashing = _then_hash(request.async_fn, partial, policy.mesh.rank)
-    return request._replace(async_fn=hashing)
+    _, buckets, _ = request.async_fn_args
+    return request._replace(
+        async_fn=_then_hash(request.async_fn, partial, policy.mesh.rank),
+        # A copy to pinned memory would take up to twice the bytes: torch rounds each tensor up to
+        # a power of two, and keeps the memory afterwards.
+        preload_fn=lambda: FileSystemWriterAsync.preload_tensors(buckets, non_blocking=False),
+    )
 
 
 def _then_hash(write: Callable[..., None], partial: Path, rank: int) -> Callable[..., None]:
@@ -162,7 +174,7 @@ def load_weights(
     """Load the weights of a Hugging Face or a Megatron checkpoint. Every rank calls it."""
     checkpoint = Path(checkpoint)
     if is_megatron(checkpoint):
-        _load(checkpoint, _sharded_model(policy), policy, verifier)
+        _load(checkpoint, model_state(policy), policy, verifier)
     elif checkpoint.is_dir():
         load_hf_weights(policy.chunks, checkpoint)
     else:
@@ -174,8 +186,21 @@ def load_weights(
 def load_checkpoint(
     checkpoint: str | Path, policy: Policy, verifier: ChecksumVerifier | None = None
 ) -> None:
-    """Load weights and optimizer state, after `policy.start_phase`. Every rank calls it."""
-    _load(Path(checkpoint), _sharded(policy, is_loading=True), policy, verifier)
+    """Load weights and optimizer state, after `policy.start_phase`. Every rank calls it.
+
+    The optimizer's settings, such as `betas`, stay those of `start_phase`.
+    """
+    assert policy.optimizer is not None, "start_phase first"
+    loaded = _load(Path(checkpoint), state_to_load(policy), policy, verifier)
+    set_step_count(policy.optimizer, _stored_step(loaded["optimizer"]))
+
+
+def _stored_step(stored: dict[str, Any]) -> int:
+    """Return the number of updates before a checkpoint, from its part "optimizer"."""
+    if "step" in stored:
+        return int(stored["step"])
+    groups = stored["optimizer"]["param_groups"]  # written by Megatron
+    return max(int(group["step"]) for group in groups)
 
 
 def read_state(checkpoint: str | Path) -> dict[str, Any]:
@@ -189,40 +214,18 @@ def read_state(checkpoint: str | Path) -> dict[str, Any]:
         ) from None
 
 
-def _sharded(policy: Policy, is_loading: bool = False) -> dict[str, Any]:
-    state = _sharded_model(policy)
-    if policy.optimizer is not None:
-        state["optimizer"] = policy.optimizer.sharded_state_dict(
-            dict(state), is_loading=is_loading, metadata=dict(_OPTIMIZER)
-        )
-    return state
-
-
-def _sharded_model(policy: Policy) -> dict[str, Any]:
-    """Return the model's sharded state dict, {"chunkI": {parameter: ShardedTensor}}.
-
-    On disk a tensor is named by its layer in the whole model. Megatron's `_extra_state` is left
-    out: only FP8 layers fill it, and it is stored as pickles.
-    """
-    state: dict[str, Any] = {}
-    for number, chunk in enumerate(policy.chunks):
-        entries = chunk.sharded_state_dict(metadata=dict(_LAYERS))  # Megatron adds keys to it
-        kept = {name: entry for name, entry in entries.items() if "_extra_state" not in name}
-        state[f"chunk{number}"] = kept
-    return state
-
-
 def _load(
     checkpoint: Path,
     sharded: dict[str, Any],
     policy: Policy,
     verifier: ChecksumVerifier | None,
-) -> None:
+) -> dict[str, Any]:
+    """Read the tensors of `sharded` into their place and return what was loaded."""
     metadata = verify(checkpoint, policy.mesh, verifier or ChecksumVerifier())
     with raise_on_all_ranks(policy.mesh):
         _check_fit(checkpoint, sharded, metadata)
     try:
-        loaded = dist_checkpointing.load(sharded, str(checkpoint / WEIGHTS))
+        loaded: dict[str, Any] = dist_checkpointing.load(sharded, str(checkpoint / WEIGHTS))
     except (
         CheckpointingException,
         CheckpointException,
@@ -238,9 +241,7 @@ def _load(
         left = chunk.load_state_dict(loaded[f"chunk{number}"], strict=False)
         lost = [*left.missing_keys, *left.unexpected_keys]
         assert all("_extra_state" in name for name in lost), lost  # `_extra_state` is not saved
-    if "optimizer" in sharded:
-        assert policy.optimizer is not None
-        policy.optimizer.load_state_dict(loaded["optimizer"])
+    return loaded
 
 
 def _check_fit(checkpoint: Path, sharded: dict[str, Any], metadata: Metadata) -> None:
@@ -250,8 +251,8 @@ def _check_fit(checkpoint: Path, sharded: dict[str, Any], metadata: Metadata) ->
         stored = metadata.state_dict_metadata.get(wanted.key)
         if not isinstance(stored, TensorStorageMetadata):
             raise CheckpointError(
-                f"{folder} lacks the tensor {wanted.key}: it is of another model, or without the "
-                "optimizer."
+                f"{folder} lacks the tensor {wanted.key}: it is of another model or model.dtype, "
+                "or without the optimizer."
             )
         shapes = [list(stored.size), list(wanted.global_shape)]
         if wanted.allow_shape_mismatch:  # a vocabulary, padded for another layout

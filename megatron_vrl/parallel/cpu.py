@@ -15,13 +15,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from megatron.core import optimizer as mcore_optimizer
-from megatron.core.optimizer import distrib_optimizer
 from megatron.core.tensor_parallel import random as mcore_random
 from torch.utils._device import _device_constructors
 
 from megatron_vrl.errors import ConfigError
-from megatron_vrl.parallel.adamw import AdamW
 
 
 class CpuRngTracker(mcore_random.CudaRNGStatesTracker):
@@ -99,11 +96,6 @@ PATCHES: tuple[tuple[Any, str, Any, str], ...] = (
     ),
     (mcore_random, "_CUDA_RNG_STATE_TRACKER", CpuRngTracker(), "seeding"),
     (mcore_random, "_CUDA_RNG_STATE_TRACKER_INITIALIZED", True, "seeding"),
-    (mcore_optimizer, "Adam", AdamW, "one layout of optimizer state on every machine"),
-    (mcore_optimizer, "USING_PYTORCH_OPTIMIZER", False, "take the class above"),
-    (distrib_optimizer, "Adam", AdamW, "same"),
-    (distrib_optimizer, "HAVE_APEX_OR_TE", True, "`step` in the param group"),
-    (distrib_optimizer, "USING_APEX_OPTIMIZER", True, "`step` in the param group"),
 )
 
 _originals: list[tuple[Any, str, Any]] = []

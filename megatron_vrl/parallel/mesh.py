@@ -144,7 +144,13 @@ def close_mesh() -> None:
 
 
 def _init_device() -> torch.device:
-    """Return this process's device; install the CPU patches of megatron.core if there is no GPU."""
+    """Return this process's device, after megatron.core has been prepared for it.
+
+    AdamW is installed on every device, and the CPU's patches if there is no GPU.
+    """
+    from megatron_vrl.parallel import adamw
+
+    adamw.install()
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)

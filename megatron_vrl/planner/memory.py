@@ -72,6 +72,11 @@ class StageMemory:
         )
 
     @property
+    def checkpoint(self) -> int:
+        """Return the peak of a save, which copies to host memory and takes none of the GPU."""
+        return self.persistent
+
+    @property
     def update(self) -> int:
         """Return the peak of an update: the passes, in which head and layers run in turn, or the
         optimizer step."""
@@ -165,17 +170,27 @@ def optimizer_bytes(cfg: RunConfig, counts: ParameterCounts, dp_ranks: int) -> i
     return each * -(-counts.trained(cfg.model) // shares)
 
 
-def stepping_bytes(cfg: RunConfig, counts: ParameterCounts, dp_ranks: int, kernels: Kernels) -> int:
-    """Return the bytes of AdamW's temporary denominators.
+def checkpoint_bytes(cfg: RunConfig, counts: ParameterCounts, dp_ranks: int) -> int:
+    """Return the bytes of a checkpoint that a rank writes. It copies them to host memory first.
 
-    FusedAdam, which comes with Transformer Engine, has none; torch's AdamW has one list of tensors;
-    the CPU's AdamW has two.
+    Ranks that hold the same elements divide them; all tensor ranks hold the vision tower.
     """
-    lists = 1 if cfg.model.layers == "megatron" else 0
-    if not kernels.on_gpu:
-        lists = 2
+    model, tensor = cfg.model, cfg.parallel.tensor
+    state = 2 * FLOAT32 + (FLOAT32 if model.dtype == "bfloat16" else 0)
+    tower = dtype_bytes(model) * (counts.vision + counts.merger)
+    tower += state * counts.vision * (not model.freeze_vision)
+    tower += state * counts.merger * (not model.freeze_merger)
+    language = dtype_bytes(model) * counts.language
+    language += state * counts.language * (not model.freeze_language)
+    return -(-(language + tower // tensor) // dp_ranks)
+
+
+def stepping_bytes(cfg: RunConfig, counts: ParameterCounts, dp_ranks: int, kernels: Kernels) -> int:
+    """Return the bytes of AdamW's temporary denominators. The fused kernel of a GPU has none."""
+    if kernels.on_gpu:
+        return 0
     shares = dp_ranks if cfg.parallel.distributed_optimizer else 1
-    return lists * FLOAT32 * -(-counts.trained(cfg.model) // shares)
+    return FLOAT32 * -(-counts.trained(cfg.model) // shares)
 
 
 def chunk_saved(chunk: Chunk, layer: Layer, recompute: str) -> int:

@@ -18,7 +18,7 @@ from megatron_vrl.planner.generation import (
     sync_phase,
 )
 from megatron_vrl.planner.hardware import GIB, Gpu
-from megatron_vrl.planner.memory import RESERVE, StageMemory, stage_memory
+from megatron_vrl.planner.memory import RESERVE, StageMemory, checkpoint_bytes, stage_memory
 from megatron_vrl.planner.parameters import ParameterCounts, count_stage
 from megatron_vrl.planner.speed import (
     DEFAULT_MFU,
@@ -55,6 +55,7 @@ class Memory:
     """Memory of one GPU of each pipeline stage, in bytes."""
 
     stages: Sequence[StageMemory]
+    checkpoint_host: Sequence[int]  # host memory of a save, for one rank of each stage
     engine: EngineMemory
     colocated: bool
     usable: int  # memory of a GPU without the reserve
@@ -175,6 +176,10 @@ def plan_memory(cfg: RunConfig, arch: Architecture, request: PlanRequest) -> Mem
     return Memory(
         stages=[
             stage_memory(cfg, arch, stage, dp_ranks, worst, micro_batches, kernels)
+            for stage in range(parallel.pipeline)
+        ],
+        checkpoint_host=[
+            checkpoint_bytes(cfg, count_stage(arch, cfg.model, parallel, stage), dp_ranks)
             for stage in range(parallel.pipeline)
         ],
         engine=engine_memory(cfg, arch, sizes, request.gpu.memory),

@@ -97,7 +97,10 @@ def candidate_values(candidate: Candidate) -> dict[str, Any]:
 def host_bytes(cfg: RunConfig, request: PlanRequest, memory: Memory) -> dict[str, int]:
     """Return the host memory of one node whose GPUs are all in use."""
     ranks = min(request.gpus, request.gpu.per_node)
-    host = {"frame_store": ranks * cfg.video.store_mib * 2**20}
+    host = {
+        "frame_store": ranks * cfg.video.store_mib * 2**20,
+        "checkpoint_at_most": ranks * max(memory.checkpoint_host),
+    }
     if memory.colocated:
         host["engine_pixel_cache"] = ranks * PIXEL_CACHE
     return host
@@ -112,6 +115,7 @@ def _stage_values(memory: Memory, stage: int) -> dict[str, int]:
         parts["engine_working"] = engine.working
     totals = {
         "update_peak": memory.stages[stage].update,
+        "checkpoint_peak": memory.stages[stage].checkpoint,
         "rollout_peak": memory.rollout(stage),
         "peak": memory.peak(stage),
     }
@@ -185,6 +189,7 @@ def _memory_table(plan: Plan, cfg: RunConfig) -> Iterable[str]:
         (NAMES.get(part, part), partial(_part, memory, part)) for part in PARTS
     ]
     rows.append(("an update, at most", lambda stage: memory.stages[stage].update))
+    rows.append(("checkpoint, at most", lambda stage: memory.stages[stage].checkpoint))
     if memory.colocated:
         engine = memory.engine
         rows += [

@@ -2,7 +2,8 @@
 
 Starts from CONVERTED, the Megatron form of CHECKPOINT, in every layout. Trains two steps with data
 parallel 2, saves, and takes the third step after loading in every layout of `RESHARDED`. Writes to
-DIRECTORY/NAME.pt what each third step led to, and of some a checkpoint to DIRECTORY/saved/NAME.
+DIRECTORY/NAME.pt what each third step led to, and for the layouts of `SAVED` what it had loaded to
+the checkpoint DIRECTORY/saved/NAME.
 """
 
 import sys
@@ -30,11 +31,12 @@ from tests.tiny import GROUPS, micro_batches, token_loss
 OPTIMIZER = Optimizer(lr=1e-3, betas=(0.9, 0.95), warmup_steps=4)
 RESHARDED = {
     "dp2": Parallel(),
+    "whole": Parallel(distributed_optimizer=False),
     "tp2": Parallel(tensor=2),
     "pp2": Parallel(pipeline=2),
     "vpp2": Parallel(pipeline=2, virtual=2),
 }
-SAVED = ("tp2", "vpp2")
+SAVED = ("whole", "tp2", "vpp2")
 
 
 def started(checkpoint: Path, converted: Path, parallel: Parallel) -> Policy:
@@ -71,11 +73,11 @@ def main(checkpoint: Path, converted: Path, directory: Path) -> None:
         policy = started(checkpoint, converted, parallel)
         load_checkpoint(directory / "run" / "step-2", policy)
         assert read_state(directory / "run" / "step-2") == {"step": 2}
+        if name in SAVED:
+            save_checkpoint(directory / "saved" / name, policy, {}, checkpoint)
         result = step(policy, 2)
         if policy.mesh.rank == 0:
             torch.save(result, directory / f"{name}.pt")
-        if name in SAVED:
-            save_checkpoint(directory / "saved" / name, policy, {}, checkpoint)
         close_mesh()
 
 

@@ -77,6 +77,8 @@ def test_ready_configs_pass_a_dry_run_and_fit(
     for stage in found["memory_bytes"].values():
         assert 0 < stage["peak"] == max(stage["update_peak"], stage["rollout_peak"])
         assert stage["peak"] <= found["usable_bytes"]
+        assert stage["checkpoint_peak"] <= stage["peak"]
+    assert found["host_memory_bytes"]["checkpoint_at_most"] > 0
     assert found["flops_per_step"] <= found["hardware_flops_per_step"]
     assert min(found["seconds_per_phase"].values()) > 0
     assert found["bounds"].keys() == found["seconds_per_phase"].keys()

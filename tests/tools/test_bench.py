@@ -39,6 +39,16 @@ def test_step_counts_the_tokens_of_every_layout() -> None:
     assert shared["peak_bytes"] > 0
 
 
+def test_a_save_needs_the_memory_of_its_own_files():
+    """Three writer processes take some 15 MiB of their own. A gathered save takes five times its
+    files here."""
+    rows = rows_of("checkpoint", "--ranks", 2, "--hidden", 256, "--layers", 2, "--sides", "ours")
+    share_mib = rows["ours"]["mib"] / 2
+    assert share_mib > 30
+    assert rows["ours"]["peak_ratio"] * share_mib < 1.1 * share_mib + 32
+    assert rows["ours"]["most_written"] < 1.05
+
+
 def test_head_holds_a_part_of_the_logits() -> None:
     sizes = ("--tokens", 4096, "--vocab", 16384, "--hidden", 16)
     rows = rows_of("head", *sizes)
