@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from megatron_vrl.batching.pack import MicroBatch
 from megatron_vrl.models.architecture import VisionArchitecture
-from megatron_vrl.models.layers import AttentionPlan, Bucket, VarlenPlan
+from megatron_vrl.models.attention import AttentionPlan, Bucket, VarlenPlan
 from megatron_vrl.models.segments import Index, Segments, attention_segments, segment_buckets
 
 

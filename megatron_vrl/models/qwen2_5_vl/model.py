@@ -27,13 +27,15 @@ from torch import Tensor
 from megatron_vrl.batching.pack import MicroBatch
 from megatron_vrl.config import Model, Parallel
 from megatron_vrl.models.architecture import Architecture, padded_vocab
+from megatron_vrl.models.attention import packed_params
 from megatron_vrl.models.fusion import gradient_fusion
-from megatron_vrl.models.layers import COMMON_CONFIG, RECOMPUTE, layer_spec, packed_params
+from megatron_vrl.models.layers import COMMON_CONFIG, RECOMPUTE, layer_spec
 from megatron_vrl.models.logprob_head import Distribution, token_logprobs
 from megatron_vrl.models.pipeline_split import Chunk, all_chunks, stage_chunks
 from megatron_vrl.models.precision import attention_backend, layer_modules, precision_config
 from megatron_vrl.models.qwen2_5_vl.attention_plans import language_plan, varlen_plan
 from megatron_vrl.models.qwen2_5_vl.vision import VisionTower
+from megatron_vrl.models.rotary import TablesOfAngles
 from megatron_vrl.parallel.arrays import as_tensor
 from megatron_vrl.parallel.mesh import Mesh
 
@@ -152,6 +154,8 @@ class Qwen25VL(MegatronModule):
             pg_collection=_without_context(mesh),
             vp_stage=self.vp_stage,
         )
+        angles = self.language.rotary_pos_emb
+        self.language.rotary_pos_emb = TablesOfAngles(angles, config.params_dtype)
         self.to(config.params_dtype)  # RMSNorm creates float32 weights
         self._freeze(cfg)
 
@@ -172,8 +176,6 @@ class Qwen25VL(MegatronModule):
             attention_mask=None,
             decoder_input=embeddings,
             packed_seq_params=packed_params(
-                len(batch.rows),
-                device,
                 plan=self._plan(batch, device),
                 context=self.mesh.context.group,
                 cp_group=self.mesh.alone,  # positions are already this rank's shard

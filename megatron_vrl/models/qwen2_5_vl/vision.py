@@ -30,8 +30,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_vrl.models.architecture import Architecture, VisionArchitecture
-from megatron_vrl.models.layers import COMMON_CONFIG, RECOMPUTE, RMSNorm, layer_spec, packed_params
+from megatron_vrl.models.attention import packed_params
+from megatron_vrl.models.layers import COMMON_CONFIG, RECOMPUTE, RMSNorm, layer_spec
 from megatron_vrl.models.qwen2_5_vl.attention_plans import vision_plans
+from megatron_vrl.models.rotary import rotary_tables
 from megatron_vrl.parallel.mesh import Mesh
 
 Grid = tuple[int, int, int]  # temporal steps; height and width in patches
@@ -136,10 +138,10 @@ class VisionTower(MegatronModule):
         hidden = self.blocks(
             hidden_states=hidden,
             attention_mask=None,
-            rotary_pos_emb=rotary_angles(steps, self.arch, device),
-            packed_seq_params=packed_params(
-                len(patches), device, plan_of_layer=vision_plans(steps, self.arch, device)
+            rotary_pos_emb=rotary_tables(
+                rotary_angles(steps, self.arch, device), self.config.params_dtype
             ),
+            packed_seq_params=packed_params(plan_of_layer=vision_plans(steps, self.arch, device)),
         )
         return self.merger(hidden.squeeze(1))
 
