@@ -18,7 +18,7 @@ Q queries of an entry, S keys of an entry, E sequences of a variable-length call
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -48,7 +48,7 @@ class Bucket:
 
     queries: Tensor  # [B, Q] indices into L; padding is row 0, its output is unused
     keys: Tensor  # [B, S] indices into T, ordered by context rank
-    mask: Tensor | None  # [B, 1, Q, S] bool, True where a query attends
+    mask: Tensor | None  # [B, 1, Q, S] bool, True where a query attends; or 0 there, else -inf
     causal: bool  # only with mask None: queries and keys are the same rows, in order
 
 
@@ -75,6 +75,22 @@ class VarlenPlan:
     max_seqlen_q: int
     max_seqlen_k: int
     output_index: Tensor  # [L] index of each row in the output
+
+
+def with_additive_masks(
+    plan: AttentionPlan | VarlenPlan, dtype: torch.dtype
+) -> AttentionPlan | VarlenPlan:
+    """Return the plan with masks to be added to scores, which torch would make in every layer."""
+    if isinstance(plan, VarlenPlan):
+        return plan
+    return replace(plan, buckets=tuple(_with_additive_mask(b, dtype) for b in plan.buckets))
+
+
+def _with_additive_mask(bucket: Bucket, dtype: torch.dtype) -> Bucket:
+    if bucket.mask is None:
+        return bucket
+    added = torch.zeros_like(bucket.mask, dtype=dtype).masked_fill_(~bucket.mask, -torch.inf)
+    return replace(bucket, mask=added)
 
 
 @dataclass
@@ -226,8 +242,8 @@ class TransformerEngineKernel(torch.nn.Module):
         """Return [sum Q, H * D] for query [sum Q, H, D], key and value [sum S, K, D]."""
         flat: Tensor = self.attention(
             query,
-            key,
-            value,
+            key.contiguous(),
+            value.contiguous(),
             cu_seqlens_q=plan.cu_seqlens_q,
             cu_seqlens_kv=plan.cu_seqlens_k,
             max_seqlen_q=plan.max_seqlen_q,
@@ -282,7 +298,7 @@ class _GatherRows(torch.autograd.Function):
         copies = []
         for of_query, of_key in zip(queries, keys, strict=True):
             copies.append(mixed[:, :, :-2].index_select(0, of_query).flatten(1, 2))
-            copies += [source[:, :, which].index_select(0, of_key) for which in (0, 1)]
+            copies += source.index_select(0, of_key).unbind(2)
         return tuple(copies)
 
     @staticmethod

@@ -13,8 +13,10 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
 
 from megatron_vrl.models.attention import PackedSelfAttention, PlannedAttention
+from megatron_vrl.models.swiglu import SwiGLU
 
 # TransformerConfig fields shared by the language model and the vision tower. These fusions of
 # Megatron are off: they need CUDA kernels, or compile for seconds on a CPU.
@@ -26,6 +28,7 @@ COMMON_CONFIG: dict[str, Any] = {
     "attention_dropout": 0.0,
     "hidden_dropout": 0.0,
     "bias_activation_fusion": False,
+    "use_te_activation_func": True,  # the MLP takes the activation of its spec, which is ours
     "bias_dropout_fusion": False,
     "masked_softmax_fusion": False,
     "apply_rope_fusion": False,
@@ -47,7 +50,8 @@ class RMSNorm(torch.nn.RMSNorm):
     """torch's RMSNorm with support for sequence parallelism.
 
     Megatron's wrapper of torch's norm refuses sequence parallelism. It is enough to mark the
-    weight: `finalize_model_grads` then sums its gradient over the tensor-parallel ranks.
+    weight: `finalize_model_grads` then sums its gradient over the tensor-parallel ranks. torch has
+    a kernel for a GPU only; elsewhere `_RMSNorm` saves what that kernel saves.
     """
 
     def __init__(
@@ -55,6 +59,38 @@ class RMSNorm(torch.nn.RMSNorm):
     ) -> None:
         super().__init__(hidden_size, eps=eps)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the norm of x [..., C] over its channels."""
+        if x.is_cuda:
+            return super().forward(x)
+        out: Tensor = _RMSNorm.apply(x, self.weight, self.eps)
+        return out
+
+
+class _RMSNorm(torch.autograd.Function):
+    """RMSNorm that saves its input and one number a row, not two float32 copies of the input.
+
+    The result is torch's to the bit. The gradients round differently in their last bits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        scale = wide.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return torch.mul(wide * scale, weight, out=torch.empty_like(x))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        channels, wide = x.shape[-1], weight.float()
+        normed = x * scale  # float32, as all below
+        of_weight = (grads[0] * normed).view(-1, channels)
+        mean = torch.mv(of_weight, wide).view_as(scale)
+        of_x = (grads[0] * wide).addcmul_(normed, mean, value=-1 / channels)
+        of_x = torch.mul(of_x, scale, out=torch.empty_like(x))
+        return of_x, of_weight.sum(0).to(weight.dtype), None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +125,9 @@ def layer_spec(parts: LayerModules = MEGATRON_MODULES) -> ModuleSpec:
             pre_mlp_layernorm=parts.norm,
             mlp=ModuleSpec(
                 module=MLP,
-                submodules=MLPSubmodules(linear_fc1=parts.column, linear_fc2=parts.row),
+                submodules=MLPSubmodules(
+                    linear_fc1=parts.column, linear_fc2=parts.row, activation_func=SwiGLU
+                ),
             ),
             mlp_bda=get_bias_dropout_add,
         ),

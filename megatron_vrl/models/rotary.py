@@ -83,4 +83,7 @@ def _rotate(heads: Tensor, tables: Tensor, *, into: Tensor, inverse: bool = Fals
     cosine, sine = tables
     swapped = heads.roll(heads.shape[-1] // 2, -1)
     torch.mul(heads, cosine, out=into)
-    (into.sub_ if inverse else into.add_)(swapped.mul_(sine))
+    if inverse:  # one rounding less than autograd's gradient
+        into.addcmul_(swapped, sine, value=-1)
+    else:
+        into.add_(swapped.mul_(sine))

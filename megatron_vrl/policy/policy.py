@@ -30,13 +30,14 @@ from megatron_vrl.models.architecture import Architecture
 from megatron_vrl.models.fp8_monitor import fp8_metrics, reset_fp8_metrics
 from megatron_vrl.models.logprob_head import Distribution
 from megatron_vrl.models.precision import check_available
+from megatron_vrl.models.qwen2_5_vl.inputs import PassInputs
 from megatron_vrl.models.qwen2_5_vl.model import Qwen25VL
 from megatron_vrl.models.qwen2_5_vl.preprocess import patchify
 from megatron_vrl.parallel.mesh import Mesh, gather_objects, world_axis
 from megatron_vrl.policy.optimizer import learning_rate, make_optimizer
 
 TokenLoss = Callable[[Tokens], tuple[Tensor, dict[str, Tensor]]]  # loss [N], metrics {name: [N]}
-Job = tuple[MicroBatch, Callable[..., Any]]  # the function gets the output on the last stage
+Job = tuple[MicroBatch, Callable[..., Any]]  # on the last stage it gets PassInputs and output
 FINITE = "finite"  # entry [N] of a record beside its sums: True where the token loss is finite
 LogProbs = Sequence[Tensor | None]  # [N] of every micro-batch; None on other stages than the last
 
@@ -141,7 +142,7 @@ class Policy:
         assert self.optimizer is not None, "start_phase first"
         absent: LogProbs = [None] * len(batches)
         jobs = [
-            (batch, partial(self._weighted, token_loss, batch, before, kept))
+            (batch, partial(self._weighted, token_loss, before, kept))
             for batch, before, kept in zip(batches, old or absent, reference or absent, strict=True)
         ]
         self._zero_gradients()
@@ -228,14 +229,17 @@ class Policy:
         Returns the result of each job's function on the last pipeline stage, [] on the others.
         """
 
-        def forward_step(data: Iterator[Job], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
-            batch, on_output = next(data)
-            patches = self._patches(batch) if get_attr_wrapped_model(chunk, "pre_process") else None
-            return chunk(batch, patches, of), on_output
+        prepared = [(self.chunks[0].inputs(batch), on_output) for batch, on_output in jobs]
+
+        def forward_step(data: Iterator[Any], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
+            inputs, on_output = next(data)
+            first = get_attr_wrapped_model(chunk, "pre_process")
+            patches = self._patches(inputs.batch) if first else None
+            return chunk(inputs, patches, of), partial(on_output, inputs)
 
         records: list[Any] = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=[iter(jobs) for _ in chunks],
+            data_iterator=[iter(prepared) for _ in chunks],
             model=list(chunks),
             num_microbatches=len(jobs),
             seq_length=len(jobs[0][0].token_ids),  # read only by the interleaved schedule
@@ -315,30 +319,28 @@ class Policy:
     def _weighted(
         self,
         token_loss: TokenLoss,
-        batch: MicroBatch,
         old: Tensor | None,
         reference: Tensor | None,
+        inputs: PassInputs,
         output: Tensor,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the loss, the token count and the record of one micro-batch, for Megatron."""
         logprob, entropy = output
-        on = lambda array: torch.from_numpy(array).to(logprob.device)  # noqa: E731
         losses, metrics = token_loss(
             Tokens(
                 logprob=logprob,
                 old_logprob=logprob.detach() if old is None else old,
-                engine_logprob=on(batch.engine_logprob),
-                advantage=on(batch.advantage),
+                engine_logprob=inputs.engine_logprob,
+                advantage=inputs.advantage,
                 entropy=entropy,
                 reference=reference,
                 sequence_sum=local_sequence_sum(
-                    on(batch.sequence), len(batch.answer_start), self._over_context
+                    inputs.sequence, len(inputs.batch.answer_start), self._over_context
                 ),
             )
         )
-        weight = on(batch.weight)
-        loss = (losses * weight).sum()
-        counted = weight > 0  # tokens of dummy micro-batches have weight 0
+        loss = (losses * inputs.weight).sum()
+        counted = inputs.weight > 0  # tokens of dummy micro-batches have weight 0
         record = {
             name: (value.detach() * counted).amax()
             if name.endswith("_max")
@@ -369,5 +371,5 @@ def changed_config(config: Any, values: Mapping[str, Any]) -> Iterator[None]:
             setattr(config, name, value)
 
 
-def _logprob_of(output: Tensor, non_loss_data: bool) -> Tensor:
+def _logprob_of(inputs: PassInputs, output: Tensor, non_loss_data: bool) -> Tensor:
     return output[0].clone()

@@ -156,7 +156,9 @@ def difference(
 
 def megatron_layer(policy: Policy, rows: int) -> Call:
     """Return megatron.core's own layer on a causal sequence of `rows` rows, with its arguments."""
-    config = replace(policy.chunks[0].config, recompute_granularity=None)
+    config = replace(
+        policy.chunks[0].config, recompute_granularity=None, use_te_activation_func=False
+    )
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     groups = ProcessGroupCollection.use_mpu_process_groups()
     layer = build_module(spec, config=config, layer_number=1, pg_collection=groups)

@@ -59,7 +59,9 @@ def _patches(visuals):
 
 def _forward(model, batch, of):
     patches = _patches(batch.visuals)
-    return model(batch, None if patches is None else patches.to(model.mesh.device), of)
+    return model(
+        model.inputs(batch), None if patches is None else patches.to(model.mesh.device), of
+    )
 
 
 def _pixels(values, grids, asked, kind):
