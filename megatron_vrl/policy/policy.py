@@ -5,6 +5,7 @@ ranks must have the same number of micro-batches. The loss is the sum of token l
 weights. Gradients are summed and never averaged, so the split of a batch does not change them.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from megatron_vrl.models.qwen2_5_vl.inputs import PassInputs
 from megatron_vrl.models.qwen2_5_vl.model import Qwen25VL
 from megatron_vrl.models.qwen2_5_vl.preprocess import patchify
 from megatron_vrl.parallel.mesh import Mesh, gather_objects, world_axis
-from megatron_vrl.policy.optimizer import learning_rate, make_optimizer
+from megatron_vrl.policy.optimizer import clipped_step, learning_rate, make_optimizer
 
 TokenLoss = Callable[[Tokens], tuple[Tensor, dict[str, Tensor]]]  # loss [N], metrics {name: [N]}
 Job = tuple[MicroBatch, Callable[..., Any]]  # on the last stage it gets PassInputs and output
@@ -155,13 +156,11 @@ class Policy:
         lr = learning_rate(self._optimizer_cfg, step, self._num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        applied = self._gradients_are_finite(dist.group.WORLD)
-        grad_norm = float("nan")
-        if applied:
-            _, grad_norm, _ = self.optimizer.step()
+        grad_norm = clipped_step(self.optimizer, self._optimizer_cfg.clip_grad)
+        applied = math.isfinite(grad_norm)
         return Update(
             loss=metrics.pop("loss"),
-            grad_norm=float(grad_norm),
+            grad_norm=grad_norm if applied else float("nan"),
             applied=applied,
             suspects=() if applied else self._suspects(jobs, of),
             lr=lr,

@@ -65,6 +65,17 @@ def test_no_host_read_in_forward_and_backward(mesh, monkeypatch, recompute):
     assert lines <= {"arrays.py", "cpu.py"} and sum(counter.uploads.values()) <= 2
 
 
+def test_an_update_reads_one_number_after_its_passes_and_its_metrics(mesh):
+    """The norm of all gradients, which also says whether they are finite; and the metrics."""
+    policy, batches = made(mesh)
+    update = partial(policy.update, batches, partial(token_loss, cfg=Algorithm(kl=0.0)), BANNED)
+    update(0)
+    with OpCounter() as counter:
+        update(1)
+    on_device = [place for place in counter.host_reads if "inputs.py" not in place]
+    assert len(on_device) == 2, counter.host_reads  # inputs.py: tensors of the host alone
+
+
 def test_the_mlp_keeps_three_values_of_five(mesh):
     language, _ = ops.layer_calls(*made(mesh))
     _, saved = ops.count_layer(ops.mlp_of(language))
