@@ -107,12 +107,13 @@ class Layer:
     def temporary(self) -> int:
         """Return the largest temporary gradients of the layer's backward pass.
 
-        The maximum is in the MLP: gradients of the product and of the second matrix, or of the
-        product, gate and up with the SiLU, each beside gradients of the layer's output.
+        The maximum is in the MLP, beside gradients of the layer's output and of the product: the
+        gradient of the second matrix, or those of gate and up (the SiLU takes the place of the
+        saved product, which is freed by then).
         """
         gathered = self.rows * self.channels if self.norm_rows < self.rows else 0
         of_output = 2 * self.norm_rows * self.channels + gathered
-        largest = max(self.mlp * self.channels, 3 * self.rows * self.mlp)
+        largest = max(self.mlp * self.channels, 2 * self.rows * self.mlp)
         return self.number * (of_output + self.rows * self.mlp + largest)
 
 
