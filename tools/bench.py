@@ -6,6 +6,7 @@
     bench.py decode FILES... [--frames 16]
     bench.py sync [--hidden 1024 --layers 10]
     bench.py generate [--hidden 1024 --layers 10 --dtype float32]
+    bench.py ops [--dtype bfloat16 --recompute none --by-name]
     bench.py update [--formats bfloat16,current --layouts shared,plain]
     bench.py checkpoint [--ranks 1 2 --hidden 512 --layers 6]
     bench.py convert [--model configs/models/qwen2.5-vl-3b.json --dir DIR]
@@ -33,6 +34,7 @@ BENCHES = {  # name, which is a module in tools/benches -> help
     "decode": "decoders beside a sequential read",
     "generate": "rollouts of an engine",
     "head": "chunked log-probs beside whole logits",
+    "ops": "operations, bytes and host reads of an update and its parts",
     "step": "update of one group, by layout",
     "sync": "weight sync beside a plain copy",
     "update": "update of one group on a GPU, by number format",

@@ -1,27 +1,32 @@
 """Log-probs and entropies of target tokens without materialising [N, V] logits.
 
-Rows are processed in chunks of at most `CHUNK_BYTES` of float32 logits. The forward pass computes
-log-sum-exp, target logit and entropy of each chunk; the backward pass computes the chunk's logits
-again for the gradients (the recompute of cut cross-entropy, arXiv 2411.09009). Both passes reuse
-two buffers. With a vocabulary split over tensor-parallel ranks, each rank computes the logits of
-its own part.
+Rows are processed in chunks of at most `CHUNK_BYTES` of float32 logits, `GPU_CHUNK_BYTES` on a GPU.
+The forward pass computes log-sum-exp, target logit and entropy of each chunk; the backward pass
+computes the chunk's logits again for the gradients (the recompute of cut cross-entropy, arXiv
+2411.09009). Both passes reuse two buffers. With a vocabulary split over tensor-parallel ranks, each
+rank computes the logits of its own part.
 
-Example: a vocabulary of 151,936 tokens on one rank gives chunks of 220 rows.
+Example: a vocabulary of 151,936 tokens on one rank gives chunks of 220 rows (883 on a GPU).
 
 Shape letters: N rows, n rows of a chunk, C channels, V tokens of this rank's part of the
 vocabulary.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_vrl.parallel.arrays import upload
+
 BANNED_LOGIT = -1e30  # exp gives 0; unlike -inf it can be multiplied by 0
 CHUNK_BYTES = 128 * 2**20  # of float32 logits; smaller chunks read the weight more often
+GPU_CHUNK_BYTES = 512 * 2**20  # each chunk also reads and writes the weight's float32 gradient
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,16 +44,34 @@ def token_logprobs(
     *,
     group: dist.ProcessGroup,
     distribution: Distribution,
-    chunk_bytes: int = CHUNK_BYTES,
+    vocab: int | None = None,
+    chunk_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return log-prob [N] and entropy [N] in nats, float32, of `target` [N] under `hidden` [N, C].
 
-    `weight` [V, C] is this rank's part of the output layer; `target` indexes the whole vocabulary.
+    `weight` [V, C] is this rank's part of the output layer; `target` indexes the whole vocabulary,
+    of which rows from `vocab` on have no token. `chunk_bytes` None: `CHUNK_BYTES` of the device.
     The gradient of `hidden` is a partial sum: the caller sums it over `group`, as Megatron's
     mappings do.
     """
-    chunk = max(1, chunk_bytes // (4 * len(weight)))
-    return _TokenLogprobs.apply(hidden, weight, target, group, distribution, chunk)
+    size = chunk_bytes or (GPU_CHUNK_BYTES if hidden.is_cuda else CHUNK_BYTES)
+    chunk = max(1, size // (4 * len(weight)))
+    first = group.rank() * len(weight)
+    banned = _banned_rows(distribution.banned, vocab, first, len(weight), weight.device)
+    return _TokenLogprobs.apply(
+        hidden, weight, target, group, banned, distribution.temperature, chunk
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _banned_rows(
+    banned: tuple[int, ...], vocab: int | None, first: int, rows: int, device: torch.device
+) -> Tensor:
+    """Return the rows of this rank's part of the vocabulary that no answer may hold."""
+    end = first + rows
+    padding = range(end if vocab is None else min(vocab, end), end)
+    own = [token - first for token in {*banned, *padding} if first <= token < end]
+    return upload(np.array(sorted(own), dtype=np.int64), device)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -61,23 +84,22 @@ class _TokenLogprobs(torch.autograd.Function):
         weight: Tensor,
         target: Tensor,
         group: dist.ProcessGroup,
-        distribution: Distribution,
+        banned: Tensor,
+        temperature: float,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
         first = group.rank() * weight.shape[0]
         local = target - first
         mine = (local >= 0) & (local < weight.shape[0])
         local = torch.where(mine, local, 0)
-        banned = torch.tensor(distribution.banned, dtype=torch.long, device=hidden.device) - first
-        banned = banned[(banned >= 0) & (banned < weight.shape[0])]
         statistics = torch.empty(3, len(target), device=hidden.device)  # lse, target logit, mean
-        logits = _LogitChunks(hidden, weight, banned, distribution.temperature, chunk)
+        logits = _LogitChunks(hidden, weight, banned, temperature, chunk)
         for rows, values, scratch in logits:
             chosen = values.gather(1, local[rows, None]).squeeze(1) * mine[rows]
             statistics[:, rows] = _statistics(values, scratch, chosen, group)
         lse, chosen, mean = statistics
         ctx.save_for_backward(hidden, weight, local, mine, banned, lse, mean)
-        ctx.temperature, ctx.chunk = distribution.temperature, chunk
+        ctx.temperature, ctx.chunk = temperature, chunk
         return chosen - lse, lse - mean
 
     @staticmethod
@@ -98,7 +120,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 slope /= ctx.temperature
             grad_hidden[rows] = slope.to(weight.dtype) @ weight
             _add_product(grad_weight, slope, hidden[rows])
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,19 +14,17 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_vrl.config import Model, Parallel
 from megatron_vrl.errors import ConfigError
-from megatron_vrl.models.fp8_emulation import (
-    EmulatedFp8ColumnParallelLinear,
-    EmulatedFp8RowParallelLinear,
-)
-from megatron_vrl.models.layers import (
-    MEGATRON_MODULES,
-    LayerModules,
+from megatron_vrl.models.attention import (
     PlannedAttention,
-    RMSNorm,
     TransformerEngineKernel,
     VarlenAttention,
     flash_kernel,
 )
+from megatron_vrl.models.fp8_emulation import (
+    EmulatedFp8ColumnParallelLinear,
+    EmulatedFp8RowParallelLinear,
+)
+from megatron_vrl.models.layers import MEGATRON_MODULES, LayerModules, RMSNorm
 from megatron_vrl.models.pipeline_split import check_fp8
 
 ATTENTION = {

@@ -23,3 +23,17 @@ def as_tensor(array: NDArray[Any]) -> Tensor:
     bits."""
     tensor = torch.from_numpy(array)
     return tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor
+
+
+def upload(array: NDArray[Any], device: torch.device) -> Tensor:
+    """Return `as_tensor` of the array on `device`.
+
+    The copy to a GPU is from pinned memory, and the host does not wait for it.
+    """
+    if device.type != "cuda":
+        return as_tensor(array if array.flags.writeable else array.copy()).to(device)
+    kind = torch.from_numpy(np.empty(0, array.dtype)).dtype
+    pinned = torch.empty(array.shape, dtype=kind, pin_memory=True)
+    np.copyto(pinned.numpy(), array)
+    same_bits = pinned.view(torch.bfloat16) if array.dtype == np.uint16 else pinned
+    return same_bits.to(device, non_blocking=True)

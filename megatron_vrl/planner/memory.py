@@ -139,7 +139,7 @@ def _case(
         working = max(working, at_block - gone)
     head = 0
     if ends:
-        head = head_temporary(arch, model, vocab_shard, sizes.targets)
+        head = head_temporary(arch, model, vocab_shard, sizes.targets, kernels)
         head += head_saved(arch, model, layer, sizes.targets)
     number = dtype_bytes(model)
     matrices = 2 * counts.matrices * (model.fp8 != "none")

@@ -2,6 +2,8 @@
 
 import math
 
+import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
@@ -34,6 +36,42 @@ def make_optimizer(
         if part.optimizer is not None:  # None: all parameters of this rank are frozen
             part.init_state_fn(part.optimizer)  # a checkpoint may be loaded before the first update
     return optimizer
+
+
+@torch.no_grad()
+def clipped_step(optimizer: MegatronOptimizer, max_norm: float) -> float:
+    """Make one step with gradients clipped to `max_norm`, and return their norm before clipping.
+
+    Without a finite norm no weight changes. Every rank calls it, and all get the same norm. It
+    equals Megatron's `optimizer.step()`, which reads each parameter's norm on the host where
+    Transformer Engine and apex are missing; here one pass finds the norm and what is not finite.
+    """
+    optimizer.prepare_grads()
+    norm = _norm(optimizer)
+    if not math.isfinite(norm):
+        return norm
+    scale = max_norm / (norm + 1e-6)
+    grads = [p.grad for p in _parameters(optimizer) if p.grad is not None]
+    if 0 < scale < 1 and grads:
+        torch._foreach_mul_(grads, scale)
+    optimizer.step_with_ready_grads()
+    return norm
+
+
+def _norm(optimizer: MegatronOptimizer) -> float:
+    """Return the norm of all gradients of all ranks, each parameter counted once."""
+    grads = [
+        g for part in optimizer.chained_optimizers for g in part.get_main_grads_for_grad_norm()
+    ]
+    total = torch.zeros((), device=torch.cuda.current_device())
+    if grads:
+        total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) ** 2
+    dist.all_reduce(total, group=optimizer.get_grad_stats_parallel_group())
+    return math.sqrt(total.item())
+
+
+def _parameters(optimizer: MegatronOptimizer) -> list[torch.nn.Parameter]:
+    return [p for part in optimizer.chained_optimizers for p in part.get_parameters()]
 
 
 def learning_rate(cfg: Optimizer, step: int, num_steps: int) -> float:

@@ -5,6 +5,7 @@ ranks must have the same number of micro-batches. The loss is the sum of token l
 weights. Gradients are summed and never averaged, so the split of a batch does not change them.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -30,13 +31,15 @@ from megatron_vrl.models.architecture import Architecture
 from megatron_vrl.models.fp8_monitor import fp8_metrics, reset_fp8_metrics
 from megatron_vrl.models.logprob_head import Distribution
 from megatron_vrl.models.precision import check_available
+from megatron_vrl.models.qwen2_5_vl.inputs import PassInputs
 from megatron_vrl.models.qwen2_5_vl.model import Qwen25VL
 from megatron_vrl.models.qwen2_5_vl.preprocess import patchify
 from megatron_vrl.parallel.mesh import Mesh, gather_objects, world_axis
-from megatron_vrl.policy.optimizer import learning_rate, make_optimizer
+from megatron_vrl.policy.optimizer import clipped_step, learning_rate, make_optimizer
 
 TokenLoss = Callable[[Tokens], tuple[Tensor, dict[str, Tensor]]]  # loss [N], metrics {name: [N]}
-Job = tuple[MicroBatch, Callable[..., Any]]  # the function gets the output of the last stage
+# The function gets the PassInputs; on the last stage, the output as well.
+Job = tuple[MicroBatch, Callable[..., Any]]
 FINITE = "finite"  # a record's entry [N]: True where a token's loss is finite; the rest are sums
 LogProbs = Sequence[Tensor | None]  # one [N] for each micro-batch; None except on the last stage
 
@@ -143,7 +146,7 @@ class Policy:
         assert self.optimizer is not None, "start_phase first"
         absent: LogProbs = [None] * len(batches)
         jobs = [
-            (batch, partial(self._weighted, token_loss, batch, before, kept))
+            (batch, partial(self._weighted, token_loss, before, kept))
             for batch, before, kept in zip(batches, old or absent, reference or absent, strict=True)
         ]
         self._zero_gradients()
@@ -156,13 +159,11 @@ class Policy:
         lr = learning_rate(self._optimizer_cfg, step, self._num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        applied = self._gradients_are_finite(dist.group.WORLD)
-        grad_norm = float("nan")
-        if applied:
-            _, grad_norm, _ = self.optimizer.step()
+        grad_norm = clipped_step(self.optimizer, self._optimizer_cfg.clip_grad)
+        applied = math.isfinite(grad_norm)
         return Update(
             loss=metrics.pop("loss"),
-            grad_norm=float(grad_norm),
+            grad_norm=grad_norm if applied else float("nan"),
             applied=applied,
             suspects=() if applied else self._suspects(jobs, of),
             lr=lr,
@@ -230,14 +231,17 @@ class Policy:
         Return the result of each job's function on the last pipeline stage, and [] on other stages.
         """
 
-        def forward_step(data: Iterator[Job], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
-            batch, on_output = next(data)
-            patches = self._patches(batch) if get_attr_wrapped_model(chunk, "pre_process") else None
-            return chunk(batch, patches, of), on_output
+        prepared = [(self.chunks[0].inputs(batch), on_output) for batch, on_output in jobs]
+
+        def forward_step(data: Iterator[Any], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
+            inputs, on_output = next(data)
+            first = get_attr_wrapped_model(chunk, "pre_process")
+            patches = self._patches(inputs.batch) if first else None
+            return chunk(inputs, patches, of), partial(on_output, inputs)
 
         records: list[Any] = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=[iter(jobs) for _ in chunks],
+            data_iterator=[iter(prepared) for _ in chunks],
             model=list(chunks),
             num_microbatches=len(jobs),
             seq_length=len(jobs[0][0].token_ids),  # read only by the interleaved schedule
@@ -319,30 +323,28 @@ class Policy:
     def _weighted(
         self,
         token_loss: TokenLoss,
-        batch: MicroBatch,
         old: Tensor | None,
         reference: Tensor | None,
+        inputs: PassInputs,
         output: Tensor,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the loss, the token count and the record of one micro-batch, for Megatron."""
         logprob, entropy = output
-        on = lambda array: torch.from_numpy(array).to(logprob.device)  # noqa: E731
         losses, metrics = token_loss(
             Tokens(
                 logprob=logprob,
                 old_logprob=logprob.detach() if old is None else old,
-                engine_logprob=on(batch.engine_logprob),
-                advantage=on(batch.advantage),
+                engine_logprob=inputs.engine_logprob,
+                advantage=inputs.advantage,
                 entropy=entropy,
                 reference=reference,
                 sequence_sum=local_sequence_sum(
-                    on(batch.sequence), len(batch.answer_start), self._over_context
+                    inputs.sequence, len(inputs.batch.answer_start), self._over_context
                 ),
             )
         )
-        weight = on(batch.weight)
-        loss = (losses * weight).sum()
-        counted = weight > 0  # tokens of dummy micro-batches have weight 0
+        loss = (losses * inputs.weight).sum()
+        counted = inputs.weight > 0  # tokens of dummy micro-batches have weight 0
         record = {
             name: (value.detach() * counted).amax()
             if name.endswith("_max")
@@ -374,5 +376,5 @@ def changed_config(config: Any, values: Mapping[str, Any]) -> Iterator[None]:
             setattr(config, name, value)
 
 
-def _logprob_of(output: Tensor, non_loss_data: bool) -> Tensor:
+def _logprob_of(inputs: PassInputs, output: Tensor, non_loss_data: bool) -> Tensor:
     return output[0].clone()

@@ -13,8 +13,8 @@ class InProcessEngine:
     """Generator and WeightReceiver that use one engine of this process.
 
     `submit` returns finished futures. The engine sleeps afterwards, so that training can use the
-    GPU memory. On a GPU it loses its weights then, and the next `submit` needs a weight sync: pushing
-    weights on the same GPU is cheaper than moving them to host memory and back.
+    GPU memory. A sleeping engine on a GPU has lost its weights, and the next `submit` needs a
+    weight sync. Pushing weights on one GPU is cheaper than moving them to host memory and back.
 
         begin_sync   memory for the weights is taken
         push         the weights arrive

@@ -17,7 +17,7 @@ from megatron_vrl.batching.pack import Group
 from megatron_vrl.checkpoint.hf_load import hf_tensors, load_hf_weights
 from megatron_vrl.config import Algorithm, Batch, Model, Optimizer, Parallel
 from megatron_vrl.models.architecture import read_architecture
-from megatron_vrl.models.layers import VarlenAttention
+from megatron_vrl.models.attention import VarlenAttention
 from megatron_vrl.models.logprob_head import Distribution
 from megatron_vrl.models.precision import ATTENTION
 from megatron_vrl.parallel.mesh import Mesh, close_mesh, init_mesh

@@ -1,11 +1,10 @@
 """Bytes that a micro-batch saves for its backward pass, counted per tensor.
 
 The method is that of "Reducing Activation Recomputation in Large Transformer Models" (arXiv
-2205.05198), applied to this project's layers: packed rows without a batch axis, RMSNorm, rotary
-angles computed per call, attention without stored scores whose queries, keys and values are copied
-by `index_select`, a gated MLP that saves its SiLU, no dropout. On a CPU torch's RMSNorm saves two
-float32 copies; on a GPU one kernel saves its input. `tests/planner` compares every term with what
-torch saves.
+2205.05198), applied to this project's layers: packed rows without a batch axis, RMSNorm that saves
+its input, rotation in place, attention without stored scores whose queries, keys and values are
+copied by `index_select`, a gated MLP that saves gate, up and product, no dropout. `tests/planner`
+compares every term with what torch saves.
 
 Shape letters: L packed rows of this rank, S rows of norms (L / tensor under sequence parallelism),
 C channels, A channels of all query heads of this rank, G channels of its key heads, F channels of
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 
 from megatron_vrl.config import Model, Parallel
 from megatron_vrl.models.architecture import Architecture
-from megatron_vrl.models.logprob_head import CHUNK_BYTES
+from megatron_vrl.models.logprob_head import CHUNK_BYTES, GPU_CHUNK_BYTES
 
 FLOAT32, INT64 = 4, 8
 
@@ -60,10 +59,9 @@ class Layer:
         return rest + self.attention_bytes() + self.projection_bytes() + self.mlp_bytes()
 
     def with_selective_recompute(self) -> int:
-        """Return the bytes saved when attention is recomputed: rotated queries and keys, and the
-        fused QKV output that `v` is a view of."""
-        kept = self.number * self.rows * (2 * self.queries + 3 * self.keys)
-        return self.without_recompute() - self.attention_bytes() + self.rotary_bytes() + kept
+        """Return the bytes saved when attention is recomputed: the fused QKV output, rotated."""
+        kept = self.number * self.rows * (self.queries + 2 * self.keys)
+        return self.without_recompute() - self.attention_bytes() + kept
 
     def layer_input(self) -> int:
         """Return the bytes saved when the whole layer is recomputed: its input."""
@@ -85,12 +83,7 @@ class Layer:
 
     def norm_bytes(self) -> int:
         """Return the bytes that an RMSNorm saves."""
-        each = self.number if self.kernels.on_gpu else 2 * FLOAT32
-        return self.norm_rows * (each * self.channels + FLOAT32)
-
-    def rotary_bytes(self) -> int:
-        """Return the bytes of cosines and sines, for queries and keys."""
-        return 4 * self.number * self.rows * (self.queries // self.heads)
+        return self.norm_rows * (self.number * self.channels + FLOAT32)
 
     def attention_bytes(self) -> int:
         """Return the bytes that core attention saves."""
@@ -98,7 +91,7 @@ class Layer:
         copies = self.number * (2 * a.queries * self.queries + 2 * a.keys * self.keys)
         scores = FLOAT32 * self.heads * a.mask if self.kernels.scores else 0
         sums = FLOAT32 * self.heads * a.queries
-        return self.rotary_bytes() + copies + sums + self.number * a.mask + scores
+        return copies + sums + scores
 
     def projection_bytes(self) -> int:
         """Return the bytes that the output projection saves."""
@@ -107,20 +100,21 @@ class Layer:
     def mlp_bytes(self) -> int:
         """Return the bytes that the MLP saves.
 
-        They are gate and up, the SiLU of the gate, a copy of up (Megatron adds an offset of 0), and
-        the product, which the second matrix reads.
+        They are gate and up, and the product, which the second matrix reads.
         """
-        return self.rows * self.mlp * (4 * self.number + self.stored)
+        return self.rows * self.mlp * (2 * self.number + self.stored)
 
     def temporary(self) -> int:
         """Return the largest temporary gradients of the layer's backward pass.
 
-        The maximum is in the MLP: gradients of the product, of one factor, of the layer's output
-        and of the second matrix.
+        The maximum is in the MLP, beside gradients of the layer's output and of the product: the
+        gradient of the second matrix, or those of gate and up (the SiLU takes the place of the
+        saved product, which is freed by then).
         """
         gathered = self.rows * self.channels if self.norm_rows < self.rows else 0
-        rows = 2 * self.rows * self.mlp + 2 * self.norm_rows * self.channels + gathered
-        return self.number * (rows + self.mlp * self.channels)
+        of_output = 2 * self.norm_rows * self.channels + gathered
+        largest = max(self.mlp * self.channels, 2 * self.rows * self.mlp)
+        return self.number * (of_output + self.rows * self.mlp + largest)
 
 
 def dtype_bytes(model: Model) -> int:
@@ -211,14 +205,17 @@ def head_saved(arch: Architecture, model: Model, layer: Layer, targets: int) -> 
     return layer.norm_bytes() + dtype_bytes(model) * targets * arch.hidden
 
 
-def head_temporary(arch: Architecture, model: Model, vocab_shard: int, targets: int) -> int:
+def head_temporary(
+    arch: Architecture, model: Model, vocab_shard: int, targets: int, kernels: Kernels
+) -> int:
     """Return the temporary bytes of the head, with `vocab_shard` rows of it on this rank.
 
     They are two buffers of logits and their product in `dtype`, the head's gradient in float32 and
     in `dtype`, and the gradient of the rows.
     """
     number = dtype_bytes(model)
-    rows = min(targets, max(1, CHUNK_BYTES // (FLOAT32 * vocab_shard)))
+    chunk = GPU_CHUNK_BYTES if kernels.on_gpu else CHUNK_BYTES
+    rows = min(targets, max(1, chunk // (FLOAT32 * vocab_shard)))
     product = number if number < FLOAT32 else 0
     logits = rows * vocab_shard * (2 * FLOAT32 + product)
     weight = vocab_shard * arch.hidden * (FLOAT32 + product)
@@ -226,6 +223,8 @@ def head_temporary(arch: Architecture, model: Model, vocab_shard: int, targets: 
 
 
 def plan_bytes(layer: Layer) -> int:
-    """Return the bytes of a micro-batch's attention plan, which all layers share."""
+    """Return the bytes of a micro-batch's attention plan and rotary tables, which all layers
+    share."""
     a = layer.attention
-    return INT64 * (a.queries + a.keys + layer.rows) + a.mask
+    tables = 2 * layer.number * layer.rows * (layer.queries // layer.heads)
+    return tables + INT64 * (a.queries + a.keys + layer.rows) + (1 + layer.number) * a.mask

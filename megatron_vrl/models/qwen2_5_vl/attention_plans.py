@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from megatron_vrl.batching.pack import MicroBatch
 from megatron_vrl.models.architecture import VisionArchitecture
-from megatron_vrl.models.layers import AttentionPlan, Bucket, VarlenPlan
+from megatron_vrl.models.attention import AttentionPlan, Bucket, VarlenPlan
 from megatron_vrl.models.segments import Index, Segments, attention_segments, segment_buckets
+from megatron_vrl.parallel.arrays import upload
 
 
 class _PlanBuilder:
@@ -43,16 +44,14 @@ class _PlanBuilder:
         slots = np.arange(queries.size).reshape(queries.shape) + self.outputs
         self.output_index[queries[valid]] = slots[valid]
         self.outputs += queries.size
-        on = lambda array: torch.from_numpy(array).to(self.device)  # noqa: E731
+        on = lambda array: upload(array, self.device)  # noqa: E731
         self.buckets.append(
             Bucket(on(queries), on(keys), None if mask is None else on(mask[:, None]), causal)
         )
 
     def plan(self) -> AttentionPlan:
         """Return the plan of all buckets added."""
-        return AttentionPlan(
-            tuple(self.buckets), torch.from_numpy(self.output_index).to(self.device)
-        )
+        return AttentionPlan(tuple(self.buckets), upload(self.output_index, self.device))
 
 
 def language_plan(batch: MicroBatch, device: torch.device) -> AttentionPlan:
@@ -84,7 +83,7 @@ def varlen_plan(batch: MicroBatch, device: torch.device) -> VarlenPlan:
     output_index[queries] = np.arange(len(queries))
     lengths = segments.query_length, segments.prefix_length + segments.own_length
     ends = [np.concatenate([[0], np.cumsum(n)]).astype(np.int32) for n in lengths]
-    on = lambda array: torch.from_numpy(array).to(device)  # noqa: E731
+    on = lambda array: upload(array, device)  # noqa: E731
     return VarlenPlan(
         queries=on(queries),
         keys=on(keys),

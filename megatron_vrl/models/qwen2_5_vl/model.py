@@ -6,7 +6,6 @@ tokens that have a loss (`models/logprob_head.py`). Generation is done by vLLM
 (`megatron_vrl/rollout`).
 """
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,14 +26,16 @@ from torch import Tensor
 from megatron_vrl.batching.pack import MicroBatch
 from megatron_vrl.config import Model, Parallel
 from megatron_vrl.models.architecture import Architecture, padded_vocab
+from megatron_vrl.models.attention import packed_params, with_additive_masks
 from megatron_vrl.models.fusion import gradient_fusion
-from megatron_vrl.models.layers import COMMON_CONFIG, RECOMPUTE, layer_spec, packed_params
+from megatron_vrl.models.layers import COMMON_CONFIG, RECOMPUTE, layer_spec
 from megatron_vrl.models.logprob_head import Distribution, token_logprobs
 from megatron_vrl.models.pipeline_split import Chunk, all_chunks, stage_chunks
 from megatron_vrl.models.precision import attention_backend, layer_modules, precision_config
-from megatron_vrl.models.qwen2_5_vl.attention_plans import language_plan, varlen_plan
+from megatron_vrl.models.qwen2_5_vl.inputs import PassInputs, pass_inputs
 from megatron_vrl.models.qwen2_5_vl.vision import VisionTower
-from megatron_vrl.parallel.arrays import as_tensor
+from megatron_vrl.models.rotary import TablesOfAngles
+from megatron_vrl.parallel.arrays import upload
 from megatron_vrl.parallel.mesh import Mesh
 
 
@@ -130,8 +131,7 @@ class Qwen25VL(MegatronModule):
         if self.pre_process:
             self.vision = VisionTower(arch, mesh, config)
         self._always_run_vision = parallel.overlap
-        in_buckets = attention_backend(cfg, mesh.device) == "sdpa"
-        self._plan = language_plan if in_buckets else varlen_plan
+        self._in_buckets = attention_backend(cfg, mesh.device) == "sdpa"
         last = layer_modules(cfg, arch.layers - 1, arch.layers, mesh.device)
         layers = [
             layer_modules(cfg, layer, arch.layers, mesh.device) for layer in self.chunk.layers
@@ -152,82 +152,75 @@ class Qwen25VL(MegatronModule):
             pg_collection=_without_context(mesh),
             vp_stage=self.vp_stage,
         )
+        angles = self.language.rotary_pos_emb
+        self.language.rotary_pos_emb = TablesOfAngles(angles, config.params_dtype)
         self.to(config.params_dtype)  # RMSNorm creates float32 weights
         self._freeze(cfg)
 
+    def inputs(self, batch: MicroBatch) -> PassInputs:
+        """Return what the passes of every chunk read of a micro-batch, on the device."""
+        return pass_inputs(batch, self.arch, self.mesh, in_buckets=self._in_buckets)
+
     def forward(
-        self, batch: MicroBatch, patches: Tensor | None, distribution: Distribution
+        self, inputs: PassInputs, patches: Tensor | None, distribution: Distribution
     ) -> Tensor:
         """Return log-prob and entropy [2, N] of every target on the last stage, else hidden states.
 
         `patches` [P, patch values] holds the patches of all visuals of the batch. Only the first
         stage reads it. None means that `batch.seen` holds precomputed vision embeddings.
         """
-        device = self.mesh.device
-        embeddings = self._embed(batch, patches) if self.pre_process else None
-        positions = torch.from_numpy(batch.positions[:, batch.rows]).to(device)
         hidden = self.language(
             input_ids=None,
-            position_ids=positions[:, None],  # [3, 1, L]
+            position_ids=inputs.positions,
             attention_mask=None,
-            decoder_input=embeddings,
+            decoder_input=self._embed(inputs, patches) if self.pre_process else None,
             packed_seq_params=packed_params(
-                len(batch.rows),
-                device,
-                plan=self._plan(batch, device),
+                plan=with_additive_masks(inputs.plan, self.config.params_dtype),
                 context=self.mesh.context.group,
                 cp_group=self.mesh.alone,  # positions are already this rank's shard
             ),
         )  # [L (/ tensor), 1, C]
-        return self._head(hidden, batch, distribution) if self.post_process else hidden
+        return self._head(hidden, inputs, distribution) if self.post_process else hidden
 
-    def _embed(self, batch: MicroBatch, patches: Tensor | None) -> Tensor:
+    def _embed(self, inputs: PassInputs, patches: Tensor | None) -> Tensor:
         """Return the input embeddings [L (/ tensor), 1, C] of this rank's rows.
 
         Vision embeddings replace the word embeddings of vision pad tokens.
         """
-        token_ids = torch.from_numpy(batch.token_ids[batch.rows]).to(self.mesh.device)
-        embeddings = self.language.embedding(input_ids=token_ids[None], position_ids=None)
+        embeddings = self.language.embedding(input_ids=inputs.token_ids, position_ids=None)
         assert self.vision is not None
-        if not batch.visuals and self._always_run_vision:
+        if not inputs.batch.visuals and self._always_run_vision:
             embeddings = embeddings + 0 * self.vision.dummy_token().sum()
-        if batch.visuals:
-            tokens = self._vision_tokens(batch, patches)
-            is_pad = np.isin(batch.token_ids, (self.arch.video_token, self.arch.image_token))
-            vision_index = (np.cumsum(is_pad) - 1)[batch.rows]  # of each row, valid at pads
-            pad_rows = np.flatnonzero(is_pad[batch.rows])
-            rows = torch.from_numpy(pad_rows).to(self.mesh.device)
-            chosen = torch.from_numpy(vision_index[pad_rows]).to(self.mesh.device)
-            tokens = tokens.index_select(0, chosen)[:, None].to(embeddings.dtype)
-            embeddings = embeddings.index_copy(0, rows, tokens)
+        if inputs.batch.visuals:
+            tokens = self._vision_tokens(inputs, patches).index_select(0, inputs.vision_index)
+            tokens = tokens[:, None].to(embeddings.dtype)
+            embeddings = embeddings.index_copy(0, inputs.vision_rows, tokens)
         if self.config.sequence_parallel:
             embeddings = scatter_to_sequence_parallel_region(embeddings)
         return embeddings  # [L (/ tensor), 1, C]
 
-    def _vision_tokens(self, batch: MicroBatch, patches: Tensor | None) -> Tensor:
+    def _vision_tokens(self, inputs: PassInputs, patches: Tensor | None) -> Tensor:
         """Return the vision embeddings [tokens, C] of all visuals of the batch, precomputed or
         encoded now."""
         if patches is None:
-            return as_tensor(np.concatenate(batch.seen)).to(self.mesh.device)
-        assert self.vision is not None
-        return self.vision(patches, [visual.grid_thw for visual in batch.visuals])
+            return upload(np.concatenate(inputs.batch.seen), self.mesh.device)
+        assert self.vision is not None and inputs.vision is not None
+        return self.vision(patches, inputs.vision)
 
-    def _head(self, hidden: Tensor, batch: MicroBatch, distribution: Distribution) -> Tensor:
+    def _head(self, hidden: Tensor, inputs: PassInputs, distribution: Distribution) -> Tensor:
         """Return log-prob and entropy [2, N] of the batch's targets from hidden states [L (/
         tensor), 1, C]."""
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden)
-        source = torch.from_numpy(batch.source).to(hidden.device)
-        target = torch.from_numpy(batch.target).to(hidden.device)
-        padding = range(self.arch.vocab, self.language.vocab_size)  # rows without a token
         logprob, entropy = token_logprobs(
-            hidden[:, 0].index_select(0, source),
+            hidden[:, 0].index_select(0, inputs.source),
             self.head_weight(),
-            target,
+            inputs.target,
             group=self.mesh.tensor.group,
-            distribution=replace(distribution, banned=(*distribution.banned, *padding)),
+            distribution=distribution,
+            vocab=self.arch.vocab,
         )
         return torch.stack([logprob, entropy])
 

@@ -4,16 +4,19 @@ Frames are copied to the device as bytes and become floats there. Patch order an
 follow transformers' `Qwen2VLVideoProcessor`.
 """
 
+import functools
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_vrl.parallel.arrays import upload
 from megatron_vrl.video.rules import CELL, CHANNELS, MERGE, PATCH, TEMPORAL
 
 # Mean and deviation of OpenAI CLIP, scaled by 255 so that they apply to bytes.
-MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]) * 255
-STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]) * 255
+MEAN = np.float32(255) * np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
+STD = np.float32(255) * np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 
 
 def patchify(frames: NDArray[np.uint8], device: torch.device | None = None) -> Tensor:
@@ -24,7 +27,7 @@ def patchify(frames: NDArray[np.uint8], device: torch.device | None = None) -> T
     F must be even.
     """
     count, height, width, _ = frames.shape
-    cells = torch.tensor(frames, device=device).view(
+    cells = upload(frames, device or torch.device("cpu")).view(
         count // TEMPORAL, TEMPORAL,
         height // CELL, MERGE, PATCH,
         width // CELL, MERGE, PATCH,
@@ -33,5 +36,11 @@ def patchify(frames: NDArray[np.uint8], device: torch.device | None = None) -> T
     # Permute bytes, then convert: a quarter of the memory traffic of permuting floats.
     patches = cells.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).contiguous()  # [T, h/2, w/2, 2, 2, C, ...]
     columns = patches.view(-1, CHANNELS, TEMPORAL * PATCH * PATCH).float()  # [T*h*w, C, 392]
-    mean, std = (of_channel[:, None].to(columns.device) for of_channel in (MEAN, STD))
+    mean, std = _mean_and_std(columns.device)
     return columns.sub_(mean).div_(std).flatten(1)  # [T*h*w, 1176]
+
+
+@functools.cache
+def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return `MEAN` and `STD`, [C, 1] each, on `device`."""
+    return upload(MEAN[:, None], device), upload(STD[:, None], device)

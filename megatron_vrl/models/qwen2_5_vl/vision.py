@@ -16,7 +16,6 @@ The arithmetic follows transformers' `modeling_qwen2_5_vl.py`; tests compare the
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -30,11 +29,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_vrl.models.architecture import Architecture, VisionArchitecture
-from megatron_vrl.models.layers import COMMON_CONFIG, RECOMPUTE, RMSNorm, layer_spec, packed_params
-from megatron_vrl.models.qwen2_5_vl.attention_plans import vision_plans
+from megatron_vrl.models.attention import packed_params
+from megatron_vrl.models.layers import COMMON_CONFIG, RECOMPUTE, RMSNorm, layer_spec
+from megatron_vrl.models.qwen2_5_vl.inputs import Grid, VisionInputs, vision_inputs
+from megatron_vrl.models.rotary import rotary_tables
 from megatron_vrl.parallel.mesh import Mesh
-
-Grid = tuple[int, int, int]  # temporal steps; height and width in patches
 
 
 def vision_config(arch: VisionArchitecture, language: TransformerConfig) -> TransformerConfig:
@@ -68,6 +67,7 @@ class VisionTower(MegatronModule):
         super().__init__(config=config)
         self.arch = arch.vision
         self.mesh = mesh
+        self._dummy: VisionInputs | None = None
         alone = ProcessGroupCollection(
             tp=mesh.alone, pp=mesh.alone, cp=mesh.alone, dp=mesh.alone, tp_cp=mesh.alone
         )
@@ -86,30 +86,23 @@ class VisionTower(MegatronModule):
             param.tensor_model_parallel = False  # every tensor rank holds a full copy
             param.sequence_parallel = False
 
-    def forward(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
+    def forward(self, patches: Tensor, inputs: VisionInputs) -> Tensor:
         """Return embeddings [tokens, language hidden] of patches [P, patch values] of all temporal
         steps.
 
         Every tensor and context rank must call it with the same patches. Every rank gets all
         tokens.
         """
+        tokens = self._encode(patches[inputs.patches], inputs)
         sharing = self.mesh.vision
-        steps = [(h, w) for t, h, w in grids for _ in range(t)]
-        sizes = [h * w for h, w in steps]
-        bounds = shard_steps(sizes, sharing.size)
-        first, last = bounds[sharing.rank]
-        begin = sum(sizes[:first])
-        mine = patches[begin : begin + sum(sizes[first:last])]
-        tokens = self._encode(mine, steps[first:last])
         if sharing.size == 1:
             return tokens
-        counts = [sum(sizes[a:b]) // self.arch.merge**2 for a, b in bounds]
-        return _GatherRows.apply(tokens, counts, sharing.group, self.mesh.context.group)
+        return _GatherRows.apply(tokens, inputs.counts, sharing.group, self.mesh.context.group)
 
     def encode_local(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Return the embeddings that `forward` returns, computed by this rank without
         communication."""
-        return self._encode(patches, [(h, w) for t, h, w in grids for _ in range(t)])
+        return self._encode(patches, vision_inputs(grids, self.arch, patches.device))
 
     def parameter_versions(self) -> tuple[tuple[int, int], ...]:
         """Return a fingerprint of the parameters: it changes when one is written in place or
@@ -122,24 +115,21 @@ class VisionTower(MegatronModule):
         A batch without visuals adds 0 x this embedding, so that every parameter of the tower gets a
         gradient. Megatron's overlapped gradient reduction waits for all of them.
         """
-        side = self.arch.merge
-        weight = self.patch_embed.weight
-        return self._encode(weight.new_zeros(side**2, self.arch.patch_values), [(side, side)])
+        side, weight = self.arch.merge, self.patch_embed.weight
+        if self._dummy is None:
+            self._dummy = vision_inputs([(1, side, side)], self.arch, weight.device)
+        return self._encode(weight.new_zeros(side**2, self.arch.patch_values), self._dummy)
 
-    def _encode(self, patches: Tensor, steps: list[tuple[int, int]]) -> Tensor:
-        """Return the embeddings [tokens, language hidden] of the patches of `steps`, (height,
-        width) each."""
-        if not steps:  # a rank without steps must still join the gather
+    def _encode(self, patches: Tensor, inputs: VisionInputs) -> Tensor:
+        """Return the embeddings [tokens, language hidden] of this rank's patches."""
+        if not inputs.plans:  # a rank without steps must still join the gather
             return patches.new_zeros(0, self.merger.out.out_features, requires_grad=True)
-        device = patches.device
         hidden = self.patch_embed(patches).unsqueeze(1)  # [P, 1, C]
         hidden = self.blocks(
             hidden_states=hidden,
             attention_mask=None,
-            rotary_pos_emb=rotary_angles(steps, self.arch, device),
-            packed_seq_params=packed_params(
-                len(patches), device, plan_of_layer=vision_plans(steps, self.arch, device)
-            ),
+            rotary_pos_emb=rotary_tables(inputs.angles, self.config.params_dtype),
+            packed_seq_params=packed_params(plan_of_layer=inputs.plans),
         )
         return self.merger(hidden.squeeze(1))
 
@@ -159,44 +149,6 @@ class PatchMerger(torch.nn.Module):
     def forward(self, patches: Tensor) -> Tensor:
         """Return [P / merge², language hidden] of patches [P, C]."""
         return self.out(F.gelu(self.hidden(self.norm(patches).view(-1, self.width))))
-
-
-def shard_steps(sizes: Sequence[int], ranks: int) -> list[tuple[int, int]]:
-    """Partition temporal steps into one contiguous range [first, last) per rank, of nearly equal
-    patches.
-
-    Rank r ends before the step that would exceed (r + 1) / ranks of all patches.
-    """
-    ends = np.cumsum(sizes) if len(sizes) else np.zeros(0)
-    total = float(ends[-1]) if len(sizes) else 0.0
-    cuts = [0]
-    for rank in range(1, ranks):
-        cuts.append(int(np.searchsorted(ends, total * rank / ranks, side="right")))
-    return list(zip(cuts, [*cuts[1:], len(sizes)], strict=True))
-
-
-def rotary_angles(
-    steps: Sequence[tuple[int, int]], arch: VisionArchitecture, device: torch.device
-) -> Tensor:
-    """Return rotary angles [P, 1, 1, D] of the patches of `steps`, (height, width) each.
-
-    The first quarter of a head's channels encodes the row, the second quarter the column. Both are
-    repeated for the second half (rotate-half convention).
-    """
-    quarter = arch.hidden // arch.heads // 4
-    frequency = 1.0 / 10000.0 ** (torch.arange(quarter, dtype=torch.float32) / quarter)
-    m = arch.merge
-    coordinates = []
-    for height, width in steps:
-        rows, cols = np.indices((height, width))
-        merged = [
-            axis.reshape(height // m, m, width // m, m).swapaxes(1, 2).reshape(-1)
-            for axis in (rows, cols)
-        ]
-        coordinates.append(np.stack(merged, axis=1))  # [patches of the step, 2]
-    at = torch.from_numpy(np.concatenate(coordinates)).float()
-    half = (at[:, :, None] * frequency).flatten(1)  # [P, D / 2]
-    return torch.cat([half, half], dim=-1)[:, None, None, :].to(device)
 
 
 class _GatherRows(torch.autograd.Function):

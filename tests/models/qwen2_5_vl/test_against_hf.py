@@ -66,7 +66,9 @@ def _patches(
 def _forward(model: Qwen25VL, batch: MicroBatch, of: Distribution) -> torch.Tensor:
     patches = _patches(batch.visuals)
     logprob: torch.Tensor
-    logprob = model(batch, None if patches is None else patches.to(model.mesh.device), of)
+    logprob = model(
+        model.inputs(batch), None if patches is None else patches.to(model.mesh.device), of
+    )
     return logprob
 
 

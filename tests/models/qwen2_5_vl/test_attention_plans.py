@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vrl.batching.pack import Answer, Group, MicroBatch, pack, shard_context
-from megatron_vrl.models.layers import PlannedAttention, VarlenAttention, packed_params
+from megatron_vrl.models.attention import PlannedAttention, VarlenAttention
 from megatron_vrl.models.qwen2_5_vl.attention_plans import language_plan, varlen_plan
 from tests.tiny import prompt
 from tests.varlen import kernel_by_definition
@@ -65,11 +65,12 @@ def attend(
     value: torch.Tensor,
 ) -> torch.Tensor:
     """The plan's output for the rows of `batch`, keys in the order in which ranks gather them."""
-    rows, keys = torch.from_numpy(batch.rows), torch.from_numpy(batch.key_rows)
-    params = packed_params(len(rows), CPU, plan=plan_of(batch, CPU))
+    grouped = query.view(len(query), KV_HEADS, -1, CHANNELS)
+    mixed = torch.cat([grouped, key[:, :, None], value[:, :, None]], dim=2)
     layer = core(TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1), 1)
-    output: torch.Tensor
-    output = layer(query[rows], key[keys], value[keys], None, packed_seq_params=params)
+    whole = len(batch.rows) == len(batch.key_rows)
+    elsewhere = None if whole else mixed[batch.key_rows][:, :, -2:]
+    output: torch.Tensor = layer.attend(mixed[batch.rows], elsewhere, plan_of(batch, CPU))
     return output[:, 0]
 
 

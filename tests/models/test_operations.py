@@ -1,0 +1,125 @@
+"""Bounds on the operations and the kept bytes of a layer; no host read in a pass."""
+
+import argparse
+from functools import partial
+
+import pytest
+import torch
+from benches import ops
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_vrl.algorithms import token_loss
+from megatron_vrl.config import Algorithm, Parallel
+from megatron_vrl.models.layers import RMSNorm
+from megatron_vrl.models.logprob_head import Distribution
+from megatron_vrl.models.swiglu import swiglu
+from megatron_vrl.observe.op_counter import OpCounter
+from megatron_vrl.parallel.mesh import close_mesh, init_mesh
+from megatron_vrl.policy import policy as policies
+
+SIZES = {"frames": 4, "height": 112, "width": 112, "answer_tokens": 16, "group": 8}
+BANNED = Distribution(temperature=0.9, banned=(1, 5, 900))
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    yield init_mesh(Parallel(), seed=1)
+    close_mesh()
+
+
+def made(mesh, **model):
+    arguments = argparse.Namespace(**SIZES, **{"dtype": "bfloat16", "recompute": "none"} | model)
+    arch = ops.architecture()
+    return ops.make_policy(arch, mesh, arguments), ops.batches_of(arch, mesh, arguments)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "language", "vision"), [("bfloat16", 90, 34), ("float32", 84, 32)]
+)
+def test_operations_of_a_layer(mesh, dtype, language, vision):
+    """Forward and backward of a language layer; forward of a frozen vision layer."""
+    calls = ops.layer_calls(*made(mesh, dtype=dtype))
+    for call, most, frozen in zip(calls, (language, vision), (False, True), strict=True):
+        counter, _ = ops.count_layer(call, frozen=frozen)
+        assert counter.total <= most, counter.operations
+        assert not counter.host_reads and not counter.uploads
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_no_host_read_in_forward_and_backward(mesh, monkeypatch, recompute):
+    policy, batches = made(mesh, recompute=recompute)
+    update = partial(policy.update, batches, partial(token_loss, cfg=Algorithm(kl=0.0)), BANNED)
+    update(0)  # what is made once: banned ids, means of pixels
+    counter, schedule = OpCounter(), policies.get_forward_backward_func
+
+    def counted(**arguments):
+        with counter:
+            return schedule()(**arguments)
+
+    monkeypatch.setattr(policies, "get_forward_backward_func", lambda: counted)
+    update(1)
+    assert counter.total > 200
+    assert not counter.host_reads
+    lines = {place.split(" at ")[1].rpartition(":")[0].split("/")[-1] for place in counter.uploads}
+    # frames, pinned on a GPU; Megatron's count of tokens, a number of 4 bytes
+    assert lines <= {"arrays.py", "cpu.py"} and sum(counter.uploads.values()) <= 2
+
+
+def test_an_update_reads_one_number_after_its_passes_and_its_metrics(mesh):
+    """The norm of all gradients, which also says whether they are finite; and the metrics."""
+    policy, batches = made(mesh)
+    update = partial(policy.update, batches, partial(token_loss, cfg=Algorithm(kl=0.0)), BANNED)
+    update(0)
+    with OpCounter() as counter:
+        update(1)
+    on_device = [place for place in counter.host_reads if "inputs.py" not in place]
+    assert len(on_device) == 2, counter.host_reads  # inputs.py: tensors of the host alone
+
+
+def test_the_mlp_keeps_three_values_of_five(mesh):
+    language, _ = ops.layer_calls(*made(mesh))
+    _, saved = ops.count_layer(ops.mlp_of(language))
+    layer, args, kwargs = language
+    rows = len(args[0] if args else kwargs["hidden_states"])
+    assert saved == 3 * 2 * rows * layer.config.ffn_hidden_size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swiglu_equals_autograd_to_the_bit(dtype):
+    noise = torch.randn(5, 1, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
+    results = []
+    for activation in (swiglu, by_autograd):
+        leaf = noise.clone().requires_grad_()
+        out = activation(leaf)
+        out.backward(out.detach().sin())
+        results.append((out, leaf.grad))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+
+
+def by_autograd(gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_equals_torch(dtype):
+    """The result to the bit; gradients as near to those in float64 as torch's are."""
+    noise = torch.Generator().manual_seed(1)
+    x = torch.randn(7, 1, 64, generator=noise).to(dtype)
+    weight = torch.randn(64, generator=noise).to(dtype)
+    config = TransformerConfig(num_layers=1, hidden_size=64, num_attention_heads=1)
+    ours = RMSNorm(config, 64).to(dtype)
+    theirs, exact = (torch.nn.RMSNorm(64, eps=1e-6, dtype=kind) for kind in (dtype, torch.float64))
+    found = [outcome(norm, x, weight) for norm in (ours, theirs, exact)]
+    assert torch.equal(found[0][0], found[1][0])
+    for mine, torchs, wanted in zip(*(gradients for _, gradients in found), strict=True):
+        torch.testing.assert_close(mine, torchs)
+        assert (mine - wanted).norm() <= 1.1 * (torchs - wanted).norm()
+
+
+def outcome(norm, x, weight):
+    with torch.no_grad():
+        norm.weight.copy_(weight)
+    leaf = x.detach().to(norm.weight.dtype).clone().requires_grad_()
+    out = norm(leaf)
+    return out, torch.autograd.grad(out, (leaf, norm.weight), out.detach().sin())

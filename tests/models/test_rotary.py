@@ -1,0 +1,57 @@
+"""Rotation by shared tables: to the bit what Megatron computes, gradients and fused kernel too."""
+
+import pytest
+import torch
+from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
+
+from megatron_vrl.models import rotary
+from megatron_vrl.models.rotary import rotary_tables, rotate
+
+ROWS, KEY_HEADS, QUERY_HEADS, CHANNELS = 5, 2, 3, 8
+
+
+@pytest.fixture
+def drawn():
+    noise = torch.Generator().manual_seed(1)
+    mixed = torch.randn(ROWS, 1, KEY_HEADS * (QUERY_HEADS + 2) * CHANNELS, generator=noise)
+    half = 9 * torch.randn(ROWS, 1, 1, CHANNELS // 2, generator=noise)
+    return mixed, torch.cat([half, half], dim=-1)
+
+
+def rotated(mixed, angles, rotate):
+    """Result and gradient of a loss that weighs every value differently."""
+    leaf = mixed.detach().clone().requires_grad_()
+    out = rotate(leaf * 1, angles)
+    (out * torch.arange(out.numel(), dtype=out.dtype).view_as(out).sin()).sum().backward()
+    return out.detach(), leaf.grad
+
+
+def ours(mixed, angles):
+    return rotate(mixed, rotary_tables(angles, mixed.dtype), KEY_HEADS)
+
+
+def megatrons(mixed, angles):
+    heads = mixed.view(ROWS, KEY_HEADS, -1, CHANNELS)
+    turned = _apply_rotary_pos_emb_bshd(heads[:, :, :-1], angles)
+    return torch.cat([turned, heads[:, :, -1:]], dim=2).view_as(mixed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotation_equals_megatrons_to_the_bit_and_its_gradient_is_no_less_exact(drawn, dtype):
+    mixed, angles = drawn
+    (got, slope), (wanted, expected) = (
+        rotated(mixed.to(dtype), angles, rotate) for rotate in (ours, megatrons)
+    )
+    assert torch.equal(got, wanted)
+    exact = rotated(mixed.double(), angles.double(), megatrons)[1]
+    assert (slope - exact).norm() <= (expected - exact).norm()  # it rounds once less
+
+
+def test_a_fused_kernel_gets_angles_and_their_inverse(drawn, monkeypatch):
+    """The kernel of Transformer Engine, by Megatron's own rotation: same arguments, same result."""
+    wanted = rotated(*drawn, ours)
+    monkeypatch.setattr(rotary, "fused_rotation", lambda: _apply_rotary_pos_emb_bshd)
+    tables = rotary_tables(drawn[1], torch.bfloat16)
+    assert tables.dtype == torch.float32 and torch.equal(tables[0], drawn[1])
+    for got, expected in zip(rotated(*drawn, ours), wanted, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
