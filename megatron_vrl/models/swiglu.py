@@ -25,6 +25,10 @@ class SwiGLU(torch.nn.Module):
         """Return SiLU(gate) * up [..., F] of gate_up [..., 2 F]."""
         return swiglu(gate_up)
 
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return {}: Megatron's MLP asks each of its modules, and this one has no parameters."""
+        return {}
+
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """Return SiLU(gate) * up [..., F] of gate_up [..., 2 F]."""

@@ -21,6 +21,6 @@ def test_finished_parts_are_written_before_the_next_begins(tmp_path, monkeypatch
     report = json.loads((out / "gpu-check.json").read_text())
     assert report["rows"] == [
         {"part": "first", "status": "ok", **row},
-        {"part": "absent", "status": "absent", "words": "no no_such_library here"},
+        {"part": "absent", "status": "absent", "message": "no no_such_library here"},
     ]
     assert "| first | ok | median_s 0.5 |" in (out / "gpu-check.md").read_text()
