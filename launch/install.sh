@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Make .venv from the locks: `launch/install.sh` for what a run needs, `launch/install.sh test`
-# for the tests too. A second call with nothing changed returns at once.
+# Make .venv from the locks in launch/locks. A second call with nothing changed returns at once.
+#   launch/install.sh        what a run needs on a CPU (Python 3.11)
+#   launch/install.sh test   that, and the tests
+#   launch/install.sh gpu    what a run and its tests need on an NVIDIA GPU (Python 3.12, CUDA 13)
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -8,14 +10,22 @@ source "$root/launch/env.sh"
 venv="$root/.venv"
 torch="torch==2.13.0+cpu"
 torch_index="https://download.pytorch.org/whl/cpu"
+what="${1:-cpu}"
+version=3.11 disk_mib=4000 download_mib=1500
 locks=("$root/launch/locks/cpu.txt")
-case "${1:-}" in
-    "") stamps=("$venv/installed-cpu") ;;
+stamps=("$venv/installed-cpu")
+case "$what" in
+    cpu) ;;
     test)
         locks+=("$root/launch/locks/test.txt")
         stamps=("$venv/installed-test" "$venv/installed-cpu")
         ;;
-    *) echo "Unknown argument '$1'. Run launch/install.sh or launch/install.sh test." >&2 && exit 2 ;;
+    gpu)
+        version=3.12 disk_mib=16000 download_mib=8000
+        locks=("$root/launch/locks/gpu.txt")
+        stamps=("$venv/installed-gpu")
+        ;;
+    *) echo "Unknown argument '$1'. Run launch/install.sh, launch/install.sh test or launch/install.sh gpu." >&2 && exit 2 ;;
 esac
 
 fail() {
@@ -23,16 +33,20 @@ fail() {
     exit 2
 }
 
-find_python() { # the first Python 3.11 by name, then by version
+is_python() { # is_python NAME: whether NAME is the Python of the lock
+    "$1" -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$version')" 2>/dev/null
+}
+
+find_python() { # the first Python of the lock's version by name, then by version
     local name
-    for name in python3.11 python3 python; do
-        if "$name" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then
+    for name in "python$version" python3 python; do
+        if is_python "$name"; then
             echo "$name"
             return
         fi
     done
-    fail "no Python 3.11 found (python3 is '$(python3 --version 2>&1 || true)'). \
-The locks hold wheels for 3.11; install it (apt-get install python3.11 python3.11-venv) and call again."
+    fail "no Python $version found (python3 is '$(python3 --version 2>&1 || true)'). \
+The lock has wheels for $version; install it (apt-get install python$version python$version-venv) and call again."
 }
 
 check_machine() {
@@ -42,8 +56,21 @@ check_machine() {
         fail "no C++ compiler: torch compiles fused operators with g++. Run apt-get install g++."
     local free_mib
     free_mib="$(df --output=avail -m "$root" | tail -1 | tr -d ' ')"
-    [[ -x "$venv/bin/pip" || "$free_mib" -ge 6000 ]] ||
-        fail "$free_mib MiB are free at $root, the installation takes 4000 and its downloads 1500. Make room."
+    [[ -x "$venv/bin/pip" || "$free_mib" -ge $((disk_mib + download_mib)) ]] ||
+        fail "$free_mib MiB are free at $root, the installation takes $disk_mib and its downloads $download_mib. Make room."
+    [[ ! -x "$venv/bin/python" ]] || is_python "$venv/bin/python" ||
+        fail ".venv has $("$venv/bin/python" --version), the lock is for Python $version. Remove .venv and call again."
+    [[ "$what" != gpu ]] || check_driver
+}
+
+check_driver() { # CUDA 13 needs NVIDIA's driver 580 or newer; without a driver only an image can be built
+    local driver
+    driver="$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -1 || true)"
+    if [[ -z "$driver" ]]; then
+        echo "install: nvidia-smi reports no driver here; the machine that runs needs 580 or newer" >&2
+    elif ((${driver%%.*} < 580)); then
+        fail "the NVIDIA driver is $driver, CUDA 13 needs 580 or newer. Update the driver."
+    fi
 }
 
 make_venv() {
@@ -51,7 +78,7 @@ make_venv() {
     echo "install: making .venv with $("$python" --version)"
     words="$("$python" -m venv "$venv" 2>&1)" ||
         fail "$python cannot make a virtual environment: $(tail -n 1 <<<"$words"). \
-Run apt-get install python3.11-venv, or make room if the disk is full."
+Run apt-get install python$version-venv, or make room if the disk is full."
 }
 
 run_pip() { # prints the end of pip's output only when it fails, and the cause
@@ -68,6 +95,12 @@ run_pip() { # prints the end of pip's output only when it fails, and the cause
     fail "pip failed; its output is in $log."
 }
 
+add_torchvision_hook() { # for every Python of .venv, see megatron_vrl/rollout/vllm/torchvision_shim.py
+    local site
+    site="$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+    echo "import megatron_vrl.rollout.vllm.torchvision_shim as s; s.install_hook()" >"$site/zz_megatron_vrl.pth"
+}
+
 main() {
     local wanted
     wanted="$(cat "$root"/launch/locks/*.txt "$root"/{pyproject.toml,launch/install.sh} | sha256sum) $root"
@@ -76,7 +109,8 @@ main() {
     [[ -x "$venv/bin/pip" ]] || python="$(find_python)" || exit 2
     check_machine
     [[ -z "$python" ]] || make_venv "$python"
-    if ! "$venv/bin/python" -m pip install --quiet --dry-run --no-deps "$torch" >/dev/null 2>&1; then
+    if [[ "$what" != gpu ]] &&
+        ! "$venv/bin/python" -m pip install --quiet --dry-run --no-deps "$torch" >/dev/null 2>&1; then
         echo "install: the configured index has no $torch, asking PyTorch's own too"
         index=(--extra-index-url "$torch_index")
     fi
@@ -86,11 +120,7 @@ main() {
     done
     echo "install: megatron_vrl itself, editable"
     run_pip --no-build-isolation --editable "$root"
-    # For every Python of this environment, see megatron_vrl/rollout/vllm/torchvision_shim.py.
-    "$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' | {
-        read -r site
-        echo "import megatron_vrl.rollout.vllm.torchvision_shim as s; s.install_hook()" >"$site/zz_megatron_vrl.pth"
-    }
+    [[ "$what" == gpu ]] || add_torchvision_hook
     tee "${stamps[@]}" <<<"$wanted" >/dev/null
     echo "install: done in $((SECONDS - began)) s"
 }

