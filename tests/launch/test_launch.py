@@ -194,7 +194,9 @@ def test_train_takes_the_active_python_and_does_not_hide_a_gpu_environment(tmp_p
 
 
 @pytest.mark.parametrize(("visible", "ranks"), [("0", 1), ("2,5,7", 3), (None, 8)])
-def test_train_starts_one_rank_on_each_visible_gpu(tmp_path: Path, visible, ranks) -> None:
+def test_train_starts_one_rank_on_each_visible_gpu(
+    tmp_path: Path, visible: str | None, ranks: int
+) -> None:
     """The machine has 8 GPUs. Its torch is a script that counts CUDA_VISIBLE_DEVICES."""
     path = fake_bin(tmp_path / "bin", "bash", "dirname", "grep", "wc")
     python = path / "python3"
@@ -212,10 +214,8 @@ def test_train_starts_one_rank_on_each_visible_gpu(tmp_path: Path, visible, rank
     env = {**os.environ, **bare, "CUDA_VISIBLE_DEVICES": visible or ""}
     if visible is None:
         del env["CUDA_VISIBLE_DEVICES"]
-    script = str(ROOT / "launch" / "train.sh")
-    done = subprocess.run(
-        ["bash", script, "--config", "x"], env=env, capture_output=True, text=True
-    )
+    train = str(ROOT / "launch" / "train.sh")
+    done = subprocess.run(["bash", train, "--config", "x"], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     check, start = [line for line in done.stderr.splitlines() if "WORLD_SIZE=" in line]
     assert check.startswith(f"WORLD_SIZE={ranks} ") and "--dry-run" in check
@@ -226,7 +226,9 @@ def test_train_starts_one_rank_on_each_visible_gpu(tmp_path: Path, visible, rank
     ("capability", "expected"),
     [("9.0", "1"), ("8.0", "1"), ("10.0", ""), ("12.0", ""), (None, "1")],
 )
-def test_one_launch_queue_on_gpus_before_blackwell(tmp_path: Path, capability, expected) -> None:
+def test_one_launch_queue_on_gpus_before_blackwell(
+    tmp_path: Path, capability: str | None, expected: str
+) -> None:
     path = fake_bin(tmp_path / "bin", "bash")
     if capability:
         (path / "nvidia-smi").write_text(f"#!/bin/bash\necho {capability}\necho {capability}\n")

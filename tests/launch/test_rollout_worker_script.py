@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +17,8 @@ from megatron_vrl.errors import ConfigError
 from megatron_vrl.rollout.workers.gpu_groups import gpu_groups
 from tests.launch.test_launch import ROOT, fake_bin
 
+Lines = Callable[[], list[str]]  # reads the log
+Machine = tuple[Callable[..., subprocess.Popen[bytes]], Lines]
 PYTHON = """#!/bin/bash
 case "$*" in *--gpu-groups*) printf '%s\\n' {groups}; exit ;; esac
 echo "start $$ gpus=${{CUDA_VISIBLE_DEVICES-none}} ${{*: -2}}" >>{log}
@@ -35,25 +39,27 @@ exit "$(<{folder}/end-$$)"
         (4, 0, None, [""]),
     ],
 )
-def test_gpus_are_divided_by_the_tensor_size(tensor, count, visible, expected):
+def test_gpus_are_divided_by_the_tensor_size(
+    tensor: int, count: int, visible: str | None, expected: list[str]
+) -> None:
     assert gpu_groups(tensor, count, visible) == expected
 
 
-def test_too_few_gpus_are_refused():
+def test_too_few_gpus_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"rollout\.tensor=4, but torch sees 2 GPUs here: lower"):
         gpu_groups(4, 2, None)
 
 
 @pytest.fixture
-def machine(tmp_path):
+def machine(tmp_path: Path) -> Iterator[Machine]:
     """Start the script on a machine with GPUs; yield (start, read the log)."""
     path = fake_bin(tmp_path / "bin", "bash", "dirname", "sleep")
     log = tmp_path / "log"
     log.touch()
     (path / "nvidia-smi").write_text("#!/bin/bash\necho GPU 0\n")
-    scripts = []
+    scripts: list[subprocess.Popen[bytes]] = []
 
-    def start(groups: str, *arguments: str) -> subprocess.Popen:
+    def start(groups: str, *arguments: str) -> subprocess.Popen[bytes]:
         python = path / "python3"
         python.write_text(PYTHON.format(groups=groups, log=log, folder=tmp_path))
         for script in (python, path / "nvidia-smi"):
@@ -70,7 +76,7 @@ def machine(tmp_path):
         script.wait()
 
 
-def wait_for(lines, count):
+def wait_for(lines: Lines, count: int) -> list[list[str]]:
     until = time.monotonic() + 20
     while len(lines()) < count:
         assert time.monotonic() < until, lines()
@@ -78,7 +84,9 @@ def wait_for(lines, count):
     return [line.split() for line in lines()]
 
 
-def test_each_group_has_a_worker_and_a_dead_one_starts_again(machine, tmp_path):
+def test_each_group_has_a_worker_and_a_dead_one_starts_again(
+    machine: Machine, tmp_path: Path
+) -> None:
     start, lines = machine
     script = start("0,1 2,3", "--port", "7000")
     first = wait_for(lines, 2)
@@ -93,7 +101,7 @@ def test_each_group_has_a_worker_and_a_dead_one_starts_again(machine, tmp_path):
     assert stopped == {row[1] for row in first if row[1] != killed} | {again[1]}
 
 
-def test_a_refused_config_ends_all_workers(machine, tmp_path):
+def test_a_refused_config_ends_all_workers(machine: Machine, tmp_path: Path) -> None:
     start, lines = machine
     script = start("0 1", "--config", "x")
     first = wait_for(lines, 2)

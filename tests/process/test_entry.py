@@ -194,7 +194,9 @@ run_program(main)
 
 
 @pytest.mark.parametrize(("device", "code"), [("gpu", 3), ("cpu", 134)])
-def test_a_finished_program_on_a_gpu_ends_before_memory_pools_are_destroyed(device, code):
+def test_a_finished_program_on_a_gpu_ends_before_memory_pools_are_destroyed(
+    device: str, code: int
+) -> None:
     """Handlers that libraries registered for the exit still run."""
     command = [sys.executable, "-c", LEAVES, device]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)

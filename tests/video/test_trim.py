@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -17,27 +18,29 @@ from megatron_vrl.video.probe import DecodeJob, planned
 from megatron_vrl.video.pyav import decode_frames
 from megatron_vrl.video.routing import BLACKWELL, dali_reads
 from megatron_vrl.video.trim import CONTAINERS, split
+from tests.video.conftest import MakeClip
 
 NUM_FRAMES = 60
+Options = dict[str, Any]  # of `write_clip`
 PPS = 8  # NAL unit type of H.264
 SMALL = Video(min_pixels=28 * 28, max_pixels=56 * 56)
 
 
-def x264(params: str, **options) -> dict:
+def x264(params: str, **options: Any) -> Options:
     return {"codec_options": {"x264-params": f"keyint=20:scenecut=0:{params}"}, **options}
 
 
-def x265(params: str, **options) -> dict:
+def x265(params: str, **options: Any) -> Options:
     params = f"log-level=none:keyint=20:scenecut=0:{params}"
     return {"codec": "libx265", "codec_options": {"x265-params": params}, **options}
 
 
-def vpx(codec: str) -> dict:
+def vpx(codec: str) -> Options:
     options = {"auto-alt-ref": "1", "lag-in-frames": "16", "deadline": "good", "cpu-used": "5"}
     return {"codec": codec, "codec_options": options}
 
 
-CLIPS = {
+CLIPS: dict[str, Options] = {
     "b_pyramid.mp4": x264("bframes=5:b-pyramid=normal"),
     "open_gop.mp4": x264("bframes=5:b-pyramid=normal:open-gop=1"),
     "open_gop.ts": x264("bframes=4:open-gop=1:repeat-headers=1"),
@@ -55,7 +58,7 @@ CLIPS = {
     "vp8.webm": {"codec": "libvpx"},
     "mjpeg.mkv": {"codec": "mjpeg", "pixels": "yuvj420p"},
 }
-MADE = {"num_frames": NUM_FRAMES, "size": (64, 96), "gop": 20}
+MADE: Options = {"num_frames": NUM_FRAMES, "size": (64, 96), "gop": 20}
 
 
 def jobs(path: str) -> Iterator[DecodeJob]:
@@ -76,9 +79,12 @@ def with_frames(job: DecodeJob, frames: list[int]) -> DecodeJob:
 
 def decoded(file: str | io.BytesIO, stream: int = 0) -> list[av.VideoFrame]:
     """Return all frames from the first key frame on."""
-    frames, is_decodable = [], False
-    with av.open(file) as container:
-        for packet in container.demux(container.streams[stream]):
+    frames: list[av.VideoFrame] = []
+    is_decodable = False
+    with av.open(file, "r") as container:
+        video = container.streams[stream]
+        assert isinstance(video, av.VideoStream)
+        for packet in container.demux(video):
             is_decodable |= packet.is_keyframe or not packet.size
             frames += packet.decode() if is_decodable else []
     return frames
@@ -98,7 +104,8 @@ def assert_parts_are_exact(path: str, every: int = 1) -> int:
         parts, found = split(job), {}
         for part in parts:
             frames = decoded(io.BytesIO(part.encoded.tobytes()))
-            times = [frame.pts for frame in frames]
+            times = [frame.pts for frame in frames if frame.pts is not None]
+            assert len(times) == len(frames)
             assert times == sorted(times)  # NVDEC's frames are put into the order of pts
             for number, position in zip(part.frames, part.positions, strict=True):
                 found[number] = frames[position].to_ndarray()
@@ -112,7 +119,7 @@ def assert_parts_are_exact(path: str, every: int = 1) -> int:
 
 
 @pytest.mark.parametrize("name", CLIPS)
-def test_parts_have_the_frames_of_the_whole_stream(make_clip, name):
+def test_parts_have_the_frames_of_the_whole_stream(make_clip: MakeClip, name: str) -> None:
     path = make_clip(name, **MADE | CLIPS[name])
     assert assert_parts_are_exact(path) == 1  # of the first frame
     last = with_frames(planned(path, None, SMALL), [NUM_FRAMES - 1])
@@ -124,7 +131,7 @@ def test_parts_have_the_frames_of_the_whole_stream(make_clip, name):
 
 
 @pytest.mark.parametrize("name", CLIPS)
-def test_dali_on_parts_equals_a_sequential_read(make_clip, name):
+def test_dali_on_parts_equals_a_sequential_read(make_clip: MakeClip, name: str) -> None:
     """All jobs of a clip are decoded in one call, so parts of several jobs share a batch."""
     wanted = list(jobs(make_clip(name, **MADE | CLIPS[name])))
     decoder = DaliDecoder(SMALL)
@@ -133,7 +140,7 @@ def test_dali_on_parts_equals_a_sequential_read(make_clip, name):
     assert decoder.num_fallbacks == 0
 
 
-def test_real_clips(real_clips):
+def test_real_clips(real_clips: list[str]) -> None:
     """`nasa_13013.mp4` has two video streams and an edit list that hides packets."""
     trimmed = [path for path in real_clips if planned(path, None, SMALL).file.codec in CONTAINERS]
     assert {"nasa_13013.mp4", "h265_video.mp4"} <= {Path(path).name for path in trimmed}
@@ -151,6 +158,8 @@ def cut(source: str, target: str, shown_from: int, drop: slice = slice(0)) -> No
         packets = [packet for packet in whole.demux(video=0) if packet.size]
         del packets[drop]
         for packet in packets:
+            assert packet.pts is not None and packet.dts is not None
+            assert packet.duration is not None
             packet.pts -= shown_from * packet.duration
             packet.dts -= shown_from * packet.duration
             packet.stream = stream
@@ -160,7 +169,9 @@ def cut(source: str, target: str, shown_from: int, drop: slice = slice(0)) -> No
 @pytest.mark.parametrize("name", ["b_pyramid.mp4", "open_gop.mp4", "hevc_open_gop.mp4"])
 @pytest.mark.parametrize("shown_from", [0, 1, 10, 25])
 @pytest.mark.parametrize("begins_inside_a_gop", [False, True])
-def test_edit_lists_and_missing_starts(make_clip, tmp_path, name, shown_from, begins_inside_a_gop):
+def test_edit_lists_and_missing_starts(
+    make_clip: MakeClip, tmp_path: Path, name: str, shown_from: int, begins_inside_a_gop: bool
+) -> None:
     source, target = make_clip(name, **MADE | CLIPS[name]), str(tmp_path / f"cut_{name}")
     cut(source, target, shown_from, slice(0, 3 if begins_inside_a_gop else 0))
     wanted = list(jobs(target))
@@ -176,13 +187,15 @@ def join_with_other_pps(one: str, other: str, target: str) -> None:
     with av.open(one) as first, av.open(other) as second, av.open(target, "w") as container:
         template = first.streams.video[0]
         stream = container.add_stream_from_template(template)
-        nal = NalReader("h264", bytes(template.codec_context.extradata))
+        assert template.codec_context.extradata is not None
+        nal = NalReader("h264", template.codec_context.extradata)
         packets = [p for source in (first, second) for p in source.demux(video=0) if p.size]
         for position, packet in enumerate(packets):
             units = list(nal.units(bytes(packet)))
             if position > NUM_FRAMES:
                 units = [unit for unit in units if nal.kind(unit) != PPS]
             copy = av.Packet(b"".join(len(unit).to_bytes(4, "big") + unit for unit in units))
+            assert packet.pts is not None
             copy.pts = packet.pts + (NUM_FRAMES * 1000 // 16 if position >= NUM_FRAMES else 0)
             copy.dts = position * 1000 // 16 - 500
             copy.time_base, copy.is_keyframe = packet.time_base, packet.is_keyframe
@@ -190,13 +203,15 @@ def join_with_other_pps(one: str, other: str, target: str) -> None:
             container.mux(copy)
 
 
-def test_a_key_frame_without_its_parameter_sets_starts_no_part(make_clip, tmp_path):
-    paths = [
+def test_a_key_frame_without_its_parameter_sets_starts_no_part(
+    make_clip: MakeClip, tmp_path: Path
+) -> None:
+    one, other = (
         make_clip(f"{offset}.mkv", **MADE | x264(f"repeat-headers=1:chroma-qp-offset={offset}"))
         for offset in (0, 9)
-    ]
+    )
     joined = str(tmp_path / "joined.mkv")
-    join_with_other_pps(*paths, joined)
+    join_with_other_pps(one, other, joined)
     file = planned(joined, None, SMALL).file
     assert not file.format_changes
     assert file.keyframes.tolist() == [0, 20, 40, 60, 80, 100]
@@ -218,7 +233,9 @@ def write_packets(source: str, target: str, pts: list[int]) -> None:
             container.mux(copy)
 
 
-def test_streams_without_one_packet_per_frame_have_no_parts(make_clip, tmp_path):
+def test_streams_without_one_packet_per_frame_have_no_parts(
+    make_clip: MakeClip, tmp_path: Path
+) -> None:
     source, target = (
         make_clip("a.mkv", **MADE | {"gop": 15} | vpx("libvpx-vp9")),
         tmp_path / "b.mkv",
@@ -238,7 +255,7 @@ def test_streams_without_one_packet_per_frame_have_no_parts(make_clip, tmp_path)
         assert bool(split(job)) == is_regular
 
 
-def test_codecs_without_a_row_are_decoded_whole(make_clip):
+def test_codecs_without_a_row_are_decoded_whole(make_clip: MakeClip) -> None:
     path = make_clip("old.mp4", codec="mpeg4", **MADE)
     job = with_frames(planned(path, None, SMALL), [3, 50])
     (part,) = split(job)

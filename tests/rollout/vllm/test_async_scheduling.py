@@ -3,6 +3,10 @@
 Only the line of vLLM's CPU platform that turns it off is undone.
 """
 
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pytest
 import torch
@@ -12,19 +16,24 @@ from megatron_vrl.errors import RolloutError
 from megatron_vrl.rollout.checksums import tensor_checksums
 from megatron_vrl.rollout.request import SamplingSpec, make_request
 from megatron_vrl.rollout.vllm.engine import VllmEngine
+from megatron_vrl.types import Rollout
+from tests.rollout.conftest import MakePrompt, Weights
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 pytestmark = pytest.mark.slow
 SPEC = SamplingSpec(n=4, temperature=1.0, top_p=1.0, max_tokens=16, seed=3)
 
 
 @pytest.fixture(scope="module")
-def asynchronous(checkpoint):
+def asynchronous(checkpoint: Path) -> VllmEngine:
     from vllm.platforms.cpu import CpuPlatform
 
-    checked = CpuPlatform.check_and_update_config.__func__
+    checked = CpuPlatform.check_and_update_config
 
-    def check_and_update_config(cls, vllm_config):
-        checked(cls, vllm_config)
+    def check_and_update_config(cls: type[CpuPlatform], vllm_config: "VllmConfig") -> None:
+        checked(vllm_config)
         vllm_config.scheduler_config.async_scheduling = True
 
     with pytest.MonkeyPatch.context() as patch:
@@ -36,11 +45,13 @@ def asynchronous(checkpoint):
     return engine
 
 
-def values(groups):
+def values(groups: Iterable[Iterable[Rollout]]) -> list[list[tuple[list[int], list[float], str]]]:
     return [[(r.token_ids.tolist(), r.logprobs.tolist(), r.finish) for r in g] for g in groups]
 
 
-def test_it_answers_as_the_synchronous_engine(engine, asynchronous, weights, make_prompt):
+def test_it_answers_as_the_synchronous_engine(
+    engine: VllmEngine, asynchronous: VllmEngine, weights: Weights, make_prompt: MakePrompt
+) -> None:
     asynchronous.push_weights(weights.items(), version=1)
     assert asynchronous.weights_checksum() == tensor_checksums(weights.items(), torch.float32)
     prompts = [make_prompt(0), make_prompt(1, (2, 4, 4), 1.0)]
@@ -54,7 +65,9 @@ def test_it_answers_as_the_synchronous_engine(engine, asynchronous, weights, mak
     assert values(asynchronous.generate(prompts, SPEC)) == expected
 
 
-def test_a_token_is_stamped_with_the_weights_that_computed_it(asynchronous, weights, make_prompt):
+def test_a_token_is_stamped_with_the_weights_that_computed_it(
+    asynchronous: VllmEngine, weights: Weights, make_prompt: MakePrompt
+) -> None:
     """A weight sync comes while a batch is in flight that finishes a request."""
     asynchronous.push_weights(weights.items(), version=1)
     request, spec = make_request(make_prompt(0)), SPEC.for_prompt(0)
@@ -75,7 +88,9 @@ def test_a_token_is_stamped_with_the_weights_that_computed_it(asynchronous, weig
     assert {(r.weight_version, r.newest_version) for r in finished["b"]} == {(2, 2)}
 
 
-def test_a_request_goes_on_with_new_weights(asynchronous, weights, make_prompt):
+def test_a_request_goes_on_with_new_weights(
+    asynchronous: VllmEngine, weights: Weights, make_prompt: MakePrompt
+) -> None:
     asynchronous.push_weights(weights.items(), version=1)
     prompt, spec = make_prompt(0), SPEC.for_prompt(0)
     [alone] = asynchronous.generate([prompt], SPEC)
@@ -84,7 +99,7 @@ def test_a_request_goes_on_with_new_weights(asynchronous, weights, make_prompt):
         assert not asynchronous.step()
     changed = {name: tensor * 1.02 for name, tensor in weights.items()}
     asynchronous.push_weights(changed.items(), version=2)
-    finished = {}
+    finished: dict[str, list[Rollout]] = {}
     while asynchronous.busy:
         finished |= asynchronous.step()
     for before, rollout in zip(alone, finished["a"], strict=True):
@@ -93,7 +108,9 @@ def test_a_request_goes_on_with_new_weights(asynchronous, weights, make_prompt):
         assert rollout.logprobs[6] != before.logprobs[6]
 
 
-def test_a_prefix_cache_that_stays_is_an_error(asynchronous, weights, make_prompt):
+def test_a_prefix_cache_that_stays_is_an_error(
+    asynchronous: VllmEngine, weights: Weights, make_prompt: MakePrompt
+) -> None:
     """vLLM keeps the cache while a request holds blocks: its keys would be those of old weights."""
     asynchronous.push_weights(weights.items(), version=1)
     asynchronous.submit("a", make_request(make_prompt(0)), SPEC.for_prompt(0))

@@ -4,6 +4,10 @@ The stub stands for the memory: a sleeping engine's weights and KV cache are NaN
 memory that is not there fails. vLLM's CPU worker does nothing at these two calls.
 """
 
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import pytest
 import torch
 from megatron.core import parallel_state
@@ -19,7 +23,12 @@ from megatron_vrl.policy.policy import Policy
 from megatron_vrl.rollout.in_process import InProcessEngine
 from megatron_vrl.rollout.manager import RolloutManager
 from megatron_vrl.rollout.request import SamplingSpec
+from megatron_vrl.rollout.vllm.engine import VllmEngine
 from megatron_vrl.rollout.weight_sync import InProcessSync, transform_of
+from tests.rollout.conftest import MakePrompt, Weights
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.cpu_worker import CPUWorker
 
 pytestmark = pytest.mark.slow
 SPEC = SamplingSpec(n=2, temperature=1.0, top_p=1.0, max_tokens=8, seed=5)
@@ -39,7 +48,7 @@ class Device:
         self._watch(patch, CPUWorker, "update_weights", "load", {"weights"})
         self._watch(patch, CPUWorker, "execute_model", "decode", {"weights", "kv_cache"})
 
-    def sleep(self, worker, level):
+    def sleep(self, worker: "CPUWorker", level: int) -> None:
         self._say(f"sleep {level}")
         assert self.resident == {"weights", "kv_cache"}
         self.resident = set()
@@ -48,34 +57,41 @@ class Device:
         for cache in worker.model_runner.kv_caches:
             cache.fill_(torch.nan)
 
-    def wake_up(self, worker, tags):
+    def wake_up(self, worker: "CPUWorker", tags: list[str]) -> None:
         self._say(f"wake {' '.join(tags)}")
         assert self.resident.isdisjoint(tags)
         self.resident |= set(tags)
         for cache in worker.model_runner.kv_caches if "kv_cache" in tags else ():
             cache.zero_()
 
-    def _watch(self, patch, worker_class, name, event, needed):
+    def _watch(
+        self,
+        patch: pytest.MonkeyPatch,
+        worker_class: "type[CPUWorker]",
+        name: str,
+        event: str,
+        needed: set[str],
+    ) -> None:
         method = getattr(worker_class, name)
 
-        def watched(worker, *args, **kwargs):
+        def watched(worker: "CPUWorker", *args: Any, **kwargs: Any) -> Any:
             self._say(event)
             assert needed <= self.resident
             return method(worker, *args, **kwargs)
 
         patch.setattr(worker_class, name, watched)
 
-    def _say(self, event):
+    def _say(self, event: str) -> None:
         if self.events[-1:] != [event]:  # several buckets, several tokens
             self.events.append(event)
 
-    def told(self):
+    def told(self) -> list[str]:
         told, self.events = self.events, []
         return told
 
 
 @pytest.fixture
-def device(shared_engine, weights):
+def device(shared_engine: VllmEngine, weights: Weights) -> Iterator[Device]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared_engine, "_on_gpu", True)
         yield Device(patch)
@@ -83,7 +99,9 @@ def device(shared_engine, weights):
 
 
 @pytest.fixture
-def manager(shared_engine, device, checkpoint):
+def manager(
+    shared_engine: VllmEngine, device: Device, checkpoint: Path
+) -> Iterator[RolloutManager]:
     mesh = init_mesh(Parallel(), seed=1)
     cfg = Model(checkpoint=str(checkpoint), dtype="float32")
     policy = Policy(read_architecture(checkpoint), cfg, Parallel(), mesh)
@@ -95,9 +113,9 @@ def manager(shared_engine, device, checkpoint):
 
 
 def test_weights_are_pushed_into_a_woken_engine_before_its_cache_wakes(
-    manager, device, shared_engine, make_prompt
-):
-    def answered():
+    manager: RolloutManager, device: Device, shared_engine: VllmEngine, make_prompt: MakePrompt
+) -> None:
+    def answered() -> list[list[tuple[list[int], list[float]]]]:
         groups = manager.generate([make_prompt(0), make_prompt(1)], SPEC)
         return [[(r.token_ids.tolist(), r.logprobs.tolist()) for r in g] for g in groups]
 

@@ -87,16 +87,20 @@ def test_a_broadcast_is_abandoned_when_its_worker_is_lost_or_at_the_timeout() ->
     group.close()
 
 
-def test_a_connection_that_never_comes_is_given_up():
+def test_a_connection_that_never_comes_is_given_up() -> None:
     """NCCL's first message waits without end for a peer that has died."""
     forever = threading.Event()
+
+    def connect() -> None:
+        forever.wait()
+
     with pytest.raises(BroadcastError, match=r"not connected after 0\.1 s"):
-        broadcast._within(0.1, lambda: forever.wait() and None)
+        broadcast._within(0.1, connect)
     forever.set()
     with pytest.raises(RuntimeError, match="refused"):
         broadcast._within(5, lambda: _refuse())
     broadcast._within(5, lambda: None)
 
 
-def _refuse():
+def _refuse() -> None:
     raise RuntimeError("refused")
