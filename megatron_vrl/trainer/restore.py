@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_vrl.checkpoint.checkpoint import read_state
+from megatron_vrl.checkpoint.layout import STATE
 from megatron_vrl.checkpoint.saver import Saver
 from megatron_vrl.config import Optimizer, RunConfig
 from megatron_vrl.context import PolicyContext
@@ -44,7 +45,7 @@ def restore(cfg: RunConfig, trained: PolicyContext) -> Restored:
     if checkpoint is None:
         saver.load_weights(cfg.model.checkpoint)
         return Restored(state=RunState(), pending=None)
-    state = RunState(**read_state(checkpoint))
+    state = RunState.of_json(read_state(checkpoint), checkpoint / STATE)
     if state.step > 0:
         return Restored(state=state, pending=checkpoint)
     saver.load_weights(checkpoint)

@@ -47,8 +47,9 @@ def run_rollouts(cfg: RunConfig) -> Path:
     ctx = build(cfg, checked, trained)
     progress = out_dir / PROGRESS
     with raise_on_all_ranks(ctx.mesh):
-        begun = progress.exists()
-        state = RunState(**json.loads(progress.read_text())) if begun else RunState(stage="grpo")
+        state = RunState(stage="grpo")
+        if progress.exists():
+            state = RunState.of_json(json.loads(progress.read_text()), progress)
     with run_scope(ctx, owner, state.next_row) as sinks:
         _run(ctx, state, sinks, progress)
     return progress.parent

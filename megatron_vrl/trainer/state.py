@@ -10,9 +10,9 @@ checkpoint with stage="grpo" and step=20 resumes at step 21 of GRPO.
 """
 
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Self
 
 from megatron_vrl.checkpoint.checkpoint import read_state
 from megatron_vrl.checkpoint.saver import latest
@@ -39,6 +39,21 @@ class RunState:
     version: int = 0  # training steps since the start; identifies the weights
     results: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)  # by activity, of all starts
+
+    @classmethod
+    def of_json(cls, values: dict[str, Any], path: Path) -> Self:
+        """Return the state that `values`, the content of `path`, describes.
+
+        Raises CheckpointError if another version of this package wrote it.
+        """
+        names = {each.name for each in fields(cls)}
+        if unknown := sorted(values.keys() - names):
+            raise CheckpointError(
+                f"{path} has fields that this version does not know ({', '.join(unknown)}): another "
+                "version wrote it. Resume with that version, or start a run from its weights "
+                "(mvrl convert)."
+            )
+        return cls(**values)
 
     def begin(self, stage: Stage) -> None:
         """Go to step 0 of `stage`."""
