@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_vrl.models.layers import VarlenPlan
+from megatron_vrl.models.attention import VarlenPlan
 
 
 def kernel_by_definition(
