@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_vrl.checkpoint.checkpoint import (
     load_checkpoint,
@@ -30,7 +31,7 @@ from megatron_vrl.parallel import adamw
 from megatron_vrl.parallel.mesh import close_mesh, init_mesh
 from megatron_vrl.planner.memory import checkpoint_bytes
 from megatron_vrl.planner.parameters import count_stage
-from megatron_vrl.policy.optimizer_state import parameter_states, step_count
+from megatron_vrl.policy.optimizer_state import ParameterState, parameter_states, step_count
 from megatron_vrl.policy.policy import Policy
 from tests.checkpoint.checkpoint_worker import OPTIMIZER, RESHARDED, SAVED, step
 from tests.running import run_python
@@ -108,7 +109,9 @@ def test_checkpoints_of_any_layout_convert(trained: Path, layout: str, tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", SAVED)
-def test_what_a_layout_loads_it_saves_bit_for_bit_each_rank_its_share(trained, layout):
+def test_what_a_layout_loads_it_saves_bit_for_bit_each_rank_its_share(
+    trained: Path, layout: str
+) -> None:
     folder = trained / "saved" / layout / "weights"
     expected = TorchDistReader(trained / "run" / "step-2" / "weights")
     found = TorchDistReader(folder)
@@ -123,17 +126,22 @@ def test_what_a_layout_loads_it_saves_bit_for_bit_each_rank_its_share(trained, l
         assert written[0] == pytest.approx(written[1], rel=0.15)
 
 
-def gathered(policy):
+def optimizer_of(policy: Policy) -> MegatronOptimizer:
+    assert policy.optimizer is not None
+    return policy.optimizer
+
+
+def gathered(policy: Policy) -> dict[str, Any]:
     """The state that earlier versions saved: Megatron's own, gathered on one rank."""
     model = model_state(policy)
     metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
-    state = policy.optimizer.sharded_state_dict(dict(model), metadata=metadata)
+    state = optimizer_of(policy).sharded_state_dict(dict(model), metadata=metadata)
     return {**model, "optimizer": state}
 
 
 def test_optimizer_state_has_megatrons_names_and_earlier_checkpoints_load(
-    policy, checkpoint, monkeypatch, tmp_path
-):
+    policy: Policy, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     cfg = Model(checkpoint=str(checkpoint), dtype="bfloat16")
     layouts = [Parallel(), Parallel(), Parallel(distributed_optimizer=False)]
     trained, *others = [Policy(policy.arch, cfg, layout, policy.mesh) for layout in layouts]
@@ -147,17 +155,19 @@ def test_optimizer_state_has_megatrons_names_and_earlier_checkpoints_load(
     ours, theirs = (TorchDistReader(tmp_path / by / "weights") for by in ("ours", "megatron"))
     assert ours.names() == theirs.names()
     assert all(torch.equal(ours.tensor(name), theirs.tensor(name)) for name in ours.names())
-    expected = {id_of(trained, s): s.tensors for s in parameter_states(trained.optimizer)}
+    expected = {id_of(trained, s): s.tensors for s in parameter_states(optimizer_of(trained))}
     for resumed in others:
         load_checkpoint(tmp_path / "megatron", resumed)
-        assert step_count(resumed.optimizer) == step_count(trained.optimizer) == 1
-        for state in parameter_states(resumed.optimizer):
+        assert step_count(optimizer_of(resumed)) == step_count(optimizer_of(trained)) == 1
+        for state in parameter_states(optimizer_of(resumed)):
             for name, tensor in state.tensors.items():
                 assert torch.equal(tensor, expected[id_of(resumed, state)][name])
 
 
 @pytest.mark.parametrize("freeze", [False, True])
-def test_the_planner_counts_the_bytes_of_a_save(policy, checkpoint, freeze):
+def test_the_planner_counts_the_bytes_of_a_save(
+    policy: Policy, checkpoint: Path, freeze: bool
+) -> None:
     model = Model(checkpoint=str(checkpoint), dtype="bfloat16", freeze_vision=freeze)
     cfg = RunConfig(run=Run(out_dir=""), model=model)
     run = Policy(policy.arch, model, cfg.parallel, policy.mesh)
@@ -168,11 +178,14 @@ def test_the_planner_counts_the_bytes_of_a_save(policy, checkpoint, freeze):
     assert checkpoint_bytes(cfg, counts, dp_ranks=8) == -(-saved // 8)
 
 
-def id_of(run, state):
-    return next(n for n, p in run.chunks[0].named_parameters() if p is state.parameter)
+def id_of(run: Policy, state: ParameterState) -> str:
+    named: dict[str, torch.nn.Parameter] = dict(run.chunks[0].named_parameters())
+    return next(name for name, parameter in named.items() if parameter is state.parameter)
 
 
-def test_weights_come_back_bit_equal_and_before_any_update(policy, checkpoint, tmp_path):
+def test_weights_come_back_bit_equal_and_before_any_update(
+    policy: Policy, checkpoint: Path, tmp_path: Path
+) -> None:
     policy.start_phase(Optimizer(lr=1e-3), num_steps=1)
     save_checkpoint(tmp_path / "saved", policy, {"step": 0}, checkpoint)
     before = {name: tensor.clone() for name, tensor in hf_tensors(policy.chunks)}
@@ -191,7 +204,9 @@ def test_weights_come_back_bit_equal_and_before_any_update(policy, checkpoint, t
     }
 
 
-def test_a_checkpoint_does_not_know_the_device(policy, checkpoint, monkeypatch, tmp_path):
+def test_a_checkpoint_does_not_know_the_device(
+    policy: Policy, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """A step by the kernel of a GPU, a checkpoint, a step of a CPU: as without the checkpoint."""
     cfg = Model(checkpoint=str(checkpoint), dtype="bfloat16")
     runs = [Policy(policy.arch, cfg, Parallel(), policy.mesh) for _ in range(2)]
@@ -205,7 +220,7 @@ def test_a_checkpoint_does_not_know_the_device(policy, checkpoint, monkeypatch, 
     load_checkpoint(tmp_path / "gpu", runs[1])
     unbroken, resumed = (step(run, 1)["weights"] for run in runs)
     assert all(torch.equal(resumed[name], tensor) for name, tensor in unbroken.items())
-    kept, loaded = (run.optimizer.chained_optimizers[0].optimizer for run in runs)
+    kept, loaded = (optimizer_of(run).chained_optimizers[0].optimizer for run in runs)
     assert [g["step"] for g in kept.param_groups] == [g["step"] for g in loaded.param_groups]
     for state, other in zip(kept.state.values(), loaded.state.values(), strict=True):
         assert set(state) == {"exp_avg", "exp_avg_sq"}

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.strategies import DataObject
 
 from megatron_vrl.checkpoint.shards import Region, blocks, shard_ranges, sharded
 
@@ -13,13 +14,15 @@ SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=4)
 
 
 @given(SHAPES, st.data())
-def test_blocks_hold_the_elements_of_a_range_once_and_in_order(shape, data):
+def test_blocks_hold_the_elements_of_a_range_once_and_in_order(
+    shape: list[int], data: DataObject
+) -> None:
     low = data.draw(st.integers(0, prod(shape)))
     high = data.draw(st.integers(low, prod(shape)))
     most = data.draw(st.integers(0, prod(shape)))
     tensor = torch.arange(prod(shape)).view(shape)
     found = list(blocks(shape, low, high, most))
-    elements = []
+    elements: list[int] = []
     for first, offsets, sizes in found:
         block = tensor[tuple(slice(at, at + n) for at, n in zip(offsets, sizes, strict=True))]
         assert block.flatten()[0] == first
@@ -29,7 +32,7 @@ def test_blocks_hold_the_elements_of_a_range_once_and_in_order(shape, data):
     assert most or len(found) <= 2 * len(shape) - 1
 
 
-def test_the_example_of_the_docstring():
+def test_the_example_of_the_docstring() -> None:
     assert list(blocks([6, 4], 5, 18)) == [
         (5, (1, 1), (1, 3)),
         (8, (2, 0), (2, 4)),
@@ -38,7 +41,7 @@ def test_the_example_of_the_docstring():
 
 
 @given(st.lists(st.integers(0, 9), max_size=6), st.integers(1, 5))
-def test_ranks_divide_equal_tensors_evenly(sizes, ranks):
+def test_ranks_divide_equal_tensors_evenly(sizes: list[int], ranks: int) -> None:
     each = [shard_ranges(sizes, rank, ranks) for rank in range(ranks)]
     for number, size in enumerate(sizes):
         held = [i for ranges in each for i in range(*ranges[number])]
@@ -48,7 +51,7 @@ def test_ranks_divide_equal_tensors_evenly(sizes, ranks):
 
 
 @pytest.mark.parametrize("start, stop", [(0, 24), (5, 18), (11, 13), (12, 24), (3, 4)])
-def test_shards_of_a_parameter_are_views_in_their_place(start, stop):
+def test_shards_of_a_parameter_are_views_in_their_place(start: int, stop: int) -> None:
     """A fused weight: rows 0 to 2 are the gate's second half, rows 3 to 5 the up projection's."""
     whole, local = torch.zeros(12, 4), torch.arange(24.0)
     regions = [

@@ -1,12 +1,16 @@
 """Bounds on the operations and the kept bytes of a layer; no host read in a pass."""
 
 import argparse
+from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from benches import ops
+from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from megatron_vrl.algorithms import token_loss
 from megatron_vrl.config import Algorithm, Parallel
@@ -14,20 +18,21 @@ from megatron_vrl.models.layers import RMSNorm
 from megatron_vrl.models.logprob_head import Distribution
 from megatron_vrl.models.swiglu import swiglu
 from megatron_vrl.observe.op_counter import OpCounter
-from megatron_vrl.parallel.mesh import close_mesh, init_mesh
+from megatron_vrl.parallel.mesh import Mesh, close_mesh, init_mesh
 from megatron_vrl.policy import policy as policies
+from megatron_vrl.policy.policy import Policy
 
 SIZES = {"frames": 4, "height": 112, "width": 112, "answer_tokens": 16, "group": 8}
 BANNED = Distribution(temperature=0.9, banned=(1, 5, 900))
 
 
 @pytest.fixture(scope="module")
-def mesh():
+def mesh() -> Iterator[Mesh]:
     yield init_mesh(Parallel(), seed=1)
     close_mesh()
 
 
-def made(mesh, **model):
+def made(mesh: Mesh, **model: str) -> tuple[Policy, list[Any]]:
     arguments = argparse.Namespace(**SIZES, **{"dtype": "bfloat16", "recompute": "none"} | model)
     arch = ops.architecture()
     return ops.make_policy(arch, mesh, arguments), ops.batches_of(arch, mesh, arguments)
@@ -36,7 +41,7 @@ def made(mesh, **model):
 @pytest.mark.parametrize(
     ("dtype", "language", "vision"), [("bfloat16", 90, 34), ("float32", 84, 32)]
 )
-def test_operations_of_a_layer(mesh, dtype, language, vision):
+def test_operations_of_a_layer(mesh: Mesh, dtype: str, language: int, vision: int) -> None:
     """Forward and backward of a language layer; forward of a frozen vision layer."""
     calls = ops.layer_calls(*made(mesh, dtype=dtype))
     for call, most, frozen in zip(calls, (language, vision), (False, True), strict=True):
@@ -46,15 +51,17 @@ def test_operations_of_a_layer(mesh, dtype, language, vision):
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_no_host_read_in_forward_and_backward(mesh, monkeypatch, recompute):
+def test_no_host_read_in_forward_and_backward(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch, recompute: str
+) -> None:
     policy, batches = made(mesh, recompute=recompute)
     update = partial(policy.update, batches, partial(token_loss, cfg=Algorithm(kl=0.0)), BANNED)
     update(0)  # what is made once: banned ids, means of pixels
-    counter, schedule = OpCounter(), policies.get_forward_backward_func
+    counter = OpCounter()
 
-    def counted(**arguments):
+    def counted(**arguments: Any) -> Any:
         with counter:
-            return schedule()(**arguments)
+            return get_forward_backward_func()(**arguments)
 
     monkeypatch.setattr(policies, "get_forward_backward_func", lambda: counted)
     update(1)
@@ -65,7 +72,7 @@ def test_no_host_read_in_forward_and_backward(mesh, monkeypatch, recompute):
     assert lines <= {"arrays.py", "cpu.py"} and sum(counter.uploads.values()) <= 2
 
 
-def test_an_update_reads_one_number_after_its_passes_and_its_metrics(mesh):
+def test_an_update_reads_one_number_after_its_passes_and_its_metrics(mesh: Mesh) -> None:
     """The norm of all gradients, which also says whether they are finite; and the metrics."""
     policy, batches = made(mesh)
     update = partial(policy.update, batches, partial(token_loss, cfg=Algorithm(kl=0.0)), BANNED)
@@ -76,33 +83,35 @@ def test_an_update_reads_one_number_after_its_passes_and_its_metrics(mesh):
     assert len(on_device) == 2, counter.host_reads  # inputs.py: tensors of the host alone
 
 
-def test_the_mlp_keeps_three_values_of_five(mesh):
+def test_the_mlp_keeps_three_values_of_five(mesh: Mesh) -> None:
     language, _ = ops.layer_calls(*made(mesh))
     _, saved = ops.count_layer(ops.mlp_of(language))
-    layer, args, kwargs = language
+    layer: Any = language[0]
+    _, args, kwargs = language
     rows = len(args[0] if args else kwargs["hidden_states"])
     assert saved == 3 * 2 * rows * layer.config.ffn_hidden_size
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_swiglu_equals_autograd_to_the_bit(dtype):
+def test_swiglu_equals_autograd_to_the_bit(dtype: torch.dtype) -> None:
     noise = torch.randn(5, 1, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
     results = []
     for activation in (swiglu, by_autograd):
         leaf = noise.clone().requires_grad_()
         out = activation(leaf)
         out.backward(out.detach().sin())
+        assert leaf.grad is not None
         results.append((out, leaf.grad))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
 
 
-def by_autograd(gate_up):
+def by_autograd(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_norm_equals_torch(dtype):
+def test_the_norm_equals_torch(dtype: torch.dtype) -> None:
     """The result to the bit; gradients as near to those in float64 as torch's are."""
     noise = torch.Generator().manual_seed(1)
     x = torch.randn(7, 1, 64, generator=noise).to(dtype)
@@ -117,7 +126,7 @@ def test_the_norm_equals_torch(dtype):
         assert (mine - wanted).norm() <= 1.1 * (torchs - wanted).norm()
 
 
-def outcome(norm, x, weight):
+def outcome(norm: torch.nn.RMSNorm, x: Tensor, weight: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     with torch.no_grad():
         norm.weight.copy_(weight)
     leaf = x.detach().to(norm.weight.dtype).clone().requires_grad_()

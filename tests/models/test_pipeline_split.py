@@ -77,7 +77,7 @@ def test_given_counts_are_taken_as_they_are() -> None:
     assert all_chunks(arch, MODEL, Parallel()) == [whole_model(arch)]
 
 
-def test_fp8_blocks_must_divide_what_sequence_parallelism_gathers():
+def test_fp8_blocks_must_divide_what_sequence_parallelism_gathers() -> None:
     arch = read_architecture(MODELS / "qwen2.5-vl-7b.json")
     cfg = Model(checkpoint="", layers="transformer_engine", fp8="blockwise")
     tensor2 = Parallel(tensor=2, sequence=True)

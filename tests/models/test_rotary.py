@@ -1,8 +1,11 @@
 """Rotation by shared tables: to the bit what Megatron computes, gradients and fused kernel too."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
+from torch import Tensor
 
 from megatron_vrl.models import rotary
 from megatron_vrl.models.rotary import rotary_tables, rotate
@@ -11,33 +14,38 @@ ROWS, KEY_HEADS, QUERY_HEADS, CHANNELS = 5, 2, 3, 8
 
 
 @pytest.fixture
-def drawn():
+def drawn() -> tuple[Tensor, Tensor]:
     noise = torch.Generator().manual_seed(1)
     mixed = torch.randn(ROWS, 1, KEY_HEADS * (QUERY_HEADS + 2) * CHANNELS, generator=noise)
     half = 9 * torch.randn(ROWS, 1, 1, CHANNELS // 2, generator=noise)
     return mixed, torch.cat([half, half], dim=-1)
 
 
-def rotated(mixed, angles, rotate):
+def rotated(
+    mixed: Tensor, angles: Tensor, rotate: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
     """Result and gradient of a loss that weighs every value differently."""
     leaf = mixed.detach().clone().requires_grad_()
     out = rotate(leaf * 1, angles)
     (out * torch.arange(out.numel(), dtype=out.dtype).view_as(out).sin()).sum().backward()
+    assert leaf.grad is not None
     return out.detach(), leaf.grad
 
 
-def ours(mixed, angles):
+def ours(mixed: Tensor, angles: Tensor) -> Tensor:
     return rotate(mixed, rotary_tables(angles, mixed.dtype), KEY_HEADS)
 
 
-def megatrons(mixed, angles):
+def megatrons(mixed: Tensor, angles: Tensor) -> Tensor:
     heads = mixed.view(ROWS, KEY_HEADS, -1, CHANNELS)
     turned = _apply_rotary_pos_emb_bshd(heads[:, :, :-1], angles)
     return torch.cat([turned, heads[:, :, -1:]], dim=2).view_as(mixed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rotation_equals_megatrons_to_the_bit_and_its_gradient_is_no_less_exact(drawn, dtype):
+def test_rotation_equals_megatrons_to_the_bit_and_its_gradient_is_no_less_exact(
+    drawn: tuple[Tensor, Tensor], dtype: torch.dtype
+) -> None:
     mixed, angles = drawn
     (got, slope), (wanted, expected) = (
         rotated(mixed.to(dtype), angles, rotate) for rotate in (ours, megatrons)
@@ -47,7 +55,9 @@ def test_rotation_equals_megatrons_to_the_bit_and_its_gradient_is_no_less_exact(
     assert (slope - exact).norm() <= (expected - exact).norm()  # it rounds once less
 
 
-def test_a_fused_kernel_gets_angles_and_their_inverse(drawn, monkeypatch):
+def test_a_fused_kernel_gets_angles_and_their_inverse(
+    drawn: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The kernel of Transformer Engine, by Megatron's own rotation: same arguments, same result."""
     wanted = rotated(*drawn, ours)
     monkeypatch.setattr(rotary, "fused_rotation", lambda: _apply_rotary_pos_emb_bshd)

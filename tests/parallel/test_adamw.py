@@ -1,5 +1,7 @@
 """AdamW compared with torch's: equal updates from a different state layout."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,7 +42,7 @@ def test_state_is_that_of_fused_adam() -> None:
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_the_kernel_of_a_gpu_computes_what_the_cpu_computes(weight_decay):
+def test_the_kernel_of_a_gpu_computes_what_the_cpu_computes(weight_decay: float) -> None:
     """torch's fused kernel runs on CPU tensors, too: 20 steps with our arguments.
 
     Both are float32 and order the bias corrections differently. A step is at most lr = 0.01, so
@@ -51,7 +53,7 @@ def test_the_kernel_of_a_gpu_computes_what_the_cpu_computes(weight_decay):
         torch.manual_seed(0)
         params = [torch.randn(5, 3), torch.randn(7)]
         first, second = ([torch.zeros_like(param) for param in params] for _ in range(2))
-        group = {"betas": (0.8, 0.95), "eps": 1e-8, "weight_decay": weight_decay}
+        group: dict[str, Any] = {"betas": (0.8, 0.95), "eps": 1e-8, "weight_decay": weight_decay}
         for step in range(1, 21):
             grads = [torch.randn(param.shape) for param in params]
             update(group | {"step": step, "lr": 0.01 / step}, params, grads, first, second)
@@ -60,7 +62,7 @@ def test_the_kernel_of_a_gpu_computes_what_the_cpu_computes(weight_decay):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
-def test_the_fused_kernel_allocates_no_list_of_tensors():
+def test_the_fused_kernel_allocates_no_list_of_tensors() -> None:
     """A count of the operations: one kernel, and the step count as its only new tensor."""
     params, grads, first, second = ([torch.zeros(4) for _ in range(3)] for _ in range(4))
     group = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "step": 1, "lr": 0.1}
@@ -72,10 +74,10 @@ def test_the_fused_kernel_allocates_no_list_of_tensors():
 class Operations(TorchDispatchMode):
     """Record the name of every operation."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.names = []
+        self.names: list[str] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.append(func.overloadpacket.__name__)
         return func(*args, **kwargs or {})

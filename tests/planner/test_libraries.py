@@ -2,12 +2,12 @@
 
 import pytest
 
-from megatron_vrl.config import Parallel, load_config
-from megatron_vrl.models.architecture import read_architecture
+from megatron_vrl.config import Parallel, RunConfig, load_config
+from megatron_vrl.models.architecture import Architecture, read_architecture
 from megatron_vrl.planner import libraries
 from megatron_vrl.planner.hardware import GIB, find_gpu
 from megatron_vrl.planner.libraries import NCCL_GROUP, first_gpu_bytes, nccl_bytes
-from megatron_vrl.planner.plan import PlanRequest, make_plan
+from megatron_vrl.planner.plan import Plan, PlanRequest, make_plan
 from megatron_vrl.planner.search import nearest_layout
 from megatron_vrl.video.dali import MAX_BATCH_BYTES
 from tests.running import ROOT
@@ -22,18 +22,20 @@ from tests.running import ROOT
         ({"context": 2}, 2, 5),
     ],
 )
-def test_a_rank_has_a_communicator_for_each_group(layout, dp_ranks, groups):
-    assert nccl_bytes(Parallel(**layout), dp_ranks) == groups * NCCL_GROUP
+def test_a_rank_has_a_communicator_for_each_group(
+    layout: dict[str, int], dp_ranks: int, groups: int
+) -> None:
+    assert nccl_bytes(Parallel.model_validate(layout), dp_ranks) == groups * NCCL_GROUP
 
 
-def planned(name, *overrides):
-    cfg = load_config(ROOT / "configs" / f"{name}.yaml", overrides)
+def planned(name: str, *overrides: str) -> tuple[RunConfig, Architecture, Plan]:
+    cfg = load_config(ROOT / "configs" / f"{name}.yaml", list(overrides))
     arch = read_architecture(ROOT / cfg.model.architecture)
     request = PlanRequest(gpu=find_gpu("h100"), gpus=cfg.parallel.processes)
     return cfg, arch, make_plan(cfg, arch, request)
 
 
-def test_the_decoder_and_a_sleeping_engine_stay_during_an_update():
+def test_the_decoder_and_a_sleeping_engine_stay_during_an_update() -> None:
     assert libraries.DECODER_FRAMES == MAX_BATCH_BYTES
     _, _, on_gpu = planned("qwen2.5-vl-3b-1gpu")
     _, _, on_cpu = planned("qwen2.5-vl-3b-1gpu", "video.device=cpu")
@@ -44,7 +46,7 @@ def test_the_decoder_and_a_sleeping_engine_stay_during_an_update():
     assert not on_gpu.refused
 
 
-def test_a_weight_sync_must_fit_on_a_workers_first_gpu():
+def test_a_weight_sync_must_fit_on_a_workers_first_gpu() -> None:
     name = "qwen2.5-vl-72b-tp8pp4-fp8"
     cfg, arch, plan = planned(name)
     embedding = 2 * arch.vocab * arch.hidden

@@ -51,7 +51,9 @@ def test_seed_normalisation_is_a_mean_of_means(mesh: Mesh) -> None:
     ("none", True, 16), ("delayed", True, 16), ("current", True, 16),
     ("blockwise", True, 128), ("blockwise", False, 16),
 ])  # fmt: skip
-def test_a_tensor_rank_has_whole_tiles_on_a_gpu(mesh, fp8, sequence, rows):
+def test_a_tensor_rank_has_whole_tiles_on_a_gpu(
+    mesh: Mesh, fp8: str, sequence: bool, rows: int
+) -> None:
     """Transformer Engine gathers the rows of FP8 with blockwise scaling by blocks of 128."""
     tensor = 2
     tile = row_tile(Parallel(tensor=tensor, sequence=sequence), fp8)

@@ -39,7 +39,7 @@ def test_step_counts_the_tokens_of_every_layout() -> None:
     assert shared["peak_bytes"] > 0
 
 
-def test_a_save_needs_the_memory_of_its_own_files():
+def test_a_save_needs_the_memory_of_its_own_files() -> None:
     """Three writer processes take some 15 MiB of their own. A gathered save takes five times its
     files here."""
     rows = rows_of("checkpoint", "--ranks", 2, "--hidden", 256, "--layers", 2, "--sides", "ours")
@@ -80,7 +80,7 @@ def test_sync_takes_its_stages_apart() -> None:
     assert rows["colocated"]["bytes"] > 4_000_000
 
 
-def test_generate_counts_the_sampled_tokens():
+def test_generate_counts_the_sampled_tokens() -> None:
     sizes = ("--hidden", 512, "--layers", 1, "--prompts", 2, "--group", 2)
     rows = rows_of("generate", *sizes, "--prompt-tokens", 16, "--answer-tokens", 4)
     (row,) = rows.values()

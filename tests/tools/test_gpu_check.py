@@ -1,12 +1,15 @@
 """tools/gpu_check.py keeps what it has measured."""
 
 import json
+from pathlib import Path
 
 import gpu_check
 import pytest
 
 
-def test_finished_parts_are_written_before_the_next_begins(tmp_path, monkeypatch):
+def test_finished_parts_are_written_before_the_next_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     row = {"bench": "first", "median_s": 0.5}
     stops = "import os, signal; os.kill(os.getppid(), signal.SIGINT)"

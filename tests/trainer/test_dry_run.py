@@ -79,7 +79,9 @@ def test_a_dry_run_may_be_on_another_machine_and_a_run_may_not(
 
 
 @pytest.mark.parametrize("world", [1, 16])
-def test_a_launcher_with_another_number_of_ranks_is_refused(monkeypatch, world):
+def test_a_launcher_with_another_number_of_ranks_is_refused(
+    monkeypatch: pytest.MonkeyPatch, world: int
+) -> None:
     monkeypatch.chdir(ROOT)
     with pytest.raises(ConfigError) as error:
         check(load_config(RECIPE, []), world)
