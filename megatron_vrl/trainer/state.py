@@ -49,9 +49,9 @@ class RunState:
         names = {each.name for each in fields(cls)}
         if unknown := sorted(values.keys() - names):
             raise CheckpointError(
-                f"{path} has fields that this version does not know ({', '.join(unknown)}): another "
-                "version wrote it. Resume with that version, or start a run from its weights "
-                "(mvrl convert)."
+                f"{path} has fields that this version does not know ({', '.join(unknown)}): "
+                "another version wrote it. Resume with that version, or start a run from its "
+                "weights (mvrl convert)."
             )
         return cls(**values)
 
