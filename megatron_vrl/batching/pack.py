@@ -64,7 +64,7 @@ class MicroBatch:
     answer_group: NDArray[np.int64]  # [A] index in G
     answer_id: tuple[str, ...]  # [A] for error messages
     visuals: tuple[Visual, ...]  # in the order of their vision pad tokens in T
-    seen: tuple[NDArray[Any], ...]  # their cached vision embeddings; () if there are none
+    visual_embeds: tuple[NDArray[Any], ...]  # their cached vision embeddings; () if there are none
     source: NDArray[np.int64]  # [N] index in `rows` of the token that predicts the target
     target: NDArray[np.int64]  # [N] token id
     advantage: NDArray[np.float32]  # [N]
@@ -103,7 +103,7 @@ def pack(
         answer_group=answer_group,
         answer_id=tuple(answer.id for answer in answers),
         visuals=tuple(visual for group in groups for visual in group.prompt.visuals),
-        seen=tuple(tokens for group in groups for tokens in group.prompt.visual_embeds),
+        visual_embeds=tuple(tokens for group in groups for tokens in group.prompt.visual_embeds),
         source=np.concatenate([[first, *range(start, start + n)] for first, start, n in inputs]),
         target=np.concatenate([answer.token_ids for answer in answers]),
         advantage=np.repeat([a.advantage for a in answers], targets).astype(np.float32),

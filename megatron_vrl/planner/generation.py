@@ -37,7 +37,7 @@ class EngineMemory:
     sync: int  # of a weight sync on a worker's first GPU, beside the engine; 0 if colocated
 
     @property
-    def share(self) -> int:
+    def total(self) -> int:
         """Return all memory of the engine."""
         return self.weights + self.working + self.kv_cache
 

@@ -63,8 +63,8 @@ class Memory:
     def rollout(self, stage: int) -> int:
         """Return the memory during generation. A colocated engine reserves its whole
         `rollout.gpu_memory_utilization`."""
-        share = self.engine.share if self.colocated else 0
-        return self.stages[stage].persistent + share
+        engine = self.engine.total if self.colocated else 0
+        return self.stages[stage].persistent + engine
 
     def peak(self, stage: int) -> int:
         """Return the larger of the peaks of update and rollout."""
@@ -78,7 +78,7 @@ class Memory:
     @property
     def first_worker_gpu(self) -> int:
         """Return the peak of a weight sync on a worker's first GPU; 0 if engines are colocated."""
-        return 0 if self.colocated else self.engine.share + self.engine.sync
+        return 0 if self.colocated else self.engine.total + self.engine.sync
 
     @property
     def fits(self) -> bool:
@@ -269,12 +269,12 @@ def _multiple(cfg: RunConfig) -> int:
 
 def _shortages(cfg: RunConfig, request: PlanRequest, memory: Memory) -> Iterator[str]:
     """Yield one sentence for each shortage of memory."""
-    of = f"{memory.usable / GIB:.1f} GiB that a {request.gpu.name} has to give"
+    of = f"{memory.usable / GIB:.1f} GiB that a {request.gpu.name} has available"
     for number, stage in enumerate(memory.stages):
         if stage.update > memory.usable:
             yield (
                 f"An update needs {stage.update / GIB:.1f} GiB on each GPU of pipeline stage "
-                f"{number}, more than the {of}; the most of it is {_largest(stage)}."
+                f"{number}, more than the {of}; the largest part is {_largest(stage)}."
             )
     engine, key = (
         memory.engine,

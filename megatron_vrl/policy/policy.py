@@ -254,7 +254,7 @@ class Policy:
     def _patches(self, batch: MicroBatch) -> Tensor | None:
         """Return the pixel patches of a micro-batch; None if no visual needs the vision
         tower."""
-        if len(batch.seen) == len(batch.visuals):  # no visuals, or all have embeddings
+        if len(batch.visual_embeds) == len(batch.visuals):  # no visuals, or all have embeddings
             return None
         patches = [patchify(visual.frames, self.mesh.device) for visual in batch.visuals]
         return torch.cat(patches).to(self.chunks[0].config.params_dtype)

@@ -125,7 +125,7 @@ def test_an_invalid_layout_is_refused_with_the_nearest(plan: Planned) -> None:
 
 def test_too_little_memory_is_refused_and_the_nearest_fits(plan: Planned) -> None:
     code, found = as_json(plan("qwen2.5-vl-3b-8gpu", "model.recompute=none", "--json"))
-    assert code == 2 and "the most of it is vision" in found["refused"][0]
+    assert code == 2 and "the largest part is vision" in found["refused"][0]
     near = found["nearest"]
     assert near["overrides"] == ["model.recompute=full"]
     again, fits = as_json(plan("qwen2.5-vl-3b-8gpu", *near["overrides"], "--json"))

@@ -63,7 +63,7 @@ def micro_batch_flops(arch: Architecture, batch: MicroBatch) -> FlopCounts:
     for start, length, prefix in zip(starts, lengths, before, strict=True):
         num_keys[start : start + length] = prefix + np.arange(1, length + 1)
     pairs, rows = int(num_keys[batch.rows].sum()), len(batch.rows)
-    encoded = () if batch.seen else batch.visuals
+    encoded = () if batch.visual_embeds else batch.visuals
     vision = vision_flops(arch, [visual.grid_thw for visual in encoded])
     fraction = rows / len(batch.key_rows)
     return _language(arch, rows, pairs, len(batch.target)) + FlopCounts(

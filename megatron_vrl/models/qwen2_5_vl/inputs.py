@@ -66,7 +66,7 @@ def pass_inputs(
     is_pad = np.isin(batch.token_ids, (arch.video_token, arch.image_token))
     vision_index = (np.cumsum(is_pad) - 1)[batch.rows]  # of each row, valid at pads
     pad_rows = np.flatnonzero(is_pad[batch.rows])
-    encodes = len(batch.seen) < len(batch.visuals)
+    encodes = len(batch.visual_embeds) < len(batch.visuals)
     grids = [visual.grid_thw for visual in batch.visuals]
     return PassInputs(
         batch=batch,

@@ -167,7 +167,7 @@ class Qwen25VL(MegatronModule):
         """Return log-prob and entropy [2, N] of every target on the last stage, else hidden states.
 
         `patches` [P, patch values] holds the patches of all visuals of the batch. Only the first
-        stage reads it. None means that `batch.seen` holds precomputed vision embeddings.
+        stage reads it. None means that `batch.visual_embeds` holds precomputed vision embeddings.
         """
         hidden = self.language(
             input_ids=None,
@@ -203,7 +203,7 @@ class Qwen25VL(MegatronModule):
         """Return the vision embeddings [tokens, C] of all visuals of the batch, precomputed or
         encoded now."""
         if patches is None:
-            return upload(np.concatenate(inputs.batch.seen), self.mesh.device)
+            return upload(np.concatenate(inputs.batch.visual_embeds), self.mesh.device)
         assert self.vision is not None and inputs.vision is not None
         return self.vision(patches, inputs.vision)
 
