@@ -20,8 +20,9 @@ from megatron_vrl.data.prompt_pipeline import PromptPipeline
 from megatron_vrl.errors import CheckpointError, ConfigError, VideoError
 from megatron_vrl.models.architecture import config_dtype, read_architecture
 from megatron_vrl.observe.progress import log_engine_start
+from megatron_vrl.rollout.backends import BACKENDS
+from megatron_vrl.rollout.interfaces import InferenceEngine
 from megatron_vrl.rollout.request import SamplingSpec
-from megatron_vrl.rollout.vllm.engine import VllmEngine
 from megatron_vrl.storage.no_checkpoint import advice
 from megatron_vrl.types import EncodedVideo, Prompt, Rollout, VideoSample
 from megatron_vrl.video import VideoReader
@@ -70,7 +71,7 @@ def inference_config(
 
 
 class Answerer:
-    """Prompt pipeline and vLLM engine of one checkpoint."""
+    """Prompt pipeline and inference engine of one checkpoint."""
 
     def __init__(self, cfg: InferenceConfig, max_response_tokens: int) -> None:
         """Check the checkpoint. The engine starts with the first prompt. Raises UserError."""
@@ -90,16 +91,17 @@ class Answerer:
         self._max_model_len = min(longest, arch.max_positions)
 
     @cached_property
-    def _engine(self) -> VllmEngine:
-        log_engine_start(self._cfg.model.checkpoint)
-        engine = VllmEngine(
+    def _engine(self) -> InferenceEngine:
+        checkpoint, cfg = self._cfg.model.checkpoint, self._cfg.rollout
+        log_engine_start(checkpoint)
+        engine = BACKENDS[cfg.backend](
             str(self._directory),
-            self._cfg.rollout,
+            cfg,
             dtype=self._cfg.model.dtype,
             seed=0,
             max_model_len=self._max_model_len,
         )
-        engine.push_weights(stored_tensors(Path(self._cfg.model.checkpoint)), 0)
+        engine.push_weights(stored_tensors(Path(checkpoint)), 0)
         return engine
 
     def answer(

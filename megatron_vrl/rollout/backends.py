@@ -1,24 +1,38 @@
 """Inference engines by the value of `rollout.backend`. A new engine adds one row to BACKENDS."""
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
-from megatron_vrl.config import RunConfig
+from megatron_vrl.config import RolloutConfig, RunConfig
 from megatron_vrl.rollout.interfaces import InferenceEngine
 from megatron_vrl.rollout.request import max_model_len
 from megatron_vrl.rollout.vllm.engine import VllmEngine
 
 
+class Backend(Protocol):
+    """Starts an engine without weights. `VllmEngine` documents the arguments."""
+
+    def __call__(
+        self,
+        hf_dir: str,
+        cfg: RolloutConfig,
+        *,
+        dtype: str,
+        seed: int,
+        max_model_len: int,
+        tensor: int = 1,
+    ) -> InferenceEngine: ...
+
+
+BACKENDS: dict[str, Backend] = {"vllm": VllmEngine}
+
+
 def start_engine(cfg: RunConfig, hf_dir: Path, tensor: int = 1) -> InferenceEngine:
-    """Start the engine of `cfg.rollout.backend`. Its weights arrive by the first weight sync.
+    """Start the engine of a run. Its weights arrive by the first weight sync.
 
     hf_dir: config and tokenizer files. tensor: processes that share the model.
     """
-    return BACKENDS[cfg.rollout.backend](cfg, hf_dir, tensor)
-
-
-def _vllm(cfg: RunConfig, hf_dir: Path, tensor: int) -> InferenceEngine:
-    return VllmEngine(
+    return BACKENDS[cfg.rollout.backend](
         str(hf_dir),
         cfg.rollout,
         dtype=cfg.model.dtype,
@@ -26,6 +40,3 @@ def _vllm(cfg: RunConfig, hf_dir: Path, tensor: int) -> InferenceEngine:
         max_model_len=max_model_len(cfg),
         tensor=tensor,
     )
-
-
-BACKENDS: dict[str, Callable[[RunConfig, Path, int], InferenceEngine]] = {"vllm": _vllm}
