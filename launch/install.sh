@@ -21,7 +21,7 @@ case "$what" in
         stamps=("$venv/installed-test" "$venv/installed-cpu")
         ;;
     gpu)
-        version=3.12 disk_mib=16000 download_mib=8000
+        version=3.12 disk_mib=10000 download_mib=8000
         locks=("$root/launch/locks/gpu.txt")
         stamps=("$venv/installed-gpu")
         ;;

