@@ -110,7 +110,8 @@ def test_one_run_alone_resumes_a_killed_run(
 ) -> None:
     chance = random.Random(time.time_ns())
     running = call()
-    for victim in ("launcher", f"rank {chance.randrange(2)}", "group"):
+    victims = ("launcher", f"rank {chance.randrange(2)}", "group")
+    for victim in chance.sample(victims, 2):  # a restart takes most of this test's time
         running.wait_for(more_steps=4)
         while not (running.out / "checkpoints" / "latest").exists():
             time.sleep(0.1)

@@ -101,7 +101,7 @@ def test_without_workers_the_run_stops_with_a_sentence(quickstart: Path) -> None
     assert done.returncode == 2
     assert (
         "error: 0 of at least 1 rollout workers were ready within rollout.worker_wait_timeout_s=1 "
-        "(no address is known): start them with launch/rollout_worker.sh"
+        "(no address is known): start workers with launch/rollout_worker.sh"
     ) in done.stderr
 
 
