@@ -314,7 +314,8 @@ def encode(clips: list[Clip], folder: Path, workers: int) -> None:
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         signal.signal(signal.SIGINT, heard)
         done = pool.imap_unordered(partial(write_clip, folder=folder), clips, chunksize=8)
-        for _ in tqdm(done, total=len(clips), unit="clip", desc=str(folder)):
+        seconds = 0.1 if sys.stderr.isatty() else 30.0  # between lines of the bar
+        for _ in tqdm(done, total=len(clips), unit="clip", desc=str(folder), mininterval=seconds):
             pass
 
 
