@@ -23,6 +23,7 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
