@@ -1,154 +1,150 @@
 #!/usr/bin/env python3
-"""Run everything that needs a GPU: the tests marked `gpu` and every bench.
+"""Run everything that needs a GPU: updates, the main job, benches, and the tests marked `gpu`.
 
-    launch/gpu_check.sh [--out runs/gpu-check] [--only tests,update] [--model configs/models/X.json]
+    launch/gpu_check.sh [--out runs/gpu-check] [--seconds 560] [--only job,large] [--model FILE]
+                        [--replay DIR] [--tiny]
 
 It writes OUT/gpu-check.json and OUT/gpu-check.md after each part: machine, versions and commit,
-then a row for each measurement. Each part runs in its own process under a time limit. The row of a
-part whose library is absent says so, the row of a failed part has its last line. Exit code 1: a
-part failed.
+then a row for each measurement. Each part runs in its own process under a time limit, the tiny ones
+first. A part that no longer fits into --seconds is not begun. The row of a part whose library or
+files are absent says so, the row of a failed part has its last line. --tiny runs the parts at small
+sizes on a CPU. Exit code 1: a part failed or was too slow.
 """
 
 import json
-import platform
+import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
+from argparse import Namespace
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from gpu_checks.parts import MODEL_3B, ROOT, Part, environment, parts_of
+from gpu_checks.report import machine, markdown, write
 from tqdm import tqdm
 
+from megatron_vrl.errors import UserError
 from megatron_vrl.observe.progress import log_written
-from megatron_vrl.process.command_line import tool_parser
+from megatron_vrl.process.command_line import OverrideParser, tool_parser
 from megatron_vrl.process.entry import run_program
 
 Row = dict[str, Any]
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = (
-    "torch",
-    "megatron-core",
-    "transformer-engine",
-    "vllm",
-    "nvidia-dali-cuda130",
-    "transformers",
-)
+TINY_EXPECTED = 0.2  # time of a tiny part over that of its large form
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = tool_parser(__doc__)
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("runs/gpu-check"),
-        metavar="DIR",
-        help="default runs/gpu-check",
-    )
-    parser.add_argument(
-        "--only", default="", help="parts to run, separated by commas (default: all)"
-    )
-    parser.add_argument(
-        "--model",
-        default=str(ROOT / "configs/models/qwen2.5-vl-3b.json"),
-        metavar="FILE",
-        help="config.json of the benches, default Qwen2.5-VL-3B's",
-    )
+    parser = _parser()
     arguments = parser.parse_args(argv)
+    ends_at = time.monotonic() + arguments.seconds
+    _check_device(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        parts = _parts(arguments.model, Path(folder))
+        parts = parts_of(
+            arguments.model, arguments.replay.resolve(), Path(folder), tiny=arguments.tiny
+        )
         only = [name for name in arguments.only.split(",") if name]
         unknown = sorted({*only} - {*parts})
         if unknown:
-            parser.error(f"--only {','.join(unknown)}: choose of {', '.join(parts)}.")
+            parser.error(f"--only {','.join(unknown)}: choose of {','.join(parts)}.")
         rows: list[Row] = []
-        report = {"machine": _machine(), "rows": rows}
-        _write(report, arguments.out)
-        for name, (needs, seconds, command) in tqdm(parts.items(), unit="part"):
+        report = {"machine": machine(), "rows": rows}
+        write(report, arguments.out)
+        for name, part in tqdm(parts.items(), unit="part"):
             if not only or name in only:
-                rows += _run(name, needs, seconds, command)
-                _write(report, arguments.out)
-    print(_markdown(report), flush=True)
+                left = ends_at - time.monotonic()
+                rows += [{"part": name, **row} for row in run_part(part, left, arguments.tiny)]
+                write(report, arguments.out)
+    print(markdown(report), flush=True)
     log_written(arguments.out)
     return int(any(row["status"] in ("failed", "too slow") for row in rows))
 
 
-def _write(report: Row, out: Path) -> None:
-    """Write the report so far: a command that is stopped at a limit keeps its finished parts."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "gpu-check.json").write_text(json.dumps(report, indent=1) + "\n")
-    (out / "gpu-check.md").write_text(_markdown(report))
+def _parser() -> OverrideParser:
+    parser = tool_parser(__doc__)
+    add, root = parser.add_argument, Path("runs")
+    add(
+        "--out", type=Path, default=root / "gpu-check", metavar="DIR", help="default runs/gpu-check"
+    )
+    add("--seconds", type=float, default=560, metavar="N", help="for all parts, default 560")
+    add("--only", default="", help="parts to run, separated by commas (default: all)")
+    model = "config.json of the large parts, default Qwen2.5-VL-3B's"
+    add("--model", default=str(MODEL_3B), metavar="FILE", help=model)
+    replay = "made by tools/gpu_checks/record.py, default runs/gpu-check-replay"
+    add("--replay", type=Path, default=root / "gpu-check-replay", metavar="DIR", help=replay)
+    add("--tiny", action="store_true", help="small sizes, on a CPU")
+    return parser
 
 
-def _parts(model: str, folder: Path) -> dict[str, tuple[tuple[str, ...], float, list[str]]]:
-    """Return name -> (modules that it needs, limit in seconds, arguments of Python)."""
+def _check_device(arguments: Namespace) -> None:
+    import torch
 
-    def bench(*argv: str) -> list[str]:
-        return ["tools/bench.py", *argv, "--json"]
-
-    te = find_spec("transformer_engine") is not None
-    formats = "bfloat16,delayed,current,blockwise" if te else "bfloat16"
-    layers = "transformer_engine" if te else "megatron"
-    clip = str(folder / "clip.mp4")
-    update = ("update", "--model", model, "--recompute", "full", "--micro-batch", "12000")
-    both = ("--formats", formats, "--layers", layers)
-    return {
-        "tests": ((), 900, ["-m", "pytest", "-m", "gpu", "-p", "no:warnings", "tests"]),
-        "update": ((), 600, bench(*update, *both)),
-        "attention": ((), 300, bench(*update, "--attention", "sdpa", "--layouts", "shared")),
-        "head": ((), 300, bench("head", "--hidden", "2048")),
-        "clip": (("av",), 120, ["-c", _CLIP, clip]),
-        "decode": (
-            ("av", "nvidia.dali"),
-            300,
-            bench("decode", clip, "--paths", "ours-pyav,ours-dali,ours-nvdec"),
-        ),
-        "sync": (("vllm",), 600, bench("sync", "--hidden", "2048", "--layers", "24")),
-        "generate": (
-            ("vllm",),
-            600,
-            bench("generate", "--hidden", "2048", "--layers", "24", "--dtype", "bfloat16"),
-        ),
-    }
-
-
-_CLIP = """
-import sys, av, numpy as np
-y, x = np.mgrid[0:720, 0:1280]
-with av.open(sys.argv[1], "w") as file:
-    stream = file.add_stream("libx264", rate=30, options={"g": "30", "preset": "veryfast"})
-    stream.width, stream.height, stream.pix_fmt = 1280, 720, "yuv420p"
-    for i in range(1350):
-        picture = np.stack([x + 3 * i, y + 2 * i, (x + y) // 2 + i], -1).astype(np.uint8)
-        file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
-    file.mux(stream.encode())
-"""  # 45 s of 720p in H.264, a key frame a second
-
-
-def _run(name: str, needs: tuple[str, ...], seconds: float, command: list[str]) -> list[Row]:
-    absent = [module for module in needs if not _importable(module)]
-    if absent:
-        return [{"part": name, "status": "absent", "message": f"no {', '.join(absent)} here"}]
-    try:
-        done = subprocess.run(
-            [sys.executable, *command],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=seconds,
+    if not arguments.tiny and not torch.cuda.is_available():
+        raise UserError(
+            "torch sees no GPU here: run gpu_check on a machine with one, or with --tiny on a CPU."
         )
-    except subprocess.TimeoutExpired:
-        return [{"part": name, "status": "too slow", "message": f"more than {seconds:.0f} s"}]
-    lines = (done.stdout if done.stdout.strip() else done.stderr).strip().splitlines()
-    if done.returncode:
-        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-        return [{"part": name, "status": "failed", "message": " ".join(last)[:300]}]
-    rows = [json.loads(line) for line in lines if line.startswith('{"bench"')]
-    if not rows:
-        return [{"part": name, "status": "ok", "message": " ".join(lines[-1:]) or "made"}]
-    return [{"part": name, "status": "ok", **row} for row in rows]
+
+
+def run_part(part: Part, left: float, tiny: bool) -> list[Row]:
+    """Run one part and return its rows; a part that cannot run has one row that says why.
+
+    `left`: seconds that the check may still take.
+    """
+    absent = [module for module in part.needs if not _importable(module)]
+    absent += [str(file) for file in part.files if not file.exists()]
+    if absent:
+        return [{"status": "absent", "message": f"no {', '.join(absent)} here"}]
+    if tiny and part.gpu_only:
+        return [{"status": "not run", "message": f"needs a GPU: {part.gpu_only}"}]
+    expected = part.expected * (TINY_EXPECTED if tiny else 1)
+    if left < expected:
+        words = f"{max(0, left):.0f} s left, about {expected:.0f} needed"
+        return [{"status": "not run", "message": words}]
+    limit = min(part.limit, left)
+    code, out, err = _finished(part.command, limit)
+    rows = [{"status": "ok", **json.loads(x)} for x in out.splitlines() if x.startswith('{"bench"')]
+    if code is None:
+        return [*rows, {"status": "too slow", "message": f"more than {limit:.0f} s"}]
+    last = " ".join((err.strip() if code else out.strip() or err.strip()).splitlines()[-1:])
+    if code:
+        return [*rows, {"status": "failed", "message": last[:300] or f"exit code {code}"}]
+    return rows or [{"status": "ok", "message": last or "made"}]
+
+
+def _finished(command: Sequence[str], limit: float) -> tuple[int | None, str, str]:
+    """Run Python with these arguments; return its exit code (None: too slow) and its output.
+
+    All processes that it started are ended with it, so that none keeps the GPU's memory.
+    """
+    python = os.environ.get("PYTHON_EXEC") or sys.executable
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen(
+            [python, *command],
+            cwd=ROOT / "tools",
+            env=environment(),
+            stdout=out,
+            stderr=err,
+            start_new_session=True,
+        )
+        try:
+            code: int | None = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            _end_group(process)
+        out.seek(0), err.seek(0)
+        return code, out.read(), err.read()
+
+
+def _end_group(process: subprocess.Popen[Any]) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:  # nothing is left of it
+        return
+    process.wait()
 
 
 def _importable(module: str) -> bool:
@@ -156,41 +152,6 @@ def _importable(module: str) -> bool:
         return find_spec(module) is not None
     except ModuleNotFoundError:  # of the package around it
         return False
-
-
-def _machine() -> dict[str, str]:
-    import torch
-
-    values = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
-    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    for name, command in {"gpus": query, "commit": ["git", "rev-parse", "--short", "HEAD"]}.items():
-        try:
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-            values[name] = "; ".join(done.stdout.split("\n")).strip("; ")
-        except (OSError, subprocess.CalledProcessError):
-            values[name] = "unknown"
-    values["apex"] = "present" if find_spec("amp_C") else "absent"  # PyPI's apex is another package
-    for package in PACKAGES:
-        try:
-            values[package] = version(package)
-        except PackageNotFoundError:
-            values[package] = "absent"
-    return values
-
-
-def _markdown(report: Row) -> str:
-    """Return the machine on one line, then a row for each measurement."""
-    machine = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
-    lines = [machine, "", "| part | status | what |", "|-|-|-|"]
-    for row in report["rows"]:
-        skipped = ("part", "status", "bench", "machine", "cores", "card")
-        what = row.get("message") or ", ".join(
-            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-            for key, value in row.items()
-            if key not in skipped and value is not None
-        )
-        lines.append(f"| {row['part']} | {row['status']} | {what} |")
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 from megatron_vrl.rollout.records import read_rollouts
 from megatron_vrl.tasks import TASKS
 from tests.jobs.test_main_job import numbers, rows_of
-from tests.running import ENVIRONMENT, ROOT, train_command
+from tests.running import ENVIRONMENT, ROOT, run_python, train_command
 
 BRIEF = "{format: 0.5, brief: 0.5}"  # answers earn something before any warm-up
 OPTIONS = (
@@ -141,3 +141,24 @@ def test_training_on_stored_rollouts_until_none_is_left(
     assert rows[1]["rollout/is_weight"] != 1
     latest = run / "checkpoints" / (run / "checkpoints" / "latest").read_text()
     assert json.loads((latest / "state.json").read_text())["step"] == 2  # what was learned is kept
+
+
+def test_the_gpu_check_runs_its_own_programs_at_tiny_sizes(
+    quickstart: Path, rollouts_only: Path, tmp_path: Path
+) -> None:
+    """Other parts are benches of tests/tools/test_bench.py and tests that this command runs."""
+    (quickstart / "rollouts").symlink_to(rollouts_only / "rollouts")
+    only = ("--only", "tiny,job,large,update-full")
+    arguments = ("--tiny", "--seconds", "240", "--replay", quickstart, "--out", tmp_path)
+    done = run_python(ROOT / "tools" / "gpu_check.py", *only, *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    rows = json.loads((tmp_path / "gpu-check.json").read_text())["rows"]
+    assert {row["status"] for row in rows} == {"ok"}
+    by_part = {(row["part"], row.get("what", row.get("layout", ""))): row for row in rows}
+    assert by_part["tiny", ""]["resume_difference"] == 0
+    assert by_part["tiny", ""]["float32_difference"] < 0.02
+    job = by_part["job", ""]
+    assert job["steps"] == 2 and job["resumed_at"] == 2
+    assert by_part["large", "checkpoint"]["written_gib"] > 0.01
+    assert by_part["large", "passes"]["operations"] > 200
+    assert {("update-full", "shared"), ("update-full", "plain")} <= by_part.keys()

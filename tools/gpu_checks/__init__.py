@@ -1,0 +1,1 @@
+"""Programs of tools/gpu_check.py, and the list of its parts."""
