@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Rehearse an update at the real size and layout on fake GPUs, which have no memory.
 
-    tools/rehearse.py CONFIG [--rank R | --all-ranks] [--json] [section.key=value ...]
+    rehearse.py CONFIG [--rank R | --all-ranks] [--json] [section.key=value ...]
 
 The program's own forward and backward passes and the reduction of gradients run on tensors that
 have shape, dtype and device, and no memory. Nothing is computed, and no GPU is needed. The command
