@@ -22,6 +22,7 @@ FLOORS = {
     "megatron_vrl.evaluation": 4,
     "megatron_vrl.selection": 4,
     "megatron_vrl.planner": 4,
+    "megatron_vrl.rehearsal": 4,
     "megatron_vrl.rollout.manager": 4,
     "megatron_vrl.rollout.weight_sync": 4,
     "megatron_vrl.data.dataset_check": 4,

@@ -67,7 +67,7 @@ def _plan(arguments: argparse.Namespace, cfg: "RunConfig") -> tuple[dict[str, An
     )
     from megatron_vrl.planner.search import nearest_layout
 
-    arch, request = _architecture(cfg), _request(arguments, cfg)
+    arch, request = architecture_of(cfg), _request(arguments, cfg)
     refused = refusals(cfg, arch, request.gpu, request.gpus)
     found: dict[str, Any] = {**heading(cfg, arch, request), "memory_bytes": {}, "refused": refused}
     text = ""
@@ -86,7 +86,7 @@ def _search(arguments: argparse.Namespace, cfg: "RunConfig") -> tuple[dict[str, 
     from megatron_vrl.planner.render import candidate_values, heading, search_table
     from megatron_vrl.planner.search import rank_layouts
 
-    arch, request = _architecture(cfg), _request(arguments, cfg)
+    arch, request = architecture_of(cfg), _request(arguments, cfg)
     found, tried = rank_layouts(cfg, arch, request)
     refused = (
         [] if found else [f"No layout of {counted(request.gpus, 'GPU')} fits; {tried} were tried."]
@@ -99,7 +99,7 @@ def _search(arguments: argparse.Namespace, cfg: "RunConfig") -> tuple[dict[str, 
     return values, search_table(found, tried)
 
 
-def _architecture(cfg: "RunConfig") -> Any:
+def architecture_of(cfg: "RunConfig") -> Any:
     """Return the architecture of the checkpoint, or of model.architecture where it is absent."""
     from megatron_vrl.checkpoint.layout import hf_dir_of
     from megatron_vrl.models.architecture import read_architecture

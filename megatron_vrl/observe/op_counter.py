@@ -100,7 +100,7 @@ class OpCounter:
 
     def _noting(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(array: Any) -> Tensor:
-            self.uploads[_caller("from_numpy")] += 1
+            self.uploads[caller("from_numpy")] += 1
             return function(array)
 
         return call
@@ -126,9 +126,9 @@ class _Functions(TorchFunctionMode):
     ) -> Any:
         name = getattr(function, "__name__", "")
         if name in HOST_CALLS:
-            self._counter.host_reads[_caller(name)] += 1
+            self._counter.host_reads[caller(name)] += 1
         elif name in UPLOADS:
-            self._counter.uploads[_caller(name)] += 1
+            self._counter.uploads[caller(name)] += 1
         return function(*args, **(kwargs or {}))
 
 
@@ -146,22 +146,30 @@ class _Dispatch(TorchDispatchMode):
         space, name = function._schema.name.split("::")
         if space == "c10d" or name in FREE:
             return out
-        if name in READS or (name in ("index", "index_put_") and _by_mask(args)):
-            self._counter.host_reads[_caller(name)] += 1
+        if reads_host(name, args):
+            self._counter.host_reads[caller(name)] += 1
         self._counter.operations[name] += 1
         tensors = {id(t): t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)}
         self._counter.bytes_moved += sum(t.numel() * t.element_size() for t in tensors.values())
         return out
 
 
-def _by_mask(args: Any) -> bool:
-    """Return whether an indexing operation has a boolean index."""
+def reads_host(name: str, args: Any) -> bool:
+    """Return whether the host must wait for the result of the operation, or for its shape.
+
+    A boolean index does so, except where a number is assigned: torch then calls `masked_fill_`
+    (aten/src/ATen/native/TensorAdvancedIndexing.cpp, canDispatchToMaskedFill).
+    """
+    if name not in ("index", "index_put_"):
+        return name in READS
+    if name == "index_put_" and args[2].ndim == 0 and args[2].device.type == "cpu":
+        return False
     return any(isinstance(i, Tensor) and i.dtype == torch.bool for i in tree_leaves(args[1]))
 
 
-def _caller(name: str) -> str:
-    """Return `name` with file and line of the innermost frame outside torch and this module."""
+def caller(name: str, besides: str = __file__) -> str:
+    """Return `name` with file and line of the innermost frame outside torch and `besides`."""
     for frame in reversed(traceback.extract_stack()):
-        if "/torch/" not in frame.filename and frame.filename != __file__:
+        if "/torch/" not in frame.filename and frame.filename not in (__file__, besides):
             return f"{name} at {frame.filename.split('site-packages/')[-1]}:{frame.lineno}"
     return name

@@ -32,8 +32,12 @@ def upload(array: NDArray[Any], device: torch.device) -> Tensor:
     """
     if device.type != "cuda":
         return as_tensor(array if array.flags.writeable else array.copy()).to(device)
+    return pinned(array).to(device, non_blocking=True)
+
+
+def pinned(array: NDArray[Any]) -> Tensor:
+    """Return `as_tensor` of a copy of the array in pinned memory."""
     kind = torch.from_numpy(np.empty(0, array.dtype)).dtype
-    pinned = torch.empty(array.shape, dtype=kind, pin_memory=True)
-    np.copyto(pinned.numpy(), array)
-    same_bits = pinned.view(torch.bfloat16) if array.dtype == np.uint16 else pinned
-    return same_bits.to(device, non_blocking=True)
+    copy = torch.empty(array.shape, dtype=kind, pin_memory=True)
+    np.copyto(copy.numpy(), array)
+    return copy.view(torch.bfloat16) if array.dtype == np.uint16 else copy

@@ -119,7 +119,7 @@ def init_mesh(cfg: Parallel, seed: int, fp8: str = "none") -> Mesh:
         data=_axis(parallel_state.get_data_parallel_group()),
         vision=_axis(parallel_state.get_tensor_and_context_parallel_group()),
         batch=_axis(parallel_state.get_data_parallel_group(with_context_parallel=True)),
-        model=_model_axis(parallel_state.get_data_parallel_rank()),
+        model=_model_axis(cfg, parallel_state.get_data_parallel_world_size()),
         interleaved=cfg.virtual > 1,
         row_tile=row_tile(cfg, fp8) if device.type == "cuda" else 1,
         alone=dist.new_group([dist.get_rank()], use_local_synchronization=True),
@@ -166,14 +166,14 @@ def _axis(group: dist.ProcessGroup) -> Axis:
     return Axis(rank=group.rank(), size=group.size(), group=group)
 
 
-def _model_axis(data_rank: int) -> Axis:
-    """Return the axis of all ranks with this rank's data-parallel rank. Every rank must call it."""
-    data_ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(data_ranks, data_rank)
-    members = [
-        [rank for rank, at in enumerate(data_ranks) if at == wanted]
-        for wanted in sorted({*data_ranks})
-    ]
+def _model_axis(cfg: Parallel, data: int) -> Axis:
+    """Return the axis of all ranks with this rank's data-parallel rank. Every rank must call it.
+
+    `data` is the number of data-parallel ranks.
+    """
+    members: list[list[int]] = [[] for _ in range(data)]
+    for rank in range(dist.get_world_size()):
+        members[rank // (cfg.tensor * cfg.context) % data].append(rank)
     group, _ = dist.new_subgroups_by_enumeration(members)
     return _axis(group)
 

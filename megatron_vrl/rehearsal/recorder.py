@@ -1,0 +1,109 @@
+"""Recorder of a rehearsal: live bytes, operations and collectives of one fake rank.
+
+A host read, an operation that waits until a GPU has finished its queue, ends the rehearsal with
+HostReadError. Live bytes are those of the storages on the fake GPU. What an allocator or a library
+adds is left out.
+"""
+
+import collections
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import FakeWork
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_vrl.errors import UserError
+from megatron_vrl.observe.op_counter import FREE, caller, reads_host
+
+Collective = tuple[str, str]  # name of the operation, name of the group's axis
+
+
+class HostReadError(UserError):
+    """A pass reads a value from the GPU."""
+
+
+class Recorder(TorchDispatchMode):
+    """Dispatch mode that records the operations of one rank.
+
+    `phase` and `part` say what the next operations belong to. `in_pass`: whether a host read is an
+    error.
+    """
+
+    def __init__(self, axes: Mapping[str, str]) -> None:
+        super().__init__()
+        self.phase, self.part, self.in_pass = "weights", "rest", False
+        self.operations: collections.Counter[tuple[str, str]] = collections.Counter()
+        self.calls: collections.Counter[Collective] = collections.Counter()
+        self.bytes_sent: collections.Counter[Collective] = collections.Counter()
+        self.live = 0  # bytes now
+        self.peak: dict[str, int] = {}  # phase -> most bytes in it
+        self._axes = axes  # name of a group -> its axis
+        self._sizes: dict[int, int] = {}  # storage -> bytes
+
+    def enter(self, phase: str) -> None:
+        """Begin `phase`."""
+        self.phase = phase
+        self._note_peak()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        space, name = function._schema.name.split("::")
+        if space == "c10d":
+            self._collective(name, args)
+            if name.endswith("_coalesced_"):  # torch has no fake form of these
+                return FakeWork().boxed()
+            return function(*args, **(kwargs or {}))
+        if self.in_pass and reads_host(name, args):
+            raise HostReadError(
+                f"A pass reads from the GPU: {caller(name, __file__)}; keep the value there."
+            )
+        out = function(*args, **(kwargs or {}))
+        results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        if name not in FREE:
+            self.operations[self.phase, self.part] += 1
+            if self.in_pass and name in ("_to_copy", "copy_"):
+                self._refuse_download(name, args, results)
+        for tensor in results:
+            if tensor.device.type == "cuda":
+                self._hold(tensor)
+        return out
+
+    def _refuse_download(self, name: str, args: Any, results: list[Tensor]) -> None:
+        sources = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
+        if results[0].device.type == "cpu" and any(t.device.type == "cuda" for t in sources):
+            raise HostReadError(
+                f"A pass copies from the GPU: {caller(name, __file__)}; keep it there."
+            )
+
+    def _collective(self, name: str, args: Any) -> None:
+        group = next(a for a in tree_leaves(args) if isinstance(a, torch.ScriptObject))
+        axis = self._axes.get(dist.ProcessGroup.unbox(group).group_name, "other")
+        sizes = [_bytes(a) for a in args if isinstance(a, Tensor | list)]
+        self.calls[name, axis] += 1
+        self.bytes_sent[name, axis] += max(sizes, default=0)
+
+    def _hold(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self.live += self._sizes[key]
+            weakref.finalize(storage, self._let_go, key)
+            self._note_peak()
+
+    def _let_go(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)
+
+    def _note_peak(self) -> None:
+        self.peak[self.phase] = max(self.peak.get(self.phase, 0), self.live)
+
+
+def _bytes(tensors: Any) -> int:
+    leaves = [t for t in tree_leaves(tensors) if isinstance(t, Tensor)]
+    return sum(t.numel() * t.element_size() for t in leaves)
