@@ -16,7 +16,7 @@ import subprocess
 import sys
 from typing import Any
 
-from megatron_vrl.errors import ConfigError
+from megatron_vrl.errors import ConfigError, counted
 from megatron_vrl.process import fake_gpu
 from megatron_vrl.process.command_line import OverrideParser, tool_parser
 from megatron_vrl.process.entry import run_program
@@ -95,8 +95,8 @@ def _in_process(arguments: argparse.Namespace, rank: int) -> dict[str, Any]:
 def table(row: dict[str, Any]) -> str:
     """Return the counts of one rank as text."""
     lines = [
-        f"rank {row['rank']}, stage {row['stage']}: {row['micro_batches']} micro-batches of "
-        f"{row['rows']} rows",
+        f"rank {row['rank']}, stage {row['stage']}: "
+        f"{counted(row['micro_batches'], 'micro-batch')} of {row['rows']} rows",
         f"{'GiB':<28}{'rehearsed':>11}{'planned':>11}{'ratio':>8}",
     ]
     for name, (counted, planned) in row["memory"].items():
