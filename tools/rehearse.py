@@ -99,9 +99,9 @@ def table(row: dict[str, Any]) -> str:
         f"{counted(row['micro_batches'], 'micro-batch')} of {row['rows']} rows",
         f"{'GiB':<28}{'rehearsed':>11}{'planned':>11}{'ratio':>8}",
     ]
-    for name, (counted, planned) in row["memory"].items():
-        beside = f"{planned / GIB:11.3f}{counted / planned:8.3f}" if planned else ""
-        lines.append(f"{name:<28}{counted / GIB:11.3f}{beside}")
+    for name, (rehearsed, planned) in row["memory"].items():
+        beside = f"{planned / GIB:11.3f}{rehearsed / planned:8.3f}" if planned else ""
+        lines.append(f"{name:<28}{rehearsed / GIB:11.3f}{beside}")
     lines.append(f"{'operations':<28}{'all':>11}{'a vision':>11}{'a language layer':>18}")
     for phase, parts in row["operations"].items():
         each = [
