@@ -133,6 +133,7 @@ def pixels(folder: Path, asked: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_log_probs_equal_transformers(folder: Path, one: list[dict[str, Any]]) -> None:
     declare_missing_ops()
     from transformers import Qwen2_5_VLForConditionalGeneration
@@ -156,6 +157,7 @@ def test_log_probs_equal_transformers(folder: Path, one: list[dict[str, Any]]) -
         )
 
 
+@pytest.mark.slow
 def test_a_row_says_what_was_scored(folder: Path, one: list[dict[str, Any]]) -> None:
     from transformers import AutoTokenizer
 
@@ -173,6 +175,7 @@ def test_a_row_says_what_was_scored(folder: Path, one: list[dict[str, Any]]) -> 
         assert len(row["logprobs"]) == len(row["response_token_ids"])
 
 
+@pytest.mark.slow
 def test_several_blocks_keep_the_order(
     folder: Path, one: list[dict[str, Any]], tmp_path: Path
 ) -> None:

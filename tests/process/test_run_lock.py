@@ -88,6 +88,7 @@ def lease(out: Path, beat: int) -> None:
     (out / "lock" / "holder.json").write_text(json.dumps(fields))
 
 
+@pytest.mark.slow
 def test_another_host_keeps_the_directory_as_long_as_its_lease_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -140,6 +140,7 @@ def test_no_two_splits_share_a_clip(folder: Path) -> None:
     assert len(set(pictures)) == 20
 
 
+@pytest.mark.slow
 def test_same_arguments_same_clips_and_another_seed_others(folder: Path, tmp_path: Path) -> None:
     assert make(tmp_path / "again", "--workers=1").returncode == 0
     assert make(tmp_path / "other", "--seed=2").returncode == 0

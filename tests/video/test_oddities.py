@@ -68,7 +68,13 @@ def cases() -> list[tuple[str, str, str]]:
     ]
 
 
-@pytest.mark.parametrize("container", dict(MATRIX))
+@pytest.mark.parametrize(
+    "container",
+    [
+        name if name == "mp4" else pytest.param(name, marks=pytest.mark.slow)
+        for name in dict(MATRIX)
+    ],
+)
 def test_decoders_give_the_bytes_of_a_plain_read(
     encoders: dict[str, Encoder], tmp_path: Path, container: str
 ) -> None:

@@ -141,6 +141,7 @@ def test_prefetched_videos_are_bit_equal(make_clip: MakeClip, decoder: str) -> N
     reader.prefetch([])
 
 
+@pytest.mark.slow
 def test_memory_is_flat_over_a_thousand_videos(make_clip: MakeClip, tmp_path: Path) -> None:
     """One file under 1,000 names with a different window each, so that all are decoded."""
     source = make_clip("source.mp4", num_frames=16, size=(56, 56))
@@ -173,7 +174,10 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("length", [75, 76, 200])
+@pytest.mark.parametrize(
+    "length",
+    [pytest.param(75, marks=pytest.mark.slow), 76, pytest.param(200, marks=pytest.mark.slow)],
+)
 def test_a_long_tmpdir(make_clip: MakeClip, tmp_path: Path, length: int) -> None:
     """A Unix socket address has at most 107 bytes. TMPDIR is tested under and over MAX_TMPDIR."""
     folder = Path(tempfile.mkdtemp(dir="/tmp"))
