@@ -24,6 +24,7 @@ def test_the_page_has_its_five_examples() -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("title", SECTIONS)
 def test_an_example_gives_what_the_page_says(title: str, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "megatron_vrl", tmp_path / "megatron_vrl")

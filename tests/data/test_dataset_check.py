@@ -50,6 +50,7 @@ def dataset(tmp_path: Path) -> tuple[Path, Path]:
     return qa, grounding
 
 
+@pytest.mark.slow
 def test_every_problem_is_found(dataset: tuple[Path, Path], tmp_path: Path) -> None:
     qa, grounding = dataset
     folder = str(tmp_path / "videos")

@@ -145,6 +145,7 @@ def test_an_engine_that_does_not_fit_moves_to_workers(plan: Planned) -> None:
     assert max(map(len, out.splitlines())) <= 80
 
 
+@pytest.mark.slow
 def test_search_ranks_the_layouts_that_fit(plan: Planned) -> None:
     code, found = as_json(plan("qwen2.5-vl-3b-8gpu", "--search", "--json"))
     seconds = [layout["seconds_per_step"] for layout in found["layouts"]]
