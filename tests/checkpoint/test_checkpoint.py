@@ -139,6 +139,7 @@ def gathered(policy: Policy) -> dict[str, Any]:
     return {**model, "optimizer": state}
 
 
+@pytest.mark.slow
 def test_optimizer_state_has_megatrons_names_and_earlier_checkpoints_load(
     policy: Policy, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

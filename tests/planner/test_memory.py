@@ -146,6 +146,7 @@ def compare(results: list[dict[str, Any]]) -> None:
             assert memory.update == pytest.approx(persistent + row["allocated"], **within), about
 
 
+@pytest.mark.slow
 def test_an_update_allocates_what_is_planned() -> None:
     compare([measure(case) for case in FAST])
 

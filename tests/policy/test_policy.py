@@ -160,7 +160,13 @@ ONE_TOKEN = replace(NAMED[2].answers[0], token_ids=NAMED[2].answers[0].token_ids
 RAGGED = [NAMED[0], ONE_ANSWER, replace(NAMED[2], answers=(ONE_TOKEN, *NAMED[2].answers[1:]))]
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("grpo", "gspo", "cispo") else pytest.param(name, marks=pytest.mark.slow)
+        for name in ALGORITHMS
+    ],
+)
 def test_every_loss_is_that_of_the_plain_layout_however_it_is_packed(
     checkpoint: Path, mesh: Mesh, name: Any
 ) -> None:

@@ -171,6 +171,7 @@ def test_a_folder_of_a_tool_that_cannot_be_made_is_named(tmp_path: Path) -> None
         pass
 
 
+@pytest.mark.slow
 def test_an_evaluation_in_a_folder_that_another_holds_is_refused(
     hold: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:

@@ -166,6 +166,7 @@ def cut(source: str, target: str, shown_from: int, drop: slice = slice(0)) -> No
             container.mux(packet)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["b_pyramid.mp4", "open_gop.mp4", "hevc_open_gop.mp4"])
 @pytest.mark.parametrize("shown_from", [0, 1, 10, 25])
 @pytest.mark.parametrize("begins_inside_a_gop", [False, True])
