@@ -6,27 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from gpu_checks.record import OPTIONS as RECORDED
 
 from megatron_vrl.rollout.records import read_rollouts
-from megatron_vrl.tasks import TASKS
 from tests.jobs.test_main_job import numbers, rows_of
 from tests.running import ENVIRONMENT, ROOT, run_python, train_command
 
-BRIEF = "{format: 0.5, brief: 0.5}"  # answers earn something before any warm-up
-OPTIONS = (
-    "rewards.functions={brief: tests.rewards.user_functions:brief}",
-    *(f"rewards.weights.{task}={BRIEF}" for task in TASKS),
-    "data.evaluation={}",
-    "sft.steps=0",
-    "grpo.steps=2",
-    "grpo.evaluate_every=0",
-    "grpo.mini_batches=2",
-    "rollout.prompts_per_step=4",
-    "rollout.group_size=4",
-    "algorithm.kl=0.01",
-    "algorithm.rollout_is=token",
-    "observe.wandb=disabled",
-)
+OPTIONS = (*RECORDED, "grpo.steps=2")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 
 

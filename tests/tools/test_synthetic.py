@@ -147,7 +147,7 @@ def test_same_arguments_same_clips_and_another_seed_others(folder: Path, tmp_pat
     assert annotations(tmp_path / "again") == annotations(folder)
     assert annotations(tmp_path / "other") != annotations(folder)
     for clip in (folder / "videos").iterdir():
-        assert apart(clip, tmp_path / "again/videos" / clip.name) < 0.5
+        assert clip.read_bytes() == (tmp_path / "again/videos" / clip.name).read_bytes()
         assert apart(clip, tmp_path / "other/videos" / clip.name) > 2
 
 

@@ -29,7 +29,6 @@ OPTIONS = (
     "algorithm.kl=0.01",
     "algorithm.rollout_is=token",
     "observe.wandb=disabled",
-    "video.decoder=pyav",
 )
 
 
@@ -58,7 +57,7 @@ def job(*overrides: str, python: str = "") -> list[str]:
     config = ROOT / "configs" / "quickstart.yaml"
     python = python or os.environ.get("PYTHON_EXEC") or sys.executable
     program = [python, "-m", "megatron_vrl.cli.train", "--config", str(config)]
-    return [*program, *OPTIONS, *overrides]
+    return [*program, *OPTIONS, "video.decoder=pyav", *overrides]
 
 
 if __name__ == "__main__":

@@ -43,9 +43,9 @@ def main() -> None:
         done = subprocess.run(
             job(*options), cwd=folder, env=environment(), capture_output=True, text=True
         )
-        if done.returncode or "; resuming at step " not in (words := done.stdout + done.stderr):
+        if done.returncode or "; resuming at step " not in (output := done.stdout + done.stderr):
             raise UserError(f"The job did not resume: {' '.join(done.stderr.split()[-60:])}")
-        resumed = int(words.partition("; resuming at step ")[2].split()[0])
+        resumed = int(output.partition("; resuming at step ")[2].split()[0])
         rows = _metrics(out)
     if [row["step"] for row in rows] != list(range(1, steps + 1)):
         raise UserError(f"The resumed job has steps {[row['step'] for row in rows]} of {steps}.")
