@@ -169,7 +169,7 @@ def write_clip(clip: Clip, folder: Path) -> None:
 
     final = folder / f"{clip.name}.mp4"
     partial_file = final.with_suffix(".part")
-    # x264's output depends on the number of threads, and with mbtree on what its memory held before.
+    # x264's output depends on the number of threads, and with mbtree on memory it did not write.
     options = {"preset": "veryfast", "crf": "20", "threads": "1", "x264-params": "mbtree=0"}
     with av.open(str(partial_file), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=FPS, options=options)
