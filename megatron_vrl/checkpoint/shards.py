@@ -6,6 +6,9 @@ most 2d - 1 rectangular blocks of a d-dimensional tensor, and torch's checkpoint
 set of blocks that covers a tensor once. So every rank writes the elements that it holds, as views,
 and reads the elements that it needs into their place.
 
+A save from a GPU copies each block to pinned host memory, which torch rounds up to a power of two.
+Blocks of at most BLOCK_BYTES lose at most 6 % of it, whole tensors of the 3B model 46 %.
+
 Example: elements 5 to 17 of a tensor of shape [6, 4] are row 1 from column 1, rows 2 and 3, and
 row 4 up to column 1.
 """
@@ -18,7 +21,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
-BLOCK_BYTES = 256 * 2**20  # largest block that is written; a reader reads whole blocks
+BLOCK_BYTES = 16 * 2**20  # largest block that is written; a reader reads whole blocks
 
 Block = tuple[int, tuple[int, ...], tuple[int, ...]]  # first flat element, offsets, sizes
 

@@ -1,6 +1,7 @@
 """Blocks of a flat range, and the division of equal tensors among ranks."""
 
 from math import prod
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.strategies import DataObject
 
-from megatron_vrl.checkpoint.shards import Region, blocks, shard_ranges, sharded
+from megatron_vrl.checkpoint.shards import BLOCK_BYTES, Region, blocks, shard_ranges, sharded
+from megatron_vrl.models.architecture import read_architecture
+from megatron_vrl.models.qwen2_5_vl.hf_shapes import hf_shapes
+
+MODELS = Path(__file__).parents[2] / "configs" / "models"
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=4)
 
@@ -30,6 +35,19 @@ def test_blocks_hold_the_elements_of_a_range_once_and_in_order(
         elements += block.flatten().tolist()
     assert elements == list(range(low, high))
     assert most or len(found) <= 2 * len(shape) - 1
+
+
+@pytest.mark.parametrize("model", sorted(MODELS.glob("*.json")), ids=lambda path: path.stem)
+def test_pinned_memory_of_a_save_is_little_more_than_its_bytes(model: Path) -> None:
+    """torch rounds each block's pinned memory up to a power of two."""
+    needed = taken = 0
+    for shape in hf_shapes(read_architecture(model)).values():
+        for element_bytes, tensors in ((2, 1), (4, 3)):  # weight; main weight and two moments
+            for _, _, sizes in blocks(shape, 0, prod(shape), BLOCK_BYTES // element_bytes):
+                block = prod(sizes) * element_bytes
+                needed += tensors * block
+                taken += tensors * (1 << (block - 1).bit_length())
+    assert needed <= taken < 1.06 * needed
 
 
 def test_the_example_of_the_docstring() -> None:
