@@ -101,6 +101,11 @@ add_torchvision_hook() { # for every Python of .venv, see megatron_vrl/rollout/v
     echo "import megatron_vrl.rollout.vllm.torchvision_shim as s; s.install_hook()" >"$site/zz_megatron_vrl.pth"
 }
 
+add_triton() { # see the lock
+    rm -rf "$venv/share/triton"
+    run_pip --target "$venv/share/triton" --require-hashes -r "$root/launch/locks/triton.txt"
+}
+
 main() {
     local wanted
     wanted="$(cat "$root"/launch/locks/*.txt "$root"/{pyproject.toml,launch/install.sh} | sha256sum) $root"
@@ -121,6 +126,7 @@ main() {
     echo "install: megatron_vrl itself, editable"
     run_pip --no-build-isolation --editable "$root"
     [[ "$what" == gpu ]] || add_torchvision_hook
+    [[ "$what" != test ]] || add_triton
     tee "${stamps[@]}" <<<"$wanted" >/dev/null
     echo "install: done in $((SECONDS - began)) s"
 }

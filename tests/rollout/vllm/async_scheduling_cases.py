@@ -1,6 +1,7 @@
 """VllmEngine with vLLM's asynchronous scheduling, which is on for GPUs and off on a CPU.
 
-Only the line of vLLM's CPU platform that turns it off is undone.
+Only the line of vLLM's CPU platform that turns it off is undone. test_gpu_model_runner.py runs
+these tests, since GPUs have another model runner too.
 """
 
 from collections.abc import Iterable
