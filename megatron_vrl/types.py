@@ -175,6 +175,14 @@ def sum_in_order(terms: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AnnotatedAnswer:
+    """The ideal answer to a prompt, which joins its group as an off-policy answer."""
+
+    token_ids: NDArray[np.int64]  # [R] ends with the stop token
+    rewards: Mapping[str, float]  # reward components of its text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredGroup:
     """N answers to one prompt with their reward components."""
 
@@ -182,6 +190,7 @@ class ScoredGroup:
     prompt: Prompt
     rollouts: tuple[Rollout, ...]  # N
     components: Mapping[str, RewardComponent]  # all that the advantages are made of, in order
+    annotation: AnnotatedAnswer | None = None  # trained on beside the rollouts
 
     @property
     def total(self) -> NDArray[np.float64]:
@@ -195,3 +204,4 @@ class Experience:
 
     scored: ScoredGroup
     advantages: NDArray[np.float64]  # [N]
+    annotation_advantage: float = 0.0

@@ -20,6 +20,7 @@ from megatron_vrl.algorithms import (
     combine,
     dapo,
     dr_grpo,
+    ground_truth,
     grpo,
     gspo,
     reinforce_plus_plus,
@@ -29,13 +30,14 @@ from megatron_vrl.algorithms.groups import has_signal
 from megatron_vrl.algorithms.kl import kl_penalty
 from megatron_vrl.algorithms.rollout_correction import rollout_is_weight
 from megatron_vrl.algorithms.tokens import Tokens, local_sequence_sum
-from megatron_vrl.types import RewardComponent
+from megatron_vrl.types import RewardComponent, total_reward
 
 __all__ = [
     "ALGORITHMS",
     "Algorithm",
     "Tokens",
     "advantages",
+    "advantages_with_annotation",
     "has_signal",
     "kl_penalty",
     "local_sequence_sum",
@@ -86,6 +88,19 @@ def advantages(
     if cfg.combine == "normalise_then_sum":
         return combine.normalise_then_sum(groups, rule)
     return combine.sum_then_normalise(groups, rule)
+
+
+def advantages_with_annotation(
+    groups: Sequence[Mapping[str, RewardComponent]], cfg: config.Algorithm
+) -> list[ground_truth.WithTruth]:
+    """Return the advantages of each group [n + 1], whose last answer is the annotation.
+
+    See `advantages`; `cfg.ground_truth_answer` names the rule.
+    """
+    combine.check_finite(groups)
+    join = ground_truth.RULES[cfg.ground_truth_answer]
+    totals = [total_reward(components) for components in groups]
+    return join(totals, ALGORITHMS[cfg.name].advantages)
 
 
 def token_loss(tokens: Tokens, cfg: config.Algorithm) -> tuple[Tensor, dict[str, Tensor]]:

@@ -28,7 +28,7 @@ class Answer:
 
     token_ids: NDArray[np.int64]  # [R]
     advantage: float
-    engine_logprobs: NDArray[np.float32]  # [R] log-probs of the engine; zeros for SFT
+    engine_logprobs: NDArray[np.float32]  # [R] of the engine; NaN: no engine sampled the answer
     id: str = ""  # for error messages
 
 

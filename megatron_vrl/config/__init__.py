@@ -4,7 +4,12 @@
 modules hold single sections and validation.
 """
 
-from megatron_vrl.config.checks import check_batches, check_dev, check_off_policy
+from megatron_vrl.config.checks import (
+    check_batches,
+    check_dev,
+    check_ground_truth_answer,
+    check_off_policy,
+)
 from megatron_vrl.config.rollout import RolloutConfig
 from megatron_vrl.config.run import (
     Algorithm,
@@ -50,6 +55,7 @@ __all__ = [
     "Video",
     "check_batches",
     "check_dev",
+    "check_ground_truth_answer",
     "check_off_policy",
     "load_config",
 ]

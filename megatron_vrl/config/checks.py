@@ -36,6 +36,23 @@ def check_dev(cfg: RunConfig) -> None:
             )
 
 
+def check_ground_truth_answer(cfg: RunConfig) -> None:
+    """Raise ConfigError if the annotation cannot join the groups."""
+    algorithm = cfg.algorithm
+    if algorithm.ground_truth_answer == "none":
+        return
+    key = f"algorithm.ground_truth_answer={algorithm.ground_truth_answer}"
+    if algorithm.combine != "sum_then_normalise":
+        raise ConfigError(
+            f"{key} needs the sum of the rewards: set algorithm.combine=sum_then_normalise."
+        )
+    if algorithm.kl > 0 and algorithm.kl_in == "reward":
+        raise ConfigError(
+            f"{key} has no log-probs of an engine, which algorithm.kl_in=reward reads: set "
+            "algorithm.kl_in=loss, or algorithm.kl=0."
+        )
+
+
 def check_off_policy(cfg: RunConfig) -> None:
     """Raise ConfigError if off-policy answers cannot be generated, or are not corrected by
     `rollout_is`."""

@@ -208,6 +208,10 @@ class Algorithm(Section):
     combine: Literal["sum_then_normalise", "normalise_then_sum"] = "sum_then_normalise"
     """sum_then_normalise: the advantage of the weighted sum of reward components;
     normalise_then_sum: the weighted sum of the components' advantages (GDPO)."""
+    ground_truth_answer: Literal["none", "in_group", "anchored", "shaped"] = "none"
+    """Train on the annotation as one more answer of each group, off-policy (TempSamp-R1).
+    in_group: its advantage is that of its reward among all; anchored: 1.2 x the largest of the
+    others; shaped: in_group over rewards that hardly rise above 0.8."""
     rollout_is: Literal["none", "token", "sequence"] = "none"
     """Multiply the policy loss by trainer probability / engine probability, per token or per
     answer."""

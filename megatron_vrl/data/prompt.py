@@ -116,15 +116,19 @@ class PromptEncoder:
         )
 
     def target(self, sample: VideoSample) -> NDArray[np.int64]:
-        """Return the tokens [R] of the ideal answer with its stop token, the target of SFT.
+        """Return the tokens [R] of `target_text` with the stop token, the target of SFT.
 
-        Raises DataError, naming the sample, if its text has no encoding.
+        Raises DataError, naming the sample, if the text has no encoding.
         """
-        if self._system_prompt == "answer":
-            sample = replace(sample, rationale="")
-        text = TASKS[sample.task].target(sample)
+        text = self.target_text(sample)
         check_text(sample.id, text)
         return self.answer(text)
+
+    def target_text(self, sample: VideoSample) -> str:
+        """Return the ideal answer in the form that the system prompt asks for."""
+        if self._system_prompt == "answer":
+            sample = replace(sample, rationale="")
+        return TASKS[sample.task].target(sample)
 
     def answer(self, text: str) -> NDArray[np.int64]:
         """Return the tokens [R] of `text`, read without special tokens, and the stop token."""

@@ -330,11 +330,13 @@ class Policy:
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the loss, the token count and the record of one micro-batch, for Megatron."""
         logprob, entropy = output
+        old = logprob.detach() if old is None else old
+        sampled = ~inputs.engine_logprob.isnan()
         losses, metrics = token_loss(
             Tokens(
                 logprob=logprob,
-                old_logprob=logprob.detach() if old is None else old,
-                engine_logprob=inputs.engine_logprob,
+                old_logprob=old,
+                engine_logprob=torch.where(sampled, inputs.engine_logprob, old),
                 advantage=inputs.advantage,
                 entropy=entropy,
                 reference=reference,

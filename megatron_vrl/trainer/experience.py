@@ -12,7 +12,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_vrl.algorithms import advantages, has_signal, kl_penalty
+from megatron_vrl import config
+from megatron_vrl.algorithms import (
+    advantages,
+    advantages_with_annotation,
+    has_signal,
+    kl_penalty,
+)
 from megatron_vrl.batching.pack import Answer, Group
 from megatron_vrl.context import RunContext
 from megatron_vrl.models.logprob_head import Distribution
@@ -25,7 +31,15 @@ from megatron_vrl.parallel.mesh import (
 from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.rewards.weights import KL
 from megatron_vrl.trainer.rollout_queue import RolloutQueue
-from megatron_vrl.types import Experience, RewardComponent, ScoredGroup
+from megatron_vrl.types import (
+    AnnotatedAnswer,
+    Experience,
+    Prompt,
+    RewardComponent,
+    Rollout,
+    ScoredGroup,
+    VideoSample,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +100,7 @@ def training_group(experience: Experience, mask_truncated: bool = False) -> Grou
     """Return the group that an update trains on.
 
     `mask_truncated` drops the answers that were cut at the length limit. Their rewards still count
-    in the advantages of the others.
+    in the advantages of the others. The annotation comes last, if it is in the group.
     """
     scored = experience.scored
     answers = [
@@ -99,6 +113,16 @@ def training_group(experience: Experience, mask_truncated: bool = False) -> Grou
         for index, rollout in enumerate(scored.rollouts)
         if not (mask_truncated and rollout.finish == "length")
     ]
+    if scored.annotation is not None:
+        token_ids = scored.annotation.token_ids
+        answers.append(
+            Answer(
+                id=f"{scored.sample.id}#annotation",
+                token_ids=token_ids,
+                advantage=experience.annotation_advantage,
+                engine_logprobs=np.full(len(token_ids), np.nan, dtype=np.float32),
+            )
+        )
     return Group(prompt=scored.prompt, answers=tuple(answers))
 
 
@@ -119,7 +143,41 @@ def _answered(ctx: RunContext, rollout_queue: RolloutQueue, num: int) -> list[Sc
             scored = ctx.reward_manager.groups(
                 samples, prompts, [answers for _, _, answers in answered]
             )
+            if ctx.cfg.algorithm.ground_truth_answer != "none":
+                scored = _with_annotations(ctx, samples, prompts, scored)
         return gather_shards(scored, ctx.mesh.model)
+
+
+def _with_annotations(
+    ctx: RunContext,
+    samples: Sequence[VideoSample],
+    prompts: Sequence[Prompt],
+    groups: Sequence[ScoredGroup],
+) -> list[ScoredGroup]:
+    """Return the groups with the ideal answer of their sample and its rewards."""
+    ideal = [
+        Rollout(
+            token_ids=ctx.encoder.target(sample),
+            logprobs=np.empty(0, np.float32),
+            text=ctx.encoder.target_text(sample),
+            finish="stop",
+            weight_version=0,
+            newest_version=0,
+            seed=0,
+        )
+        for sample in samples
+    ]
+    scored = ctx.reward_manager.groups(samples, prompts, [[rollout] for rollout in ideal])
+    return [
+        replace(
+            group,
+            annotation=AnnotatedAnswer(
+                token_ids=rollout.token_ids,
+                rewards={name: float(c.values[0]) for name, c in alone.components.items()},
+            ),
+        )
+        for group, rollout, alone in zip(groups, ideal, scored, strict=True)
+    ]
 
 
 def _with_kl(
@@ -149,20 +207,42 @@ def _with_advantages(
 
     Advantages may depend on the whole step, so the data-parallel ranks exchange their rewards.
     """
-    valid = [all(np.isfinite(c.values).all() for c in g.components.values()) for g in groups]
+    everything = [_all_components(group) for group in groups]
+    valid = [all(np.isfinite(c.values).all() for c in of.values()) for of in everything]
     wrong = [g.sample.id for g, is_valid in zip(groups, valid, strict=True) if not is_valid]
-    own = [dict(g.components) for g, is_valid in zip(groups, valid, strict=True) if is_valid]
+    own = [of for of, is_valid in zip(everything, valid, strict=True) if is_valid]
     everywhere = gather_objects(ctx.mesh.data, (own, wrong))
     before = sum(len(of_rank) for of_rank, _ in everywhere[: ctx.mesh.data.rank])
     of_all = [r for of_rank, _ in everywhere for r in of_rank]
-    of_step = advantages(of_all, ctx.cfg.algorithm) if of_all else []
+    of_step = _advantages(of_all, ctx.cfg.algorithm) if of_all else []
     mine = iter(of_step[before : before + len(own)])
-    experiences = [
-        Experience(scored=group, advantages=next(mine))
-        for group, is_valid in zip(groups, valid, strict=True)
-        if is_valid
-    ]
+    experiences = []
+    for group, is_valid in zip(groups, valid, strict=True):
+        if is_valid:
+            sampled, annotation = next(mine)
+            experiences.append(
+                Experience(scored=group, advantages=sampled, annotation_advantage=annotation)
+            )
     return experiences, tuple(sorted({name for _, names in everywhere for name in names}))
+
+
+def _all_components(group: ScoredGroup) -> dict[str, RewardComponent]:
+    """Return the components of the group's answers [n], or [n + 1] with its annotation last."""
+    if group.annotation is None:
+        return dict(group.components)
+    return {
+        name: one._replace(values=np.append(one.values, group.annotation.rewards[name]))
+        for name, one in group.components.items()
+    }
+
+
+def _advantages(
+    groups: Sequence[dict[str, RewardComponent]], cfg: config.Algorithm
+) -> list[tuple[NDArray[np.float64], float]]:
+    """Return each group's advantages [n], and its annotation's (0 without one)."""
+    if cfg.ground_truth_answer == "none":
+        return [(values, 0.0) for values in advantages(groups, cfg)]
+    return [(one.sampled, one.truth) for one in advantages_with_annotation(groups, cfg)]
 
 
 def _kl_of_groups(

@@ -20,7 +20,14 @@ from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.policy.policy import Policy
 from megatron_vrl.trainer import experience
 from megatron_vrl.trainer.metrics import answer_metrics
-from megatron_vrl.types import Experience, RewardComponent, Rollout, ScoredGroup, VideoSample
+from megatron_vrl.types import (
+    AnnotatedAnswer,
+    Experience,
+    RewardComponent,
+    Rollout,
+    ScoredGroup,
+    VideoSample,
+)
 from tests.tiny import present, prompt, video
 from tests.tiny_models import hf_model, save
 
@@ -92,6 +99,23 @@ def test_cut_off_answers_count_in_the_statistics_but_not_in_the_loss(mesh: Mesh)
     assert [a.id for a in whole.answers] == ["a#0", "a#1", "a#2"]
     assert [a.id for a in cut.answers] == ["a#0", "a#2"]
     assert [a.advantage for a in cut.answers] == [a.advantage for a in whole.answers[::2]]
+
+
+def test_the_annotation_is_trained_on_as_an_answer_that_no_engine_sampled(mesh: Mesh) -> None:
+    """A group of equal rewards has a signal with it."""
+    annotation = AnnotatedAnswer(
+        token_ids=np.array([7, 8]), rewards={"format": 1.0, "temporal_iou": 1.0}
+    )
+    group = replace(scored("a", [0.5, 0.5]), annotation=annotation)
+    ctx = ctx_of(mesh, name="dr_grpo", ground_truth_answer="in_group")
+    [found], _ = judged(ctx, [group])
+    assert has_signal(found.advantages)
+    first, second, last = experience.training_group(found).answers
+    assert first.advantage == second.advantage == pytest.approx(-1 / 6)
+    assert last.id == "a#annotation" and last.advantage == pytest.approx(1 / 3)
+    assert last.token_ids.tolist() == [7, 8] and np.isnan(last.engine_logprobs).all()
+    metrics = answer_metrics(ctx, [found], version=0)
+    assert metrics["reward/mean"] == pytest.approx(0.5)  # of the sampled answers alone
 
 
 def test_components_without_weight_do_not_count(mesh: Mesh) -> None:
