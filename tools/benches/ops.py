@@ -5,7 +5,8 @@ language layer and one vision layer, each forward and backward alone (a frozen v
 forward), the head, and a whole update with its optimizer. `ours` are the layers of a run,
 `megatron` the local layer spec of megatron.core (GPTModel's default without Transformer Engine),
 `transformers` the layer of `modeling_qwen2_5_vl.py`; each has the same sizes, rows and number
-format. `saved_bytes` is what autograd keeps for the backward pass, beside weights."""
+format. `ours, flash` has attention without copies of a prompt's keys. `saved_bytes` is what
+autograd keeps for the backward pass, beside weights."""
 
 import argparse
 import collections
@@ -54,10 +55,12 @@ def run(arguments: argparse.Namespace) -> Iterator[Row]:
     policy = make_policy(arch, mesh, arguments)
     batches = batches_of(arch, mesh, arguments)
     language, vision = layer_calls(policy, batches)
+    flash, _ = layer_calls(make_policy(arch, mesh, arguments, attention="flash"), batches)
     hidden = partial(torch.randn, dtype=policy.chunks[0].config.params_dtype)
     rows = len(batches[0].rows)
     sides: dict[tuple[str, str], Callable[[], tuple[OpCounter, int]]] = {
         ("language layer", "ours"): lambda: count_layer(language),
+        ("language layer", "ours, flash"): lambda: count_layer(flash),
         ("language layer", "megatron"): lambda: count_layer(megatron_layer(policy, rows)),
         ("language layer", "transformers"): lambda: count_layer(hf_layer(arch, hidden, rows)),
         ("MLP of it", "ours"): lambda: count_layer(mlp_of(language)),
@@ -93,7 +96,9 @@ def architecture() -> Architecture:
     return replace(arch, **sizes, **tokens, vision=vision)
 
 
-def make_policy(arch: Architecture, mesh: Mesh, arguments: argparse.Namespace) -> Policy:
+def make_policy(
+    arch: Architecture, mesh: Mesh, arguments: argparse.Namespace, **model: Any
+) -> Policy:
     """Return a policy of random weights with a frozen tower, ready to update."""
     cfg = Model(
         checkpoint="none",
@@ -101,6 +106,7 @@ def make_policy(arch: Architecture, mesh: Mesh, arguments: argparse.Namespace) -
         recompute=arguments.recompute,
         freeze_vision=True,
         freeze_merger=True,
+        **model,
     )
     policy = Policy(arch, cfg, Parallel(), mesh)
     draw_weights(policy)
