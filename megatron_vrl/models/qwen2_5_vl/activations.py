@@ -215,14 +215,15 @@ def head_temporary(
 ) -> int:
     """Return the temporary bytes of the head, with `vocab_shard` rows of it on this rank.
 
-    They are two buffers of logits and their product in `dtype`, the head's gradient in float32 and
-    in `dtype`, and the gradient of the rows.
+    They are the buffers of logits (one on a GPU, two elsewhere), their product in `dtype`, the
+    head's gradient in float32 and in `dtype`, and the gradient of the rows.
     """
     number = dtype_bytes(model)
     chunk = GPU_CHUNK_BYTES if kernels.on_gpu else CHUNK_BYTES
     rows = min(targets, max(1, chunk // (FLOAT32 * vocab_shard)))
     product = number if number < FLOAT32 else 0
-    logits = rows * vocab_shard * (2 * FLOAT32 + product)
+    buffers = 1 if kernels.on_gpu else 2
+    logits = rows * vocab_shard * (buffers * FLOAT32 + product)
     weight = vocab_shard * arch.hidden * (FLOAT32 + product)
     return logits + weight + number * targets * arch.hidden
 
