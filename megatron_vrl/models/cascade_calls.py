@@ -170,6 +170,7 @@ class VarlenCall:
     cu_seqlens_k: Tensor  # [E + 1] int32, from 0 to m
     max_seqlen_q: int
     max_seqlen_k: int
+    generator_state: Tensor  # [2] uint64 zeros: the kernel's dropout is off
 
     def forward(self, mixed: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
         """Return output [n, K, R, D] and log-sum-exp [n, K, R]."""
@@ -265,7 +266,7 @@ def flash_backward(
         call.max_seqlen_k,
         0.0,  # dropout
         call.causal,
-        torch.zeros(2, dtype=torch.uint64, device=query.device),  # state of dropout's generator
+        call.generator_state,
         unused,
         window_size_left=-1,
         window_size_right=0 if call.causal else -1,

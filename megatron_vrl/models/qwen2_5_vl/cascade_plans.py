@@ -146,6 +146,7 @@ def varlen_call(ranges: Sequence[Range], device: torch.device, *, causal: bool) 
         # FlashAttention treats a maximum of 1 as decoding, where each sequence has a query.
         max_seqlen_q=max(2, int(queries.max())),
         max_seqlen_k=int(keys.max()),
+        generator_state=upload(np.zeros(2, dtype=np.uint64), device),
     )
 
 
