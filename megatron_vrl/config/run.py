@@ -57,10 +57,10 @@ class Model(Section):
     Transformer Engine's, on a GPU; fp8_emulated: Megatron's with operands rounded to FP8, slow, on
     any device."""
     attention: Literal["auto", "sdpa", "flash", "transformer_engine"] = "auto"
-    """Attention of the language layers. sdpa: torch's, on any device, in buckets of nearly equal
-    length; flash: torch's FlashAttention; transformer_engine: Transformer Engine's. The latter two
-    need a GPU and bfloat16 and take sequences of any length in one call. auto: flash if available,
-    else sdpa."""
+    """Attention of the language layers. flash: torch's FlashAttention without copies of a prompt's
+    keys, on a GPU in bfloat16, on a CPU in any dtype; sdpa: torch's, on any device, in buckets of
+    nearly equal length; transformer_engine: Transformer Engine's, on a GPU in bfloat16. auto: flash
+    on a GPU in bfloat16, else sdpa."""
     fp8: Literal["none", "delayed", "current", "blockwise"] = "none"
     """Scaling of FP8 in the language layers; needs `layers` transformer_engine or fp8_emulated.
     Vision tower, embedding and head stay in `dtype`. blockwise with `parallel.sequence` pads each

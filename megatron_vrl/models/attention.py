@@ -2,10 +2,11 @@
 
 Core attention has three backends that compute the same function:
 
+- flash: torch's FlashAttention without copies of keys (`models/cascade_attention.py`);
 - sdpa: torch's scaled_dot_product_attention over buckets of sequences of nearly equal length; runs
-  on any device;
-- flash: torch's FlashAttention over sequences of any length in one call; needs a GPU;
-- transformer_engine: Transformer Engine's attention, as flash.
+  on any device in any number format;
+- transformer_engine: Transformer Engine's attention over sequences of any length in one call. It
+  returns no log-sum-exp, so a prompt's keys are copied for each answer.
 
 Queries, keys and values stay in the one tensor that `linear_qkv` returns until core attention
 copies the rows of its calls: `mixed` [L, K, R + 2, D], for each key head its R query heads, the key
@@ -16,7 +17,6 @@ heads, K key-value heads, R query heads of a key head, D channels of a head, B e
 Q queries of an entry, S keys of an entry, E sequences of a variable-length call.
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,14 +32,8 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from megatron_vrl.models.rotary import rotate
-
-# torch 2.11 has no `enable_gqa`: it accepts fewer key heads than query heads without a flag.
-GQA_KWARGS: dict[str, Any] = (
-    {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +71,12 @@ class VarlenPlan:
     output_index: Tensor  # [L] index of each row in the output
 
 
-def with_additive_masks(
-    plan: AttentionPlan | VarlenPlan, dtype: torch.dtype
-) -> AttentionPlan | VarlenPlan:
-    """Return the plan with masks to be added to scores, which torch would make in every layer."""
-    if isinstance(plan, VarlenPlan):
+def with_additive_masks(plan: object, dtype: torch.dtype) -> object:
+    """Return the plan with masks to be added to scores, which torch would make in every layer.
+
+    Plans without masks are returned as they are.
+    """
+    if not isinstance(plan, AttentionPlan):
         return plan
     return replace(plan, buckets=tuple(_with_additive_mask(b, dtype) for b in plan.buckets))
 
@@ -97,7 +92,7 @@ def _with_additive_mask(bucket: Bucket, dtype: torch.dtype) -> Bucket:
 class PlannedSeqParams(PackedSeqParams):
     """Megatron's PackedSeqParams with an attention plan. Megatron passes it to `core_attention`."""
 
-    plan: AttentionPlan | VarlenPlan | None = None
+    plan: object = None  # of the type that the core attention of the layers executes
     plan_of_layer: dict[int, AttentionPlan] | None = (
         None  # layer number from 1 -> plan; overrides `plan`
     )
@@ -149,7 +144,7 @@ class PlannedAttention(MegatronModule):
         if packed_seq_params.plan_of_layer is not None:
             plan = packed_seq_params.plan_of_layer[self.layer_number]
         assert isinstance(plan, AttentionPlan)
-        return self.attend(mixed, _exchanged(mixed, packed_seq_params.context), plan)
+        return self.attend(mixed, exchanged(mixed, packed_seq_params.context), plan)
 
     def attend(self, mixed: Tensor, elsewhere: Tensor | None, plan: AttentionPlan) -> Tensor:
         """Return what `forward` returns, for keys and values `elsewhere` [T, K, 2, D] if given."""
@@ -188,7 +183,7 @@ class VarlenAttention(MegatronModule):
         """Return [L, 1, H * D] for mixed [L, K, R + 2, D]."""
         plan = packed_seq_params.plan
         assert isinstance(plan, VarlenPlan)
-        return self.attend(mixed, _exchanged(mixed, packed_seq_params.context), plan)
+        return self.attend(mixed, exchanged(mixed, packed_seq_params.context), plan)
 
     def attend(self, mixed: Tensor, elsewhere: Tensor | None, plan: VarlenPlan) -> Tensor:
         """Return what `forward` returns, for keys and values `elsewhere` [T, K, 2, D] if given."""
@@ -197,27 +192,6 @@ class VarlenAttention(MegatronModule):
         (rows,) = _gather_rows(mixed, elsewhere, [(plan.queries, plan.keys)])
         flat = self.kernel(*rows, plan)
         return flat.index_select(0, plan.output_index).unsqueeze(1)
-
-
-def flash_kernel(config: TransformerConfig, layer_number: int) -> Kernel:
-    """Return torch's FlashAttention as a Kernel; both arguments are unused."""
-    return _flash
-
-
-def _flash(query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan) -> Tensor:
-    """Return [sum Q, H * D] by torch's variable-length FlashAttention."""
-    attended: Any = varlen_attn(
-        query,
-        key,
-        value,
-        plan.cu_seqlens_q,
-        plan.cu_seqlens_k,
-        plan.max_seqlen_q,
-        plan.max_seqlen_k,
-        window_size=(-1, 0),  # causal from the bottom right
-        **GQA_KWARGS,
-    )  # [sum Q, H, D]
-    return attended.flatten(1)
 
 
 class TransformerEngineKernel(torch.nn.Module):
@@ -255,7 +229,7 @@ class TransformerEngineKernel(torch.nn.Module):
 Rows = tuple[Tensor, Tensor, Tensor]  # query [n, H, D], key [m, K, D], value [m, K, D] of a call
 
 
-def _exchanged(mixed: Tensor, context: dist.ProcessGroup | None) -> Tensor | None:
+def exchanged(mixed: Tensor, context: dist.ProcessGroup | None) -> Tensor | None:
     """Return keys and values of all context-parallel ranks, [T, K, 2, D]; None for one rank.
 
     The backward pass sums the gradients of all ranks.

@@ -3,7 +3,8 @@
 Rows are processed in chunks of at most `CHUNK_BYTES` of float32 logits, `GPU_CHUNK_BYTES` on a GPU.
 The forward pass computes log-sum-exp, target logit and entropy of each chunk; the backward pass
 computes the chunk's logits again for the gradients (the recompute of cut cross-entropy, arXiv
-2411.09009). Both passes reuse two buffers. With a vocabulary split over tensor-parallel ranks, each
+2411.09009). Both passes reuse two buffers. On a GPU each elementwise part is one compiled kernel,
+and there is one buffer. With a vocabulary split over tensor-parallel ranks, each
 rank computes the logits of its own part.
 
 Example: a vocabulary of 151,936 tokens on one rank gives chunks of 220 rows (883 on a GPU).
@@ -22,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_vrl.models.compiled import on_gpu
 from megatron_vrl.parallel.arrays import upload
 
 BANNED_LOGIT = -1e30  # exp gives 0; unlike -inf it can be multiplied by 0
@@ -110,22 +112,25 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         logits = _LogitChunks(hidden, weight, banned, ctx.temperature, ctx.chunk)
         for rows, values, scratch in logits:
-            softmax = torch.sub(values, lse[rows, None], out=scratch).exp_()
-            # d logprob = onehot - p;  d entropy = -p * (logit - mean)
-            slope = values.sub_(mean[rows, None]).mul_(grad_entropy[rows, None])
-            slope.add_(grad_logprob[rows, None]).mul_(softmax).neg_()
+            slope = slope_of_softmax(
+                values, scratch, lse[rows], mean[rows], grad_logprob[rows], grad_entropy[rows]
+            )
             picked = mine[rows] * grad_logprob[rows]
             slope.scatter_add_(1, local[rows, None], picked[:, None])
             if ctx.temperature != 1.0:
                 slope /= ctx.temperature
-            grad_hidden[rows] = slope.to(weight.dtype) @ weight
-            _add_product(grad_weight, slope, hidden[rows])
+            narrow = slope.to(weight.dtype)
+            grad_hidden[rows] = narrow @ weight
+            _add_product(grad_weight, slope, narrow, hidden[rows])
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
 
 
 @dataclass(frozen=True, slots=True)
 class _LogitChunks:
-    """Iterator over (slice of rows, their float32 logits [n, V], scratch buffer [n, V])."""
+    """Iterator over (slice of rows, their float32 logits [n, V], scratch buffer [n, V]).
+
+    On a GPU the scratch buffer is None, since compiled code needs none.
+    """
 
     hidden: Tensor
     weight: Tensor
@@ -133,9 +138,10 @@ class _LogitChunks:
     temperature: float
     chunk: int
 
-    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         shape = (min(self.chunk, len(self.hidden)), len(self.weight))
-        values, scratch = (torch.empty(shape, device=self.weight.device) for _ in range(2))
+        values = torch.empty(shape, device=self.weight.device)
+        scratch = None if values.is_cuda else torch.empty_like(values)
         for start in range(0, len(self.hidden), self.chunk):
             part = self.hidden[start : start + self.chunk]
             into = values[: len(part)]
@@ -143,7 +149,8 @@ class _LogitChunks:
             if self.temperature != 1.0:
                 into /= self.temperature
             into.index_fill_(1, self.banned, BANNED_LOGIT)
-            yield slice(start, start + len(part)), into, scratch[: len(part)]
+            room = None if scratch is None else scratch[: len(part)]
+            yield slice(start, start + len(part)), into, room
 
 
 def _product(left: Tensor, right: Tensor, into: Tensor) -> None:
@@ -156,26 +163,55 @@ def _product(left: Tensor, right: Tensor, into: Tensor) -> None:
         into.copy_(left @ right)
 
 
-def _add_product(total: Tensor, slope: Tensor, hidden: Tensor) -> None:
-    """Add slope [n, V].T @ hidden [n, C] to total [V, C] in float32."""
+def _add_product(total: Tensor, slope: Tensor, narrow: Tensor, hidden: Tensor) -> None:
+    """Add slope [n, V].T @ hidden [n, C] to total [V, C] in float32.
+
+    `narrow` is `slope` in the dtype of `hidden`; a GPU multiplies 16-bit operands.
+    """
     if hidden.is_cuda and hidden.dtype != torch.float32:
-        left = slope.to(hidden.dtype).t()
-        torch.addmm(total, left, hidden, out_dtype=torch.float32, out=total)
+        torch.addmm(total, narrow.t(), hidden, out_dtype=torch.float32, out=total)
     else:
         total.addmm_(slope.t(), hidden.float())
 
 
 def _statistics(
-    logits: Tensor, scratch: Tensor, chosen: Tensor, group: dist.ProcessGroup
+    logits: Tensor, scratch: Tensor | None, chosen: Tensor, group: dist.ProcessGroup
 ) -> Tensor:
     """Return [3, n] over all ranks: log-sum-exp, target logit, mean logit under the softmax."""
     peak = logits.amax(dim=1)
     if group.size() > 1:
         dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
-    weights = torch.sub(logits, peak[:, None], out=scratch).exp_()
-    weighted = torch.linalg.vecdot(weights, logits)
-    sums = torch.stack([weights.sum(1), chosen, weighted])
+    total, weighted = exponential_sums(logits, scratch, peak)
+    sums = torch.stack([total, chosen, weighted])
     if group.size() > 1:
         dist.all_reduce(sums, group=group)
     total, chosen, weighted = sums
     return torch.stack([peak + torch.log(total), chosen, weighted / total])
+
+
+@on_gpu
+def exponential_sums(logits: Tensor, scratch: Tensor | None, peak: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sums [n] of e ** (logit - peak), and of its products with the logits [n, V].
+
+    `scratch` [n, V] takes the exponentials; None where compiled code keeps them in registers.
+    """
+    weights = torch.sub(logits, peak[:, None], out=scratch).exp_()
+    return weights.sum(1), torch.linalg.vecdot(weights, logits)
+
+
+@on_gpu
+def slope_of_softmax(
+    logits: Tensor,
+    scratch: Tensor | None,
+    lse: Tensor,
+    mean: Tensor,
+    grad_logprob: Tensor,
+    grad_entropy: Tensor,
+) -> Tensor:
+    """Return the gradient of logits [n, V] in their place, without the term of the target.
+
+    d logprob = onehot - p; d entropy = -p * (logit - mean), for p = e ** (logit - lse).
+    """
+    softmax = torch.sub(logits, lse[:, None], out=scratch).exp_()
+    slope = logits.sub_(mean[:, None]).mul_(grad_entropy[:, None])
+    return slope.add_(grad_logprob[:, None]).mul_(softmax).neg_()

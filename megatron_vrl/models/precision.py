@@ -18,8 +18,8 @@ from megatron_vrl.models.attention import (
     PlannedAttention,
     TransformerEngineKernel,
     VarlenAttention,
-    flash_kernel,
 )
+from megatron_vrl.models.cascade_attention import CascadeAttention
 from megatron_vrl.models.fp8_emulation import (
     EmulatedFp8ColumnParallelLinear,
     EmulatedFp8RowParallelLinear,
@@ -29,7 +29,7 @@ from megatron_vrl.models.pipeline_split import check_fp8
 
 ATTENTION = {
     "sdpa": PlannedAttention,
-    "flash": partial(VarlenAttention, kernel=flash_kernel),
+    "flash": CascadeAttention,
     "transformer_engine": partial(VarlenAttention, kernel=TransformerEngineKernel),
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -42,10 +42,10 @@ FP8_RECIPES = {"delayed": "delayed", "current": "tensorwise", "blockwise": "bloc
 def check_available(cfg: Model, parallel: Parallel, device: torch.device) -> None:
     """Raise ConfigError if this process cannot run the configured layers, attention or FP8."""
     check_fp8(cfg, parallel)
-    if cfg.attention == "flash" and (device.type != "cuda" or cfg.dtype != "bfloat16"):
+    if cfg.attention == "flash" and device.type == "cuda" and cfg.dtype != "bfloat16":
         raise ConfigError(
-            f"model.attention=flash with model.dtype={cfg.dtype} on {device.type}: it runs on a "
-            "GPU in bfloat16; set model.attention=auto."
+            f"model.attention=flash with model.dtype={cfg.dtype} on a GPU: it runs there in "
+            "bfloat16; set model.attention=auto."
         )
     lacks = "no GPU" if device.type != "cuda" else "no Transformer Engine"
     if device.type == "cuda" and find_spec("transformer_engine") is not None:

@@ -22,7 +22,7 @@ from megatron.core.optimizer import distrib_optimizer
 from torch import Tensor
 
 Tensors = list[Tensor]  # one tensor per parameter
-Update = Callable[[dict[str, Any], Tensors, Tensors, Tensors, Tensors], None]
+Update = Callable[[dict[str, Any], float, Tensors, Tensors, Tensors, Tensors], None]
 
 
 class AdamW(torch.optim.Optimizer):
@@ -40,6 +40,7 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         )
+        self.gradient_scale = 1.0  # factor of all gradients in the next steps, as clipping sets it
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -52,6 +53,7 @@ class AdamW(torch.optim.Optimizer):
                 moments = [self._moments(param) for param in params]
                 update(
                     group,
+                    self.gradient_scale,
                     params,
                     [param.grad for param in params if param.grad is not None],
                     [state["exp_avg"] for state in moments],
@@ -68,9 +70,16 @@ class AdamW(torch.optim.Optimizer):
 
 
 def foreach_update(
-    group: dict[str, Any], params: Tensors, grads: Tensors, first: Tensors, second: Tensors
+    group: dict[str, Any],
+    scale: float,
+    params: Tensors,
+    grads: Tensors,
+    first: Tensors,
+    second: Tensors,
 ) -> None:
-    """Update `params` of one param group in place, from their gradients and moments."""
+    """Update `params` of one param group in place, from their gradients times `scale`."""
+    if scale != 1:
+        torch._foreach_mul_(grads, scale)
     beta1, beta2 = group["betas"]
     correction1 = 1 - beta1 ** group["step"]
     correction2 = 1 - beta2 ** group["step"]
@@ -85,10 +94,19 @@ def foreach_update(
 
 
 def fused_update(
-    group: dict[str, Any], params: Tensors, grads: Tensors, first: Tensors, second: Tensors
+    group: dict[str, Any],
+    scale: float,
+    params: Tensors,
+    grads: Tensors,
+    first: Tensors,
+    second: Tensors,
 ) -> None:
-    """Update `params` of one param group in place, by torch's fused kernel (CUDA and CPU)."""
+    """Update `params` of one param group in place, by torch's fused kernel (CUDA and CPU).
+
+    The kernel scales gradients as it reads them: clipping is no pass of its own.
+    """
     step = torch.full((), float(group["step"]), device=params[0].device)
+    divisor = None if scale == 1 else torch.full((), 1 / scale, device=params[0].device)
     torch._fused_adamw_(
         params,
         grads,
@@ -103,6 +121,7 @@ def fused_update(
         eps=group["eps"],
         amsgrad=False,
         maximize=False,
+        grad_scale=divisor,
     )
 
 

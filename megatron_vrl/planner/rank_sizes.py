@@ -30,7 +30,7 @@ def rank_sizes(model: Model, cfg: Parallel, batch: PackedBatch) -> RankSizes:
     patches = batch.groups * batch.group.patches
     return RankSizes(
         rows=batch.rows // cfg.context,
-        attention=_attention(batch, cfg.context, _in_buckets(model)),
+        attention=_attention(batch, cfg.context, _backend(model)),
         patches=-(-patches // (cfg.tensor * cfg.context)),
         all_patches=patches,
         vision_tokens=batch.groups * batch.group.vision_tokens // cfg.context,
@@ -39,17 +39,20 @@ def rank_sizes(model: Model, cfg: Parallel, batch: PackedBatch) -> RankSizes:
 
 
 @cache
-def _in_buckets(model: Model) -> bool:
-    """Return whether attention on a GPU runs in masked buckets (sdpa); `auto` depends on the
-    dtype."""
-    return model.attention == "sdpa" or (model.attention == "auto" and model.dtype == "float32")
+def _backend(model: Model) -> str:
+    """Return the attention backend of a GPU; `auto` depends on the dtype."""
+    if model.attention != "auto":
+        return model.attention
+    return "sdpa" if model.dtype == "float32" else "flash"
 
 
-def _attention(batch: PackedBatch, context: int, masks: bool) -> Attention:
+def _attention(batch: PackedBatch, context: int, backend: str) -> Attention:
     """Return the attention sizes of the context-parallel rank with the largest sum of sizes.
 
     The sizes are counted on a micro-batch that is packed from groups of the planned sizes.
     """
+    if backend == "flash":
+        return Attention(queries=0, keys=batch.rows * (context > 1), mask=0, cascade=True)
     size = batch.group
     prompt = Prompt(
         id="",
@@ -66,7 +69,7 @@ def _attention(batch: PackedBatch, context: int, masks: bool) -> Attention:
     group = Group(prompt=prompt, answers=(answer,) * size.answers)
     whole = pack([group] * batch.groups, at_least=batch.rows)
     shards = [shard_context(whole, rank, context) for rank in range(context)]
-    if masks:
+    if backend == "sdpa":
         sizes = [padded_attention_sizes(shard) for shard in shards]
     else:
         sizes = [(*varlen_attention_sizes(shard), 0) for shard in shards]

@@ -44,16 +44,17 @@ def clipped_step(optimizer: MegatronOptimizer, max_norm: float) -> float:
 
     Without a finite norm no weight changes. Every rank calls it, and all get the same norm. It
     equals Megatron's `optimizer.step()`, which reads each parameter's norm on the host where
-    Transformer Engine and apex are missing; here one pass finds the norm and what is not finite.
+    Transformer Engine and apex are missing. Here one pass finds the norm and what is not finite,
+    and AdamW clips.
     """
     optimizer.prepare_grads()
     norm = _norm(optimizer)
     if not math.isfinite(norm):
         return norm
     scale = max_norm / (norm + 1e-6)
-    grads = [p.grad for p in _parameters(optimizer) if p.grad is not None]
-    if 0 < scale < 1 and grads:
-        torch._foreach_mul_(grads, scale)
+    for part in optimizer.chained_optimizers:
+        if part.optimizer is not None:
+            part.optimizer.gradient_scale = scale if 0 < scale < 1 else 1.0
     optimizer.step_with_ready_grads()
     return norm
 
@@ -68,10 +69,6 @@ def _norm(optimizer: MegatronOptimizer) -> float:
         total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) ** 2
     dist.all_reduce(total, group=optimizer.get_grad_stats_parallel_group())
     return math.sqrt(total.item())
-
-
-def _parameters(optimizer: MegatronOptimizer) -> list[torch.nn.Parameter]:
-    return [p for part in optimizer.chained_optimizers for p in part.get_parameters()]
 
 
 def learning_rate(cfg: Optimizer, step: int, num_steps: int) -> float:

@@ -23,6 +23,7 @@ from megatron_vrl.parallel.mesh import close_mesh, init_mesh
 from megatron_vrl.policy.policy import Policy
 from tests.tiny import GROUPS, micro_batches, token_loss
 
+FLASH = {"attention": "flash"}  # `auto` is sdpa on a CPU
 PLAIN_DDP = {"distributed_optimizer": False}  # gradients are whole only without it
 
 
@@ -47,7 +48,10 @@ LAYOUTS = {
     "dp2-distributed-optimizer": Layout(processes=2, parallel={}, models=("untied",)),
     "tp2": Layout(processes=2, parallel=PLAIN_DDP | {"tensor": 2}),
     "tp2-sp": Layout(
-        processes=2, parallel=PLAIN_DDP | {"tensor": 2, "sequence": True}, models=("untied",)
+        processes=2,
+        parallel=PLAIN_DDP | {"tensor": 2, "sequence": True},
+        model=FLASH,
+        models=("untied",),
     ),
     "pp2": Layout(processes=2, parallel=PLAIN_DDP | {"pipeline": 2}),
     "pp2-uneven": Layout(
@@ -60,7 +64,7 @@ LAYOUTS = {
     "cp2-recompute": Layout(
         processes=2,
         parallel=PLAIN_DDP | {"context": 2},
-        model={"recompute": "full"},
+        model=FLASH | {"recompute": "full"},
         models=("tied",),
     ),
     "dp2-overlap-recompute": Layout(
@@ -69,7 +73,10 @@ LAYOUTS = {
     "tp4": Layout(processes=4, parallel=PLAIN_DDP | {"tensor": 4}, models=("four-kv-heads",)),
     "pp4": Layout(processes=4, parallel=PLAIN_DDP | {"pipeline": 4}, models=("tied",)),
     "tp2-cp2": Layout(
-        processes=4, parallel=PLAIN_DDP | {"tensor": 2, "context": 2}, models=("tied",)
+        processes=4,
+        parallel=PLAIN_DDP | {"tensor": 2, "context": 2},
+        model=FLASH,
+        models=("tied",),
     ),
     "cp2-dp2-distributed-optimizer": Layout(processes=4, parallel={"context": 2}, models=("tied",)),
     "pp2-virtual2-dp2-overlap": Layout(

@@ -1,6 +1,7 @@
 """Bounds on the operations and the kept bytes of a layer; no host read in a pass."""
 
 import argparse
+import inspect
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 from megatron_vrl.algorithms import token_loss
 from megatron_vrl.config import Algorithm, Parallel
 from megatron_vrl.models.layers import RMSNorm
-from megatron_vrl.models.logprob_head import Distribution
+from megatron_vrl.models.logprob_head import Distribution, exponential_sums, slope_of_softmax
 from megatron_vrl.models.swiglu import swiglu
 from megatron_vrl.observe.op_counter import OpCounter
 from megatron_vrl.parallel.mesh import Mesh, close_mesh, init_mesh
@@ -48,6 +49,16 @@ def test_operations_of_a_layer(mesh: Mesh, dtype: str, language: int, vision: in
         counter, _ = ops.count_layer(call, frozen=frozen)
         assert counter.total <= most, counter.operations
         assert not counter.host_reads and not counter.uploads
+
+
+def test_operations_of_a_layer_with_the_fused_forms_of_a_gpu(mesh: Mesh) -> None:
+    """Each fused kernel counts as one operation."""
+    arguments = argparse.Namespace(**SIZES, dtype="bfloat16", recompute="none")
+    counter, _ = ops.count_fused(ops.architecture(), mesh, arguments)
+    assert counter.total <= 60, counter.operations
+    fused = {"rms_norm": 2, "swiglu": 1, "rotary_embedding": 2, "flash": 2, "flash_backward": 2}
+    assert {name: counter.operations[name] for name in fused} == fused
+    assert not counter.host_reads and not counter.uploads
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
@@ -132,3 +143,16 @@ def outcome(norm: torch.nn.RMSNorm, x: Tensor, weight: Tensor) -> tuple[Tensor, 
     leaf = x.detach().to(norm.weight.dtype).clone().requires_grad_()
     out = norm(leaf)
     return out, torch.autograd.grad(out, (leaf, norm.weight), out.detach().sin())
+
+
+def test_the_parts_of_the_head_compile_to_one_graph_each() -> None:
+    """Sizes are symbols. The graphs of a GPU, executed by torch, give equal bits."""
+    noise = torch.Generator().manual_seed(1)
+    logits = torch.randn(5, 33, generator=noise)
+    rows = [torch.randn(5, generator=noise) for _ in range(4)]
+    for function, arguments in ((exponential_sums, rows[:1]), (slope_of_softmax, rows)):
+        graph = torch.compile(
+            inspect.unwrap(function), dynamic=True, fullgraph=True, backend="eager"
+        )
+        wanted = function(logits.clone(), torch.empty_like(logits), *arguments)
+        torch.testing.assert_close(graph(logits.clone(), None, *arguments), wanted, rtol=0, atol=0)

@@ -41,8 +41,10 @@ def test_state_is_that_of_fused_adam() -> None:
     assert torch.equal(unused, torch.ones(2))
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_the_kernel_of_a_gpu_computes_what_the_cpu_computes(weight_decay: float) -> None:
+@pytest.mark.parametrize(("weight_decay", "scale"), [(0.0, 1.0), (0.1, 1.0), (0.1, 0.3)])
+def test_the_kernel_of_a_gpu_computes_what_the_cpu_computes(
+    weight_decay: float, scale: float
+) -> None:
     """torch's fused kernel runs on CPU tensors, too: 20 steps with our arguments.
 
     Both are float32 and order the bias corrections differently. A step is at most lr = 0.01, so
@@ -56,19 +58,21 @@ def test_the_kernel_of_a_gpu_computes_what_the_cpu_computes(weight_decay: float)
         group: dict[str, Any] = {"betas": (0.8, 0.95), "eps": 1e-8, "weight_decay": weight_decay}
         for step in range(1, 21):
             grads = [torch.randn(param.shape) for param in params]
-            update(group | {"step": step, "lr": 0.01 / step}, params, grads, first, second)
+            now = group | {"step": step, "lr": 0.01 / step}
+            update(now, scale, params, grads, first, second)
         runs.append(params + first + second)
     for ours, theirs in zip(*runs, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
-def test_the_fused_kernel_allocates_no_list_of_tensors() -> None:
-    """A count of the operations: one kernel, and the step count as its only new tensor."""
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_the_fused_kernel_allocates_no_list_of_tensors(scale: float) -> None:
+    """A count of the operations: one kernel that clips, too; step and scale are its new tensors."""
     params, grads, first, second = ([torch.zeros(4) for _ in range(3)] for _ in range(4))
     group = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "step": 1, "lr": 0.1}
     with Operations() as seen:
-        fused_update(group, params, grads, first, second)
-    assert seen.names == ["full", "_fused_adamw_"]
+        fused_update(group, scale, params, grads, first, second)
+    assert seen.names == ["full"] * (1 + (scale != 1)) + ["_fused_adamw_"]
 
 
 class Operations(TorchDispatchMode):

@@ -160,7 +160,7 @@ def groups_of(case: dict[str, Any]) -> list[Group]:
 def measure(case: dict[str, Any]) -> dict[str, Any]:
     """Return this rank's row of one case. Every rank must call it."""
     parallel = Parallel.model_validate(case.get("parallel", {}))
-    model = Model(checkpoint="", attention="sdpa", **case.get("model", {}))
+    model = Model(checkpoint="", **{"attention": "sdpa"} | case.get("model", {}))
     mesh = init_mesh(parallel, seed=1)
     policy = Policy(ARCHITECTURES[case["size"]], model, parallel, mesh)
     with torch.no_grad():

@@ -51,8 +51,10 @@ def case(
     return base | own | {"model": model}
 
 
-FAST = [case(recompute="none"), case(recompute="full", freeze_vision=True)]
+FAST = [case(attention="flash"), case(recompute="full", freeze_vision=True)]
 ALONE = [
+    case(recompute="none"),
+    *(case(LONG, attention="flash", recompute=kind) for kind in KINDS),
     *(case(BFLOAT16, dtype="bfloat16", recompute=kind) for kind in KINDS),
     *(case(LONG, recompute=kind) for kind in KINDS),
     case(layout="plain"),
@@ -70,6 +72,7 @@ TWO_RANKS = [
     case(groups=4, tokens=512, parallel={"pipeline": 2}, recompute="full"),
     case(groups=4, tokens=512, parallel={"pipeline": 2, "virtual": 2}),
     case(groups=2, parallel={"context": 2}),
+    case(groups=2, parallel={"context": 2}, attention="flash"),
     case(BFLOAT16, groups=2, dtype="bfloat16"),  # data parallel: half of the optimizer's state each
     case(BFLOAT16, groups=2, parallel={"distributed_optimizer": False}, dtype="bfloat16"),
 ]
@@ -95,7 +98,7 @@ def planned(case: dict[str, Any], ranks: int, row: dict[str, int]) -> tuple[Stag
     arch = ARCHITECTURES[case["size"]]
     cfg = RunConfig(
         run=Run(out_dir=""),
-        model=Model(checkpoint="", attention="sdpa", **case["model"]),
+        model=Model(checkpoint="", **{"attention": "sdpa"} | case["model"]),
         parallel=Parallel(**case["parallel"]),
         batch=Batch(tokens=case["tokens"], layout=case["layout"]),
         algorithm=Algorithm(kl=0.0),

@@ -68,7 +68,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
 
     def counted(*arguments: Any) -> None:
-        calls.append(len(arguments[1]))
+        calls.append(len(arguments[2]))
         adamw.fused_update(*arguments)
 
     monkeypatch.setitem(adamw.UPDATES, "cpu", counted)

@@ -17,15 +17,12 @@ from megatron_vrl.batching.pack import Group
 from megatron_vrl.checkpoint.hf_load import hf_tensors, load_hf_weights
 from megatron_vrl.config import Algorithm, Batch, Model, Optimizer, Parallel
 from megatron_vrl.models.architecture import read_architecture
-from megatron_vrl.models.attention import VarlenAttention
 from megatron_vrl.models.logprob_head import Distribution
-from megatron_vrl.models.precision import ATTENTION
 from megatron_vrl.parallel.mesh import Mesh, close_mesh, init_mesh
 from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.policy.policy import Policy, TokenLoss, Update
 from tests.tiny import GROUPS, present, token_loss
 from tests.tiny_models import hf_model, save
-from tests.varlen import kernel_by_definition
 
 
 @pytest.fixture(scope="module")
@@ -67,21 +64,25 @@ def test_accumulated_gradients_are_those_of_one_batch(checkpoint: Path, mesh: Me
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_an_update_over_sequences_of_any_length(
-    checkpoint: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch, recompute: str
-) -> None:
-    """The way of `flash`, with a kernel that runs here, gives what buckets give."""
-    by_definition = partial(VarlenAttention, kernel=kernel_by_definition)
-    buckets, one = updated(checkpoint, mesh)
-    monkeypatch.setitem(ATTENTION, "flash", by_definition)
-    monkeypatch.setattr("megatron_vrl.policy.policy.check_available", lambda *_: None)
-    varlen, other = updated(checkpoint, mesh, attention="flash", recompute=recompute)
+def test_an_update_without_copies_of_keys(checkpoint: Path, mesh: Mesh, recompute: str) -> None:
+    """`flash` gives what buckets give."""
+    buckets, one = updated(checkpoint, mesh, attention="sdpa")
+    cascade, other = updated(checkpoint, mesh, attention="flash", recompute=recompute)
     assert other.loss == pytest.approx(one.loss, rel=1e-5)
     assert other.grad_norm == pytest.approx(one.grad_norm, rel=1e-5)
     for (name, ours), theirs in zip(
-        weights(varlen).items(), weights(buckets).values(), strict=True
+        weights(cascade).items(), weights(buckets).values(), strict=True
     ):
         assert (ours - theirs).norm() < 1e-4 * theirs.norm(), name
+
+
+def test_bfloat16_rounds_alike_without_copies_of_keys(checkpoint: Path, mesh: Mesh) -> None:
+    _, exact = updated(checkpoint, mesh)
+    errors = []
+    for attention in ("sdpa", "flash"):
+        _, rounded = updated(checkpoint, mesh, dtype="bfloat16", attention=attention)
+        errors.append(abs(rounded.grad_norm / exact.grad_norm - 1))
+    assert errors[1] < 2 * errors[0] + 1e-2
 
 
 def test_bfloat16_has_float32_gradients_and_main_weights(checkpoint: Path, mesh: Mesh) -> None:

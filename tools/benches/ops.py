@@ -5,7 +5,9 @@ language layer and one vision layer, each forward and backward alone (a frozen v
 forward), the head, and a whole update with its optimizer. `ours` are the layers of a run,
 `megatron` the local layer spec of megatron.core (GPTModel's default without Transformer Engine),
 `transformers` the layer of `modeling_qwen2_5_vl.py`; each has the same sizes, rows and number
-format. `saved_bytes` is what autograd keeps for the backward pass, beside weights."""
+format. `ours, flash` has attention without copies of a prompt's keys, `ours, GPU` also the fused
+kernels of a GPU, each counted by its call (benches/fused_forms.py). `saved_bytes` is what autograd
+keeps for the backward pass, beside weights."""
 
 import argparse
 import collections
@@ -22,6 +24,7 @@ from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from benches.fused_forms import FusedForms
 from benches.update import ROOT, draw_weights, group
 from megatron_vrl.algorithms import token_loss
 from megatron_vrl.config import Algorithm, Batch, Model, Optimizer, Parallel
@@ -54,10 +57,13 @@ def run(arguments: argparse.Namespace) -> Iterator[Row]:
     policy = make_policy(arch, mesh, arguments)
     batches = batches_of(arch, mesh, arguments)
     language, vision = layer_calls(policy, batches)
+    flash, _ = layer_calls(make_policy(arch, mesh, arguments, attention="flash"), batches)
     hidden = partial(torch.randn, dtype=policy.chunks[0].config.params_dtype)
     rows = len(batches[0].rows)
     sides: dict[tuple[str, str], Callable[[], tuple[OpCounter, int]]] = {
         ("language layer", "ours"): lambda: count_layer(language),
+        ("language layer", "ours, flash"): lambda: count_layer(flash),
+        ("language layer", "ours, GPU"): lambda: count_fused(arch, mesh, arguments),
         ("language layer", "megatron"): lambda: count_layer(megatron_layer(policy, rows)),
         ("language layer", "transformers"): lambda: count_layer(hf_layer(arch, hidden, rows)),
         ("MLP of it", "ours"): lambda: count_layer(mlp_of(language)),
@@ -93,7 +99,9 @@ def architecture() -> Architecture:
     return replace(arch, **sizes, **tokens, vision=vision)
 
 
-def make_policy(arch: Architecture, mesh: Mesh, arguments: argparse.Namespace) -> Policy:
+def make_policy(
+    arch: Architecture, mesh: Mesh, arguments: argparse.Namespace, **model: Any
+) -> Policy:
     """Return a policy of random weights with a frozen tower, ready to update."""
     cfg = Model(
         checkpoint="none",
@@ -101,6 +109,7 @@ def make_policy(arch: Architecture, mesh: Mesh, arguments: argparse.Namespace) -
         recompute=arguments.recompute,
         freeze_vision=True,
         freeze_merger=True,
+        **model,
     )
     policy = Policy(arch, cfg, Parallel(), mesh)
     draw_weights(policy)
@@ -198,8 +207,22 @@ def hf_layer(arch: Architecture, hidden: Callable[..., Tensor], rows: int) -> Ca
     return layer, (given,), {"position_embeddings": tables, "attention_mask": None}
 
 
-def count_layer(call: Call, *, frozen: bool = False) -> tuple[OpCounter, int]:
+def count_fused(
+    arch: Architecture, mesh: Mesh, arguments: argparse.Namespace
+) -> tuple[OpCounter, int]:
+    """Return what a language layer dispatches with the fused forms of a GPU, by their calls."""
+    forms = FusedForms()
+    with forms.in_place():
+        policy = make_policy(arch, mesh, arguments, attention="flash")
+        language, _ = layer_calls(policy, batches_of(arch, mesh, arguments))
+        return count_layer(language, forms=forms)
+
+
+def count_layer(
+    call: Call, *, frozen: bool = False, forms: FusedForms | None = None
+) -> tuple[OpCounter, int]:
     """Return what a layer's forward and backward pass dispatches, and the bytes saved between."""
+    forms = forms or FusedForms()
     layer, args, kwargs = call
     kwargs = dict(kwargs)
     leaf = (args or (kwargs.pop("hidden_states"),))[0].detach()
@@ -207,12 +230,13 @@ def count_layer(call: Call, *, frozen: bool = False) -> tuple[OpCounter, int]:
         given = leaf.clone().requires_grad_(not frozen)
         weights = {p.untyped_storage().data_ptr() for p in layer.parameters()}
         saved = _Saved(weights | {given.untyped_storage().data_ptr()})
-        with OpCounter() as counter, saved.hooks():
+        with OpCounter() as forms.counter, saved.hooks():
             out = layer(given, *args[1:], **kwargs)
             out = out[0] if isinstance(out, tuple) else out
             if not frozen:
                 out.backward(out.detach())
-    return counter, saved.most
+    assert forms.counter is not None
+    return forms.counter, saved.most
 
 
 class _Saved:

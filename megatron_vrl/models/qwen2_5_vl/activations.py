@@ -3,8 +3,8 @@
 The method is that of "Reducing Activation Recomputation in Large Transformer Models" (arXiv
 2205.05198), applied to this project's layers: packed rows without a batch axis, RMSNorm that saves
 its input, rotation in place, attention without stored scores whose queries, keys and values are
-copied by `index_select`, a gated MLP that saves gate, up and product, no dropout. `tests/planner`
-compares every term with what torch saves.
+copied by `index_select` (cascade attention copies none), a gated MLP that saves gate, up and
+product, no dropout. `tests/planner` compares every term with what torch saves.
 
 Shape letters: L packed rows of this rank, S rows of norms (L / tensor under sequence parallelism),
 C channels, A channels of all query heads of this rank, G channels of its key heads, F channels of
@@ -35,6 +35,7 @@ class Attention:
     queries: int  # rows, including padding of buckets
     keys: int  # rows; a prompt's keys count once per answer
     mask: int  # entries of masks
+    cascade: bool = False  # no copies but `keys` gathered rows of context-parallel ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +89,10 @@ class Layer:
     def attention_bytes(self) -> int:
         """Return the bytes that core attention saves."""
         a = self.attention
+        if a.cascade:  # the fused QKV output; the output is also the projection's input
+            rounded = self.rows * self.queries * (self.stored != self.number)
+            kept = self.rows * (self.queries + 2 * self.keys) + 2 * a.keys * self.keys + rounded
+            return self.number * kept + FLOAT32 * self.heads * self.rows
         copies = self.number * (2 * a.queries * self.queries + 2 * a.keys * self.keys)
         scores = FLOAT32 * self.heads * a.mask if self.kernels.scores else 0
         sums = FLOAT32 * self.heads * a.queries
@@ -210,14 +215,15 @@ def head_temporary(
 ) -> int:
     """Return the temporary bytes of the head, with `vocab_shard` rows of it on this rank.
 
-    They are two buffers of logits and their product in `dtype`, the head's gradient in float32 and
-    in `dtype`, and the gradient of the rows.
+    They are the buffers of logits (one on a GPU, two elsewhere), their product in `dtype`, the
+    head's gradient in float32 and in `dtype`, and the gradient of the rows.
     """
     number = dtype_bytes(model)
     chunk = GPU_CHUNK_BYTES if kernels.on_gpu else CHUNK_BYTES
     rows = min(targets, max(1, chunk // (FLOAT32 * vocab_shard)))
     product = number if number < FLOAT32 else 0
-    logits = rows * vocab_shard * (2 * FLOAT32 + product)
+    buffers = 1 if kernels.on_gpu else 2
+    logits = rows * vocab_shard * (buffers * FLOAT32 + product)
     weight = vocab_shard * arch.hidden * (FLOAT32 + product)
     return logits + weight + number * targets * arch.hidden
 

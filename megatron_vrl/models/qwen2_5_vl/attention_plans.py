@@ -2,8 +2,9 @@
 
 - `language_plan` (sdpa): a prompt attends causally to itself; an answer attends to its prompt and
   causally to itself. Sequences of nearly equal length share a call.
-- `varlen_plan` (flash, transformer_engine): the rule of `language_plan` in one call over sequences
+- `varlen_plan` (transformer_engine): the rule of `language_plan` in one call over sequences
   of different lengths.
+- `cascade_plans.py` (flash): the rule of `language_plan` without copies of keys.
 - `vision_plans`: full attention inside a temporal step, or inside the windows of a step.
 
 Under context parallelism a rank computes the queries of its own rows and reads the keys of all.

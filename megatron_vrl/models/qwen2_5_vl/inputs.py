@@ -18,8 +18,9 @@ from torch import Tensor
 
 from megatron_vrl.batching.pack import MicroBatch
 from megatron_vrl.models.architecture import Architecture, VisionArchitecture
-from megatron_vrl.models.attention import AttentionPlan, VarlenPlan
+from megatron_vrl.models.attention import AttentionPlan
 from megatron_vrl.models.qwen2_5_vl.attention_plans import language_plan, varlen_plan, vision_plans
+from megatron_vrl.models.qwen2_5_vl.cascade_plans import cascade_plan
 from megatron_vrl.parallel.arrays import upload
 from megatron_vrl.parallel.mesh import Axis, Mesh
 
@@ -43,7 +44,7 @@ class PassInputs:
     batch: MicroBatch
     token_ids: Tensor  # [1, L]
     positions: Tensor  # [3, 1, L]
-    plan: AttentionPlan | VarlenPlan
+    plan: object  # of the type that the core attention executes
     vision_rows: Tensor  # rows of this rank that vision embeddings replace
     vision_index: Tensor  # their indices in the embeddings of the micro-batch
     vision: VisionInputs | None  # None: no visual needs the tower
@@ -55,12 +56,10 @@ class PassInputs:
     weight: Tensor  # [N]
 
 
-def pass_inputs(
-    batch: MicroBatch, arch: Architecture, mesh: Mesh, *, in_buckets: bool
-) -> PassInputs:
+def pass_inputs(batch: MicroBatch, arch: Architecture, mesh: Mesh, *, attention: str) -> PassInputs:
     """Return the tensors of `batch` on the device of `mesh`.
 
-    `in_buckets`: whether core attention runs over buckets (sdpa).
+    `attention` is the key of `precision.ATTENTION` that the language layers use.
     """
     on = lambda array: upload(array, mesh.device)  # noqa: E731
     is_pad = np.isin(batch.token_ids, (arch.video_token, arch.image_token))
@@ -72,7 +71,7 @@ def pass_inputs(
         batch=batch,
         token_ids=on(batch.token_ids[batch.rows][None]),
         positions=on(batch.positions[:, None, batch.rows]),
-        plan=(language_plan if in_buckets else varlen_plan)(batch, mesh.device),
+        plan=attention_plan(batch, arch, mesh, attention),
         vision_rows=on(pad_rows),
         vision_index=on(vision_index[pad_rows]),
         vision=vision_inputs(grids, arch.vision, mesh.device, mesh.vision) if encodes else None,
@@ -83,6 +82,13 @@ def pass_inputs(
         sequence=on(batch.sequence),
         weight=on(batch.weight),
     )
+
+
+def attention_plan(batch: MicroBatch, arch: Architecture, mesh: Mesh, attention: str) -> object:
+    """Return the plan that the backend `attention` executes."""
+    if attention == "flash":
+        return cascade_plan(batch, mesh.device, arch.kv_heads // mesh.tensor.size)
+    return (language_plan if attention == "sdpa" else varlen_plan)(batch, mesh.device)
 
 
 def vision_inputs(

@@ -131,7 +131,7 @@ class Qwen25VL(MegatronModule):
         if self.pre_process:
             self.vision = VisionTower(arch, mesh, config)
         self._always_run_vision = parallel.overlap
-        self._in_buckets = attention_backend(cfg, mesh.device) == "sdpa"
+        self._attention = attention_backend(cfg, mesh.device)
         last = layer_modules(cfg, arch.layers - 1, arch.layers, mesh.device)
         layers = [
             layer_modules(cfg, layer, arch.layers, mesh.device) for layer in self.chunk.layers
@@ -159,7 +159,7 @@ class Qwen25VL(MegatronModule):
 
     def inputs(self, batch: MicroBatch) -> PassInputs:
         """Return what the passes of every chunk read of a micro-batch, on the device."""
-        return pass_inputs(batch, self.arch, self.mesh, in_buckets=self._in_buckets)
+        return pass_inputs(batch, self.arch, self.mesh, attention=self._attention)
 
     def forward(
         self, inputs: PassInputs, patches: Tensor | None, distribution: Distribution

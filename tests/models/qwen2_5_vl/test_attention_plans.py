@@ -1,6 +1,6 @@
 """Attention plans compared with a dense mask, on one rank and on context-parallel ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -12,10 +12,13 @@ from hypothesis import strategies as st
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vrl.batching.pack import Answer, Group, MicroBatch, pack, shard_context
+from megatron_vrl.models import cascade_calls
 from megatron_vrl.models.attention import PlannedAttention, VarlenAttention
+from megatron_vrl.models.cascade_attention import CascadeAttention
 from megatron_vrl.models.qwen2_5_vl.attention_plans import language_plan, varlen_plan
+from megatron_vrl.models.qwen2_5_vl.cascade_plans import varlen_cascade, view_cascade
 from tests.tiny import prompt
-from tests.varlen import kernel_by_definition
+from tests.varlen import backward_by_definition, forward_by_definition, kernel_by_definition
 
 CPU = torch.device("cpu")
 HEADS, KV_HEADS, CHANNELS = 4, 2, 8
@@ -74,12 +77,23 @@ def attend(
     return output[:, 0]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def variable_length_kernel() -> Iterator[None]:
+    """FlashAttention of a GPU by its definition."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cascade_calls, "flash_forward", forward_by_definition)
+        patch.setattr(cascade_calls, "flash_backward", backward_by_definition)
+        yield
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize(
     "core, plan_of",
     [
         (PlannedAttention, language_plan),
         (partial(VarlenAttention, kernel=kernel_by_definition), varlen_plan),
+        (CascadeAttention, partial(view_cascade, key_heads=KV_HEADS)),
+        (CascadeAttention, varlen_cascade),
     ],
 )
 @given(groups=batches)
@@ -89,22 +103,29 @@ def test_attention_equals_a_dense_mask(
     plan_of: Callable[[MicroBatch, torch.device], object],
     groups: list[Group],
 ) -> None:
+    """Outputs, and the gradients that all context ranks together give, in float64."""
     batch = pack(groups, multiple=2 * ranks)
     total = len(batch.token_ids)
     noise = torch.Generator().manual_seed(total)
-    query = torch.randn(total, HEADS, CHANNELS, generator=noise)
-    key, value = torch.randn(2, total, KV_HEADS, CHANNELS, generator=noise)
+    draw = partial(torch.randn, total, generator=noise, dtype=torch.float64)
+    given = [draw(heads, CHANNELS) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    query, key, value = leaves = [x.clone().requires_grad_() for x in given]
     wide_key, wide_value = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (key, value))
     scores = torch.einsum("qhd,khd->hqk", query, wide_key) / CHANNELS**0.5
     scores = scores.masked_fill(~torch.from_numpy(visible(batch)), -torch.inf)
     wanted = torch.einsum("hqk,khd->qhd", scores.softmax(-1), wide_value).flatten(1)
     used = sum(g.num_tokens for g in groups)  # what padding attends to does not matter
+    slope = draw(HEADS * CHANNELS) * (torch.arange(total) < used)[:, None]
+    wanted.backward(slope)
+    ours = [x.clone().requires_grad_() for x in given]
     for rank in range(ranks):
         part = shard_context(batch, rank, ranks)
-        if (part.rows < used).any():
-            real = torch.from_numpy(part.rows < used)
-            got = attend(core, plan_of, part, query, key, value)
-            torch.testing.assert_close(got[real], wanted[part.rows][real], atol=1e-5, rtol=1e-5)
+        real = torch.from_numpy(part.rows < used)
+        got = attend(core, plan_of, part, *ours)
+        torch.testing.assert_close(got[real], wanted[part.rows][real])
+        got.backward(slope[part.rows])
+    for mine, theirs in zip(ours, leaves, strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
 
 
 @given(groups=batches, ranks=st.sampled_from([2, 4]))
