@@ -9,7 +9,7 @@ ranks this is 6 + 12 / d bytes per parameter in bfloat16, as Megatron documents.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_vrl.config import RunConfig
+from megatron_vrl.config import Model, RunConfig
 from megatron_vrl.models.architecture import Architecture, padded_vocab
 from megatron_vrl.models.pipeline_split import Chunk, stage_chunks
 from megatron_vrl.models.qwen2_5_vl.activations import (
@@ -20,12 +20,14 @@ from megatron_vrl.models.qwen2_5_vl.activations import (
     head_saved,
     head_temporary,
     language_layer,
+    layers_recomputed,
+    layers_saved,
     merger_saved,
     plan_bytes,
-    recompute_of_tower,
     vision_layer,
     vision_saved,
 )
+from megatron_vrl.models.recompute import vision_level
 from megatron_vrl.planner.hardware import GIB
 from megatron_vrl.planner.libraries import bucket_bytes, decoder_bytes, graphs_bytes, nccl_bytes
 from megatron_vrl.planner.parameters import ParameterCounts, count_stage
@@ -119,7 +121,7 @@ def _case(
     sizes = rank_sizes(model, parallel, batch)
     layer = language_layer(arch, model, parallel, sizes.rows, sizes.attention, kernels)
     block = vision_layer(arch, model, sizes.patches, kernels)
-    language = [chunk_saved(chunk, layer, model.recompute) for chunk in chunks]
+    language = [chunk_saved(chunk, layer, model) for chunk in chunks]
     tower = 0
     if chunks[0].pre_process:
         tower = vision_saved(arch, model, block, sizes.all_patches, sizes.vision_tokens)
@@ -132,9 +134,10 @@ def _case(
     )
     ends = any(chunk.post_process for chunk in chunks)
     vocab_shard = padded_vocab(arch, parallel) // parallel.tensor
-    working = layer.temporary() + layer.recomputed(model.recompute)
+    again = max(layers_recomputed(layer, model, len(chunk.layers)) for chunk in chunks)
+    working = layer.temporary() + again
     if chunks[0].pre_process and not model.freeze_vision:
-        at_block = block.temporary() + block.recomputed(recompute_of_tower(model))
+        at_block = block.temporary() + block.recomputed(vision_level(model))
         gone = language[0] + merger_saved(arch, model, block, sizes.vision_tokens)
         working = max(working, at_block - gone)
     head = 0
@@ -193,11 +196,11 @@ def stepping_bytes(cfg: RunConfig, counts: ParameterCounts, dp_ranks: int, kerne
     return FLOAT32 * -(-counts.trained(cfg.model) // shares)
 
 
-def chunk_saved(chunk: Chunk, layer: Layer, recompute: str) -> int:
+def chunk_saved(chunk: Chunk, layer: Layer, model: Model) -> int:
     """Return the bytes that a chunk saves for one micro-batch, with the output that the schedule
     holds."""
     output = 0 if chunk.post_process else layer.layer_input()
-    return len(chunk.layers) * layer.saved(recompute) + plan_bytes(layer) + output
+    return layers_saved(layer, model, len(chunk.layers)) + plan_bytes(layer) + output
 
 
 def in_flight(

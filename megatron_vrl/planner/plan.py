@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from megatron_vrl.config import RunConfig, check_batches, check_off_policy
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.models.architecture import Architecture
-from megatron_vrl.models.pipeline_split import check_divides
+from megatron_vrl.models.pipeline_split import check_divides, layer_counts
 from megatron_vrl.models.qwen2_5_vl.activations import Kernels
 from megatron_vrl.models.qwen2_5_vl.flops import hardware_flops, update_flops
 from megatron_vrl.parallel.mesh import check_layout, row_tile
@@ -200,6 +200,7 @@ def make_plan(cfg: RunConfig, arch: Architecture, request: PlanRequest) -> Plan:
     step = scaled(batch_flops(arch, batch), micro_batches * replicas * cfg.grpo.mini_batches)
     epochs = cfg.grpo.epochs
     passes = _forward_passes(cfg)
+    chunks = layer_counts(arch, cfg.model, parallel)
     return Plan(
         replicas=replicas,
         sizes=sizes,
@@ -209,7 +210,7 @@ def make_plan(cfg: RunConfig, arch: Architecture, request: PlanRequest) -> Plan:
         memory=memory,
         tokens=step.tokens,
         model_flops=epochs * update_flops(step, cfg.model),
-        hardware_flops=epochs * hardware_flops(step, cfg.model) + len(passes) * step.flops,
+        hardware_flops=epochs * hardware_flops(step, cfg.model, chunks) + len(passes) * step.flops,
         phases=_phases(cfg, arch, request, sizes, batch, micro_batches, stages, memory),
         overlapped=cfg.rollout.max_staleness > 0,
         refused=list(_shortages(cfg, request, memory)),

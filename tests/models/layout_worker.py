@@ -24,6 +24,7 @@ from megatron_vrl.policy.policy import Policy
 from tests.tiny import GROUPS, micro_batches, token_loss
 
 PLAIN_DDP = {"distributed_optimizer": False}  # gradients are whole only without it
+FULL = {"recompute": "full", "recompute_vision": "full"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,10 @@ class Layout:
 LAYOUTS = {
     "one": Layout(processes=1, parallel=PLAIN_DDP),
     "one-plain": Layout(processes=1, parallel=PLAIN_DDP, prompts="plain"),
-    "one-recompute": Layout(processes=1, parallel=PLAIN_DDP, model={"recompute": "full"}),
+    "one-recompute": Layout(processes=1, parallel=PLAIN_DDP, model=FULL),
+    "one-recompute-one-layer": Layout(
+        processes=1, parallel=PLAIN_DDP, model={"recompute": "full", "recompute_num_layers": 1}
+    ),
     "one-recompute-selective": Layout(
         processes=1, parallel=PLAIN_DDP, model={"recompute": "selective"}
     ),
@@ -60,11 +64,11 @@ LAYOUTS = {
     "cp2-recompute": Layout(
         processes=2,
         parallel=PLAIN_DDP | {"context": 2},
-        model={"recompute": "full"},
+        model=FULL,
         models=("tied",),
     ),
     "dp2-overlap-recompute": Layout(
-        processes=2, parallel={"overlap": True}, model={"recompute": "full"}, models=("tied",)
+        processes=2, parallel={"overlap": True}, model=FULL, models=("tied",)
     ),
     "tp4": Layout(processes=4, parallel=PLAIN_DDP | {"tensor": 4}, models=("four-kv-heads",)),
     "pp4": Layout(processes=4, parallel=PLAIN_DDP | {"pipeline": 4}, models=("tied",)),

@@ -28,12 +28,13 @@ from megatron_vrl.config import Model, Parallel
 from megatron_vrl.models.architecture import Architecture, padded_vocab
 from megatron_vrl.models.attention import packed_params, with_additive_masks
 from megatron_vrl.models.fusion import gradient_fusion
-from megatron_vrl.models.layers import COMMON_CONFIG, RECOMPUTE, layer_spec
+from megatron_vrl.models.layers import COMMON_CONFIG, layer_spec
 from megatron_vrl.models.logprob_head import Distribution, token_logprobs
 from megatron_vrl.models.pipeline_split import Chunk, all_chunks, stage_chunks
 from megatron_vrl.models.precision import attention_backend, layer_modules, precision_config
 from megatron_vrl.models.qwen2_5_vl.inputs import PassInputs, pass_inputs
 from megatron_vrl.models.qwen2_5_vl.vision import VisionTower
+from megatron_vrl.models.recompute import language_recompute
 from megatron_vrl.models.rotary import TablesOfAngles
 from megatron_vrl.parallel.arrays import upload
 from megatron_vrl.parallel.mesh import Mesh
@@ -63,7 +64,7 @@ def language_config(arch: Architecture, cfg: Model, parallel: Parallel) -> Trans
         calculate_per_token_loss=True,  # sum gradients; token weights include the divisor
         deterministic_mode=torch.are_deterministic_algorithms_enabled(),
         **precision_config(cfg),
-        **RECOMPUTE[cfg.recompute],
+        **language_recompute(cfg, arch.layers),
     )
 
 
@@ -129,7 +130,7 @@ class Qwen25VL(MegatronModule):
         self.share_embeddings_and_output_weights = arch.tied_head
         self.vision: VisionTower | None = None
         if self.pre_process:
-            self.vision = VisionTower(arch, mesh, config)
+            self.vision = VisionTower(arch, cfg, mesh, config)
         self._always_run_vision = parallel.overlap
         self._in_buckets = attention_backend(cfg, mesh.device) == "sdpa"
         last = layer_modules(cfg, arch.layers - 1, arch.layers, mesh.device)

@@ -28,20 +28,20 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_vrl.config import Model
 from megatron_vrl.models.architecture import Architecture, VisionArchitecture
 from megatron_vrl.models.attention import packed_params
-from megatron_vrl.models.layers import COMMON_CONFIG, RECOMPUTE, RMSNorm, layer_spec
+from megatron_vrl.models.layers import COMMON_CONFIG, RMSNorm, layer_spec
 from megatron_vrl.models.qwen2_5_vl.inputs import Grid, VisionInputs, vision_inputs
+from megatron_vrl.models.recompute import vision_recompute
 from megatron_vrl.models.rotary import rotary_tables
 from megatron_vrl.parallel.mesh import Mesh
 
 
-def vision_config(arch: VisionArchitecture, language: TransformerConfig) -> TransformerConfig:
-    """Return Megatron's TransformerConfig of the vision tower.
-
-    `model.recompute: full` also applies to the tower, `selective` does not.
-    """
-    recompute = "full" if language.recompute_granularity == "full" else "none"
+def vision_config(
+    arch: VisionArchitecture, cfg: Model, language: TransformerConfig
+) -> TransformerConfig:
+    """Return Megatron's TransformerConfig of the vision tower."""
     return TransformerConfig(
         num_layers=arch.layers,
         hidden_size=arch.hidden,
@@ -50,7 +50,7 @@ def vision_config(arch: VisionArchitecture, language: TransformerConfig) -> Tran
         layernorm_epsilon=1e-6,
         add_bias_linear=True,
         **COMMON_CONFIG,
-        **RECOMPUTE[recompute],
+        **vision_recompute(cfg, arch.layers),
         gradient_accumulation_fusion=language.gradient_accumulation_fusion,
         params_dtype=language.params_dtype,
         bf16=language.params_dtype == torch.bfloat16,
@@ -62,8 +62,10 @@ class VisionTower(MegatronModule):
     """Encoder of the patches of any number of videos and images; returns one embedding per vision
     token."""
 
-    def __init__(self, arch: Architecture, mesh: Mesh, language: TransformerConfig) -> None:
-        config = vision_config(arch.vision, language)
+    def __init__(
+        self, arch: Architecture, cfg: Model, mesh: Mesh, language: TransformerConfig
+    ) -> None:
+        config = vision_config(arch.vision, cfg, language)
         super().__init__(config=config)
         self.arch = arch.vision
         self.mesh = mesh
