@@ -32,8 +32,9 @@ from megatron_vrl.planner.hardware import GIB
 from megatron_vrl.planner.libraries import bucket_bytes, decoder_bytes, graphs_bytes, nccl_bytes
 from megatron_vrl.planner.parameters import ParameterCounts, count_stage
 from megatron_vrl.planner.rank_sizes import rank_sizes
-from megatron_vrl.planner.workload import PackedBatch
+from megatron_vrl.planner.workload import PackedBatch, forward_passes
 
+MIB = 2**20
 RUNTIME = 2 * GIB  # CUDA context, kernels, cuBLAS workspaces; *not measured*
 RESERVE = 0.04  # fraction of the GPU left free for allocator fragmentation and the driver
 
@@ -51,6 +52,7 @@ class StageMemory:
     vision: int  # vision tower and merger, all in-flight micro-batches
     log_probs: int  # head: logits of a chunk, the head's gradient, its input rows
     working: int  # temporary memory of one layer's backward pass
+    vision_outputs: int  # of a frozen tower, kept for the passes of a step
     stepping: int  # temporary memory of the optimizer step
     runtime: int
     decoder: int  # process that decodes videos on this GPU
@@ -83,6 +85,7 @@ class StageMemory:
         """Return the peak of an update: the passes, in which head and layers run in turn, or the
         optimizer step."""
         passes = self.activations + self.vision + max(self.log_probs, self.working)
+        passes += self.vision_outputs
         return self.persistent + self.graphs + max(passes, self.stepping)
 
 
@@ -144,6 +147,10 @@ def _case(
     if ends:
         head = head_temporary(arch, model, vocab_shard, sizes.targets, kernels)
         head += head_saved(arch, model, layer, sizes.targets)
+    outputs = 0
+    if chunks[0].pre_process:
+        outputs = vision_output_bytes(cfg, arch, batch, micro_batches * cfg.grpo.mini_batches)
+        outputs = min(outputs, model.vision_output_cache_mib * MIB)
     number = dtype_bytes(model)
     matrices = 2 * counts.matrices * (model.fp8 != "none")
     refers = cfg.algorithm.kl > 0
@@ -157,6 +164,7 @@ def _case(
         vision=vision,
         log_probs=head,
         working=working,
+        vision_outputs=outputs,
         stepping=stepping_bytes(cfg, counts, dp_ranks, kernels),
         runtime=RUNTIME * kernels.on_gpu,
         decoder=decoder_bytes(cfg) * kernels.on_gpu,
@@ -194,6 +202,26 @@ def stepping_bytes(cfg: RunConfig, counts: ParameterCounts, dp_ranks: int, kerne
         return 0
     shares = dp_ranks if cfg.parallel.distributed_optimizer else 1
     return FLOAT32 * -(-counts.trained(cfg.model) // shares)
+
+
+def vision_output_bytes(
+    cfg: RunConfig, arch: Architecture, batch: PackedBatch, micro_batches: int
+) -> int:
+    """Return the bytes of a frozen tower's outputs for all `micro_batches` of a step; 0 if nothing
+    reads them again."""
+    passes = len(forward_passes(cfg)) + cfg.grpo.epochs
+    if not cfg.model.freeze_vision or cfg.rollout.visual_input == "embeddings" or passes == 1:
+        return 0
+    patches = rank_sizes(cfg.model, cfg.parallel, batch).patches
+    return micro_batches * patches * arch.vision.hidden * dtype_bytes(cfg.model)
+
+
+def keeps_vision_outputs(
+    cfg: RunConfig, arch: Architecture, batch: PackedBatch, micro_batches: int
+) -> bool:
+    """Return whether a frozen tower runs once for all passes of a step."""
+    kept = vision_output_bytes(cfg, arch, batch, micro_batches)
+    return 0 < kept <= cfg.model.vision_output_cache_mib * MIB
 
 
 def chunk_saved(chunk: Chunk, layer: Layer, model: Model) -> int:

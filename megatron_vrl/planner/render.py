@@ -24,6 +24,7 @@ NAMES = {
     "working": "a layer's backward",
     "stepping": "optimizer's update",
     "vision": "vision tower, kept",
+    "vision_outputs": "frozen tower's outputs",
     "activations": "activations, kept",
     "decoder": "video decoder's process",
     "nccl": "NCCL groups",

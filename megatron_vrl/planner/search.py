@@ -7,7 +7,7 @@ the layout that fits and changes the fewest keys. It may also halve `batch.token
 engine's placement or memory, or turn off FP8.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, product
 from math import ceil
@@ -55,7 +55,7 @@ def _fastest_recompute(
     cfg: RunConfig, arch: Architecture, request: PlanRequest, layout: Changes
 ) -> Candidate | None:
     """Return the layout with the fastest recompute that fits; None if none fits."""
-    levels = _recompute(cfg, _layers_of_chunk(arch, layout))
+    levels = _all_recompute(cfg, _layers_of_chunk(arch, layout))
     tried = (_plan_if_fits(cfg, arch, request, layout | level) for level in levels)
     return min((each for each in tried if each), key=_speed, default=None)
 
@@ -87,7 +87,7 @@ def _nearest(cfg: RunConfig, arch: Architecture, request: PlanRequest) -> Candid
         {**layout, **recompute, **batch, **engine, **fp8}
         for layout, recompute, batch, engine, fp8 in product(
             _layouts(cfg, arch, request),
-            _recompute(cfg, 0),
+            _more_recompute(cfg),
             _budgets(cfg),
             _engines(cfg),
             [{"model.fp8": kind} for kind in dict.fromkeys((cfg.model.fp8, "none"))],
@@ -142,20 +142,32 @@ def _layers_of_chunk(arch: Architecture, layout: Changes) -> int:
     return -(-arch.layers // chunks)
 
 
-def _recompute(cfg: RunConfig, layers: int) -> list[Changes]:
-    """Return the levels of recompute to try: the given one and, for chunks of `layers` layers, full
-    recompute of some of them."""
+def _all_recompute(cfg: RunConfig, layers: int) -> list[Changes]:
+    """Return the levels of recompute to try for chunks of `layers` layers."""
+    parts = sorted({ceil(layers * fraction) for fraction in FRACTIONS})
+    levels = [("none", 0), ("selective", 0), *(("full", number) for number in parts), ("full", 0)]
     given = (cfg.model.recompute, cfg.model.recompute_num_layers)
-    parts = {ceil(layers * fraction) for fraction in FRACTIONS} if layers else set()
-    levels = [("none", 0), ("selective", 0), *(("full", n) for n in sorted(parts)), ("full", 0)]
-    towers = ("none", "full") if not cfg.model.freeze_vision else (cfg.model.recompute_vision,)
+    towers = [cfg.model.recompute_vision] if cfg.model.freeze_vision else ["none", "full"]
+    return _levels([given, *levels], towers)
+
+
+def _more_recompute(cfg: RunConfig) -> list[Changes]:
+    """Return the given level of recompute, and levels that save more memory."""
+    given = (cfg.model.recompute, cfg.model.recompute_num_layers)
+    levels = [("selective", 0), ("full", 0)] if cfg.model.recompute == "none" else [("full", 0)]
+    towers = [cfg.model.recompute_vision]
+    return _levels([given, *levels], towers if cfg.model.freeze_vision else [*towers, "full"])
+
+
+def _levels(language: Sequence[tuple[str, int]], towers: Sequence[str]) -> list[Changes]:
+    """Return the changes for each level of the language model with each level of the tower."""
     return [
         {
             "model.recompute": level,
             "model.recompute_num_layers": number,
             "model.recompute_vision": tower,
         }
-        for (level, number), tower in product(dict.fromkeys((given, *levels)), towers)
+        for (level, number), tower in product(dict.fromkeys(language), dict.fromkeys(towers))
     ]
 
 

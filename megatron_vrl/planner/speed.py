@@ -122,14 +122,17 @@ def training_pass(
     machine: Machine,
     *,
     backward: bool,
+    encodes: bool = True,
 ) -> Phase:
     """Return the seconds of all micro-batches through the pipeline.
 
+    Without `encodes` the outputs of the vision tower are kept from an earlier pass.
     They are the seconds of the slowest stage, plus its idle time while the pipeline fills and
     drains: (p - 1) / v of one micro-batch (arXiv 2104.04473).
     """
     parallel = cfg.parallel
     work = batch_flops(arch, batch)
+    work = work if encodes else replace(work, vision=0.0)
     stages = [
         _of_stage(cfg, arch, batch, stage_flops(cfg, arch, work, stage), stage, machine, backward)
         for stage in range(parallel.pipeline)

@@ -199,6 +199,19 @@ def test_effects_of_options_on_memory_and_time() -> None:
     assert short.tokens < full.tokens and short.seconds < full.seconds
 
 
+def test_a_frozen_tower_runs_once_for_all_passes_of_a_step() -> None:
+    frozen = ("model.freeze_vision=true", "model.recompute_vision=none", "grpo.epochs=2")
+    kept, again = planned(*frozen), planned(*frozen, "model.vision_output_cache_mib=0")
+    patches = 4 * kept.sizes.vision_tokens * kept.micro_batches * kept.batch.groups
+    assert kept.memory.stages[0].vision_outputs >= patches * 1280 * 2  # 1280 channels of bfloat16
+    assert again.memory.stages[0].vision_outputs == 0
+    for phase in ("reference", "update"):  # after "old log-probs", which encodes
+        assert kept.phases[phase].seconds < again.phases[phase].seconds
+    assert kept.phases["old log-probs"] == again.phases["old log-probs"]
+    alone = planned(*frozen, "algorithm.kl=0", "grpo.epochs=1")
+    assert alone.memory.stages[0].vision_outputs == 0  # one pass
+
+
 def test_sizes_of_a_prompt() -> None:
     cfg = load_config(ROOT / "configs" / "qwen2.5-vl-3b-8gpu.yaml")
     t, h, w = video_grid(cfg.video)

@@ -163,18 +163,24 @@ class Qwen25VL(MegatronModule):
         return pass_inputs(batch, self.arch, self.mesh, in_buckets=self._in_buckets)
 
     def forward(
-        self, inputs: PassInputs, patches: Tensor | None, distribution: Distribution
+        self,
+        inputs: PassInputs,
+        patches: Tensor | None,
+        distribution: Distribution,
+        *,
+        encoded: Tensor | None = None,
     ) -> Tensor:
         """Return log-prob and entropy [2, N] of every target on the last stage, else hidden states.
 
-        `patches` [P, patch values] holds the patches of all visuals of the batch. Only the first
-        stage reads it. None means that `batch.visual_embeds` holds precomputed vision embeddings.
+        `patches` [P, patch values] holds the patches of all visuals of the batch, or `encoded` what
+        the tower made of this rank's (`VisionTower.encode`). Only the first stage reads them. If
+        both are None, `batch.visual_embeds` holds precomputed vision embeddings.
         """
         hidden = self.language(
             input_ids=None,
             position_ids=inputs.positions,
             attention_mask=None,
-            decoder_input=self._embed(inputs, patches) if self.pre_process else None,
+            decoder_input=self._embed(inputs, patches, encoded) if self.pre_process else None,
             packed_seq_params=packed_params(
                 plan=with_additive_masks(inputs.plan, self.config.params_dtype),
                 context=self.mesh.context.group,
@@ -183,7 +189,7 @@ class Qwen25VL(MegatronModule):
         )  # [L (/ tensor), 1, C]
         return self._head(hidden, inputs, distribution) if self.post_process else hidden
 
-    def _embed(self, inputs: PassInputs, patches: Tensor | None) -> Tensor:
+    def _embed(self, inputs: PassInputs, patches: Tensor | None, encoded: Tensor | None) -> Tensor:
         """Return the input embeddings [L (/ tensor), 1, C] of this rank's rows.
 
         Vision embeddings replace the word embeddings of vision pad tokens.
@@ -193,20 +199,25 @@ class Qwen25VL(MegatronModule):
         if not inputs.batch.visuals and self._always_run_vision:
             embeddings = embeddings + 0 * self.vision.dummy_token().sum()
         if inputs.batch.visuals:
-            tokens = self._vision_tokens(inputs, patches).index_select(0, inputs.vision_index)
+            tokens = self._vision_tokens(inputs, patches, encoded)
+            tokens = tokens.index_select(0, inputs.vision_index)
             tokens = tokens[:, None].to(embeddings.dtype)
             embeddings = embeddings.index_copy(0, inputs.vision_rows, tokens)
         if self.config.sequence_parallel:
             embeddings = scatter_to_sequence_parallel_region(embeddings)
         return embeddings  # [L (/ tensor), 1, C]
 
-    def _vision_tokens(self, inputs: PassInputs, patches: Tensor | None) -> Tensor:
+    def _vision_tokens(
+        self, inputs: PassInputs, patches: Tensor | None, encoded: Tensor | None
+    ) -> Tensor:
         """Return the vision embeddings [tokens, C] of all visuals of the batch, precomputed or
         encoded now."""
-        if patches is None:
+        if inputs.vision is None:
             return upload(np.concatenate(inputs.batch.visual_embeds), self.mesh.device)
-        assert self.vision is not None and inputs.vision is not None
-        return self.vision(patches, inputs.vision)
+        assert self.vision is not None
+        if patches is not None:
+            encoded = self.vision.encode(patches, inputs.vision)
+        return self.vision(encoded, inputs.vision)
 
     def _head(self, hidden: Tensor, inputs: PassInputs, distribution: Distribution) -> Tensor:
         """Return log-prob and entropy [2, N] of the batch's targets from hidden states [L (/

@@ -88,14 +88,13 @@ class VisionTower(MegatronModule):
             param.tensor_model_parallel = False  # every tensor rank holds a full copy
             param.sequence_parallel = False
 
-    def forward(self, patches: Tensor, inputs: VisionInputs) -> Tensor:
-        """Return embeddings [tokens, language hidden] of patches [P, patch values] of all temporal
-        steps.
+    def forward(self, output: Tensor, inputs: VisionInputs) -> Tensor:
+        """Return embeddings [tokens, language hidden] of all temporal steps.
 
-        Every tensor and context rank must call it with the same patches. Every rank gets all
-        tokens.
+        `output` [P, C] is what `encode` returns. Every tensor and context rank must call it. Every
+        rank gets all tokens.
         """
-        tokens = self._encode(patches[inputs.patches], inputs)
+        tokens = self._merge(output, inputs)
         sharing = self.mesh.vision
         if sharing.size == 1:
             return tokens
@@ -104,7 +103,8 @@ class VisionTower(MegatronModule):
     def encode_local(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Return the embeddings that `forward` returns, computed by this rank without
         communication."""
-        return self._encode(patches, vision_inputs(grids, self.arch, patches.device))
+        inputs = vision_inputs(grids, self.arch, patches.device)
+        return self._merge(self.encode(patches, inputs), inputs)
 
     def parameter_versions(self) -> tuple[tuple[int, int], ...]:
         """Return a fingerprint of the parameters: it changes when one is written in place or
@@ -120,20 +120,32 @@ class VisionTower(MegatronModule):
         side, weight = self.arch.merge, self.patch_embed.weight
         if self._dummy is None:
             self._dummy = vision_inputs([(1, side, side)], self.arch, weight.device)
-        return self._encode(weight.new_zeros(side**2, self.arch.patch_values), self._dummy)
+        black = weight.new_zeros(side**2, self.arch.patch_values)
+        return self._merge(self.encode(black, self._dummy), self._dummy)
 
-    def _encode(self, patches: Tensor, inputs: VisionInputs) -> Tensor:
-        """Return the embeddings [tokens, language hidden] of this rank's patches."""
-        if not inputs.plans:  # a rank without steps must still join the gather
-            return patches.new_zeros(0, self.merger.out.out_features, requires_grad=True)
-        hidden = self.patch_embed(patches).unsqueeze(1)  # [P, 1, C]
+    def encode(self, patches: Tensor, inputs: VisionInputs) -> Tensor:
+        """Return the blocks' output [P, C] for this rank's part of patches [all P, patch values].
+
+        It is the merger's input.
+        """
+        if not inputs.plans:
+            return patches.new_zeros(0, self.arch.hidden)
+        hidden = self.patch_embed(patches[inputs.patches]).unsqueeze(1)  # [P, 1, C]
         hidden = self.blocks(
             hidden_states=hidden,
             attention_mask=None,
             rotary_pos_emb=rotary_tables(inputs.angles, self.config.params_dtype),
             packed_seq_params=packed_params(plan_of_layer=inputs.plans),
         )
-        return self.merger(hidden.squeeze(1))
+        output: Tensor = hidden.squeeze(1)
+        return output
+
+    def _merge(self, output: Tensor, inputs: VisionInputs) -> Tensor:
+        """Return the embeddings [tokens, language hidden] of this rank's patches."""
+        if not inputs.plans:  # a rank without steps must still join the gather
+            return output.new_zeros(0, self.merger.out.out_features, requires_grad=True)
+        tokens: Tensor = self.merger(output)
+        return tokens
 
 
 class PatchMerger(torch.nn.Module):
