@@ -35,6 +35,7 @@ from megatron_vrl.models.qwen2_5_vl.inputs import PassInputs
 from megatron_vrl.models.qwen2_5_vl.model import Qwen25VL
 from megatron_vrl.parallel.mesh import Mesh, gather_objects, world_axis
 from megatron_vrl.policy.optimizer import clipped_step, learning_rate, make_optimizer
+from megatron_vrl.policy.pipeline import communication
 from megatron_vrl.policy.vision_outputs import VisionOutputs
 
 TokenLoss = Callable[[Tokens], tuple[Tensor, dict[str, Tensor]]]  # loss [N], metrics {name: [N]}
@@ -253,6 +254,7 @@ class Policy:
             micro_batch_size=1,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
+            **communication(self.mesh, self.chunks[0].config, [batch for batch, _ in jobs]),
         )
         return records
 

@@ -42,6 +42,7 @@ from megatron_vrl.parallel.mesh import Mesh
 
 def language_config(arch: Architecture, cfg: Model, parallel: Parallel) -> TransformerConfig:
     """Return Megatron's TransformerConfig of the language model."""
+    on_gpu = torch.cuda.is_available()
     return TransformerConfig(
         num_layers=arch.layers,
         hidden_size=arch.hidden,
@@ -52,15 +53,15 @@ def language_config(arch: Architecture, cfg: Model, parallel: Parallel) -> Trans
         layernorm_epsilon=arch.norm_eps,
         add_bias_linear=False,
         **COMMON_CONFIG,
-        gradient_accumulation_fusion=gradient_fusion(cfg, torch.cuda.is_available()).enabled,
+        gradient_accumulation_fusion=gradient_fusion(cfg, on_gpu).enabled,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         **_pipeline(arch, cfg, parallel),
         sequence_parallel=parallel.sequence,
-        variable_seq_lengths=parallel.virtual
-        == 1,  # gloo mixes up shapes in the interleaved schedule
+        variable_seq_lengths=parallel.virtual == 1,  # see `policy/pipeline.py`
         moe_token_dispatcher_type="alltoall",  # required by variable_seq_lengths, even without MoE
-        batch_p2p_comm=False,  # with gloo, batched p2p between two ranks returns wrong data
+        batch_p2p_comm=on_gpu,  # with gloo, batched p2p between two ranks returns wrong data
+        batch_p2p_sync=False,  # a wait of the host for each message, for old versions of torch
         calculate_per_token_loss=True,  # sum gradients; token weights include the divisor
         deterministic_mode=torch.are_deterministic_algorithms_enabled(),
         **precision_config(cfg),
