@@ -50,8 +50,18 @@ class Model(Section):
     freeze_language: bool = False
     """Do not train the language model."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations that the backward pass recomputes. selective: the attention of each language
-    layer; full: every layer of the language model and the vision tower."""
+    """Activations of the language model that the backward pass recomputes. selective: the attention
+    of each layer; full: whole layers, as many as `recompute_num_layers` says."""
+    recompute_num_layers: Annotated[int, Field(ge=0)] = 0
+    """Number of first layers of each pipeline stage (of each chunk with `parallel.virtual`) that
+    `recompute: full` covers; the others keep their activations. 0: all layers."""
+    recompute_vision: Literal["none", "full"] = "none"
+    """Activations of the vision tower that the backward pass recomputes. full: every layer; a
+    frozen tower has none."""
+    vision_output_cache_mib: Annotated[int, Field(ge=0)] = 1024
+    """Most device memory for the outputs of a frozen vision tower, which are kept while a step has
+    several passes over its micro-batches (reference, old log-probs, updates): the tower then runs
+    once for all of them. 0: none."""
     layers: Literal["megatron", "transformer_engine", "fp8_emulated"] = "megatron"
     """Linear layers and norms of the language model. megatron: Megatron's; transformer_engine:
     Transformer Engine's, on a GPU; fp8_emulated: Megatron's with operands rounded to FP8, slow, on

@@ -34,16 +34,6 @@ COMMON_CONFIG: dict[str, Any] = {
     "apply_rope_fusion": False,
     "persist_layer_norm": False,
 }
-# TransformerConfig fields for each value of `model.recompute`.
-RECOMPUTE: dict[str, dict[str, Any]] = {
-    "none": {},
-    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-    "full": {
-        "recompute_granularity": "full",
-        "recompute_method": "uniform",
-        "recompute_num_layers": 1,
-    },
-}
 
 
 class RMSNorm(torch.nn.RMSNorm):

@@ -22,6 +22,7 @@ from megatron_vrl.models.qwen2_5_vl.matrices import (
     merger_weights,
     tower_weights,
 )
+from megatron_vrl.models.recompute import check_recompute
 from megatron_vrl.parallel.mesh import FP8_BLOCK
 
 # Assumption of `balanced` about packed tokens: 3 in 4 are vision tokens, 1 in 4 is an answer's
@@ -49,6 +50,7 @@ def check_divides(arch: Architecture, model: Model, cfg: Parallel) -> None:
                 f"choose one of {_divisors(arch.kv_heads)}."
             )
     layer_counts(arch, model, cfg)
+    check_recompute(model)
     check_fp8(model, cfg)
     if model.fp8 != "none" and arch.mlp % (FP8_TILE * cfg.tensor):
         raise ConfigError(

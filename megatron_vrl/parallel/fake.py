@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.tensor_parallel import random as mcore_random
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -27,7 +26,6 @@ from megatron_vrl.parallel.cpu import CpuRngTracker
 from megatron_vrl.parallel.mesh import Mesh, init_mesh
 
 DEVICE = torch.device("cuda", 0)
-Shape = Callable[[], list[int]]  # returns the shape of the hidden states between stages
 
 
 @contextmanager
@@ -36,14 +34,12 @@ def fake_rank(
     rank: int,
     world: int,
     fp8: str,
-    between_stages: Shape,
     on_host: Sequence[tuple[Any, str]] = (),
 ) -> Iterator[Mesh]:
     """Context manager that returns the mesh of `rank` among `world` fake ranks.
 
-    Tensors made in the block are fake. fp8: `model.fp8`. `between_stages` stands for the shapes
-    that pipeline stages send each other. `on_host` names functions, as (module, name), that compute
-    on the host by torch: they get real tensors.
+    Tensors made in the block are fake. fp8: `model.fp8`. `on_host` names functions, as (module,
+    name), that compute on the host by torch: they get real tensors.
     """
     with ExitStack() as stack:
         environment = {"WORLD_SIZE": str(world), "RANK": str(rank)}
@@ -51,7 +47,7 @@ def fake_rank(
             stack.callback(_restore, name, os.environ.get(name))
             os.environ[name] = value
         real = [(owner, name, _with_real_tensors(getattr(owner, name))) for owner, name in on_host]
-        for owner, name, replacement in [*_patches(between_stages), *real]:
+        for owner, name, replacement in [*_patches(), *real]:
             stack.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, replacement)
         store: Any = FakeStore()
@@ -70,7 +66,7 @@ def _restore(name: str, value: str | None) -> None:
         os.environ[name] = value
 
 
-def _patches(between_stages: Shape) -> list[tuple[Any, str, Any]]:
+def _patches() -> list[tuple[Any, str, Any]]:
     """Return (owner, attribute, replacement) of everything that needs a GPU or another process."""
     return [
         (mesh, "_init_device", _init_device),
@@ -82,7 +78,6 @@ def _patches(between_stages: Shape) -> list[tuple[Any, str, Any]]:
         (dist, "new_group", _fake_backend(dist.new_group)),
         (dist, "all_gather_object", _gathered),
         (dist, "broadcast_object_list", lambda *a, **k: None),
-        (P2PCommunicator, "_communicate_shapes", lambda *a, **k: (between_stages(),) * 2),
         (mcore_random, "_get_cuda_rng_state", lambda *a, **k: torch.get_rng_state()),
         (mcore_random, "_set_cuda_rng_state", lambda *a, **k: None),
         (mcore_random, "_CUDA_RNG_STATE_TRACKER", CpuRngTracker()),

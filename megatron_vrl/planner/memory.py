@@ -9,7 +9,7 @@ ranks this is 6 + 12 / d bytes per parameter in bfloat16, as Megatron documents.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_vrl.config import RunConfig
+from megatron_vrl.config import Model, RunConfig
 from megatron_vrl.models.architecture import Architecture, padded_vocab
 from megatron_vrl.models.pipeline_split import Chunk, stage_chunks
 from megatron_vrl.models.qwen2_5_vl.activations import (
@@ -20,18 +20,21 @@ from megatron_vrl.models.qwen2_5_vl.activations import (
     head_saved,
     head_temporary,
     language_layer,
+    layers_recomputed,
+    layers_saved,
     merger_saved,
     plan_bytes,
-    recompute_of_tower,
     vision_layer,
     vision_saved,
 )
+from megatron_vrl.models.recompute import vision_level
 from megatron_vrl.planner.hardware import GIB
 from megatron_vrl.planner.libraries import bucket_bytes, decoder_bytes, graphs_bytes, nccl_bytes
 from megatron_vrl.planner.parameters import ParameterCounts, count_stage
 from megatron_vrl.planner.rank_sizes import rank_sizes
-from megatron_vrl.planner.workload import PackedBatch
+from megatron_vrl.planner.workload import PackedBatch, forward_passes
 
+MIB = 2**20
 RUNTIME = 2 * GIB  # CUDA context, kernels, cuBLAS workspaces; *not measured*
 RESERVE = 0.04  # fraction of the GPU left free for allocator fragmentation and the driver
 
@@ -49,6 +52,7 @@ class StageMemory:
     vision: int  # vision tower and merger, all in-flight micro-batches
     log_probs: int  # head: logits of a chunk, the head's gradient, its input rows
     working: int  # temporary memory of one layer's backward pass
+    vision_outputs: int  # of a frozen tower, kept for the passes of a step
     stepping: int  # temporary memory of the optimizer step
     runtime: int
     decoder: int  # process that decodes videos on this GPU
@@ -81,6 +85,7 @@ class StageMemory:
         """Return the peak of an update: the passes, in which head and layers run in turn, or the
         optimizer step."""
         passes = self.activations + self.vision + max(self.log_probs, self.working)
+        passes += self.vision_outputs
         return self.persistent + self.graphs + max(passes, self.stepping)
 
 
@@ -119,7 +124,7 @@ def _case(
     sizes = rank_sizes(model, parallel, batch)
     layer = language_layer(arch, model, parallel, sizes.rows, sizes.attention, kernels)
     block = vision_layer(arch, model, sizes.patches, kernels)
-    language = [chunk_saved(chunk, layer, model.recompute) for chunk in chunks]
+    language = [chunk_saved(chunk, layer, model) for chunk in chunks]
     tower = 0
     if chunks[0].pre_process:
         tower = vision_saved(arch, model, block, sizes.all_patches, sizes.vision_tokens)
@@ -132,15 +137,20 @@ def _case(
     )
     ends = any(chunk.post_process for chunk in chunks)
     vocab_shard = padded_vocab(arch, parallel) // parallel.tensor
-    working = layer.temporary() + layer.recomputed(model.recompute)
+    again = max(layers_recomputed(layer, model, len(chunk.layers)) for chunk in chunks)
+    working = layer.temporary() + again
     if chunks[0].pre_process and not model.freeze_vision:
-        at_block = block.temporary() + block.recomputed(recompute_of_tower(model))
+        at_block = block.temporary() + block.recomputed(vision_level(model))
         gone = language[0] + merger_saved(arch, model, block, sizes.vision_tokens)
         working = max(working, at_block - gone)
     head = 0
     if ends:
         head = head_temporary(arch, model, vocab_shard, sizes.targets, kernels)
         head += head_saved(arch, model, layer, sizes.targets)
+    outputs = 0
+    if chunks[0].pre_process:
+        outputs = vision_output_bytes(cfg, arch, batch, micro_batches * cfg.grpo.mini_batches)
+        outputs = min(outputs, model.vision_output_cache_mib * MIB)
     number = dtype_bytes(model)
     matrices = 2 * counts.matrices * (model.fp8 != "none")
     refers = cfg.algorithm.kl > 0
@@ -154,6 +164,7 @@ def _case(
         vision=vision,
         log_probs=head,
         working=working,
+        vision_outputs=outputs,
         stepping=stepping_bytes(cfg, counts, dp_ranks, kernels),
         runtime=RUNTIME * kernels.on_gpu,
         decoder=decoder_bytes(cfg) * kernels.on_gpu,
@@ -193,11 +204,31 @@ def stepping_bytes(cfg: RunConfig, counts: ParameterCounts, dp_ranks: int, kerne
     return FLOAT32 * -(-counts.trained(cfg.model) // shares)
 
 
-def chunk_saved(chunk: Chunk, layer: Layer, recompute: str) -> int:
+def vision_output_bytes(
+    cfg: RunConfig, arch: Architecture, batch: PackedBatch, micro_batches: int
+) -> int:
+    """Return the bytes of a frozen tower's outputs for all `micro_batches` of a step; 0 if nothing
+    reads them again."""
+    passes = len(forward_passes(cfg)) + cfg.grpo.epochs
+    if not cfg.model.freeze_vision or cfg.rollout.visual_input == "embeddings" or passes == 1:
+        return 0
+    patches = rank_sizes(cfg.model, cfg.parallel, batch).patches
+    return micro_batches * patches * arch.vision.hidden * dtype_bytes(cfg.model)
+
+
+def keeps_vision_outputs(
+    cfg: RunConfig, arch: Architecture, batch: PackedBatch, micro_batches: int
+) -> bool:
+    """Return whether a frozen tower runs once for all passes of a step."""
+    kept = vision_output_bytes(cfg, arch, batch, micro_batches)
+    return 0 < kept <= cfg.model.vision_output_cache_mib * MIB
+
+
+def chunk_saved(chunk: Chunk, layer: Layer, model: Model) -> int:
     """Return the bytes that a chunk saves for one micro-batch, with the output that the schedule
     holds."""
     output = 0 if chunk.post_process else layer.layer_input()
-    return len(chunk.layers) * layer.saved(recompute) + plan_bytes(layer) + output
+    return layers_saved(layer, model, len(chunk.layers)) + plan_bytes(layer) + output
 
 
 def in_flight(

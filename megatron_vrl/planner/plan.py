@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from megatron_vrl.config import RunConfig, check_batches, check_off_policy
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.models.architecture import Architecture
-from megatron_vrl.models.pipeline_split import check_divides
+from megatron_vrl.models.pipeline_split import check_divides, layer_counts
 from megatron_vrl.models.qwen2_5_vl.activations import Kernels
 from megatron_vrl.models.qwen2_5_vl.flops import hardware_flops, update_flops
 from megatron_vrl.parallel.mesh import check_layout, row_tile
@@ -18,7 +18,13 @@ from megatron_vrl.planner.generation import (
     sync_phase,
 )
 from megatron_vrl.planner.hardware import GIB, Gpu
-from megatron_vrl.planner.memory import RESERVE, StageMemory, checkpoint_bytes, stage_memory
+from megatron_vrl.planner.memory import (
+    RESERVE,
+    StageMemory,
+    checkpoint_bytes,
+    keeps_vision_outputs,
+    stage_memory,
+)
 from megatron_vrl.planner.parameters import ParameterCounts, count_stage
 from megatron_vrl.planner.speed import (
     DEFAULT_MFU,
@@ -32,6 +38,7 @@ from megatron_vrl.planner.speed import (
 from megatron_vrl.planner.workload import (
     GroupSizes,
     PackedBatch,
+    forward_passes,
     pack_step,
     step_sizes,
     worst_batches,
@@ -199,7 +206,11 @@ def make_plan(cfg: RunConfig, arch: Architecture, request: PlanRequest) -> Plan:
     stages = [count_stage(arch, cfg.model, parallel, s) for s in range(parallel.pipeline)]
     step = scaled(batch_flops(arch, batch), micro_batches * replicas * cfg.grpo.mini_batches)
     epochs = cfg.grpo.epochs
-    passes = _forward_passes(cfg)
+    passes = forward_passes(cfg)
+    chunks = layer_counts(arch, cfg.model, parallel)
+    computed = epochs * hardware_flops(step, cfg.model, chunks) + len(passes) * step.flops
+    if keeps_vision_outputs(cfg, arch, batch, micro_batches * cfg.grpo.mini_batches):
+        computed -= (epochs + len(passes) - 1) * step.vision
     return Plan(
         replicas=replicas,
         sizes=sizes,
@@ -209,7 +220,7 @@ def make_plan(cfg: RunConfig, arch: Architecture, request: PlanRequest) -> Plan:
         memory=memory,
         tokens=step.tokens,
         model_flops=epochs * update_flops(step, cfg.model),
-        hardware_flops=epochs * hardware_flops(step, cfg.model) + len(passes) * step.flops,
+        hardware_flops=computed,
         phases=_phases(cfg, arch, request, sizes, batch, micro_batches, stages, memory),
         overlapped=cfg.rollout.max_staleness > 0,
         refused=list(_shortages(cfg, request, memory)),
@@ -233,15 +244,20 @@ def _phases(
     count = micro_batches * cfg.grpo.mini_batches
     updates = cfg.grpo.mini_batches * cfg.grpo.epochs
     dp_ranks = gpus // (parallel.tensor * parallel.pipeline)
-    forward = training_pass(cfg, arch, batch, count, machine, backward=False)
-    both = training_pass(cfg, arch, batch, micro_batches, machine, backward=True)
+    again = not keeps_vision_outputs(cfg, arch, batch, count)  # the tower runs in every pass
+    passes = forward_passes(cfg)
+    forward = [
+        training_pass(cfg, arch, batch, count, machine, backward=False, encodes=again or not number)
+        for number in range(len(passes))
+    ]
+    both = training_pass(cfg, arch, batch, micro_batches, machine, backward=True, encodes=again)
     ends = [optimizer_phase(cfg, counts, dp_ranks, machine) for counts in stages]
     slowest = max(ends, key=lambda phase: phase.seconds)
     return {
         "encode": encode_phase(cfg, request.clip_s, machine),
         "sync": sync_phase(cfg, arch, machine),
         "rollout": rollout_phase(cfg, arch, sizes, memory.engine, engines, machine),
-        **dict.fromkeys(_forward_passes(cfg), forward),
+        **dict(zip(passes, forward, strict=True)),
         "update": _times(both, updates),
         "optimizer": _times(slowest, updates),
     }
@@ -250,13 +266,6 @@ def _phases(
 def _times(phase: Phase, count: int) -> Phase:
     """Return `count` repetitions of `phase`."""
     return Phase(parts={name: seconds * count for name, seconds in phase.parts.items()})
-
-
-def _forward_passes(cfg: RunConfig) -> list[str]:
-    """Return the forward passes before a step's first update, as `trainer/update.py` runs them."""
-    several = cfg.grpo.mini_batches * cfg.grpo.epochs > 1
-    refers = cfg.algorithm.kl > 0 and cfg.algorithm.kl_in == "loss"
-    return ["old log-probs"] * several + ["reference"] * refers
 
 
 def _multiple(cfg: RunConfig) -> int:

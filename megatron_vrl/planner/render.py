@@ -8,6 +8,7 @@ from typing import Any
 from megatron_vrl.config import RunConfig
 from megatron_vrl.errors import counted
 from megatron_vrl.models.architecture import Architecture
+from megatron_vrl.models.recompute import recompute_label
 from megatron_vrl.planner.generation import EngineMemory
 from megatron_vrl.planner.hardware import GIB
 from megatron_vrl.planner.memory import StageMemory
@@ -23,6 +24,7 @@ NAMES = {
     "working": "a layer's backward",
     "stepping": "optimizer's update",
     "vision": "vision tower, kept",
+    "vision_outputs": "frozen tower's outputs",
     "activations": "activations, kept",
     "decoder": "video decoder's process",
     "nccl": "NCCL groups",
@@ -71,7 +73,7 @@ def heading(cfg: RunConfig, arch: Architecture, request: PlanRequest) -> dict[st
         "worker_gpus": worker_gpus(cfg),
         "mfu": request.mfu,
         "parallel": cfg.parallel.model_dump(),
-        "recompute": cfg.model.recompute,
+        "recompute": recompute_label(cfg.model),
         "parameters": counts.all,
         "parameters_by_part": {
             "language": counts.language,
@@ -145,7 +147,8 @@ def format_plan(cfg: RunConfig, arch: Architecture, request: PlanRequest, plan: 
                 f"{request.gpus} x {request.gpu.name}{workers} = "
                 f"{counted(plan.replicas, 'replica')} of tensor {parallel.tensor}{sequence} x "
                 f"context {parallel.context} x pipeline "
-                f"{parallel.pipeline} x virtual {parallel.virtual}; recompute {cfg.model.recompute}"
+                f"{parallel.pipeline} x virtual {parallel.virtual}; recompute "
+                f"{recompute_label(cfg.model)}"
             ),
             wrapped(_model(cfg, count_all(arch))),
             *_step(cfg, plan),
@@ -279,7 +282,7 @@ def search_table(candidates: Sequence[Candidate], tried: int) -> str:
                 str(parallel.pipeline),
                 str(parallel.virtual),
                 parallel.split,
-                each.cfg.model.recompute,
+                recompute_label(each.cfg.model),
                 f"{each.plan.memory.most / GIB:.1f}",
                 f"{each.plan.seconds:.1f}",
             ]

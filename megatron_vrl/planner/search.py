@@ -1,21 +1,23 @@
 """Search over layouts of a configuration: all layouts that fit, by speed, and the nearest one.
 
-The search varies tensor, context and pipeline size within Megatron's rules, virtual stages, the
-split of layers, and recompute. Sequence parallelism is on whenever tensor parallelism is, since it
-only saves memory. The nearest layout is the layout that fits and changes the fewest keys. It may
-also halve `batch.tokens`, change the engine's placement or memory, or turn off FP8.
+The search varies tensor, context and pipeline size within Megatron's rules, virtual stages and the
+split of layers, and takes the fastest recompute of language model and tower that fits. Sequence
+parallelism is on whenever tensor parallelism is, since it only saves memory. The nearest layout is
+the layout that fits and changes the fewest keys. It may also halve `batch.tokens`, change the
+engine's placement or memory, or turn off FP8.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, product
+from math import ceil
 from typing import Any
 
 from megatron_vrl.config import RunConfig
 from megatron_vrl.models.architecture import Architecture
 from megatron_vrl.planner.plan import Plan, PlanRequest, make_plan, plan_memory, refusals
 
-RECOMPUTE = ("none", "selective", "full")
+FRACTIONS = (1 / 4, 1 / 2, 3 / 4)  # of a chunk's layers, recomputed in full
 VIRTUAL = (1, 2, 4)
 ENGINE_RANKS = (1, 2, 4, 8)
 GPU_MEMORY_FRACTIONS = (0.5, 0.4, 0.3, 0.2)
@@ -44,14 +46,25 @@ def rank_layouts(
     cfg: RunConfig, arch: Architecture, request: PlanRequest
 ) -> tuple[list[Candidate], int]:
     """Return the layouts that fit, fastest first, and the number of layouts tried."""
-    tried = [
-        made | {"model.recompute": kind}
-        for made, kind in product(_layouts(cfg, arch, request), RECOMPUTE)
-    ]
-    candidates = [
-        f for changes in tried if (f := _plan_if_fits(cfg, arch, request, changes)) is not None
-    ]
-    return sorted(candidates, key=lambda f: (f.plan.seconds, f.plan.memory.most)), len(tried)
+    layouts = list(_layouts(cfg, arch, request))
+    found = [_fastest_recompute(cfg, arch, request, layout) for layout in layouts]
+    return sorted((each for each in found if each), key=_speed), len(layouts)
+
+
+def _fastest_recompute(
+    cfg: RunConfig, arch: Architecture, request: PlanRequest, layout: Changes
+) -> Candidate | None:
+    """Return the layout with the fastest recompute that fits; None if none fits."""
+    levels = _all_recompute(cfg, _layers_of_chunk(arch, layout))
+    tried = (_plan_if_fits(cfg, arch, request, layout | level) for level in levels)
+    return min((each for each in tried if each), key=_speed, default=None)
+
+
+def _speed(candidate: Candidate) -> tuple[float, float, int]:
+    """Return the sort key of a candidate: seconds of a step, of all its phases, and memory."""
+    plan = candidate.plan
+    phases = sum(phase.seconds for phase in plan.phases.values())
+    return plan.seconds, phases, plan.memory.most
 
 
 def nearest_layout(cfg: RunConfig, arch: Architecture, request: PlanRequest) -> Candidate | None:
@@ -74,7 +87,7 @@ def _nearest(cfg: RunConfig, arch: Architecture, request: PlanRequest) -> Candid
         {**layout, **recompute, **batch, **engine, **fp8}
         for layout, recompute, batch, engine, fp8 in product(
             _layouts(cfg, arch, request),
-            [{"model.recompute": kind} for kind in RECOMPUTE],
+            _more_recompute(cfg),
             _budgets(cfg),
             _engines(cfg),
             [{"model.fp8": kind} for kind in dict.fromkeys((cfg.model.fp8, "none"))],
@@ -84,7 +97,11 @@ def _nearest(cfg: RunConfig, arch: Architecture, request: PlanRequest) -> Candid
     for _, members in groupby(sorted(needed, key=_cost), key=_cost):
         fits = [f for each in members if (f := _plan_if_fits(cfg, arch, request, each)) is not None]
         if fits:
-            return min(fits, key=lambda f: (f.plan.seconds, len(f.changes)))
+            # The plan does not count that smaller micro-batches use a GPU less well.
+            return min(
+                fits,
+                key=lambda f: (f.plan.seconds, len(f.changes), "batch.tokens" in f.changes),
+            )
     return None
 
 
@@ -117,6 +134,41 @@ def _layouts(cfg: RunConfig, arch: Architecture, request: PlanRequest) -> Iterat
                 "parallel.layers_per_chunk": [],
                 "parallel.sequence": tensor > 1,
             }
+
+
+def _layers_of_chunk(arch: Architecture, layout: Changes) -> int:
+    """Return the layers of an average chunk of a layout, rounded up."""
+    chunks: int = layout["parallel.pipeline"] * layout["parallel.virtual"]
+    return -(-arch.layers // chunks)
+
+
+def _all_recompute(cfg: RunConfig, layers: int) -> list[Changes]:
+    """Return the levels of recompute to try for chunks of `layers` layers."""
+    parts = sorted({ceil(layers * fraction) for fraction in FRACTIONS})
+    levels = [("none", 0), ("selective", 0), *(("full", number) for number in parts), ("full", 0)]
+    given = (cfg.model.recompute, cfg.model.recompute_num_layers)
+    towers = [cfg.model.recompute_vision] if cfg.model.freeze_vision else ["none", "full"]
+    return _levels([given, *levels], towers)
+
+
+def _more_recompute(cfg: RunConfig) -> list[Changes]:
+    """Return the given level of recompute, and levels that save more memory."""
+    given = (cfg.model.recompute, cfg.model.recompute_num_layers)
+    levels = [("selective", 0), ("full", 0)] if cfg.model.recompute == "none" else [("full", 0)]
+    towers = [cfg.model.recompute_vision]
+    return _levels([given, *levels], towers if cfg.model.freeze_vision else [*towers, "full"])
+
+
+def _levels(language: Sequence[tuple[str, int]], towers: Sequence[str]) -> list[Changes]:
+    """Return the changes for each level of the language model with each level of the tower."""
+    return [
+        {
+            "model.recompute": level,
+            "model.recompute_num_layers": number,
+            "model.recompute_vision": tower,
+        }
+        for (level, number), tower in product(dict.fromkeys(language), dict.fromkeys(towers))
+    ]
 
 
 def _budgets(cfg: RunConfig) -> list[Changes]:

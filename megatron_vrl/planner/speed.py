@@ -17,6 +17,7 @@ from megatron_vrl.models.architecture import Architecture
 from megatron_vrl.models.pipeline_split import stage_chunks
 from megatron_vrl.models.qwen2_5_vl.activations import FLOAT32, dtype_bytes
 from megatron_vrl.models.qwen2_5_vl.flops import flops_of_sizes, hardware_flops
+from megatron_vrl.models.recompute import fraction_in_full
 from megatron_vrl.observe.throughput import FlopCounts
 from megatron_vrl.planner.hardware import Gpu
 from megatron_vrl.planner.parameters import ParameterCounts
@@ -121,14 +122,17 @@ def training_pass(
     machine: Machine,
     *,
     backward: bool,
+    encodes: bool = True,
 ) -> Phase:
     """Return the seconds of all micro-batches through the pipeline.
 
+    Without `encodes` the outputs of the vision tower are kept from an earlier pass.
     They are the seconds of the slowest stage, plus its idle time while the pipeline fills and
     drains: (p - 1) / v of one micro-batch (arXiv 2104.04473).
     """
     parallel = cfg.parallel
     work = batch_flops(arch, batch)
+    work = work if encodes else replace(work, vision=0.0)
     stages = [
         _of_stage(cfg, arch, batch, stage_flops(cfg, arch, work, stage), stage, machine, backward)
         for stage in range(parallel.pipeline)
@@ -150,25 +154,28 @@ def _of_stage(
 ) -> dict[str, float]:
     """Return the seconds of one micro-batch on one rank of the stage, by cause."""
     model, parallel = cfg.model, cfg.parallel
-    flops = (lambda w: hardware_flops(w, model)) if backward else (lambda w: w.flops)
+    chunks = [len(chunk.layers) for chunk in stage_chunks(arch, model, parallel, stage)]
+    flops = (lambda w: hardware_flops(w, model, chunks)) if backward else (lambda w: w.flops)
     linear, rest = replace(FlopCounts(), linear=work.linear), replace(work, linear=0.0)
     parts = {"compute": machine.compute(flops(rest), model.dtype)}
     parts["compute"] += machine.compute(
         flops(linear), model.dtype if model.fp8 == "none" else "fp8"
     )
-    layers = sum(len(c.layers) for c in stage_chunks(arch, model, parallel, stage))
+    layers, again = sum(chunks), fraction_in_full(model, chunks)
     tensor, context = parallel.tensor, parallel.context
+    reduces = layers * _tensor_passes(cfg, backward, again)
+    gathers = layers * _context_passes(cfg, backward, again)
     messages = [  # bytes, span, calls, ranks
         (
-            _tensor_bytes(cfg, arch, batch, layers, backward),
+            _tensor_bytes(cfg, arch, batch, reduces),
             tensor,
-            layers * _tensor_passes(cfg, backward),
+            reduces,
             tensor,
         ),
         (
-            _context_bytes(cfg, arch, batch, layers, backward),
+            _context_bytes(cfg, arch, batch, gathers),
             tensor * context,
-            layers * _context_passes(cfg, backward),
+            gathers,
             context,
         ),
     ]
@@ -183,39 +190,35 @@ def _of_stage(
     return parts
 
 
-def _tensor_bytes(
-    cfg: RunConfig, arch: Architecture, batch: PackedBatch, layers: int, backward: bool
-) -> float:
-    """Return the bytes that a rank sends in its `_tensor_passes`."""
+def _tensor_bytes(cfg: RunConfig, arch: Architecture, batch: PackedBatch, passes: float) -> float:
+    """Return the bytes that a rank sends in `passes` all-reduces, see `_tensor_passes`."""
     parallel = cfg.parallel
     whole = batch.rows / parallel.context * arch.hidden * dtype_bytes(cfg.model)
-    return layers * _tensor_passes(cfg, backward) * 2 * (1 - 1 / parallel.tensor) * whole
+    return passes * 2 * (1 - 1 / parallel.tensor) * whole
 
 
-def _tensor_passes(cfg: RunConfig, backward: bool) -> float:
-    """Return the number of all-reduces of [rows, hidden] per layer.
+def _tensor_passes(cfg: RunConfig, backward: bool, again: float) -> float:
+    """Return the number of all-reduces of [rows, hidden] per layer; `again` of the layers are
+    recomputed in full.
 
     A forward pass has two all-reduces, or two pairs of gather and scatter. With sequence
     parallelism the backward pass also gathers its inputs again.
     """
-    again = 2 + 2 * (cfg.model.recompute == "full") + cfg.parallel.sequence
-    return 2.0 + again * backward
+    return 2.0 + (2 + 2 * again + cfg.parallel.sequence) * backward
 
 
-def _context_bytes(
-    cfg: RunConfig, arch: Architecture, batch: PackedBatch, layers: int, backward: bool
-) -> float:
-    """Return the bytes that a rank sends in its `_context_passes`."""
+def _context_bytes(cfg: RunConfig, arch: Architecture, batch: PackedBatch, passes: float) -> float:
+    """Return the bytes that a rank sends in `passes` gathers, see `_context_passes`."""
     parallel = cfg.parallel
     width = 2 * arch.kv_heads * arch.head_dim / parallel.tensor
     whole = batch.rows * width * dtype_bytes(cfg.model)
-    return layers * _context_passes(cfg, backward) * (1 - 1 / parallel.context) * whole
+    return passes * (1 - 1 / parallel.context) * whole
 
 
-def _context_passes(cfg: RunConfig, backward: bool) -> int:
-    """Return the number of gathers of keys and values, and scatters of their gradients, per
-    layer."""
-    return 1 + backward * (1 + (cfg.model.recompute != "none"))
+def _context_passes(cfg: RunConfig, backward: bool, again: float) -> float:
+    """Return the number of gathers of keys and values, and scatters of their gradients, per layer;
+    `again` of the layers are recomputed in full."""
+    return 1 + backward * (1 + again + (cfg.model.recompute == "selective"))
 
 
 def optimizer_phase(

@@ -177,3 +177,10 @@ def _packed(piece: GroupSizes, groups: int, multiple: int) -> PackedBatch:
     """Return a micro-batch of `groups` groups with its padded rows."""
     rows = -(-groups * piece.rows // multiple) * multiple
     return PackedBatch(group=piece, groups=groups, rows=rows)
+
+
+def forward_passes(cfg: RunConfig) -> list[str]:
+    """Return the forward passes before a step's first update, as `trainer/update.py` runs them."""
+    several = cfg.grpo.mini_batches * cfg.grpo.epochs > 1
+    refers = cfg.algorithm.kl > 0 and cfg.algorithm.kl_in == "loss"
+    return ["old log-probs"] * several + ["reference"] * refers

@@ -33,9 +33,10 @@ from megatron_vrl.models.logprob_head import Distribution
 from megatron_vrl.models.precision import check_available
 from megatron_vrl.models.qwen2_5_vl.inputs import PassInputs
 from megatron_vrl.models.qwen2_5_vl.model import Qwen25VL
-from megatron_vrl.models.qwen2_5_vl.preprocess import patchify
 from megatron_vrl.parallel.mesh import Mesh, gather_objects, world_axis
 from megatron_vrl.policy.optimizer import clipped_step, learning_rate, make_optimizer
+from megatron_vrl.policy.pipeline import communication
+from megatron_vrl.policy.vision_outputs import VisionOutputs
 
 TokenLoss = Callable[[Tokens], tuple[Tensor, dict[str, Tensor]]]  # loss [N], metrics {name: [N]}
 # The function gets the PassInputs; on the last stage, the output as well.
@@ -73,6 +74,11 @@ class Policy:
         self._ddp = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in self.chunks]
         self.optimizer: MegatronOptimizer | None = None
         self._reference: list[Qwen25VL] = []
+        self.vision_outputs = VisionOutputs(
+            self.chunks[0].vision,
+            frozen=model.freeze_vision,
+            memory_mib=model.vision_output_cache_mib,
+        )
 
     def _built(self) -> list[Qwen25VL]:
         """Return this rank's chunks of layers, one for each virtual pipeline stage."""
@@ -235,9 +241,9 @@ class Policy:
 
         def forward_step(data: Iterator[Any], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
             inputs, on_output = next(data)
-            first = get_attr_wrapped_model(chunk, "pre_process")
-            patches = self._patches(inputs.batch) if first else None
-            return chunk(inputs, patches, of), partial(on_output, inputs)
+            tower = get_attr_wrapped_model(chunk, "vision")  # None except on the first stage
+            patches, encoded = self.vision_outputs.of(tower, inputs) if tower else (None, None)
+            return chunk(inputs, patches, of, encoded=encoded), partial(on_output, inputs)
 
         records: list[Any] = get_forward_backward_func()(
             forward_step_func=forward_step,
@@ -248,16 +254,9 @@ class Policy:
             micro_batch_size=1,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
+            **communication(self.mesh, self.chunks[0].config, [batch for batch, _ in jobs]),
         )
         return records
-
-    def _patches(self, batch: MicroBatch) -> Tensor | None:
-        """Return the pixel patches of a micro-batch; None if no visual needs the vision
-        tower."""
-        if len(batch.visual_embeds) == len(batch.visuals):  # no visuals, or all have embeddings
-            return None
-        patches = [patchify(visual.frames, self.mesh.device) for visual in batch.visuals]
-        return torch.cat(patches).to(self.chunks[0].config.params_dtype)
 
     def _finalize_gradients(
         self, model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any

@@ -57,15 +57,11 @@ def rehearse(
     """
     parallel = cfg.parallel
     count = micro_batches or (2 * parallel.pipeline if parallel.pipeline > 1 else 1)
-    state: dict[str, Any] = {}
-    shape = lambda: [state["rows"], 1, arch.hidden]  # noqa: E731
-    with fake_rank(parallel, rank, world, cfg.model.fp8, shape, ON_HOST) as mesh:
+    with fake_rank(parallel, rank, world, cfg.model.fp8, ON_HOST) as mesh:
         recorder = Recorder(_axis_names(mesh))
         with recorder:
             policy, sizes = _built(cfg, arch, mesh, recorder)
             batches, packed = _batches(cfg, arch, mesh, count)
-            split = parallel.context * (parallel.tensor if parallel.sequence else 1)
-            state["rows"] = packed.rows // split
             with _phases(policy, recorder):
                 _update(cfg, policy, batches, recorder)
         planned = stage_memory(

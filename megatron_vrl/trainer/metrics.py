@@ -8,6 +8,7 @@ import torch
 
 from megatron_vrl.algorithms import has_signal
 from megatron_vrl.context import RunContext
+from megatron_vrl.models.pipeline_split import layer_counts
 from megatron_vrl.models.qwen2_5_vl.flops import (
     group_flops,
     hardware_flops,
@@ -109,7 +110,11 @@ def _throughput(
     every_computed, padding = zip(*gather_objects(mesh.batch, packed), strict=True)
     every_ideal, plain = zip(*gather_objects(mesh.data, asked), strict=True)
     computed, ideal = sum(every_computed, FlopCounts()), sum(every_ideal, FlopCounts())
+    chunks = layer_counts(arch, cfg, ctx.cfg.parallel)
     epochs, passes = ctx.cfg.grpo.epochs, update_result.passes
+    # Outputs of a frozen tower are kept. Those that did not fit are not counted again.
+    kept = cfg.freeze_vision and cfg.vision_output_cache_mib > 0
+    repeats = kept * (epochs + passes - 1)
     on_gpu = mesh.device.type == "cuda"
     name = torch.cuda.get_device_name(mesh.device) if on_gpu else "CPU"
     peaks = gather_objects(world_axis(mesh), peak_bytes(mesh.device))
@@ -119,8 +124,12 @@ def _throughput(
         ideal=ideal,
         plain_tokens=sum(plain),
         padding_rows=sum(padding),
-        update_flops=epochs * update_flops(ideal, cfg) + passes * ideal.flops,
-        hardware_flops=epochs * hardware_flops(computed, cfg) + passes * computed.flops,
+        update_flops=epochs * update_flops(ideal, cfg)
+        + passes * ideal.flops
+        - repeats * ideal.vision,
+        hardware_flops=epochs * hardware_flops(computed, cfg, chunks)
+        + passes * computed.flops
+        - repeats * computed.vision,
         seconds=seconds,
         ranks=mesh.world,
         peak=peak_flops(name, cfg.dtype if cfg.fp8 == "none" else "fp8"),

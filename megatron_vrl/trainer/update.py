@@ -50,23 +50,26 @@ def update_policy(ctx: RunContext, rollout_batch: RolloutBatch, step: int) -> Up
     has_old = len(mini_batches) * cfg.grpo.epochs > 1
     has_reference = cfg.algorithm.kl > 0 and cfg.algorithm.kl_in == "loss"
     distribution = sampling_distribution(ctx)
-    old_logprobs = [ctx.policy.logprobs(b, distribution) if has_old else None for b in mini_batches]
-    references = [
-        ctx.policy.reference_logprobs(b, distribution) if has_reference else None
-        for b in mini_batches
-    ]
-    updates = [
-        ctx.policy.update(
-            batches,
-            partial(token_loss, cfg=cfg.algorithm),
-            distribution,
-            step,
-            old=old,
-            reference=reference,
-        )
-        for _ in range(cfg.grpo.epochs)
-        for batches, old, reference in zip(mini_batches, old_logprobs, references, strict=True)
-    ]
+    with ctx.policy.vision_outputs.kept(has_old + has_reference + cfg.grpo.epochs):
+        old_logprobs = [
+            ctx.policy.logprobs(b, distribution) if has_old else None for b in mini_batches
+        ]
+        references = [
+            ctx.policy.reference_logprobs(b, distribution) if has_reference else None
+            for b in mini_batches
+        ]
+        updates = [
+            ctx.policy.update(
+                batches,
+                partial(token_loss, cfg=cfg.algorithm),
+                distribution,
+                step,
+                old=old,
+                reference=reference,
+            )
+            for _ in range(cfg.grpo.epochs)
+            for batches, old, reference in zip(mini_batches, old_logprobs, references, strict=True)
+        ]
     return UpdateResult(
         groups=groups,
         batches=[batch for batches in mini_batches for batch in batches],

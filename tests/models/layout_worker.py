@@ -6,14 +6,18 @@ the results that all layouts must share to DIRECTORY/NAME-MODEL.pt. Layouts of o
 torchrun.
 """
 
+import collections
 import gc
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 
 from megatron_vrl.checkpoint.hf_load import hf_tensors, load_hf_weights
 from megatron_vrl.config import Model, Optimizer, Parallel
@@ -25,6 +29,7 @@ from tests.tiny import GROUPS, micro_batches, token_loss
 
 FLASH = {"attention": "flash"}  # `auto` is sdpa on a CPU
 PLAIN_DDP = {"distributed_optimizer": False}  # gradients are whole only without it
+FULL = {"recompute": "full", "recompute_vision": "full"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +44,10 @@ class Layout:
 LAYOUTS = {
     "one": Layout(processes=1, parallel=PLAIN_DDP),
     "one-plain": Layout(processes=1, parallel=PLAIN_DDP, prompts="plain"),
-    "one-recompute": Layout(processes=1, parallel=PLAIN_DDP, model={"recompute": "full"}),
+    "one-recompute": Layout(processes=1, parallel=PLAIN_DDP, model=FULL),
+    "one-recompute-one-layer": Layout(
+        processes=1, parallel=PLAIN_DDP, model={"recompute": "full", "recompute_num_layers": 1}
+    ),
     "one-recompute-selective": Layout(
         processes=1, parallel=PLAIN_DDP, model={"recompute": "selective"}
     ),
@@ -64,11 +72,11 @@ LAYOUTS = {
     "cp2-recompute": Layout(
         processes=2,
         parallel=PLAIN_DDP | {"context": 2},
-        model=FLASH | {"recompute": "full"},
+        model=FLASH | FULL,
         models=("tied",),
     ),
     "dp2-overlap-recompute": Layout(
-        processes=2, parallel={"overlap": True}, model={"recompute": "full"}, models=("tied",)
+        processes=2, parallel={"overlap": True}, model=FULL, models=("tied",)
     ),
     "tp4": Layout(processes=4, parallel=PLAIN_DDP | {"tensor": 4}, models=("four-kv-heads",)),
     "pp4": Layout(processes=4, parallel=PLAIN_DDP | {"pipeline": 4}, models=("tied",)),
@@ -112,7 +120,8 @@ def train(checkpoint: Path, layout: Layout) -> dict[str, Any]:
     policy.keep_reference()
     policy.start_phase(Optimizer(lr=1e-3, clip_grad=1.0), num_steps=2)
     batches = micro_batches(GROUPS, mesh, layout.prompts)
-    result: dict[str, Any] = {}
+    result: dict[str, Any] = {"lengths": [len(batch.rows) for batch in batches]}
+    messages = Messages()
     for step in range(2):
         reference = policy.reference_logprobs(batches, Distribution())
         update = policy.update(batches, token_loss, Distribution(), step, reference=reference)
@@ -123,11 +132,33 @@ def train(checkpoint: Path, layout: Layout) -> dict[str, Any]:
             # clipping scaled the gradients in place by the same factor in every layout
             grads = hf_tensors(policy.chunks, _gradient)
             result["grads"] = {name: grad.clone() for name, grad in grads}
+    result["messages"] = messages.stop()
     result["weights"] = {name: t.clone() for name, t in hf_tensors(policy.chunks)}
     del policy
     gc.collect()  # modules in reference cycles hold the groups, and the groups their threads
     close_mesh()
     return result
+
+
+class Messages:
+    """Counts of the messages between pipeline stages that this rank sends and receives."""
+
+    NAMES = ("isend", "irecv", "batch_isend_irecv")
+
+    def __init__(self) -> None:
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._real = {name: getattr(dist, name) for name in self.NAMES}
+        for name, real in self._real.items():
+            setattr(dist, name, partial(self._counted, name, real))
+
+    def _counted(self, name: str, real: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._counts[name] += 1
+        return real(*args, **kwargs)
+
+    def stop(self) -> dict[str, int]:
+        for name, real in self._real.items():
+            setattr(dist, name, real)
+        return dict(self._counts)
 
 
 def _gradient(param: torch.Tensor) -> torch.Tensor:

@@ -70,5 +70,5 @@ def test_language_model_and_vision_tower_use_the_decision(
 ) -> None:
     monkeypatch.setattr(model, "gradient_fusion", lambda *_: GradientFusion(on, ""))
     config = language_config(ARCH, asked(), Parallel())
-    vision = vision_config(ARCH.vision, config)
+    vision = vision_config(ARCH.vision, asked(), config)
     assert (config.gradient_accumulation_fusion, vision.gradient_accumulation_fusion) == (on, on)

@@ -108,3 +108,16 @@ def _published(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         prefix = next((p for p in prefixes if name.startswith(p)), "")
         named[prefixes.get(prefix, "") + name.removeprefix(prefix)] = param
     return named
+
+
+@pytest.mark.parametrize("name", ["pp2", "pp2-uneven", "pp4", "tp2-sp-pp2-distributed-optimizer"])
+def test_stages_exchange_hidden_states_and_no_shapes(trained: Trained, name: str) -> None:
+    """The last stage receives each micro-batch in each pass, and sends back its gradient."""
+    result = trained(name, "tied")
+    micro_batches = len(result["lengths"])
+    assert len(set(result["lengths"])) > 1  # shapes differ
+    updates, passes = 2, 4  # two forward passes of the reference model, two of the updates
+    assert result["messages"] == {
+        "irecv": passes * micro_batches,
+        "isend": updates * micro_batches,
+    }

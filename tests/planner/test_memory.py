@@ -19,10 +19,11 @@ from megatron_vrl.models.qwen2_5_vl.activations import (
     Kernels,
     head_saved,
     language_layer,
+    layers_recomputed,
     merger_saved,
-    recompute_of_tower,
     vision_layer,
 )
+from megatron_vrl.models.recompute import vision_level
 from megatron_vrl.planner.memory import StageMemory, chunk_saved, in_flight, stage_memory
 from megatron_vrl.planner.rank_sizes import rank_sizes
 from megatron_vrl.planner.workload import GroupSizes, PackedBatch
@@ -34,7 +35,14 @@ WITHIN = 0.10
 ONE = {"size": "small", "grid": [4, 16, 16], "answers": [33] * 4, "groups": 1, "tokens": 4096}
 BFLOAT16 = ONE | {"grid": [2, 12, 16]}  # slow on a CPU
 LONG = ONE | {"grid": [2, 12, 16], "answers": [129] * 6}
-KINDS = ("none", "selective", "full")
+KINDS: tuple[dict[str, Any], ...] = (
+    {},
+    {"recompute": "selective"},
+    {"recompute": "full", "recompute_num_layers": 1, "recompute_vision": "full"},
+    {"recompute": "full", "recompute_vision": "full"},
+)
+FULL = KINDS[-1]
+PART: dict[str, Any] = {"recompute": "full", "recompute_num_layers": 3}
 
 
 def case(
@@ -53,23 +61,27 @@ def case(
 
 FAST = [case(attention="flash"), case(recompute="full", freeze_vision=True)]
 ALONE = [
-    case(recompute="none"),
-    *(case(LONG, attention="flash", recompute=kind) for kind in KINDS),
-    *(case(BFLOAT16, dtype="bfloat16", recompute=kind) for kind in KINDS),
-    *(case(LONG, recompute=kind) for kind in KINDS),
+    case(),
+    *(case(LONG, attention="flash", **kind) for kind in KINDS),
+    *(case(BFLOAT16, dtype="bfloat16", **kind) for kind in KINDS),
+    *(case(LONG, **kind) for kind in KINDS),
     case(layout="plain"),
     case(LONG, groups=2, freeze_vision=True, freeze_merger=True),
     case(ONE | {"size": "large"}, groups=2),
+    case(ONE | {"size": "large"}, groups=2, **FULL),
     case(ONE | {"size": "large"}, groups=2, recompute="full"),
+    case(ONE | {"size": "large"}, groups=2, recompute_vision="full"),
+    case(ONE | {"size": "large"}, groups=2, freeze_vision=True, **PART),
 ]
 TWO_RANKS = [
     *(
-        case(groups=2, parallel={"tensor": 2, "sequence": sequence}, recompute=kind)
+        case(groups=2, parallel={"tensor": 2, "sequence": sequence}, **kind)
         for sequence, kind in product((False, True), KINDS)
     ),
     case(BFLOAT16, groups=2, parallel={"tensor": 2, "sequence": True}, dtype="bfloat16"),
     case(groups=4, tokens=512, parallel={"pipeline": 2}),
-    case(groups=4, tokens=512, parallel={"pipeline": 2}, recompute="full"),
+    case(groups=4, tokens=512, parallel={"pipeline": 2}, **FULL),
+    case(groups=2, tokens=512, parallel={"pipeline": 2}, **KINDS[2]),
     case(groups=4, tokens=512, parallel={"pipeline": 2, "virtual": 2}),
     case(groups=2, parallel={"context": 2}),
     case(groups=2, parallel={"context": 2}, attention="flash"),
@@ -124,12 +136,12 @@ def planned(case: dict[str, Any], ranks: int, row: dict[str, int]) -> tuple[Stag
     chunks = stage_chunks(arch, cfg.model, parallel, stage)
     if any(chunk.post_process for chunk in chunks):
         head = head_saved(arch, cfg.model, layer, sizes.targets)
-    again = layer.recomputed(cfg.model.recompute)
+    again = max(layers_recomputed(layer, cfg.model, len(chunk.layers)) for chunk in chunks)
     if (first := chunks[0]).pre_process and not cfg.model.freeze_vision:
         block = vision_layer(arch, cfg.model, sizes.patches, kernels)
-        gone = chunk_saved(first, layer, cfg.model.recompute)
+        gone = chunk_saved(first, layer, cfg.model)
         gone += merger_saved(arch, cfg.model, block, sizes.vision_tokens)
-        again = max(again, block.recomputed(recompute_of_tower(cfg.model)) - gone)
+        again = max(again, block.recomputed(vision_level(cfg.model)) - gone)
     return memory, memory.activations + memory.vision + max(head, again)
 
 

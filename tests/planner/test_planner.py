@@ -124,11 +124,12 @@ def test_an_invalid_layout_is_refused_with_the_nearest(plan: Planned) -> None:
 
 
 def test_too_little_memory_is_refused_and_the_nearest_fits(plan: Planned) -> None:
-    code, found = as_json(plan("qwen2.5-vl-3b-8gpu", "model.recompute=none", "--json"))
+    name = "qwen2.5-vl-7b-tp2pp2"
+    code, found = as_json(plan(name, "model.recompute_vision=none", "--json"))
     assert code == 2 and "the largest part is vision" in found["refused"][0]
     near = found["nearest"]
-    assert near["overrides"] == ["model.recompute=full"]
-    again, fits = as_json(plan("qwen2.5-vl-3b-8gpu", *near["overrides"], "--json"))
+    assert near["overrides"] == ["model.recompute_vision=full"]
+    again, fits = as_json(plan(name, *near["overrides"], "--json"))
     assert (again, fits["refused"]) == (0, [])
     assert fits["seconds_per_step"] == near["seconds_per_step"]
 
@@ -175,19 +176,40 @@ def planned(*overrides: str, **question: Any) -> Plan:
 
 
 def test_effects_of_options_on_memory_and_time() -> None:
-    full, none = planned(), planned("model.recompute=none")
-    assert full.memory.stages[0].activations < none.memory.stages[0].activations / 20
-    assert full.memory.stages[0].vision < none.memory.stages[0].vision / 14
-    assert full.phases["update"].seconds > none.phases["update"].seconds
+    full = planned("model.recompute_num_layers=0")
+    half = planned("model.recompute_num_layers=18")
+    none = planned("model.recompute=none", "model.recompute_num_layers=0")
+    tower = planned("model.recompute_num_layers=0", "model.recompute_vision=none")
+    activations = [plan.memory.stages[0].activations for plan in (full, half, none)]
+    assert activations[0] < activations[2] / 20
+    assert activations[1] == pytest.approx((activations[0] + activations[2]) / 2, rel=1e-3)
+    assert full.memory.stages[0].vision < tower.memory.stages[0].vision / 14
+    seconds = [plan.phases["update"].seconds for plan in (none, half, full)]
+    assert seconds == sorted(seconds) and seconds[0] < seconds[1] < seconds[2]
+    assert tower.phases["update"].seconds < full.phases["update"].seconds
     assert planned("algorithm.kl=0").memory.stages[0].reference == 0
     assert "reference" not in planned("algorithm.kl=0").phases
     tensor = planned("parallel.tensor=2", "parallel.sequence=true").memory.stages[0]
     assert tensor.vision == pytest.approx(full.memory.stages[0].vision / 2, rel=0.1)
+    full = planned()
     assert planned(mfu=0.2).phases["update"].seconds == pytest.approx(
         2 * full.phases["update"].seconds
     )
     short = planned(response=100)
     assert short.tokens < full.tokens and short.seconds < full.seconds
+
+
+def test_a_frozen_tower_runs_once_for_all_passes_of_a_step() -> None:
+    frozen = ("model.freeze_vision=true", "model.recompute_vision=none", "grpo.epochs=2")
+    kept, again = planned(*frozen), planned(*frozen, "model.vision_output_cache_mib=0")
+    patches = 4 * kept.sizes.vision_tokens * kept.micro_batches * kept.batch.groups
+    assert kept.memory.stages[0].vision_outputs >= patches * 1280 * 2  # 1280 channels of bfloat16
+    assert again.memory.stages[0].vision_outputs == 0
+    for phase in ("reference", "update"):  # after "old log-probs", which encodes
+        assert kept.phases[phase].seconds < again.phases[phase].seconds
+    assert kept.phases["old log-probs"] == again.phases["old log-probs"]
+    alone = planned(*frozen, "algorithm.kl=0", "grpo.epochs=1")
+    assert alone.memory.stages[0].vision_outputs == 0  # one pass
 
 
 def test_sizes_of_a_prompt() -> None:

@@ -74,7 +74,7 @@ def test_log_probs_with_embeddings_equal_those_with_pixels(
     embedded = VisionEmbeddingCache(policy, 64).embed(PROMPTS)
     assert [len(one.visual_embeds) for one in embedded] == [1, 0, 2]
     expected = logprobs(policy, PROMPTS)
-    monkeypatch.setattr(policy.chunks[0].vision, "_encode", None)  # the tower is not asked again
+    monkeypatch.setattr(policy.chunks[0].vision, "encode", None)  # the tower is not asked again
     torch.testing.assert_close(logprobs(policy, embedded), expected, rtol=1e-5, atol=1e-5)
 
 

@@ -25,6 +25,7 @@ def model_of(work: Work, checkpoint: str = "none") -> Model:
         checkpoint=checkpoint,
         dtype=work.dtype,
         recompute=work.recompute,
+        recompute_vision="full" if work.recompute == "full" else "none",
         layers=work.layers,
         attention=work.attention,
         freeze_vision=work.freeze_vision,

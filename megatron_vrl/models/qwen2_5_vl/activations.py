@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from megatron_vrl.config import Model, Parallel
 from megatron_vrl.models.architecture import Architecture
 from megatron_vrl.models.logprob_head import CHUNK_BYTES, GPU_CHUNK_BYTES
+from megatron_vrl.models.recompute import layers_in_full, vision_level
 
 FLOAT32, INT64 = 4, 8
 
@@ -69,7 +70,7 @@ class Layer:
         return self.number * self.norm_rows * self.channels
 
     def saved(self, recompute: str) -> int:
-        """Return the bytes saved for the backward pass under `model.recompute`."""
+        """Return the bytes that one layer saves for the backward pass at a level of recompute."""
         return {
             "none": self.without_recompute,
             "selective": self.with_selective_recompute,
@@ -152,10 +153,27 @@ def language_layer(
     )
 
 
-def recompute_of_tower(model: Model) -> str:
-    """Return the vision tower's recompute: `selective` excludes it, and a frozen tower saves
-    nothing."""
-    return "full" if model.recompute == "full" and not model.freeze_vision else "none"
+def layers_saved(layer: Layer, model: Model, layers: int) -> int:
+    """Return the bytes that a chunk of `layers` language layers saves."""
+    in_full = layers_in_full(model, layers)
+    return in_full * layer.saved("full") + (layers - in_full) * layer.saved(_rest(model))
+
+
+def layers_recomputed(layer: Layer, model: Model, layers: int) -> int:
+    """Return the additional bytes while a layer of a chunk of `layers` layers is recomputed.
+
+    They are counted from all that the chunk saved. Layers after the recomputed ones have freed
+    theirs by then.
+    """
+    in_full = layers_in_full(model, layers)
+    if not in_full:
+        return layer.recomputed(model.recompute)
+    return max(0, layer.recomputed("full") - (layers - in_full) * layer.saved("none"))
+
+
+def _rest(model: Model) -> str:
+    """Return the level of the layers that are not recomputed in full."""
+    return "none" if model.recompute == "full" else model.recompute
 
 
 def vision_layer(arch: Architecture, model: Model, patches: int, kernels: Kernels) -> Layer:
@@ -189,7 +207,7 @@ def vision_saved(
         return 0
     kept = merger_saved(arch, model, block, tokens)
     if not model.freeze_vision:
-        kept += arch.vision.layers * block.saved(recompute_of_tower(model))
+        kept += arch.vision.layers * block.saved(vision_level(model))
         # A rank's patches are a view, which keeps all patches alive.
         kept += block.number * all_patches * arch.vision.patch_values
     return kept

@@ -19,6 +19,7 @@ from megatron_vrl.models.qwen2_5_vl.matrices import (
     merger_weights,
     tower_weights,
 )
+from megatron_vrl.models.recompute import fraction_in_full, vision_level
 from megatron_vrl.observe.throughput import FlopCounts
 
 Grid = tuple[int, int, int]  # temporal steps; height and width in patches
@@ -115,16 +116,18 @@ def update_flops(work: FlopCounts, cfg: Model) -> float:
     )
 
 
-def hardware_flops(work: FlopCounts, cfg: Model) -> float:
+def hardware_flops(work: FlopCounts, cfg: Model, chunks: Sequence[int]) -> float:
     """Return the FLOPs that the hardware computes in an update, including recompute.
 
-    The head computes its logits twice, and the gradient of its weight even if that is frozen.
-    Recompute inside an attention kernel is not counted.
+    `chunks` are the numbers of language layers of the chunks that compute `work`. The head computes
+    its logits twice, and the gradient of its weight even if that is frozen. Recompute inside an
+    attention kernel is not counted.
     """
-    layers = work.linear + work.attention + work.vision * (not cfg.freeze_vision)
-    again = {"none": 0.0, "selective": work.attention, "full": layers}
+    again = (work.linear + work.attention) * fraction_in_full(cfg, chunks)
+    again += work.attention * (cfg.recompute == "selective")
+    again += work.vision * (vision_level(cfg) == "full")
     head = (2 if cfg.freeze_language else 1) * work.head
-    return update_flops(work, cfg) + again[cfg.recompute] + head
+    return update_flops(work, cfg) + again + head
 
 
 def _language(arch: Architecture, tokens: int, pairs: int, losses: int) -> FlopCounts:

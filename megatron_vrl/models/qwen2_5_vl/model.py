@@ -28,12 +28,13 @@ from megatron_vrl.config import Model, Parallel
 from megatron_vrl.models.architecture import Architecture, padded_vocab
 from megatron_vrl.models.attention import packed_params, with_additive_masks
 from megatron_vrl.models.fusion import gradient_fusion
-from megatron_vrl.models.layers import COMMON_CONFIG, RECOMPUTE, layer_spec
+from megatron_vrl.models.layers import COMMON_CONFIG, layer_spec
 from megatron_vrl.models.logprob_head import Distribution, token_logprobs
 from megatron_vrl.models.pipeline_split import Chunk, all_chunks, stage_chunks
 from megatron_vrl.models.precision import attention_backend, layer_modules, precision_config
 from megatron_vrl.models.qwen2_5_vl.inputs import PassInputs, pass_inputs
 from megatron_vrl.models.qwen2_5_vl.vision import VisionTower
+from megatron_vrl.models.recompute import language_recompute
 from megatron_vrl.models.rotary import TablesOfAngles
 from megatron_vrl.parallel.arrays import upload
 from megatron_vrl.parallel.mesh import Mesh
@@ -41,6 +42,7 @@ from megatron_vrl.parallel.mesh import Mesh
 
 def language_config(arch: Architecture, cfg: Model, parallel: Parallel) -> TransformerConfig:
     """Return Megatron's TransformerConfig of the language model."""
+    on_gpu = torch.cuda.is_available()
     return TransformerConfig(
         num_layers=arch.layers,
         hidden_size=arch.hidden,
@@ -51,19 +53,19 @@ def language_config(arch: Architecture, cfg: Model, parallel: Parallel) -> Trans
         layernorm_epsilon=arch.norm_eps,
         add_bias_linear=False,
         **COMMON_CONFIG,
-        gradient_accumulation_fusion=gradient_fusion(cfg, torch.cuda.is_available()).enabled,
+        gradient_accumulation_fusion=gradient_fusion(cfg, on_gpu).enabled,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         **_pipeline(arch, cfg, parallel),
         sequence_parallel=parallel.sequence,
-        variable_seq_lengths=parallel.virtual
-        == 1,  # gloo mixes up shapes in the interleaved schedule
+        variable_seq_lengths=parallel.virtual == 1,  # see `policy/pipeline.py`
         moe_token_dispatcher_type="alltoall",  # required by variable_seq_lengths, even without MoE
-        batch_p2p_comm=False,  # with gloo, batched p2p between two ranks returns wrong data
+        batch_p2p_comm=on_gpu,  # with gloo, batched p2p between two ranks returns wrong data
+        batch_p2p_sync=False,  # a wait of the host for each message, for old versions of torch
         calculate_per_token_loss=True,  # sum gradients; token weights include the divisor
         deterministic_mode=torch.are_deterministic_algorithms_enabled(),
         **precision_config(cfg),
-        **RECOMPUTE[cfg.recompute],
+        **language_recompute(cfg, arch.layers),
     )
 
 
@@ -129,7 +131,7 @@ class Qwen25VL(MegatronModule):
         self.share_embeddings_and_output_weights = arch.tied_head
         self.vision: VisionTower | None = None
         if self.pre_process:
-            self.vision = VisionTower(arch, mesh, config)
+            self.vision = VisionTower(arch, cfg, mesh, config)
         self._always_run_vision = parallel.overlap
         self._attention = attention_backend(cfg, mesh.device)
         last = layer_modules(cfg, arch.layers - 1, arch.layers, mesh.device)
@@ -162,18 +164,24 @@ class Qwen25VL(MegatronModule):
         return pass_inputs(batch, self.arch, self.mesh, attention=self._attention)
 
     def forward(
-        self, inputs: PassInputs, patches: Tensor | None, distribution: Distribution
+        self,
+        inputs: PassInputs,
+        patches: Tensor | None,
+        distribution: Distribution,
+        *,
+        encoded: Tensor | None = None,
     ) -> Tensor:
         """Return log-prob and entropy [2, N] of every target on the last stage, else hidden states.
 
-        `patches` [P, patch values] holds the patches of all visuals of the batch. Only the first
-        stage reads it. None means that `batch.visual_embeds` holds precomputed vision embeddings.
+        `patches` [P, patch values] holds the patches of all visuals of the batch, or `encoded` what
+        the tower made of this rank's (`VisionTower.encode`). Only the first stage reads them. If
+        both are None, `batch.visual_embeds` holds precomputed vision embeddings.
         """
         hidden = self.language(
             input_ids=None,
             position_ids=inputs.positions,
             attention_mask=None,
-            decoder_input=self._embed(inputs, patches) if self.pre_process else None,
+            decoder_input=self._embed(inputs, patches, encoded) if self.pre_process else None,
             packed_seq_params=packed_params(
                 plan=with_additive_masks(inputs.plan, self.config.params_dtype),
                 context=self.mesh.context.group,
@@ -182,7 +190,7 @@ class Qwen25VL(MegatronModule):
         )  # [L (/ tensor), 1, C]
         return self._head(hidden, inputs, distribution) if self.post_process else hidden
 
-    def _embed(self, inputs: PassInputs, patches: Tensor | None) -> Tensor:
+    def _embed(self, inputs: PassInputs, patches: Tensor | None, encoded: Tensor | None) -> Tensor:
         """Return the input embeddings [L (/ tensor), 1, C] of this rank's rows.
 
         Vision embeddings replace the word embeddings of vision pad tokens.
@@ -192,20 +200,25 @@ class Qwen25VL(MegatronModule):
         if not inputs.batch.visuals and self._always_run_vision:
             embeddings = embeddings + 0 * self.vision.dummy_token().sum()
         if inputs.batch.visuals:
-            tokens = self._vision_tokens(inputs, patches).index_select(0, inputs.vision_index)
+            tokens = self._vision_tokens(inputs, patches, encoded)
+            tokens = tokens.index_select(0, inputs.vision_index)
             tokens = tokens[:, None].to(embeddings.dtype)
             embeddings = embeddings.index_copy(0, inputs.vision_rows, tokens)
         if self.config.sequence_parallel:
             embeddings = scatter_to_sequence_parallel_region(embeddings)
         return embeddings  # [L (/ tensor), 1, C]
 
-    def _vision_tokens(self, inputs: PassInputs, patches: Tensor | None) -> Tensor:
+    def _vision_tokens(
+        self, inputs: PassInputs, patches: Tensor | None, encoded: Tensor | None
+    ) -> Tensor:
         """Return the vision embeddings [tokens, C] of all visuals of the batch, precomputed or
         encoded now."""
-        if patches is None:
+        if inputs.vision is None:
             return upload(np.concatenate(inputs.batch.visual_embeds), self.mesh.device)
-        assert self.vision is not None and inputs.vision is not None
-        return self.vision(patches, inputs.vision)
+        assert self.vision is not None
+        if patches is not None:
+            encoded = self.vision.encode(patches, inputs.vision)
+        return self.vision(encoded, inputs.vision)
 
     def _head(self, hidden: Tensor, inputs: PassInputs, distribution: Distribution) -> Tensor:
         """Return log-prob and entropy [2, N] of the batch's targets from hidden states [L (/

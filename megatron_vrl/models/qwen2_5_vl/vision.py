@@ -28,20 +28,20 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_vrl.config import Model
 from megatron_vrl.models.architecture import Architecture, VisionArchitecture
 from megatron_vrl.models.attention import packed_params
-from megatron_vrl.models.layers import COMMON_CONFIG, RECOMPUTE, RMSNorm, layer_spec
+from megatron_vrl.models.layers import COMMON_CONFIG, RMSNorm, layer_spec
 from megatron_vrl.models.qwen2_5_vl.inputs import Grid, VisionInputs, vision_inputs
+from megatron_vrl.models.recompute import vision_recompute
 from megatron_vrl.models.rotary import rotary_tables
 from megatron_vrl.parallel.mesh import Mesh
 
 
-def vision_config(arch: VisionArchitecture, language: TransformerConfig) -> TransformerConfig:
-    """Return Megatron's TransformerConfig of the vision tower.
-
-    `model.recompute: full` also applies to the tower, `selective` does not.
-    """
-    recompute = "full" if language.recompute_granularity == "full" else "none"
+def vision_config(
+    arch: VisionArchitecture, cfg: Model, language: TransformerConfig
+) -> TransformerConfig:
+    """Return Megatron's TransformerConfig of the vision tower."""
     return TransformerConfig(
         num_layers=arch.layers,
         hidden_size=arch.hidden,
@@ -50,7 +50,7 @@ def vision_config(arch: VisionArchitecture, language: TransformerConfig) -> Tran
         layernorm_epsilon=1e-6,
         add_bias_linear=True,
         **COMMON_CONFIG,
-        **RECOMPUTE[recompute],
+        **vision_recompute(cfg, arch.layers),
         gradient_accumulation_fusion=language.gradient_accumulation_fusion,
         params_dtype=language.params_dtype,
         bf16=language.params_dtype == torch.bfloat16,
@@ -62,8 +62,10 @@ class VisionTower(MegatronModule):
     """Encoder of the patches of any number of videos and images; returns one embedding per vision
     token."""
 
-    def __init__(self, arch: Architecture, mesh: Mesh, language: TransformerConfig) -> None:
-        config = vision_config(arch.vision, language)
+    def __init__(
+        self, arch: Architecture, cfg: Model, mesh: Mesh, language: TransformerConfig
+    ) -> None:
+        config = vision_config(arch.vision, cfg, language)
         super().__init__(config=config)
         self.arch = arch.vision
         self.mesh = mesh
@@ -86,14 +88,13 @@ class VisionTower(MegatronModule):
             param.tensor_model_parallel = False  # every tensor rank holds a full copy
             param.sequence_parallel = False
 
-    def forward(self, patches: Tensor, inputs: VisionInputs) -> Tensor:
-        """Return embeddings [tokens, language hidden] of patches [P, patch values] of all temporal
-        steps.
+    def forward(self, output: Tensor, inputs: VisionInputs) -> Tensor:
+        """Return embeddings [tokens, language hidden] of all temporal steps.
 
-        Every tensor and context rank must call it with the same patches. Every rank gets all
-        tokens.
+        `output` [P, C] is what `encode` returns. Every tensor and context rank must call it. Every
+        rank gets all tokens.
         """
-        tokens = self._encode(patches[inputs.patches], inputs)
+        tokens = self._merge(output, inputs)
         sharing = self.mesh.vision
         if sharing.size == 1:
             return tokens
@@ -102,7 +103,8 @@ class VisionTower(MegatronModule):
     def encode_local(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Return the embeddings that `forward` returns, computed by this rank without
         communication."""
-        return self._encode(patches, vision_inputs(grids, self.arch, patches.device))
+        inputs = vision_inputs(grids, self.arch, patches.device)
+        return self._merge(self.encode(patches, inputs), inputs)
 
     def parameter_versions(self) -> tuple[tuple[int, int], ...]:
         """Return a fingerprint of the parameters: it changes when one is written in place or
@@ -118,20 +120,32 @@ class VisionTower(MegatronModule):
         side, weight = self.arch.merge, self.patch_embed.weight
         if self._dummy is None:
             self._dummy = vision_inputs([(1, side, side)], self.arch, weight.device)
-        return self._encode(weight.new_zeros(side**2, self.arch.patch_values), self._dummy)
+        black = weight.new_zeros(side**2, self.arch.patch_values)
+        return self._merge(self.encode(black, self._dummy), self._dummy)
 
-    def _encode(self, patches: Tensor, inputs: VisionInputs) -> Tensor:
-        """Return the embeddings [tokens, language hidden] of this rank's patches."""
-        if not inputs.plans:  # a rank without steps must still join the gather
-            return patches.new_zeros(0, self.merger.out.out_features, requires_grad=True)
-        hidden = self.patch_embed(patches).unsqueeze(1)  # [P, 1, C]
+    def encode(self, patches: Tensor, inputs: VisionInputs) -> Tensor:
+        """Return the blocks' output [P, C] for this rank's part of patches [all P, patch values].
+
+        It is the merger's input.
+        """
+        if not inputs.plans:
+            return patches.new_zeros(0, self.arch.hidden)
+        hidden = self.patch_embed(patches[inputs.patches]).unsqueeze(1)  # [P, 1, C]
         hidden = self.blocks(
             hidden_states=hidden,
             attention_mask=None,
             rotary_pos_emb=rotary_tables(inputs.angles, self.config.params_dtype),
             packed_seq_params=packed_params(plan_of_layer=inputs.plans),
         )
-        return self.merger(hidden.squeeze(1))
+        output: Tensor = hidden.squeeze(1)
+        return output
+
+    def _merge(self, output: Tensor, inputs: VisionInputs) -> Tensor:
+        """Return the embeddings [tokens, language hidden] of this rank's patches."""
+        if not inputs.plans:  # a rank without steps must still join the gather
+            return output.new_zeros(0, self.merger.out.out_features, requires_grad=True)
+        tokens: Tensor = self.merger(output)
+        return tokens
 
 
 class PatchMerger(torch.nn.Module):

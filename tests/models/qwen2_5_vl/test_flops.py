@@ -173,15 +173,18 @@ def test_an_update_is_three_forward_passes_minus_frozen_parts() -> None:
 
 def test_hardware_flops_count_what_is_computed_again() -> None:
     work = FlopCounts(tokens=1, linear=1.0, attention=10.0, head=100.0, vision=1e3, merger=1e4)
-    extra = {
-        kind: hardware_flops(work, Model(checkpoint="", recompute=kind)) - 3 * work.flops
-        for kind in ("none", "selective", "full")
-    }
-    assert extra == {"none": 100, "selective": 110, "full": 1111}
-    eyes_shut = Model(checkpoint="", recompute="full", freeze_vision=True)
-    assert hardware_flops(work, eyes_shut) - update_flops(work, eyes_shut) == 111
+
+    def extra(**model: Any) -> float:
+        cfg = Model(checkpoint="", **model)
+        return hardware_flops(work, cfg, [3, 1]) - update_flops(work, cfg)
+
+    assert [extra(recompute=kind) for kind in ("none", "selective", "full")] == [100, 110, 111]
+    assert extra(recompute="full", recompute_num_layers=1) == 100 + 11 / 2  # 1 layer of each chunk
+    assert extra(recompute="full", recompute_num_layers=9) == 111
+    assert extra(recompute_vision="full") == 1100
+    assert extra(recompute_vision="full", freeze_vision=True) == 100
     frozen = Model(checkpoint="", freeze_language=True)
-    assert hardware_flops(work, frozen) == 3 * work.flops - 1 + 100
+    assert hardware_flops(work, frozen, [4]) == 3 * work.flops - 1 + 100
 
 
 def test_the_3b_model_costs_about_two_flops_a_weight_and_token() -> None:
