@@ -13,8 +13,11 @@ A checkpoint, Hugging Face or Megatron, answers greedily on vLLM. --plain asks f
 thinking. A checkpoint exported by a run is asked with the settings in its inference.yaml. --config
 reads the sections video, data and rollout of a run's configuration and overrides inference.yaml;
 section.key=value overrides both. The same command resumes a stopped evaluation, and asks again
-about videos that could not be read before. --protocol temporal_r1 asks and parses like the released
-evaluation of Temporal-R1.
+about videos that could not be read before.
+
+The protocol `strict` gives the numbers of the official scripts: truths and answers are compared as
+they are. `clipped` cuts both to the video, as training does. `temporal_r1` asks and parses like the
+released evaluation of Temporal-R1.
 
 The command writes items.jsonl (one record a question), summary.json and, with a checkpoint,
 predictions.jsonl into --out (default: runs/evaluation/NAME-WHAT). One process at a time may use
@@ -52,8 +55,8 @@ def make_parser() -> OverrideParser:
         "--protocol",
         default="strict",
         type=protocol_name,
-        choices=["strict", "temporal_r1"],
-        help="how questions are asked and answers parsed (default: strict)",
+        choices=["strict", "clipped", "temporal_r1"],
+        help="how answers are read and scored (default: strict)",
     )
     add("--plain", action="store_true", help="ask for answers without thinking")
     add("--config", default="", metavar="FILE", help="YAML of a run; overrides inference.yaml")
@@ -97,7 +100,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             predictions = benchmark.read_predictions(predicted, samples)
         else:
             predictions, complaint = _predict(arguments, samples, out)
-        items = benchmark.items_of(samples, predictions, protocol)
+        items = benchmark.items_of(name, samples, predictions, protocol)
         results = benchmark.write_results(out, name, protocol, items)
     text = json.dumps(results, indent=1) if arguments.json else benchmark.table(results)
     print(text, flush=True)

@@ -28,7 +28,10 @@ class Prediction:
 
 
 def questions(name: str, annotations: str, videos: str, protocol: Protocol) -> list[VideoSample]:
-    """Return every question of a file with unique ids, and with the protocol's intervals."""
+    """Return every question of a file, with unique ids.
+
+    The true intervals are as published; the protocol `clipped` cuts them to the video.
+    """
     source = Source.model_validate(
         {"json_path": annotations, "data_folder": videos, "format": BENCHMARKS[name].form}
     )
@@ -41,7 +44,7 @@ def questions(name: str, annotations: str, videos: str, protocol: Protocol) -> l
         seen[sample.id] += 1
         copy = seen[sample.id]
         sample = sample if copy == 1 else replace(sample, id=f"{sample.id}#{copy}")
-        unique.append(sample if protocol == "temporal_r1" else cut_to_video(sample))
+        unique.append(cut_to_video(sample) if protocol == "clipped" else sample)
     return unique
 
 
@@ -68,13 +71,23 @@ def read_predictions(path: Path, samples: Sequence[VideoSample]) -> list[Predict
 
 
 def items_of(
-    samples: Sequence[VideoSample], predictions: Sequence[Prediction], protocol: Protocol
+    name: str,
+    samples: Sequence[VideoSample],
+    predictions: Sequence[Prediction],
+    protocol: Protocol,
 ) -> list[Item]:
-    """Return the graded item of each question, in the order of the annotations."""
+    """Return the graded item of each question of benchmark `name`, in the order of `samples`."""
     by_id = {prediction.id: prediction for prediction in predictions}
     missing = Prediction(id="", response=None)
     return [
-        judged(sample, answer.response, protocol, cut_off=answer.cut_off, problem=answer.problem)
+        judged(
+            sample,
+            answer.response,
+            BENCHMARKS[name],
+            protocol,
+            cut_off=answer.cut_off,
+            problem=answer.problem,
+        )
         for sample, answer in ((sample, by_id.get(sample.id, missing)) for sample in samples)
     ]
 

@@ -15,11 +15,11 @@ from megatron_vrl.config import Video
 from megatron_vrl.errors import ConfigError, DataError, VideoError, counted
 from megatron_vrl.evaluation.benchmark import Prediction, prediction_of
 from megatron_vrl.evaluation.generate import Answerer, InferenceConfig
+from megatron_vrl.evaluation.protocols import scorable
 from megatron_vrl.observe.progress import progress_bar
 from megatron_vrl.process.entry import told_if_interrupted
 from megatron_vrl.process.run_lock import check_owned
 from megatron_vrl.storage.files import full_disk_named, kept_rows, read_rows, write_file
-from megatron_vrl.tasks import can_be_asked
 from megatron_vrl.types import Rollout, VideoSample
 from megatron_vrl.video import VideoReader
 
@@ -39,7 +39,7 @@ def predict(
     settings: dict[str, Any],
     start: Callable[[InferenceConfig, int], Answerer] = Answerer,
 ) -> list[Prediction]:
-    """Answer every question that can be asked and that `out` does not have; return all answers.
+    """Answer every scorable question that `out` does not have; return all answers.
 
     An engine starts only if a question is left. Raises UserError, before an engine starts if no
     video of `samples` exists.
@@ -54,7 +54,7 @@ def predict(
     rows = [row for row in rows if row["id"] not in again]
     write_file(path, "".join(json.dumps(row) + "\n" for row in rows))  # without a torn last line
     done = {row["id"] for row in rows}
-    left = [s for s in samples if s.id not in done and can_be_asked(s)]
+    left = [s for s in samples if s.id not in done and scorable(s)]
     if left:
         longest = cfg.evaluation.max_response_tokens
         total, before = len(rows) + len(left), len(rows)

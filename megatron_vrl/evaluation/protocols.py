@@ -2,7 +2,7 @@
 
 A metric is the mean over questions of one value per question, as a fraction of 1. A missing or
 unreadable answer counts 0, and the reason is counted in `failures`. A question without a truth
-(open-ended, or without an interval inside the video) is unscorable and in no mean.
+(open-ended, or without any interval) is unscorable and in no mean.
 
     r1@t, iou@t, iop@t     fraction of questions with IoU or IoP of at least t; the best of several
                            true intervals counts, as in NExT-GQA's script
@@ -10,12 +10,21 @@ unreadable answer counts 0, and the reason is counted in `failures`. A question 
     miou_by_video,         ActivityNet-RTL: means over videos of the means over a video's questions,
     p@0.5_by_video         as in LITA's script
 
-The protocol `strict` reads answers by the parser of the rewards and clips the true and the answered
-interval to the video. The protocol `temporal_r1` does not clip (temporal_r1.py).
+The protocol decides how answers are read and which truth they are compared with:
+
+    strict         The parser of the rewards reads the answer. The answered and the true interval
+                   are compared as they are, also beyond the video. For each answer that the parser
+                   reads, the values are those of the official script of the benchmark.
+    clipped        The parser of the rewards reads the answer. Both intervals are cut to the video,
+                   as in training. A question without a true interval inside the video is
+                   unscorable.
+    temporal_r1    The released parser of Temporal-R1 reads the answer (temporal_r1.py). Nothing is
+                   cut.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -23,10 +32,10 @@ import numpy as np
 from megatron_vrl.errors import DataError, counted
 from megatron_vrl.evaluation import temporal_r1
 from megatron_vrl.rewards.temporal_iou import iou
-from megatron_vrl.tasks import TASKS, can_be_asked
+from megatron_vrl.tasks import TASKS
 from megatron_vrl.types import Interval, VideoSample
 
-Protocol = Literal["strict", "temporal_r1"]
+Protocol = Literal["strict", "clipped", "temporal_r1"]
 THRESHOLDS = (0.3, 0.5, 0.7)
 RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -34,11 +43,12 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Benchmark:
-    """Annotation format and metrics of a benchmark. `by_video` adds the means by video."""
+    """Annotation format and metrics of a benchmark."""
 
     form: str  # a row of `megatron_vrl.data.formats.training.READERS`
     metrics: tuple[str, ...]
-    by_video: bool = False
+    by_video: bool = False  # adds the means by video
+    above: bool = False  # r1@t counts IoU > t, not >= t
 
 
 _GROUNDING = ("miou", "r1@0.3", "r1@0.5", "r1@0.7")
@@ -53,7 +63,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "tempcompass": Benchmark(form="tempcompass", metrics=("accuracy",)),
     "video_mme": Benchmark(form="video_mme", metrics=("accuracy",)),
     "mmvu": Benchmark(form="mmvu", metrics=("accuracy",)),
-    "tvgbench": Benchmark(form="tvgbench", metrics=_GROUNDING),
+    "tvgbench": Benchmark(form="tvgbench", metrics=_GROUNDING, above=True),
 }
 UNSCORABLE = "unscorable"
 FAILURES = {
@@ -95,14 +105,25 @@ class Item:
         }
 
 
+def scorable(sample: VideoSample) -> bool:
+    """Return whether the sample has a ground truth to score answers with."""
+    return TASKS[sample.task].truth.is_in(sample)
+
+
 def judged(
-    sample: VideoSample, response: str | None, protocol: Protocol, *, cut_off: bool, problem: str
+    sample: VideoSample,
+    response: str | None,
+    benchmark: Benchmark,
+    protocol: Protocol,
+    *,
+    cut_off: bool,
+    problem: str,
 ) -> Item:
     """Return the scored item of a response.
 
     `response` is None without a prediction. `problem` says why the video could not be read.
     """
-    if not can_be_asked(sample):
+    if not scorable(sample):
         return Item(
             sample=sample,
             response=response or "",
@@ -111,7 +132,12 @@ def judged(
         )
     if response is None:
         kind = "undecodable" if problem else "missing"
-        return _failed(Item(sample=sample, failure=kind, reason=problem or FAILURES[kind]))
+        return Item(
+            sample=sample,
+            failure=kind,
+            reason=problem or FAILURES[kind],
+            values=_values(sample, None, "", benchmark, protocol),
+        )
     interval_s, option, reason = _read(sample, response, protocol)
     failure = ("cut_off" if cut_off else "unparsable") if reason else ""
     return Item(
@@ -121,7 +147,7 @@ def judged(
         reason=reason,
         interval_s=interval_s,
         option=option,
-        values=_values(sample, interval_s, option, protocol),
+        values=_values(sample, interval_s, option, benchmark, protocol),
     )
 
 
@@ -130,8 +156,9 @@ def _read(
 ) -> tuple[Interval | None, str, str]:
     """Return interval, option, and the reason if one of them is missing."""
     task = TASKS[sample.task]
-    if protocol == "strict" or task.truth.intervals == task.truth.option:
-        parsed = task.parse(response, sample)
+    if protocol != "temporal_r1" or task.truth.intervals == task.truth.option:
+        cut = protocol == "clipped"
+        parsed = task.parse(response, sample if cut else replace(sample, duration_s=math.inf))
         return parsed.interval_s, parsed.option, parsed.failure
     if task.truth.intervals:
         interval_s, failure = temporal_r1.read_interval(response)
@@ -141,7 +168,11 @@ def _read(
 
 
 def _values(
-    sample: VideoSample, interval_s: Interval | None, option: str, protocol: Protocol
+    sample: VideoSample,
+    interval_s: Interval | None,
+    option: str,
+    benchmark: Benchmark,
+    protocol: Protocol,
 ) -> dict[str, float]:
     """Return metric -> value of one answer; the metric is the mean of these values."""
     values: dict[str, float] = {}
@@ -155,21 +186,12 @@ def _values(
         inside = max((_iop(interval_s, t) for t in truths), default=0.0) if interval_s else 0.0
         values |= {"miou": best, "miop": inside}
         for threshold in THRESHOLDS:
-            values[f"r1@{threshold}"] = values[f"iou@{threshold}"] = float(best >= threshold)
+            reached = best > threshold if benchmark.above else best >= threshold
+            values[f"r1@{threshold}"] = values[f"iou@{threshold}"] = float(reached)
             values[f"iop@{threshold}"] = float(inside >= threshold)
         if truth.option:
             values["accuracy_gqa"] = values["accuracy"] * values["iop@0.5"]
     return values
-
-
-def _failed(item: Item) -> Item:
-    """Return the item with the value 0 for every metric."""
-    return Item(
-        sample=item.sample,
-        failure=item.failure,
-        reason=item.reason,
-        values=_values(item.sample, None, "", "strict"),
-    )
 
 
 def _iop(answer: Interval, truth: Interval) -> float:

@@ -98,8 +98,9 @@ def read_interval(fields: dict[str, Any], duration_s: float) -> tuple[Interval |
 def read_option(text: Any, options: tuple[str, ...]) -> tuple[str, str]:
     """Return the letter of the one option that `text` names; "" if it names none or several.
 
-    A single letter is always read as a letter. An empty string in `options` is an option
-    whose text is unknown: any text may follow its letter if the letter is marked, as in "(B) text".
+    A single letter is always read as a letter. The text of an option is unknown if the string in
+    `options` is empty or the option's own letter ("B", "(B)", "B."). Any text may then follow the
+    letter in `text` if the letter is marked, as in "(B) text" and "B. text".
     """
     if not isinstance(text, str):
         return "", f"option {text!r:.40} is not a letter"
@@ -111,7 +112,9 @@ def read_option(text: Any, options: tuple[str, ...]) -> tuple[str, str]:
         option = dict(lettered(options)).get(letter)
         if rest is None:
             named = {letter} if option is not None else set()
-        elif (option == "" and marked) or (option and _equal_texts(option, rest)):
+        elif option is not None and (
+            (marked and _is_bare(option, letter)) or _equal_texts(option, rest)
+        ):
             named.add(letter)
     if len(named) != 1:
         return "", f"option {text!r:.40} does not name one of {len(options)} options"
@@ -128,6 +131,11 @@ def _seconds(value: Any) -> float | None:
     if isinstance(value, str) and _NUMBER.fullmatch(value):
         value = float(value)
     return value if isinstance(value, float) and math.isfinite(value) else None
+
+
+def _is_bare(option: str, letter: str) -> bool:
+    """Return whether an option is empty, or nothing but its own letter."""
+    return option.strip("(). :").upper() in ("", letter)
 
 
 def _equal_texts(left: str, right: str) -> bool:

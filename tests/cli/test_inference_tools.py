@@ -82,7 +82,7 @@ def test_every_question_is_answered_once_and_a_stopped_run_resumes(
     assert predict(cfg, samples, tmp_path / "out", {"protocol": "strict"}, never) == again
     with pytest.raises(ConfigError, match="made with another protocol"):
         predict(cfg, samples, tmp_path / "out", {"protocol": "temporal_r1"}, never)
-    items = items_of(samples, read_predictions(path, samples), "strict")
+    items = items_of("charades_sta", samples, read_predictions(path, samples), "strict")
     assert len(items) == len(samples)
     failures = [item.failure for item in items]
     assert failures[-1] == "undecodable" and "absent.mp4" in items[-1].reason

@@ -6,7 +6,7 @@ import random
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from megatron_vrl.evaluation.benchmark import (
     table,
     write_results,
 )
-from megatron_vrl.evaluation.protocols import BENCHMARKS, FAILURES, interval_of_mean
+from megatron_vrl.evaluation.protocols import BENCHMARKS, FAILURES, Protocol, interval_of_mean
 from tests.data.formats.test_benchmarks import RECORDS, source_of
 from tests.running import run_python
 
@@ -28,7 +28,7 @@ RNG = random.Random(3)
 CAPTIONS: dict[str, dict[str, Any]] = {
     f"v{i}": {
         "duration": 30.0,
-        "timestamps": [[start := RNG.uniform(0, 20), start + RNG.uniform(1, 10)] for _ in range(4)],
+        "timestamps": [[start := RNG.uniform(0, 22), start + RNG.uniform(1, 10)] for _ in range(4)],
         "sentences": [f"event {j}" for j in range(4)],
     }
     for i in range(12)
@@ -57,13 +57,13 @@ def evaluated(
     name: str,
     annotations: Mapping[str, Any] | Sequence[dict[str, Any]],
     predictions: Iterable[dict[str, Any]],
-    protocol: Literal["strict", "temporal_r1"] = "strict",
+    protocol: Protocol = "strict",
 ) -> dict[str, Any]:
     (tmp_path / "annotations.json").write_text(json.dumps(annotations))
     path = tmp_path / "predictions.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in predictions))
     samples = questions(name, str(tmp_path / "annotations.json"), "", protocol)
-    items = items_of(samples, read_predictions(path, samples), protocol)
+    items = items_of(name, samples, read_predictions(path, samples), protocol)
     return write_results(tmp_path / "out", name, protocol, items)
 
 
@@ -75,17 +75,21 @@ def iou(p: tuple[float, float], t: list[float] | tuple[float, float]) -> float:
     return overlap(p, t) / ((p[1] - p[0]) + (t[1] - t[0]) - overlap(p, t))
 
 
-@pytest.mark.parametrize("name", ["charades_sta", "activitynet"])
-def test_grounding_numbers_by_their_formula(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "protocol"),
+    [("charades_sta", "strict"), ("activitynet", "strict"), ("charades_sta", "clipped")],
+)
+def test_grounding_numbers_by_their_formula(tmp_path: Path, name: str, protocol: Protocol) -> None:
+    longest = 30.0 if protocol == "clipped" else 100.0
     predictions, ious = [], []
     for video, record in CAPTIONS.items():
         for index, truth in enumerate(record["timestamps"]):
             start = round(RNG.uniform(0, 25), 1)
             answer = (start, round(start + RNG.uniform(0.5, 12), 1))
             predictions.append({"id": f"{video}/{index}", "response": grounding(*answer)})
-            clipped = (answer[0], min(answer[1], 30.0))
-            ious.append(iou(clipped, (truth[0], min(truth[1], 30.0))))
-    found = evaluated(tmp_path, name, CAPTIONS, reversed(predictions))
+            cut = (answer[0], min(answer[1], longest))
+            ious.append(iou(cut, (truth[0], min(truth[1], longest))))
+    found = evaluated(tmp_path, name, CAPTIONS, reversed(predictions), protocol)
     assert found["num_questions"] == found["scored"] == found["answered"] == 48
     values = {metric: entry["value"] for metric, entry in found["metrics"].items()}
     assert values["miou"] == pytest.approx(statistics.mean(ious), abs=1e-12)
@@ -170,7 +174,7 @@ def test_right_answers_score_one(name: str, tmp_path: Path) -> None:
         (tmp_path / "a.json").write_text(json.dumps(records))
     from megatron_vrl.tasks import TASKS, can_be_asked
 
-    for protocol in ("strict", "temporal_r1"):
+    for protocol in ("strict", "clipped", "temporal_r1"):
         samples = questions(name, annotations, "", protocol)
         path = tmp_path / f"{name}.jsonl"
         path.write_text(
@@ -180,7 +184,7 @@ def test_right_answers_score_one(name: str, tmp_path: Path) -> None:
                 if can_be_asked(s)
             )
         )
-        items = items_of(samples, read_predictions(path, samples), protocol)
+        items = items_of(name, samples, read_predictions(path, samples), protocol)
         found = write_results(tmp_path / "out", name, protocol, items)
         assert found["num_questions"] == len(samples)
         assert found["failures"]["unscorable"] == (1 if name == "mmvu" else 0)
@@ -232,13 +236,50 @@ def test_the_seeds_reading_of_options(response: str, letter: str) -> None:
     assert temporal_r1.read_option(response)[0] == letter
 
 
-def test_the_seeds_protocol_does_not_clip(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("protocol", "answer", "miou", "unparsable"),
+    [
+        ("strict", ("20.0", "34.0"), 1.0, 0),
+        ("strict", ("20.0", "60.0"), 14 / 40, 0),  # beyond truth and video
+        ("strict", ("34.0", "20.0"), 0.0, 1),  # reversed
+        ("clipped", ("20.0", "60.0"), 1.0, 0),
+        ("clipped", ("31.0", "34.0"), 0.0, 1),  # no part of the video
+        ("temporal_r1", ("34.0", "20.0"), 1.0, 0),
+    ],
+)
+def test_a_truth_and_an_answer_beyond_the_video(
+    tmp_path: Path, protocol: Protocol, answer: tuple[str, str], miou: float, unparsable: int
+) -> None:
     records = {"v": {"duration": 30.0, "timestamps": [[20.0, 34.0]], "sentences": ["x"]}}
-    predictions = [{"id": "v/0", "response": grounding("34.0", "20.0")}]
-    found = evaluated(tmp_path, "charades_sta", records, predictions, protocol="temporal_r1")
-    assert found["metrics"]["miou"]["value"] == 1.0
-    found = evaluated(tmp_path, "charades_sta", records, predictions)
-    assert found["metrics"]["miou"]["value"] == 0.0 and found["failures"]["unparsable"] == 1
+    predictions = [{"id": "v/0", "response": grounding(*answer)}]
+    found = evaluated(tmp_path, "charades_sta", records, predictions, protocol)
+    assert found["metrics"]["miou"]["value"] == pytest.approx(miou)
+    assert found["failures"]["unparsable"] == unparsable
+
+
+@pytest.mark.parametrize(("protocol", "scored"), [("strict", 4), ("clipped", 1)])
+def test_every_published_question_counts(tmp_path: Path, protocol: Protocol, scored: int) -> None:
+    """A truth after the video, one of no length and a question without text stay in the mean."""
+    spans = [[0.0, 10.0], [31.0, 34.0], [5.0, 5.0], [-4.0, -1.0]]
+    texts = ["", "b", "c", "d"]
+    records = {"v": {"duration": 30.0, "timestamps": spans, "sentences": texts}}
+    predictions = [{"id": f"v/{index}", "response": grounding(0, 30)} for index in range(4)]
+    found = evaluated(tmp_path, "charades_sta", records, predictions, protocol)
+    assert (found["num_questions"], found["scored"]) == (4, scored)
+    assert found["failures"]["unscorable"] == 4 - scored
+    assert found["metrics"]["miou"]["value"] == pytest.approx((1 / 3) / scored)
+
+
+@pytest.mark.parametrize(("name", "reached"), [("charades_sta", 1.0), ("tvgbench", 0.0)])
+def test_an_iou_equal_to_the_threshold(tmp_path: Path, name: str, reached: float) -> None:
+    """Time-R1's script counts IoU > 0.5, the others IoU >= 0.5."""
+    records: Any = {"v": {"duration": 30.0, "timestamps": [[0.0, 10.0]], "sentences": ["x"]}}
+    if name == "tvgbench":
+        records = [{"path": "v", "question": "x", "answer": "0.0-10.0", "duration": 30.0}]
+    predictions = [{"id": "v/0", "response": grounding(0, 20)}]
+    found = evaluated(tmp_path, name, records, predictions)
+    assert found["metrics"]["miou"]["value"] == 0.5
+    assert found["metrics"]["r1@0.5"]["value"] == reached
 
 
 def test_the_bootstrap_covers_a_known_spread() -> None:

@@ -181,6 +181,29 @@ def test_equal_option_texts_are_ambiguous_and_a_single_letter_is_a_letter() -> N
     assert CHOICE.parse(grounded('{"option": "B"}'), twice).option == "B"
 
 
+@pytest.mark.parametrize("options", [("A", "B", "C", "D"), ("(a)", "(b)", "(c)", "(d)"), ("",) * 4])
+@pytest.mark.parametrize(
+    ("body", "option"),
+    [
+        ("D. small dog", "D"),
+        ('{"option": "(D) small dog"}', "D"),
+        ("D", "D"),
+        ("D small dog", ""),  # the letter is not marked: "A dog" names nothing
+        ("E. small dog", ""),  # there are four
+    ],
+)
+def test_options_without_texts_are_read_by_their_letter(
+    options: tuple[str, ...], body: str, option: str
+) -> None:
+    assert CHOICE.parse(grounded(body), replace(SAMPLE, options=options)).option == option
+
+
+def test_an_option_that_is_another_letter_has_a_text() -> None:
+    swapped = replace(SAMPLE, options=("B", "A", "C", "D"))
+    assert CHOICE.parse(grounded("A. small dog"), swapped).option == ""
+    assert CHOICE.parse(grounded("C. small dog"), swapped).option == "C"
+
+
 def test_interval_and_option_are_read_independently() -> None:
     no_times = GQA.parse(grounded('{"option": "B"}'), SAMPLE)
     assert (no_times.option, no_times.interval_s) == ("B", None)
