@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-from megatron_vrl.rewards.interval_sets import length
+from megatron_vrl.rewards.interval_sets import length, merge
 from megatron_vrl.types import Interval, Parsed, VideoSample
 
 BETA = 1.0
@@ -25,6 +25,13 @@ def score(sample: VideoSample, parsed: Parsed) -> float:
     if parsed.interval_s is None:
         return 0.0
     return max(reward((parsed.interval_s,), (truth_s,)) for truth_s in sample.intervals_s)
+
+
+def score_set(sample: VideoSample, parsed: Parsed) -> float:
+    """Return the reward of the answered set of intervals; 0 if none could be read."""
+    if not parsed.intervals_s:
+        return 0.0
+    return reward(merge(parsed.intervals_s), merge(sample.intervals_s))
 
 
 def reward(answer_s: Sequence[Interval], truth_s: Sequence[Interval]) -> float:
