@@ -142,10 +142,16 @@ class Parsed:
     """An answer as its task's parser reads it; training rewards and evaluation share it."""
 
     interval_s: Interval | None = None  # start < end, inside the video, seconds
+    intervals_s: tuple[Interval, ...] = ()  # answer to a task that asks for all; ordered by start
     option: str = ""  # letter of one of the sample's options
     value: Any = None  # answer to a task with a truth of its own; None when it cannot be read
     formatted: bool = False  # the response has exactly the format of the target, and can be read
     failure: str = ""  # why something that the task asks for could not be read
+
+    @property
+    def shown_intervals_s(self) -> tuple[Interval, ...]:
+        """Return every interval of the answer, for logs and pictures."""
+        return self.intervals_s or ((self.interval_s,) if self.interval_s else ())
 
 
 class RewardComponent(NamedTuple):

@@ -3,11 +3,11 @@
     mvrl ask --checkpoint DIR --video FILE --question TEXT [--task T] [--option TEXT ...] [--json]
              [--plain] [--config RUN.yaml] [--strip FILE.png] [section.key=value ...]
 
-T is temporal_grounding (default: when does the event TEXT happen?), multiple_choice or grounded_qa.
-The last two choose among the --option texts. The checkpoint, Hugging Face or Megatron, answers
-greedily on vLLM. The command prints the thinking, the interval in seconds and the option that the
-task's parser reads, and writes a strip of frames with the interval marked. --plain asks for an
-answer without thinking.
+T is temporal_grounding (default: when does the event TEXT happen?), multi_segment_grounding (all
+intervals in which it happens), multiple_choice or grounded_qa. The last two choose among the
+--option texts. The checkpoint, Hugging Face or Megatron, answers greedily on vLLM. The command
+prints the thinking, the interval in seconds and the option that the task's parser reads, and writes
+a strip of frames with the interval marked. --plain asks for an answer without thinking.
 
 A checkpoint exported by a run is asked with the settings in its inference.yaml. --config reads the
 sections video, data, rollout and evaluation of a run's configuration and overrides inference.yaml.

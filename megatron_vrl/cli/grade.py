@@ -7,9 +7,9 @@ An input line has the fields that its task needs. Other fields are ignored, blan
     {"id": "a", "response": "<think>...", "duration_s": 30.0, "intervals_s": [[6.0, 15.0]],
      "option": "B"}
 
-temporal_grounding needs duration_s and intervals_s, multiple_choice needs option, grounded_qa needs
-all three. "options", the texts of the options, is optional: without it an option is read by its
-letter alone, whatever text follows ("D. small dog").
+temporal_grounding and multi_segment_grounding need duration_s and intervals_s, multiple_choice
+needs option, grounded_qa needs all three. "options", the texts of the options, is optional: without
+it an option is read by its letter alone, whatever text follows ("D. small dog").
 
 An output line:
 

@@ -137,6 +137,9 @@ class Source(Section):
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Number of times that a sample occurs per epoch. 2: each sample twice; 0.5: half of the
     samples, in turn."""
+    multi_segment: bool = False
+    """Ask the temporal_grounding questions of this source for every interval: they become the task
+    multi_segment_grounding, whose answer is {"intervals": [[s, e], ...]}."""
 
 
 class Data(Section):

@@ -48,7 +48,7 @@ def ask(
     if isinstance(answer, VideoError):
         raise answer
     result = _parsed(sample, answer)
-    intervals_s = [result["interval_s"]] if result["interval_s"] else []
+    intervals_s = result.get("intervals_s") or list(filter(None, [result["interval_s"]]))
     picture.parent.mkdir(parents=True, exist_ok=True)
     timeline_strip(video.frames, video.timestamps_s, video.duration_s, intervals_s).save(picture)
     return result | {"strip": str(picture)}
@@ -65,6 +65,7 @@ def _parsed(sample: VideoSample, rollout: Rollout) -> dict[str, Any]:
         "response": rollout.text,
         "thinking": thinking.strip(),
         "interval_s": parsed.interval_s,
+        **({"intervals_s": parsed.intervals_s} if parsed.intervals_s else {}),
         "option": parsed.option or None,
         **({} if parsed.value is None else {"value": parsed.value}),
         "failure": (parsed.failure and (cut or parsed.failure)) or None,
@@ -78,8 +79,7 @@ def as_text(result: dict[str, Any]) -> str:
         lines.append(f"option:   {result['option']}")
     if "value" in result:
         lines.append(f"answer:   {result['value']}")
-    if result["interval_s"]:
-        start_s, end_s = result["interval_s"]
+    for start_s, end_s in result.get("intervals_s") or filter(None, [result["interval_s"]]):
         lines.append(f"interval: {start_s:.1f} s to {end_s:.1f} s of {result['duration_s']:.1f} s")
     if result["failure"]:
         lines.append(f"not read: {result['failure']}; it answered {result['response']!r:.200}")

@@ -146,6 +146,8 @@ def _shown(parsed: Parsed, truth: Truth) -> dict[str, Any]:
     shown: dict[str, Any] = {}
     if truth.intervals:
         shown["interval_s"] = list(parsed.interval_s) if parsed.interval_s else None
+    if parsed.intervals_s:
+        shown = {"intervals_s": list(map(list, parsed.intervals_s))}
     if truth.option:
         shown["option"] = parsed.option or None
     if truth.record:

@@ -2,8 +2,13 @@
 
 If a sample has several true intervals, the one with the largest IoU counts: the question asks for
 one interval that shows the answer, not for all of them. NExT-GQA is evaluated by the same rule.
+
+A question that asks for every interval is scored by the IoU of sets: the length of the intersection
+of both unions over the length of everything that is covered. VUE-TR and TimeLens2 (arXiv
+2607.17423, `iou_overlap_ratio` of its released code) score so.
 """
 
+from megatron_vrl.rewards.interval_sets import merge, set_iou
 from megatron_vrl.types import Interval, Parsed, VideoSample
 
 
@@ -12,6 +17,13 @@ def score(sample: VideoSample, parsed: Parsed) -> float:
     if parsed.interval_s is None:
         return 0.0
     return max(iou(parsed.interval_s, truth_s) for truth_s in sample.intervals_s)
+
+
+def score_set(sample: VideoSample, parsed: Parsed) -> float:
+    """Return the IoU of the answered and the true set of intervals; 0 if none could be read."""
+    if not parsed.intervals_s:
+        return 0.0
+    return set_iou(merge(parsed.intervals_s), merge(sample.intervals_s))
 
 
 def iou(left: Interval, right: Interval) -> float:

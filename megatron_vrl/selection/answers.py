@@ -74,6 +74,7 @@ def _answer(sample: VideoSample, rollout: Rollout, components: dict[str, float])
         "finish": rollout.finish,
         "tokens": len(rollout.token_ids),
         "interval_s": parsed.interval_s,
+        **({"intervals_s": parsed.intervals_s} if parsed.intervals_s else {}),
         "option": parsed.option or None,
         "failure": parsed.failure or None,
         "components": components,

@@ -13,6 +13,7 @@
 """
 
 from megatron_vrl.tasks.grounded_qa import GROUNDED_QA
+from megatron_vrl.tasks.multi_segment_grounding import MULTI_SEGMENT_GROUNDING
 from megatron_vrl.tasks.multiple_choice import MULTIPLE_CHOICE
 from megatron_vrl.tasks.task import Component, Task, Truth
 from megatron_vrl.tasks.temporal_grounding import TEMPORAL_GROUNDING
@@ -24,6 +25,7 @@ TASKS: dict[str, Task] = {
     "temporal_grounding": TEMPORAL_GROUNDING,
     "multiple_choice": MULTIPLE_CHOICE,
     "grounded_qa": GROUNDED_QA,
+    "multi_segment_grounding": MULTI_SEGMENT_GROUNDING,
 }
 
 SYSTEM_PROMPTS: dict[str, str | None] = {

@@ -23,6 +23,7 @@ from typing import Any
 from megatron_vrl.types import Interval
 
 SECONDS = r"[0-9]+(?:\.[0-9]+)?"
+MAX_INTERVALS = 100  # of one answer; one with more is unreadable
 LETTER = "[A-Z]"
 
 _NO_TAGS = r"[^<]*(?:<(?!/?(?:think|answer)>)[^<]*)*"
@@ -35,8 +36,13 @@ def template(**fields: str) -> re.Pattern[str]:
 
     Values are patterns, for example `template(option="[A-Z]")`.
     """
-    body = r"\s*,\s*".join(rf'"{key}"\s*:\s*"{value}"' for key, value in fields.items())
-    return re.compile(rf"<think>{_NO_TAGS}</think>\s*<answer>\s*\{{\s*{body}\s*\}}\s*</answer>")
+    return _response(r"\s*,\s*".join(rf'"{key}"\s*:\s*"{value}"' for key, value in fields.items()))
+
+
+def intervals_template() -> re.Pattern[str]:
+    """Return the pattern of a stripped response whose JSON is {"intervals": [[s, e], ...]}."""
+    pair = rf"\[\s*{SECONDS}\s*,\s*{SECONDS}\s*\]"
+    return _response(rf'"intervals"\s*:\s*\[\s*{pair}(?:\s*,\s*{pair})*\s*\]')
 
 
 def read_block(response: str) -> tuple[str, str]:
@@ -83,16 +89,28 @@ def read_fields(response: str) -> tuple[dict[str, Any], str]:
 
 def read_interval(fields: dict[str, Any], duration_s: float) -> tuple[Interval | None, str]:
     """Return (`start_time`, `end_time`), clipped to [0, duration_s]; None if unreadable."""
-    clipped_s = []
-    for key in ("start_time", "end_time"):
-        time_s = _seconds(fields.get(key))
-        if time_s is None:
-            return None, f"{key} {fields.get(key)!r:.40} is not a number of seconds"
-        clipped_s.append(min(max(time_s, 0.0), duration_s))
-    start_s, end_s = clipped_s
-    if not start_s < end_s:
-        return None, f"no part of the video lies between {start_s:g} s and {end_s:g} s"
-    return (start_s, end_s), ""
+    return _read_pair({key: fields.get(key) for key in ("start_time", "end_time")}, duration_s)
+
+
+def read_intervals(fields: dict[str, Any], duration_s: float) -> tuple[tuple[Interval, ...], str]:
+    """Return the pairs [start, end] of `intervals`, each as `read_interval` reads one.
+
+    They are ordered by start and may overlap. One unreadable pair makes the answer unreadable: ().
+    """
+    pairs = fields.get("intervals")
+    if not isinstance(pairs, list) or not pairs:
+        return (), f"intervals {pairs!r:.40} is not a list of [start, end]"
+    if len(pairs) > MAX_INTERVALS:
+        return (), f"the answer has {len(pairs)} intervals, more than {MAX_INTERVALS}"
+    intervals_s = []
+    for pair in pairs:
+        if not isinstance(pair, list) or len(pair) != 2:
+            return (), f"{pair!r:.40} is not [start, end]"
+        interval_s, failure = _read_pair({"start": pair[0], "end": pair[1]}, duration_s)
+        if interval_s is None:
+            return (), failure
+        intervals_s.append(interval_s)
+    return tuple(sorted(intervals_s)), ""
 
 
 def read_option(text: Any, options: tuple[str, ...]) -> tuple[str, str]:
@@ -124,6 +142,25 @@ def read_option(text: Any, options: tuple[str, ...]) -> tuple[str, str]:
 def lettered(options: tuple[str, ...]) -> list[tuple[str, str]]:
     """Return [("A", first option), ("B", second option), ...]."""
     return [(chr(ord("A") + index), option) for index, option in enumerate(options)]
+
+
+def _read_pair(times: dict[str, Any], duration_s: float) -> tuple[Interval | None, str]:
+    """Return start and end, clipped to [0, duration_s]. `times`: name -> value of each."""
+    clipped_s = []
+    for name, value in times.items():
+        time_s = _seconds(value)
+        if time_s is None:
+            return None, f"{name} {value!r:.40} is not a number of seconds"
+        clipped_s.append(min(max(time_s, 0.0), duration_s))
+    start_s, end_s = clipped_s
+    if not start_s < end_s:
+        return None, f"no part of the video lies between {start_s:g} s and {end_s:g} s"
+    return (start_s, end_s), ""
+
+
+def _response(body: str) -> re.Pattern[str]:
+    """Return the pattern of a stripped response whose JSON object has this pattern inside."""
+    return re.compile(rf"<think>{_NO_TAGS}</think>\s*<answer>\s*\{{\s*{body}\s*\}}\s*</answer>")
 
 
 def _seconds(value: Any) -> float | None:

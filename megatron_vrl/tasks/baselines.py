@@ -7,17 +7,26 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_vrl.rewards.interval_sets import merge
 from megatron_vrl.types import Interval, VideoSample
 
 GRID_STEPS = 40  # the best constant interval is searched in fractions of 1/40 of the video
 WHOLE: Interval = (0.0, 1.0)
 
 Target = Callable[[VideoSample], str]
+ConstantMiou = Callable[[NDArray[np.float64], NDArray[np.int64], Interval], float]
 
 
 def interval_baselines(samples: Sequence[VideoSample], target: Target) -> dict[str, list[str]]:
     """Return the answers "whole video" and "best constant" interval to each sample."""
     best, _ = best_constant_interval(samples)
+    return _by_interval(samples, target, best)
+
+
+def interval_set_baselines(samples: Sequence[VideoSample], target: Target) -> dict[str, list[str]]:
+    """Return the answers "whole video" and "best constant" interval, by the IoU of sets."""
+    merged = [replace(sample, intervals_s=merge(sample.intervals_s)) for sample in samples]
+    best, _ = best_constant_interval(merged, _constant_set_miou)
     return _by_interval(samples, target, best)
 
 
@@ -47,12 +56,17 @@ def best_constant_letter(samples: Sequence[VideoSample]) -> tuple[str, float]:
     return best, letters.count(best) / len(letters)
 
 
-def best_constant_interval(samples: Sequence[VideoSample]) -> tuple[Interval, float]:
-    """Return the interval, in fractions of the duration, with the best mIoU on a grid, and that."""
+def best_constant_interval(
+    samples: Sequence[VideoSample], miou: ConstantMiou | None = None
+) -> tuple[Interval, float]:
+    """Return the interval, in fractions of the duration, with the best mIoU on a grid, and that.
+
+    `miou` is `_constant_miou` by default: the IoU with the best of a sample's intervals.
+    """
     grid = np.linspace(0.0, 1.0, GRID_STEPS + 1)
     intervals = [(float(start), float(end)) for start, end in combinations(grid, 2)]
     truths, firsts = _truths(samples)
-    mious = [_constant_miou(truths, firsts, interval) for interval in intervals]
+    mious = [(miou or _constant_miou)(truths, firsts, interval) for interval in intervals]
     best = int(np.argmax(mious))
     return intervals[best], mious[best]
 
@@ -93,3 +107,14 @@ def _constant_miou(
     hull = np.maximum(truths[:, 1], end) - np.minimum(truths[:, 0], start)
     ious = np.maximum(overlap, 0.0) / hull  # [T]
     return float(np.maximum.reduceat(ious, firsts).mean())  # best of each sample's, then mean
+
+
+def _constant_set_miou(
+    truths: NDArray[np.float64], firsts: NDArray[np.int64], interval: Interval
+) -> float:
+    """Return the mean IoU of one interval with the set of each sample's separate intervals."""
+    start, end = interval
+    overlaps = np.minimum(truths[:, 1], end) - np.maximum(truths[:, 0], start)
+    shared = np.add.reduceat(np.maximum(overlaps, 0.0), firsts)  # [N]
+    lengths = np.add.reduceat(truths[:, 1] - truths[:, 0], firsts)
+    return float((shared / (lengths + (end - start) - shared)).mean())

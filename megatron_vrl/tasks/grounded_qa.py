@@ -6,7 +6,15 @@ the other, and its failure is recorded.
 
 from collections.abc import Sequence
 
-from megatron_vrl.rewards import accuracy, boundary_iou, format, temporal_iou
+from megatron_vrl.rewards import (
+    accuracy,
+    boundary_iou,
+    diou,
+    format,
+    giou,
+    temporal_iou,
+    temporal_wasserstein,
+)
 from megatron_vrl.tasks.answer import (
     LETTER,
     SECONDS,
@@ -61,7 +69,12 @@ GROUNDED_QA = Task(
         "accuracy": accuracy.score,
     },
     default_weights={"format": 0.5, "temporal_iou": 0.25, "accuracy": 0.25},
-    optional_components={"boundary_iou": boundary_iou.score},
+    optional_components={
+        "boundary_iou": boundary_iou.score,
+        "temporal_wasserstein": temporal_wasserstein.score,
+        "giou": giou.score,
+        "diou": diou.score,
+    },
     correctness={"accuracy": "binary", "temporal_iou": "graded"},
     metrics=grounded_option_metrics,
     titles={"accuracy": ("QA accuracy", "%"), "miou": ("QA mIoU", "%")},

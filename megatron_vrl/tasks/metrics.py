@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_vrl.rewards import accuracy, temporal_iou
+from megatron_vrl.rewards import accuracy, segment_f1, temporal_iou
+from megatron_vrl.rewards.interval_sets import merge
 from megatron_vrl.types import Interval, Parsed, VideoSample
 
 IOU_THRESHOLDS = (0.3, 0.5, 0.7)
@@ -23,6 +24,22 @@ def interval_metrics(samples: Sequence[VideoSample], parsed: Sequence[Parsed]) -
     ious = [temporal_iou.score(*pair) for pair in zip(samples, parsed, strict=True)]
     recalls = {f"r1@{t}": mean([value >= t for value in ious]) for t in IOU_THRESHOLDS}
     return {"miou": mean(ious), **recalls}
+
+
+def interval_set_metrics(
+    samples: Sequence[VideoSample], parsed: Sequence[Parsed]
+) -> dict[str, float]:
+    """Return {"miou", "iou@0.3", "iou@0.5", "iou@0.7", "f1", "count_accuracy"} of interval sets.
+
+    "miou" and "f1" are means, "iou@t" is the fraction of sets with an IoU of at least t, and
+    "count_accuracy" the fraction with as many separate intervals as the truth.
+    """
+    pairs = list(zip(samples, parsed, strict=True))
+    ious = [temporal_iou.score_set(*pair) for pair in pairs]
+    recalls = {f"iou@{t}": mean([value >= t for value in ious]) for t in IOU_THRESHOLDS}
+    counts = [len(merge(p.intervals_s)) == len(merge(s.intervals_s)) for s, p in pairs]
+    f1 = mean([segment_f1.score(*pair) for pair in pairs])
+    return {"miou": mean(ious), **recalls, "f1": f1, "count_accuracy": mean(counts)}
 
 
 def grounded_option_metrics(

@@ -6,7 +6,15 @@ The SFT target is the first interval of the ground truth.
 
 from collections.abc import Sequence
 
-from megatron_vrl.rewards import boundary_iou, format, temporal_iou, temporal_r1
+from megatron_vrl.rewards import (
+    boundary_iou,
+    diou,
+    format,
+    giou,
+    temporal_iou,
+    temporal_r1,
+    temporal_wasserstein,
+)
 from megatron_vrl.tasks.answer import SECONDS, read_fields, read_interval, template
 from megatron_vrl.tasks.baselines import interval_baselines
 from megatron_vrl.tasks.metrics import interval_metrics
@@ -47,7 +55,12 @@ TEMPORAL_GROUNDING = Task(
     parse=parse,
     components={"format": format.score, "temporal_iou": temporal_iou.score},
     default_weights={"format": 0.5, "temporal_iou": 0.5},
-    optional_components={"boundary_iou": boundary_iou.score},
+    optional_components={
+        "boundary_iou": boundary_iou.score,
+        "temporal_wasserstein": temporal_wasserstein.score,
+        "giou": giou.score,
+        "diou": diou.score,
+    },
     correctness={"temporal_iou": "graded"},
     metrics=interval_metrics,
     titles={

@@ -57,6 +57,8 @@ def answer_metrics(
     """Return means over every answer of the step. Every rank calls it.
 
     `reward/std` is the mean over groups of the standard deviation of a group's rewards.
+    `rollout/zero_iou_groups` is the fraction of groups in which no answer overlaps the truth, of
+    the groups whose task scores `temporal_iou`.
     """
     own: dict[str, list[float]] = {}
     for experience in experiences:
@@ -68,6 +70,8 @@ def answer_metrics(
         rows["rollout/staleness"] = [float(version - r.weight_version) for r in group.rollouts]
         rows["response_length/clip_ratio"] = [float(r.finish == "length") for r in group.rollouts]
         rows["rollout/zero_variance_groups"] = [float(not has_signal(experience.advantages))]
+        if (iou := group.components.get("temporal_iou")) is not None:
+            rows["rollout/zero_iou_groups"] = [float(not iou.values.any())]
         for name, values in rows.items():
             own.setdefault(name, []).extend(values)
     everywhere = gather_objects(ctx.mesh.data, own)

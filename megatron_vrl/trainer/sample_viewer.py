@@ -43,7 +43,7 @@ def _answer(experience: Experience, index: int) -> samples.Answer:
     parsed = TASKS[sample.task].parse(rollout.text, sample)
     return samples.Answer(
         text=rollout.text,
-        intervals_s=(parsed.interval_s,) if parsed.interval_s else (),
+        intervals_s=parsed.shown_intervals_s,
         option=parsed.option,
         components={name: float(c.values[index]) for name, c in group.components.items()},
         reward=float(group.total[index]),

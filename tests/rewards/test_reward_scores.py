@@ -183,7 +183,8 @@ def test_a_component_without_a_weight_is_logged_and_counts_nothing() -> None:
         (
             {"accuracy": 1.0},
             "rewards.weights.temporal_grounding.accuracy=1.0: the task has no reward "
-            "component 'accuracy'; known: format, temporal_iou, boundary_iou, length.",
+            "component 'accuracy'; known: format, temporal_iou, boundary_iou, "
+            "temporal_wasserstein, giou, diou, length.",
         ),
         (
             {"format": -0.5},

@@ -21,7 +21,9 @@ SAMPLE = VideoSample(
     options=("red", "blue", "a cat", "Red light"),
     option="B",
 )
-GROUNDING, CHOICE, GQA = (TASKS[name] for name in TASKS)
+GROUNDING, CHOICE, GQA = (
+    TASKS[name] for name in ("temporal_grounding", "multiple_choice", "grounded_qa")
+)
 RIGHT = '<think>x</think><answer>{"start_time": "6.0", "end_time": "15.0"}</answer>'
 
 

@@ -118,6 +118,17 @@ def test_the_annotation_is_trained_on_as_an_answer_that_no_engine_sampled(mesh: 
     assert metrics["reward/mean"] == pytest.approx(0.5)  # of the sampled answers alone
 
 
+def test_groups_in_which_no_answer_overlaps_the_truth_are_counted(mesh: Mesh) -> None:
+    groups = [scored("a", [0.0, 0.0]), scored("b", [0.0, 1.0]), scored("c", [0.0, 0.0])]
+    choice = RewardComponent(np.zeros(2), 1.0)
+    groups += [replace(scored("d", [0.0, 0.0]), components={"accuracy": choice})]
+    metrics = answer_metrics(ctx_of(mesh), judged(ctx_of(mesh), groups)[0], version=0)
+    assert metrics["rollout/zero_iou_groups"] == 2 / 3  # "d" has no intervals
+    assert metrics["rollout/zero_variance_groups"] == 3 / 4
+    without = answer_metrics(ctx_of(mesh), judged(ctx_of(mesh), groups[3:])[0], version=0)
+    assert "rollout/zero_iou_groups" not in without
+
+
 def test_components_without_weight_do_not_count(mesh: Mesh) -> None:
     group = replace(
         scored("a", [0.0, 1.0]),

@@ -63,6 +63,16 @@ class Reader:
     unit: Literal["seconds", "fraction"] = "seconds"  # unit of times; fraction of the video, 0 to 1
     by_file: bool = False  # the content is {file name: content of the file}, for a folder of files
 
+    def read(
+        self, records: Any, source: Source, header_duration_s: HeaderDuration | None
+    ) -> list[VideoSample]:
+        """Return the samples of (key, record)s, with the task that `multi_segment` asks for."""
+        tasks = {"temporal_grounding": "multi_segment_grounding"} if source.multi_segment else {}
+        return [
+            replace(sample, task=tasks[sample.task]) if sample.task in tasks else sample
+            for sample in self.samples(records, source, header_duration_s)
+        ]
+
 
 def to_intervals(pairs: Iterable[Sequence[float]]) -> tuple[Interval, ...]:
     """Return the pairs as intervals, not cut to the video."""

@@ -9,8 +9,8 @@ To add a format, add one row to `READERS`.
   multiple_choice next_gqa's records without `glue`
   temporal_r1     [{dataset, video, problem, solution [s, e] in [0, 1], video_length}], as released
                   with Temporal-R1, where records tagged "charades_train" have no `video_length`
-  generic         [{id, task, video, duration, question, truth {...}}]: questions of a task with its
-                  own kind of ground truth, see megatron_vrl/data/formats/generic.py
+  generic         [{id, task, video, duration, question, truth {...} or intervals [[s, e], ...]}]:
+                  questions of any task without options, megatron_vrl/data/formats/generic.py
 
 Benchmark formats are in benchmarks.py. JSON files are parsed in json_files.py.
 
@@ -21,6 +21,7 @@ Rules for every format:
   - Unknown fields are ignored.
   - No video is opened, except to get the duration of a record that has none.
   - `read` cuts intervals to the video's duration (many intervals of Charades-STA exceed it).
+  - `multi_segment` of a source turns temporal_grounding into multi_segment_grounding.
   - A question is skipped with a warning if it has no text, no options, or no interval left after
     cutting. The released files contain a few of these.
   - Any other error raises DataError, also a file of another format and a file without samples.
@@ -155,7 +156,7 @@ def read_whole(
         else:
             checked = _checked_whole(source)
             keyed = checked.items() if isinstance(checked, dict) else enumerate(checked)
-        return list(reader.samples(keyed, source, header_duration_s))
+        return reader.read(keyed, source, header_duration_s)
 
 
 def is_list(source: Source) -> bool:
@@ -222,7 +223,7 @@ def samples_of(
         checked = validated(reader.schema, {key: record}, source)[key]
     else:
         checked = checked_record(record, key, source, line)
-    return list(reader.samples([(key, checked)], source, header_duration_s))
+    return reader.read([(key, checked)], source, header_duration_s)
 
 
 def check_format(source: Source) -> None:
