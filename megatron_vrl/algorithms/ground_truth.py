@@ -12,6 +12,9 @@ Source: TempSamp-R1 (arXiv 2509.18056). `algorithm.ground_truth_answer` names th
 - `shaped` (the paper's non-linear reward shaping): `in_group` over shaped rewards. Above THRESHOLD
   a reward hardly counts, so that the annotation's perfect reward does not push down all others.
 
+The constants of `shaped` are those of public code that implements the paper. ANCHOR was not checked
+against the paper.
+
 The annotation was not sampled, so it has no probability under a sampling policy. Its ratio to the
 policy before the step's first update is clipped as for sampled answers.
 """
