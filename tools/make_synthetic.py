@@ -15,6 +15,9 @@ colours, shapes, speed and texture occur in no other split. Clips have no sound,
 motion, and the options of a question are in one fixed order of colours: a model of a million
 parameters has to learn the set within minutes. Equal arguments give equal pixels and annotations. A
 second call completes or reuses the files that it finds.
+
+--jitter F misaligns the annotations of `train`, as labels from narration are: each interval moves
+by up to F times its length, both ends together, in whole seconds.
 """
 
 import argparse
@@ -25,7 +28,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -232,6 +235,27 @@ def bounced(place: float, radius: float) -> float:
 # ---- its annotation
 
 
+def misaligned(clip: Clip, jitter: float) -> Clip:
+    """Return the clip with intervals moved by U(-jitter, jitter) x their length, whole seconds.
+
+    What a move leaves of an interval inside the clip stays; a move that leaves nothing is drawn
+    again.
+    """
+    import numpy as np
+
+    rng = np.random.default_rng((*clip.seed, 2))
+    shapes = []
+    for shape in clip.shapes:
+        start, end = shape.interval_s
+        while True:
+            by = rng.uniform(-jitter, jitter) * (end - start)
+            moved = max(0, round(start + by)), min(DURATION_S, round(end + by))
+            if moved[0] < moved[1]:
+                break
+        shapes.append(replace(shape, interval_s=moved))
+    return replace(clip, shapes=tuple(shapes))
+
+
 def grounding_record(clip: Clip) -> dict[str, Any]:
     """Return annotations in the format of Charades-STA: a sentence and an interval per shape."""
     return {
@@ -260,11 +284,14 @@ def question_record(clip: Clip) -> dict[str, Any]:
     return record
 
 
-def annotation_files(clips: list[Clip]) -> dict[str, Any]:
-    """Return file name -> content."""
+def annotation_files(clips: list[Clip], jitter: float = 0.0) -> dict[str, Any]:
+    """Return file name -> content. `jitter` misaligns the annotations of the split `train`."""
     files: dict[str, Any] = {}
     for clip in clips:
-        name = f"{clip.name.split('_')[0]}_{clip.task}.json"
+        split = clip.name.split("_")[0]
+        name = f"{split}_{clip.task}.json"
+        if jitter and split == "train":
+            clip = misaligned(clip, jitter)
         if clip.task == "temporal_grounding":
             files.setdefault(name, {})[clip.name] = grounding_record(clip)
         else:
@@ -285,7 +312,7 @@ def make_set(out: Path, clips: list[Clip], spec: dict[str, Any], workers: int) -
     missing = [clip for clip in clips if f"{clip.name}.mp4" not in present]
     if missing:
         encode(missing, out / "videos", workers)
-    for name, content in annotation_files(clips).items():
+    for name, content in annotation_files(clips, spec.get("jitter", 0.0)).items():
         write_json(out / "annotations" / name, content)
     return len(missing)
 
@@ -343,6 +370,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=1, help="random seed of the clips (default: 1)")
     parser.add_argument("--objects", type=int, choices=(1, 2), default=1, help="shapes per clip")
+    parser.add_argument(
+        "--jitter", type=float, default=0.0, metavar="F", help="misalign the labels of `train`"
+    )
     parser.add_argument("--workers", type=int, default=2, help="number of encoding processes")
     return parser.parse_args(arguments)
 
@@ -370,7 +400,10 @@ def main(arguments: list[str] | None = None) -> None:
             f"--num {args.num}, --workers {args.workers} and --mix {mix} must be "
             f"positive, --seed {args.seed} not negative."
         )
+    if not 0 <= args.jitter < math.inf:
+        raise ConfigError(f"--jitter {args.jitter} is not a number from 0 on: give 0.75, say.")
     spec = {"sizes": sizes, "mix": mix, "seed": args.seed, "objects": args.objects}
+    spec |= {"jitter": args.jitter} if args.jitter else {}
     clips = plan(sizes, mix, args.seed, args.objects)
     encoded = make_set(args.out, clips, spec, args.workers)
     state = f"{counted(encoded, 'clip')} encoded" if encoded else "complete already, reused"
