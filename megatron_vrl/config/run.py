@@ -81,8 +81,8 @@ class Model(Section):
     )
     """Number of first and of last language layers that stay in `dtype`."""
     gradient_accumulation_fusion: Literal["auto", "none"] = "auto"
-    """auto: add weight gradients inside their matrix products if NVIDIA apex is installed, on a
-    GPU."""
+    """auto: add weight gradients inside their matrix products on a GPU: in Transformer Engine's
+    layers, and in Megatron's if NVIDIA apex is installed."""
 
 
 class Parallel(Section):

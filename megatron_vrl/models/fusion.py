@@ -6,10 +6,11 @@ This module probes for the extension and never runs `import apex`, because PyPI'
 project. It imports nothing of Megatron, because a dry run uses it too.
 """
 
+import copy
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_vrl.config import Model
 
@@ -19,8 +20,9 @@ FUSED_GRADIENT = "fused_weight_gradient_mlp_cuda"
 class GradientFusion(NamedTuple):
     """Decision on gradient accumulation fusion, with a description for the run's summary."""
 
-    enabled: bool
+    enabled: bool  # for Megatron's layers, and then for all
     description: str  # for the summary of a run
+    in_transformer_engine: bool = False  # for Transformer Engine's layers alone
 
 
 def importable(name: str) -> bool:
@@ -42,8 +44,8 @@ def gradient_fusion(
 ) -> GradientFusion:
     """Return whether weight gradients are added to Megatron's `main_grad` inside their products.
 
-    Megatron's linear layers need apex's extension for it. Transformer Engine's layers do not, but
-    the head of such a model is Megatron's and cannot be built with fusion unless apex is installed.
+    Megatron's linear layers need apex's extension for it, Transformer Engine's do not. The head and
+    the vision tower are always Megatron's.
     """
     if cfg.gradient_accumulation_fusion == "none":
         return GradientFusion(False, "off (model.gradient_accumulation_fusion=none)")
@@ -52,6 +54,29 @@ def gradient_fusion(
         return GradientFusion(False, why)
     if not on_gpu:
         return GradientFusion(False, "off (no GPU)")
+    if not probe(FUSED_GRADIENT) and cfg.layers == "transformer_engine":
+        return GradientFusion(
+            False,
+            "on for Transformer Engine's layers, off for the head and the vision tower (NVIDIA "
+            f"apex's {FUSED_GRADIENT} is not installed)",
+            in_transformer_engine=True,
+        )
     if not probe(FUSED_GRADIENT):
         return GradientFusion(False, f"off (NVIDIA apex's {FUSED_GRADIENT} is not installed)")
     return GradientFusion(True, f"on (NVIDIA apex's {FUSED_GRADIENT})")
+
+
+def with_gradient_fusion(linear: Any) -> Any:
+    """Return a subclass of the layer class `linear` whose config has gradient accumulation fusion.
+
+    The model's config stays without it, because Megatron's own layers read the same config.
+    """
+
+    class Fused(linear):
+        def __init__(self, *args: Any, config: Any, **kwargs: Any) -> None:
+            config = copy.copy(config)
+            config.gradient_accumulation_fusion = True
+            super().__init__(*args, config=config, **kwargs)
+
+    Fused.__name__ = Fused.__qualname__ = linear.__name__
+    return Fused

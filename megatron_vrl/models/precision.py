@@ -24,6 +24,7 @@ from megatron_vrl.models.fp8_emulation import (
     EmulatedFp8ColumnParallelLinear,
     EmulatedFp8RowParallelLinear,
 )
+from megatron_vrl.models.fusion import gradient_fusion, with_gradient_fusion
 from megatron_vrl.models.layers import MEGATRON_MODULES, LayerModules, RMSNorm
 from megatron_vrl.models.pipeline_split import check_fp8
 
@@ -97,4 +98,7 @@ def layer_modules(cfg: Model, layer: int, num_layers: int, device: torch.device)
         return LayerModules(column, row, RMSNorm, attention)
     from megatron.core.extensions import transformer_engine as te
 
-    return LayerModules(te.TEColumnParallelLinear, te.TERowParallelLinear, te.TENorm, attention)
+    linears = te.TEColumnParallelLinear, te.TERowParallelLinear
+    if gradient_fusion(cfg, device.type == "cuda").in_transformer_engine:
+        linears = tuple(map(with_gradient_fusion, linears))
+    return LayerModules(*linears, te.TENorm, attention)

@@ -5,10 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from megatron.core.transformer.spec_utils import build_module
 
 from megatron_vrl.config import Model, Parallel
 from megatron_vrl.models.architecture import read_architecture
-from megatron_vrl.models.fusion import FUSED_GRADIENT, GradientFusion, gradient_fusion, importable
+from megatron_vrl.models.fusion import (
+    FUSED_GRADIENT,
+    GradientFusion,
+    gradient_fusion,
+    importable,
+    with_gradient_fusion,
+)
 from megatron_vrl.models.qwen2_5_vl import model
 from megatron_vrl.models.qwen2_5_vl.model import language_config
 from megatron_vrl.models.qwen2_5_vl.vision import vision_config
@@ -27,7 +34,7 @@ def asked(**model: Any) -> Model:
         ({}, True, True, True, FUSED_GRADIENT),
         ({"layers": "transformer_engine"}, True, True, True, FUSED_GRADIENT),
         ({}, True, False, False, "is not installed"),
-        ({"layers": "transformer_engine"}, True, False, False, "is not installed"),
+        ({"layers": "transformer_engine"}, True, False, False, "on for Transformer Engine's"),
         ({}, False, True, False, "no GPU"),
         ({"layers": "fp8_emulated", "fp8": "current"}, True, True, False, "layers=fp8_emulated"),
         (
@@ -50,6 +57,8 @@ def test_the_decision_and_its_description(
 
     found = gradient_fusion(asked(**model), on_gpu, probe)
     assert found.enabled == on and word in found.description
+    alone = found.description.startswith("on for Transformer Engine's")
+    assert found.in_transformer_engine == alone
     assert set(probed) <= {FUSED_GRADIENT}  # PyPI's apex answers to "apex"
 
 
@@ -72,3 +81,19 @@ def test_language_model_and_vision_tower_use_the_decision(
     config = language_config(ARCH, asked(), Parallel())
     vision = vision_config(ARCH.vision, asked(), config)
     assert (config.gradient_accumulation_fusion, vision.gradient_accumulation_fusion) == (on, on)
+
+
+def test_layers_with_fusion_beside_layers_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron's layer of the same config must not see it: it would ask for apex."""
+    monkeypatch.setattr(model, "gradient_fusion", lambda *_: GradientFusion(False, ""))
+    config = language_config(ARCH, asked(), Parallel())
+
+    class Linear:
+        def __init__(self, channels: int, *, config: Any, bias: bool) -> None:
+            self.channels, self.config, self.bias = channels, config, bias
+
+    built = build_module(with_gradient_fusion(Linear), 8, config=config, bias=True)
+    assert (built.channels, built.bias) == (8, True)
+    assert built.config.gradient_accumulation_fusion
+    assert built.config.hidden_size == config.hidden_size
+    assert not config.gradient_accumulation_fusion
