@@ -48,6 +48,7 @@ FLOORS = {
     "megatron_vrl.evaluation.metrics": 1,
     "megatron_vrl.evaluation.protocols": 1,
     "megatron_vrl.evaluation.temporal_r1": 1,
+    "megatron_vrl.selection.draw": 1,
     "megatron_vrl.selection.rules": 1,
     # 0 foundations
     "megatron_vrl.types": 0,

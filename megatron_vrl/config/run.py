@@ -151,12 +151,17 @@ class Data(Section):
     selection: str = ""
     """kept.jsonl of tools/select_data.py: GRPO trains only on these samples."""
     difficulty: str = ""
-    """stats.jsonl of tools/select_data.py: recorded rewards, which a curriculum sorts by."""
+    """stats.jsonl of tools/select_data.py: recorded rewards, for a curriculum or sample weights."""
     curriculum: Literal["none", "easy_first", "hard_first"] = "none"
     """Order of samples in an epoch of GRPO, by recorded mean reward; samples without one come
     last."""
     curriculum_stages: Positive = 4
     """Number of equal parts that a curriculum goes through; each part is shuffled."""
+    sample_weight_std_power: Annotated[float, Field(ge=0)] = 0.0
+    """a of the sampling weight std^a (1 - mean)^b by recorded rewards: std of the reward, mean of
+    the temporal IoU (or accuracy). 0 with b = 0: all samples alike."""
+    sample_weight_mean_power: Annotated[float, Field(ge=0)] = 0.0
+    """b of the sampling weight; TimeLens2 trains with a = 0 and b = 2."""
     evaluation: dict[str, list[Source]] = {}
     """Split name -> sources. The split `dev` ends the warm-up (`sft.stop_metric`) and is left out
     of the reported results."""
@@ -309,6 +314,15 @@ class Selection(Section):
     budget: Annotated[int, Field(ge=0)] = 0
     """Maximum number of samples to keep, divided over the tasks in proportion to the samples that
     pass; 0: all."""
+    gaussian_filter_std: Annotated[float, Field(ge=0)] = 0.0
+    """Standard deviation of mean IoUs around gaussian_filter_mean; samples drawn by this density
+    fill the budget, in place of those with the largest spread. 0: no draw. TimeLens: 0.2, with
+    min_std and min_mean 0."""
+    gaussian_filter_mean: float = 0.05
+    """Wanted mean IoU of that draw."""
+    duration_buckets_s: list[Annotated[float, Field(gt=0)]] = []
+    """Divide each task's budget equally among buckets of video durations, with these limits in
+    seconds. TimeLens: 30, 60, ... 240. []: one bucket."""
     every_epochs: Annotated[int, Field(ge=0)] = 0
     """Repeat the selection inside a run after every k epochs of GRPO; 0: never."""
 

@@ -9,6 +9,10 @@ is a permutation of all samples.
 Example: a source of 4 samples with weight 0.5 contributes 2 samples to epoch 0 and the other 2 to
 epoch 1.
 
+With sample weights, an epoch has as many samples, drawn by systematic sampling: a sample occurs in
+proportion to its weight, rounded up or down at random. Example: with the weights 3, 1, 0 and 0, an
+epoch of four samples contains the first one three times and the second one once.
+
 A curriculum sorts the samples of an epoch into stages of equal size by recorded mean reward
 (stats.jsonl of tools/select_data.py). `easy_first` begins with high rewards, `hard_first` with low
 rewards. Samples are shuffled within a stage. Samples without a record come last.
@@ -38,15 +42,16 @@ class Schedule:
         weights: Sequence[float],
         seed: int,
         stages: NDArray[np.int64] | None = None,
+        sample_weights: NDArray[np.float64] | None = None,
     ) -> None:
         """`sizes` and `weights` have one entry per source.
 
-        `stages` [N]: curriculum stage of each sample.
+        `stages` [N]: curriculum stage of each sample. `sample_weights` [N]: positive weights.
         """
         self._sizes = sizes
         self._per_epoch = [Fraction(str(w)) * n for w, n in zip(weights, sizes, strict=True)]
         self._seed = seed
-        self._stages = stages
+        self._stages, self._sample_weights = stages, sample_weights
         if sum(self._per_epoch) < 1:
             raise DataError(
                 f"The sources of `data` give {float(sum(self._per_epoch)):g} samples to an epoch; "
@@ -64,6 +69,8 @@ class Schedule:
         first = np.cumsum([0, *self._sizes[:-1]])
         parts = [start + self._drawn_from(source, number) for source, start in enumerate(first)]
         chosen = np.sort(np.concatenate(parts))
+        if self._sample_weights is not None and len(chosen):
+            chosen = self._resampled(chosen, self._sample_weights[chosen], number)
         shuffled = chosen[np.random.default_rng([self._seed, number]).permutation(len(chosen))]
         if self._stages is None:
             return shuffled
@@ -72,6 +79,16 @@ class Schedule:
     def before(self, epoch: int) -> int:
         """Return the number of samples in all epochs before this one."""
         return sum(int(count * epoch) for count in self._per_epoch)
+
+    def _resampled(
+        self, chosen: NDArray[np.int64], weights: NDArray[np.float64], epoch: int
+    ) -> NDArray[np.int64]:
+        """Return as many samples, each as often as its weight says."""
+        ends = np.cumsum(weights) * (len(chosen) / weights.sum())
+        offset = np.random.default_rng([self._seed, epoch, 2]).random()
+        steps = np.minimum(np.floor(ends + offset), len(chosen))
+        steps[-1] = len(chosen)
+        return np.repeat(chosen, np.diff(steps, prepend=0.0).astype(np.int64))
 
     def _drawn_from(self, source: int, epoch: int) -> NDArray[np.int64]:
         """Return the indices that an epoch takes from one source, relative to its first sample."""
@@ -105,7 +122,7 @@ def stages_of(
 def read_mean_rewards(path: str) -> dict[str, float]:
     """Return sample id -> mean reward from a stats.jsonl. Raises DataError naming the line."""
     rewards = {}
-    for number, row in _rows(path):
+    for number, row in numbered_rows(path):
         try:
             rewards[str(row["id"])] = float(row["reward"]["mean"])
         except (KeyError, TypeError, ValueError):
@@ -118,14 +135,14 @@ def read_mean_rewards(path: str) -> dict[str, float]:
 def read_ids(path: str) -> set[str]:
     """Return the ids in a kept.jsonl. Raises DataError naming the line."""
     ids = set()
-    for number, row in _rows(path):
+    for number, row in numbered_rows(path):
         if not isinstance(row, dict) or "id" not in row:
             raise DataError(f"{path}, line {number}: no field id; give a kept.jsonl.")
         ids.add(str(row["id"]))
     return ids
 
 
-def _rows(path: str) -> list[tuple[int, dict[str, Any]]]:
+def numbered_rows(path: str) -> list[tuple[int, dict[str, Any]]]:
     """Return (line number, row) of a JSON lines file. Raises DataError."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")

@@ -57,6 +57,7 @@ def answer_row(
     Raises DataError if a user's reward function cannot grade an answer.
     """
     row: Row = {"id": sample.id, "task": sample.task, "seed": spec.seed}
+    row["duration_s"] = sample.duration_s
     if isinstance(answers, VideoError):
         return row | {"problem": str(answers), "answers": []}
     components = reward_manager.components(sample, answers)
@@ -104,4 +105,9 @@ def candidates_of(
     rows: Iterable[Row], weights: Mapping[str, Mapping[str, float]]
 ) -> list[Candidate]:
     """Return the statistics of each row's answers. `weights`: task -> component -> weight."""
-    return [candidate(row["id"], row["task"], row["answers"], weights[row["task"]]) for row in rows]
+    return [
+        candidate(
+            row["id"], row["task"], row["answers"], weights[row["task"]], row.get("duration_s")
+        )
+        for row in rows
+    ]

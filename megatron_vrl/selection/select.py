@@ -40,7 +40,7 @@ from megatron_vrl.selection.answers import (
     resume,
     sampling_spec,
 )
-from megatron_vrl.selection.rules import KEPT, Candidate, select
+from megatron_vrl.selection.rules import KEPT, Candidate, check_budget, select
 from megatron_vrl.storage.files import full_disk_named, kept_rows, read_rows, write_file
 from megatron_vrl.types import VideoSample
 from megatron_vrl.video import VideoReader
@@ -67,6 +67,7 @@ def collect_answers(
     A block with a video that could not be read and can be read now is answered again. Raises
     UserError, before an engine starts if no video of the pool exists.
     """
+    check_budget(cfg.selection)
     check_videos(samples, "the data_folder of the pool")
     out.mkdir(parents=True, exist_ok=True)
     which, of = shard
@@ -112,7 +113,7 @@ def apply_rules(cfg: RunConfig, samples: Sequence[VideoSample], out: Path) -> li
         raise DataError(
             f"{out} has no answers to the samples of data.train; leave out --rules-only."
         )
-    chosen = select(candidates, cfg.selection)
+    chosen = select(candidates, cfg.selection, [cfg.run.seed])
     write_selection(out, chosen, len(samples), cfg.selection)
     return chosen
 

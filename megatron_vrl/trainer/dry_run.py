@@ -31,8 +31,9 @@ from megatron_vrl.rewards.user_functions import load_function
 from megatron_vrl.rewards.weights import reward_weights
 from megatron_vrl.rollout.replay import check_replay
 from megatron_vrl.rollout.request import max_model_len
+from megatron_vrl.selection.rules import check_budget
 from megatron_vrl.trainer.reselect import check_reselection
-from megatron_vrl.trainer.sample_stream import check_records
+from megatron_vrl.trainer.sample_stream import check_records, check_sample_weights
 
 MISSING = "not on this machine: "
 
@@ -54,6 +55,8 @@ def check(cfg: RunConfig, world: int, here: bool = False) -> CheckedRun:
     check_replay(cfg)
     check_visual_input(cfg)
     check_reselection(cfg)
+    check_sample_weights(cfg)
+    check_budget(cfg.selection)
     reward_weights(cfg.rewards)
     for function in cfg.rewards.functions.values():
         load_function(function)

@@ -10,7 +10,8 @@ States of a selection, with its files in OUT/selection/epoch-NNNN:
 
     SAVED     the run has a checkpoint of the weights that answer
     ANSWERED  blocks of answers-0.jsonl, one after the other
-    APPLIED   kept.jsonl is written and the stream draws from the kept samples
+    APPLIED   kept.jsonl is written and the stream draws from the kept samples, by their new weights
+              (data.sample_weight_std_power, data.sample_weight_mean_power)
 
 A killed run resumes from the checkpoint, so the same weights answer the blocks that are missing.
 The seed of an answer comes from the epoch and the position of its sample in the pool. A resumed run
@@ -23,7 +24,7 @@ epoch 2 answers 1000 samples and keeps 600, and epochs 2 and 3 have 600 samples 
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -32,6 +33,13 @@ from megatron_vrl.config import RunConfig
 from megatron_vrl.context import RunContext
 from megatron_vrl.data.mix import SampleStream
 from megatron_vrl.data.pool import Drawn, Pool
+from megatron_vrl.data.sample_weights import (
+    Statistics,
+    has_weights,
+    read_statistics,
+    sample_weights,
+    statistics_of,
+)
 from megatron_vrl.data.schedule import read_ids
 from megatron_vrl.errors import ConfigError, DataError, VideoError
 from megatron_vrl.parallel.mesh import gather_objects, raise_on_all_ranks, shard, world_axis
@@ -91,7 +99,10 @@ class DataSelection:
         self._saved_step = state.step  # step of the last checkpoint that is known here
         with raise_on_all_ranks(ctx.mesh):
             for epoch, position in state.selections:
-                self._apply(read_ids(str(self._folder(epoch) / "kept.jsonl")), epoch, position)
+                folder, recorded = self._folder(epoch), {}
+                if has_weights(ctx.cfg.data):
+                    recorded = read_statistics(str(folder / "stats.jsonl"))
+                self._apply(read_ids(str(folder / "kept.jsonl")), recorded, epoch, position)
         valid = {self._folder(epoch) for epoch, _ in state.selections}
         if self._is_due:
             valid.add(self._folder(stream.epoch))  # answered in part by these weights
@@ -111,13 +122,15 @@ class DataSelection:
         ctx, epoch, position = self._ctx, self._stream.epoch, self._stream.state
         self._save()
         with ctx.clock("select"):
-            chosen = select(self._candidates(epoch), ctx.cfg.selection)
+            seed = (ctx.cfg.run.seed, epoch)
+            chosen = select(self._candidates(epoch), ctx.cfg.selection, seed)
             kept = {candidate.id for candidate in chosen if candidate.verdict == KEPT}
             with raise_on_all_ranks(ctx.mesh):
                 if ctx.mesh.rank == 0:
                     rule = ctx.cfg.selection
                     write_selection(self._folder(epoch), chosen, len(chosen), rule)
-                self._apply(kept, epoch, position)
+                recorded = statistics_of(candidate.row() for candidate in chosen)
+                self._apply(kept, recorded, epoch, position)
         self._state.selections.append([epoch, position])
         self._log(f"From epoch {epoch} on {_sentence(chosen, kept)}; see {self._folder(epoch)}.")
 
@@ -130,7 +143,9 @@ class DataSelection:
     def _folder(self, epoch: int) -> Path:
         return self._root / f"epoch-{epoch:04d}"
 
-    def _apply(self, kept: set[str], epoch: int, position: int) -> None:
+    def _apply(
+        self, kept: set[str], recorded: Mapping[str, Statistics], epoch: int, position: int
+    ) -> None:
         """Let the stream draw only the kept samples from `position` on, which begins `epoch`."""
         cfg = self._ctx.cfg
         pool = only(self._pool, kept)
@@ -140,7 +155,10 @@ class DataSelection:
                 f"{self._folder(epoch)}: lower selection.min_std={cfg.selection.min_std:g} and "
                 f"selection.min_mean={cfg.selection.min_mean:g}, or set selection.every_epochs=0."
             )
-        schedule = schedule_of(pool, cfg.data.train, cfg.run.seed)
+        weights = None
+        if has_weights(cfg.data):
+            weights = sample_weights(pool.names(), recorded, cfg.data)
+        schedule = schedule_of(pool, cfg.data.train, cfg.run.seed, weights=weights)
         self._stream.turn(pool, schedule, start=position, epoch=epoch)
 
     def _save(self) -> None:

@@ -1,7 +1,7 @@
-"""Sample stream of training: sources, data.selection, curriculum and source weights.
+"""Sample stream of training: sources, data.selection, curriculum, source and sample weights.
 
-data.selection and data.curriculum name samples by id. With one of them every record of a pool is
-parsed at the start. Without, a record of an indexed pool is parsed when it is drawn.
+data.selection, data.curriculum and sample weights name samples by id. With one of them every record
+of a pool is parsed at the start. Without, a record of an indexed pool is parsed when it is drawn.
 """
 
 from collections.abc import Sequence, Set
@@ -9,10 +9,11 @@ from collections.abc import Sequence, Set
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_vrl.config import Data, Source
+from megatron_vrl.config import Data, RunConfig, Source
 from megatron_vrl.context import RunContext
 from megatron_vrl.data.mix import SampleStream
 from megatron_vrl.data.pool import Pool
+from megatron_vrl.data.sample_weights import has_weights, read_statistics, sample_weights
 from megatron_vrl.data.schedule import Schedule, read_ids, read_mean_rewards, stages_of
 from megatron_vrl.errors import ConfigError, DataError
 from megatron_vrl.parallel.mesh import raise_on_all_ranks
@@ -62,7 +63,10 @@ def only(pool: Pool, ids: Set[str]) -> Pool:
 
 
 def ordered(pool: Pool, data: Data, seed: int) -> SampleStream:
-    """Return the stream of a pool, in the order of data.curriculum."""
+    """Return the stream of a pool, by data.curriculum or the sample weights."""
+    if has_weights(data) and data.difficulty:
+        weights = sample_weights(pool.names(), read_statistics(data.difficulty), data)
+        return SampleStream(pool, seed, schedule_of(pool, data.train, seed, None, weights))
     stages = None
     if data.curriculum != "none":
         rewards = read_mean_rewards(data.difficulty)
@@ -78,10 +82,14 @@ def weighted(
 
 
 def schedule_of(
-    pool: Pool, sources: Sequence[Source], seed: int, stages: NDArray[np.int64] | None = None
+    pool: Pool,
+    sources: Sequence[Source],
+    seed: int,
+    stages: NDArray[np.int64] | None = None,
+    weights: NDArray[np.float64] | None = None,
 ) -> Schedule:
-    """Return the order of a pool's samples. `stages`: curriculum stage of each sample."""
-    return Schedule(pool.sizes, [source.weight for source in sources], seed, stages)
+    """Return the order of a pool's samples, with the curriculum stage or the weight of each."""
+    return Schedule(pool.sizes, [source.weight for source in sources], seed, stages, weights)
 
 
 def check_records(data: Data) -> None:
@@ -94,3 +102,21 @@ def check_records(data: Data) -> None:
         read_ids(data.selection)
     if data.difficulty:
         read_mean_rewards(data.difficulty)
+    if data.difficulty and has_weights(data):
+        read_statistics(data.difficulty)
+
+
+def check_sample_weights(cfg: RunConfig) -> None:
+    """Raises ConfigError if samples cannot be drawn by weight."""
+    if not has_weights(cfg.data):
+        return
+    if not cfg.data.difficulty and not cfg.selection.every_epochs:
+        raise ConfigError(
+            "data.sample_weight_std_power and data.sample_weight_mean_power need recorded rewards: "
+            "give data.difficulty, or set selection.every_epochs."
+        )
+    if cfg.data.curriculum != "none":
+        raise ConfigError(
+            f"data.curriculum={cfg.data.curriculum} orders an epoch, and the sample weights change "
+            "what it holds: set data.curriculum=none, or both powers to 0."
+        )

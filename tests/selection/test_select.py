@@ -114,6 +114,7 @@ def test_a_row_can_be_written_as_json() -> None:
         "reward": {"mean": 0.75, "std": 0.25},
         "components": {"accuracy": {"mean": 0.5, "std": 0.5}, "format": {"mean": 1.0, "std": 0.0}},
         "unreadable": 0.5,
+        "duration_s": None,
         "verdict": KEPT,
         "rank": 0.5,
     }

@@ -42,7 +42,14 @@ class Run:
     """One process of a run in `tmp_path`: a stream that stands at `place` of a pool of ten."""
 
     def __init__(
-        self, mesh: Mesh, out_dir: Path, state: RunState, *, calls: int = 99, **selection: Any
+        self,
+        mesh: Mesh,
+        out_dir: Path,
+        state: RunState,
+        *,
+        calls: int = 99,
+        data: dict[str, Any] | None = None,
+        **selection: Any,
     ) -> None:
         self.asked: list[list[int]] = []
         self.messages: list[str] = []
@@ -51,7 +58,7 @@ class Run:
         keys: dict[str, Any] = {"answers": 2, "every_epochs": 1} | selection
         cfg = SimpleNamespace(
             run=SimpleNamespace(seed=1, out_dir=str(out_dir)),
-            data=Data.model_validate({"train": [SOURCE]}),
+            data=Data.model_validate({"train": [SOURCE], **(data or {})}),
             selection=Selection(**keys),
             rollout=RolloutConfig(prompts_per_step=4),
             rewards=Rewards(),
@@ -126,7 +133,9 @@ def drawn(run: Run, num: int) -> list[str]:
 
 
 def test_no_selection_before_its_epoch_or_when_off(mesh: Mesh, tmp_path: Path) -> None:
-    for keys, stream in (({"every_epochs": 0}, 25), ({}, 9), ({"every_epochs": 3}, 29)):
+    settings: list[tuple[dict[str, Any], int]]
+    settings = [({"every_epochs": 0}, 25), ({}, 9), ({"every_epochs": 3}, 29)]
+    for keys, stream in settings:
         run = Run(mesh, tmp_path, RunState(stage="grpo", step=3, stream=stream), **keys)
         run.reselection.make_if_due()
         assert run.asked == [] and run.state.selections == []
@@ -178,6 +187,20 @@ def test_a_resumed_selection_answers_the_rest_and_keeps_equal_samples(
     complete = Run(mesh, tmp_path / "killed", at_the_end_of_an_epoch())  # not saved since
     complete.reselection.make_if_due()
     assert complete.asked == [] and complete.state == going_on.state
+
+
+def test_samples_are_drawn_by_the_runs_own_rewards(mesh: Mesh, tmp_path: Path) -> None:
+    """The answers to a dull sample are alike, so its weight is 0 up to the formula's 1e-8."""
+    by_std = {"sample_weight_std_power": 1.0}
+    keys: dict[str, Any] = {"data": by_std, "min_std": 0, "min_mean": 0}
+    run = Run(mesh, tmp_path, at_the_end_of_an_epoch(), **keys)
+    run.reselection.make_if_due()
+    assert len(run.messages) == 1 and "9 of 10" in run.messages[0]
+    first = drawn(run, 9)
+    assert {f"v/{i}" for i in DULL}.isdisjoint(first) and len(set(first)) == 6
+    again = Run(mesh, tmp_path, replace(run.state, stream=12), **keys)
+    assert again.asked == [] and drawn(again, 9) == first
+    assert drawn(run, 20) == drawn(again, 20)
 
 
 def test_an_incomplete_block_is_answered_again_as_a_whole(mesh: Mesh, tmp_path: Path) -> None:
