@@ -44,6 +44,7 @@ FLOORS = {
     "megatron_vrl.algorithms": 1,
     "megatron_vrl.batching": 1,
     "megatron_vrl.video.rules": 1,
+    "megatron_vrl.evaluation.average_precision": 1,
     "megatron_vrl.evaluation.grading": 1,
     "megatron_vrl.evaluation.metrics": 1,
     "megatron_vrl.evaluation.protocols": 1,

@@ -4,10 +4,12 @@
                   [--config RUN.yaml] [section.key=value ...]
     mvrl evaluate --benchmark NAME --annotations FILE --predictions FILE.jsonl
 
-NAME is one of charades_sta, activitynet, activitynet_rtl, nextgqa, mvbench, tempcompass, video_mme,
-mmvu, tvgbench. FILE is the released annotation file (docs/evaluation.md). A prediction is a line
-{"id", "response"}. The id is VIDEO/INDEX for benchmarks keyed by video, where INDEX counts the
-sentences of the video, and the benchmark's own id elsewhere.
+NAME is one of charades_sta, activitynet, activitynet_rtl, nextgqa, tvgbench, timelens_charades,
+timelens_activitynet, timelens_qvhighlights, qvhighlights, mvbench, tempcompass, video_mme,
+video_mme_subtitles, mmvu, mlvu, lvbench. FILE is the released annotation file
+(docs/evaluation.md). A prediction is a line {"id", "response"}. The id is VIDEO/INDEX for
+benchmarks keyed by video, where INDEX counts the sentences of the video, and the benchmark's own id
+elsewhere. A submission to QVHighlights is read, too.
 
 A checkpoint, Hugging Face or Megatron, answers greedily on vLLM. --plain asks for answers without
 thinking. A checkpoint exported by a run is asked with the settings in its inference.yaml. --config
@@ -37,7 +39,7 @@ from megatron_vrl.process.command_line import OverrideParser, protocol_name, too
 from megatron_vrl.process.entry import run_program
 
 if TYPE_CHECKING:
-    from megatron_vrl.evaluation.benchmark import Prediction
+    from megatron_vrl.evaluation.protocols import Prediction
     from megatron_vrl.types import VideoSample
 
 
