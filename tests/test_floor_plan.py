@@ -46,6 +46,7 @@ FLOORS = {
     "megatron_vrl.video.rules": 1,
     "megatron_vrl.evaluation.average_precision": 1,
     "megatron_vrl.evaluation.grading": 1,
+    "megatron_vrl.evaluation.lmms_eval": 1,
     "megatron_vrl.evaluation.metrics": 1,
     "megatron_vrl.evaluation.protocols": 1,
     "megatron_vrl.evaluation.temporal_r1": 1,

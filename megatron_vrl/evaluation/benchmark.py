@@ -1,7 +1,7 @@
 """Grade predictions of a benchmark, without a model.
 
-Predictions are lines {"id", "response"} from any model; evaluation/predict.py writes them. A
-submission to QVHighlights, lines {"qid", "pred_relevant_windows"}, is read, too.
+Predictions are lines {"id", "response"} from any model; evaluation/predict.py writes them. Lines of
+a submission to QVHighlights and of a sample file of lmms-eval are read, too.
 OUT/items.jsonl has a record of every question and OUT/summary.json the metrics.
 """
 
@@ -19,6 +19,7 @@ from megatron_vrl.data.formats.records import cut_to_video
 from megatron_vrl.data.formats.training import read_whole
 from megatron_vrl.errors import DataError, counted
 from megatron_vrl.evaluation.average_precision import Window
+from megatron_vrl.evaluation.lmms_eval import is_sample, prediction_of_sample, sample_rows
 from megatron_vrl.evaluation.protocols import (
     BENCHMARKS,
     Item,
@@ -67,7 +68,12 @@ def read_predictions(path: Path, samples: Sequence[VideoSample]) -> list[Predict
         raise DataError(f"The predictions {path} cannot be read: {error}.") from None
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            prediction = prediction_of(line, f"{path}, line {number}")
+            origin = f"{path}, line {number}"
+            row = _row(line, origin)
+            if is_sample(row):
+                prediction = prediction_of_sample(row, samples, origin)
+            else:
+                prediction = prediction_of(row, origin)
             if prediction.id not in known:
                 raise DataError(
                     f"{path}, line {number}: no question has the id {prediction.id!r}; an id is "
@@ -104,6 +110,13 @@ def write_results(out: Path, name: str, protocol: str, items: Sequence[Item]) ->
     return results
 
 
+def write_lmms_samples(path: Path, name: str, items: Sequence[Item]) -> None:
+    """Write the items as a sample file of lmms-eval, with the benchmark's first metric as score."""
+    rows = sample_rows(items, BENCHMARKS[name].metrics[0])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+
+
 def table(results: dict[str, Any]) -> str:
     """Return the metrics as text, in percent, with 95 % intervals over questions."""
     failures = ", ".join(f"{n} {kind.replace('_', ' ')}" for kind, n in results["failures"].items())
@@ -123,12 +136,8 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def prediction_of(line: str, origin: str) -> Prediction:
-    """Parse one line of predictions. Raises DataError, which begins with `origin`."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{origin} is not JSON ({error}); write one object a line.") from None
+def prediction_of(row: Any, origin: str) -> Prediction:
+    """Return the prediction in a row. Raises DataError, which begins with `origin`."""
     if isinstance(row, dict) and "pred_relevant_windows" in row:
         windows = _windows(row["pred_relevant_windows"], origin)
         row = {"id": row.get("qid"), "response": None}
@@ -146,6 +155,14 @@ def prediction_of(line: str, origin: str) -> Prediction:
         problem=str(problem),
         windows=windows,
     )
+
+
+def _row(line: str, origin: str) -> Any:
+    """Parse one line. Raises DataError."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{origin} is not JSON ({error}); write one object a line.") from None
 
 
 def _windows(value: Any, origin: str) -> tuple[Window, ...]:

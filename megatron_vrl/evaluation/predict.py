@@ -70,7 +70,7 @@ def predict(
                     file.write(json.dumps(_row(sample, answer)) + "\n")
                     file.flush()
                 bar.update()
-    return [prediction_of(json.dumps(row), str(path)) for row in read_rows(path)]
+    return [prediction_of(row, str(path)) for row in read_rows(path)]
 
 
 def check_videos(samples: Sequence[VideoSample], origin: str) -> None:
