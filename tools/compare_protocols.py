@@ -47,11 +47,11 @@ def main() -> None:
 def compared(name: str, annotations: str, answer: str, seed: int) -> dict[str, Any]:
     """Return the number of scored questions and the metrics of one of ANSWERS by protocol."""
     from megatron_vrl.evaluation import benchmark
-    from megatron_vrl.evaluation.protocols import BENCHMARKS, summary
+    from megatron_vrl.evaluation.protocols import BENCHMARKS, Prediction, summary
 
     published = benchmark.questions(name, annotations, "", "strict")
     predictions = [
-        benchmark.Prediction(id=sample.id, response=response)
+        Prediction(id=sample.id, response=response)
         for sample, response in zip(published, responses(published, answer, seed), strict=True)
     ]
     row: dict[str, Any] = {"benchmark": name, "answer": answer}

@@ -4,10 +4,13 @@
                   [--config RUN.yaml] [section.key=value ...]
     mvrl evaluate --benchmark NAME --annotations FILE --predictions FILE.jsonl
 
-NAME is one of charades_sta, activitynet, activitynet_rtl, nextgqa, mvbench, tempcompass, video_mme,
-mmvu, tvgbench. FILE is the released annotation file (docs/evaluation.md). A prediction is a line
-{"id", "response"}. The id is VIDEO/INDEX for benchmarks keyed by video, where INDEX counts the
-sentences of the video, and the benchmark's own id elsewhere.
+NAME is one of charades_sta, activitynet, activitynet_rtl, nextgqa, tvgbench, timelens_charades,
+timelens_activitynet, timelens_qvhighlights, qvhighlights, mvbench, tempcompass, video_mme,
+video_mme_subtitles, mmvu, mlvu, lvbench. FILE is the released annotation file
+(docs/evaluation.md). A prediction is a line {"id", "response"}. The id is VIDEO/INDEX for
+benchmarks keyed by video, where INDEX counts the sentences of the video, and the benchmark's own id
+elsewhere. A submission to QVHighlights and a sample file of lmms-eval are read, too; --lmms-eval
+writes one.
 
 A checkpoint, Hugging Face or Megatron, answers greedily on vLLM. --plain asks for answers without
 thinking. A checkpoint exported by a run is asked with the settings in its inference.yaml. --config
@@ -37,7 +40,7 @@ from megatron_vrl.process.command_line import OverrideParser, protocol_name, too
 from megatron_vrl.process.entry import run_program
 
 if TYPE_CHECKING:
-    from megatron_vrl.evaluation.benchmark import Prediction
+    from megatron_vrl.evaluation.protocols import Prediction
     from megatron_vrl.types import VideoSample
 
 
@@ -61,6 +64,7 @@ def make_parser() -> OverrideParser:
     add("--plain", action="store_true", help="ask for answers without thinking")
     add("--config", default="", metavar="FILE", help="YAML of a run; overrides inference.yaml")
     add("--out", default="", metavar="DIR", help="default: runs/evaluation/NAME-WHAT")
+    add("--lmms-eval", default="", metavar="FILE", help="write lmms-eval's sample file, .jsonl")
     add("--json", action="store_true", help="print JSON instead of a table")
     parser.add_overrides()
     return parser
@@ -102,6 +106,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             predictions, complaint = _predict(arguments, samples, out)
         items = benchmark.items_of(name, samples, predictions, protocol)
         results = benchmark.write_results(out, name, protocol, items)
+        if arguments.lmms_eval:
+            benchmark.write_lmms_samples(Path(arguments.lmms_eval), name, items)
     text = json.dumps(results, indent=1) if arguments.json else benchmark.table(results)
     print(text, flush=True)
     if complaint:

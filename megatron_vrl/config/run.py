@@ -114,7 +114,7 @@ class Source(Section):
     """One annotation file and the folder of its videos."""
 
     json_path: str
-    """Annotation file, .json or .jsonl; mvbench and tempcompass also accept a folder of files."""
+    """Annotation file, .json or .jsonl; mvbench, tempcompass and mlvu also accept a folder."""
     data_folder: str
     """Folder of the videos."""
     format: Literal[
@@ -129,9 +129,14 @@ class Source(Section):
         "tempcompass",
         "video_mme",
         "mmvu",
+        "timelens_bench",
+        "timelens",
+        "qvhighlights",
+        "lvbench",
+        "mlvu",
+        "video_mme_subtitles",
     ] = "temporal_r1"
-    """Format of the annotation file; see megatron_vrl/data/formats/training.py and
-    benchmarks.py."""
+    """Format of the annotation file; see docs/tasks.md."""
     sampling_strategy: str = "all"
     """all | first:N | end:N | random:N; N is a number or a percentage."""
     weight: Annotated[float, Field(gt=0)] = 1.0

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from megatron_vrl.config import RunConfig, Source
+from megatron_vrl.data.formats.records import cut_to_video
 from megatron_vrl.data.formats.training import (
     READERS,
     check_format,
-    cut_to_video,
     is_list,
     list_records,
     load_records,

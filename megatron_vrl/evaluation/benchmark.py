@@ -1,30 +1,40 @@
 """Grade predictions of a benchmark, without a model.
 
-Predictions are lines {"id", "response"} from any model; evaluation/predict.py writes them.
+Predictions are lines {"id", "response"} from any model; evaluation/predict.py writes them. Lines of
+a submission to QVHighlights and of a sample file of lmms-eval are read, too.
 OUT/items.jsonl has a record of every question and OUT/summary.json the metrics.
 """
 
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from megatron_vrl.config import Source
-from megatron_vrl.data.formats.training import cut_to_video, read_whole
+from megatron_vrl.data.formats.records import cut_to_video
+from megatron_vrl.data.formats.training import read_whole
 from megatron_vrl.errors import DataError, counted
-from megatron_vrl.evaluation.protocols import BENCHMARKS, Item, Protocol, judged, summary
+from megatron_vrl.evaluation.average_precision import Window
+from megatron_vrl.evaluation.lmms_eval import is_sample, prediction_of_sample, sample_rows
+from megatron_vrl.evaluation.protocols import (
+    BENCHMARKS,
+    Item,
+    Prediction,
+    Protocol,
+    judged,
+    summary,
+)
 from megatron_vrl.storage.files import write_file
 from megatron_vrl.types import VideoSample
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prediction:
-    id: str
-    response: str | None  # None: the video could not be read
-    cut_off: bool = False
-    problem: str = ""  # with the video
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+_WINDOWS: TypeAdapter[list[Window]] = TypeAdapter(
+    Annotated[list[tuple[Number, Number, Number]], Field(min_length=1)]
+)
 
 
 def questions(name: str, annotations: str, videos: str, protocol: Protocol) -> list[VideoSample]:
@@ -58,7 +68,12 @@ def read_predictions(path: Path, samples: Sequence[VideoSample]) -> list[Predict
         raise DataError(f"The predictions {path} cannot be read: {error}.") from None
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            prediction = prediction_of(line, f"{path}, line {number}")
+            origin = f"{path}, line {number}"
+            row = _row(line, origin)
+            if is_sample(row):
+                prediction = prediction_of_sample(row, samples, origin)
+            else:
+                prediction = prediction_of(row, origin)
             if prediction.id not in known:
                 raise DataError(
                     f"{path}, line {number}: no question has the id {prediction.id!r}; an id is "
@@ -80,15 +95,8 @@ def items_of(
     by_id = {prediction.id: prediction for prediction in predictions}
     missing = Prediction(id="", response=None)
     return [
-        judged(
-            sample,
-            answer.response,
-            BENCHMARKS[name],
-            protocol,
-            cut_off=answer.cut_off,
-            problem=answer.problem,
-        )
-        for sample, answer in ((sample, by_id.get(sample.id, missing)) for sample in samples)
+        judged(sample, by_id.get(sample.id, missing), BENCHMARKS[name], protocol)
+        for sample in samples
     ]
 
 
@@ -100,6 +108,13 @@ def write_results(out: Path, name: str, protocol: str, items: Sequence[Item]) ->
     write_file(out / "items.jsonl", "".join(row + "\n" for row in rows))
     write_file(out / "summary.json", json.dumps(results, indent=1) + "\n")
     return results
+
+
+def write_lmms_samples(path: Path, name: str, items: Sequence[Item]) -> None:
+    """Write the items as a sample file of lmms-eval, with the benchmark's first metric as score."""
+    rows = sample_rows(items, BENCHMARKS[name].metrics[0])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
 
 def table(results: dict[str, Any]) -> str:
@@ -121,20 +136,41 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def prediction_of(line: str, origin: str) -> Prediction:
-    """Parse one line of predictions. Raises DataError, which begins with `origin`."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{origin} is not JSON ({error}); write one object a line.") from None
+def prediction_of(row: Any, origin: str) -> Prediction:
+    """Return the prediction in a row. Raises DataError, which begins with `origin`."""
+    if isinstance(row, dict) and "pred_relevant_windows" in row:
+        windows = _windows(row["pred_relevant_windows"], origin)
+        row = {"id": row.get("qid"), "response": None}
+    else:
+        windows = ()
     if not isinstance(row, dict) or not isinstance(row.get("id"), str | int):
         raise DataError(f'{origin}: no field \'id\'; write {{"id", "response"}}.')
     problem = row.get("problem", "")
-    if not isinstance(row.get("response"), str) and not problem:
+    if not isinstance(row.get("response"), str) and not problem and not windows:
         raise DataError(f"{origin}: field 'response' is {row.get('response')!r:.40}, not a text.")
     return Prediction(
         id=str(row["id"]),
         response=row.get("response"),
         cut_off=row.get("finish") == "length",
         problem=str(problem),
+        windows=windows,
     )
+
+
+def _row(line: str, origin: str) -> Any:
+    """Parse one line. Raises DataError."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{origin} is not JSON ({error}); write one object a line.") from None
+
+
+def _windows(value: Any, origin: str) -> tuple[Window, ...]:
+    """Return a list of [start, end, score]. Raises DataError."""
+    try:
+        return tuple(_WINDOWS.validate_python(value))
+    except ValidationError:
+        raise DataError(
+            f"{origin}: field 'pred_relevant_windows' is {value!r:.60}, expected at least one "
+            "[start, end, score] of finite numbers."
+        ) from None

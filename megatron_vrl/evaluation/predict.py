@@ -13,9 +13,9 @@ from typing import Any
 
 from megatron_vrl.config import Video
 from megatron_vrl.errors import ConfigError, DataError, VideoError, counted
-from megatron_vrl.evaluation.benchmark import Prediction, prediction_of
+from megatron_vrl.evaluation.benchmark import prediction_of
 from megatron_vrl.evaluation.generate import Answerer, InferenceConfig
-from megatron_vrl.evaluation.protocols import scorable
+from megatron_vrl.evaluation.protocols import Prediction, scorable
 from megatron_vrl.observe.progress import progress_bar
 from megatron_vrl.process.entry import told_if_interrupted
 from megatron_vrl.process.run_lock import check_owned
@@ -70,7 +70,7 @@ def predict(
                     file.write(json.dumps(_row(sample, answer)) + "\n")
                     file.flush()
                 bar.update()
-    return [prediction_of(json.dumps(row), str(path)) for row in read_rows(path)]
+    return [prediction_of(row, str(path)) for row in read_rows(path)]
 
 
 def check_videos(samples: Sequence[VideoSample], origin: str) -> None:

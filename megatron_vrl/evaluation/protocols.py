@@ -7,6 +7,10 @@ unreadable answer counts 0, and the reason is counted in `failures`. A question 
     r1@t, iou@t, iop@t     fraction of questions with IoU or IoP of at least t; the best of several
                            true intervals counts, as in NExT-GQA's script
     accuracy_gqa           fraction of questions with the right option and IoP of at least 0.5
+    map, map@0.5, map@0.75, map_short, map_middle, map_long
+                           mean average precision of QVHighlights (average_precision.py); an answer
+                           in text is one window
+    m_avg                  MLVU: mean over its tasks of the accuracy
     miou_by_video,         ActivityNet-RTL: means over videos of the means over a video's questions,
     p@0.5_by_video         as in LITA's script
 
@@ -31,6 +35,7 @@ import numpy as np
 
 from megatron_vrl.errors import DataError, counted
 from megatron_vrl.evaluation import temporal_r1
+from megatron_vrl.evaluation.average_precision import Window, average_precisions
 from megatron_vrl.rewards.temporal_iou import iou
 from megatron_vrl.tasks import TASKS
 from megatron_vrl.types import Interval, VideoSample
@@ -49,9 +54,14 @@ class Benchmark:
     metrics: tuple[str, ...]
     by_video: bool = False  # adds the means by video
     above: bool = False  # r1@t counts IoU > t, not >= t
+    by_task: bool = False  # adds m_avg over the labels "task/..."
 
 
 _GROUNDING = ("miou", "r1@0.3", "r1@0.5", "r1@0.7")
+_RETRIEVAL = (
+    *("r1@0.5", "r1@0.7", "miou", "map", "map@0.5", "map@0.75"),
+    *("map_short", "map_middle", "map_long"),
+)
 _GQA = ("accuracy", "miou", "miop", "iou@0.3", "iou@0.5", "iop@0.3", "iop@0.5", "accuracy_gqa")
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -64,6 +74,13 @@ BENCHMARKS: dict[str, Benchmark] = {
     "video_mme": Benchmark(form="video_mme", metrics=("accuracy",)),
     "mmvu": Benchmark(form="mmvu", metrics=("accuracy",)),
     "tvgbench": Benchmark(form="tvgbench", metrics=_GROUNDING, above=True),
+    "timelens_charades": Benchmark(form="timelens_bench", metrics=_GROUNDING),
+    "timelens_activitynet": Benchmark(form="timelens_bench", metrics=_GROUNDING),
+    "timelens_qvhighlights": Benchmark(form="timelens_bench", metrics=_GROUNDING),
+    "qvhighlights": Benchmark(form="qvhighlights", metrics=_RETRIEVAL),
+    "video_mme_subtitles": Benchmark(form="video_mme_subtitles", metrics=("accuracy",)),
+    "lvbench": Benchmark(form="lvbench", metrics=("accuracy",)),
+    "mlvu": Benchmark(form="mlvu", metrics=("accuracy",), by_task=True),
 }
 UNSCORABLE = "unscorable"
 FAILURES = {
@@ -73,6 +90,17 @@ FAILURES = {
     "missing": "no prediction was given",
     UNSCORABLE: "the question has no truth to score by",
 }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """Answer to one question: a text, or intervals with scores."""
+
+    id: str
+    response: str | None  # None: the video could not be read, or there are only windows
+    cut_off: bool = False
+    problem: str = ""  # with the video
+    windows: tuple[Window, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,18 +139,10 @@ def scorable(sample: VideoSample) -> bool:
 
 
 def judged(
-    sample: VideoSample,
-    response: str | None,
-    benchmark: Benchmark,
-    protocol: Protocol,
-    *,
-    cut_off: bool,
-    problem: str,
+    sample: VideoSample, prediction: Prediction, benchmark: Benchmark, protocol: Protocol
 ) -> Item:
-    """Return the scored item of a response.
-
-    `response` is None without a prediction. `problem` says why the video could not be read.
-    """
+    """Return the scored item of the prediction for a question."""
+    response, windows = prediction.response, prediction.windows
     if not scorable(sample):
         return Item(
             sample=sample,
@@ -130,25 +150,36 @@ def judged(
             failure=UNSCORABLE,
             reason=FAILURES[UNSCORABLE],
         )
-    if response is None:
-        kind = "undecodable" if problem else "missing"
+    if response is None and not windows:
+        kind = "undecodable" if prediction.problem else "missing"
         return Item(
             sample=sample,
             failure=kind,
-            reason=problem or FAILURES[kind],
-            values=_values(sample, None, "", benchmark, protocol),
+            reason=prediction.problem or FAILURES[kind],
+            values=_values(sample, (), "", benchmark, protocol),
         )
-    interval_s, option, reason = _read(sample, response, protocol)
-    failure = ("cut_off" if cut_off else "unparsable") if reason else ""
+    option, reason = "", ""
+    if response is not None:
+        interval_s, option, reason = _read(sample, response, protocol)
+        windows = ((*interval_s, 1.0),) if interval_s else ()
+    elif protocol == "clipped":
+        windows = _cut(windows, sample.duration_s)
+    failure = ("cut_off" if prediction.cut_off else "unparsable") if reason else ""
     return Item(
         sample=sample,
-        response=response,
+        response=response or "",
         failure=failure,
         reason=reason,
-        interval_s=interval_s,
+        interval_s=windows[0][:2] if windows else None,
         option=option,
-        values=_values(sample, interval_s, option, benchmark, protocol),
+        values=_values(sample, windows, option, benchmark, protocol),
     )
+
+
+def _cut(windows: Sequence[Window], duration_s: float) -> tuple[Window, ...]:
+    """Return the windows cut to the video, without those outside."""
+    cut = [(max(0.0, start), min(end, duration_s), score) for start, end, score in windows]
+    return tuple(window for window in cut if window[0] < window[1])
 
 
 def _read(
@@ -169,18 +200,22 @@ def _read(
 
 def _values(
     sample: VideoSample,
-    interval_s: Interval | None,
+    windows: Sequence[Window],
     option: str,
     benchmark: Benchmark,
     protocol: Protocol,
 ) -> dict[str, float]:
-    """Return metric -> value of one answer; the metric is the mean of these values."""
+    """Return metric -> value of one answer; the metric is the mean of these values.
+
+    The first of `windows` is the answered interval.
+    """
     values: dict[str, float] = {}
     truth = TASKS[sample.task].truth
+    interval_s = windows[0][:2] if windows else None
     if truth.option:
         values["accuracy"] = float(option == sample.option)
     if truth.intervals:
-        measure = temporal_r1.hull_iou if protocol == "temporal_r1" else iou
+        measure = temporal_r1.hull_iou if protocol == "temporal_r1" else _iou
         truths = sample.intervals_s
         best = max((measure(interval_s, t) for t in truths), default=0.0) if interval_s else 0.0
         inside = max((_iop(interval_s, t) for t in truths), default=0.0) if interval_s else 0.0
@@ -189,9 +224,16 @@ def _values(
             reached = best > threshold if benchmark.above else best >= threshold
             values[f"r1@{threshold}"] = values[f"iou@{threshold}"] = float(reached)
             values[f"iop@{threshold}"] = float(inside >= threshold)
+        if "map" in benchmark.metrics:
+            values |= average_precisions(windows, truths)
         if truth.option:
             values["accuracy_gqa"] = values["accuracy"] * values["iop@0.5"]
     return values
+
+
+def _iou(answer: Interval, truth: Interval) -> float:
+    """Return the IoU; 0 for an answer without length."""
+    return iou(answer, truth) if answer[0] < answer[1] else 0.0
 
 
 def _iop(answer: Interval, truth: Interval) -> float:
@@ -212,19 +254,24 @@ def summary(benchmark: Benchmark, items: Sequence[Item], seed: int = 0) -> dict[
             f"None of {counted(len(items), 'question')} can be scored; check the annotations."
         )
     for name in benchmark.metrics:
-        values = np.array([item.values[name] for item in scored])
-        low, high = interval_of_mean(values, seed)
-        metrics[name] = {"value": float(values.mean()), "low": low, "high": high}
+        values = np.array([item.values[name] for item in scored if name in item.values])
+        if len(values):  # no question may have a true interval of that length
+            low, high = interval_of_mean(values, seed)
+            metrics[name] = {"value": float(values.mean()), "low": low, "high": high}
     if benchmark.by_video:
         metrics["miou_by_video"] = {"value": _by_video(scored, "miou")}
         metrics["p@0.5_by_video"] = {"value": _by_video(scored, "r1@0.5")}
+    labels = _by_label(scored, benchmark.metrics[0])
+    if benchmark.by_task:
+        of_task = [row["accuracy"] for label, row in labels.items() if label.startswith("task/")]
+        metrics["m_avg"] = {"value": float(np.mean(of_task))}
     return {
         "num_questions": len(items),
         "scored": len(scored),
         "answered": sum(not item.failure for item in items),
         "failures": {kind: sum(i.failure == kind for i in items) for kind in FAILURES},
         "metrics": metrics,
-        "labels": _by_label(scored, benchmark.metrics[0]),
+        "labels": labels,
     }
 
 

@@ -21,6 +21,7 @@ from megatron_vrl.evaluation.benchmark import (
     write_results,
 )
 from megatron_vrl.evaluation.protocols import BENCHMARKS, FAILURES, Protocol, interval_of_mean
+from tests.data.formats import test_moment_and_long as more
 from tests.data.formats.test_benchmarks import RECORDS, source_of
 from tests.running import run_python
 
@@ -168,6 +169,12 @@ def test_right_answers_score_one(name: str, tmp_path: Path) -> None:
     form = BENCHMARKS[name].form
     if form in RECORDS:
         annotations = source_of(form, tmp_path).json_path
+    elif form in more.RECORDS:
+        answerable = {  # with one interval or option that is right
+            "mlvu": {"4_count": more.MLVU["4_count"]},
+            "qvhighlights": [more.QVH[0] | {"relevant_windows": [[0, 4]]}],
+        }
+        annotations = more.source_of(form, tmp_path, answerable.get(form)).json_path
     else:
         annotations = str(tmp_path / "a.json")
         records = GQA if form == "next_gqa" else CAPTIONS
@@ -176,7 +183,7 @@ def test_right_answers_score_one(name: str, tmp_path: Path) -> None:
 
     for protocol in ("strict", "clipped", "temporal_r1"):
         samples = questions(name, annotations, "", protocol)
-        path = tmp_path / f"{name}.jsonl"
+        path = tmp_path / "predictions.jsonl"
         path.write_text(
             "".join(
                 json.dumps({"id": s.id, "response": TASKS[s.task].target(s)}) + "\n"

@@ -134,6 +134,13 @@ def apply_clip(sample: VideoSample, record: Record, source: Source) -> VideoSamp
     )
 
 
+def cut_to_video(sample: VideoSample) -> VideoSample:
+    """Return the sample with its intervals cut to the video. Empty intervals are removed."""
+    pairs = [(max(s, 0.0), min(e, sample.duration_s)) for s, e in sample.intervals_s]
+    cut = tuple((s, e) for s, e in pairs if s < e)
+    return sample if cut == sample.intervals_s else replace(sample, intervals_s=cut)
+
+
 def option_texts(options: Sequence[str]) -> tuple[str, ...]:
     """Return the stripped option texts, without their letters if the options contain letters.
 

@@ -12,7 +12,7 @@ To add a format, add one row to `READERS`.
   generic         [{id, task, video, duration, question, truth {...} or intervals [[s, e], ...]}]:
                   questions of any task without options, megatron_vrl/data/formats/generic.py
 
-Benchmark formats are in benchmarks.py. JSON files are parsed in json_files.py.
+Other formats: benchmarks.py, moment_retrieval.py, long_videos.py. Parser of JSON: json_files.py.
 
 Rules for every format:
 
@@ -32,7 +32,6 @@ the interval (15, 20).
 
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -50,6 +49,8 @@ from megatron_vrl.data.formats.json_files import (
     records,
     without_collector,
 )
+from megatron_vrl.data.formats.long_videos import LONG_VIDEO_READERS
+from megatron_vrl.data.formats.moment_retrieval import MOMENT_READERS
 from megatron_vrl.data.formats.nextgqa_csv import load_csv
 from megatron_vrl.data.formats.records import (
     HeaderDuration,
@@ -61,6 +62,7 @@ from megatron_vrl.data.formats.records import (
     Span,
     apply_clip,
     choice_sample,
+    cut_to_video,
     to_intervals,
     video_file,
     video_path,
@@ -181,13 +183,6 @@ def load_records(source: Source) -> Any:
     if source.format == "next_gqa" and source.json_path.endswith(".csv"):
         return load_csv(source.json_path)
     return load(source.json_path)
-
-
-def cut_to_video(sample: VideoSample) -> VideoSample:
-    """Return the sample with its intervals cut to the video. Empty intervals are removed."""
-    pairs = [(max(s, 0.0), min(e, sample.duration_s)) for s, e in sample.intervals_s]
-    cut = tuple((s, e) for s, e in pairs if s < e)
-    return sample if cut == sample.intervals_s else replace(sample, intervals_s=cut)
 
 
 def read_record(
@@ -355,6 +350,8 @@ READERS: dict[str, Reader] = {
     ),
     "generic": GENERIC_READER,
     **BENCHMARK_READERS,
+    **MOMENT_READERS,
+    **LONG_VIDEO_READERS,
 }
 
 
