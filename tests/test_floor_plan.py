@@ -45,6 +45,7 @@ FLOORS = {
     "megatron_vrl.batching": 1,
     "megatron_vrl.video.rules": 1,
     "megatron_vrl.evaluation.average_precision": 1,
+    "megatron_vrl.evaluation.free_text": 1,
     "megatron_vrl.evaluation.grading": 1,
     "megatron_vrl.evaluation.lmms_eval": 1,
     "megatron_vrl.evaluation.metrics": 1,

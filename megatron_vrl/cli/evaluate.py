@@ -19,8 +19,8 @@ section.key=value overrides both. The same command resumes a stopped evaluation,
 about videos that could not be read before.
 
 The protocol `strict` gives the numbers of the official scripts: truths and answers are compared as
-they are. `clipped` cuts both to the video, as training does. `temporal_r1` asks and parses like the
-released evaluation of Temporal-R1.
+they are. `clipped` cuts both to the video, as training does. `free_text` also reads answers in free
+text. `temporal_r1` asks and parses like the released evaluation of Temporal-R1.
 
 The command writes items.jsonl (one record a question), summary.json and, with a checkpoint,
 predictions.jsonl into --out (default: runs/evaluation/NAME-WHAT). One process at a time may use
@@ -58,7 +58,7 @@ def make_parser() -> OverrideParser:
         "--protocol",
         default="strict",
         type=protocol_name,
-        choices=["strict", "clipped", "temporal_r1"],
+        choices=["strict", "clipped", "free_text", "temporal_r1"],
         help="how answers are read and scored (default: strict)",
     )
     add("--plain", action="store_true", help="ask for answers without thinking")

@@ -22,6 +22,7 @@ The protocol decides how answers are read and which truth they are compared with
     clipped        The parser of the rewards reads the answer. Both intervals are cut to the video,
                    as in training. A question without a true interval inside the video is
                    unscorable.
+    free_text      As strict. An answer that the parser refuses is read as free text (free_text.py).
     temporal_r1    The released parser of Temporal-R1 reads the answer (temporal_r1.py). Nothing is
                    cut.
 """
@@ -34,13 +35,13 @@ from typing import Any, Literal
 import numpy as np
 
 from megatron_vrl.errors import DataError, counted
-from megatron_vrl.evaluation import temporal_r1
+from megatron_vrl.evaluation import free_text, temporal_r1
 from megatron_vrl.evaluation.average_precision import Window, average_precisions
 from megatron_vrl.rewards.temporal_iou import iou
 from megatron_vrl.tasks import TASKS
-from megatron_vrl.types import Interval, VideoSample
+from megatron_vrl.types import Interval, Parsed, VideoSample
 
-Protocol = Literal["strict", "clipped", "temporal_r1"]
+Protocol = Literal["strict", "clipped", "free_text", "temporal_r1"]
 THRESHOLDS = (0.3, 0.5, 0.7)
 RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -190,12 +191,31 @@ def _read(
     if protocol != "temporal_r1" or task.truth.intervals == task.truth.option:
         cut = protocol == "clipped"
         parsed = task.parse(response, sample if cut else replace(sample, duration_s=math.inf))
+        if parsed.failure and protocol == "free_text":
+            return _read_free_text(sample, response, parsed)
         return parsed.interval_s, parsed.option, parsed.failure
     if task.truth.intervals:
         interval_s, failure = temporal_r1.read_interval(response)
         return interval_s, "", failure
     option, failure = temporal_r1.read_option(response)
     return None, option, failure
+
+
+def _read_free_text(
+    sample: VideoSample, response: str, parsed: Parsed
+) -> tuple[Interval | None, str, str]:
+    """Return interval, option, and the reason if one is missing in `parsed` and in free text."""
+    truth = TASKS[sample.task].truth
+    if truth.record:
+        return parsed.interval_s, parsed.option, parsed.failure
+    interval_s, option, failures = parsed.interval_s, parsed.option, []
+    if truth.intervals and interval_s is None:
+        interval_s, failure = free_text.read_interval(response)
+        failures.append(failure)
+    if truth.option and not option:
+        option, failure = free_text.read_option(response, len(sample.options))
+        failures.append(failure)
+    return interval_s, option, " and ".join(filter(None, failures))
 
 
 def _values(

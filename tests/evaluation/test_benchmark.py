@@ -6,7 +6,7 @@ import random
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -181,7 +181,7 @@ def test_right_answers_score_one(name: str, tmp_path: Path) -> None:
         (tmp_path / "a.json").write_text(json.dumps(records))
     from megatron_vrl.tasks import TASKS, can_be_asked
 
-    for protocol in ("strict", "clipped", "temporal_r1"):
+    for protocol in get_args(Protocol):
         samples = questions(name, annotations, "", protocol)
         path = tmp_path / "predictions.jsonl"
         path.write_text(

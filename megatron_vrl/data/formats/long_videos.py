@@ -1,16 +1,17 @@
 """Readers of multiple-choice benchmarks of long videos, and of Video-MME with subtitles.
 
   lvbench              {key, type, video_info {duration_minutes}, qa [{uid, question, answer "C",
-                       question_type [...]}]}, one video a line: video_info.meta.jsonl. The last
-                       lines of a question are its options; the video of key X is X.mp4
+                       question_type [...]}]}, one video a line: video_info.meta.jsonl. The text of
+                       a question ends with its options; the video of key X is X.mp4
   mlvu                 [{video, duration, question, candidates, answer (its text),
                        question_type}], the folder of the files 1_plotQA.json ... of the dev set, or
                        one of them; videos are in a folder named after the file
   video_mme_subtitles  the rows of `video_mme`, with the subtitles of video X in subtitle/X.srt
                        beside the file of annotations; a video without that file has none
 
-Sources: zai-org/LVBench (docs and its VLMEvalKit reader), JUNJIE99/MLVU fd060c1 (data, evaluation),
-lmms-eval 75571cf (tasks/videomme/utils.py).
+Sources: the data set card of LVBench and its reader in VLMEvalKit (vlmeval/dataset/lvbench.py in
+MCG-NJU/TimeLens2 a5ce450), JUNJIE99/MLVU fd060c1 (data, evaluation), lmms-eval 75571cf
+(tasks/videomme/utils.py).
 
 The text of the subtitles precedes the question. It holds all subtitles of the video, where
 lmms-eval can also take only those at its sampled frames; which ones belong to published numbers is
@@ -24,7 +25,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any
 
 from pydantic import Field, TypeAdapter
 
@@ -49,6 +49,7 @@ SUBTITLES = "This video's subtitles are listed below:\n{text}\n{question}"
 NO_SUBTITLES = "No subtitles available"
 NO_LETTER = "@"  # of a question whose answer is no candidate: as in MLVU's script, none is right
 _TIMES = re.compile(r"\d+:\d\d:\d\d[,.]\d+ --> \d+:\d\d:\d\d[,.]\d+")
+_MARK = re.compile(r"\(([A-Z])\)")
 _TAG = re.compile(r"<[^>]*>")
 
 
@@ -95,7 +96,7 @@ def lvbench(
     """Yield one sample per question, with the id `uid`."""
     for _, record in records:
         for asked in record.qa:
-            question, options = _in_lines(asked, source)
+            question, options = _in_text(asked, source)
             yield choice_sample(
                 source,
                 str(asked.uid),
@@ -172,16 +173,23 @@ LONG_VIDEO_READERS: dict[str, Reader] = {
 }
 
 
-def _in_lines(asked: LvBenchQuestion, source: Source) -> tuple[str, list[str]]:
-    """Return (question, options with letters) of a question whose last lines are its options."""
+def _in_text(asked: LvBenchQuestion, source: Source) -> tuple[str, list[str]]:
+    """Return (question, options) of a question whose text ends with its options.
+
+    The options are its last lines, or follow the marks (A), (B), ... within a line.
+    """
     lines = [line.strip() for line in asked.question.strip().splitlines()]
     for first in range(1, len(lines) - 1):
-        options: list[Any] = lines[first:]
+        options = lines[first:]
         if option_texts(options) != tuple(options):
             return "\n".join(lines[:first]), options
+    question, *parts = _MARK.split(asked.question.strip())  # letter, text, letter, text, ...
+    letters, texts = parts[::2], [text.strip() for text in parts[1::2]]
+    if len(texts) > 1 and "".join(letters) == ascii_uppercase[: len(letters)]:
+        return question.strip(), texts
     raise DataError(
         f"{source.json_path}: record {asked.uid!r}: field 'question' is {asked.question!r:.80}, "
-        "expected its options (A), (B), ... in lines of their own."
+        "expected its options (A), (B), ... after the question."
     )
 
 

@@ -176,6 +176,16 @@ def test_windows_of_the_hidden_test_set_are_no_truth(tmp_path: Path) -> None:
     assert sample.intervals_s == ()
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["Who?\n(A) the cook\n(B) a cat", "Who? (A) the cook (B) a cat", "Who?\nA. the cook\nB. a cat"],
+)
+def test_options_in_the_text_of_a_question(text: str, tmp_path: Path) -> None:
+    record = LVBENCH[0] | {"qa": [{"uid": "7", "question": text, "answer": "B"}]}
+    (sample,) = read_whole(source_of("lvbench", tmp_path, [record]))
+    assert (sample.query, sample.options, sample.option) == ("Who?", ("the cook", "a cat"), "B")
+
+
 def test_a_video_without_subtitles_has_none(tmp_path: Path) -> None:
     records = [VIDEO_MME[0] | {"videoID": "other"}]
     (sample,) = read_whole(source_of("video_mme_subtitles", tmp_path, records))
@@ -205,7 +215,7 @@ def test_a_video_without_subtitles_has_none(tmp_path: Path) -> None:
         (
             "lvbench",
             [LVBENCH[0] | {"qa": [{"uid": "7", "question": "Who?", "answer": "B"}]}],
-            "record '7': field 'question' is 'Who?', expected its options (A), (B), ... in lines",
+            "record '7': field 'question' is 'Who?', expected its options (A), (B), ... after the",
         ),
         ("mlvu", {"4_count": [{"video": "c.mp4"}]}, "'0.duration' is missing."),
     ],
