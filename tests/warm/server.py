@@ -15,6 +15,7 @@ import atexit
 import fcntl
 import gc
 import importlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -68,13 +69,16 @@ def main(path: str) -> None:
 
 
 def import_everything() -> None:
-    from megatron_vrl.rollout.vllm.startup import import_vllm
+    with_vllm = importlib.util.find_spec("vllm") is not None
+    if with_vllm:
+        from megatron_vrl.rollout.vllm.startup import import_vllm
 
-    import_vllm()
-    for name in ("vllm.model_executor.models.qwen2_5_vl", "vllm.v1.worker.cpu_worker"):
-        importlib.import_module(name)
+        import_vllm()
+        for name in ("vllm.model_executor.models.qwen2_5_vl", "vllm.v1.worker.cpu_worker"):
+            importlib.import_module(name)
     for module in pkgutil.walk_packages([str(ROOT / "megatron_vrl")], "megatron_vrl."):
-        importlib.import_module(module.name)
+        if with_vllm or not module.name.startswith("megatron_vrl.rollout.vllm."):
+            importlib.import_module(module.name)
     warnings.filterwarnings("ignore", "'.*' found in sys.modules", RuntimeWarning)  # they all are
     gc.freeze()
     threads = len(os.listdir("/proc/self/task"))
