@@ -69,15 +69,19 @@ def main(path: str) -> None:
 
 
 def import_everything() -> None:
-    with_vllm = importlib.util.find_spec("vllm") is not None
-    if with_vllm:
+    without = []  # launch/test_newest.sh runs without them
+    if importlib.util.find_spec("nvidia.dali") is None:
+        without.append("megatron_vrl.video.dali")
+    if importlib.util.find_spec("vllm") is None:
+        without.append("megatron_vrl.rollout.vllm.")
+    else:
         from megatron_vrl.rollout.vllm.startup import import_vllm
 
         import_vllm()
         for name in ("vllm.model_executor.models.qwen2_5_vl", "vllm.v1.worker.cpu_worker"):
             importlib.import_module(name)
     for module in pkgutil.walk_packages([str(ROOT / "megatron_vrl")], "megatron_vrl."):
-        if with_vllm or not module.name.startswith("megatron_vrl.rollout.vllm."):
+        if not module.name.startswith(tuple(without)):
             importlib.import_module(module.name)
     warnings.filterwarnings("ignore", "'.*' found in sys.modules", RuntimeWarning)  # they all are
     gc.freeze()
