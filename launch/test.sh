@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Run everything that a change must pass: lint, format, types, fast tests, slow tests; stops at the first
-# stage that fails. With arguments only pytest runs, with them: launch/test.sh tests/rewards -k iou
+# Run everything that a change must pass: lint, format, types, fast tests, slow tests, and a few tests on
+# the newest megatron-core (launch/test_newest.sh); stops at the first stage that fails. With arguments only pytest runs, with them: launch/test.sh tests/rewards -k iou
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -30,4 +30,5 @@ stage "types" mypy
 stage "fast tests" pytest -m "not slow and not gpu" -n 2 --dist loadfile
 # One at a time: each starts up to eight processes.
 stage "slow tests" pytest -m "slow and not gpu" --durations 10
+stage "newest megatron-core" launch/test_newest.sh
 echo "test: all stages passed in $SECONDS s"

@@ -44,6 +44,7 @@ from megatron_vrl.checkpoint.layout import HF, STATE, WEIGHTS, is_megatron
 from megatron_vrl.checkpoint.safe_pickle import check_pickles
 from megatron_vrl.checkpoint.sharded_state import model_state, state_to_load, state_to_save
 from megatron_vrl.errors import CheckpointError
+from megatron_vrl.parallel import mcore_compat
 from megatron_vrl.parallel.mesh import Mesh, raise_on_all_ranks
 from megatron_vrl.policy.optimizer_state import set_step_count
 from megatron_vrl.policy.policy import Policy
@@ -93,6 +94,7 @@ def begin_save(
             str(partial / WEIGHTS),
             validate_access_integrity=False,  # torch compares the blocks of all ranks
             async_sharded_save=True,
+            **mcore_compat.SAVE,
         )
     assert request is not None
     if request.async_fn is None:  # this rank has nothing to write

@@ -26,7 +26,7 @@ GIB = 2**30
 MEMORY_GIB = 4  # the quickstart's two ranks, each with an engine
 DISK_GIB = 2  # checkpoints and clips of the quickstart
 CUDA_DRIVER = {"12": 525, "13": 580}  # release of CUDA -> oldest driver
-TRANSFORMER_ENGINE = "2.11."  # the release that megatron-core 0.16.1 requires
+TRANSFORMER_ENGINE = "2.20."  # the release of launch/locks/transformer-engine.txt
 PORT = 29500  # MASTER_PORT in docs/cluster.md
 SHM_MIB = 1024  # NCCL's buffers between the GPUs of a node
 INSTALL = "run launch/install.sh, or pip install -e '.[cpu]' ('.[gpu]' on a GPU machine)"
@@ -177,7 +177,7 @@ def _optional(title: str, distribution: str, purpose: str) -> Finding:
 def _transformer_engine() -> Finding:
     found = _optional("Transformer Engine", "transformer-engine", "FP8 and fused layers on a GPU")
     if found.status == "ok" and not version("transformer-engine").startswith(TRANSFORMER_ENGINE):
-        advice = f"megatron-core requires {TRANSFORMER_ENGINE}*; see docs/gpus.md"
+        advice = f"the GPU lock is made for {TRANSFORMER_ENGINE}*; see docs/gpus.md"
         return Finding(found.name, found.value, advice)
     return found
 

@@ -9,7 +9,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_vrl.models.attention import PackedSelfAttention, PlannedAttention
 from megatron_vrl.models.swiglu import SwiGLU
+from megatron_vrl.parallel.mcore_compat import mlp_spec
 
 # TransformerConfig fields shared by the language model and the vision tower. These fusions of
 # Megatron are off: they need CUDA kernels, or compile for seconds on a CPU.
@@ -113,11 +114,8 @@ def layer_spec(parts: LayerModules = MEGATRON_MODULES) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=parts.norm,
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(
-                    linear_fc1=parts.column, linear_fc2=parts.row, activation_func=SwiGLU
-                ),
+            mlp=mlp_spec(
+                MLPSubmodules(linear_fc1=parts.column, linear_fc2=parts.row, activation_func=SwiGLU)
             ),
             mlp_bda=get_bias_dropout_add,
         ),

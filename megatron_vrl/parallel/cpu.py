@@ -1,9 +1,10 @@
 """CPU platform: patches that run megatron.core on a machine without a GPU.
 
-megatron.core 0.16.1 hard-codes CUDA in a few dozen places (`device="cuda"`, `Tensor.cuda()`, the
+megatron.core hard-codes CUDA in a few dozen places (`device="cuda"`, `Tensor.cuda()`, the
 CUDA random state). `install()` replaces exactly the attributes in `PATCHES`, once per process and
 before a model is built. `uninstall()` restores the originals. On a machine with a GPU `install()`
-raises ConfigError, so no patch can reach a production run.
+raises ConfigError, so no patch can reach a production run. 0.16.1 needs every row but those that
+name a newer release; 0.19.2 needs them all.
 
 Not patched, because no run uses them here: streams and events (offloading, CUDA graphs), the fp16
 gradient scaler, MoE fusions, Megatron's own inference.
@@ -80,6 +81,7 @@ def _called_from_megatron() -> bool:
 PATCHES: tuple[tuple[Any, str, Any, str], ...] = (
     (torch.cuda, "current_device", lambda: torch.device("cpu"), "buffers, rotary embedding, p2p"),
     (torch.cuda, "synchronize", lambda device=None: None, "p2p_communication, timers"),
+    (torch.cuda, "current_stream", lambda device=None: None, "gradient buffers (0.19.2)"),
     (torch.Tensor, "cuda", lambda self, *a, **k: self, "tied embeddings, rope, checkpoints"),
     (torch, "tensor", _on_cpu(torch.tensor), "schedules, clip_grads"),
     (torch, "zeros", _on_cpu(torch.zeros), "schedules, clip_grads"),

@@ -73,6 +73,7 @@ def _patches() -> list[tuple[Any, str, Any]]:
         (arrays, "pinned", arrays.as_tensor),
         (torch.cuda, "current_device", lambda: DEVICE),
         (torch.cuda, "synchronize", lambda device=None: None),
+        (torch.cuda, "current_stream", lambda device=None: None),  # megatron.core 0.19.2
         (torch.Tensor, "cuda", lambda self, *a, **k: self.to(DEVICE)),
         (torch.nn.Module, "to", _converted),
         (dist, "new_group", _fake_backend(dist.new_group)),

@@ -8,6 +8,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
 from megatron_vrl.config import Optimizer
+from megatron_vrl.parallel.mcore_compat import gradients_for_norm
 
 
 def make_optimizer(
@@ -61,9 +62,7 @@ def clipped_step(optimizer: MegatronOptimizer, max_norm: float) -> float:
 
 def _norm(optimizer: MegatronOptimizer) -> float:
     """Return the norm of all gradients of all ranks, each parameter counted once."""
-    grads = [
-        g for part in optimizer.chained_optimizers for g in part.get_main_grads_for_grad_norm()
-    ]
+    grads = [g for part in optimizer.chained_optimizers for g in gradients_for_norm(part)]
     total = torch.zeros((), device=torch.cuda.current_device())
     if grads:
         total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) ** 2

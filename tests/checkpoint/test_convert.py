@@ -317,6 +317,7 @@ def test_program_prints_what_it_did(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("folder", [False], ids=["untied"], indirect=True)
 def test_bench_measures_beside_safetensors_and_leaves_nothing(folder: Path, tmp_path: Path) -> None:
     config = folder / "hf" / "config.json"
     bench = [ROOT / "tools" / "bench.py", "convert", "--model", config, "--rounds", 1]

@@ -137,7 +137,7 @@ def test_doctor_names_versions_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(doctor, "version", lambda name: older.get(name) or version(name))
     finding = doctor._versions()
     assert finding.status == "MISSING" and "torch 2.11.0 is not >=2.13" in finding.value
-    assert "requires 2.11." in doctor._transformer_engine().advice
+    assert "is made for 2.20." in doctor._transformer_engine().advice
 
 
 def test_doctor_says_when_the_port_is_taken() -> None:

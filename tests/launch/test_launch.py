@@ -75,6 +75,8 @@ def test_locks_satisfy_pyproject() -> None:
     assert not cpu.keys() & test.keys()
     for text in [*project["dependencies"], *extras["cpu"], *extras["test"]]:
         wanted = Requirement(text)
+        if wanted.marker is not None and not wanted.marker.evaluate({"python_version": "3.11"}):
+            continue
         version = (cpu | test)[canonicalize_name(wanted.name)]
         assert version in wanted.specifier, f"{text} is locked to {version}"
 
@@ -87,8 +89,8 @@ def test_the_gpu_lock_satisfies_pyproject() -> None:
         wanted = Requirement(text)
         version = gpu[canonicalize_name(wanted.name)]
         assert version in wanted.specifier, f"{text} is locked to {version}"
-    assert gpu["torch"] == locked("cpu.txt")["torch"].removesuffix("+cpu")
-    assert gpu["transformers"] == locked("cpu.txt")["transformers"]
+    newest = locked("newest.txt")  # the GPU's versions of what trains without vLLM and DALI
+    assert newest.items() <= gpu.items() and {"torch", "megatron-core", "triton"} <= newest.keys()
     assert "nvidia-cudnn-cu13" in gpu and not {name for name in gpu if name.endswith("-cu12")} - {
         "nvidia-cutlass-dsl-libs-cu12"  # a part of vLLM's kernel library for both releases
     }

