@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Run everything that a change must pass: lint, format, types, fast tests, slow tests, and a few tests on
-# the newest megatron-core (launch/test_newest.sh); stops at the first stage that fails. With arguments only pytest runs, with them: launch/test.sh tests/rewards -k iou
+# the newest megatron-core (launch/test_newest.sh). It stops at the first stage that fails. With arguments
+# only pytest runs, with them: launch/test.sh tests/rewards -k iou
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

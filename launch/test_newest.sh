@@ -25,11 +25,10 @@ install() { # install PYTHON: a half-made environment never gets the name of a w
     local began=$SECONDS
     echo "newest: making $venv with $("$1" --version)"
     rm -rf "$venv.partial"
-    mkdir -p "$(dirname "$venv")"
-    "$1" -m venv "$venv.partial"
-    "$venv.partial/bin/python" -m pip install --quiet --no-deps --require-hashes -r "$lock"
-    mv "$venv.partial" "$venv"
-    echo "newest: made in $((SECONDS - began)) s"
+    "$1" -m venv "$venv.partial" &&
+        "$venv.partial/bin/python" -m pip install --quiet --no-deps --require-hashes -r "$lock" &&
+        mv "$venv.partial" "$venv" &&
+        echo "newest: made in $((SECONDS - began)) s"
 }
 
 if [[ ! -d "$venv" ]]; then
@@ -43,7 +42,11 @@ if [[ ! -d "$venv" ]]; then
         echo "newest: less than $free_mib MiB are free at $(dirname "$venv"), so no test runs on the newest megatron-core."
         exit
     fi
-    install "$python"
+    install "$python" || {
+        rm -rf "$venv.partial"
+        echo "newest: $lock could not be installed, so no test runs on the newest megatron-core."
+        exit
+    }
 fi
 "$venv/bin/python" -c 'import megatron.core, platform, torch, transformers as t
 print("newest: Python", platform.python_version(), "megatron-core", megatron.core.__version__,
