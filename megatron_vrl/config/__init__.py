@@ -4,7 +4,7 @@
 modules hold single sections and validation.
 """
 
-from megatron_vrl.config.checks import check_batches, check_dev, check_off_policy
+from megatron_vrl.config.checks import check_answer_form, check_batches, check_dev, check_off_policy
 from megatron_vrl.config.rollout import RolloutConfig
 from megatron_vrl.config.run import (
     Algorithm,
@@ -17,6 +17,7 @@ from megatron_vrl.config.run import (
     Observe,
     Optimizer,
     Parallel,
+    RewardMode,
     Rewards,
     Run,
     RunConfig,
@@ -39,6 +40,7 @@ __all__ = [
     "Observe",
     "Optimizer",
     "Parallel",
+    "RewardMode",
     "Rewards",
     "RolloutConfig",
     "Run",
@@ -48,6 +50,7 @@ __all__ = [
     "Sft",
     "Source",
     "Video",
+    "check_answer_form",
     "check_batches",
     "check_dev",
     "check_off_policy",

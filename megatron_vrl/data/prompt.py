@@ -17,6 +17,7 @@ from megatron_vrl.batching.positions import VisionBlock, mrope_positions
 from megatron_vrl.data.chat_template import STOP, ChatTokenizer, Message
 from megatron_vrl.errors import CheckpointError, ConfigError, DataError
 from megatron_vrl.tasks import SYSTEM_PROMPTS, TASKS
+from megatron_vrl.tasks.answer import answer_block
 from megatron_vrl.types import EncodedVideo, Prompt, VideoClip, VideoSample, Visual
 
 
@@ -123,6 +124,8 @@ class PromptEncoder:
         if self._system_prompt == "answer":
             sample = replace(sample, rationale="")
         text = TASKS[sample.task].target(sample)
+        if self._system_prompt == "answer_only":
+            text = answer_block(text)
         check_text(sample.id, text)
         return self.answer(text)
 

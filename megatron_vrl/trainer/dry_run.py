@@ -10,7 +10,14 @@ import torch
 
 from megatron_vrl.checkpoint.hf_reader import HFCheckpoint
 from megatron_vrl.checkpoint.layout import hf_dir_of, is_megatron
-from megatron_vrl.config import RunConfig, Source, check_batches, check_dev, check_off_policy
+from megatron_vrl.config import (
+    RunConfig,
+    Source,
+    check_answer_form,
+    check_batches,
+    check_dev,
+    check_off_policy,
+)
 from megatron_vrl.context import CheckedRun, prompt_encoder
 from megatron_vrl.data.datasets import Datasets
 from megatron_vrl.data.prompt import PromptEncoder
@@ -43,6 +50,7 @@ def check(cfg: RunConfig, world: int, here: bool = False) -> CheckedRun:
     replicas = world // (parallel.tensor * parallel.context * parallel.pipeline)
     check_batches(cfg, replicas)
     check_dev(cfg)
+    check_answer_form(cfg)
     check_off_policy(cfg)
     check_replay(cfg)
     check_visual_input(cfg)
