@@ -163,6 +163,8 @@ class Data(Section):
     think block, with rewards.mode=answer_only."""
     question: Literal["default", "temporal_r1"] = "default"
     """temporal_r1: Temporal-R1's wording of multiple choice; other tasks have one wording."""
+    snap_truth: bool = False
+    """Move the true intervals of training samples to the nearest sampled frames."""
     max_prompt_tokens: Positive = 4096
     """Longest prompt. A longer one is refused and never truncated, since that would remove video
     tokens."""
