@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
 # Run the tests that prove most about megatron-core on its newest release, with Python 3.12: against
-# transformers, layouts, checkpoints, and a main job. launch/test.sh calls it as its last stage.
+# transformers, all kinds of parallelism, checkpoints, repeated bits, and counted operations.
 # The environment holds launch/locks/newest.txt and lies in the user's cache under the hash of that lock.
+#   launch/test_newest.sh            make the environment and run these tests in it
+#   launch/test_newest.sh TEST ...   the same with other tests
+#   launch/test_newest.sh --python   print its interpreter, or nothing if it was not made
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -31,6 +34,10 @@ install() { # install PYTHON: a half-made environment never gets the name of a w
         echo "newest: made in $((SECONDS - began)) s"
 }
 
+if [[ "${1:-}" == --python ]]; then
+    [[ ! -d "$venv" ]] || echo "$venv/bin/python"
+    exit
+fi
 if [[ ! -d "$venv" ]]; then
     python="$(find_python)"
     if [[ -z "$python" ]]; then
@@ -53,6 +60,7 @@ print("newest: Python", platform.python_version(), "megatron-core", megatron.cor
       "torch", torch.__version__, "transformers", t.__version__)' 2>/dev/null
 (($#)) || set -- \
     tests/models/qwen2_5_vl/test_against_hf.py \
+    "tests/models/test_layouts.py::test_layout_equals_one_process[tp2-sp-cp2-pp2-tied]" \
     "tests/checkpoint/test_checkpoint.py::test_training_goes_on_in_another_layout_as_if_unbroken" \
     "tests/policy/test_policy.py::test_deterministic_mode_repeats_every_bit" \
     "tests/models/test_operations.py"

@@ -1,6 +1,7 @@
 """Score stored responses: JSON lines in, JSON lines out, one for one and in order.
 
-    mvrl grade --task T [--mode strict|temporal_r1] [rewards.KEY=VALUE ...] < IN.jsonl > OUT.jsonl
+    mvrl grade --task T [--mode strict|answer_only|temporal_r1] [rewards.KEY=VALUE ...]
+               < IN.jsonl > OUT.jsonl
 
 An input line has the fields that its task needs. Other fields are ignored, blank lines skipped:
 
@@ -42,7 +43,7 @@ def make_parser() -> OverrideParser:
         "--mode",
         default="strict",
         type=protocol_name,
-        choices=["strict", "temporal_r1"],
+        choices=["strict", "answer_only", "temporal_r1"],
         help="how answers are parsed (default: strict)",
     )
     parser.add_overrides()

@@ -5,6 +5,7 @@ modules hold single sections and validation.
 """
 
 from megatron_vrl.config.checks import (
+    check_answer_form,
     check_batches,
     check_dev,
     check_ground_truth_answer,
@@ -22,6 +23,7 @@ from megatron_vrl.config.run import (
     Observe,
     Optimizer,
     Parallel,
+    RewardMode,
     Rewards,
     Run,
     RunConfig,
@@ -44,6 +46,7 @@ __all__ = [
     "Observe",
     "Optimizer",
     "Parallel",
+    "RewardMode",
     "Rewards",
     "RolloutConfig",
     "Run",
@@ -53,6 +56,7 @@ __all__ = [
     "Sft",
     "Source",
     "Video",
+    "check_answer_form",
     "check_batches",
     "check_dev",
     "check_ground_truth_answer",

@@ -22,6 +22,16 @@ def check_batches(cfg: RunConfig, replicas: int) -> None:
         )
 
 
+def check_answer_form(cfg: RunConfig) -> None:
+    """Raise ConfigError if prompt and format reward disagree about the think block."""
+    asked, scored = cfg.data.system_prompt == "answer_only", cfg.rewards.mode == "answer_only"
+    if asked != scored:
+        raise ConfigError(
+            f"data.system_prompt={cfg.data.system_prompt} and rewards.mode={cfg.rewards.mode} "
+            "disagree about the think block: set both to answer_only, or neither."
+        )
+
+
 def check_dev(cfg: RunConfig) -> None:
     """Raise ConfigError if a phase evaluates the split `dev` and `data.evaluation` has no such
     split."""

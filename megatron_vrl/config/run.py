@@ -16,6 +16,8 @@ from megatron_vrl.config.loader import read_mix, read_tree, validate_with_overri
 from megatron_vrl.config.rollout import RolloutConfig
 from megatron_vrl.config.video import Video
 
+RewardMode = Literal["strict", "answer_only", "temporal_r1"]
+
 
 class Section(BaseModel):
     """Base class of all sections."""
@@ -170,11 +172,14 @@ class Data(Section):
     evaluation: dict[str, list[Source]] = {}
     """Split name -> sources. The split `dev` ends the warm-up (`sft.stop_metric`) and is left out
     of the reported results."""
-    system_prompt: Literal["none", "temporal_r1", "think", "answer"] = "think"
+    system_prompt: Literal["none", "temporal_r1", "think", "answer", "answer_only"] = "think"
     """none: the chat template's default; temporal_r1: as released by Temporal-R1; think: reasoning,
-    then JSON, in our wording; answer: JSON only."""
+    then JSON, in our wording; answer: JSON after an empty think block; answer_only: JSON without a
+    think block, with rewards.mode=answer_only."""
     question: Literal["default", "temporal_r1"] = "default"
     """temporal_r1: Temporal-R1's wording of multiple choice; other tasks have one wording."""
+    snap_truth: bool = False
+    """Move the true intervals of training samples to the nearest sampled frames."""
     max_prompt_tokens: Positive = 4096
     """Longest prompt. A longer one is refused and never truncated, since that would remove video
     tokens."""
@@ -187,9 +192,10 @@ class Data(Section):
 
 
 class Rewards(Section):
-    mode: Literal["strict", "temporal_r1"] = "strict"
-    """strict: format and content are read from one answer block; temporal_r1: the scores released
-    with Temporal-R1, bit for bit, for temporal grounding."""
+    mode: RewardMode = "strict"
+    """strict: format and content are read from one answer block; answer_only: like strict, and the
+    format has no think block; temporal_r1: the scores released with Temporal-R1, bit for bit, for
+    temporal grounding."""
     weights: dict[str, dict[str, float]] = {}
     """Task -> reward component -> weight, for example
     `rewards.weights.temporal_grounding.format=1`. A component that is left out keeps its task's

@@ -17,6 +17,7 @@ from megatron_vrl.batching.positions import VisionBlock, mrope_positions
 from megatron_vrl.data.chat_template import STOP, ChatTokenizer, Message
 from megatron_vrl.errors import CheckpointError, ConfigError, DataError
 from megatron_vrl.tasks import SYSTEM_PROMPTS, TASKS
+from megatron_vrl.tasks.answer import answer_block
 from megatron_vrl.types import EncodedVideo, Prompt, VideoClip, VideoSample, Visual
 
 
@@ -128,7 +129,8 @@ class PromptEncoder:
         """Return the ideal answer in the form that the system prompt asks for."""
         if self._system_prompt == "answer":
             sample = replace(sample, rationale="")
-        return TASKS[sample.task].target(sample)
+        text = TASKS[sample.task].target(sample)
+        return answer_block(text) if self._system_prompt == "answer_only" else text
 
     def answer(self, text: str) -> NDArray[np.int64]:
         """Return the tokens [R] of `text`, read without special tokens, and the stop token."""

@@ -19,6 +19,7 @@ from megatron_vrl.evaluation.metrics import summarise
 from megatron_vrl.parallel.mesh import gather_shards, raise_on_all_ranks, shard, world_axis
 from megatron_vrl.rollout.request import SamplingSpec
 from megatron_vrl.tasks import TASKS
+from megatron_vrl.tasks.answer import answer_block
 from megatron_vrl.trainer.preemption import stop_if_asked
 from megatron_vrl.types import Prompt, VideoSample
 
@@ -106,6 +107,7 @@ def trivial_answers(samples: Sequence[VideoSample], cfg: Rewards) -> dict[str, d
         for task, indices in of_task.items():
             chosen = answers[task].get(label, answers[task]["best constant"])
             for index, response in zip(indices, chosen, strict=True):
-                responses[index] = response
+                bare = cfg.mode == "answer_only"
+                responses[index] = answer_block(response) if bare else response
         metrics[label] = summarise(samples, responses, cfg)
     return metrics

@@ -1,6 +1,6 @@
 """Grade one stored response against its truth: what tools/grade.py does with a line.
 
-Parser and reward components are those of training, in either mode. `failure` says why a response
+Parser and reward components are those of training, in every mode. `failure` says why a response
 could not be read; a readable wrong answer has none. Left out: components that need more than the
 text of the response, such as `length` and a user's own functions.
 """
@@ -8,10 +8,11 @@ text of the response, such as `length` and a user's own functions.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from megatron_vrl.config import RewardMode
 from megatron_vrl.errors import DataError
 from megatron_vrl.rewards import temporal_r1
 from megatron_vrl.rewards.score import score
@@ -47,7 +48,7 @@ class Grader:
     """Grades the responses to one task."""
 
     task: str  # a row of `megatron_vrl.tasks.TASKS`
-    mode: Literal["strict", "temporal_r1"]
+    mode: RewardMode
     weights: Mapping[str, float]  # component -> weight in the score
 
     def grade(self, fields: Any) -> dict[str, Any]:
@@ -71,7 +72,7 @@ class Grader:
 
     def _parsed(self, sample: VideoSample, response: str) -> Parsed:
         """Return the answer as the parser of the mode reads it."""
-        if self.mode == "strict" or not TASKS[self.task].temporal_r1_components:
+        if self.mode != "temporal_r1" or not TASKS[self.task].temporal_r1_components:
             return TASKS[self.task].parse(response, sample)
         interval_s, failure = temporal_r1.read_interval(response)
         if interval_s is not None and not all(map(math.isfinite, interval_s)):
@@ -128,7 +129,7 @@ def _sample(line: Line, task: Task, mode: str) -> VideoSample:
 
 
 def _truths(spans: Sequence[list[float]], duration_s: float, mode: str) -> tuple[Interval, ...]:
-    """Return the true intervals: cut to the video in mode strict, unchanged in temporal_r1."""
+    """Return the true intervals: unchanged in mode temporal_r1, else cut to the video."""
     if mode == "temporal_r1":
         return tuple((start_s, end_s) for start_s, end_s in spans)
     cut = [(max(start_s, 0.0), min(end_s, duration_s)) for start_s, end_s in spans]

@@ -2,20 +2,22 @@
 
 Every component of the sample's task is computed, and of its optional ones those that the weights
 name. `rewards.mode: temporal_r1` computes the released scores where the task has them; optional
-components are read strictly in either mode.
+components are read strictly in every mode. `rewards.mode: answer_only` reads an answer as `strict`
+does and expects no think block: the exact format is the answer block alone.
 """
 
 from collections.abc import Mapping
-from typing import Literal
 
+from megatron_vrl.config import RewardMode
 from megatron_vrl.tasks import TASKS
+from megatron_vrl.tasks.answer import EMPTY_THINKING
 from megatron_vrl.types import VideoSample
 
 
 def score(
     sample: VideoSample,
     response: str,
-    mode: Literal["strict", "temporal_r1"],
+    mode: RewardMode,
     weights: Mapping[str, float],
 ) -> tuple[dict[str, float], float]:
     """Return (component -> value, weighted sum of these) of one response.
@@ -31,7 +33,7 @@ def score(
         of_parsed = {**task.components, **of_parsed}
         components = {}
     if of_parsed:
-        parsed = task.parse(response, sample)
+        parsed = task.parse(EMPTY_THINKING * (mode == "answer_only") + response, sample)
         components |= {name: component(sample, parsed) for name, component in of_parsed.items()}
     return components, weighted_sum(components, weights)
 

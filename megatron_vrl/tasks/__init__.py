@@ -8,6 +8,8 @@
   keys of the answer.
 - `answer` asks for an empty think block, so that all prompts have the same response format. The
   SFT target is then `task.target(replace(sample, rationale=""))`.
+- `answer_only` asks for the answer block alone, without a think block. It needs
+  `rewards.mode: answer_only`, where the exact format is that block. The SFT target is the same.
 - `none` sets no system prompt. The chat template of Qwen2.5-VL then writes "You are a helpful
   assistant.", as in Temporal-R1's evaluation of untrained models.
 """
@@ -44,6 +46,10 @@ SYSTEM_PROMPTS: dict[str, str | None] = {
     "answer": (
         "Give the final answer at once, without reasoning: leave <think></think> empty and put "
         "the final answer inside <answer> </answer>. The final answer must be JSON."
+    ),
+    "answer_only": (
+        "Give the final answer at once, without reasoning and without any other text: put it "
+        "inside <answer> </answer>. The final answer must be JSON."
     ),
 }
 

@@ -26,9 +26,16 @@ SECONDS = r"[0-9]+(?:\.[0-9]+)?"
 MAX_INTERVALS = 100  # of one answer; one with more is unreadable
 LETTER = "[A-Z]"
 
+EMPTY_THINKING = "<think></think>"
+
 _NO_TAGS = r"[^<]*(?:<(?!/?(?:think|answer)>)[^<]*)*"
 _NUMBER = re.compile("-?" + SECONDS)
 _LETTERED = re.compile(r"(?:\(([A-Za-z])\)|([A-Za-z])([.:)])?)(?:\s+(.+))?", re.DOTALL)
+
+
+def answer_block(response: str) -> str:
+    """Return the part of a target that follows its thinking."""
+    return response.rpartition("</think>")[2].lstrip()
 
 
 def template(**fields: str) -> re.Pattern[str]:

@@ -19,11 +19,12 @@ from typing import NamedTuple
 from megatron_vrl.context import RunContext
 from megatron_vrl.data.mix import SampleStream
 from megatron_vrl.data.problems import Problem, summary
+from megatron_vrl.data.snap_truth import snapped
 from megatron_vrl.errors import UserError, VideoError
 from megatron_vrl.parallel.mesh import gather_objects, raise_on_all_ranks, shard, world_axis
 from megatron_vrl.storage.files import RowFile, read_rows
 from megatron_vrl.trainer.state import RunState
-from megatron_vrl.types import Prompt, VideoSample
+from megatron_vrl.types import EncodedVideo, Prompt, VideoSample
 
 MIN_DRAWN = 100  # least divisor of the fraction of bad samples
 
@@ -132,8 +133,16 @@ class PromptDataLoader:
             if isinstance(prompt, VideoError):
                 bad[slot] = Problem.of_video(sample, prompt)
             else:
-                prepared[slot] = PreparedSample(sample, prompt, drawn[slot][0])
+                prepared[slot] = PreparedSample(self._truth(sample, prompt), prompt, drawn[slot][0])
         return prepared, bad
+
+    def _truth(self, sample: VideoSample, prompt: Prompt) -> VideoSample:
+        """Return the sample, with its true intervals at sampled frames if data.snap_truth is on."""
+        if not self._ctx.cfg.data.snap_truth:
+            return sample
+        (video,) = prompt.visuals
+        assert isinstance(video, EncodedVideo)
+        return snapped(sample, video)
 
     def _quarantine(self, bad: list[Problem]) -> None:
         """Count the bad samples, write them to the file and check video.max_bad_fraction.

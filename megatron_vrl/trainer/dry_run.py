@@ -13,6 +13,7 @@ from megatron_vrl.checkpoint.layout import hf_dir_of, is_megatron
 from megatron_vrl.config import (
     RunConfig,
     Source,
+    check_answer_form,
     check_batches,
     check_dev,
     check_ground_truth_answer,
@@ -50,6 +51,7 @@ def check(cfg: RunConfig, world: int, here: bool = False) -> CheckedRun:
     replicas = world // (parallel.tensor * parallel.context * parallel.pipeline)
     check_batches(cfg, replicas)
     check_dev(cfg)
+    check_answer_form(cfg)
     check_off_policy(cfg)
     check_ground_truth_answer(cfg)
     check_replay(cfg)

@@ -293,3 +293,14 @@ def test_the_strip_marks_the_interval() -> None:
     row = np.array(image)[86]  # in the bar under pictures of 80 px
     marked = np.flatnonzero((row == [int(MARK[i : i + 2], 16) for i in (1, 3, 5)]).all(axis=1))
     assert (marked.min(), marked.max()) == (320, 960)
+
+
+def test_every_interval_of_a_set_is_shown() -> None:
+    result: dict[str, Any] = {"thinking": "", "option": None, "interval_s": None}
+    result |= {"intervals_s": ((6.0, 10.0), (20.0, 24.0)), "duration_s": 30.0, "failure": None}
+    assert as_text(result).splitlines() == [
+        "interval: 6.0 s to 10.0 s of 30.0 s",
+        "interval: 20.0 s to 24.0 s of 30.0 s",
+    ]
+    one = result | {"intervals_s": (), "interval_s": (6.0, 10.0)}
+    assert as_text(one) == "interval: 6.0 s to 10.0 s of 30.0 s"

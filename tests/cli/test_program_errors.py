@@ -71,8 +71,8 @@ def test_the_error_for_an_override_as_option_names_the_form(
         (
             "grade.py",
             ("--task", "multiple_choice", "--mod", "x"),
-            "argument --mode: invalid choice: 'x' (choose from 'strict', 'temporal_r1'); see mvrl "
-            "grade --help.",
+            "argument --mode: invalid choice: 'x' (choose from 'strict', 'answer_only', "
+            "'temporal_r1'); see mvrl grade --help.",
         ),
         (
             "check_data.py",

@@ -9,7 +9,7 @@ import pytest
 import torch
 from config_reference import reference
 
-from megatron_vrl.config import Source, load_config
+from megatron_vrl.config import Source, check_answer_form, load_config
 from megatron_vrl.data.formats.records import VIDEO_SUFFIXES
 from megatron_vrl.data.formats.training import read
 from megatron_vrl.errors import ConfigError
@@ -118,3 +118,12 @@ def test_links_and_paths_in_the_pages_exist(page: Path) -> None:
     missing = [link for link in links if not (page.parent / link).exists()]
     missing += [path for path in paths if not (ROOT / path).exists()]
     assert missing == []
+
+
+def test_prompt_and_format_reward_agree_about_the_think_block() -> None:
+    prompt, mode = "data.system_prompt=answer_only", "rewards.mode=answer_only"
+    for overrides in ([prompt], [mode]):
+        with pytest.raises(ConfigError, match="disagree about the think block: set both"):
+            check_answer_form(load_config(RECIPE, overrides))
+    for overrides in ([], [prompt, mode]):
+        check_answer_form(load_config(RECIPE, overrides))

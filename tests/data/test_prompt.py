@@ -10,6 +10,7 @@ import pytest
 
 from megatron_vrl.data.prompt import PromptEncoder, VisionTokens
 from megatron_vrl.errors import CheckpointError, ConfigError, DataError
+from megatron_vrl.rewards.score import score
 from megatron_vrl.tasks import SYSTEM_PROMPTS, TASKS
 from megatron_vrl.types import VideoSample
 from tests.tiny import image, video
@@ -94,6 +95,16 @@ def test_without_thinking_the_target_has_no_rationale(published: Path) -> None:
     answer, _ = encoder(published, "answer")
     assert answer.target(sample()).tolist() == think.target(plain).tolist()
     assert len(answer.target(sample())) < len(think.target(sample()))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_answer_only_trains_on_the_answer_block(published: Path, task: str) -> None:
+    encode, _ = encoder(published, "answer_only")
+    text = encode.tokenizer.decode(encode.target(sample(task))[:-1].tolist())
+    assert text.startswith("<answer>{") and text.endswith("}</answer>")
+    weights = TASKS[task].default_weights
+    assert score(sample(task), text, "answer_only", weights)[1] == 1.0
+    assert score(sample(task), text, "strict", weights)[0]["format"] == 0.0
 
 
 def test_a_long_prompt_is_an_error_not_truncated(published: Path) -> None:

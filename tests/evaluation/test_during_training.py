@@ -3,7 +3,7 @@
 import signal
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import cast
+from typing import Literal, cast
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from megatron_vrl.config import Evaluation, Parallel, Rewards, Video
 from megatron_vrl.context import RunContext
 from megatron_vrl.errors import StopRequested, UserError, VideoError
 from megatron_vrl.evaluation import during_training
-from megatron_vrl.evaluation.during_training import evaluate
+from megatron_vrl.evaluation.during_training import evaluate, trivial_answers
 from megatron_vrl.parallel.mesh import Mesh, close_mesh, init_mesh
 from megatron_vrl.process import signals
 from megatron_vrl.rollout.request import SamplingSpec
@@ -133,3 +133,12 @@ def test_a_stop_request_ends_the_evaluation_after_its_batch(
     monkeypatch.setattr(signals._state, "stop_requested", False)
     assert evaluate(ctx, samples, 0, step)["undecodable"] == 0
     assert answered == [3, 3, 3, 3, 3, 1]
+
+
+@pytest.mark.parametrize("mode", ["strict", "answer_only", "temporal_r1"])
+def test_trivial_answers_have_the_format_of_the_mode(
+    mode: Literal["strict", "answer_only", "temporal_r1"],
+) -> None:
+    of_label = trivial_answers([sample(0), sample(1)], Rewards(mode=mode))
+    assert {metrics["format_rate"] for metrics in of_label.values()} == {1.0}
+    assert of_label["whole video"]["temporal_grounding/miou"] == 0.1

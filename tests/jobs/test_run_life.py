@@ -108,30 +108,29 @@ def call(quickstart: Path) -> Iterator[Callable[..., Call]]:
 def test_one_run_alone_resumes_a_killed_run(
     call: Callable[..., Call],
 ) -> None:
+    """One victim a time, by chance: starting a run takes most of this test's seconds."""
     chance = random.Random(time.time_ns())
+    killed = call()
+    victim = chance.choice(("launcher", "rank", "group"))
+    killed.wait_for(more_steps=4)
+    while not (killed.out / "checkpoints" / "latest").exists():
+        time.sleep(0.1)
+    time.sleep(chance.uniform(0, 1.5))
+    helpers, ranks = killed.tree(), killed.ranks()
+    if victim == "launcher":
+        killed.script.kill()
+    elif victim == "group":
+        for process in [*helpers, psutil.Process(killed.script.pid)]:
+            process.kill()
+    else:
+        chance.choice(ranks).kill()
     running = call()
-    victims = ("launcher", f"rank {chance.randrange(2)}", "group")
-    for victim in chance.sample(victims, 2):  # a restart takes most of this test's time
-        running.wait_for(more_steps=4)
-        while not (running.out / "checkpoints" / "latest").exists():
-            time.sleep(0.1)
-        time.sleep(chance.uniform(0, 1.5))
-        helpers, ranks = running.tree(), running.ranks()
-        if victim == "launcher":
-            running.script.kill()
-        elif victim == "group":
-            for process in [*helpers, psutil.Process(running.script.pid)]:
-                process.kill()
-        else:
-            ranks[int(victim[-1])].kill()
-        following = call()
-        running.script.wait(60)
-        assert gone(helpers), victim
-        following.wait_for(more_steps=1)
-        assert "; resuming at step " in following.output(), following.output()
-        holder = json.loads((running.out / "lock" / "holder.json").read_text())
-        assert holder["pid"] in [rank.pid for rank in following.ranks()]
-        running = following
+    killed.script.wait(60)
+    assert gone(helpers), victim
+    running.wait_for(more_steps=1)
+    assert "; resuming at step " in running.output(), running.output()
+    holder = json.loads((running.out / "lock" / "holder.json").read_text())
+    assert holder["pid"] in [rank.pid for rank in running.ranks()]
     refused = call("run.lock_timeout_s=0.5")
     assert refused.script.wait(120) == 2
     (line,) = [line for line in refused.output().splitlines() if line.startswith("error: ")]

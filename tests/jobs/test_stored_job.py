@@ -130,10 +130,35 @@ def test_training_on_stored_rollouts_until_none_is_left(
     assert json.loads((latest / "state.json").read_text())["step"] == 2  # what was learned is kept
 
 
+def test_the_main_job_on_the_newest_megatron_core(quickstart: Path, rollouts_only: Path) -> None:
+    """Killed and resumed, by Python 3.12; vLLM has no CPU build there, so rollouts are stored."""
+    script = ROOT / "launch" / "test_newest.sh"
+    newest = subprocess.run([script, "--python"], capture_output=True, text=True, check=True)
+    if not newest.stdout:
+        pytest.skip("launch/test_newest.sh could not make its environment here")
+    recorded(quickstart, rollouts_only)
+    done = subprocess.run(
+        [newest.stdout.strip(), "-m", "gpu_checks.replay_job", str(quickstart)],
+        cwd=ROOT / "tools",
+        env=ENVIRONMENT | {"PYTHON_EXEC": newest.stdout.strip()},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (row,) = map(json.loads, done.stdout.splitlines())
+    assert row["steps"] == 2 and row["resumed_at"] == 2
+
+
+def recorded(quickstart: Path, run: Path) -> None:
+    """Put the run's rollouts where tools/gpu_checks/replay_job.py looks for them."""
+    if not (quickstart / "rollouts").exists():
+        (quickstart / "rollouts").symlink_to(run / "rollouts")
+
+
 def test_the_gpu_check_runs_every_part_at_tiny_sizes(
     quickstart: Path, rollouts_only: Path, tmp_path: Path
 ) -> None:
-    (quickstart / "rollouts").symlink_to(rollouts_only / "rollouts")
+    recorded(quickstart, rollouts_only)
     arguments = ("--tiny", "--seconds", "400", "--replay", quickstart, "--out", tmp_path)
     done = run_python(ROOT / "tools" / "gpu_check.py", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]

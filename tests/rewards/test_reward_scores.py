@@ -93,6 +93,31 @@ def test_golden_vectors(
         assert total == 0.5 * components["format"] + 0.5 * components["temporal_iou"]
 
 
+ONLY = RIGHT.removeprefix("<think>x</think>")
+
+
+@pytest.mark.parametrize(
+    ("response", "components"),
+    [
+        (ONLY, (1.0, 1.0)),
+        (f"\n{ONLY} ", (1.0, 1.0)),  # white space around is free
+        (RIGHT, (0.0, 1.0)),  # a think block is read over, and is not the format
+        (f"<think></think>{ONLY}", (0.0, 1.0)),
+        (f"</think>{ONLY}", (0.0, 1.0)),
+        (f"It is {ONLY}", (0.0, 1.0)),
+        (ONLY + ONLY, (0.0, 1.0)),
+        (ONLY.replace('"6.0"', "6.0"), (0.0, 1.0)),
+        (f"<think>{ONLY}", (0.0, 0.0)),  # never closed
+        ("", (0.0, 0.0)),
+    ],
+)
+def test_answer_only_expects_no_think_block(response: str, components: tuple[float, float]) -> None:
+    found, total = score(SAMPLE, response, "answer_only", HALF)
+    assert (found["format"], found["temporal_iou"]) == components
+    assert found["temporal_iou"] == score(SAMPLE, response, "strict", HALF)[0]["temporal_iou"]
+    assert total == sum(components) / 2
+
+
 def test_the_papers_example() -> None:
     assert iou((85.0, 139.5), (75.0, 127.0)) == pytest.approx(0.6512, abs=5e-5)
 

@@ -10,7 +10,7 @@ from typing import cast
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_vrl.config import Parallel, Video
+from megatron_vrl.config import Data, Parallel, Video
 from megatron_vrl.context import RunContext
 from megatron_vrl.data.mix import SampleStream
 from megatron_vrl.data.prompt import PromptEncoder, VisionTokens
@@ -27,7 +27,7 @@ from megatron_vrl.parallel.mesh import (
 from megatron_vrl.storage.files import read_rows
 from megatron_vrl.trainer.dataloader import PromptDataLoader
 from megatron_vrl.trainer.state import RunState
-from megatron_vrl.types import VideoSample
+from megatron_vrl.types import EncodedVideo, VideoSample
 from megatron_vrl.video import VideoReader
 
 NUM_FILES, BAD, STEPS, BATCH, SEED = 20, {1, 4, 5, 13}, 6, 5, 3
@@ -79,7 +79,9 @@ def ctx_of(mesh: Mesh, folder: Path, published: Path, max_bad_fraction: float) -
     reader = VideoReader(video)
     made = SimpleNamespace(
         mesh=mesh,
-        cfg=SimpleNamespace(run=SimpleNamespace(out_dir=str(folder)), video=video),
+        cfg=SimpleNamespace(
+            run=SimpleNamespace(out_dir=str(folder)), video=video, data=Data(snap_truth=True)
+        ),
         reader=reader,
         prompts=PromptPipeline(reader, PromptEncoder(published, vision, "none", 4096)),
     )
@@ -96,7 +98,10 @@ def draw_steps(ctx: RunContext, folder: Path, state: RunState, steps: int) -> li
     for _ in range(steps):
         made = dataloader.take(BATCH)
         for sample, prompt, _ in made:
-            assert prompt.visuals[0].path == sample.video
+            (video,) = prompt.visuals
+            assert isinstance(video, EncodedVideo) and video.path == sample.video
+            frames_s = video.timestamps_s  # two; the truth [0, 0.5] ends at the last
+            assert sample.intervals_s == ((0.0, frames_s[-1]),) and 0.0 < frames_s[-1] < 0.5
         dataloader.prefetch(BATCH)
         mine = [one.sample.id for one in made]
         ids.append(gather_shards(mine, ctx.mesh.data))

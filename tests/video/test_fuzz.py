@@ -96,10 +96,10 @@ def test_mutated_files_raise_only_video_errors(contents: dict[str, bytes], tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)  # about 40 s of one free core
-def test_ten_thousand_mutants(contents: dict[str, bytes], tmp_path: Path) -> None:
-    found = results(contents, 10_000, 1, tmp_path)
-    assert found["read"] > 1000, found
+@pytest.mark.timeout(600)  # about 12 s of one free core
+def test_three_thousand_mutants(contents: dict[str, bytes], tmp_path: Path) -> None:
+    found = results(contents, 3_000, 1, tmp_path)
+    assert found["read"] > 300, found
 
 
 @pytest.mark.parametrize("suffix", ["avi", "mp4", "mkv"])
