@@ -75,7 +75,9 @@ def write_clip(
         stream = container.add_stream(codec, rate=fps)
         assert isinstance(stream, av.VideoStream)
         stream.width, stream.height, stream.pix_fmt = width, height, pixels
-        stream.gop_size, stream.options = gop, {**(codec_options or {})}
+        # With mbtree, x264's output depends on memory that it did not write.
+        equal = {"x264-params": "mbtree=0"} if codec == "libx264" else {}
+        stream.gop_size, stream.options = gop, {**equal, **(codec_options or {})}
         if turned:
             stream.set_display_rotation(turned)
         if colours:
