@@ -4,6 +4,7 @@
 modules hold single sections and validation.
 """
 
+from megatron_vrl.config.algorithm import Algorithm
 from megatron_vrl.config.checks import (
     check_answer_form,
     check_batches,
@@ -13,7 +14,6 @@ from megatron_vrl.config.checks import (
 )
 from megatron_vrl.config.rollout import RolloutConfig
 from megatron_vrl.config.run import (
-    Algorithm,
     Batch,
     Checkpoint,
     Data,
