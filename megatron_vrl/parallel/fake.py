@@ -5,6 +5,9 @@ Process groups are torch's `fake` backend: a collective returns at once. Objects
 exchange are this rank's own, so all ranks must have equal groups. `fake_rank` replaces exactly the
 attributes of `_patches`, which need a GPU or a second process, and restores them at its end. The
 process must have loaded `process/fake_gpu.py` first.
+
+Nothing is compiled. A function that torch.compile makes one kernel of is one operation here, with
+the output's shape.
 """
 
 import os
@@ -15,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.fusions import fused_bias_swiglu
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.tensor_parallel import random as mcore_random
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -57,6 +61,7 @@ def fake_rank(
         store: Any = FakeStore()
         dist.init_process_group("fake", store=store, rank=rank, world_size=world)
         stack.callback(dist.destroy_process_group)
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         made = init_mesh(cfg, seed=1, fp8=fp8)
         stack.callback(parallel_state.destroy_model_parallel)
@@ -76,6 +81,7 @@ def _patches(between_stages: Shape) -> list[tuple[Any, str, Any]]:
         (mesh, "_init_device", _init_device),
         (arrays, "pinned", arrays.as_tensor),
         (torch.cuda, "current_device", lambda: DEVICE),
+        (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
         (torch.cuda, "synchronize", lambda device=None: None),
         (torch.Tensor, "cuda", lambda self, *a, **k: self.to(DEVICE)),
         (torch.nn.Module, "to", _converted),
@@ -83,6 +89,8 @@ def _patches(between_stages: Shape) -> list[tuple[Any, str, Any]]:
         (dist, "all_gather_object", _gathered),
         (dist, "broadcast_object_list", lambda *a, **k: None),
         (P2PCommunicator, "_communicate_shapes", lambda *a, **k: (between_stages(),) * 2),
+        (fused_bias_swiglu, "swiglu", lambda y: y.chunk(2, -1)[0].clone()),
+        (fused_bias_swiglu, "swiglu_back", lambda g, y: y.clone()),
         (mcore_random, "_get_cuda_rng_state", lambda *a, **k: torch.get_rng_state()),
         (mcore_random, "_set_cuda_rng_state", lambda *a, **k: None),
         (mcore_random, "_CUDA_RNG_STATE_TRACKER", CpuRngTracker()),

@@ -8,6 +8,7 @@ import numpy as np
 from megatron_vrl.batching.pack import Answer, Group, pack, shard_context
 from megatron_vrl.config import Model, Parallel
 from megatron_vrl.models.qwen2_5_vl.activations import Attention
+from megatron_vrl.models.qwen2_5_vl.inputs import shard_steps
 from megatron_vrl.models.segments import padded_attention_sizes, varlen_attention_sizes
 from megatron_vrl.planner.workload import PackedBatch
 from megatron_vrl.types import Prompt
@@ -25,16 +26,26 @@ class RankSizes:
     targets: int  # loss tokens of the shard
 
 
-def rank_sizes(model: Model, cfg: Parallel, batch: PackedBatch) -> RankSizes:
-    """Return the sizes of one rank's shard of `batch`."""
+def rank_sizes(
+    model: Model, cfg: Parallel, batch: PackedBatch, context_rank: int | None = None
+) -> RankSizes:
+    """Return the sizes of one rank's shard of `batch`: of a context-parallel rank, or the largest.
+
+    Of all ranks that share the vision work the one with the most patches is taken.
+    """
+    shards = _shards(batch, cfg.context, _in_buckets(model))
+    if context_rank is not None:
+        shards = shards[context_rank : context_rank + 1]
     patches = batch.groups * batch.group.patches
+    steps, height, width = batch.group.grid or (0, 0, 0)
+    bounds = shard_steps([height * width] * (batch.groups * steps), cfg.tensor * cfg.context)
     return RankSizes(
         rows=batch.rows // cfg.context,
-        attention=_attention(batch, cfg.context, _in_buckets(model)),
-        patches=-(-patches // (cfg.tensor * cfg.context)),
+        attention=max((shard[0] for shard in shards), key=_total),
+        patches=height * width * max(last - first for first, last in bounds),
         all_patches=patches,
         vision_tokens=batch.groups * batch.group.vision_tokens // cfg.context,
-        targets=batch.groups * batch.group.targets // cfg.context,
+        targets=max(shard[1] for shard in shards),
     )
 
 
@@ -45,8 +56,9 @@ def _in_buckets(model: Model) -> bool:
     return model.attention == "sdpa" or (model.attention == "auto" and model.dtype == "float32")
 
 
-def _attention(batch: PackedBatch, context: int, masks: bool) -> Attention:
-    """Return the attention sizes of the context-parallel rank with the largest sum of sizes.
+@cache
+def _shards(batch: PackedBatch, context: int, masks: bool) -> list[tuple[Attention, int]]:
+    """Return attention sizes and loss tokens of each context-parallel rank.
 
     The sizes are counted on a micro-batch that is packed from groups of the planned sizes.
     """
@@ -70,5 +82,11 @@ def _attention(batch: PackedBatch, context: int, masks: bool) -> Attention:
         sizes = [padded_attention_sizes(shard) for shard in shards]
     else:
         sizes = [(*varlen_attention_sizes(shard), 0) for shard in shards]
-    queries, keys, mask = max(sizes, key=sum)
-    return Attention(queries=queries, keys=keys, mask=mask)
+    return [
+        (Attention(queries=queries, keys=keys, mask=mask), len(shard.target))
+        for (queries, keys, mask), shard in zip(sizes, shards, strict=True)
+    ]
+
+
+def _total(attention: Attention) -> int:
+    return attention.queries + attention.keys + attention.mask

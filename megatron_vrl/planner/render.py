@@ -22,6 +22,8 @@ NAMES = {
     "log_probs": "log-prob chunks",
     "working": "a layer's backward",
     "stepping": "optimizer's update",
+    "inputs": "inputs of micro-batches",
+    "messages": "buffers of messages",
     "vision": "vision tower, kept",
     "activations": "activations, kept",
     "decoder": "video decoder's process",
