@@ -26,10 +26,10 @@ CASES: list[tuple[str, int, int, list[str]]] = [  # config, layers, rank, overri
     (DATA, 2, 0, ["model.recompute=selective"]),
     (DATA, 2, 1, ["parallel.context=2"]),
     (DATA, 2, 0, ["parallel.tensor=2", "algorithm.kl=0"]),
-    (TENSOR_PIPELINE, 4, 0, []),
-    (TENSOR_PIPELINE, 4, 7, []),
-    (TENSOR_PIPELINE, 8, 4, ["parallel.virtual=2", "parallel.overlap=false"]),
-    (FP8, 8, 40, []),
+    (TENSOR_PIPELINE, 2, 0, []),
+    (TENSOR_PIPELINE, 2, 7, []),
+    (TENSOR_PIPELINE, 4, 4, ["parallel.virtual=2", "parallel.overlap=false"]),
+    (FP8, 4, 40, []),
 ]
 # Most dispatched operations of a layer: vision forward, backward, language forward, backward. A
 # backward pass with recompute contains a forward pass.
