@@ -61,9 +61,10 @@ def update_collectives(
     counts = count_stage(arch, cfg.model, cfg.parallel, stage)
     sizes = rank_sizes(cfg.model, cfg.parallel, batch, context_rank)
     for phase in ("passes", *forward_passes(cfg)):
-        _layers(out, cfg, arch, sizes, chunks, micro_batches, phase)
-        _vision(out, cfg, arch, batch, chunks, micro_batches, phase)
-        _pipeline(out, cfg, arch, batch, chunks, micro_batches, phase)
+        count = micro_batches * (1 if phase == "passes" else cfg.grpo.mini_batches)
+        _layers(out, cfg, arch, sizes, chunks, count, phase)
+        _vision(out, cfg, arch, batch, chunks, count, phase)
+        _pipeline(out, cfg, arch, batch, chunks, count, phase)
     _gradients(out, cfg, arch, chunks, counts, _buckets(cfg, arch, chunks, stage, dp_ranks))
     return out
 

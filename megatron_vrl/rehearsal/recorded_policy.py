@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_vrl.models.logprob_head import Distribution
 from megatron_vrl.models.qwen2_5_vl.model import Qwen25VL
 from megatron_vrl.policy.policy import Policy
 from megatron_vrl.rehearsal.recorder import Recorder
@@ -17,9 +18,13 @@ class RecordedPolicy(Policy):
 
     recorder: Recorder
 
-    def _run(self, *args: Any, **kwargs: Any) -> list[Any]:
-        with _phases(self.chunks, self.recorder), self.recorder.passes():
-            records = super()._run(*args, **kwargs)
+    def _run(
+        self, chunks: Any, jobs: Any, of: Distribution, forward_only: bool = False
+    ) -> list[Any]:
+        """Override: a forward pass before the update is a phase, which the caller has entered."""
+        followed = [] if forward_only else self.chunks
+        with _phases(followed, self.recorder), self.recorder.passes():
+            records = super()._run(chunks, jobs, of, forward_only)
         self.recorder.enter("step")
         return records
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from megatron_vrl.algorithms import token_loss
 from megatron_vrl.batching.pack import MicroBatch
 from megatron_vrl.config import RunConfig
@@ -21,7 +23,7 @@ from megatron_vrl.parallel.fake import fake_rank
 from megatron_vrl.parallel.mesh import Mesh
 from megatron_vrl.planner.collectives import Collectives, update_collectives
 from megatron_vrl.planner.memory import StageMemory, stage_memory
-from megatron_vrl.planner.workload import PackedBatch
+from megatron_vrl.planner.workload import PackedBatch, forward_passes
 from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.rehearsal.groups import planned_group
 from megatron_vrl.rehearsal.recorded_policy import RecordedPolicy
@@ -82,8 +84,8 @@ def rehearse(
         recorder = Recorder(_axis_names(mesh))
         with recorder:
             policy, sizes = _built(cfg, arch, mesh, recorder)
-            batches = _batches(cfg, arch, mesh, batch, count)
-            _update(cfg, policy, batches)
+            every = _batches(cfg, arch, mesh, batch, count * cfg.grpo.mini_batches)
+            _update(cfg, policy, [every[at : at + count] for at in range(0, len(every), count)])
         kernels = Kernels(scores=cfg.model.dtype == "float32" and arch.kv_heads < arch.heads)
         stage, dp_ranks = mesh.pipeline.rank, mesh.batch.size
         planned = stage_memory(cfg, arch, stage, dp_ranks, [batch], count, kernels)
@@ -123,7 +125,7 @@ def _memory(
     }
 
 
-PASSES = ("reference", "forward", "backward")
+PASSES = ("old log-probs", "reference", "forward", "backward")
 
 
 def _layers(policy: RecordedPolicy) -> dict[str, int]:
@@ -178,16 +180,23 @@ def _batches(
     return batches
 
 
-def _update(cfg: RunConfig, policy: RecordedPolicy, batches: Sequence[MicroBatch]) -> None:
-    """Run an update of the policy, and the reference model's pass before it."""
+def _update(
+    cfg: RunConfig, policy: RecordedPolicy, mini_batches: Sequence[Sequence[MicroBatch]]
+) -> None:
+    """Run the forward passes over all `mini_batches`, and the update of the first."""
     of = Distribution(temperature=cfg.rollout.temperature)
-    references = None
-    if cfg.algorithm.kl > 0 and cfg.algorithm.kl_in == "loss":
-        policy.recorder.enter("reference")
-        references = policy.reference_logprobs(batches, of)
-    loss = partial(token_loss, cfg=cfg.algorithm)
-    policy.recorder.enter("forward")
-    policy.update(batches, loss, of, 0, reference=references)
+    run = {"old log-probs": policy.logprobs, "reference": policy.reference_logprobs}
+    before = forward_passes(cfg)
+    found: dict[str, list[Sequence[Tensor | None]]] = {name: [] for name in before}
+    with policy.vision_outputs.kept(len(before) + cfg.grpo.epochs):
+        for name in before:
+            for batches in mini_batches:
+                policy.recorder.enter(name)
+                found[name].append(run[name](batches, of))
+        policy.recorder.enter("forward")
+        old, reference = (found[name][0] if name in found else None for name in run)
+        loss = partial(token_loss, cfg=cfg.algorithm)
+        policy.update(mini_batches[0], loss, of, 0, old=old, reference=reference)
 
 
 def _by_phase(recorder: Recorder) -> dict[str, dict[str, int]]:
