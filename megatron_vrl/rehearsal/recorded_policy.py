@@ -39,7 +39,8 @@ class RecordedPolicy(Policy):
 def _phases(chunks: list[Qwen25VL], recorder: Recorder) -> Iterator[None]:
     """Tell the recorder, in this block, which phase and layer an operation belongs to.
 
-    A layer's backward pass begins with the gradient of its output, and ends with that of its input.
+    The backward pass of layers begins with the gradient of the last one's output, and ends with
+    that of the first one's input.
     """
     hooks = []
     for chunk in chunks:
@@ -50,9 +51,8 @@ def _phases(chunks: list[Qwen25VL], recorder: Recorder) -> Iterator[None]:
             layers["vision layers"] = chunk.vision.blocks.layers
         for part, modules in layers.items():
             for layer in modules:
-                hooks.append(
-                    layer.register_forward_pre_hook(_begins(recorder, part), with_kwargs=True)
-                )
+                begins = _begins(recorder, part, first=layer is modules[0])
+                hooks.append(layer.register_forward_pre_hook(begins, with_kwargs=True))
                 hooks.append(layer.register_forward_hook(_ends(recorder, part)))
     try:
         yield
@@ -61,10 +61,10 @@ def _phases(chunks: list[Qwen25VL], recorder: Recorder) -> Iterator[None]:
             hook.remove()
 
 
-def _begins(recorder: Recorder, part: str) -> Any:
+def _begins(recorder: Recorder, part: str, *, first: bool) -> Any:
     def begin(module: Any, args: Any, kwargs: Any) -> None:
-        given = args[0] if args else kwargs["hidden_states"]
-        _switch(recorder, given, "rest")
+        if first:
+            _switch(recorder, args[0] if args else kwargs["hidden_states"], "rest")
         recorder.part = part
 
     return begin
