@@ -1,19 +1,24 @@
 #!/usr/bin/env python3
 """Rehearse an update at the real size and layout on fake GPUs, which have no memory.
 
-    rehearse.py CONFIG [--rank R | --all-ranks] [--json] [section.key=value ...]
+    rehearse.py CONFIG [--rank R | --all-ranks] [--batch B] [--json] [section.key=value ...]
 
-The program's own forward and backward passes and the reduction of gradients run on tensors that
-have shape, dtype and device, and no memory. Nothing is computed, and no GPU is needed. The command
-prints the live bytes of one rank by phase beside the planner's, its operations, and its collectives
-by process group. A pass that reads a value from the GPU is an error. A C++ compiler is needed. What
-is left out: docs/planner.md.
+The program's own update runs on tensors that have shape, dtype and device, and no memory: forward
+and backward passes, the reduction of gradients, the optimizer's step. Nothing is computed, and no
+GPU is needed. The command prints the live bytes of one rank by phase beside the planner's, its
+operations, and its collectives by process group. A pass that reads a value from the GPU is an
+error. A C++ compiler is needed. What is left out: docs/planner.md.
+
+Ranks that run the same operations on the same shapes are rehearsed once. Transformer Engine's
+kernels have no fake form: Megatron's layers in bfloat16 take their place.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from megatron_vrl.errors import ConfigError, counted
@@ -22,6 +27,8 @@ from megatron_vrl.process.command_line import OverrideParser, tool_parser
 from megatron_vrl.process.entry import run_program
 
 GIB = 2**30
+BATCHES = ("answers", "videos", "prompt")  # in the order of `workload.worst_batches`
+STAND_IN = "Transformer Engine and FP8 are not rehearsed: these are Megatron's layers in bfloat16."
 
 
 def make_parser() -> OverrideParser:
@@ -32,9 +39,16 @@ def make_parser() -> OverrideParser:
     which.add_argument(
         "--rank", type=int, default=0, metavar="R", help="rank to rehearse (default: 0)"
     )
-    which.add_argument("--all-ranks", action="store_true", help="one process after the other")
+    which.add_argument("--all-ranks", action="store_true", help="one process for each kind of rank")
     add("--processes", type=int, metavar="N", help="ranks (default: parallel.processes)")
     add("--micro-batches", type=int, metavar="M", help="default: 1, or twice the pipeline stages")
+    add(
+        "--batch",
+        choices=BATCHES,
+        default="answers",
+        help="micro-batch: longest answers (default), as many videos as fit, or longest prompt",
+    )
+    add("--jobs", type=int, metavar="J", help="processes at a time (default: one for each CPU)")
     add("--json", action="store_true", help="print JSON: bytes and counts")
     parser.add_overrides()
     return parser
@@ -52,14 +66,13 @@ def main() -> int:
         raise ConfigError(
             f"--rank {arguments.rank} is not one of the {world} ranks: give 0 to {world - 1}."
         )
-    if arguments.all_ranks:
-        rows = [_in_process(arguments, rank) for rank in range(world)]
-    else:
-        rows = [_rehearsed(cfg, arguments, world)]
+    rows = _all_ranks(cfg, arguments, world) if arguments.all_ranks else []
+    rows = rows or [_rehearsed(cfg, arguments, world)]
     if arguments.json:
         print(json.dumps(rows if arguments.all_ranks else rows[0], indent=1))
     else:
-        print("\n\n".join(map(table, rows)))
+        stands_in = "transformer_engine" in (cfg.model.layers, cfg.model.attention)
+        print("\n\n".join([STAND_IN] * stands_in + [table(row) for row in rows]))
     return 0
 
 
@@ -72,16 +85,36 @@ def _rehearsed(cfg: Any, arguments: argparse.Namespace, world: int) -> dict[str,
     from dataclasses import asdict
 
     from megatron_vrl.cli.plan import architecture_of
-    from megatron_vrl.rehearsal.rehearse import rehearse
+    from megatron_vrl.rehearsal.rehearse import default_micro_batches, rehearse
 
-    found = rehearse(cfg, architecture_of(cfg), arguments.rank, world, arguments.micro_batches)
-    return asdict(found)
+    count = arguments.micro_batches or default_micro_batches(cfg)
+    batch = _batch(cfg, arguments.batch)
+    return asdict(rehearse(cfg, architecture_of(cfg), batch, arguments.rank, world, count))
+
+
+def _batch(cfg: Any, name: str) -> Any:
+    """Return the planned micro-batch that --batch names."""
+    from megatron_vrl.planner.workload import row_multiple, step_sizes, worst_batches
+
+    cases = worst_batches(cfg, step_sizes(cfg), row_multiple(cfg), given=False)
+    return dict(zip(BATCHES, cases, strict=True))[name]
+
+
+def _all_ranks(cfg: Any, arguments: argparse.Namespace, world: int) -> list[dict[str, Any]]:
+    """Return the counts of one rank of each kind, with the ranks that equal it."""
+    from megatron_vrl.cli.plan import architecture_of
+    from megatron_vrl.rehearsal.ranks import distinct_ranks
+
+    kinds = distinct_ranks(cfg, architecture_of(cfg), _batch(cfg, arguments.batch), world)
+    with ThreadPoolExecutor(arguments.jobs or os.cpu_count()) as pool:
+        rows = list(pool.map(lambda rank: _in_process(arguments, rank), kinds))
+    return [row | {"equal_ranks": kinds[row["rank"]]} for row in rows]
 
 
 def _in_process(arguments: argparse.Namespace, rank: int) -> dict[str, Any]:
     """Return the counts of `rank`, rehearsed by a process of its own."""
     command = [sys.executable, __file__, arguments.config, "--rank", str(rank), "--json"]
-    for name in ("processes", "micro_batches"):
+    for name in ("processes", "micro_batches", "batch"):
         if (value := getattr(arguments, name)) is not None:
             command += [f"--{name.replace('_', '-')}", str(value)]
     run = subprocess.run([*command, *arguments.overrides], capture_output=True, text=True)
@@ -94,14 +127,19 @@ def _in_process(arguments: argparse.Namespace, rank: int) -> dict[str, Any]:
 
 def table(row: dict[str, Any]) -> str:
     """Return the counts of one rank as text."""
+    equal = [rank for rank in row.get("equal_ranks", ()) if rank != row["rank"]]
     lines = [
         f"rank {row['rank']}, stage {row['stage']}: "
-        f"{counted(row['micro_batches'], 'micro-batch')} of {row['rows']} rows",
-        f"{'GiB':<28}{'rehearsed':>11}{'planned':>11}{'ratio':>8}",
+        f"{counted(row['micro_batches'], 'micro-batch')} of {row['rows']} rows"
     ]
+    if equal:
+        lines.append(f"equal, and not run: {counted(len(equal), 'rank')}, {spans(equal)}")
+    lines.append(f"{'GiB':<28}{'rehearsed':>11}{'planned':>11}{'ratio':>8}")
     for name, (rehearsed, planned) in row["memory"].items():
         beside = f"{planned / GIB:11.3f}{rehearsed / planned:8.3f}" if planned else ""
         lines.append(f"{name:<28}{rehearsed / GIB:11.3f}{beside}")
+    for phase, peak in row["peaks"].items():
+        lines.append(f"{'peak of ' + phase:<28}{peak / GIB:11.3f}")
     lines.append(f"{'operations':<28}{'all':>11}{'a vision':>11}{'a language layer':>18}")
     for phase, parts in row["operations"].items():
         each = [
@@ -109,11 +147,25 @@ def table(row: dict[str, Any]) -> str:
         ]
         vision, language = (count / row["micro_batches"] for count in each)
         lines.append(f"{phase:<28}{sum(parts.values()):11,}{vision:11.1f}{language:18.1f}")
-    lines.append("host reads in a pass: 0 (each would be an error)")
+    reads = row["host_reads"]
+    lines.append(f"host reads: 0 in a pass (each would be an error), {reads} after the passes")
+    lines.append(f"{'collectives':<42}{'calls':>8}{'planned':>9}{'GiB':>10}{'planned':>9}")
     for each in row["collectives"]:
-        what = f"{each['operation']} over {each['axis']}"
-        lines.append(f"{what:<50}{each['calls']:7,} calls {each['bytes'] / GIB:10.3f} GiB")
+        what = f"{each['phase']}: {each['operation']} over {each['axis']}"
+        (calls, of_plan), sizes = each["calls"], [size / GIB for size in each["bytes"]]
+        beside = (
+            f"{of_plan:9,}{sizes[0]:10.3f}{sizes[1]:9.3f}" if of_plan else f"{'':9}{sizes[0]:10.3f}"
+        )
+        lines.append(f"{what:<42}{calls:8,}{beside}")
     return "\n".join(lines)
+
+
+def spans(ranks: list[int]) -> str:
+    """Return the numbers as text, those in a row as one span: "1-3, 8"."""
+    starts = [rank for rank in ranks if rank - 1 not in ranks]
+    ends = [rank for rank in ranks if rank + 1 not in ranks]
+    pairs = zip(starts, ends, strict=True)
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in pairs)
 
 
 if __name__ == "__main__":

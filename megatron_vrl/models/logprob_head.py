@@ -106,23 +106,26 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_logprob, grad_entropy = grads
-        hidden, weight, local, mine, banned, lse, mean = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        logits = _LogitChunks(hidden, weight, banned, ctx.temperature, ctx.chunk)
-        for rows, values, scratch in logits:
-            slope = slope_of_softmax(
-                values, scratch, lse[rows], mean[rows], grad_logprob[rows], grad_entropy[rows]
-            )
-            picked = mine[rows] * grad_logprob[rows]
-            slope.scatter_add_(1, local[rows, None], picked[:, None])
-            if ctx.temperature != 1.0:
-                slope /= ctx.temperature
-            narrow = slope.to(weight.dtype)
-            grad_hidden[rows] = narrow @ weight
-            _add_product(grad_weight, slope, narrow, hidden[rows])
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
+        of_hidden, of_weight = _gradients(ctx, *grads)  # the buffers of logits are free again
+        return of_hidden, of_weight.to(of_hidden.dtype), None, None, None, None, None
+
+
+def _gradients(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of `hidden` in its dtype and of `weight` in float32."""
+    hidden, weight, local, mine, banned, lse, mean = ctx.saved_tensors
+    grad_hidden = torch.empty_like(hidden)
+    grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+    logits = _LogitChunks(hidden, weight, banned, ctx.temperature, ctx.chunk)
+    for rows, values, scratch in logits:
+        slope = slope_of_softmax(
+            values, scratch, lse[rows], mean[rows], grad_logprob[rows], grad_entropy[rows]
+        )
+        picked = mine[rows] * grad_logprob[rows]
+        slope.scatter_add_(1, local[rows, None], picked[:, None])
+        if ctx.temperature != 1.0:
+            slope /= ctx.temperature
+        grad_hidden[rows] = _chunk_gradient(grad_weight, slope, weight, hidden[rows])
+    return grad_hidden, grad_weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +164,17 @@ def _product(left: Tensor, right: Tensor, into: Tensor) -> None:
         torch.mm(left, right, out_dtype=torch.float32, out=into)
     else:
         into.copy_(left @ right)
+
+
+def _chunk_gradient(total: Tensor, slope: Tensor, weight: Tensor, hidden: Tensor) -> Tensor:
+    """Return slope [n, V] @ weight [V, C], and add slope.T @ hidden [n, C] to total [V, C].
+
+    The copy of `slope` in the dtype of `weight` is freed before the next chunk makes its own.
+    """
+    narrow = slope.to(weight.dtype)
+    product = narrow @ weight
+    _add_product(total, slope, narrow, hidden)
+    return product
 
 
 def _add_product(total: Tensor, slope: Tensor, narrow: Tensor, hidden: Tensor) -> None:

@@ -5,6 +5,9 @@ Process groups are torch's `fake` backend: a collective returns at once. Objects
 exchange are this rank's own, so all ranks must have equal groups. `fake_rank` replaces exactly the
 attributes of `_patches`, which need a GPU or a second process, and restores them at its end. The
 process must have loaded `process/fake_gpu.py` first.
+
+Nothing is compiled. A function that torch.compile makes one kernel of is one operation here, with
+the output's shape.
 """
 
 import os
@@ -15,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.fusions import fused_bias_swiglu
 from megatron.core.tensor_parallel import random as mcore_random
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -35,11 +39,13 @@ def fake_rank(
     world: int,
     fp8: str,
     on_host: Sequence[tuple[Any, str]] = (),
+    compiled: Sequence[tuple[Any, str, Callable[..., Any]]] = (),
 ) -> Iterator[Mesh]:
     """Context manager that returns the mesh of `rank` among `world` fake ranks.
 
     Tensors made in the block are fake. fp8: `model.fp8`. `on_host` names functions, as (module,
-    name), that compute on the host by torch: they get real tensors.
+    name), that compute on the host by torch: they get real tensors. `compiled` names functions that
+    torch.compile makes one kernel of, as (module, name, replacement).
     """
     with ExitStack() as stack:
         environment = {"WORLD_SIZE": str(world), "RANK": str(rank)}
@@ -47,12 +53,13 @@ def fake_rank(
             stack.callback(_restore, name, os.environ.get(name))
             os.environ[name] = value
         real = [(owner, name, _with_real_tensors(getattr(owner, name))) for owner, name in on_host]
-        for owner, name, replacement in [*_patches(), *real]:
+        for owner, name, replacement in [*_patches(), *real, *compiled]:
             stack.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, replacement)
         store: Any = FakeStore()
         dist.init_process_group("fake", store=store, rank=rank, world_size=world)
         stack.callback(dist.destroy_process_group)
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         made = init_mesh(cfg, seed=1, fp8=fp8)
         stack.callback(parallel_state.destroy_model_parallel)
@@ -72,6 +79,7 @@ def _patches() -> list[tuple[Any, str, Any]]:
         (mesh, "_init_device", _init_device),
         (arrays, "pinned", arrays.as_tensor),
         (torch.cuda, "current_device", lambda: DEVICE),
+        (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
         (torch.cuda, "synchronize", lambda device=None: None),
         (torch.cuda, "current_stream", lambda device=None: None),  # megatron.core 0.19.2
         (torch.Tensor, "cuda", lambda self, *a, **k: self.to(DEVICE)),
@@ -79,6 +87,8 @@ def _patches() -> list[tuple[Any, str, Any]]:
         (dist, "new_group", _fake_backend(dist.new_group)),
         (dist, "all_gather_object", _gathered),
         (dist, "broadcast_object_list", lambda *a, **k: None),
+        (fused_bias_swiglu, "swiglu", lambda y: y.chunk(2, -1)[0].clone()),
+        (fused_bias_swiglu, "swiglu_back", lambda g, y: y.clone()),
         (mcore_random, "_get_cuda_rng_state", lambda *a, **k: torch.get_rng_state()),
         (mcore_random, "_set_cuda_rng_state", lambda *a, **k: None),
         (mcore_random, "_CUDA_RNG_STATE_TRACKER", CpuRngTracker()),

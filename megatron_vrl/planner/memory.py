@@ -19,6 +19,7 @@ from megatron_vrl.models.qwen2_5_vl.activations import (
     dtype_bytes,
     head_saved,
     head_temporary,
+    input_bytes,
     language_layer,
     layers_recomputed,
     layers_saved,
@@ -31,7 +32,7 @@ from megatron_vrl.models.recompute import vision_level
 from megatron_vrl.planner.hardware import GIB
 from megatron_vrl.planner.libraries import bucket_bytes, decoder_bytes, graphs_bytes, nccl_bytes
 from megatron_vrl.planner.parameters import ParameterCounts, count_stage
-from megatron_vrl.planner.rank_sizes import rank_sizes
+from megatron_vrl.planner.rank_sizes import RankSizes, rank_sizes
 from megatron_vrl.planner.workload import PackedBatch, forward_passes
 
 MIB = 2**20
@@ -53,6 +54,8 @@ class StageMemory:
     log_probs: int  # head: logits of a chunk, the head's gradient, its input rows
     working: int  # temporary memory of one layer's backward pass
     vision_outputs: int  # of a frozen tower, kept for the passes of a step
+    inputs: int  # of all micro-batches of an update, but for patches
+    messages: int  # buffers that ranks of a tensor group or stages fill for each other
     stepping: int  # temporary memory of the optimizer step
     runtime: int
     decoder: int  # process that decodes videos on this GPU
@@ -84,9 +87,18 @@ class StageMemory:
     def update(self) -> int:
         """Return the peak of an update: the passes, in which head and layers run in turn, or the
         optimizer step."""
-        passes = self.activations + self.vision + max(self.log_probs, self.working)
-        passes += self.vision_outputs
-        return self.persistent + self.graphs + max(passes, self.stepping)
+        return self.persistent + self.graphs + self.before + max(self.passes, self.stepping)
+
+    @property
+    def before(self) -> int:
+        """Return the bytes of an update's micro-batches that are there before its passes."""
+        return self.inputs + self.vision_outputs
+
+    @property
+    def passes(self) -> int:
+        """Return the peak of forward and backward passes without what is there before them."""
+        working = max(self.log_probs, self.working)
+        return self.activations + self.vision + self.messages + working
 
 
 def stage_memory(
@@ -135,25 +147,20 @@ def _case(
         ),
         key=sum,
     )
-    ends = any(chunk.post_process for chunk in chunks)
-    vocab_shard = padded_vocab(arch, parallel) // parallel.tensor
-    again = max(layers_recomputed(layer, model, len(chunk.layers)) for chunk in chunks)
-    working = layer.temporary() + again
-    if chunks[0].pre_process and not model.freeze_vision:
-        at_block = block.temporary() + block.recomputed(vision_level(model))
-        gone = language[0] + merger_saved(arch, model, block, sizes.vision_tokens)
-        working = max(working, at_block - gone)
     head = 0
-    if ends:
+    if any(chunk.post_process for chunk in chunks):
+        vocab_shard = padded_vocab(arch, parallel) // parallel.tensor
         head = head_temporary(arch, model, vocab_shard, sizes.targets, kernels)
         head += head_saved(arch, model, layer, sizes.targets)
     outputs = 0
     if chunks[0].pre_process:
         outputs = vision_output_bytes(cfg, arch, batch, micro_batches * cfg.grpo.mini_batches)
         outputs = min(outputs, model.vision_output_cache_mib * MIB)
-    number = dtype_bytes(model)
+    messages = layer.gather_buffer()
+    if stage > 0:  # the gradient that was sent last, and the reference model's last input
+        messages += layer.layer_input() * ((micro_batches > 1) + (cfg.algorithm.kl > 0))
+    number, refers = dtype_bytes(model), cfg.algorithm.kl > 0
     matrices = 2 * counts.matrices * (model.fp8 != "none")
-    refers = cfg.algorithm.kl > 0
     return StageMemory(
         weights=number * counts.all,
         gradients=FLOAT32 * counts.trained(model),
@@ -163,8 +170,10 @@ def _case(
         activations=activations,
         vision=vision,
         log_probs=head,
-        working=working,
+        working=_working(cfg, arch, chunks, sizes, layer, block),
         vision_outputs=outputs,
+        inputs=micro_batches * input_bytes(layer, block, sizes.targets, sizes.vision_tokens),
+        messages=messages,
         stepping=stepping_bytes(cfg, counts, dp_ranks, kernels),
         runtime=RUNTIME * kernels.on_gpu,
         decoder=decoder_bytes(cfg) * kernels.on_gpu,
@@ -172,6 +181,35 @@ def _case(
         buckets=bucket_bytes(cfg, arch, chunks) * kernels.on_gpu,
         graphs=graphs_bytes(cfg) * kernels.on_gpu,
     )
+
+
+def _working(
+    cfg: RunConfig,
+    arch: Architecture,
+    chunks: list[Chunk],
+    sizes: RankSizes,
+    layer: Layer,
+    block: Layer,
+) -> int:
+    """Return the temporary memory of the backward pass of a language layer or of a block of the
+    tower, whichever needs more, with what autograd keeps at that time.
+
+    When the tower's first block runs backward, the language layers of its micro-batch have freed
+    what they saved, and the gradient of the word embeddings still waits. A head that is tied to the
+    embedding of its own rank has a gradient which waits until the embedding has its own.
+    """
+    model, number, first = cfg.model, dtype_bytes(cfg.model), chunks[0]
+    again = max(layers_recomputed(layer, model, len(chunk.layers)) for chunk in chunks)
+    working = layer.temporary() + again
+    if first.pre_process and not model.freeze_vision:
+        waiting = number * layer.rows * layer.channels * (not model.freeze_language)
+        at_block = block.temporary() + block.recomputed(vision_level(model)) + waiting
+        gone = chunk_saved(first, layer, model)
+        gone += merger_saved(arch, model, block, sizes.vision_tokens)
+        working = max(working, at_block - gone)
+    if first.pre_process and first.post_process and arch.tied_head and not model.freeze_language:
+        working += number * padded_vocab(arch, cfg.parallel) // cfg.parallel.tensor * arch.hidden
+    return working
 
 
 def optimizer_bytes(cfg: RunConfig, counts: ParameterCounts, dp_ranks: int) -> int:
@@ -228,6 +266,8 @@ def chunk_saved(chunk: Chunk, layer: Layer, model: Model) -> int:
     """Return the bytes that a chunk saves for one micro-batch, with the output that the schedule
     holds."""
     output = 0 if chunk.post_process else layer.layer_input()
+    if chunk.pre_process:  # the first layer's rows are a view of the embeddings of all tensor ranks
+        output += layer.number * (layer.rows - layer.norm_rows) * layer.channels
     return layers_saved(layer, model, len(chunk.layers)) + plan_bytes(layer) + output
 
 

@@ -76,16 +76,32 @@ def _count(
     arch: Architecture, chunk: Chunk, tensor: int, vocab: int, exported_only: bool
 ) -> ParameterCounts:
     """Return the counts of one chunk on one of `tensor` tensor ranks."""
-    shapes = _shapes(arch)
     totals = dict.fromkeys(ParameterCounts.__dataclass_fields__, 0)
     for row in chunk_rows(arch, chunk):
-        if exported_only and not row.exported:
-            continue
-        size = sum(prod(shapes[name]) for name in row.hf_names)
-        if row.layout.rows is not None:
-            size = size // row.layout.rows * vocab
-        totals[_part(row)] += size if row.layout.axis is None else size // tensor
+        if row.exported or not exported_only:
+            totals[_part(row)] += _size(arch, row, tensor, vocab)
     return ParameterCounts(**totals)
+
+
+def trained_sizes(arch: Architecture, model: Model, cfg: Parallel, chunk: Chunk) -> list[int]:
+    """Return the elements of every parameter of `chunk` that learns, on one rank, in model
+    order."""
+    learns = {"vision": not model.freeze_vision, "merger": not model.freeze_merger}
+    vocab = padded_vocab(arch, cfg)
+    return [
+        _size(arch, row, cfg.tensor, vocab)
+        for row in chunk_rows(arch, chunk)
+        if learns.get(_part(row), not model.freeze_language)
+    ]
+
+
+def _size(arch: Architecture, row: Row, tensor: int, vocab: int) -> int:
+    """Return the elements of one parameter on one of `tensor` tensor ranks."""
+    shapes = _shapes(arch)
+    size = sum(prod(shapes[name]) for name in row.hf_names)
+    if row.layout.rows is not None:
+        size = size // row.layout.rows * vocab
+    return size if row.layout.axis is None else size // tensor
 
 
 @cache

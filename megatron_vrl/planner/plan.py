@@ -9,7 +9,7 @@ from megatron_vrl.models.architecture import Architecture
 from megatron_vrl.models.pipeline_split import check_divides, layer_counts
 from megatron_vrl.models.qwen2_5_vl.activations import Kernels
 from megatron_vrl.models.qwen2_5_vl.flops import hardware_flops, update_flops
-from megatron_vrl.parallel.mesh import check_layout, row_tile
+from megatron_vrl.parallel.mesh import check_layout
 from megatron_vrl.planner.generation import (
     EngineMemory,
     encode_phase,
@@ -40,6 +40,7 @@ from megatron_vrl.planner.workload import (
     PackedBatch,
     forward_passes,
     pack_step,
+    row_multiple,
     step_sizes,
     worst_batches,
 )
@@ -172,7 +173,7 @@ def plan_memory(cfg: RunConfig, arch: Architecture, request: PlanRequest) -> Mem
     parallel = cfg.parallel
     replicas = request.gpus // (parallel.tensor * parallel.context * parallel.pipeline)
     sizes = step_sizes(cfg, request.prompt, request.response)
-    multiple = _multiple(cfg)
+    multiple = row_multiple(cfg)
     _, micro_batches = pack_step(cfg, sizes, replicas, multiple)
     worst = list(worst_batches(cfg, sizes, multiple, given=request.response is not None))
     # Of torch's attention kernels, only cuDNN's (bfloat16, not deterministic) supports a mask
@@ -201,7 +202,7 @@ def make_plan(cfg: RunConfig, arch: Architecture, request: PlanRequest) -> Plan:
     parallel = cfg.parallel
     replicas = request.gpus // (parallel.tensor * parallel.context * parallel.pipeline)
     sizes = step_sizes(cfg, request.prompt, request.response)
-    batch, micro_batches = pack_step(cfg, sizes, replicas, _multiple(cfg))
+    batch, micro_batches = pack_step(cfg, sizes, replicas, row_multiple(cfg))
     memory = plan_memory(cfg, arch, request)
     stages = [count_stage(arch, cfg.model, parallel, s) for s in range(parallel.pipeline)]
     step = scaled(batch_flops(arch, batch), micro_batches * replicas * cfg.grpo.mini_batches)
@@ -266,14 +267,6 @@ def _phases(
 def _times(phase: Phase, count: int) -> Phase:
     """Return `count` repetitions of `phase`."""
     return Phase(parts={name: seconds * count for name, seconds in phase.parts.items()})
-
-
-def _multiple(cfg: RunConfig) -> int:
-    """Return the multiple that a micro-batch's rows are padded to on GPUs, see
-    `policy/micro_batches.py`."""
-    context = cfg.parallel.context
-    tile = row_tile(cfg.parallel, cfg.model.fp8)
-    return cfg.parallel.tensor * (2 * context if context > 1 else 1) * tile
 
 
 def _shortages(cfg: RunConfig, request: PlanRequest, memory: Memory) -> Iterator[str]:

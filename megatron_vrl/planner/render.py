@@ -23,6 +23,8 @@ NAMES = {
     "log_probs": "log-prob chunks",
     "working": "a layer's backward",
     "stepping": "optimizer's update",
+    "inputs": "inputs of micro-batches",
+    "messages": "buffers of messages",
     "vision": "vision tower, kept",
     "vision_outputs": "frozen tower's outputs",
     "activations": "activations, kept",

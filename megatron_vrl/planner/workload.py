@@ -11,6 +11,7 @@ from functools import cache
 
 from megatron_vrl.config import RunConfig, Video
 from megatron_vrl.errors import ConfigError
+from megatron_vrl.parallel.mesh import row_tile
 from megatron_vrl.video.rules import MERGE, plan_frames
 
 Grid = tuple[int, int, int]  # temporal steps; height and width in patches
@@ -131,6 +132,14 @@ def _cut(grid: Grid, room: int) -> Grid | None:
     if room < each:
         return 1, MERGE, room * MERGE
     return min(t, room // each), h, w
+
+
+def row_multiple(cfg: RunConfig) -> int:
+    """Return the multiple that a micro-batch's rows are padded to on GPUs, see
+    `policy/micro_batches.py`."""
+    context = cfg.parallel.context
+    tile = row_tile(cfg.parallel, cfg.model.fp8)
+    return cfg.parallel.tensor * (2 * context if context > 1 else 1) * tile
 
 
 def pack_step(

@@ -129,6 +129,7 @@ class Policy:
         self, chunks: list[Qwen25VL], batches: Sequence[MicroBatch], of: Distribution
     ) -> LogProbs:
         jobs = [(batch, _logprob_of) for batch in batches]
+        self.vision_outputs.compare(chunks[0].vision)
         with torch.no_grad():
             outputs = self._run(chunks, jobs, of, forward_only=True)
         return outputs or [None] * len(batches)

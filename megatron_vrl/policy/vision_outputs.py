@@ -52,6 +52,20 @@ class VisionOutputs:
             self._keeping, self._used = False, 0
             self._kept.clear()
 
+    def compare(self, tower: VisionTower | None) -> None:
+        """Note whether `tower` has the weights of the policy's. Called before a pass of `tower`.
+
+        A run may resume with a tower that was trained after the reference model was made. The
+        comparison waits for the GPU; its result holds until a weight changes.
+        """
+        if not self._keeping or tower is None or tower is self._own:
+            return
+        assert self._own is not None
+        one, other = _before_merger(self._own), _before_merger(tower)
+        versions = [(param.untyped_storage()._cdata, param._version) for param in one + other]
+        if self._compared[0] != versions:
+            self._compared = (versions, all(map(torch.equal, one, other)))
+
     def of(self, tower: VisionTower, inputs: PassInputs) -> tuple[Tensor | None, Tensor | None]:
         """Return the patches of a micro-batch, or the output [P, C] of a frozen tower.
 
@@ -73,16 +87,8 @@ class VisionOutputs:
         return None, output
 
     def _equals_own(self, tower: VisionTower) -> bool:
-        """Return whether `tower` has the weights of the policy's. A run may resume with a tower
-        that was trained after the reference model was made."""
-        assert self._own is not None
-        if tower is self._own:
-            return True
-        one, other = _before_merger(self._own), _before_merger(tower)
-        versions = [(param.data_ptr(), param._version) for param in one + other]
-        if self._compared[0] != versions:
-            self._compared = (versions, all(map(torch.equal, one, other)))
-        return self._compared[1]
+        """Return whether `tower` has the weights of the policy's, as `compare` found."""
+        return tower is self._own or self._compared[1]
 
 
 def _before_merger(tower: VisionTower) -> list[Tensor]:

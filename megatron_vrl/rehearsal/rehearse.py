@@ -1,13 +1,11 @@
-"""Update of one rank on fake tensors: build, passes, reduction of gradients, all counted.
+"""Update of one rank on fake tensors: build, passes, reduction of gradients, optimizer step.
 
-The code is that of a run: `Policy`, Megatron's wrapper and schedule, the packer, the loss. Left
-out: the optimizer's step and the means of metrics, which read from the GPU after the passes; the
-rollout, the weight sync and checkpoints.
+The code is that of a run: `Policy.update`, Megatron's wrapper, schedule and optimizer, the packer,
+the loss. Left out: the rollout, the weight sync and checkpoints.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,21 +14,27 @@ from torch import Tensor
 from megatron_vrl.algorithms import token_loss
 from megatron_vrl.batching.pack import MicroBatch
 from megatron_vrl.config import RunConfig
+from megatron_vrl.models import logprob_head
 from megatron_vrl.models.architecture import Architecture
 from megatron_vrl.models.logprob_head import Distribution
 from megatron_vrl.models.qwen2_5_vl import inputs
 from megatron_vrl.models.qwen2_5_vl.activations import Kernels
 from megatron_vrl.parallel.fake import fake_rank
 from megatron_vrl.parallel.mesh import Mesh
+from megatron_vrl.planner.collectives import Collectives, update_collectives
 from megatron_vrl.planner.memory import StageMemory, stage_memory
-from megatron_vrl.planner.workload import PackedBatch, packed_sizes, step_sizes
+from megatron_vrl.planner.workload import PackedBatch, forward_passes
 from megatron_vrl.policy.micro_batches import plan_batches
-from megatron_vrl.policy.policy import Policy
 from megatron_vrl.rehearsal.groups import planned_group
+from megatron_vrl.rehearsal.recorded_policy import RecordedPolicy
 from megatron_vrl.rehearsal.recorder import Recorder
 
 AXES = ("tensor", "context", "data", "pipeline", "vision", "batch", "alone")
 ON_HOST = ((inputs, "rotary_angles"),)
+COMPILED = (
+    (logprob_head, "exponential_sums", lambda logits, scratch, peak: (peak.clone(), peak.clone())),
+    (logprob_head, "slope_of_softmax", lambda logits, *_: logits.neg_()),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,46 +46,61 @@ class Rehearsal:
     rows: int  # packed rows of a micro-batch, of all context-parallel ranks
     micro_batches: int
     memory: dict[str, tuple[int, int]]  # name -> bytes rehearsed, bytes planned
+    peaks: dict[str, int]  # phase -> most live bytes
     layers: dict[str, int]  # part -> layers of this rank
     operations: dict[str, dict[str, int]]  # phase -> part -> operations
-    collectives: list[dict[str, Any]]  # operation, axis, calls, bytes
+    host_reads: int  # after the passes
+    collectives: list[dict[str, Any]]  # phase, operation, axis; calls and bytes: rehearsed, planned
+
+
+def default_micro_batches(cfg: RunConfig) -> int:
+    """Return 1 for one stage, else twice as many as stages: with these every stage holds as many
+    activations as it ever will."""
+    return 2 * cfg.parallel.pipeline if cfg.parallel.pipeline > 1 else 1
+
+
+def without_transformer_engine(cfg: RunConfig) -> RunConfig:
+    """Return `cfg` with Megatron's layers in bfloat16 in place of Transformer Engine's and FP8.
+
+    Transformer Engine's kernels have no fake form.
+    """
+    model = cfg.model
+    if "transformer_engine" not in (model.layers, model.attention):
+        return cfg
+    other = {"layers": "megatron", "attention": "auto", "fp8": "none"}
+    return cfg.model_copy(update={"model": model.model_copy(update=other)})
 
 
 def rehearse(
-    cfg: RunConfig, arch: Architecture, rank: int, world: int, micro_batches: int | None = None
+    cfg: RunConfig, arch: Architecture, batch: PackedBatch, rank: int, world: int, count: int
 ) -> Rehearsal:
-    """Return the counts of `rank` among `world` ranks.
+    """Return the counts of `rank` among `world` ranks, with `count` micro-batches like `batch`.
 
-    The process must have loaded the fake GPU. `micro_batches` None: one for one stage, else twice
-    as many as stages, with which every stage holds as many activations as it ever will.
+    The process must have loaded the fake GPU.
     """
     parallel = cfg.parallel
-    count = micro_batches or (2 * parallel.pipeline if parallel.pipeline > 1 else 1)
-    with fake_rank(parallel, rank, world, cfg.model.fp8, ON_HOST) as mesh:
+    with fake_rank(parallel, rank, world, cfg.model.fp8, ON_HOST, COMPILED) as mesh:
+        cfg = without_transformer_engine(cfg)
         recorder = Recorder(_axis_names(mesh))
         with recorder:
             policy, sizes = _built(cfg, arch, mesh, recorder)
-            batches, packed = _batches(cfg, arch, mesh, count)
-            with _phases(policy, recorder):
-                _update(cfg, policy, batches, recorder)
-        planned = stage_memory(
-            cfg,
-            arch,
-            mesh.pipeline.rank,
-            mesh.batch.size,
-            [packed],
-            count,
-            Kernels(scores=cfg.model.dtype == "float32" and arch.kv_heads < arch.heads),
-        )
+            every = _batches(cfg, arch, mesh, batch, count * cfg.grpo.mini_batches)
+            _update(cfg, policy, [every[at : at + count] for at in range(0, len(every), count)])
+        kernels = Kernels(scores=cfg.model.dtype == "float32" and arch.kv_heads < arch.heads)
+        stage, dp_ranks = mesh.pipeline.rank, mesh.batch.size
+        planned = stage_memory(cfg, arch, stage, dp_ranks, [batch], count, kernels)
+        expected = update_collectives(cfg, arch, batch, stage, dp_ranks, count, mesh.context.rank)
         return Rehearsal(
             rank=rank,
-            stage=mesh.pipeline.rank,
-            rows=packed.rows,
-            micro_batches=len(batches),
+            stage=stage,
+            rows=batch.rows,
+            micro_batches=count,
             memory=_memory(sizes, recorder, planned),
+            peaks=dict(recorder.peak),
             layers=_layers(policy),
             operations=_by_phase(recorder),
-            collectives=_collectives(recorder),
+            host_reads=sum(recorder.host_reads.values()),
+            collectives=_collectives(recorder, expected),
         )
 
 
@@ -90,20 +109,26 @@ def _memory(
 ) -> dict[str, tuple[int, int]]:
     """Return name -> (bytes rehearsed, bytes planned).
 
-    The planned peaks have the parts that a rehearsal has: no optimizer, runtime, decoder, graphs.
+    The planned peak has the parts that a rehearsal has: no runtime, decoder, buffers, graphs.
+    `passes` is what the passes hold beside the first four, at the most.
     """
-    held = planned.weights + planned.gradients + planned.reference
-    passes = planned.activations + planned.vision + max(planned.log_probs, planned.working)
+    held = sum(sizes.values())
+    passes = max(peak for phase, peak in recorder.peak.items() if phase in PASSES) - held
+    update = max(peak for phase, peak in recorder.peak.items() if phase in (*PASSES, "step"))
+    planned_held = sum(getattr(planned, name) for name in sizes)
+    planned_passes = planned.before + planned.passes
+    planned_update = planned_held + max(planned_passes, planned.before + planned.stepping)
     memory = {name: (found, getattr(planned, name)) for name, found in sizes.items()}
-    peaks = {phase: recorder.peak[phase] for phase in ("forward", "backward")}
     return memory | {
-        "peak of forward passes": (peaks["forward"], 0),
-        "peak of backward passes": (peaks["backward"], 0),
-        "peak of both": (max(peaks.values()), held + passes),
+        "passes": (passes, planned_passes),
+        "update": (update, planned_update),
     }
 
 
-def _layers(policy: Policy) -> dict[str, int]:
+PASSES = ("old log-probs", "reference", "forward", "backward")
+
+
+def _layers(policy: RecordedPolicy) -> dict[str, int]:
     """Return the number of vision and language layers of this rank."""
     towers = [chunk.vision for chunk in policy.chunks if chunk.vision is not None]
     return {
@@ -121,9 +146,13 @@ def _axis_names(mesh: Mesh) -> dict[str, str]:
 
 def _built(
     cfg: RunConfig, arch: Architecture, mesh: Mesh, recorder: Recorder
-) -> tuple[Policy, dict[str, int]]:
-    """Return the policy, and bytes of weights, gradients and reference model."""
-    policy = Policy(arch, cfg.model, cfg.parallel, mesh)
+) -> tuple[RecordedPolicy, dict[str, int]]:
+    """Return the policy, and bytes of weights, gradients, optimizer state and reference model."""
+    policy = RecordedPolicy(arch, cfg.model, cfg.parallel, mesh)
+    policy.recorder = recorder
+    before = recorder.live
+    policy.start_phase(cfg.grpo.optimizer, cfg.grpo.steps)
+    optimizer = recorder.live - before
     before = recorder.live
     if cfg.algorithm.kl > 0:
         policy.keep_reference()
@@ -133,94 +162,41 @@ def _built(
     return policy, {
         "weights": sum(storages.values()),
         "gradients": sum(b.grad_data.untyped_storage().nbytes() for b in buffers),
+        "optimizer": optimizer,
         "reference": recorder.live - before,
     }
 
 
 def _batches(
-    cfg: RunConfig, arch: Architecture, mesh: Mesh, count: int
-) -> tuple[list[MicroBatch], PackedBatch]:
-    """Return `count` micro-batches of as many planned groups as the token budget holds."""
-    sizes = step_sizes(cfg)
-    group = planned_group(arch, sizes)
-    piece, pieces = packed_sizes(cfg, sizes)
-    fit = max(1, cfg.batch.tokens // piece.rows)
-    own = max(1, cfg.rollout.prompts_per_step * pieces // mesh.data.size // cfg.grpo.mini_batches)
-    members = min(fit, own)
-    groups = [group] * (-(-members * count // pieces))
+    cfg: RunConfig, arch: Architecture, mesh: Mesh, batch: PackedBatch, count: int
+) -> list[MicroBatch]:
+    """Return `count` micro-batches like `batch`."""
+    pieces = cfg.rollout.group_size // batch.group.answers  # that the packer makes of a group
+    group = planned_group(arch, replace(batch.group, answers=batch.group.answers * pieces))
+    groups = [group] * (-(-batch.groups * count // pieces))
     batches = plan_batches(groups, group, cfg.batch, mesh)[:count]
-    return batches, PackedBatch(group=piece, groups=members, rows=len(batches[0].token_ids))
+    found = len(batches[0].token_ids)
+    assert found == batch.rows, f"the packer made {found} rows, the plan has {batch.rows}"
+    return batches
 
 
 def _update(
-    cfg: RunConfig, policy: Policy, batches: Sequence[MicroBatch], recorder: Recorder
+    cfg: RunConfig, policy: RecordedPolicy, mini_batches: Sequence[Sequence[MicroBatch]]
 ) -> None:
-    """Run the passes of `Policy.update`, and of the reference model before them."""
+    """Run the forward passes over all `mini_batches`, and the update of the first."""
     of = Distribution(temperature=cfg.rollout.temperature)
-    references: Sequence[Tensor | None] = [None] * len(batches)
-    if cfg.algorithm.kl > 0 and cfg.algorithm.kl_in == "loss":
-        recorder.phase, recorder.in_pass = "reference", True
-        references = policy.reference_logprobs(batches, of)
-    loss = partial(token_loss, cfg=cfg.algorithm)
-    jobs = [
-        (batch, partial(policy._weighted, loss, None, kept))
-        for batch, kept in zip(batches, references, strict=True)
-    ]
-    for wrapped in policy._ddp:
-        wrapped.zero_grad_buffer()
-    recorder.in_pass = True
-    with policy._reducing_gradients():
-        policy._run(policy._ddp, jobs, of)
-    recorder.in_pass = False
-
-
-@contextmanager
-def _phases(policy: Policy, recorder: Recorder) -> Iterator[None]:
-    """Tell the recorder, in this block, which phase and layer an operation belongs to.
-
-    A layer's backward pass begins with the gradient of its output, and ends with that of its input.
-    """
-    hooks = []
-    for chunk in policy.chunks:
-        hooks.append(chunk.register_forward_pre_hook(lambda *_: recorder.enter("forward")))
-        hooks.append(chunk.register_forward_hook(lambda *_: recorder.enter("backward")))
-        layers = {"language layers": chunk.language.decoder.layers}
-        if chunk.vision is not None:
-            layers["vision layers"] = chunk.vision.blocks.layers
-        for part, modules in layers.items():
-            for layer in modules:
-                hooks.append(
-                    layer.register_forward_pre_hook(_begins(recorder, part), with_kwargs=True)
-                )
-                hooks.append(layer.register_forward_hook(_ends(recorder, part)))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _begins(recorder: Recorder, part: str) -> Any:
-    def begin(module: Any, args: Any, kwargs: Any) -> None:
-        given = args[0] if args else kwargs["hidden_states"]
-        _switch(recorder, given, "rest")
-        recorder.part = part
-
-    return begin
-
-
-def _ends(recorder: Recorder, part: str) -> Any:
-    def end(module: Any, args: Any, out: Any) -> None:
-        _switch(recorder, out[0] if isinstance(out, tuple) else out, part)
-        recorder.part = "rest"
-
-    return end
-
-
-def _switch(recorder: Recorder, tensor: Tensor, part: str) -> None:
-    """Set the part when the gradient of `tensor` is there."""
-    if tensor.requires_grad:
-        tensor.register_hook(lambda _: setattr(recorder, "part", part))
+    run = {"old log-probs": policy.logprobs, "reference": policy.reference_logprobs}
+    before = forward_passes(cfg)
+    found: dict[str, list[Sequence[Tensor | None]]] = {name: [] for name in before}
+    with policy.vision_outputs.kept(len(before) + cfg.grpo.epochs):
+        for name in before:
+            for batches in mini_batches:
+                policy.recorder.enter(name)
+                found[name].append(run[name](batches, of))
+        policy.recorder.enter("forward")
+        old, reference = (found[name][0] if name in found else None for name in run)
+        loss = partial(token_loss, cfg=cfg.algorithm)
+        policy.update(mini_batches[0], loss, of, 0, old=old, reference=reference)
 
 
 def _by_phase(recorder: Recorder) -> dict[str, dict[str, int]]:
@@ -230,8 +206,20 @@ def _by_phase(recorder: Recorder) -> dict[str, dict[str, int]]:
     return found
 
 
-def _collectives(recorder: Recorder) -> list[dict[str, Any]]:
+def _collectives(recorder: Recorder, planned: Collectives) -> list[dict[str, Any]]:
+    """Return the collectives that were recorded or planned, by phase, operation and axis."""
+    found = Collectives()
+    for (phase, operation, axis), calls in recorder.calls.items():
+        merged = "passes" if phase in ("forward", "backward") else phase
+        found.calls[merged, operation, axis] += calls
+        found.bytes[merged, operation, axis] += recorder.bytes_sent[phase, operation, axis]
     return [
-        {"operation": name, "axis": axis, "calls": calls, "bytes": recorder.bytes_sent[name, axis]}
-        for (name, axis), calls in sorted(recorder.calls.items())
+        {
+            "phase": key[0],
+            "operation": key[1],
+            "axis": key[2],
+            "calls": (found.calls[key], planned.calls[key]),
+            "bytes": (found.bytes[key], planned.bytes[key]),
+        }
+        for key in sorted(found.calls.keys() | planned.calls.keys())
     ]

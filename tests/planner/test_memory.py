@@ -155,7 +155,7 @@ def compare(results: list[dict[str, Any]]) -> None:
                 assert getattr(memory, name) == exact, f"{name} of {about}"
             within: dict[str, Any] = {"rel": WITHIN}
             assert saved == pytest.approx(row["saved"], **within), about
-            passes = memory.activations + memory.vision + max(memory.log_probs, memory.working)
+            passes = memory.inputs + memory.passes
             assert passes == pytest.approx(row["passes"], **within), about
             persistent = row["weights"] + row["gradients"] + row["optimizer"]
             assert memory.update == pytest.approx(persistent + row["allocated"], **within), about

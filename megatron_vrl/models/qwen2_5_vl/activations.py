@@ -33,7 +33,7 @@ class Kernels:
 class Attention:
     """Sizes of one layer's attention calls."""
 
-    queries: int  # rows, including padding of buckets
+    queries: int  # rows, including padding of buckets; with `cascade` those read by an index
     keys: int  # rows; a prompt's keys count once per answer
     mask: int  # entries of masks
     cascade: bool = False  # no copies but `keys` gathered rows of context-parallel ranks
@@ -111,16 +111,30 @@ class Layer:
         return self.rows * self.mlp * (2 * self.number + self.stored)
 
     def temporary(self) -> int:
-        """Return the largest temporary gradients of the layer's backward pass.
+        """Return the largest temporary memory of the layer's backward pass.
 
-        The maximum is in the MLP, beside gradients of the layer's output and of the product: the
-        gradient of the second matrix, or those of gate and up (the SiLU takes the place of the
-        saved product, which is freed by then).
+        It is beside the gradient of the layer's output, in the MLP: while SwiGLU makes the
+        gradients of gate and up from that of the product, or while a linear layer makes the
+        gradient of its weight. A GPU's SwiGLU is one kernel, and the product is freed by then; a
+        CPU's has a SiLU, which takes the place of the product.
         """
-        gathered = self.rows * self.channels if self.norm_rows < self.rows else 0
-        of_output = 2 * self.norm_rows * self.channels + gathered
-        largest = max(self.mlp * self.channels, 2 * self.rows * self.mlp)
-        return self.number * (of_output + self.rows * self.mlp + largest)
+        values, first = self.rows * self.mlp, self.mlp * self.channels
+        if not self.kernels.on_gpu:
+            of_output = 2 * self.number * self.norm_rows * self.channels
+            return of_output + self.number * (values + max(first, 2 * values))
+        product = self.stored * values  # saved by the layer, freed when SwiGLU's gradient is made
+        swiglu = 3 * self.number * values - product
+        second = self.number * (values + first) + self.gather_buffer()  # of the output's gradient
+        at_first = self.number * (2 * first + self.rows * self.channels - values) - product
+        of_output = self.number * self.norm_rows * self.channels
+        return of_output + max(swiglu, second, at_first)
+
+    def gather_buffer(self) -> int:
+        """Return the bytes of the buffer that sequence parallelism gathers rows into; else 0.
+
+        Megatron makes it in the first pass and keeps it (`GlobalMemoryBuffer`).
+        """
+        return self.number * self.rows * self.channels if self.norm_rows < self.rows else 0
 
 
 def dtype_bytes(model: Model) -> int:
@@ -210,6 +224,7 @@ def vision_saved(
         kept += arch.vision.layers * block.saved(vision_level(model))
         # A rank's patches are a view, which keeps all patches alive.
         kept += block.number * all_patches * arch.vision.patch_values
+        kept += plan_bytes(block)
     return kept
 
 
@@ -219,7 +234,7 @@ def merger_saved(arch: Architecture, model: Model, block: Layer, tokens: int) ->
         return 0
     patch_channels = block.number * block.rows * arch.vision.hidden
     kept = 3 * patch_channels  # output of the norm; input and output of the GELU
-    kept += block.norm_bytes() * (not model.freeze_vision)
+    kept += block.norm_bytes()
     return kept + block.number * tokens * arch.hidden
 
 
@@ -233,22 +248,37 @@ def head_temporary(
 ) -> int:
     """Return the temporary bytes of the head, with `vocab_shard` rows of it on this rank.
 
-    They are the buffers of logits (one on a GPU, two elsewhere), their product in `dtype`, the
-    head's gradient in float32 and in `dtype`, and the gradient of the rows.
+    They are the head's gradient in float32, the gradient of the rows, and the buffers of logits
+    (one on a GPU, two elsewhere), of which 16 bits need a copy. When the buffers are free again,
+    16 bits need a copy of the head's gradient.
     """
     number = dtype_bytes(model)
     chunk = GPU_CHUNK_BYTES if kernels.on_gpu else CHUNK_BYTES
-    rows = min(targets, max(1, chunk // (FLOAT32 * vocab_shard)))
-    product = number if number < FLOAT32 else 0
+    logits = vocab_shard * min(targets, max(1, chunk // (FLOAT32 * vocab_shard)))
+    weight = vocab_shard * arch.hidden
     buffers = 1 if kernels.on_gpu else 2
-    logits = rows * vocab_shard * (buffers * FLOAT32 + product)
-    weight = vocab_shard * arch.hidden * (FLOAT32 + product)
-    return logits + weight + number * targets * arch.hidden
+    copy = number if number < FLOAT32 else 0
+    largest = max((FLOAT32 * buffers + copy) * logits, copy * weight)
+    return FLOAT32 * weight + largest + number * targets * arch.hidden
 
 
 def plan_bytes(layer: Layer) -> int:
-    """Return the bytes of a micro-batch's attention plan and rotary tables, which all layers
+    """Return the bytes of rotary tables and additive masks that all layers of a micro-batch
     share."""
-    a = layer.attention
     tables = 2 * layer.number * layer.rows * (layer.queries // layer.heads)
-    return tables + INT64 * (a.queries + a.keys + layer.rows) + (1 + layer.number) * a.mask
+    return tables + layer.number * layer.attention.mask
+
+
+def input_bytes(layer: Layer, block: Layer, targets: int, vision_tokens: int) -> int:
+    """Return the bytes of a micro-batch's inputs but for patches, which a pass finds on the GPU.
+
+    They are token ids, positions, attention plans of the model and of the tower, the tower's
+    rotary angles, and what head and loss read of each target. Every stage holds all of them, for
+    all micro-batches of an update.
+    """
+    a = layer.attention
+    each = 4 if a.cascade else 5  # of a row: token id, three positions, index among the outputs
+    rows = INT64 * (a.queries + a.keys + each * layer.rows) + a.mask
+    angles = FLOAT32 * (block.queries // block.heads)
+    vision = block.rows * (angles + 6 * INT64) + 2 * INT64 * vision_tokens
+    return rows + vision + targets * (3 * INT64 + 3 * FLOAT32)

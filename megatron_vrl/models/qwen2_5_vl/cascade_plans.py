@@ -121,6 +121,14 @@ def ascending(ranges: Sequence[Range]) -> list[list[Range]]:
     return calls
 
 
+def indexed_rows(batch: MicroBatch) -> int:
+    """Return how many queries the prefix calls of a GPU read by their index, and not as a range."""
+    calls = ascending(prefix_ranges(batch))
+    rows = [sum(part.end - part.first for part in call) for call in calls]
+    ranges = [call[-1].end - call[0].first for call in calls]
+    return sum(n for n, whole in zip(rows, ranges, strict=True) if n < whole)
+
+
 def varlen_call(ranges: Sequence[Range], device: torch.device, *, causal: bool) -> VarlenCall:
     """Return one variable-length call over ascending ranges."""
     lengths: list[tuple[int, int]] = []
