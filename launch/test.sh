@@ -21,15 +21,27 @@ stage() { # stage NAME COMMAND...
     echo "test: $name took $((SECONDS - began)) s"
 }
 
+ended() { # ended PROCESS LOG: wait for it, print its output, return its exit code
+    local code=0
+    wait "$1" || code=$?
+    cat "$2"
+    return "$code"
+}
+
 if (($#)); then
     exec pytest "$@"
 fi
 stage "lint" ruff check .
 stage "format" ruff format --check .
+# Its first call makes an environment. Types need one core meanwhile.
+newest_log="$(mktemp)"
+launch/test_newest.sh >"$newest_log" 2>&1 &
+newest=$!
+trap 'kill "$newest" 2>/dev/null || true; rm -f "$newest_log"' EXIT
 stage "types" mypy
+stage "newest megatron-core" ended "$newest" "$newest_log"
 # Two files at a time: most of a fast test is one busy core, or a wait for a process.
 stage "fast tests" pytest -m "not slow and not gpu" -n 2 --dist loadfile
-# One at a time: each starts up to eight processes. One of the slow tests needs the environment before it.
-stage "newest megatron-core" launch/test_newest.sh
+# One at a time: each starts up to eight processes.
 stage "slow tests" pytest -m "slow and not gpu" --durations 10
 echo "test: all stages passed in $SECONDS s"

@@ -118,11 +118,11 @@ def curve(
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_hundred_steps_stay_close_to_bfloat16(checkpoint: Path, mesh: Mesh) -> None:
-    """One batch again and again: log-probs move by 0.6, and FP8 stays within a seventh of that."""
-    plain, before, after, _ = curve(checkpoint, mesh, 100)
+def test_sixty_steps_stay_close_to_bfloat16(checkpoint: Path, mesh: Mesh) -> None:
+    """One batch again and again: log-probs move, and FP8 stays close to them."""
+    plain, before, after, _ = curve(checkpoint, mesh, 60)
     for recipe in RECIPES:
-        rounded, first, last, _ = curve(checkpoint, mesh, 100, layers="fp8_emulated", fp8=recipe)
+        rounded, first, last, _ = curve(checkpoint, mesh, 60, layers="fp8_emulated", fp8=recipe)
         assert np.abs(rounded / plain - 1).max() < 0.02, recipe
         assert (first - before).abs().mean() < 0.12, recipe
         assert (last - after).abs().mean() < 0.15 < (after - before).abs().mean(), recipe
