@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from make_synthetic import COLOURS, KINDS
+from make_synthetic import TASKS as TASKS_OF_SET
 from released_layout import write_released
 
 from megatron_vrl.errors import ConfigError
@@ -30,6 +31,7 @@ from megatron_vrl.process.entry import run_program
 from megatron_vrl.tasks import SYSTEM_PROMPTS, TASKS
 from megatron_vrl.types import VideoSample
 
+PROMPTS = ("temporal_r1", "think", "answer")  # system prompts that the tokenizer learns from
 SPECIAL_TOKENS = (  # in the order of the published vocabulary
     "<|endoftext|>",
     "<|im_start|>",
@@ -69,12 +71,15 @@ CHAT_TEMPLATE = (  # as published with Qwen2.5-VL-Instruct, to the letter
 
 
 def training_texts() -> list[str]:
-    """Return every question and answer of the synthetic set, with the times of one clip only."""
-    texts = [text for text in SYSTEM_PROMPTS.values() if text]
+    """Return every question and answer of the synthetic set, with the times of one clip only.
+
+    Prompts and tasks are named, so that the model of a seed stays the same when others are added.
+    """
+    texts = [str(SYSTEM_PROMPTS[name]) for name in PROMPTS]
     texts += ["system\nYou are a helpful assistant.", "user\n", "assistant\n", "0123456789"]
     colours = tuple(COLOURS)
-    for (kind, colour), task in product(product(KINDS, colours), TASKS.values()):
-        grounding = task is TASKS["temporal_grounding"]
+    for (kind, colour), name in product(product(KINDS, colours), TASKS_OF_SET):
+        task, grounding = TASKS[name], name == "temporal_grounding"
         phrase = f"the {colour} {kind} is visible"
         sample = VideoSample(
             id="",
