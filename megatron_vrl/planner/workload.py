@@ -6,7 +6,7 @@ answer has `rollout.max_response_tokens` tokens.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from megatron_vrl.config import RunConfig, Video
@@ -91,8 +91,11 @@ def step_sizes(
 def packed_sizes(cfg: RunConfig, sizes: GroupSizes) -> tuple[GroupSizes, int]:
     """Return the sizes that the packer receives for a group, and how many such groups.
 
-    The shared layout packs the group itself; the plain layout packs one group per answer.
+    The shared layout packs the group itself; the plain layout packs one group per answer. A group
+    has one answer more with `algorithm.ground_truth_answer`.
     """
+    if cfg.algorithm.ground_truth_answer != "none":
+        sizes = replace(sizes, answers=sizes.answers + 1)
     if cfg.batch.layout == "shared":
         return sizes, 1
     alone = GroupSizes(prompt=sizes.prompt, response=sizes.response, answers=1, grid=sizes.grid)

@@ -17,7 +17,7 @@ from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.planner.hardware import GPUS, find_gpu
 from megatron_vrl.planner.plan import Plan, PlanRequest, make_plan, refusals
 from megatron_vrl.planner.speed import Machine
-from megatron_vrl.planner.workload import TEXT_TOKENS, step_sizes, video_grid
+from megatron_vrl.planner.workload import TEXT_TOKENS, packed_sizes, step_sizes, video_grid
 from megatron_vrl.process.entry import run_program
 from tests.running import ROOT
 
@@ -267,3 +267,12 @@ def test_a_damaged_machine_file_is_refused(
     path.write_text(json.dumps({k: v for k, v in given.items() if v != "absent"}))
     with pytest.raises(ConfigError, match=named):
         find_gpu(str(path))
+
+
+@pytest.mark.parametrize(("layout", "counts"), [("shared", (9, 1)), ("plain", (1, 9))])
+def test_the_annotation_is_packed_as_one_more_answer(layout: str, counts: tuple[int, int]) -> None:
+    change = ["algorithm.ground_truth_answer=in_group", f"batch.layout={layout}"]
+    change += ["rollout.group_size=8"]
+    cfg = load_config(ROOT / "configs" / "qwen2.5-vl-3b-8gpu.yaml", change)
+    piece, pieces = packed_sizes(cfg, step_sizes(cfg))
+    assert (piece.answers, pieces) == counts
