@@ -6,7 +6,9 @@ needs no thread and no signal handler. Programs that helpers execute (wandb, vLL
 are not covered: they watch their parent themselves.
 
 Source: prctl(2). The kernel watches the thread that started the child, so children that must
-outlive a thread are to be forked by the main one.
+outlive a thread are to be forked by the main one. `prctl` is looked up before any fork: a child of
+a process with threads must take no lock (the dynamic loader has one) before the call, or it could
+wait for ever and outlive the run with the run's file locks.
 """
 
 import ctypes
@@ -20,6 +22,7 @@ from multiprocessing import resource_tracker
 
 PARENT = "MEGATRON_VRL_PARENT"  # process id; set by launch/ for the process that it starts
 _PR_SET_PDEATHSIG = 1
+_prctl = ctypes.CDLL(None).prctl
 
 
 def end_with_parent() -> None:
@@ -90,7 +93,7 @@ def _opened(process: int) -> int:
 
 
 def _ask_kernel() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _end_with_forking_process() -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -74,16 +75,40 @@ class Call:
             assert self.script.poll() is None and time.monotonic() < deadline, self.output()
             time.sleep(0.05)
 
+    def wait(self, seconds: float) -> int:
+        """Return the exit code; after `seconds` fail with the state of every process."""
+        try:
+            return self.script.wait(seconds)
+        except subprocess.TimeoutExpired:
+            states = [state(process) for process in [psutil.Process(self.script.pid), *self.tree()]]
+            pytest.fail("\n".join([f"alive after {seconds:g} s:", *states, self.output()]))
+
     def end(self) -> None:
+        """Kill the launcher and wait until the processes below it have ended."""
+        tree = self.tree() if self.script.poll() is None else []
         if self.script.poll() is None:
             self.script.kill()
         self.script.wait()
+        assert gone(tree), [state(process) for process in tree if process.is_running()]
 
 
 def last_step(out: Path) -> int:
     metrics = out / "metrics.jsonl"
     lines = metrics.read_text().splitlines() if metrics.exists() else []
     return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+
+def state(process: psutil.Process) -> str:
+    """Return parent, state, CPU seconds and command of a process, and where its threads wait."""
+    with suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+        waiting = [
+            (task / "wchan").read_text() for task in Path(f"/proc/{process.pid}/task").iterdir()
+        ]
+        cpu_s = sum(process.cpu_times()[:2])
+        command = " ".join(process.cmdline())[:120]
+        named = f"{process.pid} of {process.ppid()} {process.status()} {cpu_s:.1f} s {command}"
+        return f"{named} {waiting}"
+    return f"{process.pid} has ended"
 
 
 def gone(processes: list[psutil.Process]) -> bool:
@@ -125,18 +150,18 @@ def test_one_run_alone_resumes_a_killed_run(
     else:
         chance.choice(ranks).kill()
     running = call()
-    killed.script.wait(60)
+    killed.wait(60)
     assert gone(helpers), victim
     running.wait_for(more_steps=1)
     assert "; resuming at step " in running.output(), running.output()
     holder = json.loads((running.out / "lock" / "holder.json").read_text())
     assert holder["pid"] in [rank.pid for rank in running.ranks()]
     refused = call("run.lock_timeout_s=0.5")
-    assert refused.script.wait(120) == 2
+    assert refused.wait(300) == 2
     (line,) = [line for line in refused.output().splitlines() if line.startswith("error: ")]
     assert f"process {holder['pid']}, since {holder['since']}" in line
     os.killpg(running.script.pid, signal.SIGINT)  # as a terminal's Ctrl-C
-    assert running.script.wait(60) == 0
+    assert running.wait(180) == 0
     assert "Traceback" not in running.output()
     assert running.output().splitlines()[-1].startswith("Stopped after step ")
     steps = [json.loads(line)["step"] for line in (running.out / "metrics.jsonl").open()]
@@ -152,7 +177,7 @@ def test_an_interrupt_before_the_first_step_and_a_second_one_end_at_once(
         early = call()
         time.sleep(wait_s)
         os.killpg(early.script.pid, signal.SIGINT)
-        assert early.script.wait(10) == 130
+        assert early.wait(10) == 130
         assert early.output() == "Interrupted before the first step: nothing was trained.\n"
     twice = call()
     twice.wait_for(more_steps=1)
@@ -162,7 +187,7 @@ def test_an_interrupt_before_the_first_step_and_a_second_one_end_at_once(
     os.killpg(twice.script.pid, signal.SIGTERM)
     time.sleep(1)
     os.killpg(twice.script.pid, signal.SIGTERM)
-    assert twice.script.wait(10) == 143
+    assert twice.wait(10) == 143
     assert gone(tree)
     assert twice.output().endswith(
         "Ended at once; the same command goes on from the newest checkpoint.\n"
