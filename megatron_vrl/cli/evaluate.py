@@ -20,7 +20,8 @@ about videos that could not be read before.
 
 The protocol `strict` gives the numbers of the official scripts: truths and answers are compared as
 they are. `clipped` cuts both to the video, as training does. `free_text` also reads answers in free
-text. `temporal_r1` asks and parses like the released evaluation of Temporal-R1.
+text. `temporal_r1` asks and parses like the released evaluation of Temporal-R1. --multi-segment
+asks questions of temporal grounding for every interval and adds metrics of interval sets.
 
 The command writes items.jsonl (one record a question), summary.json and, with a checkpoint,
 predictions.jsonl into --out (default: runs/evaluation/NAME-WHAT). One process at a time may use
@@ -61,6 +62,11 @@ def make_parser() -> OverrideParser:
         choices=["strict", "clipped", "free_text", "temporal_r1"],
         help="how answers are read and scored (default: strict)",
     )
+    add(
+        "--multi-segment",
+        action="store_true",
+        help='ask for every interval, answered as {"intervals": [[s, e], ...]}',
+    )
     add("--plain", action="store_true", help="ask for answers without thinking")
     add("--config", default="", metavar="FILE", help="YAML of a run; overrides inference.yaml")
     add("--out", default="", metavar="DIR", help="default: runs/evaluation/NAME-WHAT")
@@ -97,7 +103,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     checkpoint, predicted = Path(arguments.checkpoint).resolve(), Path(arguments.predictions)
     what = checkpoint.name if arguments.checkpoint else predicted.stem
     out = Path(arguments.out or f"runs/evaluation/{name}-{what}")
-    samples = benchmark.questions(name, arguments.annotations, arguments.videos, protocol)
+    samples = benchmark.questions(
+        name, arguments.annotations, arguments.videos, protocol, arguments.multi_segment
+    )
     complaint = ""
     with owned(out):
         if arguments.predictions:
@@ -134,6 +142,7 @@ def _predict(
         TEMPORAL_R1_DEFAULTS if arguments.protocol == "temporal_r1" else {},
     )
     settings = {name: vars(arguments)[name] for name in ("benchmark", "annotations", "protocol")}
+    settings |= {"multi_segment": True} if arguments.multi_segment else {}
     remote = "://" in arguments.videos
     settings["videos"] = arguments.videos if remote else str(Path(arguments.videos).resolve())
     predictions = predict(cfg, samples, out, settings)

@@ -17,7 +17,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from megatron_vrl.config import Source
 from megatron_vrl.data.formats.records import cut_to_video
 from megatron_vrl.data.formats.training import read_whole
-from megatron_vrl.errors import DataError, counted
+from megatron_vrl.errors import ConfigError, DataError, counted
 from megatron_vrl.evaluation.average_precision import Window
 from megatron_vrl.evaluation.lmms_eval import is_sample, prediction_of_sample, sample_rows
 from megatron_vrl.evaluation.protocols import (
@@ -29,6 +29,7 @@ from megatron_vrl.evaluation.protocols import (
     summary,
 )
 from megatron_vrl.storage.files import write_file
+from megatron_vrl.tasks.multi_segment_grounding import MULTI_SEGMENT_GROUNDING
 from megatron_vrl.types import VideoSample
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -37,17 +38,29 @@ _WINDOWS: TypeAdapter[list[Window]] = TypeAdapter(
 )
 
 
-def questions(name: str, annotations: str, videos: str, protocol: Protocol) -> list[VideoSample]:
+def questions(
+    name: str, annotations: str, videos: str, protocol: Protocol, multi_segment: bool = False
+) -> list[VideoSample]:
     """Return every question of a file, with unique ids.
 
     The true intervals are as published; the protocol `clipped` cuts them to the video.
+    `multi_segment` asks the questions of temporal grounding for every interval.
     """
     source = Source.model_validate(
-        {"json_path": annotations, "data_folder": videos, "format": BENCHMARKS[name].form}
+        {
+            "json_path": annotations,
+            "data_folder": videos,
+            "format": BENCHMARKS[name].form,
+            "multi_segment": multi_segment,
+        }
     )
     samples = read_whole(source)
     if not samples:
         raise DataError(f"{annotations} holds no questions; give the annotations of {name}.")
+    if multi_segment and all(sample.task != MULTI_SEGMENT_GROUNDING.name for sample in samples):
+        raise ConfigError(
+            f"--multi-segment: {name} has no questions of temporal grounding; leave it out."
+        )
     seen: Counter[str] = Counter()
     unique = []
     for sample in samples:

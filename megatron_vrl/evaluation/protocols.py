@@ -9,7 +9,11 @@ unreadable answer counts 0, and the reason is counted in `failures`. A question 
     accuracy_gqa           fraction of questions with the right option and IoP of at least 0.5
     map, map@0.5, map@0.75, map_short, map_middle, map_long
                            mean average precision of QVHighlights (average_precision.py); an answer
-                           in text is one window
+                           in text is one window, or a window for each interval of a set
+    set_iou, set_f1, count_accuracy
+                           of questions that ask for every interval (`multi_segment`): IoU and F1 in
+                           seconds of the answered and the true set, and the fraction with the right
+                           number of intervals. The metrics above take the first interval
     m_avg                  MLVU: mean over its tasks of the accuracy
     miou_by_video,         ActivityNet-RTL: means over videos of the means over a video's questions,
     p@0.5_by_video         as in LITA's script
@@ -37,8 +41,10 @@ import numpy as np
 from megatron_vrl.errors import DataError, counted
 from megatron_vrl.evaluation import free_text, temporal_r1
 from megatron_vrl.evaluation.average_precision import Window, average_precisions
+from megatron_vrl.rewards.interval_sets import length, merge, overlap, set_iou
 from megatron_vrl.rewards.temporal_iou import iou
 from megatron_vrl.tasks import TASKS
+from megatron_vrl.tasks.multi_segment_grounding import MULTI_SEGMENT_GROUNDING
 from megatron_vrl.types import Interval, Parsed, VideoSample
 
 Protocol = Literal["strict", "clipped", "free_text", "temporal_r1"]
@@ -83,6 +89,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "lvbench": Benchmark(form="lvbench", metrics=("accuracy",)),
     "mlvu": Benchmark(form="mlvu", metrics=("accuracy",), by_task=True),
 }
+SET_METRICS = ("set_iou", "set_f1", "count_accuracy")  # of questions for every interval
 UNSCORABLE = "unscorable"
 FAILURES = {
     "unparsable": "answered, but not in a form that can be read",
@@ -161,8 +168,8 @@ def judged(
         )
     option, reason = "", ""
     if response is not None:
-        interval_s, option, reason = _read(sample, response, protocol)
-        windows = ((*interval_s, 1.0),) if interval_s else ()
+        intervals_s, option, reason = _read(sample, response, protocol)
+        windows = tuple((*interval_s, 1.0) for interval_s in intervals_s)
     elif protocol == "clipped":
         windows = _cut(windows, sample.duration_s)
     failure = ("cut_off" if prediction.cut_off else "unparsable") if reason else ""
@@ -185,29 +192,37 @@ def _cut(windows: Sequence[Window], duration_s: float) -> tuple[Window, ...]:
 
 def _read(
     sample: VideoSample, response: str, protocol: Protocol
-) -> tuple[Interval | None, str, str]:
-    """Return interval, option, and the reason if one of them is missing."""
+) -> tuple[Sequence[Interval], str, str]:
+    """Return the intervals, the option, and the reason if one of them is missing."""
     task = TASKS[sample.task]
     if protocol != "temporal_r1" or task.truth.intervals == task.truth.option:
         cut = protocol == "clipped"
         parsed = task.parse(response, sample if cut else replace(sample, duration_s=math.inf))
         if parsed.failure and protocol == "free_text":
             return _read_free_text(sample, response, parsed)
-        return parsed.interval_s, parsed.option, parsed.failure
+        return _intervals(parsed), parsed.option, parsed.failure
     if task.truth.intervals:
         interval_s, failure = temporal_r1.read_interval(response)
-        return interval_s, "", failure
+        return [interval_s] if interval_s else [], "", failure
     option, failure = temporal_r1.read_option(response)
-    return None, option, failure
+    return [], option, failure
+
+
+def _intervals(parsed: Parsed) -> Sequence[Interval]:
+    """Return the answered intervals of a task with one interval or with a set of them."""
+    return parsed.intervals_s or ([parsed.interval_s] if parsed.interval_s else [])
 
 
 def _read_free_text(
     sample: VideoSample, response: str, parsed: Parsed
-) -> tuple[Interval | None, str, str]:
-    """Return interval, option, and the reason if one is missing in `parsed` and in free text."""
+) -> tuple[Sequence[Interval], str, str]:
+    """Return intervals, option, and the reason if one is missing in `parsed` and in free text.
+
+    Free text gives one interval at most.
+    """
     truth = TASKS[sample.task].truth
     if truth.record:
-        return parsed.interval_s, parsed.option, parsed.failure
+        return _intervals(parsed), parsed.option, parsed.failure
     interval_s, option, failures = parsed.interval_s, parsed.option, []
     if truth.intervals and interval_s is None:
         interval_s, failure = free_text.read_interval(response)
@@ -215,7 +230,7 @@ def _read_free_text(
     if truth.option and not option:
         option, failure = free_text.read_option(response, len(sample.options))
         failures.append(failure)
-    return interval_s, option, " and ".join(filter(None, failures))
+    return [interval_s] if interval_s else [], option, " and ".join(filter(None, failures))
 
 
 def _values(
@@ -246,9 +261,25 @@ def _values(
             values[f"iop@{threshold}"] = float(inside >= threshold)
         if "map" in benchmark.metrics:
             values |= average_precisions(windows, truths)
+        if sample.task == MULTI_SEGMENT_GROUNDING.name:
+            values |= _set_values(windows, truths)
         if truth.option:
             values["accuracy_gqa"] = values["accuracy"] * values["iop@0.5"]
     return values
+
+
+def _set_values(windows: Sequence[Window], truths: Sequence[Interval]) -> dict[str, float]:
+    """Return the values of SET_METRICS; the answer is the union of the windows."""
+    answer_s = merge((start_s, end_s) for start_s, end_s, _ in windows if start_s < end_s)
+    truth_s = merge(truths)
+    if not answer_s:
+        return dict.fromkeys(SET_METRICS, 0.0)
+    lengths_s = length(answer_s) + length(truth_s)
+    return {
+        "set_iou": set_iou(answer_s, truth_s),
+        "set_f1": min(1.0, 2.0 * overlap(answer_s, truth_s) / lengths_s),
+        "count_accuracy": float(len(answer_s) == len(truth_s)),
+    }
 
 
 def _iou(answer: Interval, truth: Interval) -> float:
@@ -273,7 +304,8 @@ def summary(benchmark: Benchmark, items: Sequence[Item], seed: int = 0) -> dict[
         raise DataError(
             f"None of {counted(len(items), 'question')} can be scored; check the annotations."
         )
-    for name in benchmark.metrics:
+    asked_for_sets = any(SET_METRICS[0] in item.values for item in scored)
+    for name in (*benchmark.metrics, *(SET_METRICS if asked_for_sets else ())):
         values = np.array([item.values[name] for item in scored if name in item.values])
         if len(values):  # no question may have a true interval of that length
             low, high = interval_of_mean(values, seed)

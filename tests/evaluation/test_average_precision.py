@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_vrl.errors import DataError
+from megatron_vrl.errors import ConfigError, DataError
 from megatron_vrl.evaluation.average_precision import (
     Window,
     average_precision,
@@ -58,10 +58,13 @@ QVH = [
 ]
 
 
-def evaluated(tmp_path: Path, rows: list[dict[str, Any]], protocol: Protocol) -> dict[str, Any]:
+def evaluated(
+    tmp_path: Path, rows: list[dict[str, Any]], protocol: Protocol, multi_segment: bool = False
+) -> dict[str, Any]:
     (tmp_path / "gt.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QVH))
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    samples = questions("qvhighlights", str(tmp_path / "gt.jsonl"), "", protocol)
+    annotations = str(tmp_path / "gt.jsonl")
+    samples = questions("qvhighlights", annotations, "", protocol, multi_segment)
     predictions = read_predictions(tmp_path / "p.jsonl", samples)
     found = summary(
         BENCHMARKS["qvhighlights"], items_of("qvhighlights", samples, predictions, protocol)
@@ -88,6 +91,28 @@ def test_a_submission_and_an_answer_in_text(tmp_path: Path) -> None:
     assert "map_middle" not in found
     rows[1] = {"qid": 2, "pred_relevant_windows": [[100, 160, 1.0]]}
     assert evaluated(tmp_path, rows, "clipped")["map_long"] == 1.0
+
+
+def test_a_set_of_intervals_in_text(tmp_path: Path) -> None:
+    """Each interval is a window, ordered by start; the sets are compared, too."""
+    answer = '<think></think><answer>{"intervals": [[50, 60], [0, 5]]}</answer>'
+    found = evaluated(tmp_path, [{"id": "1", "response": answer}], "strict", multi_segment=True)
+    assert found["missing"] == 2
+    assert found["r1@0.5"] == pytest.approx(1 / 3) and found["r1@0.7"] == 0.0
+    assert found["map@0.5"] == pytest.approx(1 / 3)
+    assert found["map@0.75"] == pytest.approx(1 / 4 / 3)  # the second window has one of two
+    assert found["set_iou"] == pytest.approx(15 / 20 / 3)
+    assert found["set_f1"] == pytest.approx(2 * 15 / (15 + 20) / 3)
+    assert found["count_accuracy"] == pytest.approx(1 / 3)
+    unread = evaluated(tmp_path, [{"id": "1", "response": "0 to 5"}], "strict", multi_segment=True)
+    assert unread["unparsable"] == 1 and unread["set_iou"] == unread["count_accuracy"] == 0.0
+
+
+def test_multi_segment_needs_temporal_grounding(tmp_path: Path) -> None:
+    row = {"video": "a.mp4", "question": "why", "candidates": ["x", "y"], "answer": "x"}
+    (tmp_path / "mlvu.json").write_text(json.dumps([{**row, "duration": 9, "question_type": "q"}]))
+    with pytest.raises(ConfigError, match="mlvu has no questions of temporal grounding"):
+        questions("mlvu", str(tmp_path / "mlvu.json"), "", "strict", multi_segment=True)
 
 
 @pytest.mark.parametrize(
