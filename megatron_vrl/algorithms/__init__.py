@@ -8,7 +8,7 @@ micro-batches and ranks does not change the loss (`normalisation: temporal_r1` i
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,12 +95,16 @@ def advantages_with_annotation(
 ) -> list[ground_truth.WithTruth]:
     """Return the advantages of each group [n + 1], whose last answer is the annotation.
 
-    See `advantages`; `cfg.ground_truth_answer` names the rule.
+    See `advantages`; `cfg.ground_truth_answer` names the rule, and the annotation's advantage is
+    multiplied by `cfg.ground_truth_weight`.
     """
     combine.check_finite(groups)
     join = ground_truth.RULES[cfg.ground_truth_answer]
     totals = [total_reward(components) for components in groups]
-    return join(totals, ALGORITHMS[cfg.name].advantages)
+    return [
+        replace(one, truth=cfg.ground_truth_weight * one.truth)
+        for one in join(totals, ALGORITHMS[cfg.name].advantages)
+    ]
 
 
 def token_loss(tokens: Tokens, cfg: config.Algorithm) -> tuple[Tensor, dict[str, Tensor]]:

@@ -39,6 +39,9 @@ class Algorithm(BaseModel):
     """Train on the annotation as one more answer of each group, off-policy (TempSamp-R1).
     in_group: its advantage is that of its reward among all; anchored: 1.2 x the largest of the
     others; shaped: in_group over rewards that hardly rise above 0.8."""
+    ground_truth_weight: Annotated[float, Field(gt=0)] = 1.0
+    """Factor of the annotation's advantage. With rollout.group_size the annotation weighs as much
+    as the whole group of sampled answers."""
     rollout_is: Literal["none", "token", "sequence"] = "none"
     """Multiply the policy loss by trainer probability / engine probability, per token or per
     answer."""

@@ -12,8 +12,11 @@ from megatron_vrl.errors import ConfigError
 from megatron_vrl.types import RewardComponent
 
 
-def of(rule: str, *groups: list[float], name: str = "dr_grpo") -> list[WithTruth]:
-    cfg = Algorithm.model_validate({"name": name, "ground_truth_answer": rule})
+def of(
+    rule: str, *groups: list[float], name: str = "dr_grpo", weight: float = 1.0
+) -> list[WithTruth]:
+    keys = {"ground_truth_answer": rule, "ground_truth_weight": weight}
+    cfg = Algorithm.model_validate({"name": name, **keys})
     components = [{"reward": RewardComponent(np.array(group), 1.0)} for group in groups]
     return advantages_with_annotation(components, cfg)
 
@@ -24,6 +27,13 @@ def test_in_a_group_of_equal_wrong_answers_only_the_annotation_is_right() -> Non
     assert found.truth == pytest.approx(0.375)
     [solved] = of("in_group", [1.0, 1.0, 1.0])
     assert solved.truth == 0 and not solved.sampled.any()
+
+
+def test_the_weight_multiplies_the_annotation_alone() -> None:
+    for rule in ("in_group", "anchored", "shaped"):
+        [once], [eightfold] = (of(rule, [0.0, 0.5, 1.0], weight=weight) for weight in (1.0, 8.0))
+        assert eightfold.truth == pytest.approx(8 * once.truth) and once.truth > 0
+        assert eightfold.sampled == pytest.approx(once.sampled)
 
 
 def test_grpo_divides_by_the_deviation_with_the_annotation() -> None:
