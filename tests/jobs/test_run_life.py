@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -74,6 +75,16 @@ class Call:
         while last_step(self.out) < until:
             assert self.script.poll() is None and time.monotonic() < deadline, self.output()
             time.sleep(0.05)
+
+    def wait_for_lock(self) -> dict[str, Any]:
+        """Wait until a rank of this call holds the run directory; return its lease."""
+        deadline = time.monotonic() + 200
+        while True:
+            assert self.script.poll() is None and time.monotonic() < deadline, self.output()
+            holder: dict[str, Any] = json.loads((self.out / "lock" / "holder.json").read_text())
+            if holder["pid"] in [rank.pid for rank in self.ranks()]:
+                return holder
+            time.sleep(0.1)
 
     def wait(self, seconds: float) -> int:
         """Return the exit code; after `seconds` fail with the state of every process."""
@@ -152,11 +163,10 @@ def test_one_run_alone_resumes_a_killed_run(
     running = call()
     killed.wait(60)
     assert gone(helpers), victim
+    holder = running.wait_for_lock()
+    refused = call("run.lock_timeout_s=0.5")
     running.wait_for(more_steps=1)
     assert "; resuming at step " in running.output(), running.output()
-    holder = json.loads((running.out / "lock" / "holder.json").read_text())
-    assert holder["pid"] in [rank.pid for rank in running.ranks()]
-    refused = call("run.lock_timeout_s=0.5")
     assert refused.wait(300) == 2
     (line,) = [line for line in refused.output().splitlines() if line.startswith("error: ")]
     assert f"process {holder['pid']}, since {holder['since']}" in line
