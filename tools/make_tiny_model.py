@@ -20,9 +20,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from make_synthetic import COLOURS, KINDS
-from make_synthetic import TASKS as TASKS_OF_SET
 from released_layout import write_released
+from synthetic.clips import COLOURS, KINDS
+from synthetic.clips import TASKS as TASKS_OF_SET
 
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.observe.progress import log_written

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from make_synthetic import DURATION_S, INTERVAL_S
+from synthetic.clips import DURATION_S, INTERVAL_S
 
 from megatron_vrl.observe.progress import log_written
 from megatron_vrl.process.command_line import tool_parser

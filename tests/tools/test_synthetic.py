@@ -13,18 +13,9 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from make_synthetic import (
-    COLOURS,
-    DURATION_S,
-    EASY,
-    FPS,
-    KINDS,
-    TASKS,
-    annotation_files,
-    apportion,
-    bounced,
-    plan,
-)
+from synthetic.annotations import annotation_files
+from synthetic.clips import COLOURS, DURATION_S, EASY, FPS, KINDS, TASKS, apportion, plan
+from synthetic.pixels import bounced
 
 from megatron_vrl.config import Source
 from megatron_vrl.data.formats.training import read
