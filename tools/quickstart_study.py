@@ -68,6 +68,8 @@ def _run(arguments: argparse.Namespace) -> None:
     from studies.tables import write_results
     from studies.timing import seconds_per_step
 
+    from megatron_vrl.observe.progress import log_line
+
     out = arguments.out.resolve()
     launcher = Launcher(out=out, ranks=arguments.ranks, overrides=tuple(arguments.overrides))
     study = Study(
@@ -83,6 +85,7 @@ def _run(arguments: argparse.Namespace) -> None:
         for seed in arguments.seeds:
             for arm in CONDITIONS[condition].arms:
                 if arm in arguments.arms:
+                    log_line(f"study: {condition}, seed {seed}, {ARMS[arm]}")
                     run_arm(study, condition, arm, seed, seconds)
                     write_results(out, arguments.seeds)
 

@@ -89,6 +89,8 @@ def test_labels_are_exact_misaligned_or_wrong() -> None:
     changed = labelled(clips, CONDITIONS["wrong"], 1)
     wrong = [(c, w) for c, w in zip(clips, changed, strict=True) if c != w]
     assert len(wrong) == 40
+    accuracy = label_quality(clips, changed)["label_accuracy"]
+    assert accuracy == 1 - sum(c.task != "temporal_grounding" for c, _ in wrong) / 40
     for clip, label in wrong:
         assert label.shapes[0].interval_s != clip.shapes[0].interval_s
         asks_for_option = clip.task != "temporal_grounding"
@@ -151,7 +153,7 @@ def finished_arm(
         "rate": None,
         "home": str(home.relative_to(out)),
         "stage": "sft",
-        "pool": {"clips": 100, "label_miou": 0.55},
+        "pool": {"samples": 100, "label_miou": 0.55, "label_accuracy": 1.0},
         **more,
     }
     file = out / "records" / condition / f"seed-{seed}" / f"{arm}.json"
@@ -171,7 +173,7 @@ def test_a_table_has_holes_where_nothing_ran(tmp_path: Path) -> None:
     assert rows["| " + ARMS["sft_grpo"]].endswith("| 170 + 90 | 2 |  | 1 (2, 3 not run) |")
     assert rows["| " + ARMS["grpo"]].count("not run") == 10
     assert table.count("*not run*") == len(CONDITIONS) - 1
-    assert "labels misaligned in time (100 samples, labels against the truth: mIoU 55.0)" in table
+    assert "(100 samples; labels against the truth: mIoU 55.0, accuracy 100)" in table
     study = json.loads((tmp_path / "study.json").read_text())
     assert len(study["arms"]) == 3
     assert study["arms"][0]["metrics"]["ood"]["QA mIoU"] == 0.5

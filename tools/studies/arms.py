@@ -7,7 +7,8 @@ Budgets of steps, with the measured seconds of a step of SFT (s) and of GRPO (g)
     grpo             (170 s + 90 g) / g steps of GRPO      as many seconds
     sft_updates, grpo_kl                                   as many steps as `grpo`
 
-An arm is finished when its record OUT/records/CONDITION/seed-N/ARM.json is there.
+A finished arm has a record, OUT/records/CONDITION/seed-N/ARM.json. Finished jobs are reused. A job
+whose settings have changed since is refused.
 """
 
 import json
@@ -206,10 +207,8 @@ def best_rate(study: Study, condition: str, steps: int, by_last: bool) -> float:
 def run_arm(
     study: Study, condition: str, arm: str, seed: int, seconds: Mapping[str, float]
 ) -> Record:
-    """Run an arm unless it is finished, and return its record."""
+    """Run the jobs of an arm that are not finished, write its record and return it."""
     file = study.out / "records" / condition / f"seed-{seed}" / f"{arm}.json"
-    if file.exists():
-        return json.loads(file.read_text())  # type: ignore[no-any-return]
     found = _measured(study, condition, arm, seed, seconds)
     pool = study.folder(condition, seed) / "pool/pool.json"
     record = {

@@ -51,6 +51,8 @@ class Launcher:
         program = ["-m", "megatron_vrl.cli.train", "--config", str(CONFIG), *words]
         launch = [str(ROOT / "launch/torchrun.py"), "--standalone", "--nproc-per-node"]
         run([*launch, str(self.ranks), *program], f"the job in {home}")
+        if not (home / "summary.json").exists():
+            raise UserError(f"The job in {home} was stopped; the same command goes on with it.")
         return home
 
     def tool(self, name: str, *arguments: object) -> None:
@@ -62,7 +64,8 @@ def run(command: list[str], what: str) -> None:
     """Run a Python program. Raises UserError if it fails."""
     defaults = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = defaults | os.environ | {"PYTHONPATH": path}
+    parent = {"MEGATRON_VRL_PARENT": str(os.getpid())}  # the job ends with this process
+    environment = defaults | os.environ | parent | {"PYTHONPATH": path}
     code = subprocess.run([sys.executable, *command], env=environment).returncode
     if code:
         raise UserError(

@@ -26,6 +26,7 @@ from make_synthetic import (
     write_json,
 )
 
+from megatron_vrl.errors import ConfigError, UserError
 from studies.settings import LARGEST_POOL, Condition
 
 FORMATS = {
@@ -42,12 +43,20 @@ def split_sizes(num: int) -> dict[str, int]:
 
 
 def pool_clips(num: int, objects: int, condition: Condition, seed: int) -> list[Clip]:
-    """Return the clips of a pool with their true labels."""
+    """Return the clips of a pool with their true labels.
+
+    Raises ConfigError if the set has too few.
+    """
     clips = train_clips(num, objects)
     size = condition.count or round(condition.samples * len(clips) / LARGEST_POOL)
     drawn: list[Clip] = []
     for number, (task, count) in enumerate(apportion(size, TASKS).items()):
         of_task = [clip for clip in clips if clip.task == task]
+        if count > len(of_task):
+            raise ConfigError(
+                f"A pool of {size} samples needs {count} clips of {task}, and the set has "
+                f"{len(of_task)}: raise --num {num}."
+            )
         order = np.random.default_rng([seed, 3, number]).permutation(len(of_task))
         drawn += [of_task[index] for index in sorted(order[:count])]
     if condition.is_grounding_only:
@@ -100,14 +109,28 @@ def mislabelled(clip: Clip, seed: int) -> Clip:
 
 
 def label_quality(clips: Sequence[Clip], labels: Sequence[Clip]) -> dict[str, float]:
-    """Return the number of samples and the mean IoU of the labels with the truth."""
+    """Return the number of samples, and how far their labels agree with the truth.
+
+    "label_miou": mean IoU of the intervals; "label_accuracy": fraction of right options, 1 in a
+    pool without questions.
+    """
+    pairs = list(zip(clips, labels, strict=True))
     ious = [
         interval_iou(true.interval_s, given.interval_s)
-        for clip, label in zip(clips, labels, strict=True)
+        for clip, label in pairs
         for true, given in zip(clip.shapes, label.shapes, strict=True)
         if clip.task != "multiple_choice"
     ]
-    return {"clips": len(clips), "label_miou": float(np.mean(ious))}
+    right = [
+        clip.shapes[0].colour == label.shapes[0].colour
+        for clip, label in pairs
+        if clip.task != "temporal_grounding"
+    ]
+    return {
+        "samples": len(clips),
+        "label_miou": float(np.mean(ious)),
+        "label_accuracy": float(np.mean(right)) if right else 1.0,
+    }
 
 
 def interval_iou(first: tuple[int, int], second: tuple[int, int]) -> float:
@@ -152,7 +175,14 @@ def common_data(out: Path) -> dict[str, Any]:
 
 
 def kept_clips(labels: Sequence[Clip], selection: Path) -> list[Clip]:
-    """Return the clips with a question that tools/select_data.py kept."""
+    """Return the clips with a question that tools/select_data.py kept.
+
+    Raises UserError if there is none.
+    """
     rows = (selection / "kept.jsonl").read_text().splitlines()
     kept = [json.loads(row)["id"] for row in rows]
+    if not kept:
+        raise UserError(
+            f"The selection in {selection} kept no sample: its model earns no reward that varies."
+        )
     return [clip for clip in labels if any(name.startswith(clip.name) for name in kept)]

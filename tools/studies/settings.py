@@ -10,7 +10,9 @@
 | coefficient of KL | 0.04 (GRPO's in DeepSeekMath, arXiv 2402.03300) | not tuned |
 | wrong labels | 40 % | not tuned |
 
-A budget in seconds is that of the arm `sft_grpo`: short SFT, then GRPO.
+A budget in seconds is that of the arm `sft_grpo`: short SFT, then GRPO. The arm `sft_updates` has
+the rate of the short SFT. The seconds of a selection count for no arm: all arms of the condition
+train on the same selected pool.
 """
 
 from dataclasses import dataclass
@@ -100,6 +102,14 @@ CONDITIONS = {
         title="retention: grounding alone, labels misaligned in time",
         jitter=JITTER,
         is_grounding_only=True,
-        arms=("cold", "sft_updates", "more_sft", "grpo", "grpo_kl", "grpo_kl_seconds"),
+        arms=(
+            "cold",
+            "sft_updates",
+            "more_sft",
+            "more_sft_best",
+            "grpo",
+            "grpo_kl",
+            "grpo_kl_seconds",
+        ),
     ),
 }
