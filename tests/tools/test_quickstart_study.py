@@ -153,7 +153,7 @@ def finished_arm(
         "rate": None,
         "home": str(home.relative_to(out)),
         "stage": "sft",
-        "pool": {"samples": 100, "label_miou": 0.55, "label_accuracy": 1.0},
+        "pool": {"clips": 100, "label_miou": 0.55, "label_accuracy": 1.0},
         **more,
     }
     file = out / "records" / condition / f"seed-{seed}" / f"{arm}.json"
@@ -173,7 +173,7 @@ def test_a_table_has_holes_where_nothing_ran(tmp_path: Path) -> None:
     assert rows["| " + ARMS["sft_grpo"]].endswith("| 170 + 90 | 2 |  | 1 (2, 3 not run) |")
     assert rows["| " + ARMS["grpo"]].count("not run") == 10
     assert table.count("*not run*") == len(CONDITIONS) - 1
-    assert "(100 samples; labels against the truth: mIoU 55.0, accuracy 100)" in table
+    assert "(100 clips; labels against the truth: mIoU 55.0, accuracy 100)" in table
     study = json.loads((tmp_path / "study.json").read_text())
     assert len(study["arms"]) == 3
     assert study["arms"][0]["metrics"]["ood"]["QA mIoU"] == 0.5

@@ -109,10 +109,10 @@ def mislabelled(clip: Clip, seed: int) -> Clip:
 
 
 def label_quality(clips: Sequence[Clip], labels: Sequence[Clip]) -> dict[str, float]:
-    """Return the number of samples, and how far their labels agree with the truth.
+    """Return the number of clips, and how far their labels agree with the truth.
 
-    "label_miou": mean IoU of the intervals; "label_accuracy": fraction of right options, 1 in a
-    pool without questions.
+    "label_miou": mean IoU of the intervals; "label_accuracy": fraction of right options, if the
+    pool has questions with options.
     """
     pairs = list(zip(clips, labels, strict=True))
     ious = [
@@ -126,11 +126,8 @@ def label_quality(clips: Sequence[Clip], labels: Sequence[Clip]) -> dict[str, fl
         for clip, label in pairs
         if clip.task != "temporal_grounding"
     ]
-    return {
-        "samples": len(clips),
-        "label_miou": float(np.mean(ious)),
-        "label_accuracy": float(np.mean(right)) if right else 1.0,
-    }
+    options = {"label_accuracy": float(np.mean(right))} if right else {}
+    return {"clips": len(clips), "label_miou": float(np.mean(ious)), **options}
 
 
 def interval_iou(first: tuple[int, int], second: tuple[int, int]) -> float:

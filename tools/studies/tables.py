@@ -13,7 +13,6 @@ from studies.settings import ARMS, CONDITIONS
 WITH_INTERVAL = ("mIoU",)
 COMPARED = ("mIoU", "R@0.5", "MC acc.", "QA acc.")
 SHOWN = [metric for metric in METRICS if metric != "QA mIoU"]  # study.json has it
-QUALITY = ("samples", "label_miou", "label_accuracy")
 COLUMNS = [(split, metric) for split in SPLITS for metric in SHOWN]
 
 
@@ -121,11 +120,10 @@ def _pool(results: Results, condition: str) -> str:
     ]
     if not pools:
         return ""
-    samples, iou, right = (statistics.mean(pool[key] for pool in pools) for key in QUALITY)
-    return (
-        f" ({samples:.0f} samples; labels against the truth: mIoU {100 * iou:.1f}, "
-        f"accuracy {100 * right:.0f})"
-    )
+    clips, iou = (statistics.mean(pool[key] for pool in pools) for key in ("clips", "label_miou"))
+    right = [pool["label_accuracy"] for pool in pools if "label_accuracy" in pool]
+    options = f", accuracy {100 * statistics.mean(right):.0f}" if right else ""
+    return f" ({clips:.0f} clips; labels against the truth: mIoU {100 * iou:.1f}{options})"
 
 
 def _arm_row(results: Results, condition: str, arm: str, seeds: Sequence[int]) -> list[str]:
