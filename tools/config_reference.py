@@ -62,6 +62,10 @@ def _plain(annotation: Any) -> str:
         return _plain(get_args(annotation)[0])
     if get_origin(annotation) is Literal:
         return " or ".join(f"`{choice}`" for choice in get_args(annotation))
+    if isinstance(annotation, types.UnionType):
+        return " or ".join(_plain(each) for each in get_args(annotation))
+    if annotation is type(None):
+        return "null"
     if isinstance(annotation, types.GenericAlias):
         inner = ", ".join(_plain(argument) for argument in get_args(annotation))
         return f"{annotation.__origin__.__name__}[{inner}]"

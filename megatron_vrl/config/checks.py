@@ -34,7 +34,12 @@ def check_answer_form(cfg: RunConfig) -> None:
 
 def check_dev(cfg: RunConfig) -> None:
     """Raise ConfigError if a phase evaluates the split `dev` and `data.evaluation` has no such
-    split."""
+    split, or if SFT is to keep its best weights and measures nothing."""
+    if cfg.sft.load_best_at_end and not cfg.sft.stop_metric:
+        raise ConfigError(
+            "sft.load_best_at_end compares evaluations by sft.stop_metric, which is empty: set "
+            "sft.stop_metric=temporal_grounding/miou, say."
+        )
     needs_dev = {
         "sft.stop_metric": cfg.sft.steps > 0 and bool(cfg.sft.stop_metric),
         "grpo.evaluate_every": 0 < cfg.grpo.evaluate_every <= cfg.grpo.steps,

@@ -232,9 +232,14 @@ class Sft(Section):
     batch_size: Positive = 32
     optimizer: Optimizer = Optimizer(lr=1e-5)
     stop_metric: str = ""
-    """Metric of the split `dev` that ends the warm-up, for example `temporal_grounding/miou`."""
-    stop_at: float = 0.0
-    """The warm-up ends at the first evaluation in which `stop_metric` is at least this value."""
+    """Metric of the split `dev`, for example `temporal_grounding/miou`, that is measured every
+    `evaluate_every` steps for `stop_at` and `load_best_at_end`. Empty: SFT does not evaluate."""
+    stop_at: float | None = None
+    """SFT ends at the first evaluation in which `stop_metric` is at least this value, and must
+    reach it within `steps`. null: SFT makes all its steps."""
+    load_best_at_end: bool = False
+    """End SFT with the weights of the evaluation in which `stop_metric` was largest. false: with
+    the last weights."""
     evaluate_every: Positive = 50
     restarts: Annotated[int, Field(ge=0)] = 0
     """Number of restarts, each with the next seed, if `stop_at` is not reached within `steps`."""
@@ -288,6 +293,8 @@ class Batch(Section):
 
 class Evaluation(Section):
     max_response_tokens: Positive = 2048
+    before_training: bool = True
+    """Evaluate the splits once before the first step, too."""
 
 
 class Checkpoint(Section):

@@ -4,8 +4,10 @@ Answers are read by the parser of the rewards. A question whose video cannot be 
 answered with an empty text. The metric `undecodable` counts such questions.
 """
 
+import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,9 +17,10 @@ from megatron_vrl.config import Rewards
 from megatron_vrl.context import RunContext
 from megatron_vrl.data.problems import Problem, summary
 from megatron_vrl.errors import UserError, VideoError, counted
-from megatron_vrl.evaluation.metrics import summarise
+from megatron_vrl.evaluation.metrics import Scored, metrics_of, score_responses, summarise
 from megatron_vrl.parallel.mesh import gather_shards, raise_on_all_ranks, shard, world_axis
 from megatron_vrl.rollout.request import SamplingSpec
+from megatron_vrl.storage.files import write_file
 from megatron_vrl.tasks import TASKS
 from megatron_vrl.tasks.answer import answer_block
 from megatron_vrl.trainer.preemption import stop_if_asked
@@ -27,11 +30,16 @@ SAMPLES_AT_A_TIME = 128  # per rank; bounds the decoded frames in memory
 
 
 def evaluate(
-    ctx: RunContext, samples: Sequence[VideoSample], version: int, step: int
+    ctx: RunContext,
+    samples: Sequence[VideoSample],
+    version: int,
+    step: int,
+    answers_file: Path | None = None,
 ) -> dict[str, float]:
     """Return the metrics of one greedy answer to each sample. Every rank calls it.
 
-    `version` identifies the weights; `step` is the last finished step. Raises on every rank:
+    `version` identifies the weights; `step` is the last finished step. Rank 0 writes a line for
+    each answer to `answers_file`: {id, task, response, reward, components}. Raises on every rank:
     StopRequested before the next batch of questions if the run was asked to stop, UserError if more
     than video.max_bad_fraction of the videos cannot be read.
     """
@@ -56,11 +64,32 @@ def evaluate(
                 answers.append(_Answered(rollout.text, len(rollout.token_ids)))
     ordered = gather_shards(answers, world_axis(mesh))
     _check_bad_fraction([a.problem for a in ordered if a.problem], len(samples), ctx)
-    metrics = summarise(samples, [answer.text for answer in ordered], cfg.rewards)
+    scored = score_responses(samples, [answer.text for answer in ordered], cfg.rewards)
+    if answers_file:
+        with raise_on_all_ranks(mesh):
+            if mesh.rank == 0:
+                _write_answers(answers_file, scored, [answer.text for answer in ordered])
+    metrics = metrics_of(scored)
     read = [answer.tokens for answer in ordered if not answer.problem]
     metrics["response_length/mean"] = float(np.mean(read)) if read else 0.0
     metrics["undecodable"] = float(len(ordered) - len(read))
     return metrics
+
+
+def _write_answers(path: Path, scored: Sequence[Scored], responses: Sequence[str]) -> None:
+    """Write a line for each answer, in the order of the questions."""
+    rows = (
+        {
+            "id": row.sample.id,
+            "task": row.sample.task,
+            "response": response,
+            "reward": row.reward,
+            "components": row.components,
+        }
+        for row, response in zip(scored, responses, strict=True)
+    )
+    path.parent.mkdir(exist_ok=True)
+    write_file(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 class _Answered(NamedTuple):

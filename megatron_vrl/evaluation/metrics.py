@@ -33,6 +33,16 @@ def summarise(
 
     Raises ValueError if there is no sample, or not one response for each.
     """
+    return metrics_of(score_responses(samples, responses, cfg))
+
+
+def score_responses(
+    samples: Sequence[VideoSample], responses: Sequence[str], cfg: Rewards
+) -> list[Scored]:
+    """Return what was read from one response for each sample, and its reward.
+
+    Raises ValueError if there is no sample, or not one response for each.
+    """
     if not samples or len(samples) != len(responses):
         raise ValueError(f"{len(samples)} samples and {len(responses)} responses.")
     weights = reward_weights(cfg)
@@ -41,8 +51,13 @@ def summarise(
         parsed = TASKS[sample.task].parse(response, sample)
         components, reward = score(sample, response, cfg.mode, weights[sample.task])
         scored.append(Scored(sample, parsed, components, reward))
+    return scored
+
+
+def metrics_of(scored: Sequence[Scored]) -> dict[str, float]:
+    """Return the metrics of scored responses: `NAME` over all, and `TASK/NAME`."""
     summary = dict(_means(scored))
-    for task in sorted({sample.task for sample in samples}):
+    for task in sorted({row.sample.task for row in scored}):
         of_task = [row for row in scored if row.sample.task == task]
         metrics = TASKS[task].metrics([row.sample for row in of_task], [r.parsed for r in of_task])
         summary |= {f"{task}/{name}": value for name, value in (*_means(of_task), *metrics.items())}

@@ -106,7 +106,8 @@ def _stages(ctx: RunContext, state: RunState, sinks: Sinks, splits: Splits) -> N
     cfg = ctx.cfg
     dev = splits.get("dev", [])
     if state.stage == "base":
-        _evaluate_stage(ctx, state, sinks, splits)
+        if cfg.evaluation.before_training:
+            _evaluate_stage(ctx, state, sinks, splits)
         state.begin("sft")
     if state.stage == "sft":
         if cfg.sft.steps:
@@ -130,6 +131,7 @@ def _stages(ctx: RunContext, state: RunState, sinks: Sinks, splits: Splits) -> N
 def _evaluate_stage(ctx: RunContext, state: RunState, sinks: Sinks, splits: Splits) -> None:
     """Evaluate the weights at the end of a stage on every reported split that has no results.
 
+    Answers are written to OUT/evaluations/STAGE-SPLIT.jsonl.
     A run that was stopped here resumes with the split that was being evaluated.
     """
     state.evaluating = "stage"
@@ -139,7 +141,8 @@ def _evaluate_stage(ctx: RunContext, state: RunState, sinks: Sinks, splits: Spli
             continue
         begin_steps()  # from here on an interrupt waits for the end of a batch
         with ctx.clock("evaluate"):
-            table[name] = evaluate(ctx, samples, state.version, state.step)
+            answers = Path(ctx.cfg.run.out_dir) / "evaluations" / f"{state.stage}-{name}.jsonl"
+            table[name] = evaluate(ctx, samples, state.version, state.step, answers)
         spent = ctx.clock.take()
         state.add_seconds(spent)
         row = StepMetrics(

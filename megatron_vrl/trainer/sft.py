@@ -1,9 +1,10 @@
 """Supervised fine-tuning (SFT) before GRPO: cross-entropy of the target answers.
 
-SFT uses the data loader, the packing and the model of GRPO. It is a short warm-up: it ends when
-sft.stop_metric reaches sft.stop_at in an evaluation of the split `dev`. If that does not happen
-within sft.steps, SFT starts over from model.checkpoint with the next seed, at most sft.restarts
-times.
+SFT uses the data loader, the packing and the model of GRPO. With sft.stop_at it is a short warm-up:
+it ends when sft.stop_metric reaches sft.stop_at in an evaluation of the split `dev`. If that does
+not happen within sft.steps, SFT starts over from model.checkpoint with the next seed, at most
+sft.restarts times. Without sft.stop_at SFT makes all its steps. With sft.load_best_at_end it ends
+with the weights of its best evaluation, which a checkpoint holds.
 """
 
 import numpy as np
@@ -21,7 +22,13 @@ from megatron_vrl.process.signals import begin_steps
 from megatron_vrl.trainer.dataloader import PromptDataLoader
 from megatron_vrl.trainer.record import evaluate_dev, record
 from megatron_vrl.trainer.sample_stream import open_run_pool, weighted
-from megatron_vrl.trainer.state import RunState, save_if_due
+from megatron_vrl.trainer.state import (
+    RunState,
+    checkpoint_name,
+    finish_saving,
+    save,
+    save_if_due,
+)
 from megatron_vrl.types import VideoSample
 
 
@@ -38,16 +45,19 @@ def train_sft(ctx: RunContext, state: RunState, sinks: Sinks, dev: list[VideoSam
                 f"{counted(state.attempt + 1, 'attempt')}: set another run.seed or more sft.steps."
             )
         state.attempt += 1
+        state.best_step, state.best_value = 0, 0.0
         state.begin("sft")
         ctx.saver.load_weights(ctx.cfg.model.checkpoint)
         sinks.log(
             f"SFT did not reach {cfg.stop_metric} {cfg.stop_at} in {cfg.steps} steps; "
             f"starting over with seed {ctx.cfg.run.seed + state.attempt}."
         )
+    if state.best_step not in (0, state.step):
+        _load_best(ctx, state, sinks)
 
 
 def _train_attempt(ctx: RunContext, state: RunState, sinks: Sinks, dev: list[VideoSample]) -> bool:
-    """Train from `state.step` on; return False if the last step ends below sft.stop_at."""
+    """Train from `state.step` on; return False if no evaluation reaches sft.stop_at."""
     cfg, clock = ctx.cfg, ctx.clock
     seed = cfg.run.seed + state.attempt
     stream = weighted(open_run_pool(ctx, cfg.data.sft), cfg.data.sft, seed)
@@ -90,7 +100,7 @@ def _train_attempt(ctx: RunContext, state: RunState, sinks: Sinks, dev: list[Vid
         if is_due and _reaches_threshold(ctx, state, sinks, dev):
             return True
         save_if_due(ctx, state)
-    return not cfg.sft.stop_metric
+    return not cfg.sft.stop_metric or cfg.sft.stop_at is None
 
 
 def _target(ctx: RunContext, sample: VideoSample) -> Answer:
@@ -106,7 +116,10 @@ def _target(ctx: RunContext, sample: VideoSample) -> Answer:
 def _reaches_threshold(
     ctx: RunContext, state: RunState, sinks: Sinks, dev: list[VideoSample]
 ) -> bool:
-    """Evaluate on `dev` and return whether sft.stop_metric has reached sft.stop_at."""
+    """Evaluate on `dev` and return whether sft.stop_metric has reached sft.stop_at.
+
+    With sft.load_best_at_end, weights that are the best so far are saved.
+    """
     cfg = ctx.cfg.sft
     metrics = evaluate_dev(ctx, state, sinks, dev, during="sft")
     if cfg.stop_metric not in metrics:
@@ -115,10 +128,24 @@ def _reaches_threshold(
             f"choose one of {', '.join(sorted(metrics))}."
         )
     value = metrics[cfg.stop_metric]
-    if value < cfg.stop_at:
+    if cfg.load_best_at_end and (not state.best_step or value > state.best_value):
+        state.best_step, state.best_value = state.step, value
+        save(ctx, state)
+    if cfg.stop_at is None or value < cfg.stop_at:
         return False
     sinks.log(
         f"SFT ends at step {state.step}: {cfg.stop_metric} on dev is {value:.3f}, and sft.stop_at "
         f"is {cfg.stop_at}."
     )
     return True
+
+
+def _load_best(ctx: RunContext, state: RunState, sinks: Sinks) -> None:
+    """Load the weights of the best evaluation. They get a version of their own."""
+    finish_saving(ctx)
+    ctx.saver.load_weights(ctx.saver.root / checkpoint_name("sft", state.attempt, state.best_step))
+    state.version += 1
+    sinks.log(
+        f"SFT ends with the weights of step {state.best_step} of {state.step}: "
+        f"{ctx.cfg.sft.stop_metric} on dev was {state.best_value:.3f}."
+    )

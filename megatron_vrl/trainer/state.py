@@ -36,6 +36,8 @@ class RunState:
     bad_samples: int = 0  # samples drawn and replaced because of their videos
     selections: list[list[int]] = field(default_factory=list)  # [epoch, first stream position]
     attempt: int = 0  # restarts of SFT
+    best_step: int = 0  # of SFT, with the best evaluation so far (sft.load_best_at_end); 0: none
+    best_value: float = 0.0  # of sft.stop_metric in that evaluation
     version: int = 0  # training steps since the start; identifies the weights
     results: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)  # by activity, of all starts
@@ -83,8 +85,15 @@ def save(ctx: RunContext, state: RunState) -> None:
         ctx.saver.save(
             checkpoint_name(state.stage, state.attempt, state.step),
             asdict(state),
-            pinned=checkpoint_name("grpo", state.attempt, 0) if ctx.cfg.algorithm.kl > 0 else "",
+            pinned=_pinned(ctx, state),
         )
+
+
+def _pinned(ctx: RunContext, state: RunState) -> str:
+    """Return the name of the checkpoint that a later step of the stage reads, or ""."""
+    if state.stage == "sft":
+        return checkpoint_name("sft", state.attempt, state.best_step) if state.best_step else ""
+    return checkpoint_name("grpo", state.attempt, 0) if ctx.cfg.algorithm.kl > 0 else ""
 
 
 def save_if_due(ctx: RunContext, state: RunState) -> None:

@@ -84,6 +84,14 @@ def test_evaluation_of_a_missing_dev_split_is_refused(key: str) -> None:
         check_dev(cfg)
 
 
+def test_best_weights_without_a_metric_are_refused() -> None:
+    best = ["sft.load_best_at_end=true", "sft.stop_at=null"]
+    check_dev(load_config(ROOT / "configs/quickstart.yaml", best))
+    cfg = load_config(ROOT / "configs/quickstart.yaml", [*best, "sft.stop_metric=''"])
+    with pytest.raises(ConfigError, match=r"load_best_at_end .*: set sft\.stop_metric="):
+        check_dev(cfg)
+
+
 def test_a_weight_of_an_unknown_component_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"acuracy.*accuracy"):
         reward_weights(Rewards(weights={"multiple_choice": {"acuracy": 0.5}}))

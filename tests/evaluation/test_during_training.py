@@ -1,7 +1,9 @@
 """A question whose video cannot be read stays in an evaluation, and is counted."""
 
+import json
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, cast
 
@@ -101,6 +103,20 @@ def test_without_bad_videos_nothing_is_printed(
     assert metrics["undecodable"] == 0
     assert metrics["temporal_grounding/miou"] == pytest.approx(1.0)
     assert capsys.readouterr().err == ""
+
+
+def test_every_answer_is_written_with_its_components(mesh: Mesh, tmp_path: Path) -> None:
+    samples = [sample(number) for number in range(4)]
+    ctx = ctx_of(mesh, samples, {"s3"}, share=0.5)
+    metrics = evaluate(ctx, samples, 0, 0, tmp_path / "evaluations" / "sft-heldout.jsonl")
+    lines = (tmp_path / "evaluations/sft-heldout.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["id"] for row in rows] == ["s0", "s1", "s2", "s3"]
+    ious = [row["components"]["temporal_iou"] for row in rows]
+    assert ious == pytest.approx([1.0, 1.0, 1.0, 0.0])
+    assert np.mean(ious) == pytest.approx(metrics["temporal_grounding/miou"])
+    assert rows[0]["response"] == TASKS["temporal_grounding"].target(samples[0])
+    assert np.mean([row["reward"] for row in rows]) == pytest.approx(metrics["reward/mean"])
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from megatron_vrl.checkpoint.convert import compare
+from megatron_vrl.errors import CheckpointError
 from megatron_vrl.rollout.records import read_rollouts
 from tests.running import ENVIRONMENT, ROOT, kill_job, run_python, train_command
 
@@ -328,6 +330,41 @@ def test_export_loads_in_stock_vllm(run: Path, tmp_path: Path) -> None:
     expected = logprobs[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
     found = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_sft_ends_with_its_best_weights(quickstart: Path) -> None:
+    """The first of two evaluations is the best: an untrained model earns 0 in both."""
+    data = "runs/quickstart/data"
+    sources = f"[{{json_path: {data}/annotations/dev_temporal_grounding.json, "
+    sources += f"data_folder: {data}/videos, format: charades_sta}}]"
+    command = train_command(
+        "sft.steps=4",
+        "sft.evaluate_every=2",
+        "sft.stop_at=null",
+        "sft.load_best_at_end=true",
+        "sft.batch_size=4",
+        "grpo.steps=0",
+        "checkpoint.every_steps=4",
+        "checkpoint.keep=4",
+        "evaluation.before_training=false",
+        f"data.evaluation={{dev: {sources}, heldout: {sources}}}",
+        "observe.wandb=disabled",
+        "run.out_dir=runs/best",
+    )
+    done = subprocess.run(command, cwd=quickstart, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = quickstart / "runs/best"
+    assert "SFT ends with the weights of step 2 of 4: temporal_grounding/miou on" in done.stderr
+    assert [(row["split"], row["step"]) for row in rows_of(run, "eval")] == [
+        ("dev", 2),
+        ("dev", 4),
+        ("heldout", 4),
+    ]
+    assert len((run / "evaluations/sft-heldout.jsonl").read_text().splitlines()) == 3
+    assert set(summary_of(run)["results"]) == {"sft"}
+    assert compare(run / "export", run / "checkpoints/sft-0-000002", progress=False) > 0
+    with pytest.raises(CheckpointError, match="differ"):
+        compare(run / "export", run / "checkpoints/sft-0-000004", progress=False)
 
 
 def test_sft_starts_over_once_and_then_fails(quickstart: Path) -> None:

@@ -1,0 +1,1 @@
+"""Parts of tools/quickstart_study.py: settings, pools, jobs, arms, bootstrap, tables."""
