@@ -178,6 +178,9 @@ class Data(Section):
     think block, with rewards.mode=answer_only."""
     question: Literal["default", "temporal_r1"] = "default"
     """temporal_r1: Temporal-R1's wording of multiple choice; other tasks have one wording."""
+    timestamps: Literal["none", "interleaved"] = "none"
+    """interleaved: the time of every temporal step stands as text before it, as in TimeLens. none:
+    the model knows times by M-RoPE alone."""
     snap_truth: bool = False
     """Move the true intervals of training samples to the nearest sampled frames."""
     max_prompt_tokens: Positive = 4096

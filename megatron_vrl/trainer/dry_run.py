@@ -207,10 +207,7 @@ def _check_checkpoint(cfg: RunConfig, hf_dir: Path, arch: Architecture) -> Promp
     """
     if not (hf_dir / "config.json").exists():
         return None
-    data = cfg.data
-    encoder = prompt_encoder(
-        hf_dir, arch, data.system_prompt, data.max_prompt_tokens, data.question
-    )
+    encoder = prompt_encoder(hf_dir, arch, cfg.data)
     if not is_megatron(Path(cfg.model.checkpoint)):
         HFCheckpoint(hf_dir, arch)
     return encoder

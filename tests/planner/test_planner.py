@@ -17,7 +17,13 @@ from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.planner.hardware import GPUS, find_gpu
 from megatron_vrl.planner.plan import Plan, PlanRequest, make_plan, refusals
 from megatron_vrl.planner.speed import Machine
-from megatron_vrl.planner.workload import TEXT_TOKENS, packed_sizes, step_sizes, video_grid
+from megatron_vrl.planner.workload import (
+    TEXT_TOKENS,
+    TIMESTAMP_TOKENS,
+    packed_sizes,
+    step_sizes,
+    video_grid,
+)
 from megatron_vrl.process.entry import run_program
 from tests.running import ROOT
 
@@ -222,6 +228,16 @@ def test_sizes_of_a_prompt() -> None:
     assert sizes.rows == sizes.prompt + 8 * 1023
     small = step_sizes(cfg, prompt=700)
     assert small.vision_tokens <= 700 - TEXT_TOKENS
+
+
+def test_textual_timestamps_are_tokens_of_the_prompt() -> None:
+    cfg = load_config(ROOT / "configs" / "qwen2.5-vl-3b-8gpu.yaml", ["data.timestamps=interleaved"])
+    t, h, w = video_grid(cfg.video)
+    sizes = step_sizes(cfg)
+    assert sizes.grid == (t, h, w)
+    assert sizes.prompt == t * (h * w // 4 + TIMESTAMP_TOKENS) + TEXT_TOKENS
+    steps, *_ = step_sizes(cfg, prompt=sizes.prompt - 1).grid or (0,)
+    assert steps == t - 1
 
 
 MEASURED = {
