@@ -182,7 +182,8 @@ class Data(Section):
     """interleaved: the time of every temporal step stands as text before it, as in TimeLens. none:
     the model knows times by M-RoPE alone."""
     snap_truth: bool = False
-    """Move the true intervals of training samples to the nearest sampled frames."""
+    """Move the true intervals of training samples outwards to times of temporal steps, as TimeLens
+    does."""
     max_prompt_tokens: Positive = 4096
     """Longest prompt. A longer one is refused and never truncated, since that would remove video
     tokens."""
