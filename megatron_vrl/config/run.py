@@ -206,6 +206,11 @@ class Rewards(Section):
     default weight (docs/tasks.md); a weight of 0 logs a component without training on it."""
     length_tokens: tuple[Positive, Positive] = (320, 512)
     """Fewest and most tokens of a right answer that earns the component `length`."""
+    temporal: Literal["none", "shuffled_group", "shuffled_boundaries"] = "none"
+    """Bonus of 0.3 for answers that need the order of the frames. shuffled_group (T-GRPO): for
+    right answers, unless half as many answers to shuffled frames are clearly more accurate.
+    shuffled_boundaries (TaRO): for answers with an IoU of 0.7 whose log-prob falls most when frames
+    near the true boundaries are shuffled; it takes one forward pass more."""
     functions: dict[str, str] = {}
     """Reward components of your own: name -> `package.module:function`. The function is called with
     (response, sample) and returns a number in [0, 1]; `weights` weighs it by its name. See

@@ -194,6 +194,22 @@ def _packed(piece: GroupSizes, groups: int, multiple: int) -> PackedBatch:
     return PackedBatch(group=piece, groups=groups, rows=rows)
 
 
+def scoring_passes(cfg: RunConfig) -> list[str]:
+    """Return the forward passes that rewards need, as `trainer/experience.py` runs them.
+
+    They run over all groups of a step before the update packs them, so a frozen tower encodes the
+    videos for each of them.
+    """
+    shuffled = cfg.rewards.temporal == "shuffled_boundaries"
+    refers = cfg.algorithm.kl > 0 and cfg.algorithm.kl_in == "reward"
+    return ["shuffled frames"] * shuffled + ["reward KL"] * refers
+
+
+def shuffled_answers(cfg: RunConfig) -> int:
+    """Return the answers to each prompt's shuffled frames, see `trainer/rollout_queue.py`."""
+    return max(1, cfg.rollout.group_size // 2) * (cfg.rewards.temporal == "shuffled_group")
+
+
 def forward_passes(cfg: RunConfig) -> list[str]:
     """Return the forward passes before a step's first update, as `trainer/update.py` runs them."""
     several = cfg.grpo.mini_batches * cfg.grpo.epochs > 1

@@ -18,6 +18,7 @@ from megatron_vrl.config import (
     check_dev,
     check_ground_truth_answer,
     check_off_policy,
+    check_temporal_reward,
 )
 from megatron_vrl.context import CheckedRun, prompt_encoder
 from megatron_vrl.data.datasets import Datasets
@@ -54,6 +55,7 @@ def check(cfg: RunConfig, world: int, here: bool = False) -> CheckedRun:
     check_answer_form(cfg)
     check_off_policy(cfg)
     check_ground_truth_answer(cfg)
+    check_temporal_reward(cfg)
     check_replay(cfg)
     check_visual_input(cfg)
     check_reselection(cfg)

@@ -230,6 +230,19 @@ def test_sizes_of_a_prompt() -> None:
     assert small.vision_tokens <= 700 - TEXT_TOKENS
 
 
+def test_rewards_of_temporal_sensitivity_are_counted() -> None:
+    plain = planned("model.freeze_vision=true")
+    scored = planned("model.freeze_vision=true", "rewards.temporal=shuffled_boundaries")
+    assert set(scored.phases) - set(plain.phases) == {"shuffled frames"}
+    assert scored.phases["shuffled frames"].seconds > 0
+    assert scored.hardware_flops > plain.hardware_flops
+    answered = planned("rewards.temporal=shuffled_group")
+    more = answered.phases["rollout"].seconds / plain.phases["rollout"].seconds
+    assert 1 < more <= 1.5 + 1e-9  # 4 answers beside 8, decoded together
+    in_reward = ["algorithm.kl_in=reward", "algorithm.kl_estimator=k1"]
+    assert "reward KL" in planned(*in_reward).phases
+
+
 def test_textual_timestamps_are_tokens_of_the_prompt() -> None:
     cfg = load_config(ROOT / "configs" / "qwen2.5-vl-3b-8gpu.yaml", ["data.timestamps=interleaved"])
     t, h, w = video_grid(cfg.video)
