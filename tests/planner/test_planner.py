@@ -28,7 +28,12 @@ from megatron_vrl.process.entry import run_program
 from tests.running import ROOT
 
 READY = {  # parameters, and the GPU that the config is for
-    "charades_3b": 3_754_622_976,
+    "recipes/temporal_r1-3b": 3_754_622_976,
+    "recipes/time_r1-3b": 3_754_622_976,
+    "recipes/timelens-7b": 8_292_166_656,
+    "recipes/timelens2-7b": 8_292_166_656,
+    "recipes/videoauto_r1-7b": 8_292_166_656,
+    "recipes/tempsamp_r1-7b": 8_292_166_656,
     "qwen2.5-vl-3b-1gpu": 3_754_622_976,
     "qwen2.5-vl-3b-8gpu": 3_754_622_976,
     "qwen2.5-vl-7b-tp2pp2": 8_292_166_656,

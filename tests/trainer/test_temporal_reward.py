@@ -16,7 +16,7 @@ from megatron_vrl.parallel.mesh import close_mesh, init_mesh
 from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.policy.policy import Policy
 from megatron_vrl.trainer import experience
-from megatron_vrl.types import RewardComponent, ScoredGroup
+from megatron_vrl.types import Experience, RewardComponent, ScoredGroup
 from tests.tiny import present, prompt, video
 from tests.tiny_models import hf_model, save
 from tests.trainer.test_experience import ctx_of, scored
@@ -55,7 +55,7 @@ def test_the_drop_is_that_of_the_answers_own_logprobs(tmp_path: Path, tokens: in
         drops = []
         for rollout in group.rollouts:
             alone = experience.training_group(
-                experience.Experience(
+                Experience(
                     scored=replace(group, prompt=asked, rollouts=(rollout,)),
                     advantages=np.zeros(1),
                 )
