@@ -8,13 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from megatron_vrl.checkpoint.hf_export import WeightExport
 from megatron_vrl.checkpoint.saver import Saver
-from megatron_vrl.config import RunConfig
+from megatron_vrl.config import Data, RunConfig
 from megatron_vrl.config.inference import inference_files
 from megatron_vrl.data.datasets import Datasets
 from megatron_vrl.data.prompt import PromptEncoder, VisionTokens
@@ -103,18 +102,19 @@ def vision_tokens(arch: Architecture) -> VisionTokens:
     )
 
 
-def prompt_encoder(
-    hf_dir: Path,
-    arch: Architecture,
-    system_prompt: str,
-    max_tokens: int,
-    wording: Literal["default", "temporal_r1"] = "default",
-) -> PromptEncoder:
+def prompt_encoder(hf_dir: Path, arch: Architecture, data: Data) -> PromptEncoder:
     """Return the prompt encoder of a checkpoint.
 
     Raises CheckpointError if the tokenizer does not load or has tokens without an embedding.
     """
-    encoder = PromptEncoder(hf_dir, vision_tokens(arch), system_prompt, max_tokens, wording)
+    encoder = PromptEncoder(
+        hf_dir,
+        vision_tokens(arch),
+        data.system_prompt,
+        data.max_prompt_tokens,
+        data.question,
+        data.timestamps,
+    )
     check_tokenizer(encoder.tokenizer, arch, hf_dir)
     return encoder
 

@@ -113,15 +113,17 @@ class Prompt:
     """A question rendered by the chat template and tokenized, with its videos and images.
 
     The rollout engine and the trainer use the same Prompt. The engine takes `engine_token_ids` with
-    one pad token per visual and expands it; the trainer takes `token_ids`, which are expanded.
+    one pad token per vision block and expands it; the trainer takes `token_ids`, which are
+    expanded. A block is a visual, or with `step_blocks` a temporal step of a video.
     """
 
     id: str  # id of its sample
     visuals: tuple[Visual, ...]  # in the order of their pad tokens; () for a text-only prompt
     token_ids: NDArray[np.int64]  # [P] with one pad token per merged vision patch
-    engine_token_ids: tuple[int, ...]  # with one pad token per visual, the input vLLM expects
+    engine_token_ids: tuple[int, ...]  # with one pad token per vision block, as vLLM expects
     positions: NDArray[np.int64]  # [3, P] M-RoPE positions: time, height, width
     visual_embeds: tuple[NDArray[Any], ...] = ()  # [tokens, hidden] per visual; (): not computed
+    step_blocks: bool = False  # text stands between the temporal steps of each video
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

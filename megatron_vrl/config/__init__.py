@@ -11,6 +11,7 @@ from megatron_vrl.config.checks import (
     check_dev,
     check_ground_truth_answer,
     check_off_policy,
+    check_temporal_reward,
 )
 from megatron_vrl.config.rollout import RolloutConfig
 from megatron_vrl.config.run import (
@@ -61,5 +62,6 @@ __all__ = [
     "check_dev",
     "check_ground_truth_answer",
     "check_off_policy",
+    "check_temporal_reward",
     "load_config",
 ]

@@ -68,6 +68,23 @@ def check_ground_truth_answer(cfg: RunConfig) -> None:
         )
 
 
+def check_temporal_reward(cfg: RunConfig) -> None:
+    """Raise ConfigError if `rewards.temporal` cannot be computed."""
+    if cfg.rewards.temporal == "none":
+        return
+    key = f"rewards.temporal={cfg.rewards.temporal}"
+    if cfg.algorithm.ground_truth_answer != "none":
+        raise ConfigError(
+            f"{key} has no value for the annotation, which is no sampled answer: set "
+            "algorithm.ground_truth_answer=none."
+        )
+    if cfg.rewards.temporal == "shuffled_group" and cfg.rollout.placement == "replay":
+        raise ConfigError(
+            f"{key} needs answers to shuffled frames, which stored rollouts do not hold: choose "
+            "another rollout.placement than replay."
+        )
+
+
 def check_off_policy(cfg: RunConfig) -> None:
     """Raise ConfigError if off-policy answers cannot be generated, or are not corrected by
     `rollout_is`."""

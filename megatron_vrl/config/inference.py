@@ -17,7 +17,7 @@ from megatron_vrl.config.video import Video
 
 INFERENCE_FILE = "inference.yaml"
 INFERENCE_KEYS = {
-    "data": ("system_prompt", "question", "max_prompt_tokens"),
+    "data": ("system_prompt", "question", "timestamps", "max_prompt_tokens"),
     "video": (
         "fps",
         "num_frames",

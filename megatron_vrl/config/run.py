@@ -178,8 +178,12 @@ class Data(Section):
     think block, with rewards.mode=answer_only."""
     question: Literal["default", "temporal_r1"] = "default"
     """temporal_r1: Temporal-R1's wording of multiple choice; other tasks have one wording."""
+    timestamps: Literal["none", "interleaved"] = "none"
+    """interleaved: the time of every temporal step stands as text before it, as in TimeLens. none:
+    the model knows times by M-RoPE alone."""
     snap_truth: bool = False
-    """Move the true intervals of training samples to the nearest sampled frames."""
+    """Move the true intervals of training samples outwards to times of temporal steps, as TimeLens
+    does."""
     max_prompt_tokens: Positive = 4096
     """Longest prompt. A longer one is refused and never truncated, since that would remove video
     tokens."""
@@ -202,6 +206,11 @@ class Rewards(Section):
     default weight (docs/tasks.md); a weight of 0 logs a component without training on it."""
     length_tokens: tuple[Positive, Positive] = (320, 512)
     """Fewest and most tokens of a right answer that earns the component `length`."""
+    temporal: Literal["none", "shuffled_group", "shuffled_boundaries"] = "none"
+    """Bonus of 0.3 for answers that need the order of the frames. shuffled_group (T-GRPO): for
+    right answers, unless half as many answers to shuffled frames are clearly more accurate.
+    shuffled_boundaries (TaRO): for answers with an IoU of 0.7 whose log-prob falls most when frames
+    near the true boundaries are shuffled; it takes one forward pass more."""
     functions: dict[str, str] = {}
     """Reward components of your own: name -> `package.module:function`. The function is called with
     (response, sample) and returns a number in [0, 1]; `weights` weighs it by its name. See

@@ -1,9 +1,10 @@
 """Tokenise one sample and its decoded video into a Prompt, for the trainer and the engine.
 
 The checkpoint's chat template (`chat_template.py`) renders the video first and the text second. The
-engine gets one pad token per video and expands it itself. The trainer gets one pad token per merged
-vision cell. A prompt over data.max_prompt_tokens is an error: cutting the prompt would drop vision
-tokens, and the rest would not match the video's grid.
+engine gets one pad token per vision block and expands it itself. The trainer gets one pad token per
+merged vision cell. A block is a video, or a temporal step with textual timestamps between the steps
+(`timestamps.py`). A prompt over data.max_prompt_tokens is an error: cutting the prompt would drop
+vision tokens, and the rest would not match the video's grid.
 """
 
 from dataclasses import dataclass, replace
@@ -13,8 +14,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_vrl.batching.positions import VisionBlock, mrope_positions
+from megatron_vrl.batching.positions import mrope_positions
 from megatron_vrl.data.chat_template import STOP, ChatTokenizer, Message
+from megatron_vrl.data.timestamps import EXPLANATION, content_parts, vision_blocks
 from megatron_vrl.errors import CheckpointError, ConfigError, DataError
 from megatron_vrl.tasks import SYSTEM_PROMPTS, TASKS
 from megatron_vrl.tasks.answer import answer_block
@@ -52,6 +54,7 @@ class PromptEncoder:
         system_prompt: str,
         max_tokens: int,
         wording: Literal["default", "temporal_r1"] = "default",
+        timestamps: Literal["none", "interleaved"] = "none",
     ) -> None:
         """Raises CheckpointError if the tokenizer or the chat template cannot be used."""
         self._pads = (vision.video_token, vision.image_token)
@@ -61,6 +64,7 @@ class PromptEncoder:
         self._system_prompt = system_prompt
         self._max_tokens = max_tokens
         self._wording = wording
+        self._interleaved = timestamps == "interleaved"
         self._stop = self.tokenizer.convert_tokens_to_ids(STOP)
 
     def spec(self, sample: VideoSample) -> PromptSpec:
@@ -72,7 +76,7 @@ class PromptEncoder:
             id=sample.id,
             system=SYSTEM_PROMPTS[self._system_prompt],
             videos=(sample.clip,),
-            question=question(sample),
+            question=EXPLANATION * self._interleaved + question(sample),
         )
 
     def prompt(self, sample: VideoSample, video: EncodedVideo) -> Prompt:
@@ -92,7 +96,7 @@ class PromptEncoder:
         vision = self._vision
         check_text(name, system or "", question)
         compact = self._render(system, visuals, question)
-        blocks = [VisionBlock.of(visual) for visual in visuals]
+        blocks = [b for visual in visuals for b in vision_blocks(visual, self._interleaved)]
         cells = [block.num_tokens(vision.merge) for block in blocks]
         repeats = iter(cells)
         token_ids = np.repeat(compact, [next(repeats) if t in self._pads else 1 for t in compact])
@@ -105,6 +109,7 @@ class PromptEncoder:
         return Prompt(
             id=name,
             visuals=visuals,
+            step_blocks=self._interleaved,
             token_ids=token_ids,
             engine_token_ids=tuple(compact),
             positions=mrope_positions(
@@ -137,9 +142,10 @@ class PromptEncoder:
         return np.array([*self._chat.text_ids(text), self._stop], dtype=np.int64)
 
     def _render(self, system: str | None, visuals: tuple[Visual, ...], question: str) -> list[int]:
-        """Return the token ids of the rendered chat, with one pad token per visual."""
-        kinds = ["video" if isinstance(visual, EncodedVideo) else "image" for visual in visuals]
-        content = [{"type": kind} for kind in kinds] + [{"type": "text", "text": question}]
+        """Return the token ids of the rendered chat, with one pad token per vision block."""
+        shown = [part for visual in visuals for part in content_parts(visual, self._interleaved)]
+        kinds = [part["type"] for part in shown if part["type"] != "text"]
+        content = [*shown, {"type": "text", "text": question}]
         messages: list[Message] = [{"role": "user", "content": content}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
@@ -147,8 +153,9 @@ class PromptEncoder:
         pads = dict(zip(("video", "image"), self._pads, strict=True))
         if [token for token in ids if token in self._pads] != [pads[kind] for kind in kinds]:
             raise CheckpointError(
-                f"{self._chat.directory}: its chat template does not show {', '.join(kinds)} as "
-                "one pad token each, in their order; take the template of the released model."
+                f"{self._chat.directory}: its chat template does not show "
+                f"{', '.join(dict.fromkeys(kinds))} as one pad token each, in their order; take "
+                "the template of the released model."
             )
         return ids
 

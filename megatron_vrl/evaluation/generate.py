@@ -78,13 +78,7 @@ class Answerer:
         self._cfg = cfg
         self._directory = hf_dir_of(cfg.model.checkpoint)
         arch = read_architecture(self._directory)
-        encoder = prompt_encoder(
-            self._directory,
-            arch,
-            cfg.data.system_prompt,
-            cfg.data.max_prompt_tokens,
-            cfg.data.question,
-        )
+        encoder = prompt_encoder(self._directory, arch, cfg.data)
         self._reader = VideoReader(cfg.video)
         self._prompts = PromptPipeline(self._reader, encoder)
         longest = cfg.data.max_prompt_tokens + max_response_tokens

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from megatron_vrl.checkpoint.checkpoint import load_weights
 from megatron_vrl.checkpoint.layout import hf_dir_of
 from megatron_vrl.config import (
     Batch,
+    Data,
     Model,
     Parallel,
     Section,
@@ -58,7 +59,9 @@ DUMMY = ""  # id of the answer of the dummy group
 Row = dict[str, Any]
 
 
-class PromptLimit(Section):
+class PromptForm(Section):
+    timestamps: Literal["none", "interleaved"] = "none"
+    """interleaved: the time of every temporal step stands as text before it."""
     max_prompt_tokens: Positive = 128_000
     """A longer prompt is refused, never cut. The default is what Qwen2.5-VL was trained to read."""
 
@@ -69,7 +72,7 @@ class ScoreConfig(Section):
     model: Model
     parallel: Parallel = Parallel()
     video: Video = Video()
-    data: PromptLimit = PromptLimit()
+    data: PromptForm = PromptForm()
     batch: Batch = Batch()
 
 
@@ -95,8 +98,8 @@ def score_config(checkpoint: str, overrides: Sequence[str]) -> ScoreConfig:
     dtype = config_dtype(directory) or "float32"
     kept = read_inference(directory)
     tree: dict[str, Any] = {name: kept[name] for name in ("video",) if name in kept}
-    if "max_prompt_tokens" in kept.get("data", {}):
-        tree["data"] = {"max_prompt_tokens": kept["data"]["max_prompt_tokens"]}
+    form = kept.get("data", {})
+    tree["data"] = {key: form[key] for key in PromptForm.model_fields if key in form}
     tree["model"] = {"checkpoint": checkpoint, "dtype": dtype}
     cfg = validate_with_overrides(ScoreConfig, tree, overrides, "command line")
     if cfg.model.checkpoint != checkpoint:
@@ -116,8 +119,7 @@ def score_file(cfg: ScoreConfig, samples: Path, out: Path) -> str:
     arch = read_architecture(directory)
     check_divides(arch, cfg.model, cfg.parallel)
     mesh = init_mesh(cfg.parallel, seed=0, fp8=cfg.model.fp8)
-    limit = cfg.data.max_prompt_tokens
-    encoder = prompt_encoder(directory, arch, "none", limit)
+    encoder = prompt_encoder(directory, arch, Data(system_prompt="none", **cfg.data.model_dump()))
     with raise_on_all_ranks(mesh):
         count = _check(samples)
     tokens, total = 0, 0.0

@@ -15,7 +15,7 @@ from megatron_vrl.planner.hardware import GIB
 from megatron_vrl.planner.libraries import first_gpu_bytes
 from megatron_vrl.planner.parameters import count_all
 from megatron_vrl.planner.speed import Machine, Phase
-from megatron_vrl.planner.workload import FILM_FPS, GroupSizes
+from megatron_vrl.planner.workload import FILM_FPS, GroupSizes, shuffled_answers
 
 ENGINE_WORKING = 3 * GIB  # activations, CUDA graphs and sampler; *not measured*
 ENGINE_STEP = 0.004  # overhead of a decoding step in seconds; *not measured*
@@ -83,7 +83,9 @@ def rollout_phase(
     prompts."""
     ranks = 1 if cfg.rollout.placement == "colocated" else cfg.rollout.tensor
     prompts = -(-cfg.rollout.prompts_per_step // engines)
-    answers = prompts * sizes.answers
+    shuffled = shuffled_answers(cfg)
+    answers = prompts * (sizes.answers + shuffled)
+    reads = prompts * (2 if shuffled else 1)  # prefills; shuffled frames are a prompt of their own
     at_once = max(1, min(answers, cfg.rollout.num_seqs(on_gpu=True), engine.sequences))
     read = flops_of_sizes(arch, sizes.prompt, [1], [sizes.grid] if sizes.grid else [])
     token = flops_of_sizes(arch, 1, [1], [])
@@ -95,7 +97,7 @@ def rollout_phase(
     compute = machine.compute(at_once * token.flops / ranks, cfg.model.dtype)
     return Phase(
         parts={
-            "compute": machine.compute(prompts * read.flops / ranks, cfg.model.dtype)
+            "compute": machine.compute(reads * read.flops / ranks, cfg.model.dtype)
             + steps * max(0.0, compute - memory),
             "HBM": steps * memory,
             "engine": steps * ENGINE_STEP,

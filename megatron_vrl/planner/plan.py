@@ -41,6 +41,7 @@ from megatron_vrl.planner.workload import (
     forward_passes,
     pack_step,
     row_multiple,
+    scoring_passes,
     step_sizes,
     worst_batches,
 )
@@ -209,7 +210,8 @@ def make_plan(cfg: RunConfig, arch: Architecture, request: PlanRequest) -> Plan:
     epochs = cfg.grpo.epochs
     passes = forward_passes(cfg)
     chunks = layer_counts(arch, cfg.model, parallel)
-    computed = epochs * hardware_flops(step, cfg.model, chunks) + len(passes) * step.flops
+    forward = len(passes) + len(scoring_passes(cfg))
+    computed = epochs * hardware_flops(step, cfg.model, chunks) + forward * step.flops
     if keeps_vision_outputs(cfg, arch, batch, micro_batches * cfg.grpo.mini_batches):
         computed -= (epochs + len(passes) - 1) * step.vision
     return Plan(
@@ -246,9 +248,12 @@ def _phases(
     updates = cfg.grpo.mini_batches * cfg.grpo.epochs
     dp_ranks = gpus // (parallel.tensor * parallel.pipeline)
     again = not keeps_vision_outputs(cfg, arch, batch, count)  # the tower runs in every pass
-    passes = forward_passes(cfg)
+    passes = [*scoring_passes(cfg), *forward_passes(cfg)]
+    first = len(scoring_passes(cfg))  # pass whose vision outputs are kept
     forward = [
-        training_pass(cfg, arch, batch, count, machine, backward=False, encodes=again or not number)
+        training_pass(
+            cfg, arch, batch, count, machine, backward=False, encodes=again or number <= first
+        )
         for number in range(len(passes))
     ]
     both = training_pass(cfg, arch, batch, micro_batches, machine, backward=True, encodes=again)

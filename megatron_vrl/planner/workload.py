@@ -17,6 +17,7 @@ from megatron_vrl.video.rules import MERGE, plan_frames
 Grid = tuple[int, int, int]  # temporal steps; height and width in patches
 
 TEXT_TOKENS = 256  # system prompt, question and template around a video; ours have 100 to 250
+TIMESTAMP_TOKENS = 10  # of `123.5s: ` and the two marks of a vision block
 FILM_FPS, FILM_SIZE = 30.0, (720, 1280)  # source video that the video rule is applied to
 
 
@@ -69,8 +70,9 @@ def step_sizes(
     config's."""
     longest = cfg.data.max_prompt_tokens
     grid = video_grid(cfg.video)
+    each = TIMESTAMP_TOKENS * (cfg.data.timestamps == "interleaved")  # text of a temporal step
     if prompt is None:
-        prompt = min(longest, _tokens(grid) + TEXT_TOKENS)
+        prompt = min(longest, _tokens(grid) + grid[0] * each + TEXT_TOKENS)
     elif not 1 <= prompt <= longest:
         raise ConfigError(
             f"--prompt-tokens {prompt} is not between 1 and data.max_prompt_tokens={longest}."
@@ -84,7 +86,7 @@ def step_sizes(
         prompt=prompt,
         response=response or most,
         answers=cfg.rollout.group_size,
-        grid=_cut(grid, prompt - TEXT_TOKENS),
+        grid=_cut(grid, prompt - TEXT_TOKENS, each),
     )
 
 
@@ -123,18 +125,19 @@ def _tokens(grid: Grid) -> int:
     return t * h * w // MERGE**2
 
 
-def _cut(grid: Grid, room: int) -> Grid | None:
-    """Return the grid reduced to at most `room` vision tokens; None if `room` is 0.
+def _cut(grid: Grid, room: int, text: int) -> Grid | None:
+    """Return the grid reduced to at most `room` tokens; None if no step fits.
 
-    Temporal steps are removed first, then the picture is made smaller.
+    A temporal step has its vision tokens and `text` more. Temporal steps are removed first, then
+    the picture is made smaller.
     """
     t, h, w = grid
     each = h * w // MERGE**2
-    if room < 1:
+    if room <= text:
         return None
-    if room < each:
-        return 1, MERGE, room * MERGE
-    return min(t, room // each), h, w
+    if room < each + text:
+        return 1, MERGE, (room - text) * MERGE
+    return min(t, room // (each + text)), h, w
 
 
 def row_multiple(cfg: RunConfig) -> int:
@@ -189,6 +192,22 @@ def _packed(piece: GroupSizes, groups: int, multiple: int) -> PackedBatch:
     """Return a micro-batch of `groups` groups with its padded rows."""
     rows = -(-groups * piece.rows // multiple) * multiple
     return PackedBatch(group=piece, groups=groups, rows=rows)
+
+
+def scoring_passes(cfg: RunConfig) -> list[str]:
+    """Return the forward passes that rewards need, as `trainer/experience.py` runs them.
+
+    They run over all groups of a step before the update packs them, so a frozen tower encodes the
+    videos for each of them.
+    """
+    shuffled = cfg.rewards.temporal == "shuffled_boundaries"
+    refers = cfg.algorithm.kl > 0 and cfg.algorithm.kl_in == "reward"
+    return ["shuffled frames"] * shuffled + ["reward KL"] * refers
+
+
+def shuffled_answers(cfg: RunConfig) -> int:
+    """Return the answers to each prompt's shuffled frames, see `trainer/rollout_queue.py`."""
+    return max(1, cfg.rollout.group_size // 2) * (cfg.rewards.temporal == "shuffled_group")
 
 
 def forward_passes(cfg: RunConfig) -> list[str]:

@@ -8,10 +8,11 @@ from megatron_vrl.config import Rewards
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.rewards.length import LENGTH
 from megatron_vrl.rewards.overlong import OVERLONG
+from megatron_vrl.rewards.temporal_sensitivity import TEMPORAL
 from megatron_vrl.tasks import TASKS, Task
 
 KL = "kl"
-RESERVED = (LENGTH, OVERLONG, KL)  # components that no task and no function may define
+RESERVED = (LENGTH, TEMPORAL, OVERLONG, KL)  # components that no task and no function may define
 
 Weights = dict[str, dict[str, float]]  # task -> component -> weight
 

@@ -69,14 +69,23 @@ class RolloutManager:
     ) -> Sequence[RolloutFuture]:
         """Start generation and return one future per prompt.
 
-        Prompt i is sampled with the seed of `spec.for_prompt(indices[i])`. Workers generate while
-        the trainer does other work. An in-process engine finishes before the call returns. Engines
-        that lost their weights get the trainer's first, which must be those of `version`.
+        Prompt i is sampled with the seed of `spec.for_prompt(indices[i])`. See `submit_each`.
+        """
+        return self.submit_each(prompts, [spec.for_prompt(index) for index in indices])
+
+    def submit_each(
+        self, prompts: Sequence[Prompt], specs: Sequence[SamplingSpec]
+    ) -> Sequence[RolloutFuture]:
+        """Start generation with one spec per prompt and return one future per prompt.
+
+        Workers generate while the trainer does other work. An in-process engine finishes before the
+        call returns. Engines that lost their weights get the trainer's first, which must be those
+        of `version`.
         """
         if self.version is not None and self._generator.needs_weights:
             self._sync_until_loaded(self.version, 1)
         with raise_on_all_ranks(self._mesh):
-            return self._generator.submit(prompts, [spec.for_prompt(index) for index in indices])
+            return self._generator.submit(prompts, specs)
 
     def wait(self, futures: Sequence[RolloutFuture], required: int, count: int) -> list[int]:
         """Wait for `count` of this rank's futures and return their indices.

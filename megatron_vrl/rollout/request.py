@@ -6,7 +6,7 @@ are compared with the trainer's. A difference raises an error that names the sam
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any
@@ -55,7 +55,7 @@ class SamplingSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoInput:
-    """One video of a request: pixels, or embeddings from the trainer's vision tower."""
+    """Pixels of one vision block of a request, or embeddings from the trainer's vision tower."""
 
     frames: NDArray[np.uint8]  # [F, height, width, 3] RGB, resized; F is 0 with embeddings
     grid_thw: tuple[int, int, int]
@@ -69,7 +69,7 @@ class RolloutRequest:
 
     id: str  # id of the sample, for error messages
     token_ids: NDArray[np.int64]  # [P] tokens of the trainer, with one pad token per vision token
-    engine_token_ids: tuple[int, ...]  # tokens for vLLM, with one pad token per video
+    engine_token_ids: tuple[int, ...]  # tokens for vLLM, with one pad token per vision block
     videos: tuple[VideoInput, ...]
 
 
@@ -86,15 +86,28 @@ def make_request(prompt: Prompt) -> RolloutRequest:
         token_ids=prompt.token_ids,
         engine_token_ids=prompt.engine_token_ids,
         videos=tuple(
-            VideoInput(
-                frames=video.frames if embeddings is None else video.frames[:0],
-                grid_thw=video.grid_thw,
-                seconds_per_grid=video.seconds_per_grid,
-                embeddings=embeddings,
-            )
+            block
             for video, embeddings in zip(videos, prompt.visual_embeds or repeat(None), strict=False)
+            for block in _blocks(video, embeddings, prompt.step_blocks)
         ),
     )
+
+
+def _blocks(
+    video: EncodedVideo, embeddings: NDArray[Any] | None, step_blocks: bool
+) -> Iterator[VideoInput]:
+    """Yield the vision blocks of a video: one, or with `step_blocks` one per temporal step."""
+    steps, height, width = video.grid_thw
+    parts = steps if step_blocks else 1
+    frames = np.split(video.frames, parts)
+    encoded = repeat(None) if embeddings is None else np.split(embeddings, parts)
+    for shown, part in zip(frames, encoded, strict=False):
+        yield VideoInput(
+            frames=shown if part is None else shown[:0],
+            grid_thw=(steps // parts, height, width),
+            seconds_per_grid=video.seconds_per_grid,
+            embeddings=part,
+        )
 
 
 def max_model_len(cfg: RunConfig) -> int:

@@ -164,9 +164,8 @@ def _inference(cfg: RunConfig) -> InferenceConfig:
 
 def _settings(cfg: RunConfig, shard: Shard) -> dict[str, Any]:
     """Return the settings that the answers depend on. The rules are not among them."""
-    data = cfg.data.model_dump(
-        mode="json", include={"train", "system_prompt", "question", "max_prompt_tokens"}
-    )
+    keys = {"train", "system_prompt", "question", "timestamps", "max_prompt_tokens"}
+    data = cfg.data.model_dump(mode="json", include=keys)
     return {
         "seed": cfg.run.seed,
         "checkpoint": cfg.model.checkpoint,

@@ -18,6 +18,7 @@ from megatron_vrl.config import (
     check_dev,
     check_ground_truth_answer,
     check_off_policy,
+    check_temporal_reward,
 )
 from megatron_vrl.context import CheckedRun, prompt_encoder
 from megatron_vrl.data.datasets import Datasets
@@ -54,6 +55,7 @@ def check(cfg: RunConfig, world: int, here: bool = False) -> CheckedRun:
     check_answer_form(cfg)
     check_off_policy(cfg)
     check_ground_truth_answer(cfg)
+    check_temporal_reward(cfg)
     check_replay(cfg)
     check_visual_input(cfg)
     check_reselection(cfg)
@@ -207,10 +209,7 @@ def _check_checkpoint(cfg: RunConfig, hf_dir: Path, arch: Architecture) -> Promp
     """
     if not (hf_dir / "config.json").exists():
         return None
-    data = cfg.data
-    encoder = prompt_encoder(
-        hf_dir, arch, data.system_prompt, data.max_prompt_tokens, data.question
-    )
+    encoder = prompt_encoder(hf_dir, arch, cfg.data)
     if not is_megatron(Path(cfg.model.checkpoint)):
         HFCheckpoint(hf_dir, arch)
     return encoder

@@ -28,9 +28,10 @@ from megatron_vrl.parallel.mesh import (
     raise_on_all_ranks,
     world_axis,
 )
-from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.rewards.weights import KL
+from megatron_vrl.trainer.answer_sums import answer_sums
 from megatron_vrl.trainer.rollout_queue import RolloutQueue
+from megatron_vrl.trainer.temporal_reward import with_shuffled_boundaries, with_shuffled_group
 from megatron_vrl.types import (
     AnnotatedAnswer,
     Experience,
@@ -66,7 +67,8 @@ def collect_rollouts(ctx: RunContext, rollout_queue: RolloutQueue) -> RolloutBat
     while missing > 0 and rounds <= cfg.algorithm.dynamic_sampling_rounds:
         new = _answered(ctx, rollout_queue, missing)
         with ctx.clock("score"):
-            groups += _with_kl(ctx, new, dummy_group=(groups or new)[0])
+            dummy = (groups or new)[0]
+            groups += _with_kl(ctx, _with_temporal(ctx, new, dummy), dummy)
             experiences, invalid = _with_advantages(ctx, groups)
         drops = cfg.algorithm.drop_zero_variance_groups
         kept = [e for e in experiences if not drops or has_signal(e.advantages)]
@@ -136,13 +138,14 @@ def sampling_distribution(ctx: RunContext) -> Distribution:
 def _answered(ctx: RunContext, rollout_queue: RolloutQueue, num: int) -> list[ScoredGroup]:
     """Collect `num` prompts over all ranks and return the scored groups of this replica."""
     answered = rollout_queue.collect(num)
-    samples = [sample for sample, _, _ in answered]
-    prompts = [prompt for _, prompt, _ in answered]
+    samples = [one.sample for one in answered]
+    prompts = [one.prompt for one in answered]
     with ctx.clock("score"):
         with raise_on_all_ranks(ctx.mesh):
-            scored = ctx.reward_manager.groups(
-                samples, prompts, [answers for _, _, answers in answered]
-            )
+            rollouts = [one.rollouts for one in answered]
+            scored = ctx.reward_manager.groups(samples, prompts, rollouts)
+            if ctx.cfg.rewards.temporal == "shuffled_group":
+                scored = with_shuffled_group(ctx, answered, scored)
             if ctx.cfg.algorithm.ground_truth_answer != "none":
                 scored = _with_annotations(ctx, samples, prompts, scored)
         return gather_shards(scored, ctx.mesh.model)
@@ -190,14 +193,34 @@ def _with_kl(
     cfg = ctx.cfg.algorithm
     if not (cfg.kl > 0 and cfg.kl_in == "reward"):
         return list(groups)
-    added = [
-        {KL: RewardComponent(values=-kl, weight=cfg.kl)}
-        for kl in _kl_of_groups(ctx, groups, dummy_group)
-    ]
+    of = sampling_distribution(ctx)
+    sums = answer_sums(
+        ctx,
+        groups,
+        dummy_group,
+        lambda batches: ctx.policy.reference_logprobs(batches, of),
+        lambda engine, reference: kl_penalty(engine, reference, cfg),
+    )
+    added = [{KL: RewardComponent(values=-kl, weight=cfg.kl)} for kl in sums]
     return [
         replace(group, components={**group.components, **kl})
         for group, kl in zip(groups, added, strict=True)
     ]
+
+
+def _with_temporal(
+    ctx: RunContext, groups: Sequence[ScoredGroup], dummy_group: ScoredGroup
+) -> list[ScoredGroup]:
+    """Return the groups with TaRO's component `temporal`, if `rewards.temporal` asks for it.
+
+    Every rank calls it, with the groups of a round.
+    """
+    if ctx.cfg.rewards.temporal != "shuffled_boundaries":
+        return list(groups)
+    of = sampling_distribution(ctx)
+    return with_shuffled_boundaries(
+        ctx, groups, dummy_group, lambda batches: ctx.policy.logprobs(batches, of)
+    )
 
 
 def _with_advantages(
@@ -243,41 +266,3 @@ def _advantages(
     if cfg.ground_truth_answer == "none":
         return [(values, 0.0) for values in advantages(groups, cfg)]
     return [(one.sampled, one.truth) for one in advantages_with_annotation(groups, cfg)]
-
-
-def _kl_of_groups(
-    ctx: RunContext, groups: Sequence[ScoredGroup], dummy_group: ScoredGroup
-) -> list[NDArray[np.float64]]:
-    """Return the KL to the reference of each group's answers [n], summed over tokens.
-
-    The policy's log-probs come from the engine, which holds the same weights, so the policy needs
-    no forward pass.
-    """
-    to_score = [
-        _numbered(group, first) for first, group in zip(_starts(groups), groups, strict=True)
-    ]
-    batches = plan_batches(to_score, _numbered(dummy_group, 0), ctx.cfg.batch, ctx.mesh)
-    sums = np.zeros(sum(len(group.rollouts) for group in groups))
-    references = ctx.policy.reference_logprobs(batches, sampling_distribution(ctx))
-    for batch, reference in zip(batches, references, strict=True):
-        if reference is not None and ctx.mesh.tensor.rank == 0:  # equal on tensor ranks
-            engine = reference.new_tensor(batch.engine_logprob)
-            penalty = kl_penalty(engine, reference, ctx.cfg.algorithm).double().cpu().numpy()
-            answer_indices = np.array([int(name) for name in batch.answer_id])[batch.sequence]
-            counted = batch.weight > 0  # tokens of dummy micro-batches have weight 0
-            np.add.at(sums, answer_indices[counted], penalty[counted])
-    total = sum(gather_objects(ctx.mesh.model, sums))  # context ranks hold parts of an answer
-    return np.split(total, _starts(groups)[1:]) if groups else []
-
-
-def _starts(groups: Sequence[ScoredGroup]) -> list[int]:
-    """Return the number of each group's first answer, counted over all groups."""
-    counts = np.array([len(group.rollouts) for group in groups], dtype=np.int64)
-    return [int(start) for start in np.cumsum(counts) - counts]
-
-
-def _numbered(group: ScoredGroup, first: int) -> Group:
-    """Return the group for a forward pass, with answer numbers as answer ids."""
-    whole = training_group(Experience(scored=group, advantages=np.zeros(len(group.rollouts))))
-    answers = [replace(a, id=str(first + i)) for i, a in enumerate(whole.answers)]
-    return replace(whole, answers=tuple(answers))

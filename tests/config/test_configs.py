@@ -20,9 +20,10 @@ from megatron_vrl.video.rules import plan_frames
 from tests.tiny_models import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 ROOT = Path(__file__).parents[2]
-YAMLS = sorted((ROOT / "configs").glob("*.yaml"))
+RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
+YAMLS = [*sorted((ROOT / "configs").glob("*.yaml")), *RECIPES]
 MODELS = sorted((ROOT / "configs" / "models").glob("*.json"))
-RECIPE = ROOT / "configs" / "charades_3b.yaml"
+RECIPE = ROOT / "configs" / "recipes" / "temporal_r1-3b.yaml"
 # As their model pages and checkpoint indices count them; for the 72B we found no such source.
 PUBLISHED_COUNTS = {
     "qwen2.5-vl-3b": 3_754_622_976,
@@ -37,6 +38,16 @@ def test_every_config_loads(path: Path) -> None:
     assert cfg.sft.steps + cfg.grpo.steps > 0
     assert cfg.data.train or not cfg.grpo.steps
     assert cfg.data.sft or not cfg.sft.steps
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_value_of_a_recipe_has_its_source(path: Path) -> None:
+    """A comment names the source of each value, except where the released recipe is one file."""
+    assert f"]({path.name})" in (path.parent / "README.md").read_text()
+    if path == RECIPE:
+        return
+    values = [line for line in path.read_text().splitlines() if re.match(r"\s+\w+: +[^\s#{]", line)]
+    assert [line for line in values if " # " not in line and "out_dir" not in line] == []
 
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
@@ -110,7 +121,12 @@ def test_the_reference_of_the_configuration_is_up_to_date() -> None:
     )
 
 
-@pytest.mark.parametrize("page", sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]))
+@pytest.mark.parametrize(
+    "page",
+    sorted(
+        [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), ROOT / "configs/recipes/README.md"]
+    ),
+)
 def test_links_and_paths_in_the_pages_exist(page: Path) -> None:
     text = page.read_text()
     links = re.findall(r"\]\((?!https?:)([^)#]+)", text)

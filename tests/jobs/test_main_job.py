@@ -32,11 +32,13 @@ SMALL = (
     "rollout.prompts_per_step=4",
     "algorithm.kl=0.01",
     "algorithm.dynamic_sampling_rounds=2",
+    "rewards.temporal=shuffled_group",
     "checkpoint.every_steps=1000",
     "observe.profile_steps=[3]",
     "observe.profile_ranks=[1]",
 )
 ONE_STEP = (  # without a warm-up no answer earns a reward: all groups are uniform
+    "rewards.temporal=shuffled_boundaries",
     "sft.steps=0",
     "grpo.steps=1",
     "algorithm.drop_zero_variance_groups=false",
@@ -119,7 +121,9 @@ def test_metrics_of_every_step_and_evaluation(run: Path) -> None:
     assert [row["step"] for row in grpo] == [1, 2, 3, 4]
     for row in grpo:
         assert row.keys() >= {"reward/mean", "response_length/mean", "reward/format"}
+        assert 0 <= row["reward/temporal"] <= 1
         assert row["timing_s"].keys() >= {"encode", "rollout", "score", "update"}
+    assert any(row["reward/temporal"] > 0 for row in grpo)  # right answers, frames in order
     evaluations = [(row["during"], row["step"], row["split"]) for row in rows_of(run, "eval")]
     assert evaluations == [
         *[("base", 0, split) for split in ("heldout", "ood")],

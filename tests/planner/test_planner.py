@@ -17,12 +17,23 @@ from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.planner.hardware import GPUS, find_gpu
 from megatron_vrl.planner.plan import Plan, PlanRequest, make_plan, refusals
 from megatron_vrl.planner.speed import Machine
-from megatron_vrl.planner.workload import TEXT_TOKENS, packed_sizes, step_sizes, video_grid
+from megatron_vrl.planner.workload import (
+    TEXT_TOKENS,
+    TIMESTAMP_TOKENS,
+    packed_sizes,
+    step_sizes,
+    video_grid,
+)
 from megatron_vrl.process.entry import run_program
 from tests.running import ROOT
 
 READY = {  # parameters, and the GPU that the config is for
-    "charades_3b": 3_754_622_976,
+    "recipes/temporal_r1-3b": 3_754_622_976,
+    "recipes/time_r1-3b": 3_754_622_976,
+    "recipes/timelens-7b": 8_292_166_656,
+    "recipes/timelens2-7b": 8_292_166_656,
+    "recipes/videoauto_r1-7b": 8_292_166_656,
+    "recipes/tempsamp_r1-7b": 8_292_166_656,
     "qwen2.5-vl-3b-1gpu": 3_754_622_976,
     "qwen2.5-vl-3b-8gpu": 3_754_622_976,
     "qwen2.5-vl-7b-tp2pp2": 8_292_166_656,
@@ -222,6 +233,29 @@ def test_sizes_of_a_prompt() -> None:
     assert sizes.rows == sizes.prompt + 8 * 1023
     small = step_sizes(cfg, prompt=700)
     assert small.vision_tokens <= 700 - TEXT_TOKENS
+
+
+def test_rewards_of_temporal_sensitivity_are_counted() -> None:
+    plain = planned("model.freeze_vision=true")
+    scored = planned("model.freeze_vision=true", "rewards.temporal=shuffled_boundaries")
+    assert set(scored.phases) - set(plain.phases) == {"shuffled frames"}
+    assert scored.phases["shuffled frames"].seconds > 0
+    assert scored.hardware_flops > plain.hardware_flops
+    answered = planned("rewards.temporal=shuffled_group")
+    more = answered.phases["rollout"].seconds / plain.phases["rollout"].seconds
+    assert 1 < more <= 1.5 + 1e-9  # 4 answers beside 8, decoded together
+    in_reward = ["algorithm.kl_in=reward", "algorithm.kl_estimator=k1"]
+    assert "reward KL" in planned(*in_reward).phases
+
+
+def test_textual_timestamps_are_tokens_of_the_prompt() -> None:
+    cfg = load_config(ROOT / "configs" / "qwen2.5-vl-3b-8gpu.yaml", ["data.timestamps=interleaved"])
+    t, h, w = video_grid(cfg.video)
+    sizes = step_sizes(cfg)
+    assert sizes.grid == (t, h, w)
+    assert sizes.prompt == t * (h * w // 4 + TIMESTAMP_TOKENS) + TEXT_TOKENS
+    steps, *_ = step_sizes(cfg, prompt=sizes.prompt - 1).grid or (0,)
+    assert steps == t - 1
 
 
 MEASURED = {

@@ -15,6 +15,8 @@ from megatron_vrl.batching.positions import VisionBlock, mrope_positions
 from megatron_vrl.checkpoint.hf_export import WeightExport
 from megatron_vrl.checkpoint.hf_load import load_hf_weights
 from megatron_vrl.config import Batch, Model, Parallel
+from megatron_vrl.context import vision_tokens
+from megatron_vrl.data.prompt import PromptEncoder
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.models.logprob_head import Distribution
 from megatron_vrl.parallel.mesh import init_mesh
@@ -26,7 +28,7 @@ from megatron_vrl.rollout.vllm.engine import VllmEngine
 from megatron_vrl.rollout.workers.protocol import GenerateRequest, decode, encode
 from megatron_vrl.types import Prompt, Rollout
 from tests.rollout.conftest import MakePrompt
-from tests.tiny import present
+from tests.tiny import present, video
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 SPEC = SamplingSpec(n=2, temperature=1.0, top_p=1.0, max_tokens=12, seed=5)
@@ -105,6 +107,22 @@ def test_one_encoding_serves_engine_reference_and_update(
     policy.keep_reference()
     assert largest_gap(policy, engine, embedded, answers) < 1e-4
     assert len(shown) == before and cache.encoded == len(prompts)
+
+
+def test_textual_timestamps_are_one_encoding_for_engine_and_trainer(
+    policy: Policy, engine: VllmEngine, checkpoint: Path
+) -> None:
+    """vLLM derives tokens and grid of every step as the trainer does, or `generate` raises."""
+    vision = vision_tokens(policy.arch)
+    encoder = PromptEncoder(checkpoint, vision, "none", 250, timestamps="interleaved")
+    steps = [video((steps, 4, 6), 0.7, seed=steps) for steps in (1, 3, 5)]
+    prompts = [encoder.encode(f"{v.path}", None, (v,), "When?") for v in steps]
+    answers = engine.generate(prompts, SPEC)
+    policy.keep_reference()
+    assert largest_gap(policy, engine, prompts, answers) < 1e-4
+    embedded = engine.generate(VisionEmbeddingCache(policy, 64).embed(prompts), SPEC)
+    for ours, theirs in zip(embedded, answers, strict=True):
+        assert [a.token_ids.tolist() for a in ours] == [a.token_ids.tolist() for a in theirs]
 
 
 def test_a_changed_tower_changes_the_rollouts(

@@ -91,6 +91,7 @@ CASES = {
     "many videos": [video(k + 1, 2 * k + 2, 4, 0.3 * k + 0.2) for k in range(5)],
     "video, then image": [video(4, 2, 6, 0.7), image(4, 6)],
     "image, then video": [image(8, 4), video(6, 4, 2, 1.37)],
+    "steps of a video with text between": [video(1, 4, 6, 0.7)] * 5,
     "all mixed": [image(2, 6), video(12, 4, 2, 0.5), image(4, 4), video(2, 2, 2, 2.7)],
 }
 

@@ -11,7 +11,7 @@ from megatron_vrl.errors import ConfigError, DataError
 from megatron_vrl.trainer.dry_run import check
 from tests.running import ROOT
 
-RECIPE = ROOT / "configs" / "charades_3b.yaml"
+RECIPE = ROOT / "configs" / "recipes" / "temporal_r1-3b.yaml"
 GOOD = {"a": {"duration": 16.0, "timestamps": [[3.0, 8.0]], "sentences": ["the red square"]}}
 KEYS = ["data.sft", "data.train", "data.evaluation.dev", "data.evaluation.heldout"]
 

@@ -32,7 +32,8 @@ def engine_arguments(
         "additional_config": {"cpu_prepack_weights": cfg.cpu_prepack_weights},
         "logprobs_mode": "processed_logprobs",
         "generation_config": "vllm",  # the checkpoint's sets a repetition penalty
-        "limit_mm_per_prompt": {"video": 1, "image": 0},
+        # A video may come as one block per temporal step; each block has at least one token.
+        "limit_mm_per_prompt": {"video": max_model_len, "image": 0},
         "mm_processor_kwargs": {"do_resize": False, "cap_pixels_per_frame": False},
         "mm_processor_cache_gb": PIXEL_CACHE_GIB,
         "enable_mm_embeds": True,  # the trainer may send vision embeddings instead of pixels
