@@ -13,18 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from make_synthetic import (
-    DURATION_S,
-    INTERVAL_S,
-    SPLITS,
-    TASKS,
-    Clip,
-    annotation_files,
-    apportion,
-    misaligned,
-    plan,
-    write_json,
-)
+from make_synthetic import write_json
+from synthetic.annotations import annotation_files, misaligned
+from synthetic.clips import DURATION_S, INTERVAL_S, SPLITS, TASKS, Clip, apportion, plan
 
 from megatron_vrl.errors import ConfigError, UserError
 from studies.settings import LARGEST_POOL, Condition
