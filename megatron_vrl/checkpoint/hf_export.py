@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_vrl.config.rollout import BUCKET_BYTES
 from megatron_vrl.models.qwen2_5_vl.model import Qwen25VL
-from megatron_vrl.models.qwen2_5_vl.weight_map import Row, chunk_rows
+from megatron_vrl.models.qwen2_5_vl.weight_map import Row, chunk_rows, parameters_by_row
 from megatron_vrl.parallel.mesh import gather_objects
 
 NamedTensors = Iterator[tuple[str, Tensor]]
@@ -105,7 +105,7 @@ class WeightExport:
 
     def _size_of(self, model: Qwen25VL) -> Callable[[Row], int]:
         """Return a function: row of the weight map -> exported size in bytes."""
-        params, ranks = dict(model.named_parameters()), self._mesh.tensor.size
+        params, ranks = parameters_by_row(model), self._mesh.tensor.size
 
         def num_bytes(row: Row) -> int:
             param = params[row.megatron]
@@ -116,7 +116,7 @@ class WeightExport:
 
     def _plan(self, model: Qwen25VL, rows: Sequence[Row]) -> BucketPlan:
         """Return the plan of one bucket, from shapes alone."""
-        params = dict(model.named_parameters())
+        params = parameters_by_row(model)
         names: list[str] = []
         shapes: list[torch.Size] = []
         for row in rows:
@@ -131,7 +131,7 @@ class WeightExport:
     @torch.no_grad()
     def _gathered(self, model: Qwen25VL, rows: Sequence[Row]) -> NamedTensors:
         """Yield the whole tensors of one bucket after an all-gather over tensor-parallel ranks."""
-        params, tensor = dict(model.named_parameters()), self._mesh.tensor
+        params, tensor = parameters_by_row(model), self._mesh.tensor
         values = [self._value(params[row.megatron]) for row in rows]
         values = [value.to(self._dtype or value.dtype) for value in values]
         shards: list[Sequence[Tensor]] = [[value] for value in values]

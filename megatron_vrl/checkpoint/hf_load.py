@@ -16,7 +16,7 @@ from megatron_vrl.checkpoint.hf_export import WeightExport
 from megatron_vrl.checkpoint.hf_reader import HFCheckpoint, HFCheckpointWriter, copy_side_files
 from megatron_vrl.errors import UserError
 from megatron_vrl.models.qwen2_5_vl.model import Qwen25VL
-from megatron_vrl.models.qwen2_5_vl.weight_map import chunk_rows
+from megatron_vrl.models.qwen2_5_vl.weight_map import chunk_rows, parameters_by_row
 from megatron_vrl.parallel.mesh import raise_on_all_ranks
 from megatron_vrl.storage.files import full_disk_named
 
@@ -38,7 +38,7 @@ def load_hf_weights(chunks: Sequence[Qwen25VL], directory: str | Path) -> None:
 @torch.no_grad()
 def _load_chunk(model: Qwen25VL, source: HFCheckpoint) -> None:
     mesh = model.mesh
-    params = dict(model.named_parameters())
+    params = parameters_by_row(model)
     for row in chunk_rows(model.arch, model.chunk):
         whole = row.layout.join([source.tensor(name) for name in row.hf_names])
         param = params.pop(row.megatron)

@@ -66,13 +66,14 @@ class Model(Section):
     once for all of them. 0: none."""
     layers: Literal["megatron", "transformer_engine", "fp8_emulated"] = "megatron"
     """Linear layers and norms of the language model. megatron: Megatron's; transformer_engine:
-    Transformer Engine's, on a GPU; fp8_emulated: Megatron's with operands rounded to FP8, slow, on
-    any device."""
+    Transformer Engine's, on a GPU, a norm and the linear layer after it in one module;
+    fp8_emulated: Megatron's with operands rounded to FP8, slow, on any device. Checkpoints are the
+    same."""
     attention: Literal["auto", "sdpa", "flash", "transformer_engine"] = "auto"
     """Attention of the language layers. flash: torch's FlashAttention without copies of a prompt's
     keys, on a GPU in bfloat16, on a CPU in any dtype; sdpa: torch's, on any device, in buckets of
-    nearly equal length; transformer_engine: Transformer Engine's, on a GPU in bfloat16. auto: flash
-    on a GPU in bfloat16, else sdpa."""
+    nearly equal length; transformer_engine: Transformer Engine's, on a GPU in bfloat16, with a copy
+    of a prompt's keys for each answer. auto: flash on a GPU in bfloat16, else sdpa."""
     fp8: Literal["none", "delayed", "current", "blockwise"] = "none"
     """Scaling of FP8 in the language layers; needs `layers` transformer_engine or fp8_emulated.
     Vision tower, embedding and head stay in `dtype`. blockwise with `parallel.sequence` pads each

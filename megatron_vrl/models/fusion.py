@@ -1,9 +1,13 @@
-"""Choice of gradient accumulation fusion: NVIDIA apex adds weight gradients inside their products.
+"""Fused forms of a layer: gradient accumulation fusion, and norm + linear in one module.
 
 Megatron's data-parallel wrapper keeps each gradient in a float32 buffer, `main_grad`. The fused
-kernel writes the product into that buffer; without it a second pass adds the product to the buffer.
-This module probes for the extension and never runs `import apex`, because PyPI's apex is another
-project. It imports nothing of Megatron, because a dry run uses it too.
+kernel of NVIDIA apex writes the product into that buffer; without it a second pass adds the product
+to the buffer. This module probes for the extension and never runs `import apex`, because PyPI's
+apex is another project. It imports nothing of Megatron, because a dry run uses it too.
+
+Transformer Engine's LayerNormLinear applies a norm and the linear layer after it, and holds both
+weights. `parameter_name` returns the name that a parameter has with two modules. Checkpoints and
+the weight map use these names.
 """
 
 import copy
@@ -15,6 +19,19 @@ from typing import Any, NamedTuple
 from megatron_vrl.config import Model
 
 FUSED_GRADIENT = "fused_weight_gradient_mlp_cuda"
+
+# Prefixes of parameters of a language layer with norm + linear -> with two modules.
+NORM_IN_LINEAR = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+
+
+def parameter_name(name: str) -> str:
+    """Return the name of a parameter in a model whose norms are modules of their own."""
+    for fused, own in NORM_IN_LINEAR.items():
+        name = name.replace(fused, own)
+    return name
 
 
 class GradientFusion(NamedTuple):

@@ -9,6 +9,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -16,6 +17,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from megatron_vrl.models.attention import PackedSelfAttention, PlannedAttention
+from megatron_vrl.models.fusion import NORM_IN_LINEAR
 from megatron_vrl.models.swiglu import SwiGLU
 from megatron_vrl.parallel.mcore_compat import mlp_spec
 
@@ -88,21 +90,26 @@ class _RMSNorm(torch.autograd.Function):
 class LayerModules:
     """Module classes of a transformer layer."""
 
-    column: Any  # linear layer, output channels split over tensor ranks
+    column: Any  # linear layer after a norm, output channels split over tensor ranks
     row: Any  # linear layer, input channels split over tensor ranks
     norm: Any
     attention: Any = PlannedAttention
+    norm_in_column: bool = False  # `column` applies the norm itself and holds its weight
 
 
 MEGATRON_MODULES = LayerModules(ColumnParallelLinear, RowParallelLinear, RMSNorm)
 
 
 def layer_spec(parts: LayerModules = MEGATRON_MODULES) -> ModuleSpec:
-    """Return the spec of a pre-norm transformer layer whose attention executes a plan."""
+    """Return the spec of a pre-norm transformer layer whose attention executes a plan.
+
+    Its sharded state dict has the keys of two modules for norm and linear, also with one.
+    """
+    norm = IdentityOp if parts.norm_in_column else parts.norm
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=parts.norm,
+            input_layernorm=norm,
             self_attention=ModuleSpec(
                 module=PackedSelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},  # unused: the plan decides
@@ -113,10 +120,11 @@ def layer_spec(parts: LayerModules = MEGATRON_MODULES) -> ModuleSpec:
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=parts.norm,
+            pre_mlp_layernorm=norm,
             mlp=mlp_spec(
                 MLPSubmodules(linear_fc1=parts.column, linear_fc2=parts.row, activation_func=SwiGLU)
             ),
             mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=NORM_IN_LINEAR if parts.norm_in_column else {},
         ),
     )

@@ -98,7 +98,7 @@ def layer_modules(cfg: Model, layer: int, num_layers: int, device: torch.device)
         return LayerModules(column, row, RMSNorm, attention)
     from megatron.core.extensions import transformer_engine as te
 
-    linears = te.TEColumnParallelLinear, te.TERowParallelLinear
+    linears = te.TELayerNormColumnParallelLinear, te.TERowParallelLinear
     if gradient_fusion(cfg, device.type == "cuda").in_transformer_engine:
         linears = tuple(map(with_gradient_fusion, linears))
-    return LayerModules(*linears, te.TENorm, attention)
+    return LayerModules(*linears, te.TENorm, attention, norm_in_column=True)

@@ -54,13 +54,19 @@ def rotate(mixed: Tensor, tables: Tensor, key_heads: int) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """Rotation in place. Its backward pass rotates the gradient by the negative angles."""
+    """Rotation in place. Its backward pass rotates the gradient by the negative angles.
+
+    The result is a detached tensor on the memory of `mixed`. `ctx.mark_dirty` cannot be used: the
+    linear layers of Transformer Engine 2.20.2 return a view made in their autograd function, and
+    torch refuses to change such a tensor in place. Both tensors share one version counter, so
+    torch still finds a backward pass that needs `mixed` as it was.
+    """
 
     @staticmethod
     def forward(ctx: Any, mixed: Tensor, tables: Tensor, key_heads: int) -> Tensor:
         ctx.save_for_backward(tables)
         ctx.heads = (len(mixed), key_heads, -1, tables.shape[-1])
-        ctx.mark_dirty(mixed)
+        mixed = mixed.detach()
         heads = mixed.view(ctx.heads)[:, :, :-1]
         _rotate(heads, tables, into=heads)
         return mixed

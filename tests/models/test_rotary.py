@@ -1,6 +1,7 @@
 """Rotation by shared tables: to the bit what Megatron computes, gradients and fused kernel too."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +54,38 @@ def test_rotation_equals_megatrons_to_the_bit_and_its_gradient_is_no_less_exact(
     assert torch.equal(got, wanted)
     exact = rotated(mixed.double(), angles.double(), megatrons)[1]
     assert (slope - exact).norm() <= (expected - exact).norm()  # it rounds once less
+
+
+class ViewOfResult(torch.autograd.Function):
+    """Linear layers of Transformer Engine 2.20.2 return such a view, which no `mark_dirty` allows
+    to change."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return (x * 1).flatten().view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+def test_a_view_of_an_autograd_function_is_rotated_in_place(drawn: tuple[Tensor, Tensor]) -> None:
+    places = []
+
+    def of_view(leaf: Tensor, angles: Tensor) -> Tensor:
+        view: Tensor = ViewOfResult.apply(leaf)
+        out = ours(view, angles)
+        places.append((view.data_ptr(), out.data_ptr()))
+        return out
+
+    for got, expected in zip(rotated(*drawn, of_view), rotated(*drawn, ours), strict=True):
+        assert torch.equal(got, expected)
+    assert places[0][0] == places[0][1]
+
+
+def test_a_backward_pass_that_needs_what_was_rotated_says_so(drawn: tuple[Tensor, Tensor]) -> None:
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        rotated(*drawn, lambda leaf, angles: ours(leaf.exp(), angles))
 
 
 def test_a_fused_kernel_gets_angles_and_their_inverse(

@@ -4,7 +4,8 @@ A stand-in computes on the CPU what the kernel computes, unseen by the counter, 
 one operation that reads its arguments and writes its results. Replaced are torch's RMSNorm kernel,
 Megatron's fused SwiGLU, Transformer Engine's rotation and torch's variable-length FlashAttention,
 each forward and backward. The code around them is that of a GPU: tables of angles, and the plan
-of variable-length calls. Left out: weight gradients added inside their products (apex)."""
+of variable-length calls. Left out: weight gradients added inside their products (apex), and
+Transformer Engine's layers, whose calls tests/models/test_norm_in_linear.py counts."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

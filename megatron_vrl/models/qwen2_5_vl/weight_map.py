@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_vrl.models.architecture import Architecture
+from megatron_vrl.models.fusion import parameter_name
 from megatron_vrl.models.pipeline_split import Chunk
 
 
@@ -105,7 +106,7 @@ def _qkv(heads: int, kv_heads: int, *, fused: bool) -> Layout:
 class Row:
     """One Megatron parameter and its Hugging Face tensors."""
 
-    megatron: str  # parameter name in the chunk's Qwen25VL
+    megatron: str  # name in the chunk's Qwen25VL, by `parameter_name`
     hf_names: tuple[str, ...]  # Hugging Face tensors that it holds
     layout: Layout
     exported: bool = True  # False for a tied head's copy on the last stage
@@ -184,6 +185,11 @@ def _vision_rows(arch: Architecture) -> list[Row]:
                 Row(m + f"mlp.linear_fc2.{kind}", (p + f"mlp.down_proj.{kind}",), COPY),
             ]
     return rows
+
+
+def parameters_by_row(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Return the parameters of a chunk by `Row.megatron`."""
+    return {parameter_name(name): parameter for name, parameter in model.named_parameters()}
 
 
 def hf_name(name: str) -> str:

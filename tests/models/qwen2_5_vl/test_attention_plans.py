@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,14 @@ from hypothesis import strategies as st
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vrl.batching.pack import Answer, Group, MicroBatch, pack, shard_context
+from megatron_vrl.config import load_config
 from megatron_vrl.models import cascade_calls
 from megatron_vrl.models.attention import PlannedAttention, VarlenAttention
 from megatron_vrl.models.cascade_attention import CascadeAttention
+from megatron_vrl.models.precision import attention_backend
 from megatron_vrl.models.qwen2_5_vl.attention_plans import language_plan, varlen_plan
 from megatron_vrl.models.qwen2_5_vl.cascade_plans import varlen_cascade, view_cascade
+from tests.running import ROOT
 from tests.tiny import prompt
 from tests.varlen import backward_by_definition, forward_by_definition, kernel_by_definition
 
@@ -34,6 +38,13 @@ def group(seed: int, lengths: list[int]) -> Group:
         for length in lengths
     )
     return Group(prompt=prompt([], seed), answers=answers)
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_gpu_in_bfloat16_reads_a_prompts_keys_where_they_lie(config: Path) -> None:
+    """Every shipped config. Transformer Engine's attention would copy them for each answer."""
+    model = load_config(config).model.model_copy(update={"dtype": "bfloat16"})
+    assert attention_backend(model, torch.device("cuda")) == "flash"
 
 
 batches = st.lists(
