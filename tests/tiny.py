@@ -10,8 +10,8 @@ from torch import Tensor
 
 from megatron_vrl.algorithms.tokens import Tokens
 from megatron_vrl.batching.pack import Answer, Group, MicroBatch
-from megatron_vrl.batching.positions import VisionBlock, mrope_positions
 from megatron_vrl.config import Batch
+from megatron_vrl.models.qwen2_5_vl.positions import VisionBlock, mrope_positions
 from megatron_vrl.parallel.mesh import Mesh
 from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.types import EncodedImage, EncodedVideo, Prompt, Visual

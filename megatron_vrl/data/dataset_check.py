@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_vrl.checkpoint.layout import pixels_of
 from megatron_vrl.config import RunConfig, Source
 from megatron_vrl.data.formats.records import cut_to_video
 from megatron_vrl.data.formats.training import (
@@ -74,7 +75,7 @@ class DatasetCheck:
         video = cfg.video if decode else cfg.video.model_copy(update={"decoder": "pyav"})
         self.stats = DatasetStats()
         self._cfg, self._decode = cfg, decode
-        self._reader = VideoReader(video)
+        self._reader = VideoReader(video, pixels_of(cfg.model.checkpoint, cfg.model.architecture))
         self._durations_s: dict[VideoClip, float] = {}
         self._time_faults: dict[VideoClip, list[str]] = {}  # not reported yet
         self._questions: set[int] = set()

@@ -1,9 +1,10 @@
 """Tokenise one sample and its decoded video into a Prompt, for the trainer and the engine.
 
 The checkpoint's chat template (`chat_template.py`) renders the video first and the text second. The
-engine gets one pad token per video and expands it itself. The trainer gets one pad token per merged
-vision cell. A prompt over data.max_prompt_tokens is an error: cutting the prompt would drop vision
-tokens, and the rest would not match the video's grid.
+engine gets one pad token per video and expands it itself. The trainer gets one pad token per vision
+token, in the form of the model's family (`Family.prompt`). A prompt over data.max_prompt_tokens is
+an error: cutting the prompt would drop vision tokens, and the rest would not match the video's
+grid.
 """
 
 from dataclasses import dataclass, replace
@@ -13,22 +14,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_vrl.batching.positions import VisionBlock, mrope_positions
-from megatron_vrl.data.chat_template import STOP, ChatTokenizer, Message
+from megatron_vrl.data.chat_template import ChatTokenizer, Message
 from megatron_vrl.errors import CheckpointError, ConfigError, DataError
+from megatron_vrl.models.architecture import Architecture
+from megatron_vrl.models.families import family_of
 from megatron_vrl.tasks import SYSTEM_PROMPTS, TASKS
 from megatron_vrl.tasks.answer import answer_block
 from megatron_vrl.types import EncodedVideo, Prompt, VideoClip, VideoSample, Visual
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VisionTokens:
-    """Vision settings of the checkpoint's config that a prompt depends on."""
-
-    video_token: int
-    image_token: int
-    merge: int  # patches per side of one token
-    tokens_per_second: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,20 +40,20 @@ class PromptEncoder:
     def __init__(
         self,
         hf_dir: str | Path,
-        vision: VisionTokens,
+        arch: Architecture,
         system_prompt: str,
         max_tokens: int,
         wording: Literal["default", "temporal_r1"] = "default",
     ) -> None:
         """Raises CheckpointError if the tokenizer or the chat template cannot be used."""
-        self._pads = (vision.video_token, vision.image_token)
-        self._chat = ChatTokenizer(hf_dir, self._pads)
+        self._arch, self._form = arch, family_of(arch).prompt
+        self._pads = (arch.video_token, arch.image_token)
+        self._chat = ChatTokenizer(hf_dir, self._pads, self._form.structure_tokens)
         self.tokenizer = self._chat.tokenizer
-        self._vision = vision
         self._system_prompt = system_prompt
         self._max_tokens = max_tokens
         self._wording = wording
-        self._stop = self.tokenizer.convert_tokens_to_ids(STOP)
+        self._stop = self.tokenizer.convert_tokens_to_ids(self._form.stop_tokens[0])
 
     def spec(self, sample: VideoSample) -> PromptSpec:
         """Return the system prompt, the clip and the question of a sample."""
@@ -89,16 +81,14 @@ class PromptEncoder:
         Raises ConfigError if the prompt exceeds data.max_prompt_tokens, and DataError if a text
         has no encoding. Both name the sample.
         """
-        vision = self._vision
         check_text(name, system or "", question)
         compact = self._render(system, visuals, question)
-        blocks = [VisionBlock.of(visual) for visual in visuals]
-        cells = [block.num_tokens(vision.merge) for block in blocks]
-        repeats = iter(cells)
-        token_ids = np.repeat(compact, [next(repeats) if t in self._pads else 1 for t in compact])
+        expanded = self._form.expand(compact, visuals, self._arch, self._chat.text_ids)
+        token_ids = np.array(expanded, dtype=np.int64)
         if len(token_ids) > self._max_tokens:
+            shown = int(np.isin(token_ids, self._pads).sum())
             raise ConfigError(
-                f"The prompt of sample {name} has {len(token_ids)} tokens, {sum(cells)} of them "
+                f"The prompt of sample {name} has {len(token_ids)} tokens, {shown} of them "
                 f"video, over data.max_prompt_tokens={self._max_tokens}: raise it, or lower "
                 "video.total_pixels."
             )
@@ -107,13 +97,7 @@ class PromptEncoder:
             visuals=visuals,
             token_ids=token_ids,
             engine_token_ids=tuple(compact),
-            positions=mrope_positions(
-                token_ids,
-                self._pads,
-                blocks,
-                merge=vision.merge,
-                tokens_per_second=vision.tokens_per_second,
-            ),
+            positions=self._form.positions(token_ids, visuals, self._arch),
         )
 
     def target(self, sample: VideoSample) -> NDArray[np.int64]:

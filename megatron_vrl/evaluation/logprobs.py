@@ -35,6 +35,7 @@ from megatron_vrl.data.prompt import PromptEncoder, PromptSpec, check_text
 from megatron_vrl.data.prompt_pipeline import PromptPipeline
 from megatron_vrl.errors import ConfigError, DataError, VideoError, counted
 from megatron_vrl.models.architecture import Architecture, config_dtype, read_architecture
+from megatron_vrl.models.families import family_of
 from megatron_vrl.models.logprob_head import Distribution
 from megatron_vrl.models.pipeline_split import check_divides
 from megatron_vrl.observe.progress import progress_bar
@@ -161,9 +162,10 @@ class Scorer:
         self._policy = Policy(arch, frozen, cfg.parallel, mesh)
         load_weights(cfg.model.checkpoint, self._policy)
         self._mesh, self._encoder, self._batch = mesh, encoder, cfg.batch
-        rules = read_image_rules(hf_dir_of(cfg.model.checkpoint))
+        pixels = family_of(arch).pixels
+        rules = read_image_rules(hf_dir_of(cfg.model.checkpoint), pixels)
         self._prompts = PromptPipeline(
-            VideoReader(cfg.video), encoder, lambda path: read_image(path, rules)
+            VideoReader(cfg.video, pixels), encoder, lambda path: read_image(path, rules)
         )
 
     def score(self, block: Sequence[ScoredSample]) -> list[Row]:

@@ -25,7 +25,6 @@ COMMON_CONFIG: dict[str, Any] = {
     "normalization": "RMSNorm",
     "gated_linear_unit": True,
     "activation_func": F.silu,
-    "add_qkv_bias": True,
     "attention_dropout": 0.0,
     "hidden_dropout": 0.0,
     "bias_activation_fusion": False,

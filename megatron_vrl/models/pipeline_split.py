@@ -10,18 +10,14 @@ Example: 28 layers, pipeline 2, virtual 2, even: chunks of 7 layers; stage 0 has
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 from megatron_vrl.config import Model, Parallel
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.models.architecture import Architecture
-from megatron_vrl.models.qwen2_5_vl.matrices import (
-    head_weights,
-    language_layer_weights,
-    merger_weights,
-    tower_weights,
-)
+from megatron_vrl.models.chunk import Chunk
+from megatron_vrl.models.families import family_of
+from megatron_vrl.models.matrices import head_weights, language_layer_weights
 from megatron_vrl.models.recompute import check_recompute
 from megatron_vrl.parallel.mesh import FP8_BLOCK
 
@@ -30,15 +26,6 @@ from megatron_vrl.parallel.mesh import FP8_BLOCK
 VISION_FRACTION = 0.75
 ANSWER_FRACTION = 0.25
 FP8_TILE = 16  # Transformer Engine's FP8 needs channels in multiples of 16
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Consecutive layers that one stage computes without communication in between."""
-
-    layers: range  # of the whole model, from 0
-    pre_process: bool  # holds the vision tower and the token embedding
-    post_process: bool  # holds the final norm and the head
 
 
 def check_divides(arch: Architecture, model: Model, cfg: Parallel) -> None:
@@ -79,11 +66,6 @@ def check_fp8(cfg: Model, parallel: Parallel) -> None:
             f"parallel.tensor={parallel.tensor}: emulation needs FP8 and one tensor rank; "
             "set model.fp8 and parallel.tensor=1."
         )
-
-
-def whole_model(arch: Architecture) -> Chunk:
-    """Return the single chunk that holds all layers."""
-    return Chunk(range(arch.layers), pre_process=True, post_process=True)
 
 
 def stage_chunks(arch: Architecture, model: Model, cfg: Parallel, stage: int) -> list[Chunk]:
@@ -141,7 +123,8 @@ def extra_layers(arch: Architecture, model: Model) -> tuple[float, float]:
     it counts a third. The token embedding is a look-up and counts nothing.
     """
     layer = language_layer_weights(arch)
-    tower = arch.vision.merge**2 * tower_weights(arch.vision) + merger_weights(arch)
+    sizes = family_of(arch).tower
+    tower = arch.vision.merge**2 * sizes.tower_weights(arch.vision) + sizes.merger_weights(arch)
     passes = 1 / 3 if model.freeze_vision and model.freeze_merger else 1.0
     return (
         VISION_FRACTION * passes * tower / layer,

@@ -14,7 +14,8 @@ from megatron_vrl.data.formats.records import VIDEO_SUFFIXES
 from megatron_vrl.data.formats.training import read
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.models.architecture import read_architecture
-from megatron_vrl.models.qwen2_5_vl.hf_shapes import num_parameters
+from megatron_vrl.models.qwen2_5_vl.pixels import PIXELS
+from megatron_vrl.models.weight_map import num_parameters
 from megatron_vrl.trainer.dry_run import check
 from megatron_vrl.video.rules import plan_frames
 from tests.tiny_models import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -91,7 +92,7 @@ def test_a_dry_run_prints_the_pipeline_split(
 @pytest.mark.parametrize("duration_s", [5, 30, 180, 384, 3600])
 def test_the_recipe_keeps_its_token_budget(duration_s: int) -> None:
     cfg = load_config(RECIPE)
-    plan = plan_frames(duration_s * 30, 30.0, 360, 640, cfg.video)
+    plan = plan_frames(duration_s * 30, 30.0, 360, 640, cfg.video, PIXELS)
     assert plan.num_tokens <= 2048 < cfg.data.max_prompt_tokens
 
 

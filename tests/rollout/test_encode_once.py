@@ -11,12 +11,12 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_vrl.batching.pack import Answer, Group
-from megatron_vrl.batching.positions import VisionBlock, mrope_positions
 from megatron_vrl.checkpoint.hf_export import WeightExport
 from megatron_vrl.checkpoint.hf_load import load_hf_weights
 from megatron_vrl.config import Batch, Model, Parallel
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.models.logprob_head import Distribution
+from megatron_vrl.models.qwen2_5_vl.positions import VisionBlock, mrope_positions
 from megatron_vrl.parallel.mesh import init_mesh
 from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.policy.policy import Policy

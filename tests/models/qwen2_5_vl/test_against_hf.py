@@ -12,9 +12,10 @@ from megatron_vrl.checkpoint.hf_load import hf_tensors, load_hf_weights
 from megatron_vrl.config import Model, Parallel
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.models.logprob_head import Distribution
-from megatron_vrl.models.qwen2_5_vl.model import Qwen25VL
-from megatron_vrl.models.qwen2_5_vl.preprocess import patchify
-from megatron_vrl.models.qwen2_5_vl.weight_map import chunk_rows
+from megatron_vrl.models.patchify import patchify
+from megatron_vrl.models.qwen2_5_vl.pixels import PIXELS
+from megatron_vrl.models.vision_language_model import VisionLanguageModel
+from megatron_vrl.models.weight_map import chunk_rows
 from megatron_vrl.parallel.mesh import Mesh, close_mesh, init_mesh
 from megatron_vrl.types import EncodedImage, EncodedVideo, Prompt, Visual
 from tests.tiny import IMAGE_TOKEN, VIDEO_TOKEN, image, present, prompt, video
@@ -27,10 +28,10 @@ def mesh() -> Iterator[Mesh]:
     close_mesh()
 
 
-def _model(mesh: Mesh, directory: Path) -> Qwen25VL:
+def _model(mesh: Mesh, directory: Path) -> VisionLanguageModel:
     cfg = Model(checkpoint=str(directory), dtype="float32")
-    model: Qwen25VL
-    model = Qwen25VL(read_architecture(directory), cfg, Parallel(), mesh).to(mesh.device)
+    model: VisionLanguageModel
+    model = VisionLanguageModel(read_architecture(directory), cfg, Parallel(), mesh).to(mesh.device)
     load_hf_weights([model], directory)
     return model
 
@@ -59,11 +60,11 @@ def _groups(
 def _patches(
     visuals: Sequence[Visual],
 ) -> torch.Tensor | None:
-    patches = [patchify(visual.frames) for visual in visuals]
+    patches = [patchify(visual.frames, PIXELS) for visual in visuals]
     return torch.cat(patches) if patches else None
 
 
-def _forward(model: Qwen25VL, batch: MicroBatch, of: Distribution) -> torch.Tensor:
+def _forward(model: VisionLanguageModel, batch: MicroBatch, of: Distribution) -> torch.Tensor:
     patches = _patches(batch.visuals)
     logprob: torch.Tensor
     logprob = model(

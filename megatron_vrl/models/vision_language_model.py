@@ -1,8 +1,9 @@
-"""Qwen2.5-VL on megatron.core, for training: maps a micro-batch to the log-probs of its answers.
+"""Vision-language model on megatron.core: maps a micro-batch to the log-probs of its answers.
 
-The language model is Megatron's GPTModel with M-RoPE. The first chunk of layers holds the vision
-tower and the token embedding, the last chunk holds the log-prob head. Logits are computed only for
-tokens that have a loss (`models/logprob_head.py`). Generation is done by vLLM
+The family of the model gives the vision tower and what is its own of the language model
+(`ModelParts`). The language model is Megatron's GPTModel with M-RoPE. The first chunk of layers
+holds the vision tower and the token embedding, the last chunk holds the log-prob head. Logits are
+computed only for tokens that have a loss (`models/logprob_head.py`). Generation is done by vLLM
 (`megatron_vrl/rollout`).
 """
 
@@ -27,15 +28,17 @@ from megatron_vrl.batching.pack import MicroBatch
 from megatron_vrl.config import Model, Parallel
 from megatron_vrl.models.architecture import Architecture, padded_vocab
 from megatron_vrl.models.attention import packed_params, with_additive_masks
+from megatron_vrl.models.chunk import Chunk
+from megatron_vrl.models.families import family_of
 from megatron_vrl.models.fusion import gradient_fusion
-from megatron_vrl.models.layers import COMMON_CONFIG, layer_spec
+from megatron_vrl.models.inputs import PassInputs, pass_inputs
+from megatron_vrl.models.layers import COMMON_CONFIG
 from megatron_vrl.models.logprob_head import Distribution, token_logprobs
-from megatron_vrl.models.pipeline_split import Chunk, all_chunks, stage_chunks
+from megatron_vrl.models.pipeline_split import all_chunks, stage_chunks
 from megatron_vrl.models.precision import attention_backend, layer_modules, precision_config
-from megatron_vrl.models.qwen2_5_vl.inputs import PassInputs, pass_inputs
-from megatron_vrl.models.qwen2_5_vl.vision import VisionTower
 from megatron_vrl.models.recompute import language_recompute
 from megatron_vrl.models.rotary import TablesOfAngles
+from megatron_vrl.models.vision_tower import MERGER, VisionTower
 from megatron_vrl.parallel.arrays import upload
 from megatron_vrl.parallel.mesh import Mesh
 
@@ -49,9 +52,12 @@ def language_config(arch: Architecture, cfg: Model, parallel: Parallel) -> Trans
         ffn_hidden_size=arch.mlp,
         num_attention_heads=arch.heads,
         num_query_groups=arch.kv_heads,
+        kv_channels=arch.head_dim,
         mrope_section=list(arch.mrope_section),
         layernorm_epsilon=arch.norm_eps,
         add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        qk_layernorm=arch.qk_norm,
         **COMMON_CONFIG,
         gradient_accumulation_fusion=gradient_fusion(cfg, on_gpu).enabled,
         tensor_model_parallel_size=parallel.tensor,
@@ -101,7 +107,7 @@ def _without_context(mesh: Mesh) -> ProcessGroupCollection:
 class LanguageModel(GPTModel):
     """GPTModel that returns hidden states instead of logits.
 
-    Qwen25VL applies the head to the rows that have a loss.
+    VisionLanguageModel applies the head to the rows that have a loss.
     """
 
     def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
@@ -109,16 +115,17 @@ class LanguageModel(GPTModel):
         return hidden_states
 
 
-class Qwen25VL(MegatronModule):
-    """One chunk of Qwen2.5-VL: the whole model, a pipeline stage or a virtual stage.
+class VisionLanguageModel(MegatronModule):
+    """One chunk of a model: the whole model, a pipeline stage or a virtual stage.
 
-    Example: with pipeline 2 and virtual 2 each rank holds two Qwen25VL modules; chunk 0 (rank 0,
+    Example: with pipeline 2 and virtual 2 each rank holds two such modules; chunk 0 (rank 0,
     virtual 0) has the vision tower and the embedding, chunk 3 (rank 1, virtual 1) has the head.
     """
 
     def __init__(
         self, arch: Architecture, cfg: Model, parallel: Parallel, mesh: Mesh, virtual: int = 0
     ) -> None:
+        parts = family_of(arch).parts()
         config = language_config(arch, cfg, parallel)
         super().__init__(config=config)
         self.arch = arch
@@ -131,7 +138,8 @@ class Qwen25VL(MegatronModule):
         self.share_embeddings_and_output_weights = arch.tied_head
         self.vision: VisionTower | None = None
         if self.pre_process:
-            self.vision = VisionTower(arch, cfg, mesh, config)
+            self.vision = parts.tower(arch, cfg, mesh, config)
+        self._vision_inputs = parts.vision_inputs
         self._always_run_vision = parallel.overlap
         self._attention = attention_backend(cfg, mesh.device)
         last = layer_modules(cfg, arch.layers - 1, arch.layers, mesh.device)
@@ -141,7 +149,8 @@ class Qwen25VL(MegatronModule):
         self.language = LanguageModel(
             config=config,
             transformer_layer_spec=TransformerBlockSubmodules(
-                layer_specs=[layer_spec(modules) for modules in layers], layer_norm=last.norm
+                layer_specs=[parts.language_layer(modules) for modules in layers],
+                layer_norm=last.norm,
             ),
             vocab_size=padded_vocab(arch, parallel),
             max_sequence_length=arch.max_positions,
@@ -154,14 +163,17 @@ class Qwen25VL(MegatronModule):
             pg_collection=_without_context(mesh),
             vp_stage=self.vp_stage,
         )
-        angles = self.language.rotary_pos_emb
+        own, sections = parts.rotary_angles, self.language.rotary_pos_emb
+        angles = sections if own is None else own(arch)
         self.language.rotary_pos_emb = TablesOfAngles(angles, config.params_dtype)
         self.to(config.params_dtype)  # RMSNorm creates float32 weights
         self._freeze(cfg)
 
     def inputs(self, batch: MicroBatch) -> PassInputs:
         """Return what the passes of every chunk read of a micro-batch, on the device."""
-        return pass_inputs(batch, self.arch, self.mesh, attention=self._attention)
+        return pass_inputs(
+            batch, self.arch, self.mesh, self._vision_inputs, attention=self._attention
+        )
 
     def forward(
         self,
@@ -273,5 +285,5 @@ class Qwen25VL(MegatronModule):
             self.language.requires_grad_(False)
         if self.vision is not None:
             for name, param in self.vision.named_parameters():
-                frozen = cfg.freeze_merger if name.startswith("merger.") else cfg.freeze_vision
+                frozen = cfg.freeze_merger if name.startswith(MERGER) else cfg.freeze_vision
                 param.requires_grad_(not frozen)

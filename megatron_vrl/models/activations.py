@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from megatron_vrl.config import Model, Parallel
 from megatron_vrl.models.architecture import Architecture
+from megatron_vrl.models.families import family_of
 from megatron_vrl.models.logprob_head import CHUNK_BYTES, GPU_CHUNK_BYTES
 from megatron_vrl.models.recompute import layers_in_full, vision_level
 
@@ -156,7 +157,7 @@ def language_layer(
         rows=rows,
         norm_rows=rows // cfg.tensor if cfg.sequence else rows,
         channels=arch.hidden,
-        queries=arch.hidden // cfg.tensor,
+        queries=arch.heads * arch.head_dim // cfg.tensor,
         keys=arch.kv_heads * arch.head_dim // cfg.tensor,
         heads=arch.heads // cfg.tensor,
         mlp=arch.mlp // cfg.tensor,
@@ -192,21 +193,7 @@ def _rest(model: Model) -> str:
 
 def vision_layer(arch: Architecture, model: Model, patches: int, kernels: Kernels) -> Layer:
     """Return the sizes of a block of the vision tower on a rank with `patches` patches."""
-    v = arch.vision
-    number = dtype_bytes(model)
-    return Layer(
-        rows=patches,
-        norm_rows=patches,
-        channels=v.hidden,
-        queries=v.hidden,
-        keys=v.hidden,
-        heads=v.heads,
-        mlp=v.mlp,
-        number=number,
-        stored=number,
-        attention=Attention(queries=patches, keys=patches, mask=0),
-        kernels=kernels,
-    )
+    return family_of(arch).tower.block(arch, model, patches, kernels)
 
 
 def vision_saved(
@@ -232,10 +219,8 @@ def merger_saved(arch: Architecture, model: Model, block: Layer, tokens: int) ->
     """Return the part of `vision_saved` that is freed before the backward pass of the blocks."""
     if model.freeze_vision and model.freeze_merger:
         return 0
-    patch_channels = block.number * block.rows * arch.vision.hidden
-    kept = 3 * patch_channels  # output of the norm; input and output of the GELU
-    kept += block.norm_bytes()
-    return kept + block.number * tokens * arch.hidden
+    kept = family_of(arch).tower.merger_saved(arch, block)
+    return kept + block.number * tokens * arch.vision_width
 
 
 def head_saved(arch: Architecture, model: Model, layer: Layer, targets: int) -> int:
