@@ -40,9 +40,9 @@ def architecture_of(checkpoint: str, architecture: str = "") -> Architecture:
     return read_architecture(architecture)
 
 
-def pixels_of(checkpoint: str, architecture: str = "") -> PixelRules:
-    """Return the pixel rules of a model's family. Raises what `architecture_of` does."""
-    return family_of(architecture_of(checkpoint, architecture)).pixels
+def pixels_of(checkpoint: str) -> PixelRules:
+    """Return the pixel rules of a checkpoint's family. Raises CheckpointError."""
+    return family_of(architecture_of(checkpoint)).pixels
 
 
 def refuse_old_name(checkpoint: Path) -> None:

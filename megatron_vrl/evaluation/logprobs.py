@@ -61,7 +61,7 @@ Row = dict[str, Any]
 
 class PromptLimit(Section):
     max_prompt_tokens: Positive = 128_000
-    """A longer prompt is refused, never cut. The default is what Qwen2.5-VL was trained to read."""
+    """A longer prompt is refused, never cut. The default is what Qwen's models are trained on."""
 
 
 class ScoreConfig(Section):

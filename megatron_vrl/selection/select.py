@@ -52,7 +52,7 @@ Shard = tuple[int, int]  # (which, of how many)
 
 def pool(cfg: RunConfig) -> list[VideoSample]:
     """Return the samples of data.train, with the ids that the training run gives them."""
-    reader = VideoReader(cfg.video, pixels_of(cfg.model.checkpoint, cfg.model.architecture))
+    reader = VideoReader(cfg.video, pixels_of(cfg.model.checkpoint))
     drawn = open_pool(cfg.data.train, cfg.run.seed, reader.duration_s)
     return [sample for sample in drawn if isinstance(sample, VideoSample)]
 

@@ -168,10 +168,12 @@ def resident_bytes() -> int:
 READ_ONE = """
 import sys
 from megatron_vrl.config import Video
+from megatron_vrl.models.qwen2_5_vl.pixels import PIXELS
 from megatron_vrl.video import VideoReader
 from tests.video.conftest import MakeClip
 if __name__ == "__main__":
-    print(type(VideoReader(Video(decoder="pyav", workers=2)).encode([sys.argv[1]])[0]).__name__)
+    reader = VideoReader(Video(decoder="pyav", workers=2), PIXELS)
+    print(type(reader.encode([sys.argv[1]])[0]).__name__)
 """
 
 
