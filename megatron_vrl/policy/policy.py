@@ -349,9 +349,10 @@ class Policy:
         )
         loss = (losses * inputs.weight).sum()
         counted = inputs.weight > 0  # tokens of dummy micro-batches have weight 0
+        some = len(losses) > 0  # a context rank may have no loss token
         record = {
             name: (value.detach() * counted).amax()
-            if name.endswith("_max")
+            if some and name.endswith("_max")
             else (value.detach() * counted).sum()
             for name, value in metrics.items()
         }
