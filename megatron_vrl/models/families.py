@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from megatron_vrl.models.architecture import Architecture
     from megatron_vrl.models.family import Family
 
-FAMILIES = ("qwen2_5_vl",)
+FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 
 
 def family_named(name: str) -> "Family":

@@ -31,6 +31,8 @@ class PassInputs:
     plan: object  # of the type that the core attention executes
     vision_rows: Tensor  # rows of this rank that vision embeddings replace
     vision_index: Tensor  # their indices in the embeddings of the micro-batch
+    deepstack_rows: Tensor  # rows of this rank's hidden states that get DeepStack features
+    deepstack_index: Tensor  # their indices in the embeddings of the micro-batch
     vision: VisionInputs | None  # None: no visual needs the tower
     source: Tensor  # [N] index in L
     target: Tensor  # [N]
@@ -47,16 +49,21 @@ def pass_inputs(
     vision_inputs: MakeVisionInputs,
     *,
     attention: str,
+    sequence: bool,
 ) -> PassInputs:
     """Return the tensors of `batch` on the device of `mesh`.
 
     `vision_inputs` is the family's (`ModelParts`). `attention` is the key of `precision.ATTENTION`
-    that the language layers use.
+    that the language layers use. `sequence` means that sequence parallelism splits the hidden
+    states over the tensor ranks.
     """
     on = lambda array: upload(array, mesh.device)  # noqa: E731
     is_pad = np.isin(batch.token_ids, (arch.video_token, arch.image_token))
     vision_index = (np.cumsum(is_pad) - 1)[batch.rows]  # of each row, valid at pads
     pad_rows = np.flatnonzero(is_pad[batch.rows])
+    hidden_rows = len(batch.rows) // mesh.tensor.size if sequence else len(batch.rows)
+    first = mesh.tensor.rank * hidden_rows if sequence else 0
+    own = pad_rows[(pad_rows >= first) & (pad_rows < first + hidden_rows)]
     encodes = len(batch.visual_embeds) < len(batch.visuals)
     grids = [visual.grid_thw for visual in batch.visuals]
     return PassInputs(
@@ -66,6 +73,8 @@ def pass_inputs(
         plan=attention_plan(batch, arch, mesh, attention),
         vision_rows=on(pad_rows),
         vision_index=on(vision_index[pad_rows]),
+        deepstack_rows=on(own - first),
+        deepstack_index=on(vision_index[own]),
         vision=vision_inputs(grids, arch.vision, mesh.device, mesh.vision) if encodes else None,
         source=on(batch.source),
         target=on(batch.target),

@@ -91,15 +91,19 @@ class LayerModules:
     row: Any  # linear layer, input channels split over tensor ranks
     norm: Any
     attention: Any = PlannedAttention
+    activation: Any = SwiGLU
+    head_norm: Any = None  # norm of each query and key head before the rotation; None: no norm
 
 
 MEGATRON_MODULES = LayerModules(ColumnParallelLinear, RowParallelLinear, RMSNorm)
 
 
-def layer_spec(parts: LayerModules = MEGATRON_MODULES) -> ModuleSpec:
+def layer_spec(
+    parts: LayerModules = MEGATRON_MODULES, layer: type[TransformerLayer] = TransformerLayer
+) -> ModuleSpec:
     """Return the spec of a pre-norm transformer layer whose attention executes a plan."""
     return ModuleSpec(
-        module=TransformerLayer,
+        module=layer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=parts.norm,
             self_attention=ModuleSpec(
@@ -109,12 +113,18 @@ def layer_spec(parts: LayerModules = MEGATRON_MODULES) -> ModuleSpec:
                     linear_qkv=parts.column,
                     core_attention=parts.attention,
                     linear_proj=parts.row,
+                    q_layernorm=parts.head_norm,
+                    k_layernorm=parts.head_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=parts.norm,
             mlp=mlp_spec(
-                MLPSubmodules(linear_fc1=parts.column, linear_fc2=parts.row, activation_func=SwiGLU)
+                MLPSubmodules(
+                    linear_fc1=parts.column,
+                    linear_fc2=parts.row,
+                    activation_func=parts.activation,
+                )
             ),
             mlp_bda=get_bias_dropout_add,
         ),

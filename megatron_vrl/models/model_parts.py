@@ -24,6 +24,6 @@ class ModelParts:
     vision_inputs: MakeVisionInputs
     language_layer: Callable[[LayerModules], ModuleSpec]
     """Return the spec of a language layer of the given modules."""
-    rotary_angles: Callable[[Architecture], torch.nn.Module] | None = None
+    rotary_angles: Callable[[Architecture, torch.device], torch.nn.Module] | None = None
     """Build a module with the interface of Megatron's rotary embedding; None: M-RoPE in sections
     (Megatron's MultimodalRotaryEmbedding)."""

@@ -36,7 +36,7 @@ def check_divides(arch: Architecture, model: Model, cfg: Parallel) -> None:
                 f"parallel.tensor={cfg.tensor} does not divide the model's {size} {name}: "
                 f"choose one of {_divisors(arch.kv_heads)}."
             )
-    layer_counts(arch, model, cfg)
+    _check_deepstack(arch, layer_counts(arch, model, cfg)[0])
     check_recompute(model)
     check_fp8(model, cfg)
     if model.fp8 != "none" and arch.mlp % (FP8_TILE * cfg.tensor):
@@ -50,6 +50,18 @@ def check_divides(arch: Architecture, model: Model, cfg: Parallel) -> None:
             f"model.fp8=blockwise with parallel.sequence=true gathers blocks of {FP8_BLOCK} "
             f"values, which do not divide the model's {arch.hidden} hidden channels: set "
             "parallel.sequence=false or model.fp8=current."
+        )
+
+
+def _check_deepstack(arch: Architecture, first_chunk: int) -> None:
+    """Raise ConfigError if the first chunk has fewer layers than there are DeepStack features."""
+    features = len(arch.vision.deepstack_layers)
+    if first_chunk < features:
+        raise ConfigError(
+            f"The first pipeline stage gets {first_chunk} of the model's {arch.layers} layers, but "
+            f"vision features are added after each of the first {features} (DeepStack), which must "
+            "be on that stage: lower parallel.pipeline x parallel.virtual, or give "
+            "parallel.layers_per_chunk."
         )
 
 

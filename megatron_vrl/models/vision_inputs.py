@@ -29,6 +29,15 @@ class StepShare:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LearnedPositions:
+    """Interpolation of the table of learned positions at U places, which patches may share."""
+
+    cells: Tensor  # [U, 4] rows of the table around each place
+    weights: Tensor  # [U, 4] float32
+    place: Tensor  # [P] index in U
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VisionInputs:
     """Index tensors of the vision tower for the temporal steps of one rank."""
 
@@ -36,8 +45,7 @@ class VisionInputs:
     counts: list[int]  # tokens of each rank that shares the temporal steps
     angles: Tensor  # [P, 1, 1, D] float32 rotary angles
     plans: dict[int, AttentionPlan]  # layer number from 1 -> plan
-    position_rows: Tensor | None = None  # [4, P] rows of the table of learned positions
-    position_weights: Tensor | None = None  # [4, P] float32 weight of each of these rows
+    learned: LearnedPositions | None = None  # None: rotary positions only
 
 
 # (grids, sizes of the tower, device, ranks that share the temporal steps; None: this rank has all)

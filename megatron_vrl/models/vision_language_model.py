@@ -164,7 +164,7 @@ class VisionLanguageModel(MegatronModule):
             vp_stage=self.vp_stage,
         )
         own, sections = parts.rotary_angles, self.language.rotary_pos_emb
-        angles = sections if own is None else own(arch)
+        angles = sections if own is None else own(arch, mesh.device)
         self.language.rotary_pos_emb = TablesOfAngles(angles, config.params_dtype)
         self.to(config.params_dtype)  # RMSNorm creates float32 weights
         self._freeze(cfg)
@@ -172,7 +172,12 @@ class VisionLanguageModel(MegatronModule):
     def inputs(self, batch: MicroBatch) -> PassInputs:
         """Return what the passes of every chunk read of a micro-batch, on the device."""
         return pass_inputs(
-            batch, self.arch, self.mesh, self._vision_inputs, attention=self._attention
+            batch,
+            self.arch,
+            self.mesh,
+            self._vision_inputs,
+            attention=self._attention,
+            sequence=self.config.sequence_parallel,
         )
 
     def forward(
@@ -189,21 +194,29 @@ class VisionLanguageModel(MegatronModule):
         the tower made of this rank's (`VisionTower.encode`). Only the first stage reads them. If
         both are None, `batch.visual_embeds` holds precomputed vision embeddings.
         """
+        embeddings = features = None
+        if self.pre_process:
+            embeddings, features = self._embed(inputs, patches, encoded)
         hidden = self.language(
             input_ids=None,
             position_ids=inputs.positions,
             attention_mask=None,
-            decoder_input=self._embed(inputs, patches, encoded) if self.pre_process else None,
+            decoder_input=embeddings,
             packed_seq_params=packed_params(
                 plan=with_additive_masks(inputs.plan, self.config.params_dtype),
                 context=self.mesh.context.group,
                 cp_group=self.mesh.alone,  # positions are already this rank's shard
+                deepstack_rows=inputs.deepstack_rows,
             ),
+            extra_block_kwargs={"context": features},  # see `qwen3_vl/deepstack.py`
         )  # [L (/ tensor), 1, C]
         return self._head(hidden, inputs, distribution) if self.post_process else hidden
 
-    def _embed(self, inputs: PassInputs, patches: Tensor | None, encoded: Tensor | None) -> Tensor:
-        """Return the input embeddings [L (/ tensor), 1, C] of this rank's rows.
+    def _embed(
+        self, inputs: PassInputs, patches: Tensor | None, encoded: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the input embeddings [L (/ tensor), 1, C] of this rank's rows, and the DeepStack
+        features [D, n, C] of those n rows that are vision tokens, or None.
 
         Vision embeddings replace the word embeddings of vision pad tokens.
         """
@@ -211,20 +224,32 @@ class VisionLanguageModel(MegatronModule):
         assert self.vision is not None
         if not inputs.batch.visuals and self._always_run_vision:
             embeddings = embeddings + 0 * self.vision.dummy_token().sum()
+        features = None
         if inputs.batch.visuals:
             tokens = self._vision_tokens(inputs, patches, encoded)
+            if self.arch.vision.deepstack_layers:
+                tokens, others = tokens.tensor_split([self.arch.hidden], dim=1)
+                features = self._features(others.to(embeddings.dtype), inputs)
             tokens = tokens.index_select(0, inputs.vision_index)
             tokens = tokens[:, None].to(embeddings.dtype)
             embeddings = embeddings.index_copy(0, inputs.vision_rows, tokens)
         if self.config.sequence_parallel:
             embeddings = scatter_to_sequence_parallel_region(embeddings)
-        return embeddings  # [L (/ tensor), 1, C]
+        return embeddings, features
+
+    def _features(self, features: Tensor, inputs: PassInputs) -> Tensor:
+        """Return the DeepStack features [D, n, C] of this rank's rows, of those of all vision
+        tokens of the batch [tokens, D * C]."""
+        if self.config.sequence_parallel:  # a tensor rank has the gradient of its own rows only
+            features = copy_to_tensor_model_parallel_region(features)
+        own = features.index_select(0, inputs.deepstack_index)
+        return own.unflatten(1, (-1, self.arch.hidden)).transpose(0, 1)
 
     def _vision_tokens(
         self, inputs: PassInputs, patches: Tensor | None, encoded: Tensor | None
     ) -> Tensor:
-        """Return the vision embeddings [tokens, C] of all visuals of the batch, precomputed or
-        encoded now."""
+        """Return the vision embeddings [tokens, (1 + D) * C] of all visuals of the batch,
+        precomputed or encoded now."""
         if inputs.vision is None:
             return upload(np.concatenate(inputs.batch.visual_embeds), self.mesh.device)
         assert self.vision is not None
