@@ -29,7 +29,7 @@ from megatron_vrl.models.logprob_head import Distribution
 from megatron_vrl.parallel.mesh import close_mesh, gather_objects, init_mesh, world_axis
 from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.policy.policy import Policy
-from tests.tiny import IMAGE_TOKEN, VIDEO_TOKEN, VISION_START, prompt, token_loss, video
+from tests.tiny import IMAGE_TOKEN, VIDEO_TOKEN, VISION_END, VISION_START, prompt, token_loss, video
 
 VISION = VisionArchitecture(
     hidden=320,
@@ -45,11 +45,13 @@ VISION = VisionArchitecture(
     tokens_per_second=2.0,
 )
 LARGE = Architecture(  # 32 million parameters
+    family="qwen2_5_vl",
     hidden=512,
     mlp=1536,
     layers=5,
     heads=8,
     kv_heads=4,
+    head_dim=64,
     vocab=8192,
     rope_base=1e6,
     mrope_section=(8, 12, 12),
@@ -59,6 +61,8 @@ LARGE = Architecture(  # 32 million parameters
     video_token=VIDEO_TOKEN,
     image_token=IMAGE_TOKEN,
     vision_start_token=VISION_START,
+    vision_end_token=VISION_END,
+    qkv_bias=True,
     vision=VISION,
 )
 SMALL = replace(
