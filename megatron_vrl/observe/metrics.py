@@ -36,6 +36,7 @@ METRICS = {
     "actor/loss": MetricInfo("loss", "nats per token"),
     "actor/kl": MetricInfo("KL to the reference", "nats per token"),
     "actor/entropy": MetricInfo("entropy", "nats per token"),
+    "rollout/zero_variance_groups": MetricInfo("groups without a policy gradient", "%"),
     "rollout/zero_iou_groups": MetricInfo("groups in which no answer overlaps the truth", "%"),
     "rollout/logprob_gap": MetricInfo("log-prob gap, engine to trainer", "nats per token"),
     "actor/grad_norm": MetricInfo("gradient norm", ""),

@@ -27,6 +27,8 @@ CURVES = (  # (phase, metric) in page order
     ("grpo", "response_length/mean"),
     ("grpo", "actor/kl"),
     ("grpo", "actor/entropy"),
+    ("grpo", "rollout/zero_variance_groups"),
+    ("grpo", "rollout/zero_iou_groups"),
     ("grpo", "rollout/logprob_gap"),
     ("sft", "sft/loss"),
 )

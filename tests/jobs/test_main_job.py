@@ -122,6 +122,8 @@ def test_metrics_of_every_step_and_evaluation(run: Path) -> None:
     for row in grpo:
         assert row.keys() >= {"reward/mean", "response_length/mean", "reward/format"}
         assert 0 <= row["reward/temporal"] <= 1
+        assert 0 <= row["rollout/zero_iou_groups"] <= 1
+        assert 0 <= row["rollout/zero_variance_groups"] <= 1
         assert row["timing_s"].keys() >= {"encode", "rollout", "score", "update"}
     assert any(row["reward/temporal"] > 0 for row in grpo)  # right answers, frames in order
     evaluations = [(row["during"], row["step"], row["split"]) for row in rows_of(run, "eval")]

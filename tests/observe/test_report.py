@@ -59,6 +59,7 @@ def made_run(out_dir: Path, samples: int = 2) -> Path:
     sinks = open_sinks(out_dir, cfg, {"run": {"seed": 3}}, "run", rank=0)
     for step in range(1, 31):
         values = {"reward/mean": step / 30, "reward/format": 1.0, "response_length/mean": 40 + step}
+        values |= {"rollout/zero_variance_groups": 0.5, "rollout/zero_iou_groups": 1 / step}
         seconds = {"rollout": 3.0, "sync": 1.0}
         sinks.write(StepMetrics(phase="grpo", step=step, values=values, seconds=seconds))
     for step in range(1, samples + 1):
@@ -126,6 +127,12 @@ def test_tables_have_every_stage_and_the_trivial_baseline(tmp_path: Path) -> Non
     ]
     for shown in ("mIoU", "30 GRPO steps", "seed 3", "2.0 minutes", "1024 MiB"):
         assert shown in page
+
+
+def test_groups_without_a_signal_have_curves(tmp_path: Path) -> None:
+    page = build_report(made_run(tmp_path)).read_text()
+    for title in ("groups without a policy gradient", "groups in which no answer overlaps"):
+        assert title in page
 
 
 def test_intervals_are_drawn_on_the_time_axis(tmp_path: Path) -> None:

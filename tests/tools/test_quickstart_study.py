@@ -10,13 +10,22 @@ import numpy as np
 import pytest
 from studies.arms import equal_steps, with_evaluations
 from studies.bootstrap import interval
-from studies.pools import label_quality, labelled, pool_clips, split_sizes
+from studies.pools import (
+    kept_clips,
+    label_quality,
+    labelled,
+    pool_clips,
+    split_sizes,
+    write_pool,
+)
 from studies.results import Results
 from studies.settings import ARMS, CONDITIONS
 from studies.tables import read_records, write_results
 from studies.timing import combined, given_seconds
 
-from megatron_vrl.errors import ConfigError
+from megatron_vrl.config import Source
+from megatron_vrl.data.formats.training import read_whole
+from megatron_vrl.errors import ConfigError, UserError
 
 NUM = 400
 
@@ -96,6 +105,26 @@ def test_labels_are_exact_misaligned_or_wrong() -> None:
         asks_for_option = clip.task != "temporal_grounding"
         assert (label.shapes[0].colour != clip.shapes[0].colour) == asks_for_option
         assert label.shapes[0].colour in clip.options or not asks_for_option
+
+
+def test_a_selected_pool_has_the_clips_of_the_kept_samples(tmp_path: Path) -> None:
+    """Ids are those that the readers of a pool's sources give."""
+    clips = pool_clips(NUM, 1, CONDITIONS["small64"], 1)
+    sources = write_pool(tmp_path / "pool", clips, tmp_path / "videos")
+    ids = [s.id for source in sources for s in read_whole(Source.model_validate(source))]
+    assert len(ids) == 64
+    kept = tmp_path / "kept.jsonl"
+    kept.write_text("".join(json.dumps({"id": name}) + "\n" for name in ids[::2]))
+    names = {clip.name for clip in kept_clips(clips, tmp_path)}
+    assert names == {name[: len(clips[0].name)] for name in ids[::2]} and len(names) == 32
+    kept.write_text("")
+    with pytest.raises(UserError, match="kept no sample"):
+        kept_clips(clips, tmp_path)
+
+
+def test_a_pool_larger_than_its_set_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"raise --num 100\."):
+        pool_clips(100, 1, CONDITIONS["small256"], 1)
 
 
 # ---- intervals

@@ -15,12 +15,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from megatron_vrl.storage.files import write_file
 from studies.jobs import CONFIG, Launcher, dev_curve, step_seconds
 from studies.pools import common_data, kept_clips, label_quality, labelled, pool_clips, write_pool
 from studies.settings import (
+    ANNOTATION,
     CONDITIONS,
     DEV_EVALUATIONS,
     GRPO,
@@ -164,13 +166,19 @@ def sft_job(
 
 
 def grpo_job(
-    study: Study, condition: str, seed: int, steps: int, start: Path, name: str, kl: bool = False
+    study: Study,
+    condition: str,
+    seed: int,
+    steps: int,
+    start: Path,
+    name: str,
+    changes: Mapping[str, Any] = MappingProxyType({}),
 ) -> Path:
-    """Return a finished job of GRPO from the weights of the job `start`."""
+    """Return a finished job of GRPO, with `changes` to its settings, from the job `start`."""
     settings = {
         **common(study, seed, start / "export", pool_of(study, condition, seed)),
         **GRPO,
-        **(KL if kl else {}),
+        **changes,
         "sft.steps": 0,
         "grpo.steps": steps,
     }
@@ -250,11 +258,20 @@ def _measured(
         first = sft_job(*cell, study.budget["sft"], SHORT_SFT_RATE)
         second = grpo_job(*cell, study.budget["grpo"], first, "sft-grpo")
         return _phases(study, [first, second], ["sft", "grpo"])
-    start = cold_start(study, seed)
     if arm == "grpo_kl_seconds":
         updates = equal_steps(study.budget, seconds, "grpo_kl")
-    job = grpo_job(*cell, updates, start, f"grpo-{updates}{'-kl' * (arm != 'grpo')}", arm != "grpo")
+    suffix, changes = _CHANGES[arm]
+    name = f"grpo-{updates}{suffix}"
+    job = grpo_job(*cell, updates, cold_start(study, seed), name, changes)
     return _phases(study, [job], ["grpo"])
+
+
+_CHANGES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "grpo": ("", {}),
+    "grpo_annotation": ("-annotation", ANNOTATION),
+    "grpo_kl": ("-kl", KL),
+    "grpo_kl_seconds": ("-kl", KL),
+}
 
 
 def _sft(study: Study, job: Path, rate: float) -> Record:

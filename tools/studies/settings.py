@@ -6,6 +6,7 @@
 | jitter | 0.75 of an interval's length | seed 1, after looking at three kinds of noise |
 | short SFT | 170 steps, rate 5e-4, cosine | seed 1 |
 | GRPO | 90 steps, rate 4e-4, cosine, entropy 1e-2, 32 prompts x 8 | seed 1, of three settings |
+| GRPO with the annotation | weight 8, rate 6e-4, entropy 1e-3 | the quickstart, exact labels |
 | SFT for equal seconds | best of three rates | dev of `TUNING_SEED`, by the study itself |
 | coefficient of KL | 0.04 (GRPO's in DeepSeekMath, arXiv 2402.03300) | not tuned |
 | wrong labels | 40 % | not tuned |
@@ -36,10 +37,17 @@ GRPO = {
     "grpo.evaluate_every": 30,
     "algorithm.entropy": 1e-2,
     "algorithm.kl": 0.0,
+    "algorithm.ground_truth_answer": "none",
     "rollout.prompts_per_step": 32,
     "rollout.group_size": 8,
 }
 KL = {"algorithm.kl": 0.04}
+ANNOTATION = {
+    "algorithm.ground_truth_answer": "in_group",
+    "algorithm.ground_truth_weight": 8.0,
+    "algorithm.entropy": 1e-3,
+    "grpo.optimizer.lr": 6e-4,
+}
 SELECTION = {"selection.min_std": 0.05, "selection.min_mean": 0.1}
 ALL_JOBS = {
     "observe.wandb": "disabled",
@@ -56,13 +64,14 @@ ARMS = {  # name -> title; an arm of a condition starts from the cold start unle
     "more_sft_best": "SFT, equal seconds, stopped by dev",
     "grpo": "GRPO, equal seconds",
     "sft_grpo": "short SFT, then GRPO",
+    "grpo_annotation": "GRPO with the annotation in the group, equal seconds",
     "sft_updates": "SFT, as many updates as GRPO",
     "grpo_kl": "GRPO with KL to the start, as many updates as GRPO",
     "grpo_kl_seconds": "GRPO with KL to the start, equal seconds",
 }
 SFT_ARMS = ("sft", "more_sft", "more_sft_best", "sft_updates")
-GRPO_ARMS = ("grpo", "sft_grpo", "grpo_kl", "grpo_kl_seconds")
-COMPARED = ("cold", "sft", "more_sft", "more_sft_best", "grpo", "sft_grpo")
+GRPO_ARMS = ("grpo", "sft_grpo", "grpo_annotation", "grpo_kl", "grpo_kl_seconds")
+COMPARED = ("cold", "sft", "more_sft", "more_sft_best", "grpo", "sft_grpo", "grpo_annotation")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
