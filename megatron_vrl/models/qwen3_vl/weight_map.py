@@ -34,7 +34,8 @@ def segments(arch: VisionArchitecture) -> list[range]:
 
     Example: 24 blocks with mergers at 5, 11 and 17 give 0 to 5, 6 to 11, 12 to 17, 18 to 23.
     """
-    ends = sorted({layer + 1 for layer in arch.deepstack_layers} | {arch.layers})
+    cuts = {layer + 1 for layer in arch.deepstack_layers if layer < arch.layers}
+    ends = sorted(cuts | {arch.layers})
     return [range(first, last) for first, last in zip([0, *ends], ends, strict=False)]
 
 
