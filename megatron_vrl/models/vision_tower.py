@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_vrl.models.architecture import VisionArchitecture
@@ -100,6 +101,10 @@ class VisionTower(MegatronModule, ABC):
         """Return a fingerprint of the parameters: it changes when one is written in place or
         replaced."""
         return tuple((param.data_ptr(), param._version) for param in self.parameters())
+
+    def layers(self) -> list[TransformerLayer]:
+        """Return the tower's transformer layers in order."""
+        return [module for module in self.modules() if isinstance(module, TransformerLayer)]
 
     def before_merger(self) -> list[Tensor]:
         """Return the parameters that the result of `encode` depends on."""

@@ -252,7 +252,8 @@ def vision_output_bytes(
     if not cfg.model.freeze_vision or cfg.rollout.visual_input == "embeddings" or passes == 1:
         return 0
     patches = rank_sizes(cfg.model, cfg.parallel, batch).patches
-    return micro_batches * patches * arch.vision.hidden * dtype_bytes(cfg.model)
+    outputs = 1 + len(arch.vision.deepstack_layers)
+    return micro_batches * outputs * patches * arch.vision.hidden * dtype_bytes(cfg.model)
 
 
 def keeps_vision_outputs(

@@ -48,7 +48,7 @@ def _phases(chunks: list[VisionLanguageModel], recorder: Recorder) -> Iterator[N
         hooks.append(chunk.register_forward_hook(lambda *_: recorder.enter("backward")))
         layers = {"language layers": chunk.language.decoder.layers}
         if chunk.vision is not None:
-            layers["vision layers"] = chunk.vision.blocks.layers
+            layers["vision layers"] = chunk.vision.layers()
         for part, modules in layers.items():
             for layer in modules:
                 begins = _begins(recorder, part, first=layer is modules[0])

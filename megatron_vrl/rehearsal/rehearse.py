@@ -131,7 +131,7 @@ def _layers(policy: RecordedPolicy) -> dict[str, int]:
     """Return the number of vision and language layers of this rank."""
     towers = [chunk.vision for chunk in policy.chunks if chunk.vision is not None]
     return {
-        "vision": sum(len(tower.blocks.layers) for tower in towers),
+        "vision": sum(len(tower.layers()) for tower in towers),
         "language": sum(len(chunk.language.decoder.layers) for chunk in policy.chunks),
     }
 

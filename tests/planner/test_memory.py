@@ -60,7 +60,11 @@ def case(
     return base | own | {"model": model}
 
 
-FAST = [case(attention="flash"), case(recompute="full", freeze_vision=True)]
+FAST = [
+    case(attention="flash"),
+    case(recompute="full", freeze_vision=True),
+    case(ONE | {"size": "qwen3"}),
+]
 ALONE = [
     case(),
     *(case(LONG, attention="flash", **kind) for kind in KINDS[::3]),

@@ -3,10 +3,13 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import make_tiny_model
 import numpy as np
 import pytest
+import torch
 from megatron.core import parallel_state
 
 from megatron_vrl import config
@@ -18,15 +21,16 @@ from megatron_vrl.data.prompt import PromptEncoder
 from megatron_vrl.errors import RolloutError
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.models.logprob_head import Distribution
+from megatron_vrl.models.qwen3_vl.prompt import PROMPT
 from megatron_vrl.parallel.mesh import init_mesh
 from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.policy.policy import Policy
 from megatron_vrl.policy.vision_cache import VisionEmbeddingCache
 from megatron_vrl.rollout.request import SamplingSpec
 from megatron_vrl.rollout.vllm.engine import VllmEngine
-from megatron_vrl.types import EncodedVideo, Prompt, Rollout
+from megatron_vrl.types import EncodedVideo, Prompt, Rollout, Visual
 from tests.tiny import present
-from tests.tiny_qwen3_vl import video
+from tests.tiny_qwen3_vl import image, video
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 SPEC = SamplingSpec(n=2, temperature=1.0, top_p=1.0, max_tokens=8, seed=5)
@@ -55,9 +59,13 @@ def policy_and_engine(folder: Path) -> Iterator[tuple[Policy, VllmEngine]]:
 
 
 @pytest.fixture(scope="module")
-def prompts(folder: Path) -> list[Prompt]:
+def encoder(folder: Path) -> PromptEncoder:
+    return PromptEncoder(folder, read_architecture(folder), "none", max_tokens=200)
+
+
+@pytest.fixture(scope="module")
+def prompts(encoder: PromptEncoder) -> list[Prompt]:
     """Three prompts with videos of uneven times."""
-    encoder = PromptEncoder(folder, read_architecture(folder), "none", max_tokens=200)
     made = []
     for seed, grid in enumerate([(4, 2, 2), (3, 4, 6), (1, 6, 2)]):
         times = np.cumsum(np.random.default_rng(seed).uniform(0.1, 2, 2 * grid[0]))
@@ -98,6 +106,58 @@ def test_engine_and_trainer_agree_with_pixels_and_with_embeddings(
     for ours, theirs in zip(answers, pixels, strict=True):
         assert [a.token_ids.tolist() for a in ours] == [a.token_ids.tolist() for a in theirs]
     assert largest_gap(policy, engine, embedded, answers) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "visuals",
+    [
+        [video((4, 2, 2), 0.7, 1)],
+        [video((1, 6, 10), 2.0, 1), video((3, 4, 2), 0.3, 2)],
+        [image((4, 8), 1), video((2, 2, 6), 1.3, 2)],
+        [],
+    ],
+    ids=["video", "two videos", "image and video", "text"],
+)
+def test_positions_equal_vllm(
+    policy_and_engine: tuple[Policy, VllmEngine], encoder: PromptEncoder, visuals: list[Visual]
+) -> None:
+    from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration as Model
+
+    arch = policy_and_engine[0].arch
+    asked = encoder.encode("one", None, tuple(visuals), "when is it visible?")
+    pads = [i for i, t in enumerate(asked.engine_token_ids) if t in encoder._pads]
+    before = [
+        PROMPT.expand(asked.engine_token_ids[:pad], visuals[:i], arch, encoder._chat.text_ids)
+        for i, pad in enumerate(pads)
+    ]
+    vision: Any = SimpleNamespace(spatial_merge_size=arch.vision.merge)
+    tokens = {
+        f"{name}_token_id": getattr(arch, f"{name}_token")
+        for name in ("video", "vision_start", "vision_end")
+    }
+    wanted, delta = Model._get_mrope_input_positions(
+        input_tokens=asked.token_ids.tolist(),
+        mm_features=[_feature(v, len(ids)) for v, ids in zip(visuals, before, strict=True)],
+        config=SimpleNamespace(vision_config=vision, **tokens),
+    )
+    np.testing.assert_array_equal(asked.positions, wanted.numpy())
+    # The answer continues both: vLLM's decode step n stands at n + delta.
+    assert int(asked.positions.max()) + 1 == len(asked.token_ids) + delta
+
+
+def _feature(visual: Visual, offset: int) -> Any:
+    """A visual as vLLM describes it, from token `offset` on."""
+    from vllm.multimodal import inputs
+
+    kind = "video" if isinstance(visual, EncodedVideo) else "image"
+    field = inputs.MultiModalSharedField(batch_size=1)
+    grid = inputs.MultiModalFieldElem(data=torch.tensor(visual.grid_thw), field=field)
+    return inputs.MultiModalFeatureSpec(
+        data=inputs.MultiModalKwargsItem({f"{kind}_grid_thw": grid}),
+        modality=kind,
+        identifier=str(offset),
+        mm_position=inputs.PlaceholderRange(offset=offset, length=1),
+    )
 
 
 def test_a_prompt_with_another_time_is_refused(
