@@ -135,10 +135,11 @@ def test_positions_equal_vllm(
         f"{name}_token_id": getattr(arch, f"{name}_token")
         for name in ("video", "vision_start", "vision_end")
     }
+    sizes: Any = SimpleNamespace(vision_config=vision, **tokens)
     wanted, delta = Model._get_mrope_input_positions(
         input_tokens=asked.token_ids.tolist(),
         mm_features=[_feature(v, len(ids)) for v, ids in zip(visuals, before, strict=True)],
-        config=SimpleNamespace(vision_config=vision, **tokens),
+        config=sizes,
     )
     np.testing.assert_array_equal(asked.positions, wanted.numpy())
     # The answer continues both: vLLM's decode step n stands at n + delta.
