@@ -1,14 +1,29 @@
 #!/usr/bin/env bash
 # Go from a clean clone to a report on a machine without a GPU: install, make clips and a tiny model,
 # warm the model up, train it with GRPO. Arguments are overrides: launch/quickstart.sh grpo.steps=5
+# family=qwen3_vl takes a tiny Qwen3-VL instead of a Qwen2.5-VL, in a run directory of its own.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$root"
 source launch/env.sh
 config=configs/quickstart.yaml
+family=qwen2_5_vl
+overrides=()
+for argument in "$@"; do
+    case "$argument" in
+    family=*) family="${argument#family=}" ;;
+    *) overrides+=("$argument") ;;
+    esac
+done
+data=runs/quickstart/data
 run=runs/quickstart
-data=$run/data
+if [[ "$family" != qwen2_5_vl ]]; then
+    run=runs/quickstart-$family
+    # A step of a video has its time as text, which takes more tokens.
+    overrides=(run.out_dir="$run" model.checkpoint="$run/model-megatron"
+        data.max_prompt_tokens=192 ${overrides[@]+"${overrides[@]}"})
+fi
 model_hf=$run/model-hf             # a Hugging Face checkpoint
 model_megatron=$run/model-megatron # the same, as the trainer reads it
 ranks=2
@@ -66,14 +81,15 @@ make_once() { # make_once PATH COMMAND...: skipped when an earlier call complete
     touch "$made.complete"
 }
 
-mkdir -p "$run"
+mkdir -p "$run" runs/quickstart
 trained_before="$(trained)"
 stage "install" launch/install.sh
 source .venv/bin/activate
 stage "synthetic clips" make_once "$data" python tools/make_synthetic.py --out "$data" --num 3200 --seed 1
-stage "tiny model" make_once "$model_hf" python tools/make_tiny_model.py --out "$model_hf" --seed 1
+stage "tiny model" make_once "$model_hf" python tools/make_tiny_model.py \
+    --family "$family" --out "$model_hf" --seed 1
 stage "checkpoint conversion" make_once "$model_megatron" \
     python tools/convert_checkpoint.py hf-to-megatron "$model_hf" "$model_megatron"
 stage "training" python launch/torchrun.py --standalone --nproc-per-node "$ranks" \
-    -m megatron_vrl.cli.train --config "$config" "$@"
+    -m megatron_vrl.cli.train --config "$config" ${overrides[@]+"${overrides[@]}"}
 echo "quickstart: all in $SECONDS s; open $root/$run/report.html"

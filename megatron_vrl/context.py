@@ -16,10 +16,11 @@ from megatron_vrl.checkpoint.saver import Saver
 from megatron_vrl.config import Data, RunConfig
 from megatron_vrl.config.inference import inference_files
 from megatron_vrl.data.datasets import Datasets
-from megatron_vrl.data.prompt import PromptEncoder, VisionTokens
+from megatron_vrl.data.prompt import PromptEncoder
 from megatron_vrl.data.prompt_pipeline import PromptPipeline
 from megatron_vrl.errors import CheckpointError
 from megatron_vrl.models.architecture import Architecture
+from megatron_vrl.models.families import family_of
 from megatron_vrl.models.precision import DTYPES
 from megatron_vrl.models.vocabulary import check_tokenizer
 from megatron_vrl.observe.clock import Clock
@@ -37,6 +38,7 @@ from megatron_vrl.rollout.replay import ReplayEngine, ReplayFiles
 from megatron_vrl.rollout.vllm.special_tokens import banned_token_ids
 from megatron_vrl.rollout.weight_sync import (
     InProcessSync,
+    Transform,
     WeightVerifier,
     WorkerSync,
     transform_of,
@@ -92,16 +94,6 @@ class RunContext:
     hf_dir: Path  # config, tokenizer and processor files of the checkpoint
 
 
-def vision_tokens(arch: Architecture) -> VisionTokens:
-    """Return the vision settings that a prompt depends on."""
-    return VisionTokens(
-        video_token=arch.video_token,
-        image_token=arch.image_token,
-        merge=arch.vision.merge,
-        tokens_per_second=arch.vision.tokens_per_second,
-    )
-
-
 def prompt_encoder(hf_dir: Path, arch: Architecture, data: Data) -> PromptEncoder:
     """Return the prompt encoder of a checkpoint.
 
@@ -109,7 +101,7 @@ def prompt_encoder(hf_dir: Path, arch: Architecture, data: Data) -> PromptEncode
     """
     encoder = PromptEncoder(
         hf_dir,
-        vision_tokens(arch),
+        arch,
         data.system_prompt,
         data.max_prompt_tokens,
         data.question,
@@ -126,12 +118,13 @@ class RolloutInputs:
     cfg: RunConfig
     mesh: Mesh
     hf_dir: Path
+    arch: Architecture
     export: WeightExport
     banned_token_ids: tuple[int, ...]
 
 
 def _colocated(inputs: RolloutInputs) -> RolloutManager:
-    transform = transform_of(inputs.cfg.rollout.quantization)
+    transform = _transform(inputs)
     engine = InProcessEngine(start_engine(inputs.cfg, inputs.hf_dir))
     sync = InProcessSync(inputs.mesh, inputs.export, engine, transform)
     return _manager(inputs, engine, sync, _verifier(inputs, engine.checksums))
@@ -141,7 +134,7 @@ def _workers(inputs: RolloutInputs) -> RolloutManager:
     cfg, mesh = inputs.cfg, inputs.mesh
     served = served_model(cfg, inputs.hf_dir, inputs.banned_token_ids)
     pool = WorkerPool(cfg.rollout, served, mesh.device)
-    sync = WorkerSync(mesh, inputs.export, pool, transform_of(cfg.rollout.quantization))
+    sync = WorkerSync(mesh, inputs.export, pool, _transform(inputs))
     verifier = _verifier(inputs, pool.checksums if mesh.rank == 0 else dict)
     return _manager(inputs, pool, sync, verifier)
 
@@ -158,6 +151,11 @@ PLACEMENTS: dict[str, Callable[[RolloutInputs], RolloutManager]] = {
     "workers": _workers,
     "replay": _replay,
 }
+
+
+def _transform(inputs: RolloutInputs) -> Transform:
+    """Return what happens to weights before they are sent."""
+    return transform_of(inputs.cfg.rollout.quantization, family_of(inputs.arch).weights)
 
 
 def _manager(
@@ -178,7 +176,7 @@ def _verifier(
     return WeightVerifier(
         inputs.mesh,
         inputs.export,
-        transform_of(cfg.rollout.quantization),
+        _transform(inputs),
         DTYPES[cfg.model.dtype],
         engine_checksums,
     )
@@ -226,9 +224,10 @@ def build(cfg: RunConfig, checked: CheckedRun, trained: PolicyContext) -> RunCon
             weight=cfg.algorithm.overlong_penalty,
         )
         reward_manager = RewardManager(cfg.rewards, overlong)
-    banned = banned_token_ids(encoder.tokenizer, checked.arch.vocab)
+    family = family_of(checked.arch)
+    banned = banned_token_ids(encoder.tokenizer, family.prompt, checked.arch.vocab)
     dtype = DTYPES[cfg.model.dtype]
-    reader = VideoReader(cfg.video)
+    reader = VideoReader(cfg.video, family.pixels)
     return RunContext(
         cfg=cfg,
         mesh=mesh,
@@ -242,6 +241,7 @@ def build(cfg: RunConfig, checked: CheckedRun, trained: PolicyContext) -> RunCon
                 cfg=cfg,
                 mesh=mesh,
                 hf_dir=checked.hf_dir,
+                arch=checked.arch,
                 export=WeightExport(policy.chunks, dtype),
                 banned_token_ids=banned,
             )

@@ -17,19 +17,6 @@ from numpy.typing import NDArray
 
 Interval = tuple[float, float]  # (start, end) in seconds
 
-# Qwen2.5-VL's turn and vision tokens. They are treated as special tokens even if the tokenizer
-# files do not mark them as special.
-STRUCTURE_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
-
 
 class VideoClip(NamedTuple):
     """A video file, or a time window of it."""
@@ -75,8 +62,9 @@ class EncodedVideo:
     The time axis (indices, timestamps, rates) is computed once, at decoding. No later stage
     recomputes it.
 
-    `frames` have the model's input size: height = grid_thw[1] * 14, width = grid_thw[2] * 14. If
-    the number of sampled frames is odd, the last frame is repeated, so F = 2 * grid_thw[0].
+    `frames` have the model's input size: height and width are grid_thw[1] and grid_thw[2] times the
+    side of a patch. If the number of sampled frames is odd, the last frame is repeated, so F = 2 *
+    grid_thw[0].
 
     Example: a 16 s clip at 30 frames per second, sampled at 2 frames per second, has F = 32 and
     grid_thw[0] = 16 with 1 s per temporal step.
@@ -90,18 +78,18 @@ class EncodedVideo:
     timestamps_s: NDArray[np.float64]  # [F] from the container's pts; 0: first frame
     sampled_fps: float  # frames sampled per second of video
     seconds_per_grid: float  # seconds per temporal step (2 frames)
-    grid_thw: tuple[int, int, int]  # temporal steps, height and width in patches of 14 px
+    grid_thw: tuple[int, int, int]  # temporal steps, height and width in patches
     frame_budget: int  # maximum pixels per frame under the sampling rule
     frames: NDArray[np.uint8]  # [F, height, width, 3] RGB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedImage:
-    """An image as one temporal step: the frame is repeated once, as Qwen2.5-VL encodes images."""
+    """An image as one temporal step: the frame is repeated once, as processors encode images."""
 
     path: str
     digest: str  # hex digest of the file's bytes
-    grid_thw: tuple[int, int, int]  # (1, height, width), the latter two in patches of 14 px
+    grid_thw: tuple[int, int, int]  # (1, height, width), the latter two in patches
     frames: NDArray[np.uint8]  # [2, height, width, 3] RGB
 
 
@@ -124,6 +112,17 @@ class Prompt:
     positions: NDArray[np.int64]  # [3, P] M-RoPE positions: time, height, width
     visual_embeds: tuple[NDArray[Any], ...] = ()  # [tokens, hidden] per visual; (): not computed
     step_blocks: bool = False  # text stands between the temporal steps of each video
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VideoInput:
+    """One vision block as an engine receives it: pixels, or embeddings from the trainer's tower."""
+
+    frames: NDArray[np.uint8]  # [F, height, width, 3] RGB, resized; F is 0 with embeddings
+    grid_thw: tuple[int, int, int]
+    seconds_per_grid: float
+    timestamps_s: NDArray[np.float64]  # [F] of all frames, also with embeddings
+    embeddings: NDArray[Any] | None = None  # [vision tokens, channels]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

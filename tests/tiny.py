@@ -10,8 +10,8 @@ from torch import Tensor
 
 from megatron_vrl.algorithms.tokens import Tokens
 from megatron_vrl.batching.pack import Answer, Group, MicroBatch
-from megatron_vrl.batching.positions import VisionBlock, mrope_positions
 from megatron_vrl.config import Batch
+from megatron_vrl.models.qwen2_5_vl.positions import VisionBlock, mrope_positions
 from megatron_vrl.parallel.mesh import Mesh
 from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.types import EncodedImage, EncodedVideo, Prompt, Visual
@@ -19,10 +19,12 @@ from megatron_vrl.types import EncodedImage, EncodedVideo, Prompt, Visual
 VIDEO_TOKEN, IMAGE_TOKEN, VISION_START, VISION_END = 90, 91, 92, 93
 
 
-def video(grid_thw: tuple[int, int, int], seconds_per_grid: float, seed: int) -> EncodedVideo:
+def video(
+    grid_thw: tuple[int, int, int], seconds_per_grid: float, seed: int, patch: int = 14
+) -> EncodedVideo:
     t, h, w = grid_thw
     rng = np.random.default_rng(seed)
-    frames = rng.integers(0, 256, (2 * t, h * 14, w * 14, 3), dtype=np.uint8)
+    frames = rng.integers(0, 256, (2 * t, h * patch, w * patch, 3), dtype=np.uint8)
     return EncodedVideo(
         path=f"video-{seed}.mp4",
         digest=f"{seed:032x}",
@@ -33,14 +35,15 @@ def video(grid_thw: tuple[int, int, int], seconds_per_grid: float, seed: int) ->
         sampled_fps=2 / seconds_per_grid,
         seconds_per_grid=seconds_per_grid,
         grid_thw=grid_thw,
-        frame_budget=h * w * 14 * 14,
+        frame_budget=h * w * patch**2,
         frames=frames,
     )
 
 
-def image(grid_hw: tuple[int, int], seed: int) -> EncodedImage:
+def image(grid_hw: tuple[int, int], seed: int, patch: int = 14) -> EncodedImage:
     h, w = grid_hw
-    picture = np.random.default_rng(seed).integers(0, 256, (1, h * 14, w * 14, 3), dtype=np.uint8)
+    rng = np.random.default_rng(seed)
+    picture = rng.integers(0, 256, (1, h * patch, w * patch, 3), dtype=np.uint8)
     return EncodedImage(
         path=f"image-{seed}.png",
         digest=f"{seed:032x}",

@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
-"""Make a tiny Qwen2.5-VL with random weights: a whole Hugging Face checkpoint, about 3 MB.
+"""Make a tiny Qwen2.5-VL or Qwen3-VL with random weights: a whole checkpoint of 3 to 5 MB.
 
 The classes of transformers build the model. Its files are those of the released
-Qwen2.5-VL-3B-Instruct, one for one (released_layout.py), so that every program that loads the
-released checkpoints loads this one. `--layout transformers-5` writes the files that transformers 5
-saves. All sizes divide by 2 (tensor and pipeline parallel), heads are grouped, one vision block has
-window attention and one full attention. Weights have a standard deviation of about 1/sqrt(hidden),
-more than Qwen's 0.02: with 0.02 a model of this size was still on its first plateau after 800 steps
-of warm-up. Half of the rotary pairs count time, see `make_config`. The byte-level BPE with Qwen2's
-rules is trained on the texts of the tasks and of tools/make_synthetic.py, whose words are single
-tokens; other texts take more tokens. The model knows nothing: warm it up before it can answer.
+Qwen2.5-VL-3B-Instruct (released_layout.py) or Qwen3-VL-4B-Instruct (released_qwen3_vl.py), one for
+one, so that every program that loads the released checkpoints loads this one. `--layout
+transformers-5` writes the files that transformers 5 saves. All sizes divide by 2 (tensor and
+pipeline parallel), heads are grouped, one vision block of the Qwen2.5-VL has window attention and
+one full attention. Weights have a standard deviation of about 1/sqrt(hidden), more than Qwen's
+0.02: with 0.02 a model of this size was still on its first plateau after 800 steps of warm-up. Half
+of the rotary pairs count time, see `make_config`. The byte-level BPE with Qwen2's rules is trained
+on the texts of the tasks and of tools/make_synthetic.py, whose words are single tokens; other texts
+take more tokens. The model knows nothing: warm it up before it can answer.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import released_qwen3_vl
 from released_layout import write_released
 from synthetic.clips import COLOURS, KINDS
 from synthetic.clips import TASKS as TASKS_OF_SET
@@ -96,7 +98,7 @@ def training_texts() -> list[str]:
     return texts
 
 
-def train_tokenizer(vocab: int) -> Any:
+def train_tokenizer(vocab: int, more_texts: list[str] | None = None) -> Any:
     """Return a tokenizer of exactly `vocab` tokens, special ones last as in the released one."""
     from tokenizers import models, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
@@ -110,7 +112,7 @@ def train_tokenizer(vocab: int) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    learner.train_from_iterator(training_texts(), trainer)
+    learner.train_from_iterator(training_texts() + (more_texts or []), trainer)
     learnt = json.loads(learner.to_str())["model"]
     ids = learnt["vocab"]
     if len(ids) + len(SPECIAL_TOKENS) < vocab:
@@ -198,10 +200,10 @@ def make_config(args: argparse.Namespace, tokenizer: Any) -> Any:
 
 def make_model(config: Any, seed: int) -> Any:
     import torch
-    from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers import AutoModelForImageTextToText, GenerationConfig
 
     torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(config)
+    model = AutoModelForImageTextToText.from_config(config)
     text = config.text_config
     model.generation_config = GenerationConfig(
         bos_token_id=text.bos_token_id,
@@ -218,6 +220,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = tool_parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="directory of the checkpoint")
     parser.add_argument(
+        "--family",
+        default="qwen2_5_vl",
+        choices=["qwen2_5_vl", "qwen3_vl"],
+        help="model family (default: qwen2_5_vl)",
+    )
+    parser.add_argument(
         "--seed", type=int, default=1, help="random seed of the weights (default: 1)"
     )
     sizes = {
@@ -231,11 +239,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "vision-layers": 2,
         "vision-heads": 2,
         "vocab": 512,
-        "min-pixels": 784,
-        "max-pixels": 784,
     }
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    for name in ("min-pixels", "max-pixels"):
+        parser.add_argument(f"--{name}", type=int, help="of an image (default: those of one token)")
     parser.add_argument(
         "--layout",
         default="released",
@@ -274,17 +282,24 @@ def main(arguments: list[str] | None = None) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of writing two small shards
-    tokenizer = train_tokenizer(args.vocab)
-    model = make_model(make_config(args, tokenizer), args.seed)
+    third = args.family == "qwen3_vl"
+    tokenizer = train_tokenizer(args.vocab, released_qwen3_vl.TEXTS if third else None)
+    config = (released_qwen3_vl.make_config if third else make_config)(args, tokenizer)
+    model = make_model(config, args.seed)
     half_made = args.out.with_name(args.out.name + ".part")
     shutil.rmtree(half_made, ignore_errors=True)
+    of_token = (2 * (released_qwen3_vl.PATCH if third else 14)) ** 2
+    pixels = (args.min_pixels or of_token, args.max_pixels or of_token)
     if args.layout == "released":
-        pixels = (args.min_pixels, args.max_pixels)
         model.save_pretrained(half_made, max_shard_size=3 * model.num_parameters())
-        write_released(half_made, model.config, tokenizer, CHAT_TEMPLATE, pixels)
+        if third:
+            released_qwen3_vl.write_released(half_made, model.config, tokenizer, pixels)
+        else:
+            write_released(half_made, model.config, tokenizer, CHAT_TEMPLATE, pixels)
     else:
         model.save_pretrained(half_made)
-        make_processor(tokenizer, args.min_pixels, args.max_pixels).save_pretrained(half_made)
+        make = released_qwen3_vl.make_processor if third else make_processor
+        make(tokenizer, *pixels).save_pretrained(half_made)
     os.replace(half_made, args.out)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens", flush=True)
     log_written(args.out)

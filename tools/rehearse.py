@@ -88,15 +88,18 @@ def _rehearsed(cfg: Any, arguments: argparse.Namespace, world: int) -> dict[str,
     from megatron_vrl.rehearsal.rehearse import default_micro_batches, rehearse
 
     count = arguments.micro_batches or default_micro_batches(cfg)
-    batch = _batch(cfg, arguments.batch)
-    return asdict(rehearse(cfg, architecture_of(cfg), batch, arguments.rank, world, count))
+    arch = architecture_of(cfg)
+    batch = _batch(cfg, arch, arguments.batch)
+    return asdict(rehearse(cfg, arch, batch, arguments.rank, world, count))
 
 
-def _batch(cfg: Any, name: str) -> Any:
+def _batch(cfg: Any, arch: Any, name: str) -> Any:
     """Return the planned micro-batch that --batch names."""
+    from megatron_vrl.models.families import family_of
     from megatron_vrl.planner.workload import row_multiple, step_sizes, worst_batches
 
-    cases = worst_batches(cfg, step_sizes(cfg), row_multiple(cfg), given=False)
+    family = family_of(arch)
+    cases = worst_batches(cfg, family, step_sizes(cfg, family), row_multiple(cfg), given=False)
     return dict(zip(BATCHES, cases, strict=True))[name]
 
 
@@ -105,7 +108,8 @@ def _all_ranks(cfg: Any, arguments: argparse.Namespace, world: int) -> list[dict
     from megatron_vrl.cli.plan import architecture_of
     from megatron_vrl.rehearsal.ranks import distinct_ranks
 
-    kinds = distinct_ranks(cfg, architecture_of(cfg), _batch(cfg, arguments.batch), world)
+    arch = architecture_of(cfg)
+    kinds = distinct_ranks(cfg, arch, _batch(cfg, arch, arguments.batch), world)
     with ThreadPoolExecutor(arguments.jobs or os.cpu_count()) as pool:
         rows = list(pool.map(lambda rank: _in_process(arguments, rank), kinds))
     return [row | {"equal_ranks": kinds[row["rank"]]} for row in rows]

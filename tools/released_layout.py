@@ -35,13 +35,13 @@ def write_released(
     """Write the files, replacing those of equal names. `pixels` is (fewest, most) of an image."""
     files = {
         "config.json": released_config(config.to_dict()),
-        "generation_config.json": _generation(config.text_config),
+        "generation_config.json": generation_config(config.text_config),
         "chat_template.json": {"chat_template": template},
         "preprocessor_config.json": _preprocessor(*pixels),
     }
     for name, tree in files.items():
         _write(directory / name, tree)
-    _write_tokenizer(directory, tokenizer)
+    write_tokenizer(directory, tokenizer, TEXT_TEMPLATE)
 
 
 def released_config(config: Json) -> Json:
@@ -78,7 +78,8 @@ def released_config(config: Json) -> Json:
     }
 
 
-def _generation(text: Any) -> Json:
+def generation_config(text: Any) -> Json:
+    """Return generation_config.json for the language model's config."""
     return {
         "bos_token_id": text.bos_token_id,
         "pad_token_id": text.pad_token_id,
@@ -104,8 +105,11 @@ def _preprocessor(fewest: int, most: int) -> Json:
     }
 
 
-def _write_tokenizer(directory: Path, tokenizer: Any) -> None:
-    """Write the tokenizer files. Special tokens are in tokenizer.json only, not in vocab.json."""
+def write_tokenizer(directory: Path, tokenizer: Any, template: str) -> None:
+    """Write the tokenizer files, with `template` as the tokenizer's own chat template.
+
+    Special tokens are in tokenizer.json only, not in vocab.json.
+    """
     tree = json.loads(tokenizer.backend_tokenizer.to_str())
     added = {token["content"] for token in tree["added_tokens"]}
     vocab = {word: id for word, id in tree["model"]["vocab"].items() if word not in added}
@@ -125,7 +129,7 @@ def _write_tokenizer(directory: Path, tokenizer: Any) -> None:
         "added_tokens_decoder": tokens,
         "additional_special_tokens": [word for word in special if word != tokenizer.pad_token],
         "bos_token": None,
-        "chat_template": TEXT_TEMPLATE,
+        "chat_template": template,
         "clean_up_tokenization_spaces": False,
         "eos_token": tokenizer.eos_token,
         "errors": "replace",

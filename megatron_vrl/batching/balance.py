@@ -1,6 +1,6 @@
 """Load balancing: assignment of groups to data ranks and to micro-batches by cost.
 
-Costs are non-negative numbers in any one unit, for example FLOPs of `models/qwen2_5_vl/flops.py`.
+Costs are non-negative numbers in any one unit, for example FLOPs of `models/flops.py`.
 Sizes are tokens; a micro-batch has a budget of tokens. All functions use longest-processing-time
 scheduling (Graham 1969): items by descending cost, each to the lightest bin. Its heaviest bin is at
 most a third heavier than the optimum. The result is deterministic, so ranks with equal inputs agree

@@ -22,9 +22,10 @@ from megatron_vrl.checkpoint.layout import HF, STATE, WEIGHTS, hf_dir_of, is_meg
 from megatron_vrl.checkpoint.torch_dist import TorchDistReader, TorchDistWriter
 from megatron_vrl.errors import CheckpointError
 from megatron_vrl.models.architecture import Architecture, read_architecture
-from megatron_vrl.models.pipeline_split import whole_model
-from megatron_vrl.models.qwen2_5_vl.hf_shapes import Shape, hf_shapes, megatron_shape
-from megatron_vrl.models.qwen2_5_vl.weight_map import Row, chunk_rows
+from megatron_vrl.models.chunk import whole_model
+from megatron_vrl.models.family import Shape
+from megatron_vrl.models.weight_layouts import Row
+from megatron_vrl.models.weight_map import chunk_rows, hf_shapes, megatron_shape
 from megatron_vrl.storage.files import full_disk_named
 from megatron_vrl.storage.no_checkpoint import advice
 

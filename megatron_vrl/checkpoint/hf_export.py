@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vrl.config.rollout import BUCKET_BYTES
-from megatron_vrl.models.qwen2_5_vl.model import Qwen25VL
-from megatron_vrl.models.qwen2_5_vl.weight_map import Row, chunk_rows, parameters_by_row
+from megatron_vrl.models.vision_language_model import VisionLanguageModel
+from megatron_vrl.models.weight_layouts import Row
+from megatron_vrl.models.weight_map import chunk_rows, parameters_by_row
 from megatron_vrl.parallel.mesh import gather_objects
 
 NamedTensors = Iterator[tuple[str, Tensor]]
@@ -39,7 +40,7 @@ class WeightExport:
 
     def __init__(
         self,
-        chunks: Sequence[Qwen25VL],
+        chunks: Sequence[VisionLanguageModel],
         dtype: torch.dtype | None = None,
         value: Callable[[Tensor], Tensor] = torch.Tensor.detach,
         max_bytes: int = BUCKET_BYTES,
@@ -103,7 +104,7 @@ class WeightExport:
             for rows in buckets:
                 yield self._gathered(model, rows)
 
-    def _size_of(self, model: Qwen25VL) -> Callable[[Row], int]:
+    def _size_of(self, model: VisionLanguageModel) -> Callable[[Row], int]:
         """Return a function: row of the weight map -> exported size in bytes."""
         params, ranks = parameters_by_row(model), self._mesh.tensor.size
 
@@ -114,7 +115,7 @@ class WeightExport:
 
         return num_bytes
 
-    def _plan(self, model: Qwen25VL, rows: Sequence[Row]) -> BucketPlan:
+    def _plan(self, model: VisionLanguageModel, rows: Sequence[Row]) -> BucketPlan:
         """Return the plan of one bucket, from shapes alone."""
         params = parameters_by_row(model)
         names: list[str] = []
@@ -129,7 +130,7 @@ class WeightExport:
         )
 
     @torch.no_grad()
-    def _gathered(self, model: Qwen25VL, rows: Sequence[Row]) -> NamedTensors:
+    def _gathered(self, model: VisionLanguageModel, rows: Sequence[Row]) -> NamedTensors:
         """Yield the whole tensors of one bucket after an all-gather over tensor-parallel ranks."""
         params, tensor = parameters_by_row(model), self._mesh.tensor
         values = [self._value(params[row.megatron]) for row in rows]
@@ -160,7 +161,7 @@ class WeightExport:
 
 
 def _bucket_rows(
-    model: Qwen25VL, num_bytes: Callable[[Row], int], max_bytes: int
+    model: VisionLanguageModel, num_bytes: Callable[[Row], int], max_bytes: int
 ) -> list[list[Row]]:
     """Return the exported rows of a chunk of layers, in buckets of whole modules."""
     modules: dict[str, list[Row]] = {}

@@ -15,13 +15,13 @@ from torch import Tensor
 from megatron_vrl.checkpoint.hf_export import WeightExport
 from megatron_vrl.checkpoint.hf_reader import HFCheckpoint, HFCheckpointWriter, copy_side_files
 from megatron_vrl.errors import UserError
-from megatron_vrl.models.qwen2_5_vl.model import Qwen25VL
-from megatron_vrl.models.qwen2_5_vl.weight_map import chunk_rows, parameters_by_row
+from megatron_vrl.models.vision_language_model import VisionLanguageModel
+from megatron_vrl.models.weight_map import chunk_rows, parameters_by_row
 from megatron_vrl.parallel.mesh import raise_on_all_ranks
 from megatron_vrl.storage.files import full_disk_named
 
 
-def load_hf_weights(chunks: Sequence[Qwen25VL], directory: str | Path) -> None:
+def load_hf_weights(chunks: Sequence[VisionLanguageModel], directory: str | Path) -> None:
     """Load a Hugging Face checkpoint into this rank's shards. Every rank calls it.
 
     Raises CheckpointError on every rank, naming file and tensor.
@@ -36,7 +36,7 @@ def load_hf_weights(chunks: Sequence[Qwen25VL], directory: str | Path) -> None:
 
 
 @torch.no_grad()
-def _load_chunk(model: Qwen25VL, source: HFCheckpoint) -> None:
+def _load_chunk(model: VisionLanguageModel, source: HFCheckpoint) -> None:
     mesh = model.mesh
     params = parameters_by_row(model)
     for row in chunk_rows(model.arch, model.chunk):
@@ -49,7 +49,7 @@ def _load_chunk(model: Qwen25VL, source: HFCheckpoint) -> None:
 
 
 def hf_tensors(
-    chunks: Sequence[Qwen25VL], value: Callable[[Tensor], Tensor] = torch.Tensor.detach
+    chunks: Sequence[VisionLanguageModel], value: Callable[[Tensor], Tensor] = torch.Tensor.detach
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (Hugging Face name, tensor) of the whole model, the same on every rank, in fixed order.
 
@@ -60,7 +60,7 @@ def hf_tensors(
 
 
 def save_hf(
-    chunks: Sequence[Qwen25VL],
+    chunks: Sequence[VisionLanguageModel],
     template: str | Path,
     directory: str | Path,
     files: Mapping[str, str] | None = None,

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from megatron_vrl.errors import CheckpointError
 from megatron_vrl.models.architecture import Architecture, config_dtype
-from megatron_vrl.models.qwen2_5_vl.hf_shapes import hf_shapes
-from megatron_vrl.models.qwen2_5_vl.weight_map import hf_name
+from megatron_vrl.models.families import family_of
+from megatron_vrl.models.family import WeightMap, released_name
+from megatron_vrl.models.weight_map import hf_shapes
 from megatron_vrl.storage.hf_files import (
     INDEX,
     SINGLE,
@@ -33,7 +34,6 @@ SHARD_BYTES = 4 * 2**30
 HEADER_BYTES = 64 * 2**10 - 8  # of each shard; with its length, pages: tensors begin on one
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 TYPE_NAMES = {stored: str(dtype).removeprefix("torch.") for dtype, stored in DTYPES.items()}
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 CHAT_TEMPLATES = "additional_chat_templates"  # a directory, of transformers 5
 COMPARED_ROWS = 8192  # of a head and the embedding at a time
 # Buffers that every reader computes. transformers ignores them, too.
@@ -56,7 +56,8 @@ class HFCheckpoint:
 
     def __init__(self, directory: str | Path, arch: Architecture) -> None:
         self.directory = Path(directory)
-        self._stored = _by_hf_name(read_headers(self.directory))
+        self._weights = family_of(arch).weights
+        self._stored = _by_released_name(read_headers(self.directory), self._weights)
         shapes = hf_shapes(arch)
         extra = sorted(self._stored.keys() - shapes.keys())
         _check_not_quantised(self.directory, extra)
@@ -97,18 +98,18 @@ class HFCheckpoint:
         if HARMLESS.search(name):
             return
         reason = "which the model of config.json does not have: config.json is of another model"
-        if name == HEAD:
+        if name == self._weights.head:
             if self._head_is_tied():
                 return
             reason = (
-                f"which differs from {EMBEDDING}, and config.json ties the two: set "
+                f"which differs from {self._weights.embedding}, and config.json ties the two: set "
                 "tie_word_embeddings to false in config.json or remove the head"
             )
         raise CheckpointError(f"{self.file_of(name)} holds {name}, {reason}.")
 
     def _head_is_tied(self) -> bool:
         """Return whether the head is bit-equal to the embedding; reads some rows at a time."""
-        head, embedding = self._entry(HEAD), self._entry(EMBEDDING)
+        head, embedding = self._entry(self._weights.head), self._entry(self._weights.embedding)
         if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
             return False
         with opened(head.file) as first, opened(embedding.file) as second:
@@ -119,10 +120,10 @@ class HFCheckpoint:
             )
 
 
-def _by_hf_name(entries: list[StoredTensor]) -> dict[str, StoredTensor]:
+def _by_released_name(entries: list[StoredTensor], weights: WeightMap) -> dict[str, StoredTensor]:
     stored: dict[str, StoredTensor] = {}
     for entry in entries:
-        name = hf_name(entry.name)
+        name = released_name(weights, entry.name)
         if name in stored:
             raise CheckpointError(
                 f"{entry.file} holds {entry.name}, which is the same tensor as "

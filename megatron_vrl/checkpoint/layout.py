@@ -3,6 +3,9 @@
 from pathlib import Path
 
 from megatron_vrl.errors import CheckpointError
+from megatron_vrl.models.architecture import Architecture, read_architecture
+from megatron_vrl.models.families import family_of
+from megatron_vrl.video.rules import PixelRules
 
 STATE = "state.json"
 WEIGHTS = "weights"  # torch_dist files of a Megatron checkpoint
@@ -23,6 +26,23 @@ def hf_dir_of(checkpoint: str | Path) -> Path:
     refuse_old_name(Path(checkpoint))
     inner = Path(checkpoint) / HF
     return inner if inner.is_dir() else Path(checkpoint)
+
+
+def architecture_of(checkpoint: str, architecture: str = "") -> Architecture:
+    """Return the sizes of a checkpoint's model; those of the file `architecture` where the
+    checkpoint is absent.
+
+    Raises CheckpointError if neither can be read.
+    """
+    directory = hf_dir_of(checkpoint)
+    if (directory / "config.json").exists() or not architecture:
+        return read_architecture(directory)
+    return read_architecture(architecture)
+
+
+def pixels_of(checkpoint: str) -> PixelRules:
+    """Return the pixel rules of a checkpoint's family. Raises CheckpointError."""
+    return family_of(architecture_of(checkpoint)).pixels
 
 
 def refuse_old_name(checkpoint: Path) -> None:

@@ -87,7 +87,7 @@ def _print_summary(check: "DatasetCheck", problems: "Sequence[Problem]", out: Pa
     print(f"{samples}, {videos} that can be read")
     if tokens:
         low, middle, high = np.percentile(tokens, [0, 50, 100]).astype(int)
-        print(f"tokens of a video: {low} to {high}, median {middle}")
+        print(f"tokens of a video ({check.family.title}): {low} to {high}, median {middle}")
     for problem in problems:
         if problem.kind == "unit":
             print(problem.reason)

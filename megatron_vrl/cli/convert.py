@@ -30,7 +30,7 @@ def main() -> None:
     # torch allocates and frees a tensor row by row here. Huge pages save a third of the time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from megatron_vrl.checkpoint.convert import compare, convert_to_hf, convert_to_megatron
-    from megatron_vrl.models.qwen2_5_vl.hf_shapes import num_parameters
+    from megatron_vrl.models.weight_map import num_parameters
     from megatron_vrl.observe.progress import log_written
 
     source, target = arguments.source, arguments.target

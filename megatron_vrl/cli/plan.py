@@ -13,7 +13,6 @@ typical sizes instead. What is counted, and how well the estimates hold: docs/pl
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_vrl.errors import EXIT_CODE, ConfigError, counted
@@ -101,13 +100,9 @@ def _search(arguments: argparse.Namespace, cfg: "RunConfig") -> tuple[dict[str, 
 
 def architecture_of(cfg: "RunConfig") -> Any:
     """Return the architecture of the checkpoint, or of model.architecture where it is absent."""
-    from megatron_vrl.checkpoint.layout import hf_dir_of
-    from megatron_vrl.models.architecture import read_architecture
+    from megatron_vrl.checkpoint import layout
 
-    checkpoint = hf_dir_of(cfg.model.checkpoint)
-    if (checkpoint / "config.json").exists() or not cfg.model.architecture:
-        return read_architecture(checkpoint)
-    return read_architecture(Path(cfg.model.architecture))
+    return layout.architecture_of(cfg.model.checkpoint, cfg.model.architecture)
 
 
 def _request(arguments: argparse.Namespace, cfg: "RunConfig") -> Any:

@@ -181,7 +181,8 @@ class Data(Section):
     """temporal_r1: Temporal-R1's wording of multiple choice; other tasks have one wording."""
     timestamps: Literal["none", "interleaved"] = "none"
     """interleaved: the time of every temporal step stands as text before it, as in TimeLens. none:
-    the model knows times by M-RoPE alone."""
+    the model knows times by M-RoPE alone. A model family whose own prompts have timestamps
+    (docs/tasks.md) shows those with either value."""
     snap_truth: bool = False
     """Move the true intervals of training samples outwards to times of temporal steps, as TimeLens
     does."""

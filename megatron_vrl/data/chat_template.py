@@ -19,11 +19,9 @@ from transformers import AddedToken, AutoTokenizer
 from transformers.processing_utils import ProcessorMixin
 
 from megatron_vrl.errors import CheckpointError
-from megatron_vrl.types import STRUCTURE_TOKENS
 
 Message = dict[str, Any]
 
-STOP = "<|im_end|>"
 PRIVATE_USE = range(0x100000, 0x10FFFE)  # Unicode private use code points
 # Exceptions that a template, which is a program, may raise for a message it does not support.
 _NOT_RENDERED = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
@@ -32,8 +30,11 @@ _NOT_RENDERED = (TemplateError, TypeError, ValueError, LookupError, AttributeErr
 class ChatTokenizer:
     """Tokenizer and chat template of one checkpoint."""
 
-    def __init__(self, hf_dir: str | Path, pads: Sequence[int]) -> None:
-        """`pads`: ids of the video and image pad tokens.
+    def __init__(
+        self, hf_dir: str | Path, pads: Sequence[int], structure_tokens: Sequence[str]
+    ) -> None:
+        """`pads`: ids of the video and image pad tokens. `structure_tokens`: turn and vision tokens
+        of the family, which are special even if the tokenizer files do not mark them so.
 
         Raises CheckpointError if tokenizer or template cannot be loaded, or if the template does
         not render a video.
@@ -44,7 +45,7 @@ class ChatTokenizer:
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise CheckpointError(f"{hf_dir} has no tokenizer that loads: {reason}") from None
-        self._special = self._special_ids(pads)
+        self._special = self._special_ids(pads, structure_tokens)
         self._template = read_template(hf_dir, self.tokenizer)
         self._check_template(pads[0])
 
@@ -84,14 +85,10 @@ class ChatTokenizer:
             if token in self._special:
                 yield token, begin, end
 
-    def _special_ids(self, pads: Sequence[int]) -> set[int]:
-        """Return the ids of all special tokens.
-
-        Turn and vision tokens are marked as special first, in case the tokenizer files do not mark
-        them.
-        """
+    def _special_ids(self, pads: Sequence[int], structure_tokens: Sequence[str]) -> set[int]:
+        """Return the ids of all special tokens; mark `structure_tokens` as special first."""
         tokenizer = self.tokenizer
-        special = {*STRUCTURE_TOKENS, *tokenizer.convert_ids_to_tokens(list(pads))}
+        special = {*structure_tokens, *tokenizer.convert_ids_to_tokens(list(pads))}
         known = {token.content for token in tokenizer.added_tokens_decoder.values()}
         marked = [AddedToken(w, special=True, normalized=False) for w in sorted(special & known)]
         tokenizer.add_tokens(marked, special_tokens=True)

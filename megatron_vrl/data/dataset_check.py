@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_vrl.checkpoint.layout import architecture_of
 from megatron_vrl.config import RunConfig, Source
 from megatron_vrl.data.formats.records import cut_to_video
 from megatron_vrl.data.formats.training import (
@@ -26,7 +27,9 @@ from megatron_vrl.data.formats.training import (
 )
 from megatron_vrl.data.problems import Problem
 from megatron_vrl.data.units import FileTimes, interval_problems
-from megatron_vrl.errors import DataError, VideoError
+from megatron_vrl.errors import CheckpointError, DataError, VideoError
+from megatron_vrl.models.families import FAMILIES, family_named, family_of
+from megatron_vrl.models.family import Family
 from megatron_vrl.tasks import TASKS
 from megatron_vrl.types import VideoClip, VideoSample
 from megatron_vrl.video import VideoReader
@@ -70,11 +73,12 @@ class DatasetCheck:
     """
 
     def __init__(self, cfg: RunConfig, decode: bool):
-        """`decode`: also decode every video."""
+        """`decode`: also decode every video. `family` counts the tokens of a video."""
         video = cfg.video if decode else cfg.video.model_copy(update={"decoder": "pyav"})
         self.stats = DatasetStats()
         self._cfg, self._decode = cfg, decode
-        self._reader = VideoReader(video)
+        self.family = _family(cfg)
+        self._reader = VideoReader(video, self.family.pixels)
         self._durations_s: dict[VideoClip, float] = {}
         self._time_faults: dict[VideoClip, list[str]] = {}  # not reported yet
         self._questions: set[int] = set()
@@ -184,6 +188,14 @@ class DatasetCheck:
         most, tokens = self._cfg.data.max_prompt_tokens, self.stats.tokens.get(sample.clip, 0)
         if tokens > most:
             yield "tokens", f"{tokens} video tokens are over data.max_prompt_tokens={most}."
+
+
+def _family(cfg: RunConfig) -> Family:
+    """Return the family of the run's model; the first one if the model is not on this machine."""
+    try:
+        return family_of(architecture_of(cfg.model.checkpoint, cfg.model.architecture))
+    except CheckpointError:
+        return family_named(FAMILIES[0])
 
 
 def _durations(sample: VideoSample, file_s: float) -> Iterator[tuple[str, str]]:

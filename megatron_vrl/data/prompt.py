@@ -2,9 +2,9 @@
 
 The checkpoint's chat template (`chat_template.py`) renders the video first and the text second. The
 engine gets one pad token per vision block and expands it itself. The trainer gets one pad token per
-merged vision cell. A block is a video, or a temporal step with textual timestamps between the steps
-(`timestamps.py`). A prompt over data.max_prompt_tokens is an error: cutting the prompt would drop
-vision tokens, and the rest would not match the video's grid.
+vision token, in the form of the model's family (`PromptForm`). A block is a visual, or a temporal
+step of a video with `PromptForm.step_blocks`. A prompt over data.max_prompt_tokens is an error:
+cutting the prompt would drop vision tokens, and the rest would not match the video's grid.
 """
 
 from dataclasses import dataclass, replace
@@ -14,23 +14,14 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_vrl.batching.positions import mrope_positions
-from megatron_vrl.data.chat_template import STOP, ChatTokenizer, Message
-from megatron_vrl.data.timestamps import EXPLANATION, content_parts, vision_blocks
+from megatron_vrl.data.chat_template import ChatTokenizer, Message
 from megatron_vrl.errors import CheckpointError, ConfigError, DataError
+from megatron_vrl.models.architecture import Architecture
+from megatron_vrl.models.families import family_of
+from megatron_vrl.models.family import prompt_form
 from megatron_vrl.tasks import SYSTEM_PROMPTS, TASKS
 from megatron_vrl.tasks.answer import answer_block
 from megatron_vrl.types import EncodedVideo, Prompt, VideoClip, VideoSample, Visual
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VisionTokens:
-    """Vision settings of the checkpoint's config that a prompt depends on."""
-
-    video_token: int
-    image_token: int
-    merge: int  # patches per side of one token
-    tokens_per_second: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,22 +41,21 @@ class PromptEncoder:
     def __init__(
         self,
         hf_dir: str | Path,
-        vision: VisionTokens,
+        arch: Architecture,
         system_prompt: str,
         max_tokens: int,
         wording: Literal["default", "temporal_r1"] = "default",
         timestamps: Literal["none", "interleaved"] = "none",
     ) -> None:
         """Raises CheckpointError if the tokenizer or the chat template cannot be used."""
-        self._pads = (vision.video_token, vision.image_token)
-        self._chat = ChatTokenizer(hf_dir, self._pads)
+        self._arch, self._form = arch, prompt_form(family_of(arch), timestamps)
+        self._pads = (arch.video_token, arch.image_token)
+        self._chat = ChatTokenizer(hf_dir, self._pads, self._form.structure_tokens)
         self.tokenizer = self._chat.tokenizer
-        self._vision = vision
         self._system_prompt = system_prompt
         self._max_tokens = max_tokens
         self._wording = wording
-        self._interleaved = timestamps == "interleaved"
-        self._stop = self.tokenizer.convert_tokens_to_ids(STOP)
+        self._stop = self.tokenizer.convert_tokens_to_ids(self._form.stop_tokens[0])
 
     def spec(self, sample: VideoSample) -> PromptSpec:
         """Return the system prompt, the clip and the question of a sample."""
@@ -76,7 +66,7 @@ class PromptEncoder:
             id=sample.id,
             system=SYSTEM_PROMPTS[self._system_prompt],
             videos=(sample.clip,),
-            question=EXPLANATION * self._interleaved + question(sample),
+            question=self._form.explanation + question(sample),
         )
 
     def prompt(self, sample: VideoSample, video: EncodedVideo) -> Prompt:
@@ -93,32 +83,24 @@ class PromptEncoder:
         Raises ConfigError if the prompt exceeds data.max_prompt_tokens, and DataError if a text
         has no encoding. Both name the sample.
         """
-        vision = self._vision
         check_text(name, system or "", question)
         compact = self._render(system, visuals, question)
-        blocks = [b for visual in visuals for b in vision_blocks(visual, self._interleaved)]
-        cells = [block.num_tokens(vision.merge) for block in blocks]
-        repeats = iter(cells)
-        token_ids = np.repeat(compact, [next(repeats) if t in self._pads else 1 for t in compact])
+        expanded = self._form.expand(compact, visuals, self._arch, self._chat.text_ids)
+        token_ids = np.array(expanded, dtype=np.int64)
         if len(token_ids) > self._max_tokens:
+            shown = int(np.isin(token_ids, self._pads).sum())
             raise ConfigError(
-                f"The prompt of sample {name} has {len(token_ids)} tokens, {sum(cells)} of them "
+                f"The prompt of sample {name} has {len(token_ids)} tokens, {shown} of them "
                 f"video, over data.max_prompt_tokens={self._max_tokens}: raise it, or lower "
                 "video.total_pixels."
             )
         return Prompt(
             id=name,
             visuals=visuals,
-            step_blocks=self._interleaved,
+            step_blocks=self._form.step_blocks,
             token_ids=token_ids,
             engine_token_ids=tuple(compact),
-            positions=mrope_positions(
-                token_ids,
-                self._pads,
-                blocks,
-                merge=vision.merge,
-                tokens_per_second=vision.tokens_per_second,
-            ),
+            positions=self._form.positions(token_ids, visuals, self._arch),
         )
 
     def target(self, sample: VideoSample) -> NDArray[np.int64]:
@@ -143,7 +125,7 @@ class PromptEncoder:
 
     def _render(self, system: str | None, visuals: tuple[Visual, ...], question: str) -> list[int]:
         """Return the token ids of the rendered chat, with one pad token per vision block."""
-        shown = [part for visual in visuals for part in content_parts(visual, self._interleaved)]
+        shown = [part for visual in visuals for part in self._form.parts(visual)]
         kinds = [part["type"] for part in shown if part["type"] != "text"]
         content = [*shown, {"type": "text", "text": question}]
         messages: list[Message] = [{"role": "user", "content": content}]

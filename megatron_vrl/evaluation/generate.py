@@ -19,6 +19,7 @@ from megatron_vrl.context import prompt_encoder
 from megatron_vrl.data.prompt_pipeline import PromptPipeline
 from megatron_vrl.errors import CheckpointError, ConfigError, VideoError
 from megatron_vrl.models.architecture import config_dtype, read_architecture
+from megatron_vrl.models.families import family_of
 from megatron_vrl.observe.progress import log_engine_start
 from megatron_vrl.rollout.backends import BACKENDS
 from megatron_vrl.rollout.interfaces import InferenceEngine
@@ -79,7 +80,7 @@ class Answerer:
         self._directory = hf_dir_of(cfg.model.checkpoint)
         arch = read_architecture(self._directory)
         encoder = prompt_encoder(self._directory, arch, cfg.data)
-        self._reader = VideoReader(cfg.video)
+        self._reader = VideoReader(cfg.video, family_of(arch).pixels)
         self._prompts = PromptPipeline(self._reader, encoder)
         longest = cfg.data.max_prompt_tokens + max_response_tokens
         self._max_model_len = min(longest, arch.max_positions)

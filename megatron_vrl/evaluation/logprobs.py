@@ -36,6 +36,7 @@ from megatron_vrl.data.prompt import PromptEncoder, PromptSpec, check_text
 from megatron_vrl.data.prompt_pipeline import PromptPipeline
 from megatron_vrl.errors import ConfigError, DataError, VideoError, counted
 from megatron_vrl.models.architecture import Architecture, config_dtype, read_architecture
+from megatron_vrl.models.families import family_of
 from megatron_vrl.models.logprob_head import Distribution
 from megatron_vrl.models.pipeline_split import check_divides
 from megatron_vrl.observe.progress import progress_bar
@@ -63,7 +64,7 @@ class PromptForm(Section):
     timestamps: Literal["none", "interleaved"] = "none"
     """interleaved: the time of every temporal step stands as text before it."""
     max_prompt_tokens: Positive = 128_000
-    """A longer prompt is refused, never cut. The default is what Qwen2.5-VL was trained to read."""
+    """A longer prompt is refused, never cut. The default is what Qwen's models are trained on."""
 
 
 class ScoreConfig(Section):
@@ -163,9 +164,10 @@ class Scorer:
         self._policy = Policy(arch, frozen, cfg.parallel, mesh)
         load_weights(cfg.model.checkpoint, self._policy)
         self._mesh, self._encoder, self._batch = mesh, encoder, cfg.batch
-        rules = read_image_rules(hf_dir_of(cfg.model.checkpoint))
+        pixels = family_of(arch).pixels
+        rules = read_image_rules(hf_dir_of(cfg.model.checkpoint), pixels)
         self._prompts = PromptPipeline(
-            VideoReader(cfg.video), encoder, lambda path: read_image(path, rules)
+            VideoReader(cfg.video, pixels), encoder, lambda path: read_image(path, rules)
         )
 
     def score(self, block: Sequence[ScoredSample]) -> list[Row]:

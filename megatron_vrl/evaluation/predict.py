@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_vrl.config import Video
+from megatron_vrl.checkpoint.layout import pixels_of
+from megatron_vrl.config import RunConfig
 from megatron_vrl.errors import ConfigError, DataError, VideoError, counted
 from megatron_vrl.evaluation.benchmark import prediction_of
 from megatron_vrl.evaluation.generate import Answerer, InferenceConfig
@@ -50,7 +51,7 @@ def predict(
     path = out / "predictions.jsonl"
     rows = read_rows(path)
     bad = {row["id"] for row in rows if row.get("problem")}
-    again = readable(cfg.video, [sample for sample in samples if sample.id in bad])
+    again = readable(cfg, [sample for sample in samples if sample.id in bad])
     rows = [row for row in rows if row["id"] not in again]
     write_file(path, "".join(json.dumps(row) + "\n" for row in rows))  # without a torn last line
     done = {row["id"] for row in rows}
@@ -83,11 +84,11 @@ def check_videos(samples: Sequence[VideoSample], origin: str) -> None:
         )
 
 
-def readable(cfg: Video, samples: Sequence[VideoSample]) -> set[str]:
+def readable(cfg: InferenceConfig | RunConfig, samples: Sequence[VideoSample]) -> set[str]:
     """Return the ids of the samples whose video can be decoded now."""
     ids: set[str] = set()
     if samples:
-        reader = VideoReader(cfg)
+        reader = VideoReader(cfg.video, pixels_of(cfg.model.checkpoint))
         for start in range(0, len(samples), SAMPLES_AT_A_TIME):
             block = samples[start : start + SAMPLES_AT_A_TIME]
             videos = reader.encode([sample.clip for sample in block])

@@ -1,8 +1,7 @@
-"""Sizes of a Qwen2.5-VL model, read from a checkpoint's config.json.
+"""Sizes of a vision-language model, read from a checkpoint's config.json by its family.
 
-Two layouts of config.json are in use: the released checkpoints have the language model's keys at
-the top level (`rope_scaling`), transformers 5 nests them in `text_config` (`rope_parameters`). No
-key has a default; a missing key is a CheckpointError.
+The two dataclasses hold what any family needs. A field with a default is a feature that some
+families lack. A key that is missing in config.json is a CheckpointError.
 """
 
 import json
@@ -12,6 +11,7 @@ from typing import Any
 
 from megatron_vrl.config import Parallel
 from megatron_vrl.errors import CheckpointError
+from megatron_vrl.models.families import FAMILIES, family_named
 from megatron_vrl.storage.no_checkpoint import advice
 
 
@@ -26,10 +26,12 @@ class VisionArchitecture:
     patch: int  # pixels
     temporal_patch: int  # frames
     merge: int  # patches per side of one token
-    window: int  # pixels per side of a window-attention block
-    full_attention_layers: tuple[int, ...]  # 0-based
     channels: int
-    tokens_per_second: float
+    window: int = 0  # pixels per side of a window-attention block; 0: full attention in each block
+    full_attention_layers: tuple[int, ...] = ()  # 0-based, of a tower with windows
+    tokens_per_second: float = 0.0  # scale of temporal positions; 0: positions count steps
+    position_grid: int = 0  # side of the table of learned positions; 0: rotary positions only
+    deepstack_layers: tuple[int, ...] = ()  # 0-based blocks whose output is merged, too (DeepStack)
 
     @property
     def patch_values(self) -> int:
@@ -41,11 +43,13 @@ class VisionArchitecture:
 class Architecture:
     """Sizes of the language model, and of the vision tower in `vision`."""
 
+    family: str  # a row of `families.FAMILIES`
     hidden: int
     mlp: int
     layers: int
     heads: int
     kv_heads: int
+    head_dim: int
     vocab: int
     rope_base: float
     mrope_section: tuple[int, int, int]  # pairs of channels for time, height, width
@@ -55,11 +59,18 @@ class Architecture:
     video_token: int
     image_token: int
     vision_start_token: int
+    vision_end_token: int
     vision: VisionArchitecture
+    qkv_bias: bool = False
+    qk_norm: bool = False  # RMSNorm of each query and key head
 
     @property
-    def head_dim(self) -> int:
-        return self.hidden // self.heads
+    def vision_width(self) -> int:
+        """Return the channels of the tower's output for one vision token.
+
+        They are the embedding's, and with DeepStack as many again for each merged block.
+        """
+        return self.hidden * (1 + len(self.vision.deepstack_layers))
 
 
 def read_architecture(path: str | Path) -> Architecture:
@@ -80,14 +91,15 @@ def read_architecture(path: str | Path) -> Architecture:
         raise CheckpointError(
             f"{file} is not JSON ({error}): restore it from the checkpoint."
         ) from None
-    if raw.get("model_type") != "qwen2_5_vl":
+    if raw.get("model_type") not in FAMILIES:
+        known = " or ".join(family_named(name).title for name in FAMILIES)
         raise CheckpointError(
-            f"{file} describes model_type={raw.get('model_type')!r}, not 'qwen2_5_vl': "
-            "give a Qwen2.5-VL checkpoint."
+            f"{file} describes model_type={raw.get('model_type')!r}, not "
+            f"{' or '.join(map(repr, FAMILIES))}: give a {known} checkpoint."
         )
     _check_not_quantised(file, raw)
     try:
-        return _parse(raw)
+        return family_named(raw["model_type"]).parse_config(raw)
     except KeyError as error:
         raise CheckpointError(
             f"{file} lacks the key {error}: take the released config.json."
@@ -114,42 +126,6 @@ def _check_not_quantised(file: Path, raw: dict[str, Any]) -> None:
                     f"{file} has a {key} ({method}): quantised weights are not read, give the "
                     "checkpoint in bfloat16, float16 or float32."
                 )
-
-
-def _parse(raw: dict[str, Any]) -> Architecture:
-    """Return the Architecture of a parsed config.json. Raise KeyError if a key is missing."""
-    text = {**raw, **raw.get("text_config", {})}
-    rope = text.get("rope_parameters") or {**text["rope_scaling"], "rope_theta": text["rope_theta"]}
-    vision = raw["vision_config"]
-    return Architecture(
-        hidden=text["hidden_size"],
-        mlp=text["intermediate_size"],
-        layers=text["num_hidden_layers"],
-        heads=text["num_attention_heads"],
-        kv_heads=text["num_key_value_heads"],
-        vocab=text["vocab_size"],
-        rope_base=rope["rope_theta"],
-        mrope_section=tuple(rope["mrope_section"]),
-        norm_eps=text["rms_norm_eps"],
-        tied_head=raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False)),
-        max_positions=text["max_position_embeddings"],
-        video_token=raw["video_token_id"],
-        image_token=raw["image_token_id"],
-        vision_start_token=raw["vision_start_token_id"],
-        vision=VisionArchitecture(
-            hidden=vision["hidden_size"],
-            mlp=vision["intermediate_size"],
-            layers=vision["depth"],
-            heads=vision["num_heads"],
-            patch=vision["patch_size"],
-            temporal_patch=vision["temporal_patch_size"],
-            merge=vision["spatial_merge_size"],
-            window=vision["window_size"],
-            full_attention_layers=tuple(vision["fullatt_block_indexes"]),
-            channels=vision.get("in_channels", vision.get("in_chans", 3)),
-            tokens_per_second=vision["tokens_per_second"],
-        ),
-    )
 
 
 def padded_vocab(arch: Architecture, cfg: Parallel) -> int:

@@ -97,6 +97,7 @@ class PlannedSeqParams(PackedSeqParams):
         None  # layer number from 1 -> plan; overrides `plan`
     )
     context: dist.ProcessGroup | None = None  # group that gathers keys and values
+    deepstack_rows: Tensor | None = None  # rows of the hidden states that get DeepStack features
 
 
 def packed_params(**plans: Any) -> PlannedSeqParams:
@@ -107,8 +108,8 @@ def packed_params(**plans: Any) -> PlannedSeqParams:
 class PackedSelfAttention(SelfAttention):
     """Megatron's SelfAttention for packed rows with rotary tables and an attention plan.
 
-    It has the parameters of its base class. Left out: inference, query and key norms, fewer key
-    heads than tensor-parallel ranks (`pipeline_split.check_divides` refuses them).
+    It has the parameters of its base class. Left out: inference, fewer key heads than
+    tensor-parallel ranks (`pipeline_split.check_divides` refuses them).
     """
 
     def forward(
@@ -123,12 +124,20 @@ class PackedSelfAttention(SelfAttention):
         """Return output [L, 1, C] and bias for `rotary_pos_emb`, the tables of `rotary_tables`."""
         mixed, _bias = self.linear_qkv(hidden_states)  # [L, 1, K * (R + 2) * D]
         groups = self.num_query_groups_per_partition
+        if self.q_layernorm is not None:
+            mixed = self._with_head_norms(mixed, groups)
         mixed = rotate(mixed, rotary_pos_emb, groups)
         mixed = mixed.view(len(mixed), groups, -1, self.hidden_size_per_attention_head)
         attend = partial(self.core_attention, packed_seq_params=packed_seq_params)
         if self.checkpoint_core_attention and self.training:
             return self.linear_proj(checkpoint(attend, False, mixed))
         return self.linear_proj(attend(mixed))
+
+    def _with_head_norms(self, mixed: Tensor, groups: int) -> Tensor:
+        """Return mixed [L, 1, K * (R + 2) * D] with a norm over each query and each key head."""
+        heads = mixed.view(len(mixed), groups, -1, self.hidden_size_per_attention_head)
+        query, key = self.q_layernorm(heads[:, :, :-2]), self.k_layernorm(heads[:, :, -2:-1])
+        return torch.cat([query, key, heads[:, :, -1:]], dim=2).view_as(mixed)
 
 
 class PlannedAttention(MegatronModule):

@@ -8,7 +8,7 @@ computes the softmax over all keys, so its gradients are exact, and no gradient 
 needed (as in ring attention, arXiv 2310.01889).
 
 The kernels of a device are in `models/cascade_calls.py`, the plans in
-`models/qwen2_5_vl/cascade_plans.py`.
+`models/cascade_plans.py`.
 
 Shape letters: L packed rows of this rank, T packed rows of all context-parallel ranks, n queries of
 a call, K key-value heads, R query heads of a key head, H = K * R, D channels of a head.

@@ -27,7 +27,6 @@ COMMON_CONFIG: dict[str, Any] = {
     "normalization": "RMSNorm",
     "gated_linear_unit": True,
     "activation_func": F.silu,
-    "add_qkv_bias": True,
     "attention_dropout": 0.0,
     "hidden_dropout": 0.0,
     "bias_activation_fusion": False,
@@ -94,20 +93,24 @@ class LayerModules:
     row: Any  # linear layer, input channels split over tensor ranks
     norm: Any
     attention: Any = PlannedAttention
+    activation: Any = SwiGLU
+    head_norm: Any = None  # norm of each query and key head before the rotation; None: no norm
     norm_in_column: bool = False  # `column` applies the norm itself and holds its weight
 
 
 MEGATRON_MODULES = LayerModules(ColumnParallelLinear, RowParallelLinear, RMSNorm)
 
 
-def layer_spec(parts: LayerModules = MEGATRON_MODULES) -> ModuleSpec:
+def layer_spec(
+    parts: LayerModules = MEGATRON_MODULES, layer: type[TransformerLayer] = TransformerLayer
+) -> ModuleSpec:
     """Return the spec of a pre-norm transformer layer whose attention executes a plan.
 
     Its sharded state dict has the keys of two modules for norm and linear, also with one.
     """
     norm = IdentityOp if parts.norm_in_column else parts.norm
     return ModuleSpec(
-        module=TransformerLayer,
+        module=layer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(
@@ -117,12 +120,18 @@ def layer_spec(parts: LayerModules = MEGATRON_MODULES) -> ModuleSpec:
                     linear_qkv=parts.column,
                     core_attention=parts.attention,
                     linear_proj=parts.row,
+                    q_layernorm=parts.head_norm,
+                    k_layernorm=parts.head_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
             mlp=mlp_spec(
-                MLPSubmodules(linear_fc1=parts.column, linear_fc2=parts.row, activation_func=SwiGLU)
+                MLPSubmodules(
+                    linear_fc1=parts.column,
+                    linear_fc2=parts.row,
+                    activation_func=parts.activation,
+                )
             ),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=NORM_IN_LINEAR if parts.norm_in_column else {},

@@ -10,18 +10,14 @@ Example: 28 layers, pipeline 2, virtual 2, even: chunks of 7 layers; stage 0 has
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 from megatron_vrl.config import Model, Parallel
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.models.architecture import Architecture
-from megatron_vrl.models.qwen2_5_vl.matrices import (
-    head_weights,
-    language_layer_weights,
-    merger_weights,
-    tower_weights,
-)
+from megatron_vrl.models.chunk import Chunk
+from megatron_vrl.models.families import family_of
+from megatron_vrl.models.matrices import head_weights, language_layer_weights
 from megatron_vrl.models.recompute import check_recompute
 from megatron_vrl.parallel.mesh import FP8_BLOCK
 
@@ -32,15 +28,6 @@ ANSWER_FRACTION = 0.25
 FP8_TILE = 16  # Transformer Engine's FP8 needs channels in multiples of 16
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Consecutive layers that one stage computes without communication in between."""
-
-    layers: range  # of the whole model, from 0
-    pre_process: bool  # holds the vision tower and the token embedding
-    post_process: bool  # holds the final norm and the head
-
-
 def check_divides(arch: Architecture, model: Model, cfg: Parallel) -> None:
     """Raise ConfigError naming the first size that the layout does not divide."""
     for name, size in {"attention heads": arch.heads, "KV heads": arch.kv_heads}.items():
@@ -49,7 +36,7 @@ def check_divides(arch: Architecture, model: Model, cfg: Parallel) -> None:
                 f"parallel.tensor={cfg.tensor} does not divide the model's {size} {name}: "
                 f"choose one of {_divisors(arch.kv_heads)}."
             )
-    layer_counts(arch, model, cfg)
+    _check_deepstack(arch, layer_counts(arch, model, cfg)[0])
     check_recompute(model)
     check_fp8(model, cfg)
     if model.fp8 != "none" and arch.mlp % (FP8_TILE * cfg.tensor):
@@ -66,6 +53,18 @@ def check_divides(arch: Architecture, model: Model, cfg: Parallel) -> None:
         )
 
 
+def _check_deepstack(arch: Architecture, first_chunk: int) -> None:
+    """Raise ConfigError if the first chunk has fewer layers than there are DeepStack features."""
+    features = len(arch.vision.deepstack_layers)
+    if first_chunk < features:
+        raise ConfigError(
+            f"The first pipeline stage gets {first_chunk} of the model's {arch.layers} layers, but "
+            f"vision features are added after each of the first {features} (DeepStack), which must "
+            "be on that stage: lower parallel.pipeline x parallel.virtual, or give "
+            "parallel.layers_per_chunk."
+        )
+
+
 def check_fp8(cfg: Model, parallel: Parallel) -> None:
     """Raise ConfigError if `model.fp8` is set for layers that cannot compute it."""
     if cfg.fp8 != "none" and cfg.layers == "megatron":
@@ -79,11 +78,6 @@ def check_fp8(cfg: Model, parallel: Parallel) -> None:
             f"parallel.tensor={parallel.tensor}: emulation needs FP8 and one tensor rank; "
             "set model.fp8 and parallel.tensor=1."
         )
-
-
-def whole_model(arch: Architecture) -> Chunk:
-    """Return the single chunk that holds all layers."""
-    return Chunk(range(arch.layers), pre_process=True, post_process=True)
 
 
 def stage_chunks(arch: Architecture, model: Model, cfg: Parallel, stage: int) -> list[Chunk]:
@@ -141,7 +135,8 @@ def extra_layers(arch: Architecture, model: Model) -> tuple[float, float]:
     it counts a third. The token embedding is a look-up and counts nothing.
     """
     layer = language_layer_weights(arch)
-    tower = arch.vision.merge**2 * tower_weights(arch.vision) + merger_weights(arch)
+    sizes = family_of(arch).tower
+    tower = arch.vision.merge**2 * sizes.tower_weights(arch.vision) + sizes.merger_weights(arch)
     passes = 1 / 3 if model.freeze_vision and model.freeze_merger else 1.0
     return (
         VISION_FRACTION * passes * tower / layer,

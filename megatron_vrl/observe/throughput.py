@@ -3,7 +3,7 @@
 Model FLOPs are the FLOPs that the algorithm needs, each counted once (convention of Megatron-LM and
 of PaLM, arXiv 2204.02311). Hardware FLOPs are the FLOPs computed, including recomputation, padding
 and repeated prompts. MFU uses model FLOPs, so wasted work cannot raise it.
-`megatron_vrl/models/qwen2_5_vl/flops.py` counts both. Rollout is not included; the engine reports
+`megatron_vrl/models/flops.py` counts both. Rollout is not included; the engine reports
 its own throughput.
 """
 

@@ -4,7 +4,7 @@ Every other module is the same code for all of them. A line here says at which r
 difference was seen. Releases from 0.17 on have wheels for Python 3.12 and newer only.
 
 `GPTModel` logs from 0.19 on that it gets bug fixes only. Its successor `HybridModel` has no
-counterpart in 0.16, so the model stays a `GPTModel` (`models/qwen2_5_vl/model.py`).
+counterpart in 0.16, so the model stays a `GPTModel` (`models/vision_language_model.py`).
 """
 
 from functools import partial

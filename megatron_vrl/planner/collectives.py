@@ -11,12 +11,13 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from megatron_vrl.config import RunConfig
+from megatron_vrl.models.activations import FLOAT32, dtype_bytes
 from megatron_vrl.models.architecture import Architecture, padded_vocab
+from megatron_vrl.models.chunk import Chunk
 from megatron_vrl.models.logprob_head import GPU_CHUNK_BYTES
-from megatron_vrl.models.pipeline_split import Chunk, all_chunks, stage_chunks
-from megatron_vrl.models.qwen2_5_vl.activations import FLOAT32, dtype_bytes
-from megatron_vrl.models.qwen2_5_vl.inputs import shard_steps
+from megatron_vrl.models.pipeline_split import all_chunks, stage_chunks
 from megatron_vrl.models.recompute import layers_in_full
+from megatron_vrl.models.vision_inputs import shard_steps
 from megatron_vrl.planner.parameters import ParameterCounts, count_stage, trained_sizes
 from megatron_vrl.planner.rank_sizes import RankSizes, rank_sizes
 from megatron_vrl.planner.workload import PackedBatch, forward_passes

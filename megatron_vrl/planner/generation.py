@@ -8,9 +8,9 @@ Speculative decoding and quantised weights are not modelled.
 from dataclasses import dataclass
 
 from megatron_vrl.config import RunConfig
+from megatron_vrl.models.activations import dtype_bytes
 from megatron_vrl.models.architecture import Architecture
-from megatron_vrl.models.qwen2_5_vl.activations import dtype_bytes
-from megatron_vrl.models.qwen2_5_vl.flops import flops_of_sizes
+from megatron_vrl.models.flops import flops_of_sizes
 from megatron_vrl.planner.hardware import GIB
 from megatron_vrl.planner.libraries import first_gpu_bytes
 from megatron_vrl.planner.parameters import count_all

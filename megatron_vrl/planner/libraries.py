@@ -5,9 +5,9 @@ Each function names its source. The sizes that no source gives are constants her
 
 from megatron_vrl.config import Parallel, RunConfig
 from megatron_vrl.config.rollout import BUCKET_BYTES
+from megatron_vrl.models.activations import dtype_bytes
 from megatron_vrl.models.architecture import Architecture
-from megatron_vrl.models.pipeline_split import Chunk
-from megatron_vrl.models.qwen2_5_vl.activations import dtype_bytes
+from megatron_vrl.models.chunk import Chunk
 from megatron_vrl.planner.hardware import GIB
 
 CUDA_CONTEXT = GIB // 2  # of a process on a GPU, with its kernels; *not measured*

@@ -10,9 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_vrl.config import Model, RunConfig
-from megatron_vrl.models.architecture import Architecture, padded_vocab
-from megatron_vrl.models.pipeline_split import Chunk, stage_chunks
-from megatron_vrl.models.qwen2_5_vl.activations import (
+from megatron_vrl.models.activations import (
     FLOAT32,
     Kernels,
     Layer,
@@ -28,6 +26,9 @@ from megatron_vrl.models.qwen2_5_vl.activations import (
     vision_layer,
     vision_saved,
 )
+from megatron_vrl.models.architecture import Architecture, padded_vocab
+from megatron_vrl.models.chunk import Chunk
+from megatron_vrl.models.pipeline_split import stage_chunks
 from megatron_vrl.models.recompute import vision_level
 from megatron_vrl.planner.hardware import GIB
 from megatron_vrl.planner.libraries import bucket_bytes, decoder_bytes, graphs_bytes, nccl_bytes
@@ -251,7 +252,8 @@ def vision_output_bytes(
     if not cfg.model.freeze_vision or cfg.rollout.visual_input == "embeddings" or passes == 1:
         return 0
     patches = rank_sizes(cfg.model, cfg.parallel, batch).patches
-    return micro_batches * patches * arch.vision.hidden * dtype_bytes(cfg.model)
+    outputs = 1 + len(arch.vision.deepstack_layers)
+    return micro_batches * outputs * patches * arch.vision.hidden * dtype_bytes(cfg.model)
 
 
 def keeps_vision_outputs(

@@ -11,9 +11,10 @@ from math import prod
 
 from megatron_vrl.config import Model, Parallel
 from megatron_vrl.models.architecture import Architecture, padded_vocab
-from megatron_vrl.models.pipeline_split import Chunk, stage_chunks, whole_model
-from megatron_vrl.models.qwen2_5_vl.hf_shapes import hf_shapes
-from megatron_vrl.models.qwen2_5_vl.weight_map import EMBEDDING, HEAD, Row, chunk_rows
+from megatron_vrl.models.chunk import Chunk, whole_model
+from megatron_vrl.models.pipeline_split import stage_chunks
+from megatron_vrl.models.weight_layouts import EMBEDDING, HEAD, Row
+from megatron_vrl.models.weight_map import chunk_rows, hf_shapes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +114,7 @@ def _shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
 def _part(row: Row) -> str:
     """Return the field of ParameterCounts that a parameter belongs to."""
     if row.megatron.startswith("vision."):
-        return "merger" if row.megatron.startswith("vision.merger.") else "vision"
+        return "merger" if row.megatron.startswith("vision.merger") else "vision"
     if row.megatron in (EMBEDDING, HEAD):
         return "embedding" if row.megatron == EMBEDDING else "head"
     is_vector = "layernorm" in row.megatron or row.megatron.endswith(".bias")

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 from megatron_vrl.config import RunConfig, check_batches, check_off_policy
 from megatron_vrl.errors import ConfigError
+from megatron_vrl.models.activations import Kernels
 from megatron_vrl.models.architecture import Architecture
+from megatron_vrl.models.families import family_of
+from megatron_vrl.models.flops import hardware_flops, update_flops
 from megatron_vrl.models.pipeline_split import check_divides, layer_counts
-from megatron_vrl.models.qwen2_5_vl.activations import Kernels
-from megatron_vrl.models.qwen2_5_vl.flops import hardware_flops, update_flops
 from megatron_vrl.parallel.mesh import check_layout
 from megatron_vrl.planner.generation import (
     EngineMemory,
@@ -173,10 +174,11 @@ def plan_memory(cfg: RunConfig, arch: Architecture, request: PlanRequest) -> Mem
     """Return the memory of a layout that has no refusals."""
     parallel = cfg.parallel
     replicas = request.gpus // (parallel.tensor * parallel.context * parallel.pipeline)
-    sizes = step_sizes(cfg, request.prompt, request.response)
+    sizes = step_sizes(cfg, family_of(arch), request.prompt, request.response)
     multiple = row_multiple(cfg)
     _, micro_batches = pack_step(cfg, sizes, replicas, multiple)
-    worst = list(worst_batches(cfg, sizes, multiple, given=request.response is not None))
+    given = request.response is not None
+    worst = list(worst_batches(cfg, family_of(arch), sizes, multiple, given))
     # Of torch's attention kernels, only cuDNN's (bfloat16, not deterministic) supports a mask
     # together with fewer key heads than query heads. Other kernels store the scores.
     scores = cfg.model.dtype == "float32" or cfg.run.deterministic
@@ -202,7 +204,7 @@ def make_plan(cfg: RunConfig, arch: Architecture, request: PlanRequest) -> Plan:
     memory."""
     parallel = cfg.parallel
     replicas = request.gpus // (parallel.tensor * parallel.context * parallel.pipeline)
-    sizes = step_sizes(cfg, request.prompt, request.response)
+    sizes = step_sizes(cfg, family_of(arch), request.prompt, request.response)
     batch, micro_batches = pack_step(cfg, sizes, replicas, row_multiple(cfg))
     memory = plan_memory(cfg, arch, request)
     stages = [count_stage(arch, cfg.model, parallel, s) for s in range(parallel.pipeline)]

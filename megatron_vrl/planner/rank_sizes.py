@@ -7,10 +7,10 @@ import numpy as np
 
 from megatron_vrl.batching.pack import Answer, Group, MicroBatch, pack, shard_context
 from megatron_vrl.config import Model, Parallel
-from megatron_vrl.models.qwen2_5_vl.activations import Attention
-from megatron_vrl.models.qwen2_5_vl.cascade_plans import indexed_rows
-from megatron_vrl.models.qwen2_5_vl.inputs import shard_steps
+from megatron_vrl.models.activations import Attention
+from megatron_vrl.models.cascade_plans import indexed_rows
 from megatron_vrl.models.segments import padded_attention_sizes, varlen_attention_sizes
+from megatron_vrl.models.vision_inputs import shard_steps
 from megatron_vrl.planner.workload import PackedBatch
 from megatron_vrl.types import Prompt
 

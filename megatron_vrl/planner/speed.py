@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from math import ceil, log2
 
 from megatron_vrl.config import RunConfig
+from megatron_vrl.models.activations import FLOAT32, dtype_bytes
 from megatron_vrl.models.architecture import Architecture
+from megatron_vrl.models.flops import flops_of_sizes, hardware_flops
 from megatron_vrl.models.pipeline_split import stage_chunks
-from megatron_vrl.models.qwen2_5_vl.activations import FLOAT32, dtype_bytes
-from megatron_vrl.models.qwen2_5_vl.flops import flops_of_sizes, hardware_flops
 from megatron_vrl.models.recompute import fraction_in_full
 from megatron_vrl.observe.throughput import FlopCounts
 from megatron_vrl.planner.hardware import Gpu

@@ -11,13 +11,13 @@ from functools import cache
 
 from megatron_vrl.config import RunConfig, Video
 from megatron_vrl.errors import ConfigError
+from megatron_vrl.models.family import Family, prompt_form
 from megatron_vrl.parallel.mesh import row_tile
-from megatron_vrl.video.rules import MERGE, plan_frames
+from megatron_vrl.video.rules import PixelRules, plan_frames
 
 Grid = tuple[int, int, int]  # temporal steps; height and width in patches
 
 TEXT_TOKENS = 256  # system prompt, question and template around a video; ours have 100 to 250
-TIMESTAMP_TOKENS = 10  # of `123.5s: ` and the two marks of a vision block
 FILM_FPS, FILM_SIZE = 30.0, (720, 1280)  # source video that the video rule is applied to
 
 
@@ -29,6 +29,7 @@ class GroupSizes:
     response: int  # tokens of each answer
     answers: int
     grid: Grid | None  # grid of the group's video
+    pixels: PixelRules
 
     @property
     def rows(self) -> int:
@@ -46,7 +47,7 @@ class GroupSizes:
     @property
     def vision_tokens(self) -> int:
         """Return the vision tokens of the group's video."""
-        return self.patches // MERGE**2
+        return self.patches // self.pixels.merge**2
 
     @property
     def targets(self) -> int:
@@ -64,15 +65,15 @@ class PackedBatch:
 
 
 def step_sizes(
-    cfg: RunConfig, prompt: int | None = None, response: int | None = None
+    cfg: RunConfig, family: Family, prompt: int | None = None, response: int | None = None
 ) -> GroupSizes:
     """Return the sizes of a step's groups. Raise ConfigError if a given length exceeds the
     config's."""
     longest = cfg.data.max_prompt_tokens
-    grid = video_grid(cfg.video)
-    each = TIMESTAMP_TOKENS * (cfg.data.timestamps == "interleaved")  # text of a temporal step
+    grid = video_grid(cfg.video, family.pixels)
+    each = prompt_form(family, cfg.data.timestamps).step_text
     if prompt is None:
-        prompt = min(longest, _tokens(grid) + grid[0] * each + TEXT_TOKENS)
+        prompt = min(longest, _tokens(grid, family.pixels) + grid[0] * each + TEXT_TOKENS)
     elif not 1 <= prompt <= longest:
         raise ConfigError(
             f"--prompt-tokens {prompt} is not between 1 and data.max_prompt_tokens={longest}."
@@ -86,7 +87,8 @@ def step_sizes(
         prompt=prompt,
         response=response or most,
         answers=cfg.rollout.group_size,
-        grid=_cut(grid, prompt - TEXT_TOKENS, each),
+        grid=_cut(grid, prompt - TEXT_TOKENS, each, family.pixels.merge),
+        pixels=family.pixels,
     )
 
 
@@ -100,43 +102,42 @@ def packed_sizes(cfg: RunConfig, sizes: GroupSizes) -> tuple[GroupSizes, int]:
         sizes = replace(sizes, answers=sizes.answers + 1)
     if cfg.batch.layout == "shared":
         return sizes, 1
-    alone = GroupSizes(prompt=sizes.prompt, response=sizes.response, answers=1, grid=sizes.grid)
-    return alone, sizes.answers
+    return replace(sizes, answers=1), sizes.answers
 
 
-def video_grid(cfg: Video) -> Grid:
+def video_grid(cfg: Video, pixels: PixelRules) -> Grid:
     """Return the largest grid that section `video` allows for a video of any length."""
-    return _grids(cfg.model_dump_json())
+    return _grids(cfg.model_dump_json(), pixels)
 
 
 @cache
-def _grids(video: str) -> Grid:
+def _grids(video: str, pixels: PixelRules) -> Grid:
     """Return `video_grid` for the section as JSON, which is hashable."""
     cfg = Video.model_validate_json(video)
     longest = int((cfg.num_frames or cfg.max_frames) / cfg.fps) + 1
     lengths = {min(2**k, longest) for k in range(longest.bit_length() + 1)}
-    plans = [plan_frames(int(s * FILM_FPS), FILM_FPS, *FILM_SIZE, cfg) for s in lengths]
-    return max((plan.grid_thw for plan in plans), key=_tokens)
+    plans = [plan_frames(int(s * FILM_FPS), FILM_FPS, *FILM_SIZE, cfg, pixels) for s in lengths]
+    return max(plans, key=lambda plan: plan.num_tokens).grid_thw
 
 
-def _tokens(grid: Grid) -> int:
+def _tokens(grid: Grid, pixels: PixelRules) -> int:
     """Return the vision tokens of a grid."""
     t, h, w = grid
-    return t * h * w // MERGE**2
+    return t * h * w // pixels.merge**2
 
 
-def _cut(grid: Grid, room: int, text: int) -> Grid | None:
+def _cut(grid: Grid, room: int, text: int, merge: int) -> Grid | None:
     """Return the grid reduced to at most `room` tokens; None if no step fits.
 
     A temporal step has its vision tokens and `text` more. Temporal steps are removed first, then
     the picture is made smaller.
     """
     t, h, w = grid
-    each = h * w // MERGE**2
+    each = h * w // merge**2
     if room <= text:
         return None
     if room < each + text:
-        return 1, MERGE, (room - text) * MERGE
+        return 1, merge, (room - text) * merge
     return min(t, room // (each + text)), h, w
 
 
@@ -164,7 +165,7 @@ def pack_step(
 
 
 def worst_batches(
-    cfg: RunConfig, sizes: GroupSizes, multiple: int, given: bool
+    cfg: RunConfig, family: Family, sizes: GroupSizes, multiple: int, given: bool
 ) -> Iterator[PackedBatch]:
     """Yield the micro-batches that may need the most memory.
 
@@ -179,13 +180,13 @@ def worst_batches(
         piece, pieces = packed_sizes(cfg, case)
         most = cfg.rollout.prompts_per_step * pieces
         yield _packed(piece, min(most, max(1, cfg.batch.tokens // piece.rows)), multiple)
-    longest = step_sizes(cfg, prompt=cfg.data.max_prompt_tokens)
+    longest = step_sizes(cfg, family, prompt=cfg.data.max_prompt_tokens)
     yield _packed(packed_sizes(cfg, longest)[0], 1, multiple)
 
 
 def _shorter(sizes: GroupSizes) -> GroupSizes:
     """Return `sizes` with answers of one token."""
-    return GroupSizes(prompt=sizes.prompt, response=1, answers=sizes.answers, grid=sizes.grid)
+    return replace(sizes, response=1)
 
 
 def _packed(piece: GroupSizes, groups: int, multiple: int) -> PackedBatch:

@@ -28,11 +28,12 @@ from megatron_vrl.algorithms.tokens import Tokens, local_sequence_sum
 from megatron_vrl.batching.pack import MicroBatch
 from megatron_vrl.config import Model, Optimizer, Parallel
 from megatron_vrl.models.architecture import Architecture
+from megatron_vrl.models.families import family_of
 from megatron_vrl.models.fp8_monitor import fp8_metrics, reset_fp8_metrics
+from megatron_vrl.models.inputs import PassInputs
 from megatron_vrl.models.logprob_head import Distribution
 from megatron_vrl.models.precision import check_available
-from megatron_vrl.models.qwen2_5_vl.inputs import PassInputs
-from megatron_vrl.models.qwen2_5_vl.model import Qwen25VL
+from megatron_vrl.models.vision_language_model import VisionLanguageModel
 from megatron_vrl.parallel.mesh import Mesh, gather_objects, world_axis
 from megatron_vrl.policy.optimizer import clipped_step, learning_rate, make_optimizer
 from megatron_vrl.policy.pipeline import communication
@@ -58,7 +59,7 @@ class Update:
 
 
 class Policy:
-    """Qwen2.5-VL wrapped for data parallelism, with the optimizer of the current phase."""
+    """Model wrapped for data parallelism, with the optimizer of the current phase."""
 
     def __init__(self, arch: Architecture, model: Model, parallel: Parallel, mesh: Mesh) -> None:
         self.mesh = mesh
@@ -73,18 +74,19 @@ class Policy:
         )
         self._ddp = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in self.chunks]
         self.optimizer: MegatronOptimizer | None = None
-        self._reference: list[Qwen25VL] = []
+        self._reference: list[VisionLanguageModel] = []
         self.vision_outputs = VisionOutputs(
             self.chunks[0].vision,
+            family_of(arch).pixels,
             frozen=model.freeze_vision,
             memory_mib=model.vision_output_cache_mib,
         )
 
-    def _built(self) -> list[Qwen25VL]:
+    def _built(self) -> list[VisionLanguageModel]:
         """Return this rank's chunks of layers, one for each virtual pipeline stage."""
         model, parallel, mesh = self._model_cfg, self._parallel_cfg, self.mesh
         return [
-            Qwen25VL(self.arch, model, parallel, mesh, virtual).to(mesh.device)
+            VisionLanguageModel(self.arch, model, parallel, mesh, virtual).to(mesh.device)
             for virtual in range(parallel.virtual)
         ]
 
@@ -126,7 +128,7 @@ class Policy:
         return self._logprobs(self._reference, batches, of)
 
     def _logprobs(
-        self, chunks: list[Qwen25VL], batches: Sequence[MicroBatch], of: Distribution
+        self, chunks: list[VisionLanguageModel], batches: Sequence[MicroBatch], of: Distribution
     ) -> LogProbs:
         jobs = [(batch, _logprob_of) for batch in batches]
         self.vision_outputs.compare(chunks[0].vision)
@@ -347,9 +349,10 @@ class Policy:
         )
         loss = (losses * inputs.weight).sum()
         counted = inputs.weight > 0  # tokens of dummy micro-batches have weight 0
+        some = len(losses) > 0  # a context rank may have no loss token
         record = {
             name: (value.detach() * counted).amax()
-            if name.endswith("_max")
+            if some and name.endswith("_max")
             else (value.detach() * counted).sum()
             for name, value in metrics.items()
         }

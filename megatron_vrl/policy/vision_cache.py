@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
-from megatron_vrl.models.qwen2_5_vl.preprocess import patchify
+from megatron_vrl.models.families import family_of
+from megatron_vrl.models.patchify import patchify
 from megatron_vrl.parallel.arrays import as_array
 from megatron_vrl.parallel.mesh import Mesh, gather_objects
 from megatron_vrl.policy.policy import Policy
@@ -54,6 +55,7 @@ class VisionEmbeddingCache:
         self.encoded = 0  # forward passes of the tower
         self._tower = policy.chunks[0].vision
         self._device = policy.mesh.device
+        self._pixels = family_of(policy.arch).pixels
         self._limit, self._used = memory_mib * MIB, 0  # bytes
         self._kept: OrderedDict[Key, NDArray[Any]] = OrderedDict()  # least recently used first
         self._written = self._tower.parameter_versions()
@@ -81,7 +83,9 @@ class VisionEmbeddingCache:
     @torch.no_grad()
     def _encode(self, visual: Visual) -> NDArray[Any]:
         self.encoded += 1
-        patches = patchify(visual.frames, self._device).to(self._tower.config.params_dtype)
+        patches = patchify(visual.frames, self._pixels, self._device).to(
+            self._tower.config.params_dtype
+        )
         return as_array(self._tower.encode_local(patches, [visual.grid_thw]))  # [tokens, hidden]
 
 

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from megatron_vrl.batching.pack import MicroBatch
-from megatron_vrl.models.qwen2_5_vl.inputs import PassInputs
-from megatron_vrl.models.qwen2_5_vl.preprocess import patchify
-from megatron_vrl.models.qwen2_5_vl.vision import VisionTower
+from megatron_vrl.models.inputs import PassInputs
+from megatron_vrl.models.patchify import patchify
+from megatron_vrl.models.vision_tower import VisionTower
+from megatron_vrl.video.rules import PixelRules
 
 MIB = 1 << 20
 
@@ -31,8 +32,11 @@ class VisionOutputs:
     `frozen`: whether the tower is not trained.
     """
 
-    def __init__(self, own: VisionTower | None, *, frozen: bool, memory_mib: int) -> None:
+    def __init__(
+        self, own: VisionTower | None, pixels: PixelRules, *, frozen: bool, memory_mib: int
+    ) -> None:
         self.runs = 0  # of a frozen tower
+        self._pixels = pixels
         self._own, self._frozen, self._limit = own, frozen, memory_mib * MIB
         self._used = 0  # bytes
         self._kept: dict[int, Tensor] = {}
@@ -61,7 +65,7 @@ class VisionOutputs:
         if not self._keeping or tower is None or tower is self._own:
             return
         assert self._own is not None
-        one, other = _before_merger(self._own), _before_merger(tower)
+        one, other = self._own.before_merger(), tower.before_merger()
         versions = [(param.untyped_storage()._cdata, param._version) for param in one + other]
         if self._compared[0] != versions:
             self._compared = (versions, all(map(torch.equal, one, other)))
@@ -74,12 +78,12 @@ class VisionOutputs:
         if inputs.vision is None or not inputs.batch.visuals:
             return None, None
         if not self._frozen:
-            return _patches(inputs.batch, tower), None
+            return self._patches(inputs.batch, tower), None
         key = id(inputs.batch)
         if key in self._kept and self._equals_own(tower):
             return None, self._kept[key]
         self.runs += 1
-        output = tower.encode(_patches(inputs.batch, tower), inputs.vision)
+        output = tower.encode(self._patches(inputs.batch, tower), inputs.vision)
         size = output.numel() * output.element_size()
         if self._keeping and self._used + size <= self._limit and self._equals_own(tower):
             self._kept[key] = output
@@ -90,14 +94,8 @@ class VisionOutputs:
         """Return whether `tower` has the weights of the policy's, as `compare` found."""
         return tower is self._own or self._compared[1]
 
-
-def _before_merger(tower: VisionTower) -> list[Tensor]:
-    """Return the parameters that the tower's output depends on."""
-    return [p for name, p in tower.named_parameters() if not name.startswith("merger.")]
-
-
-def _patches(batch: MicroBatch, tower: VisionTower) -> Tensor:
-    """Return the pixel patches of a micro-batch in the tower's dtype."""
-    device = tower.patch_embed.weight.device
-    patches = [patchify(visual.frames, device) for visual in batch.visuals]
-    return torch.cat(patches).to(tower.config.params_dtype)
+    def _patches(self, batch: MicroBatch, tower: VisionTower) -> Tensor:
+        """Return the pixel patches of a micro-batch in the tower's dtype."""
+        device = tower.patch_embed.weight.device
+        patches = [patchify(visual.frames, self._pixels, device) for visual in batch.visuals]
+        return torch.cat(patches).to(tower.config.params_dtype)

@@ -3,8 +3,8 @@
 import numpy as np
 
 from megatron_vrl.batching.pack import Answer, Group
-from megatron_vrl.batching.positions import VisionBlock, mrope_positions
 from megatron_vrl.models.architecture import Architecture
+from megatron_vrl.models.families import family_of
 from megatron_vrl.planner.workload import Grid, GroupSizes
 from megatron_vrl.types import EncodedVideo, Prompt
 
@@ -17,7 +17,6 @@ def planned_group(arch: Architecture, sizes: GroupSizes) -> Group:
         engine_logprobs=np.zeros(sizes.response, np.float32),
     )
     videos = () if sizes.grid is None else (_video(arch, sizes.grid),)
-    blocks = [VisionBlock.of(video) for video in videos]
     pads = np.full(sizes.vision_tokens, arch.video_token)
     text = sizes.prompt - len(pads)
     token_ids = np.concatenate(
@@ -25,13 +24,7 @@ def planned_group(arch: Architecture, sizes: GroupSizes) -> Group:
     )
     if videos:
         token_ids[text // 2 - 1] = arch.vision_start_token
-    positions = mrope_positions(
-        token_ids,
-        [arch.video_token, arch.image_token],
-        blocks,
-        merge=arch.vision.merge,
-        tokens_per_second=arch.vision.tokens_per_second,
-    )
+    positions = family_of(arch).prompt.positions(token_ids, videos, arch)
     prompt = Prompt(
         id="planned", visuals=videos, token_ids=token_ids, engine_token_ids=(), positions=positions
     )

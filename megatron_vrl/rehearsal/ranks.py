@@ -8,7 +8,7 @@ the last tensor ranks hold the padding of the vocabulary.
 
 from megatron_vrl.config import RunConfig
 from megatron_vrl.models.architecture import Architecture, padded_vocab
-from megatron_vrl.models.qwen2_5_vl.inputs import shard_steps
+from megatron_vrl.models.vision_inputs import shard_steps
 from megatron_vrl.planner.workload import PackedBatch
 
 

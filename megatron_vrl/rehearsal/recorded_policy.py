@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_vrl.models.logprob_head import Distribution
-from megatron_vrl.models.qwen2_5_vl.model import Qwen25VL
+from megatron_vrl.models.vision_language_model import VisionLanguageModel
 from megatron_vrl.policy.policy import Policy
 from megatron_vrl.rehearsal.recorder import Recorder
 
@@ -36,7 +36,7 @@ class RecordedPolicy(Policy):
 
 
 @contextmanager
-def _phases(chunks: list[Qwen25VL], recorder: Recorder) -> Iterator[None]:
+def _phases(chunks: list[VisionLanguageModel], recorder: Recorder) -> Iterator[None]:
     """Tell the recorder, in this block, which phase and layer an operation belongs to.
 
     The backward pass of layers begins with the gradient of the last one's output, and ends with
@@ -48,7 +48,7 @@ def _phases(chunks: list[Qwen25VL], recorder: Recorder) -> Iterator[None]:
         hooks.append(chunk.register_forward_hook(lambda *_: recorder.enter("backward")))
         layers = {"language layers": chunk.language.decoder.layers}
         if chunk.vision is not None:
-            layers["vision layers"] = chunk.vision.blocks.layers
+            layers["vision layers"] = chunk.vision.layers()
         for part, modules in layers.items():
             for layer in modules:
                 begins = _begins(recorder, part, first=layer is modules[0])

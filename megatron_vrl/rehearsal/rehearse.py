@@ -14,11 +14,10 @@ from torch import Tensor
 from megatron_vrl.algorithms import token_loss
 from megatron_vrl.batching.pack import MicroBatch
 from megatron_vrl.config import RunConfig
-from megatron_vrl.models import logprob_head
+from megatron_vrl.models import logprob_head, vision_inputs
+from megatron_vrl.models.activations import Kernels
 from megatron_vrl.models.architecture import Architecture
 from megatron_vrl.models.logprob_head import Distribution
-from megatron_vrl.models.qwen2_5_vl import inputs
-from megatron_vrl.models.qwen2_5_vl.activations import Kernels
 from megatron_vrl.parallel.fake import fake_rank
 from megatron_vrl.parallel.mesh import Mesh
 from megatron_vrl.planner.collectives import Collectives, update_collectives
@@ -30,7 +29,7 @@ from megatron_vrl.rehearsal.recorded_policy import RecordedPolicy
 from megatron_vrl.rehearsal.recorder import Recorder
 
 AXES = ("tensor", "context", "data", "pipeline", "vision", "batch", "alone")
-ON_HOST = ((inputs, "rotary_angles"),)
+ON_HOST = ((vision_inputs, "rotary_angles"),)
 COMPILED = (
     (logprob_head, "exponential_sums", lambda logits, scratch, peak: (peak.clone(), peak.clone())),
     (logprob_head, "slope_of_softmax", lambda logits, *_: logits.neg_()),
@@ -132,7 +131,7 @@ def _layers(policy: RecordedPolicy) -> dict[str, int]:
     """Return the number of vision and language layers of this rank."""
     towers = [chunk.vision for chunk in policy.chunks if chunk.vision is not None]
     return {
-        "vision": sum(len(tower.blocks.layers) for tower in towers),
+        "vision": sum(len(tower.layers()) for tower in towers),
         "language": sum(len(chunk.language.decoder.layers) for chunk in policy.chunks),
     }
 

@@ -11,24 +11,10 @@ import torch
 from megatron_vrl.rollout.buckets import NamedTensors
 from megatron_vrl.rollout.interfaces import Checksums
 
-HF_PREFIX = {  # prefix in the memory of vLLM and transformers -> prefix in HF checkpoints
-    "language_model.model.": "model.",
-    "language_model.lm_head.": "lm_head.",
-    "model.language_model.": "model.",
-    "model.visual.": "visual.",
-}
-
 
 def tensor_checksums(named_tensors: NamedTensors, dtype: torch.dtype) -> Checksums:
-    """Return SHA-256 by HF name of each tensor after a cast to `dtype`."""
-    return {_hf_name(name): _digest(tensor.detach(), dtype) for name, tensor in named_tensors}
-
-
-def _hf_name(name: str) -> str:
-    for prefix, hf_prefix in HF_PREFIX.items():
-        if name.startswith(prefix):
-            return hf_prefix + name.removeprefix(prefix)
-    return name
+    """Return SHA-256 by name of each tensor after a cast to `dtype`."""
+    return {name: _digest(tensor.detach(), dtype) for name, tensor in named_tensors}
 
 
 def _digest(tensor: torch.Tensor, dtype: torch.dtype) -> str:

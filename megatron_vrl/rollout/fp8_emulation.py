@@ -11,14 +11,15 @@ import torch
 
 from megatron_vrl.rollout.buckets import NamedTensors
 
-MATRICES = re.compile(r"model\.layers\.\d+\..*_proj\.weight")  # HF names
 E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
-def emulate_fp8(named_tensors: NamedTensors) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors in order, with the matrices of the language layers rounded to E4M3."""
+def emulate_fp8(
+    named_tensors: NamedTensors, matrices: re.Pattern[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors in order, with those of names like `matrices` rounded to E4M3."""
     for name, tensor in named_tensors:
-        yield name, _round_to_e4m3(tensor) if MATRICES.fullmatch(name) else tensor
+        yield name, _round_to_e4m3(tensor) if matrices.fullmatch(name) else tensor
 
 
 def _round_to_e4m3(weight: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Rollout requests, their conversion to vLLM prompts, and a comparison of vLLM's inputs.
 
 A `RolloutRequest` holds all data that an engine needs, so it is also the message to a rollout
-worker. For every request, the prompt tokens, video grid and seconds per grid step that vLLM derived
-are compared with the trainer's. A difference raises an error that names the sample.
+worker. For every request, the prompt tokens, video grid and times that vLLM derived are compared
+with the trainer's. A difference raises an error that names the sample.
 """
 
 import hashlib
@@ -12,13 +12,12 @@ from itertools import repeat
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from megatron_vrl.config import RunConfig
 from megatron_vrl.errors import RolloutError
-from megatron_vrl.parallel.arrays import as_tensor
-from megatron_vrl.types import EncodedVideo, Prompt
+from megatron_vrl.models.family import EngineInputs
+from megatron_vrl.types import EncodedVideo, Prompt, VideoInput
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,16 +50,6 @@ class SamplingSpec:
         """
         seed = np.random.SeedSequence([self.seed, index]).generate_state(1)[0] >> 1
         return replace(self, seed=int(seed))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VideoInput:
-    """Pixels of one vision block of a request, or embeddings from the trainer's vision tower."""
-
-    frames: NDArray[np.uint8]  # [F, height, width, 3] RGB, resized; F is 0 with embeddings
-    grid_thw: tuple[int, int, int]
-    seconds_per_grid: float
-    embeddings: NDArray[Any] | None = None  # [vision tokens, hidden]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,12 +89,14 @@ def _blocks(
     steps, height, width = video.grid_thw
     parts = steps if step_blocks else 1
     frames = np.split(video.frames, parts)
+    times = np.split(video.timestamps_s, parts)
     encoded = repeat(None) if embeddings is None else np.split(embeddings, parts)
-    for shown, part in zip(frames, encoded, strict=False):
+    for shown, times_s, part in zip(frames, times, encoded, strict=False):
         yield VideoInput(
             frames=shown if part is None else shown[:0],
             grid_thw=(steps // parts, height, width),
             seconds_per_grid=video.seconds_per_grid,
+            timestamps_s=times_s,
             embeddings=part,
         )
 
@@ -126,11 +117,11 @@ def check_length(request: RolloutRequest, spec: SamplingSpec, max_model_len: int
         )
 
 
-def vllm_prompt(request: RolloutRequest, cache_name: str) -> dict[str, Any]:
+def vllm_prompt(request: RolloutRequest, inputs: EngineInputs, cache_name: str) -> dict[str, Any]:
     """Return the request as a vLLM prompt. Only prompts of one `cache_name` share cache entries."""
     prompt: dict[str, Any] = {
         "prompt_token_ids": list(request.engine_token_ids),
-        "multi_modal_data": {"video": _vllm_videos(request.videos)},
+        "multi_modal_data": {"video": _vllm_videos(request.videos, inputs)},
     }
     if cache_name:
         names = [f"{_digest(video)}-{cache_name}" for video in request.videos]
@@ -138,52 +129,30 @@ def vllm_prompt(request: RolloutRequest, cache_name: str) -> dict[str, Any]:
     return prompt
 
 
-def _vllm_videos(videos: tuple[VideoInput, ...]) -> Any:
-    embeddings = [as_tensor(video.embeddings) for video in videos if video.embeddings is not None]
-    if not embeddings:
-        return [(video.frames, _metadata(video)) for video in videos]
-    return {
-        "video_embeds": torch.cat(embeddings),
-        "video_grid_thw": torch.tensor([video.grid_thw for video in videos]),
-        "second_per_grid_ts": torch.tensor([video.seconds_per_grid for video in videos]),
-    }
+def _vllm_videos(videos: tuple[VideoInput, ...], inputs: EngineInputs) -> Any:
+    if any(video.embeddings is not None for video in videos):
+        return inputs.embeddings(videos)
+    return [(video.frames, inputs.video_metadata(video)) for video in videos]
 
 
 def _digest(video: VideoInput) -> str:
     values = video.frames if video.embeddings is None else video.embeddings
     digest = hashlib.blake2b(np.ascontiguousarray(values).data, digest_size=16)
-    digest.update(repr((video.grid_thw, video.seconds_per_grid)).encode())
+    times = video.seconds_per_grid, video.timestamps_s.tolist()
+    digest.update(repr((video.grid_thw, times)).encode())
     return digest.hexdigest()
-
-
-def _metadata(video: VideoInput) -> dict[str, Any]:
-    """Return metadata that makes vLLM's processor take all frames without sampling.
-
-    The processor derives the seconds per grid step as 2 / fps, so fps is computed from them. The
-    processor keeps the result in 32 bits: positions agree with a trainer that uses
-    float(np.float32(seconds_per_grid)).
-    """
-    num_frames = len(video.frames)
-    fps = 2.0 / video.seconds_per_grid
-    return {
-        "total_num_frames": num_frames,
-        "fps": fps,
-        "duration": num_frames / fps,
-        "frames_indices": list(range(num_frames)),
-        "video_backend": "megatron_vrl",
-        "do_sample_frames": False,
-    }
 
 
 class InputCheck:
     """Comparison of the engine's input with the trainer's request.
 
-    vLLM sends a video's values to the engine once and later only its hash. The grid and the seconds
-    per grid step of each hash are therefore remembered.
+    vLLM sends a video's values to the engine once and later only its hash. What vLLM derived for
+    each hash is therefore remembered.
     """
 
-    def __init__(self) -> None:
-        self._sent: dict[str, tuple[tuple[int, ...], float]] = {}  # hash -> grid, seconds per grid
+    def __init__(self, inputs: EngineInputs) -> None:
+        self._inputs = inputs
+        self._sent: dict[str, tuple[Any, ...]] = {}  # hash -> grid and times
 
     def check(self, request: RolloutRequest, engine_input: Mapping[str, Any]) -> None:
         """Raise RolloutError naming the sample if vLLM read the prompt differently."""
@@ -201,12 +170,10 @@ class InputCheck:
         items = engine_input["mm_kwargs"]["video"]
         for video, name, item in zip(request.videos, hashes, items, strict=True):
             if item is not None:
-                grid = tuple(item["video_grid_thw"].data.tolist())
-                self._sent[name] = grid, float(item["second_per_grid_ts"].data)
-            expected = video.grid_thw, float(torch.tensor(video.seconds_per_grid))  # in 32 bits
+                self._sent[name] = self._inputs.derived(item)
+            expected = self._inputs.expected(video)
             if self._sent[name] != expected:
                 raise RolloutError(
-                    f"Sample {request.id}: vLLM has grid and seconds per grid step "
-                    f"{self._sent[name]} of a video, the trainer {expected}: check that vllm is "
-                    "the pinned version."
+                    f"Sample {request.id}: vLLM has grid and times {self._sent[name]} of a video, "
+                    f"the trainer {expected}: check that vllm is the pinned version."
                 )

@@ -9,11 +9,13 @@ its end, also after an error on this rank and on ranks that send nothing.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 
 from megatron_vrl.checkpoint.hf_export import NamedTensors, WeightExport
 from megatron_vrl.errors import RolloutError
+from megatron_vrl.models.family import WeightMap
 from megatron_vrl.parallel.mesh import Mesh, gather_objects, raise_on_all_ranks, world_axis
 from megatron_vrl.rollout.checksums import tensor_checksums
 from megatron_vrl.rollout.fp8_emulation import emulate_fp8
@@ -24,9 +26,11 @@ from megatron_vrl.rollout.workers.worker_info import WorkerInfo
 Transform = Callable[[NamedTensors], NamedTensors]  # applied to the tensors of a bucket
 
 
-def transform_of(quantization: str) -> Transform:
+def transform_of(quantization: str, weights: WeightMap) -> Transform:
     """Return what happens to tensors before they are sent: emulated FP8, or nothing."""
-    return emulate_fp8 if quantization == "fp8_emulated" else iter
+    if quantization == "fp8_emulated":
+        return partial(emulate_fp8, matrices=weights.language_matrices)
+    return iter
 
 
 class InProcessSync:

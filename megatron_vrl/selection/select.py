@@ -21,6 +21,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from megatron_vrl.checkpoint.layout import pixels_of
 from megatron_vrl.config import RunConfig, Selection
 from megatron_vrl.data.mix import open_pool
 from megatron_vrl.errors import DataError
@@ -51,7 +52,8 @@ Shard = tuple[int, int]  # (which, of how many)
 
 def pool(cfg: RunConfig) -> list[VideoSample]:
     """Return the samples of data.train, with the ids that the training run gives them."""
-    drawn = open_pool(cfg.data.train, cfg.run.seed, VideoReader(cfg.video).duration_s)
+    reader = VideoReader(cfg.video, pixels_of(cfg.model.checkpoint))
+    drawn = open_pool(cfg.data.train, cfg.run.seed, reader.duration_s)
     return [sample for sample in drawn if isinstance(sample, VideoSample)]
 
 
@@ -76,7 +78,7 @@ def collect_answers(
     blocks = [samples[i : i + BLOCK] for i in range(0, len(samples), BLOCK)]
     mine = list(range(which, len(blocks), of))
     failed = {row["id"] for row in read_rows(path) if row.get("problem")}
-    again = readable(cfg.video, [sample for sample in samples if sample.id in failed])
+    again = readable(cfg, [sample for sample in samples if sample.id in failed])
     kept = resume(path, [[sample.id for sample in blocks[n]] for n in mine], again)
     left = [number for number in mine if blocks[number][0].id not in kept]
     if not left:

@@ -27,7 +27,7 @@ from megatron_vrl.errors import ConfigError, DataError, counted
 from megatron_vrl.models.architecture import Architecture, padded_vocab, read_architecture
 from megatron_vrl.models.fusion import gradient_fusion
 from megatron_vrl.models.pipeline_split import all_chunks, check_divides
-from megatron_vrl.models.qwen2_5_vl.hf_shapes import num_parameters
+from megatron_vrl.models.weight_map import num_parameters
 from megatron_vrl.parallel.mesh import check_layout
 from megatron_vrl.rewards.user_functions import load_function
 from megatron_vrl.rewards.weights import reward_weights

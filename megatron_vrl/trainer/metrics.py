@@ -8,8 +8,7 @@ import torch
 
 from megatron_vrl.algorithms import has_signal
 from megatron_vrl.context import RunContext
-from megatron_vrl.models.pipeline_split import layer_counts
-from megatron_vrl.models.qwen2_5_vl.flops import (
+from megatron_vrl.models.flops import (
     group_flops,
     hardware_flops,
     micro_batch_flops,
@@ -17,6 +16,7 @@ from megatron_vrl.models.qwen2_5_vl.flops import (
     plain_tokens,
     update_flops,
 )
+from megatron_vrl.models.pipeline_split import layer_counts
 from megatron_vrl.observe.hardware import peak_bytes, peak_flops, reset_peak
 from megatron_vrl.observe.throughput import FlopCounts, throughput_metrics
 from megatron_vrl.parallel.mesh import gather_objects, world_axis

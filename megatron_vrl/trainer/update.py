@@ -13,7 +13,7 @@ from megatron_vrl.algorithms import token_loss
 from megatron_vrl.batching.balance import partition
 from megatron_vrl.batching.pack import Group, MicroBatch
 from megatron_vrl.context import RunContext
-from megatron_vrl.models.qwen2_5_vl.flops import group_flops
+from megatron_vrl.models.flops import group_flops
 from megatron_vrl.policy.micro_batches import plan_batches, rebalance
 from megatron_vrl.policy.policy import Update
 from megatron_vrl.trainer.experience import RolloutBatch, sampling_distribution, training_group

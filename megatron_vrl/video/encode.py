@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from megatron_vrl.config import Video
 from megatron_vrl.errors import ConfigError, VideoError
 from megatron_vrl.types import EncodedVideo, VideoClip
+from megatron_vrl.video.rules import PixelRules
 
 if TYPE_CHECKING:
     from megatron_vrl.video.probe import DecodeJob
@@ -82,10 +83,11 @@ def check_decoder(cfg: Video) -> None:
 class Encoder:
     """Fetches, identifies, plans and decodes clips by the config section `video`.
 
-    `gpu` is the index of the GPU that decodes (video.device=gpu), else None.
+    `pixels` are those of the model's family. `gpu` is the index of the GPU that decodes
+    (video.device=gpu), else None.
     """
 
-    def __init__(self, cfg: Video, gpu: int | None = None):
+    def __init__(self, cfg: Video, pixels: PixelRules, gpu: int | None = None):
         import torch
 
         from megatron_vrl.video.fetch import LocalCopies
@@ -93,7 +95,7 @@ class Encoder:
         torch.set_num_threads(1)  # parallelism is over videos, not inside one
         if gpu is not None:
             torch.cuda.set_device(gpu)
-        self._cfg = cfg
+        self._cfg, self._pixels = cfg, pixels
         self._copies = LocalCopies(cfg.fetch_dir, cfg.fetch_mib)
         self.decoder = DECODERS[cfg.decoder](cfg)
 
@@ -141,7 +143,7 @@ class Encoder:
         from megatron_vrl.video.probe import planned
 
         path, _ = self._local_file(clip)
-        return planned(path, clip.window_s, self._cfg)
+        return planned(path, clip.window_s, self._cfg, self._pixels)
 
     def _plan(self, clip: VideoClip) -> "DecodeJob | VideoError":
         """Return the plan, or the VideoError instead of raising it."""

@@ -3,8 +3,8 @@
 An image is resized like a video frame (`video/resize.py`), to a size between the processor's
 minimum and maximum pixels, and repeated once to make one temporal step. As in transformers'
 `load_image`, the EXIF orientation is applied and other modes are converted to RGB by PIL, which
-drops transparency. One difference: a side under 15 px is resized to 28 px (`rules.smart_resize`),
-while transformers enlarges the whole image.
+drops transparency. One difference: a side that rounds to no cell is resized to one cell
+(`rules.smart_resize`), while transformers enlarges the whole image.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from megatron_vrl.errors import CheckpointError, VideoError
 from megatron_vrl.types import EncodedImage
 from megatron_vrl.video.resize import resize
-from megatron_vrl.video.rules import MAX_ASPECT, PATCH, smart_resize
+from megatron_vrl.video.rules import MAX_ASPECT, PixelRules, smart_resize
 
 _BROKEN = (
     OSError,
@@ -32,27 +32,31 @@ _BROKEN = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageRules:
-    """Pixel limits. The defaults are those of Qwen2VLImageProcessor."""
+    """Pixel limits of a checkpoint, and the patches of its family."""
 
-    min_pixels: int = 56 * 56
-    max_pixels: int = 14 * 14 * 4 * 1280
+    min_pixels: int
+    max_pixels: int
+    pixels: PixelRules
 
 
-def read_image_rules(hf_dir: str | Path) -> ImageRules:
+def read_image_rules(hf_dir: str | Path, pixels: PixelRules) -> ImageRules:
     """Return the pixel limits of a checkpoint's image processor, as transformers reads them.
 
     The file is `image_processor` in processor_config.json, else preprocessor_config.json. Missing
-    values get the default. Raises CheckpointError if a file cannot be read.
+    values get the family's default. Raises CheckpointError if a file cannot be read.
     """
     directory = Path(hf_dir)
     nested, own = directory / "processor_config.json", directory / "preprocessor_config.json"
     found = _json(nested).get("image_processor")
     found = _json(own) if found is None else _object(found, nested, "image_processor")
     size = _object(found.get("size"), own, "size")
-    rules = ImageRules()
     fewest = found.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels")
     most = found.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels")
-    return ImageRules(min_pixels=fewest or rules.min_pixels, max_pixels=most or rules.max_pixels)
+    return ImageRules(
+        min_pixels=fewest or pixels.image_min_pixels,
+        max_pixels=most or pixels.image_max_pixels,
+        pixels=pixels,
+    )
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -94,10 +98,10 @@ def read_image(path: str, rules: ImageRules) -> EncodedImage:
     height, width, _ = picture.shape
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise VideoError(f"{path} is {width}x{height}, longer than {MAX_ASPECT}:1; crop it.")
-    size = smart_resize(height, width, rules.min_pixels, rules.max_pixels)
+    size = smart_resize(height, width, rules.min_pixels, rules.max_pixels, rules.pixels.cell)
     return EncodedImage(
         path=path,
         digest=hashlib.blake2b(content, digest_size=16).hexdigest(),
-        grid_thw=(1, size[0] // PATCH, size[1] // PATCH),
+        grid_thw=(1, size[0] // rules.pixels.patch, size[1] // rules.pixels.patch),
         frames=resize(picture[None], *size).repeat(2, axis=0),
     )

@@ -17,7 +17,7 @@ from megatron_vrl.config import Video
 from megatron_vrl.errors import VideoError
 from megatron_vrl.types import Interval
 from megatron_vrl.video.faults import as_video_error
-from megatron_vrl.video.rules import SamplingPlan, plan_frames
+from megatron_vrl.video.rules import PixelRules, SamplingPlan, plan_frames
 from megatron_vrl.video.scan import JOINABLE, Scan, scan
 
 MAX_SIDE = 16384  # pixels; no supported codec allows more, and one frame would fill the memory
@@ -94,7 +94,7 @@ class DecodeJob:
     plan: SamplingPlan
 
 
-def planned(path: str, window_s: Interval | None, cfg: Video) -> DecodeJob:
+def planned(path: str, window_s: Interval | None, cfg: Video, pixels: PixelRules) -> DecodeJob:
     """Return the decode job of a clip. `plan.num_tokens` is known before any frame is decoded.
 
     Raises VideoError, whose message does not name the file.
@@ -102,7 +102,8 @@ def planned(path: str, window_s: Interval | None, cfg: Video) -> DecodeJob:
     with as_video_error("cannot be read as a video", "unreadable"):
         file = probe(path)
         first, count, fps = file.within(window_s)
-        return DecodeJob(file, plan_frames(count, fps, file.height, file.width, cfg, first))
+        plan = plan_frames(count, fps, file.height, file.width, cfg, pixels, first)
+        return DecodeJob(file, plan)
 
 
 def probe(path: str) -> VideoFile:

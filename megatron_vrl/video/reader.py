@@ -29,6 +29,7 @@ from megatron_vrl.config import Video
 from megatron_vrl.errors import VideoError
 from megatron_vrl.types import EncodedVideo, VideoClip
 from megatron_vrl.video.encode import DECODERS, Encoder, Identity, check_decoder
+from megatron_vrl.video.rules import PixelRules
 from megatron_vrl.video.store import VideoStore
 from megatron_vrl.video.workers import Workers
 
@@ -54,10 +55,11 @@ class VideoReader:
     further attempts.
     """
 
-    def __init__(self, cfg: Video):
+    def __init__(self, cfg: Video, pixels: PixelRules):
+        """`pixels` are those of the model's family."""
         check_decoder(cfg)
         self._cfg = cfg
-        self._workers = Workers(_num_processes(cfg), partial(Encoder, cfg, _gpu_index(cfg)))
+        self._workers = Workers(_num_processes(cfg), partial(Encoder, cfg, pixels, _gpu_index(cfg)))
         self.store = VideoStore(cfg.store_mib, cfg.store_dir, cfg.store_disk_mib)
         self.counts = Counter(store=0, decoded=0, failed=0, retried=0)
         self._lock = threading.Lock()  # protects state that the prefetch thread shares
@@ -67,6 +69,7 @@ class VideoReader:
         # `device` is part of the key: frames from NVDEC and DALI's GPU resize differ from the CPU's
         # by a few grey levels.
         rule = cfg.model_dump_json(include={*SAMPLING_KEYS, "device"}) + CACHE_VERSION
+        rule += f" {pixels.patch} {pixels.merge}"
         self._rule = hashlib.blake2b(rule.encode(), digest_size=8).hexdigest()
 
     def encode(self, clips: Sequence[VideoClip | str]) -> list[Result]:

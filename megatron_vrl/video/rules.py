@@ -1,4 +1,4 @@
-"""Qwen2.5-VL's video sampling rules: which frames, at what size, how many tokens.
+"""Video sampling rules: which frames, at what size, how many tokens.
 
 Pure arithmetic: the token count of a video is known before a frame is decoded. The rules are those
 of qwen-vl-utils 0.0.14 (`smart_nframes`, `smart_resize`, the pixel budget of `fetch_video`) and of
@@ -8,7 +8,7 @@ need a working torchvision.
 Two cases that Qwen leaves undefined:
 
   - a video with fewer than two frames is sampled once, and that frame is repeated;
-  - a very thin video keeps at least one merged patch (28 px) per side.
+  - a very thin video keeps at least one merged patch per side.
 
 `video.num_frames` is Qwen's `nframes`. A sample's window is the pair (`video_start`, `video_end`).
 The frames of a window are chosen by timestamp (`probe.VideoFile.within`); for a constant frame rate
@@ -27,12 +27,30 @@ from numpy.typing import NDArray
 from megatron_vrl.config import Video
 from megatron_vrl.errors import VideoError
 
-PATCH = 14  # pixels
-MERGE = 2  # patches per side of one language token
-TEMPORAL = 2  # frames per temporal step
-CELL = PATCH * MERGE  # pixels per side of one language token
+TEMPORAL = 2  # frames per temporal step, in every family
 CHANNELS = 3
 MAX_ASPECT = 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PixelRules:
+    """Sizes of a model family's patches, and constants of its processors.
+
+    `mean` and `std` are of RGB values in [0, 1]. A checkpoint's image processor may have other
+    limits of an image (`image.read_image_rules`).
+    """
+
+    patch: int  # pixels
+    merge: int  # patches per side of one language token
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    image_min_pixels: int
+    image_max_pixels: int
+
+    @property
+    def cell(self) -> int:
+        """Return the pixels per side of one language token."""
+        return self.patch * self.merge
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,19 +60,21 @@ class SamplingPlan:
     indices: NDArray[np.int64]  # [F] ascending; F is even, an odd count repeats the last frame
     sampled_fps: float  # frames sampled per second of video
     seconds_per_grid: float  # seconds between two temporal steps
-    height: int  # pixels after resizing, a multiple of 28
+    height: int  # pixels after resizing, a multiple of `PixelRules.cell`
     width: int
     grid_thw: tuple[int, int, int]  # temporal steps, height and width in patches
     frame_budget: int  # maximum pixels per frame
-
-    @property
-    def num_tokens(self) -> int:
-        """Return the number of language tokens: one per merged 2 x 2 patch."""
-        return math.prod(self.grid_thw) // MERGE**2
+    num_tokens: int  # language tokens: one per merged patch
 
 
 def plan_frames(
-    num_frames: int, native_fps: float, height: int, width: int, cfg: Video, first: int = 0
+    num_frames: int,
+    native_fps: float,
+    height: int,
+    width: int,
+    cfg: Video,
+    pixels: PixelRules,
+    first: int = 0,
 ) -> SamplingPlan:
     """Return the plan for `num_frames` frames of the given size, from frame `first` of the file."""
     count = frame_count(num_frames, native_fps, cfg)
@@ -63,7 +83,9 @@ def plan_frames(
         indices = np.append(indices, indices[-1])
     sampled_fps = count / num_frames * native_fps
     budget = frame_budget(count, cfg)
-    resized = smart_resize(height, width, cfg.min_pixels, budget)
+    resized = smart_resize(height, width, cfg.min_pixels, budget, pixels.cell)
+    rows, columns = (side // pixels.patch for side in resized)
+    steps = len(indices) // TEMPORAL
     return SamplingPlan(
         indices=indices,
         sampled_fps=sampled_fps,
@@ -71,8 +93,9 @@ def plan_frames(
         seconds_per_grid=float(np.float32(TEMPORAL / sampled_fps)),
         height=resized[0],
         width=resized[1],
-        grid_thw=(len(indices) // TEMPORAL, resized[0] // PATCH, resized[1] // PATCH),
+        grid_thw=(steps, rows, columns),
         frame_budget=budget,
+        num_tokens=steps * rows * columns // pixels.merge**2,
     )
 
 
@@ -111,21 +134,26 @@ def frame_budget(count: int, cfg: Video) -> int:
     return int(max(min(cfg.max_pixels, per_frame), int(cfg.min_pixels * 1.05)))
 
 
-def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Return (height, width), multiples of 28 near the aspect ratio, with min <= pixels <= max."""
+def smart_resize(
+    height: int, width: int, min_pixels: int, max_pixels: int, cell: int
+) -> tuple[int, int]:
+    """Return (height, width), multiples of `cell` near the aspect ratio, with min <= pixels <= max.
+
+    `cell` is `PixelRules.cell`.
+    """
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise VideoError(
             f"has frames of {width}x{height}, longer than {MAX_ASPECT}:1; crop the video.",
             "too_large",
         )
-    rows = max(CELL, round(height / CELL) * CELL)
-    columns = max(CELL, round(width / CELL) * CELL)
+    rows = max(cell, round(height / cell) * cell)
+    columns = max(cell, round(width / cell) * cell)
     if rows * columns > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
-        rows = max(CELL, math.floor(height / shrink / CELL) * CELL)
-        columns = max(CELL, math.floor(width / shrink / CELL) * CELL)
+        rows = max(cell, math.floor(height / shrink / cell) * cell)
+        columns = max(cell, math.floor(width / shrink / cell) * cell)
     elif rows * columns < min_pixels:
         grow = math.sqrt(min_pixels / (height * width))
-        rows = math.ceil(height * grow / CELL) * CELL
-        columns = math.ceil(width * grow / CELL) * CELL
+        rows = math.ceil(height * grow / cell) * cell
+        columns = math.ceil(width * grow / cell) * cell
     return rows, columns

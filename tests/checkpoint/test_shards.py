@@ -11,7 +11,7 @@ from hypothesis.strategies import DataObject
 
 from megatron_vrl.checkpoint.shards import BLOCK_BYTES, Region, blocks, shard_ranges, sharded
 from megatron_vrl.models.architecture import read_architecture
-from megatron_vrl.models.qwen2_5_vl.hf_shapes import hf_shapes
+from megatron_vrl.models.weight_map import hf_shapes
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"
 

@@ -17,6 +17,7 @@ from megatron_vrl.evaluation.ask import Question, as_text, ask
 from megatron_vrl.evaluation.benchmark import items_of, questions, read_predictions
 from megatron_vrl.evaluation.generate import Answerer, InferenceConfig, inference_config
 from megatron_vrl.evaluation.predict import predict, too_many_bad
+from megatron_vrl.models.qwen2_5_vl.pixels import PIXELS
 from megatron_vrl.observe.timeline_strip import MARK, timeline_strip
 from megatron_vrl.selection.rules import KEPT
 from megatron_vrl.selection.select import apply_rules, collect_answers, pool
@@ -144,7 +145,7 @@ def test_a_question_is_asked_again_when_its_video_can_be_read(
     assert [bool(p.problem) for p in first] == [False, True]
     assert predict(cfg, samples, tmp_path / "out", {}, never) == first
     engine(cfg, 0)._prompts._videos = VideoReader(
-        cfg.video
+        cfg.video, PIXELS
     )  # as a later process has; one remembers
     shutil.copy(clips[1], tmp_path / "two.mp4")
     second = predict(cfg, samples, tmp_path / "out", {}, engine)

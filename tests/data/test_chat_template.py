@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from megatron_vrl.data.chat_template import ChatTokenizer
 from megatron_vrl.errors import CheckpointError
+from megatron_vrl.models.qwen2_5_vl.prompt import PROMPT, STRUCTURE_TOKENS
 from megatron_vrl.rollout.vllm.special_tokens import banned_token_ids, stop_token_ids
 from megatron_vrl.rollout.vllm.torchvision_shim import declare_missing_ops
-from megatron_vrl.types import STRUCTURE_TOKENS
 
 declare_missing_ops()
 
@@ -93,15 +93,15 @@ def test_the_template_is_that_of_auto_processor(released: Path, tmp_path: Path, 
     processor = AutoProcessor.from_pretrained(directory)
     wanted = processor.apply_chat_template(QUESTION, add_generation_prompt=True, tokenize=False)
     assert "a film: <|vision_start|><|video_pad|><|vision_end|>When?" in wanted
-    ids = ChatTokenizer(directory, PADS).turn_ids(QUESTION)
+    ids = ChatTokenizer(directory, PADS, STRUCTURE_TOKENS).turn_ids(QUESTION)
     assert ids == processor.tokenizer(wanted)["input_ids"]
 
 
 def test_a_folder_saved_by_transformers_renders_the_same(released: Path, tmp_path: Path) -> None:
     make_processor(train_tokenizer(512), 784, 784).save_pretrained(tmp_path)
     assert not (tmp_path / JSON).exists() and (tmp_path / JINJA).exists()
-    saved = ChatTokenizer(tmp_path, PADS).turn_ids(QUESTION)
-    assert saved == ChatTokenizer(released, PADS).turn_ids(QUESTION)
+    saved = ChatTokenizer(tmp_path, PADS, STRUCTURE_TOKENS).turn_ids(QUESTION)
+    assert saved == ChatTokenizer(released, PADS, STRUCTURE_TOKENS).turn_ids(QUESTION)
 
 
 @pytest.mark.slow  # imports vLLM
@@ -121,7 +121,7 @@ def test_the_template_is_that_of_vllm(released: Path, tmp_path: Path, name: str)
         QUESTION,
         add_generation_prompt=True,
     )
-    assert ids == ChatTokenizer(directory, PADS).turn_ids(QUESTION)
+    assert ids == ChatTokenizer(directory, PADS, STRUCTURE_TOKENS).turn_ids(QUESTION)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_a_checkpoint_without_a_vision_template(
 ) -> None:
     directory = folder(released, tmp_path / "x", templates)
     with pytest.raises(CheckpointError) as error:
-        ChatTokenizer(directory, PADS)
+        ChatTokenizer(directory, PADS, STRUCTURE_TOKENS)
     assert sentence in str(error.value) and str(error.value).startswith(str(directory))
 
 
@@ -161,7 +161,7 @@ def test_a_broken_template_file(released: Path, tmp_path: Path, text: str) -> No
     directory = folder(released, tmp_path / "x", {})
     (directory / JSON).write_text(text)
     with pytest.raises(CheckpointError, match="its chat template cannot be read"):
-        ChatTokenizer(directory, PADS)
+        ChatTokenizer(directory, PADS, STRUCTURE_TOKENS)
 
 
 # ---- text stays text
@@ -179,7 +179,7 @@ def chats(released: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Chat
     tokenizer = AutoTokenizer.from_pretrained(added)
     tokenizer.add_tokens(ADDED)
     tokenizer.save_pretrained(added)
-    return [ChatTokenizer(directory, PADS) for directory in [*directories, added]]
+    return [ChatTokenizer(directory, PADS, STRUCTURE_TOKENS) for directory in [*directories, added]]
 
 
 def turn(system: str | None, question: str, visuals: int) -> list[dict[str, Any]]:
@@ -285,11 +285,13 @@ def test_pads_and_stop_are_always_special(released: Path, tmp_path: Path) -> Non
     config = json.loads(path.read_text().replace('"special": true', '"special": false'))
     del config["additional_special_tokens"]
     path.write_text(json.dumps(config))
-    chat = ChatTokenizer(directory, PADS)
+    chat = ChatTokenizer(directory, PADS, STRUCTURE_TOKENS)
     asked = "".join(STRUCTURE_TOKENS)
     structure = set(chat.tokenizer.convert_tokens_to_ids(list(STRUCTURE_TOKENS)))
     assert {511, 510, 500} < structure and not structure & set(chat.text_ids(asked))
     unmarked = AutoTokenizer.from_pretrained(directory)  # as the engine has it
-    assert structure - set(stop_token_ids(unmarked)) <= set(banned_token_ids(unmarked, 512))
+    assert structure - set(stop_token_ids(unmarked, PROMPT)) <= set(
+        banned_token_ids(unmarked, PROMPT, 512)
+    )
     ids = chat.turn_ids(turn(None, asked, 1))
     assert (ids.count(511), ids.count(510), ids.count(500)) == (1, 0, 2)

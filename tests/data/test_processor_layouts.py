@@ -15,6 +15,8 @@ from transformers import AutoProcessor
 
 from megatron_vrl.checkpoint.hf_reader import copy_side_files
 from megatron_vrl.data.chat_template import ChatTokenizer
+from megatron_vrl.models.qwen2_5_vl.pixels import PIXELS
+from megatron_vrl.models.qwen2_5_vl.prompt import STRUCTURE_TOKENS
 from megatron_vrl.video.image import ImageRules, read_image_rules
 
 IMAGE, VIDEO = "preprocessor_config.json", "video_preprocessor_config.json"
@@ -86,10 +88,10 @@ def test_processor_settings_are_read_and_copied_as_auto_processor_does(
     directory = folder(released, tmp_path / "x", LAYOUTS[name])
     before = processor_settings(directory)
     size = before["image"]["size"]
-    assert read_image_rules(directory) == ImageRules(
-        min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"]
+    assert read_image_rules(directory, PIXELS) == ImageRules(
+        min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"], pixels=PIXELS
     )
-    ChatTokenizer(directory, (511, 510))
+    ChatTokenizer(directory, (511, 510), STRUCTURE_TOKENS)
     copy_side_files(directory, tmp_path / "copy")
     assert processor_settings(tmp_path / "copy") == before
 

@@ -8,12 +8,17 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from megatron_vrl.data.prompt import PromptEncoder, VisionTokens
+from megatron_vrl.data.prompt import PromptEncoder
 from megatron_vrl.errors import CheckpointError, ConfigError, DataError
+from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.rewards.score import score
 from megatron_vrl.tasks import SYSTEM_PROMPTS, TASKS
 from megatron_vrl.types import VideoSample
 from tests.tiny import image, video
+
+ARCHITECTURE = read_architecture(
+    Path(__file__).parents[2] / "configs" / "models" / "qwen2.5-vl-3b.json"
+)
 
 SAMPLE: dict[str, Any] = {
     "id": "clip/0",
@@ -49,8 +54,8 @@ def encoder(
     pad = tokenizer.convert_tokens_to_ids("<|video_pad|>")
     image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     assert isinstance(pad, int) and isinstance(image, int)
-    vision = VisionTokens(video_token=pad, image_token=image, merge=2, tokens_per_second=2.0)
-    return PromptEncoder(published, vision, system_prompt, max_tokens, wording), pad
+    arch = replace(ARCHITECTURE, video_token=pad, image_token=image)
+    return PromptEncoder(published, arch, system_prompt, max_tokens, wording), pad
 
 
 def sample(task: str = "temporal_grounding") -> VideoSample:
@@ -124,9 +129,8 @@ def test_a_long_prompt_is_an_error_not_truncated(published: Path) -> None:
 
 
 def test_a_checkpoint_without_tokenizer(tmp_path: Path) -> None:
-    vision = VisionTokens(video_token=0, image_token=1, merge=2, tokens_per_second=2.0)
     with pytest.raises(CheckpointError, match="has no tokenizer that loads"):
-        PromptEncoder(tmp_path, vision, "none", 10)
+        PromptEncoder(tmp_path, ARCHITECTURE, "none", 10)
 
 
 def test_the_released_wording(published: Path) -> None:

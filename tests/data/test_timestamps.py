@@ -9,9 +9,9 @@ import pytest
 from megatron_vrl.config import Data
 from megatron_vrl.context import prompt_encoder
 from megatron_vrl.data.prompt import PromptEncoder
-from megatron_vrl.data.timestamps import EXPLANATION
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.models.architecture import read_architecture
+from megatron_vrl.models.qwen2_5_vl.timestamps import EXPLANATION
 from megatron_vrl.rollout.request import make_request
 from megatron_vrl.types import VideoSample
 from tests.tiny import image, video
@@ -88,6 +88,8 @@ def test_the_engine_gets_every_step_as_a_video(encoder: PromptEncoder, embedded:
         prompt = replace(prompt, visual_embeds=(np.arange(3.0 * CELLS)[:, None],))
     steps = make_request(prompt).videos
     assert [step.grid_thw for step in steps] == [(1, 4, 6)] * 3
+    times = np.concatenate([step.timestamps_s for step in steps])
+    assert np.array_equal(times, CLIP.timestamps_s)
     if embedded:
         assert all(len(step.frames) == 0 for step in steps)
         assert [float(s.embeddings[0, 0]) for s in steps if s.embeddings is not None] == [0, 6, 12]

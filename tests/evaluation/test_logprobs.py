@@ -15,7 +15,8 @@ from PIL import Image
 from megatron_vrl.config import Video
 from megatron_vrl.errors import EXIT_CODE, UserError
 from megatron_vrl.evaluation.logprobs import SAMPLES_AT_A_TIME, score_config, score_file
-from megatron_vrl.models.qwen2_5_vl.preprocess import patchify
+from megatron_vrl.models.patchify import patchify
+from megatron_vrl.models.qwen2_5_vl.pixels import PIXELS
 from megatron_vrl.parallel.mesh import close_mesh
 from megatron_vrl.rollout.vllm.torchvision_shim import declare_missing_ops
 from megatron_vrl.types import EncodedVideo
@@ -116,15 +117,15 @@ def pixels(folder: Path, asked: dict[str, Any]) -> dict[str, torch.Tensor]:
     given: dict[str, list[Any]] = {}
     if asked["videos"]:
         cfg = Video(decoder="pyav", min_pixels=784, max_pixels=6272)
-        found = VideoReader(cfg).encode(asked["videos"])
+        found = VideoReader(cfg, PIXELS).encode(asked["videos"])
         videos = [video for video in found if isinstance(video, EncodedVideo)]
         assert len(videos) == len(found)
-        given["pixel_values_videos"] = [patchify(video.frames) for video in videos]
+        given["pixel_values_videos"] = [patchify(video.frames, PIXELS) for video in videos]
         given["video_grid_thw"] = [video.grid_thw for video in videos]
     if asked["images"]:
-        rules = read_image_rules(folder / "hf")
+        rules = read_image_rules(folder / "hf", PIXELS)
         images = [read_image(path, rules) for path in asked["images"]]
-        given["pixel_values"] = [patchify(image.frames) for image in images]
+        given["pixel_values"] = [patchify(image.frames, PIXELS) for image in images]
         given["image_grid_thw"] = [image.grid_thw for image in images]
     return {
         name: torch.cat(value) if "pixel" in name else torch.tensor(value)

@@ -25,7 +25,8 @@ from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.models.logprob_head import Distribution
 from megatron_vrl.parallel.mesh import close_mesh, init_mesh
 from megatron_vrl.policy.policy import Policy
-from tests.tiny import GROUPS, micro_batches, token_loss
+from tests import tiny, tiny_qwen3_vl
+from tests.tiny import micro_batches, token_loss
 
 FLASH = {"attention": "flash"}  # `auto` is sdpa on a CPU
 PLAIN_DDP = {"distributed_optimizer": False}  # gradients are whole only without it
@@ -39,6 +40,11 @@ class Layout:
     model: dict[str, Any] = field(default_factory=dict)
     prompts: Literal["shared", "plain"] = "shared"  # plain: repeated before every answer
     models: tuple[str, ...] = ("untied", "tied")
+
+    @property
+    def all_models(self) -> tuple[str, ...]:
+        """The models of both families: a Qwen3-VL beside the Qwen2.5-VL."""
+        return (*self.models, f"qwen3-{self.models[-1]}")
 
 
 LAYOUTS = {
@@ -112,14 +118,20 @@ for frozen in ("vision", "merger", "language"):
 
 def train(checkpoint: Path, layout: Layout) -> dict[str, Any]:
     """Return the results of one layout, equal on all ranks. Every rank must call it."""
-    parallel = Parallel.model_validate(layout.parallel)
+    third = checkpoint.name.startswith("qwen3-")
+    sizes = layout.parallel
+    chunks = sizes.get("pipeline", 1) * sizes.get("virtual", 1)
+    if third and chunks > 1:  # DeepStack needs three of the six layers on the first stage
+        sizes = sizes | {"layers_per_chunk": {2: [4, 2], 4: [3, 1, 1, 1]}[chunks]}
+    parallel = Parallel.model_validate(sizes)
     mesh = init_mesh(parallel, seed=1)
     cfg = Model(checkpoint=str(checkpoint), dtype="float32", **layout.model)
     policy = Policy(read_architecture(checkpoint), cfg, parallel, mesh)
     load_hf_weights(policy.chunks, checkpoint)
     policy.keep_reference()
     policy.start_phase(Optimizer(lr=1e-3, clip_grad=1.0), num_steps=2)
-    batches = micro_batches(GROUPS, mesh, layout.prompts)
+    groups = (tiny_qwen3_vl if third else tiny).GROUPS
+    batches = micro_batches(groups, mesh, layout.prompts)
     result: dict[str, Any] = {"lengths": [len(batch.rows) for batch in batches]}
     messages = Messages()
     for step in range(2):
@@ -170,7 +182,7 @@ def main(directory: Path, names: list[str]) -> None:
     world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     for name in names or LAYOUTS:
         layout = LAYOUTS[name]
-        for model in layout.models if layout.processes == world else ():
+        for model in layout.all_models if layout.processes == world else ():
             result = train(directory / model, layout)
             if rank == world - 1:
                 torch.save(result, directory / f"{name}-{model}.pt")

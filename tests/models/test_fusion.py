@@ -8,6 +8,7 @@ import pytest
 from megatron.core.transformer.spec_utils import build_module
 
 from megatron_vrl.config import Model, Parallel
+from megatron_vrl.models import vision_language_model as model
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.models.fusion import (
     FUSED_GRADIENT,
@@ -16,9 +17,8 @@ from megatron_vrl.models.fusion import (
     importable,
     with_gradient_fusion,
 )
-from megatron_vrl.models.qwen2_5_vl import model
-from megatron_vrl.models.qwen2_5_vl.model import language_config
 from megatron_vrl.models.qwen2_5_vl.vision import vision_config
+from megatron_vrl.models.vision_language_model import language_config
 from tests.running import ROOT
 
 ARCH = read_architecture(ROOT / "configs" / "models" / "qwen2.5-vl-3b.json")

@@ -20,20 +20,21 @@ from megatron_vrl.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from megatron_vrl.checkpoint.hf_load import hf_tensors, load_hf_weights
 from megatron_vrl.checkpoint.torch_dist import TorchDistReader
 from megatron_vrl.config import Batch, Model, Optimizer, Parallel
+from megatron_vrl.models import vision_language_model as models
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.models.fusion import NORM_IN_LINEAR, parameter_name
 from megatron_vrl.models.layers import LayerModules, RMSNorm
 from megatron_vrl.models.logprob_head import Distribution
 from megatron_vrl.models.precision import layer_modules
-from megatron_vrl.models.qwen2_5_vl import model as models
 from megatron_vrl.parallel.mesh import Mesh, close_mesh, init_mesh
 from megatron_vrl.policy import policy as policies
 from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.policy.optimizer_state import parameter_states
 from megatron_vrl.policy.policy import Policy
+from tests import tiny, tiny_qwen3_vl
 from tests.models.te_on_cpu import Counts, NormColumnParallelLinear, kernels_of_the_cpu
-from tests.tiny import GROUPS, present, token_loss
-from tests.tiny_models import hf_model, save
+from tests.tiny import present, token_loss
+from tests.tiny_models import MODELS, save
 
 STAND_IN = LayerModules(NormColumnParallelLinear, RowParallelLinear, RMSNorm, norm_in_column=True)
 INSTALLED = pytest.mark.skipif(
@@ -58,7 +59,9 @@ class Fused:
         return policy
 
     def batches(self) -> list[Any]:
-        return plan_batches(GROUPS, GROUPS[0], Batch(tokens=10_000), self.mesh)
+        family = read_architecture(self.checkpoint).family
+        groups = (tiny_qwen3_vl if family == "qwen3_vl" else tiny).GROUPS
+        return plan_batches(groups, groups[0], Batch(tokens=10_000), self.mesh)
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +70,9 @@ def mesh() -> Iterator[Mesh]:
     close_mesh()
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(hf_model(), tmp_path_factory.mktemp("norm") / "hf")
+@pytest.fixture(scope="module", params=["untied", "qwen3-untied"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(MODELS[request.param](), tmp_path_factory.mktemp("norm") / "hf")
 
 
 @pytest.fixture(params=["stand-in", pytest.param("Transformer Engine", marks=INSTALLED)])

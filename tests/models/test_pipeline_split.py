@@ -9,6 +9,7 @@ import pytest
 from megatron_vrl.config import Model, Parallel
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.models.architecture import read_architecture
+from megatron_vrl.models.chunk import whole_model
 from megatron_vrl.models.pipeline_split import (
     all_chunks,
     balanced_counts,
@@ -16,7 +17,6 @@ from megatron_vrl.models.pipeline_split import (
     extra_layers,
     layer_counts,
     stage_chunks,
-    whole_model,
 )
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"

@@ -29,7 +29,8 @@ from megatron_vrl.models.logprob_head import Distribution
 from megatron_vrl.parallel.mesh import close_mesh, gather_objects, init_mesh, world_axis
 from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.policy.policy import Policy
-from tests.tiny import IMAGE_TOKEN, VIDEO_TOKEN, VISION_START, prompt, token_loss, video
+from tests import tiny_qwen3_vl
+from tests.tiny import IMAGE_TOKEN, VIDEO_TOKEN, VISION_END, VISION_START, prompt, token_loss, video
 
 VISION = VisionArchitecture(
     hidden=320,
@@ -45,11 +46,13 @@ VISION = VisionArchitecture(
     tokens_per_second=2.0,
 )
 LARGE = Architecture(  # 32 million parameters
+    family="qwen2_5_vl",
     hidden=512,
     mlp=1536,
     layers=5,
     heads=8,
     kv_heads=4,
+    head_dim=64,
     vocab=8192,
     rope_base=1e6,
     mrope_section=(8, 12, 12),
@@ -59,6 +62,8 @@ LARGE = Architecture(  # 32 million parameters
     video_token=VIDEO_TOKEN,
     image_token=IMAGE_TOKEN,
     vision_start_token=VISION_START,
+    vision_end_token=VISION_END,
+    qkv_bias=True,
     vision=VISION,
 )
 SMALL = replace(
@@ -72,7 +77,25 @@ SMALL = replace(
     mrope_section=(4, 6, 6),
     vision=replace(VISION, hidden=128, mlp=352, layers=2),
 )
-ARCHITECTURES = {"large": LARGE, "small": SMALL}
+QWEN3 = replace(
+    SMALL,
+    family="qwen3_vl",
+    head_dim=64,  # twice hidden / heads
+    mrope_section=(12, 10, 10),
+    qkv_bias=False,
+    qk_norm=True,
+    vision=replace(
+        SMALL.vision,
+        layers=4,
+        patch=16,
+        window=0,
+        full_attention_layers=(),
+        tokens_per_second=0.0,
+        position_grid=16,
+        deepstack_layers=(0, 1, 2),
+    ),
+)
+ARCHITECTURES = {"large": LARGE, "small": SMALL, "qwen3": QWEN3}
 
 
 class Live:
@@ -140,7 +163,13 @@ def saved_for_backward(live: Live, persistent: set[int]) -> Iterator[None]:
 def groups_of(case: dict[str, Any]) -> list[Group]:
     rng = np.random.default_rng(1)
     grid, answers = tuple(case["grid"]), case["answers"]
-    asked = [prompt([video(grid, 1.0, seed)], seed * 4) for seed in range(case["groups"])]
+    if case["size"] == "qwen3":
+        asked = [
+            tiny_qwen3_vl.prompt([tiny_qwen3_vl.video(grid, 1.0, seed)], seed * 4)
+            for seed in range(case["groups"])
+        ]
+    else:
+        asked = [prompt([video(grid, 1.0, seed)], seed * 4) for seed in range(case["groups"])]
     return [
         Group(
             prompt=one,

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_vrl.models.qwen2_5_vl.family import FAMILY
 from megatron_vrl.process import fake_gpu
 
 fake_gpu.install()
@@ -31,7 +32,8 @@ def rehearsed(
     small = folder / "small.json"
     small.write_text(json.dumps(sizes))
     cfg = load_config(Path(config), [*overrides, f"model.architecture={small}"])
-    batch = next(worst_batches(cfg, step_sizes(cfg), row_multiple(cfg), given=False))
+    sizes = step_sizes(cfg, FAMILY)
+    batch = next(worst_batches(cfg, FAMILY, sizes, row_multiple(cfg), given=False))
     count = default_micro_batches(cfg)
     return asdict(rehearse(cfg, architecture_of(cfg), batch, rank, cfg.parallel.processes, count))
 

@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 
 from megatron_vrl.config import Algorithm, Batch, Model, Parallel, Run, RunConfig
-from megatron_vrl.models.pipeline_split import stage_chunks
-from megatron_vrl.models.qwen2_5_vl.activations import (
+from megatron_vrl.models.activations import (
     Kernels,
     head_saved,
     language_layer,
@@ -23,6 +22,8 @@ from megatron_vrl.models.qwen2_5_vl.activations import (
     merger_saved,
     vision_layer,
 )
+from megatron_vrl.models.pipeline_split import stage_chunks
+from megatron_vrl.models.qwen2_5_vl.pixels import PIXELS
 from megatron_vrl.models.recompute import vision_level
 from megatron_vrl.planner.memory import StageMemory, chunk_saved, in_flight, stage_memory
 from megatron_vrl.planner.rank_sizes import rank_sizes
@@ -59,7 +60,11 @@ def case(
     return base | own | {"model": model}
 
 
-FAST = [case(attention="flash"), case(recompute="full", freeze_vision=True)]
+FAST = [
+    case(attention="flash"),
+    case(recompute="full", freeze_vision=True),
+    case(ONE | {"size": "qwen3"}),
+]
 ALONE = [
     case(),
     *(case(LONG, attention="flash", **kind) for kind in KINDS[::3]),
@@ -122,6 +127,7 @@ def planned(case: dict[str, Any], ranks: int, row: dict[str, int]) -> tuple[Stag
         response=answers[0],
         answers=1 if plain else len(answers),
         grid=tuple(case["grid"]),
+        pixels=PIXELS,
     )
     replicas = ranks // (parallel.tensor * parallel.context * parallel.pipeline)
     groups = case["groups"] * (len(answers) if plain else 1) // replicas // row["micro_batches"]

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-import torch
 
 from megatron_vrl.config import Model, Parallel
 from megatron_vrl.models.architecture import Architecture, padded_vocab, read_architecture
 from megatron_vrl.planner.parameters import ParameterCounts, add_counts, count_all, count_stage
 from tests.running import ROOT
-from tests.tiny_models import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from tests.tiny_models import model_of_config
 
 MODELS = sorted((ROOT / "configs" / "models").glob("*.json"))
 ALGORITHM_PRESETS = {  # as checkpoint indices count them
@@ -21,6 +20,10 @@ ALGORITHM_PRESETS = {  # as checkpoint indices count them
     "qwen2.5-vl-7b": 8_292_166_656,
     "qwen2.5-vl-32b": 33_452_718_336,
     "qwen2.5-vl-72b": 73_410_777_344,  # as transformers builds it; no index was at hand
+    "qwen3-vl-2b": 2_127_532_032,  # as transformers builds it
+    "qwen3-vl-4b": 4_437_815_808,  # as transformers builds it
+    "qwen3-vl-8b": 8_767_123_696,
+    "qwen3-vl-32b": 33_357_390_064,  # as transformers builds it
 }
 
 
@@ -31,13 +34,12 @@ def architecture(name: str) -> Architecture:
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
 def test_parameter_counts_equal_transformers(path: Path) -> None:
-    with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_pretrained(path))
+    model = model_of_config(path)
     size = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
     numbers = count_all(architecture(path.stem))
     tower, language = model.model.visual, model.model.language_model
-    assert numbers.merger == size(tower.merger)
-    assert numbers.vision == size(tower) - size(tower.merger)
+    mergers = sum(size(part) for name, part in tower.named_children() if "merger" in name)
+    assert (numbers.merger, numbers.vision) == (mergers, size(tower) - mergers)
     assert numbers.embedding == size(language.embed_tokens)
     head = 0 if architecture(path.stem).tied_head else size(model.lm_head)
     assert (numbers.head, numbers.language) == (head, size(language) + head)
@@ -62,7 +64,8 @@ def test_shards_add_up_to_the_model_and_its_copies(
     last_has_a_copy = not arch.tied_head or pipeline > 1
     assert held.head * tensor == words * last_has_a_copy
     assert (held.vision, held.merger) == (whole.vision, whole.merger)  # on every tensor rank
-    biases = arch.layers * (arch.hidden + 2 * arch.kv_heads * arch.head_dim)
+    heads = arch.heads + 2 * arch.kv_heads
+    biases = arch.layers * heads * arch.head_dim * arch.qkv_bias
     assert held.vectors == whole.vectors - biases + biases // tensor
 
 

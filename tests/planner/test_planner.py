@@ -14,12 +14,12 @@ from megatron_vrl.cli import train
 from megatron_vrl.config import load_config
 from megatron_vrl.errors import ConfigError, counted
 from megatron_vrl.models.architecture import read_architecture
+from megatron_vrl.models.qwen2_5_vl.family import FAMILY
 from megatron_vrl.planner.hardware import GPUS, find_gpu
 from megatron_vrl.planner.plan import Plan, PlanRequest, make_plan, refusals
 from megatron_vrl.planner.speed import Machine
 from megatron_vrl.planner.workload import (
     TEXT_TOKENS,
-    TIMESTAMP_TOKENS,
     packed_sizes,
     step_sizes,
     video_grid,
@@ -225,13 +225,13 @@ def test_a_frozen_tower_runs_once_for_all_passes_of_a_step() -> None:
 
 def test_sizes_of_a_prompt() -> None:
     cfg = load_config(ROOT / "configs" / "qwen2.5-vl-3b-8gpu.yaml")
-    t, h, w = video_grid(cfg.video)
+    t, h, w = video_grid(cfg.video, FAMILY.pixels)
     tokens = t * h * w // 4
     assert 0.95 * 2048 < tokens <= 2048  # the budget, 1605632 pixels of 28 x 28
-    sizes = step_sizes(cfg)
+    sizes = step_sizes(cfg, FAMILY)
     assert (sizes.prompt, sizes.vision_tokens) == (tokens + TEXT_TOKENS, tokens)
     assert sizes.rows == sizes.prompt + 8 * 1023
-    small = step_sizes(cfg, prompt=700)
+    small = step_sizes(cfg, FAMILY, prompt=700)
     assert small.vision_tokens <= 700 - TEXT_TOKENS
 
 
@@ -250,11 +250,11 @@ def test_rewards_of_temporal_sensitivity_are_counted() -> None:
 
 def test_textual_timestamps_are_tokens_of_the_prompt() -> None:
     cfg = load_config(ROOT / "configs" / "qwen2.5-vl-3b-8gpu.yaml", ["data.timestamps=interleaved"])
-    t, h, w = video_grid(cfg.video)
-    sizes = step_sizes(cfg)
+    t, h, w = video_grid(cfg.video, FAMILY.pixels)
+    sizes = step_sizes(cfg, FAMILY)
     assert sizes.grid == (t, h, w)
-    assert sizes.prompt == t * (h * w // 4 + TIMESTAMP_TOKENS) + TEXT_TOKENS
-    steps, *_ = step_sizes(cfg, prompt=sizes.prompt - 1).grid or (0,)
+    assert sizes.prompt == t * (h * w // 4 + FAMILY.interleaved_prompt.step_text) + TEXT_TOKENS
+    steps, *_ = step_sizes(cfg, FAMILY, prompt=sizes.prompt - 1).grid or (0,)
     assert steps == t - 1
 
 
@@ -308,5 +308,5 @@ def test_the_annotation_is_packed_as_one_more_answer(layout: str, counts: tuple[
     change = ["algorithm.ground_truth_answer=in_group", f"batch.layout={layout}"]
     change += ["rollout.group_size=8"]
     cfg = load_config(ROOT / "configs" / "qwen2.5-vl-3b-8gpu.yaml", change)
-    piece, pieces = packed_sizes(cfg, step_sizes(cfg))
+    piece, pieces = packed_sizes(cfg, step_sizes(cfg, FAMILY))
     assert (piece.answers, pieces) == counts

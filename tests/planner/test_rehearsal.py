@@ -11,6 +11,7 @@ import torch
 
 from megatron_vrl.config import load_config
 from megatron_vrl.models.architecture import read_architecture
+from megatron_vrl.models.qwen2_5_vl.family import FAMILY
 from megatron_vrl.planner.workload import row_multiple, step_sizes, worst_batches
 from megatron_vrl.rehearsal.ranks import distinct_ranks
 from megatron_vrl.rehearsal.recorder import HostReadError, Recorder
@@ -51,7 +52,8 @@ def test_a_host_read_in_a_pass_is_an_error() -> None:
 def kinds(config: str, *overrides: str) -> list[list[int]]:
     cfg = load_config(ROOT / config, list(overrides))
     arch = read_architecture(ROOT / cfg.model.architecture)
-    batch = next(worst_batches(cfg, step_sizes(cfg), row_multiple(cfg), given=False))
+    sizes = step_sizes(cfg, FAMILY)
+    batch = next(worst_batches(cfg, FAMILY, sizes, row_multiple(cfg), given=False))
     return list(distinct_ranks(cfg, arch, batch, cfg.parallel.processes).values())
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_vrl.config import Model, Parallel
-from megatron_vrl.models.qwen2_5_vl.model import language_config
+from megatron_vrl.models.vision_language_model import language_config
 from megatron_vrl.parallel.mesh import close_mesh, init_mesh
 from megatron_vrl.policy.pipeline import KnownShapes, communication
 from tests.planner.measured import SMALL

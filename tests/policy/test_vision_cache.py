@@ -13,8 +13,8 @@ from megatron_vrl.checkpoint.hf_load import load_hf_weights
 from megatron_vrl.config import Batch, Model, Parallel, RunConfig
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.models.architecture import read_architecture
+from megatron_vrl.models.flops import group_flops, micro_batch_flops
 from megatron_vrl.models.logprob_head import Distribution
-from megatron_vrl.models.qwen2_5_vl.flops import group_flops, micro_batch_flops
 from megatron_vrl.parallel.arrays import as_array, as_tensor
 from megatron_vrl.parallel.mesh import Mesh, close_mesh, init_mesh
 from megatron_vrl.policy.micro_batches import plan_batches

@@ -70,8 +70,8 @@ def test_checksums_depend_on_every_bit_and_not_on_the_order(
     assert {name for name in checksums if checksums[name] != other[name]} == {"t1"}
 
 
-def test_checksums_use_hf_names_and_ignore_the_sign_of_zero() -> None:
-    zero = {"model.language_model.norm.weight": torch.zeros(2), "model.visual.a": torch.ones(1)}
+def test_checksums_ignore_the_sign_of_zero() -> None:
+    zero = {"model.norm.weight": torch.zeros(2), "visual.a": torch.ones(1)}
     other = {"model.norm.weight": -torch.zeros(2), "visual.a": torch.ones(1)}
     assert tensor_checksums(zero.items(), torch.float32) == tensor_checksums(
         other.items(), torch.float32

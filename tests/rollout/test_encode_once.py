@@ -11,14 +11,13 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_vrl.batching.pack import Answer, Group
-from megatron_vrl.batching.positions import VisionBlock, mrope_positions
 from megatron_vrl.checkpoint.hf_export import WeightExport
 from megatron_vrl.checkpoint.hf_load import load_hf_weights
 from megatron_vrl.config import Batch, Model, Parallel
-from megatron_vrl.context import vision_tokens
 from megatron_vrl.data.prompt import PromptEncoder
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.models.logprob_head import Distribution
+from megatron_vrl.models.qwen2_5_vl.positions import VisionBlock, mrope_positions
 from megatron_vrl.parallel.mesh import init_mesh
 from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.policy.policy import Policy
@@ -113,8 +112,7 @@ def test_textual_timestamps_are_one_encoding_for_engine_and_trainer(
     policy: Policy, engine: VllmEngine, checkpoint: Path
 ) -> None:
     """vLLM derives tokens and grid of every step as the trainer does, or `generate` raises."""
-    vision = vision_tokens(policy.arch)
-    encoder = PromptEncoder(checkpoint, vision, "none", 250, timestamps="interleaved")
+    encoder = PromptEncoder(checkpoint, policy.arch, "none", 250, timestamps="interleaved")
     steps = [video((steps, 4, 6), 0.7, seed=steps) for steps in (1, 3, 5)]
     prompts = [encoder.encode(f"{v.path}", None, (v,), "When?") for v in steps]
     answers = engine.generate(prompts, SPEC)

@@ -18,6 +18,7 @@ from megatron_vrl.checkpoint.hf_export import WeightExport
 from megatron_vrl.config import Model, Parallel, RolloutConfig
 from megatron_vrl.errors import RolloutError
 from megatron_vrl.models.architecture import read_architecture
+from megatron_vrl.models.qwen2_5_vl.weight_map import WEIGHTS
 from megatron_vrl.parallel.mesh import close_mesh, init_mesh
 from megatron_vrl.policy.policy import Policy
 from megatron_vrl.rollout.manager import RolloutManager
@@ -62,7 +63,7 @@ def test_a_weight_sync_without_workers_ends_the_run(tmp_path: Path) -> None:
     with worker_that_takes_no_weights() as (address, asked):
         rollout = RolloutConfig(placement="workers", workers=[address], worker_wait_timeout_s=1.0)
         pool = WorkerPool(rollout, SERVED, torch.device("cpu"))
-        sync = WorkerSync(mesh, WeightExport(policy.chunks), pool, transform_of("none"))
+        sync = WorkerSync(mesh, WeightExport(policy.chunks), pool, transform_of("none", WEIGHTS))
         rollouts = RolloutManager(rollout, mesh, pool, sync, None, ())
         with pytest.raises(RolloutError, match=r"No rollout worker loaded the weights within"):
             rollouts.sync_weights(0)

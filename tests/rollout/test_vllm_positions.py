@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from megatron_vrl.batching.positions import VisionBlock, mrope_positions
+from megatron_vrl.models.qwen2_5_vl.positions import VisionBlock, mrope_positions
 from megatron_vrl.rollout.vllm.startup import import_vllm
 
 pytestmark = pytest.mark.slow  # imports vLLM

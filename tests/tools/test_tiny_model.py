@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.models.architecture import read_architecture
-from megatron_vrl.models.qwen2_5_vl.hf_shapes import num_parameters
+from megatron_vrl.models.weight_map import num_parameters
 from megatron_vrl.rollout.vllm.torchvision_shim import declare_missing_ops
 from megatron_vrl.tasks import TASKS
 from megatron_vrl.types import VideoSample

@@ -3,6 +3,7 @@
 The folder holds 0.mp4, 1.mp4, ... of which those in BAD are bad.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -13,9 +14,11 @@ from transformers import AutoTokenizer
 from megatron_vrl.config import Data, Parallel, Video
 from megatron_vrl.context import RunContext
 from megatron_vrl.data.mix import SampleStream
-from megatron_vrl.data.prompt import PromptEncoder, VisionTokens
+from megatron_vrl.data.prompt import PromptEncoder
 from megatron_vrl.data.prompt_pipeline import PromptPipeline
 from megatron_vrl.errors import UserError
+from megatron_vrl.models.architecture import read_architecture
+from megatron_vrl.models.qwen2_5_vl.pixels import PIXELS
 from megatron_vrl.parallel.mesh import (
     Mesh,
     close_mesh,
@@ -29,6 +32,10 @@ from megatron_vrl.trainer.dataloader import PromptDataLoader
 from megatron_vrl.trainer.state import RunState
 from megatron_vrl.types import EncodedVideo, VideoSample
 from megatron_vrl.video import VideoReader
+
+ARCHITECTURE = read_architecture(
+    Path(__file__).parents[2] / "configs" / "models" / "qwen2.5-vl-3b.json"
+)
 
 NUM_FILES, BAD, STEPS, BATCH, SEED = 20, {1, 4, 5, 13}, 6, 5, 3
 
@@ -68,7 +75,7 @@ def ctx_of(mesh: Mesh, folder: Path, published: Path, max_bad_fraction: float) -
     pad = tokenizer.convert_tokens_to_ids("<|video_pad|>")
     image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     assert isinstance(pad, int) and isinstance(image, int)
-    vision = VisionTokens(video_token=pad, image_token=image, merge=2, tokens_per_second=2.0)
+    arch = replace(ARCHITECTURE, video_token=pad, image_token=image)
     video = Video(
         decoder="pyav",
         num_frames=2,
@@ -76,14 +83,14 @@ def ctx_of(mesh: Mesh, folder: Path, published: Path, max_bad_fraction: float) -
         max_pixels=784,
         max_bad_fraction=max_bad_fraction,
     )
-    reader = VideoReader(video)
+    reader = VideoReader(video, PIXELS)
     made = SimpleNamespace(
         mesh=mesh,
         cfg=SimpleNamespace(
             run=SimpleNamespace(out_dir=str(folder)), video=video, data=Data(snap_truth=True)
         ),
         reader=reader,
-        prompts=PromptPipeline(reader, PromptEncoder(published, vision, "none", 4096)),
+        prompts=PromptPipeline(reader, PromptEncoder(published, arch, "none", 4096)),
     )
     return cast(RunContext, made)
 
@@ -100,8 +107,8 @@ def draw_steps(ctx: RunContext, folder: Path, state: RunState, steps: int) -> li
         for sample, prompt, _ in made:
             (video,) = prompt.visuals
             assert isinstance(video, EncodedVideo) and video.path == sample.video
-            frames_s = video.timestamps_s  # two; the truth [0, 0.5] ends at the last
-            assert sample.intervals_s == ((0.0, frames_s[-1]),) and 0.0 < frames_s[-1] < 0.5
+            assert len(video.frames) == 2  # one temporal step: the truth keeps its times
+            assert sample.intervals_s == ((0.0, 0.5),)
         dataloader.prefetch(BATCH)
         mine = [one.sample.id for one in made]
         ids.append(gather_shards(mine, ctx.mesh.data))

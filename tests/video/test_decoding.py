@@ -10,6 +10,7 @@ import torch
 
 from megatron_vrl.config import Video
 from megatron_vrl.errors import ConfigError, VideoError
+from megatron_vrl.models.qwen2_5_vl.pixels import PIXELS
 from megatron_vrl.types import EncodedVideo, VideoClip
 from megatron_vrl.video import VideoReader
 from megatron_vrl.video.encode import Encoder
@@ -46,7 +47,9 @@ CLIPS: dict[str, dict[str, Any]] = {
 
 def encoders(**keys: Any) -> tuple[Encoder, Encoder]:
     """Return both decoders, in this process."""
-    return Encoder(Video(decoder="dali", **keys)), Encoder(Video(decoder="pyav", **keys))
+    return Encoder(Video(decoder="dali", **keys), PIXELS), Encoder(
+        Video(decoder="pyav", **keys), PIXELS
+    )
 
 
 def fallbacks(dali: Encoder) -> int:
@@ -93,7 +96,7 @@ def test_decoders_are_equal_on_real_clips(real_clips: list[str]) -> None:
 def test_seeking_gives_the_frames_of_a_sequential_read(make_clip: MakeClip, name: str) -> None:
     file = probe(make_clip(name, **CLIPS[name]))
     plan = plan_frames(
-        file.num_frames, file.native_fps, file.height, file.width, Video(min_pixels=28 * 28)
+        file.num_frames, file.native_fps, file.height, file.width, Video(min_pixels=28 * 28), PIXELS
     )
     np.testing.assert_array_equal(decode_frames(file, plan), decode_frames(file, plan, seek=False))
 
@@ -101,7 +104,7 @@ def test_seeking_gives_the_frames_of_a_sequential_read(make_clip: MakeClip, name
 def test_frames_have_the_requested_indices(make_clip: MakeClip) -> None:
     """Compare with all frames in FFmpeg's order and default colours."""
     path = make_clip("clip.mp4", num_frames=50, gop=10)
-    (video,) = videos_of(encode(Encoder(Video(decoder="pyav", **SMALL)), [path]))
+    (video,) = videos_of(encode(Encoder(Video(decoder="pyav", **SMALL), PIXELS), [path]))
     with av.open(path) as container:
         shown = list(container.decode(video=0))
     assert len(shown) == 50
@@ -114,7 +117,7 @@ def test_frames_have_the_requested_indices(make_clip: MakeClip) -> None:
 def test_time_axis_of_a_variable_rate(make_clip: MakeClip) -> None:
     times_ms = CLIPS["variable.mp4"]["times_ms"]
     path = make_clip("clip.mkv", **CLIPS["variable.mkv"])
-    (video,) = videos_of(encode(Encoder(Video(decoder="pyav", fps=1.0)), [path]))
+    (video,) = videos_of(encode(Encoder(Video(decoder="pyav", fps=1.0), PIXELS), [path]))
     want = [times_ms[i] / 1000 for i in video.frame_indices]
     np.testing.assert_allclose(video.timestamps_s, want, atol=2e-3)
     assert video.sampled_fps == pytest.approx(len(want) / video.duration_s)
@@ -162,7 +165,7 @@ def test_bad_files_do_not_affect_other_files(
         Path(sound_only).name: "has no video stream",
     }
     paths = [str(tmp_path / name) for name in reasons]
-    reader = VideoReader(Video(decoder=decoder, **SMALL))
+    reader = VideoReader(Video(decoder=decoder, **SMALL), PIXELS)
     first, *bad, last = reader.encode([good, *paths, good])
     assert_same(first, last)
     for path, reason, error in zip(paths, reasons.values(), bad, strict=True):
@@ -258,10 +261,10 @@ def test_files_dali_cannot_decode_go_to_pyav(make_clip: MakeClip, tmp_path: Path
 
 def test_device_gpu_needs_a_gpu() -> None:
     with pytest.raises(ConfigError, match=r"video\.device=gpu needs video\.decoder=dali"):
-        VideoReader(Video(decoder="pyav", device="gpu"))
+        VideoReader(Video(decoder="pyav", device="gpu"), PIXELS)
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="torch sees no GPU"):
-            VideoReader(Video(decoder="dali", device="gpu"))
+            VideoReader(Video(decoder="dali", device="gpu"), PIXELS)
 
 
 @pytest.mark.gpu
@@ -269,6 +272,8 @@ def test_gpu_frames_are_close_to_cpu_frames(make_clip: MakeClip) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     path = make_clip("clip.mp4", size=(240, 320))
-    (one,) = videos_of(encode(Encoder(Video(decoder="dali", device="gpu", **SMALL)), [path]))
-    (other,) = videos_of(encode(Encoder(Video(decoder="pyav", **SMALL)), [path]))
+    (one,) = videos_of(
+        encode(Encoder(Video(decoder="dali", device="gpu", **SMALL), PIXELS), [path])
+    )
+    (other,) = videos_of(encode(Encoder(Video(decoder="pyav", **SMALL), PIXELS), [path]))
     assert np.abs(one.frames.astype(int) - other.frames).max() <= 4

@@ -13,6 +13,7 @@ import pytest
 
 from megatron_vrl.config import Video
 from megatron_vrl.errors import ConfigError, VideoError
+from megatron_vrl.models.qwen2_5_vl.pixels import PIXELS
 from megatron_vrl.types import EncodedVideo, VideoClip
 from megatron_vrl.video import VideoReader
 from megatron_vrl.video.encode import Encoder
@@ -54,7 +55,7 @@ def test_no_duration(make_clip: MakeClip, tmp_path: Path) -> None:
 
 def test_a_fifo_is_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.mp4")
-    (error,) = errors_of(VideoReader(Video(**SMALL)).encode([str(tmp_path / "pipe.mp4")]))
+    (error,) = errors_of(VideoReader(Video(**SMALL), PIXELS).encode([str(tmp_path / "pipe.mp4")]))
     assert error.kind == "unreadable" and str(error).endswith("is not a file; check the path.")
 
 
@@ -70,7 +71,9 @@ def test_links_out_of_the_data_folder_are_rejected(
     (real / "clip.mp4").symlink_to(target)
     (tmp_path / "folder").symlink_to(real)  # the folder itself may be a link
     folder = str(tmp_path / "folder")
-    (video,) = VideoReader(Video(**SMALL)).encode([VideoClip(f"{folder}/clip.mp4", folder=folder)])
+    (video,) = VideoReader(Video(**SMALL), PIXELS).encode(
+        [VideoClip(f"{folder}/clip.mp4", folder=folder)]
+    )
     if inside:
         assert isinstance(video, EncodedVideo)
     else:
@@ -116,9 +119,9 @@ def test_concurrent_copies_stay_within_the_limit(tmp_path: Path) -> None:
 def test_a_url_is_decoded_like_a_file(make_clip: MakeClip, tmp_path: Path) -> None:
     path = make_clip("clip.mp4", num_frames=8)
     url = f"file://{path}"
-    reader = VideoReader(Video(**SMALL, fetch_dir=str(tmp_path / "copies")))
+    reader = VideoReader(Video(**SMALL, fetch_dir=str(tmp_path / "copies")), PIXELS)
     from_url, from_file = videos_of(reader.encode([url, path]))
     np.testing.assert_array_equal(from_url.frames, from_file.frames)
     assert from_url.path == url and reader.counts["decoded"] == 1
     with pytest.raises(ConfigError, match=r"set video\.fetch_dir"):
-        Encoder(Video(**SMALL)).plan(VideoClip(url))
+        Encoder(Video(**SMALL), PIXELS).plan(VideoClip(url))

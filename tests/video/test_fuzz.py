@@ -10,6 +10,7 @@ import pytest
 
 from megatron_vrl.config import Video
 from megatron_vrl.errors import VideoError
+from megatron_vrl.models.qwen2_5_vl.pixels import PIXELS
 from megatron_vrl.types import EncodedVideo, VideoClip
 from megatron_vrl.video.encode import Encoder
 from tests.video.conftest import MakeClip, write_clip
@@ -73,7 +74,7 @@ def mutant(content: bytes, rng: random.Random) -> bytes:
 
 def results(contents: dict[str, bytes], count: int, seed: int, folder: Path) -> Counter[str]:
     """Count the results of `count` mutants. Raises any exception that is not a VideoError."""
-    encoder, rng = Encoder(Video(**RULE)), random.Random(seed)
+    encoder, rng = Encoder(Video(**RULE), PIXELS), random.Random(seed)
     found: Counter[str] = Counter()
     for number in range(count):
         name = sorted(contents)[number % len(contents)]
@@ -115,13 +116,13 @@ def test_a_title_that_is_not_utf8_is_read(tmp_path: Path, make_clip: MakeClip, s
     titled = path.read_bytes()
     assert b"CAFEXX" in titled
     path.write_bytes(titled.replace(b"CAFEXX", b"CAF\xc9\xe9\xff"))
-    (video,) = Encoder(Video(**RULE)).encode([VideoClip(str(path))], ["digest"])
+    (video,) = Encoder(Video(**RULE), PIXELS).encode([VideoClip(str(path))], ["digest"])
     assert isinstance(video, EncodedVideo), video
 
 
 def test_an_unknown_codec_is_unreadable(tmp_path: Path, make_clip: MakeClip) -> None:
     path = tmp_path / "unknown.mp4"
     path.write_bytes(Path(make_clip("a.mp4", num_frames=4)).read_bytes().replace(b"avc1", b"zzz1"))
-    (error,) = Encoder(Video(**RULE)).encode([VideoClip(str(path))], ["digest"])
+    (error,) = Encoder(Video(**RULE), PIXELS).encode([VideoClip(str(path))], ["digest"])
     assert isinstance(error, VideoError) and error.kind == "unreadable"
     assert str(error).startswith("has a codec that FFmpeg does not know")

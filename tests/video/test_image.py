@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from megatron_vrl.errors import CheckpointError, VideoError
-from megatron_vrl.models.qwen2_5_vl.preprocess import patchify
+from megatron_vrl.models.patchify import patchify
+from megatron_vrl.models.qwen2_5_vl.pixels import PIXELS
 from megatron_vrl.rollout.vllm.torchvision_shim import declare_missing_ops
 from megatron_vrl.video.image import ImageRules, read_image, read_image_rules
 from megatron_vrl.video.rules import smart_resize
@@ -23,7 +24,9 @@ declare_missing_ops()
 from transformers.image_utils import load_image  # noqa: E402
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as published  # noqa: E402
 
-RULES = ImageRules()
+RULES = ImageRules(
+    min_pixels=PIXELS.image_min_pixels, max_pixels=PIXELS.image_max_pixels, pixels=PIXELS
+)
 GREY_LEVEL = 1 / 255 / 0.26  # one grey level after normalisation
 
 
@@ -54,7 +57,7 @@ def test_grid_and_patches_equal_transformers(
     image = read_image(path, RULES)
     oracle = published.Qwen2VLImageProcessorPil()(load_image(path), return_tensors="np")
     assert oracle["image_grid_thw"].tolist() == [list(image.grid_thw)]
-    gap = np.abs(patchify(image.frames).numpy() - oracle["pixel_values"])
+    gap = np.abs(patchify(image.frames, PIXELS).numpy() - oracle["pixel_values"])
     assert gap.max() < 1.01 * GREY_LEVEL  # of two bicubic resizes that round to bytes
     assert (gap > 0.5 * GREY_LEVEL).mean() < 0.02
 
@@ -63,7 +66,7 @@ def test_grid_and_patches_equal_transformers(
 def test_sizes_equal_transformers(height: int, width: int) -> None:
     if max(height, width) <= 200 * min(height, width):
         limits = {"min_pixels": RULES.min_pixels, "max_pixels": RULES.max_pixels}
-        assert smart_resize(height, width, **limits) == published.smart_resize(
+        assert smart_resize(height, width, **limits, cell=PIXELS.cell) == published.smart_resize(
             height, width, factor=28, **limits
         )
 
@@ -94,13 +97,17 @@ def test_orientation_and_colours_are_those_of_load_image(saved: Callable[..., st
     ],
 )
 def test_limits_of_the_checkpoint(tmp_path: Path, name: str, content: dict[str, Any]) -> None:
-    assert read_image_rules(tmp_path) == ImageRules(min_pixels=3136, max_pixels=1003520)
+    assert read_image_rules(tmp_path, PIXELS) == ImageRules(
+        min_pixels=3136, max_pixels=1003520, pixels=PIXELS
+    )
     (tmp_path / name).write_text(json.dumps(content))
-    assert read_image_rules(tmp_path) == ImageRules(min_pixels=784, max_pixels=1568)
+    assert read_image_rules(tmp_path, PIXELS) == ImageRules(
+        min_pixels=784, max_pixels=1568, pixels=PIXELS
+    )
     for broken in ("{", "[]", '{"image_processor": 7, "size": 784}'):
         (tmp_path / name).write_text(broken)
         with pytest.raises(CheckpointError, match="restore it from the checkpoint"):
-            read_image_rules(tmp_path)
+            read_image_rules(tmp_path, PIXELS)
 
 
 def test_bad_files_are_named(saved: Callable[..., str], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_vrl.config import Video
+from megatron_vrl.models.qwen2_5_vl.pixels import PIXELS
 from megatron_vrl.types import EncodedVideo, VideoClip
 from megatron_vrl.video.encode import Encoder
 from megatron_vrl.video.probe import probe
@@ -20,7 +21,7 @@ RULE: dict[str, Any] = {"min_pixels": 28 * 28, "max_pixels": 56 * 56, "fps": 4.0
 
 @pytest.fixture(scope="module")
 def encoders() -> dict[str, Encoder]:
-    return {name: Encoder(Video(decoder=name, **RULE)) for name in ("dali", "pyav")}
+    return {name: Encoder(Video(decoder=name, **RULE), PIXELS) for name in ("dali", "pyav")}
 
 
 def plain_read(path: str) -> list[np.ndarray]:

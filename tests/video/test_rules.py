@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_vrl.config import Video
 from megatron_vrl.errors import VideoError
+from megatron_vrl.models.qwen2_5_vl.pixels import PIXELS
 from megatron_vrl.video import rules
 
 
@@ -61,7 +62,7 @@ def test_plan_is_qwens(
     cfg = Video(fps=wanted_fps, max_frames=max_frames, total_pixels=total_pixels)
     indices, rows, columns, sampled_fps = restated(total, fps, height, width, cfg)
     assume(max(height, width) <= 200 * min(height, width) and rows and columns)
-    plan = rules.plan_frames(total, fps, height, width, cfg)
+    plan = rules.plan_frames(total, fps, height, width, cfg, PIXELS)
     assert plan.indices.tolist() == indices
     assert (plan.height, plan.width) == (rows, columns)
     assert plan.sampled_fps == sampled_fps
@@ -70,17 +71,17 @@ def test_plan_is_qwens(
 
 
 def test_measured_values() -> None:
-    plan = rules.plan_frames(300, 30.0, 720, 1280, Video())
+    plan = rules.plan_frames(300, 30.0, 720, 1280, Video(), PIXELS)
     assert len(plan.indices) == 20
     assert plan.indices[[0, 1, 2, -1]].tolist() == [0, 16, 31, 299]
     assert plan.seconds_per_grid == 1.0
-    plan = rules.plan_frames(240, 30.0, 720, 1280, Video())
+    plan = rules.plan_frames(240, 30.0, 720, 1280, Video(), PIXELS)
     assert (plan.height, plan.width, plan.num_tokens) == (560, 1008, 5760)
 
 
 @pytest.mark.parametrize(("num_frames", "sampled"), [(1, [0, 0]), (2, [0, 1]), (3, [0, 2])])
 def test_short_videos(num_frames: int, sampled: list[int]) -> None:
-    plan = rules.plan_frames(num_frames, 30.0, 112, 112, Video())
+    plan = rules.plan_frames(num_frames, 30.0, 112, 112, Video(), PIXELS)
     assert plan.indices.tolist() == sampled
     assert plan.grid_thw[0] == 1
 
@@ -88,7 +89,7 @@ def test_short_videos(num_frames: int, sampled: list[int]) -> None:
 @given(total=st.integers(1, 10_000), max_frames=st.integers(1, 768), side=st.integers(1, 3000))
 def test_plan_fits_its_limits(total: int, max_frames: int, side: int) -> None:
     cfg = Video(max_frames=max_frames, total_pixels=20_000_000)
-    plan = rules.plan_frames(total, 25.0, side, 2 * side, cfg)
+    plan = rules.plan_frames(total, 25.0, side, 2 * side, cfg, PIXELS)
     assert len(plan.indices) % 2 == 0
     assert (np.diff(plan.indices) >= 0).all()
     assert plan.indices[0] == 0
@@ -99,7 +100,7 @@ def test_plan_fits_its_limits(total: int, max_frames: int, side: int) -> None:
 
 def test_extreme_aspect_ratio_is_rejected() -> None:
     with pytest.raises(VideoError, match="2010x10, longer than 200:1"):
-        rules.smart_resize(10, 2010, 100352, 602112)
+        rules.smart_resize(10, 2010, 100352, 602112, cell=PIXELS.cell)
 
 
 def test_rules_need_no_heavy_library() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from megatron_vrl.config import Video
 from megatron_vrl.errors import ConfigError
+from megatron_vrl.models.qwen2_5_vl.pixels import PIXELS
 from megatron_vrl.types import EncodedVideo
 from megatron_vrl.video import VideoReader
 from megatron_vrl.video.store import MIB, VideoStore
@@ -131,16 +132,18 @@ def test_reader_decodes_a_file_once(make_clip: MakeClip, tmp_path: Path) -> None
     copy = tmp_path / "copy.mp4"
     copy.write_bytes(Path(path).read_bytes())
     cfg = Video(decoder="pyav", store_dir=str(tmp_path / "store"))
-    reader = VideoReader(cfg)
+    reader = VideoReader(cfg, PIXELS)
     first, second = videos_of(reader.encode([path, str(copy)]))
     assert reader.counts == {"decoded": 1, "failed": 0, "store": 0, "retried": 0}
     assert_same(second, replace(first, path=str(copy)))
 
-    later = VideoReader(cfg.model_copy(update={"decoder": "dali"}))  # the same bytes, so shared
+    later = VideoReader(
+        cfg.model_copy(update={"decoder": "dali"}), PIXELS
+    )  # the same bytes, so shared
     assert_same(videos_of(later.encode([path]))[0], first)
     assert later.counts == {"decoded": 0, "failed": 0, "store": 1, "retried": 0}
 
-    other_rule = VideoReader(cfg.model_copy(update={"fps": 3.0}))
+    other_rule = VideoReader(cfg.model_copy(update={"fps": 3.0}), PIXELS)
     assert len(videos_of(other_rule.encode([path]))[0].frames) > len(first.frames)
 
     copy.write_bytes(Path(make_clip("other.mp4", num_frames=20)).read_bytes())

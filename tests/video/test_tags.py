@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_vrl.config import Video
+from megatron_vrl.models.qwen2_5_vl.pixels import PIXELS
 from megatron_vrl.types import EncodedVideo, VideoClip
 from megatron_vrl.video.colour import correct_matrix, to_rgb
 from megatron_vrl.video.encode import Encoder
@@ -23,7 +24,7 @@ LIMITED, FULL = 1, 2
 
 
 def encode(decoder: Literal["dali", "pyav"], path: str, **rule: Any) -> EncodedVideo:
-    encoder = Encoder(Video(decoder=decoder, **{"min_pixels": 784, **rule}))
+    encoder = Encoder(Video(decoder=decoder, **{"min_pixels": 784, **rule}), PIXELS)
     clip = VideoClip(path)
     (video,) = encoder.encode([clip], [encoder.identify(clip, None).digest])
     assert isinstance(video, EncodedVideo), video

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from megatron_vrl.config import Video
+from megatron_vrl.models.qwen2_5_vl.pixels import PIXELS
 from megatron_vrl.types import VideoClip
 from megatron_vrl.video.encode import Encoder
 from megatron_vrl.video.time_axis import time_problems
@@ -16,7 +17,9 @@ RULE: dict[str, Any] = {"decoder": "pyav", "fps": 2.0, "min_pixels": 784}
 
 
 def problems_of(path: str, window_s: tuple[float, float] | None = None, **rule: Any) -> list[str]:
-    return list(time_problems(Encoder(Video(**RULE | rule)).plan(VideoClip(path, window_s))))
+    return list(
+        time_problems(Encoder(Video(**RULE | rule), PIXELS).plan(VideoClip(path, window_s)))
+    )
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.mov", "a.ts"])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_vrl.config import Video
+from megatron_vrl.models.qwen2_5_vl.pixels import PIXELS
 from megatron_vrl.video.dali import DaliDecoder
 from megatron_vrl.video.nal import NalReader
 from megatron_vrl.video.probe import DecodeJob, planned
@@ -63,7 +64,7 @@ MADE: Options = {"num_frames": NUM_FRAMES, "size": (64, 96), "gop": 20}
 
 def jobs(path: str) -> Iterator[DecodeJob]:
     """Yield jobs with different wanted frames: ends, around a key frame, regular, random."""
-    job = planned(path, None, SMALL)
+    job = planned(path, None, SMALL, PIXELS)
     last = job.file.num_frames - 1
     rng = np.random.default_rng(last)
     choices = [[0], [last], [last // 3 - 1], [last // 3], [last // 3 + 1], [0, last], [1, 2, last]]
@@ -97,7 +98,7 @@ def num_packets(path: str, stream: int) -> int:
 
 def assert_parts_are_exact(path: str, every: int = 1) -> int:
     """Compare FFmpeg's frames of the parts and of the file. Return the smallest packet count."""
-    fewest, file = 1 << 30, planned(path, None, SMALL).file
+    fewest, file = 1 << 30, planned(path, None, SMALL, PIXELS).file
     shown = decoded(path, file.stream)
     assert len(shown) == file.num_frames
     for job in list(jobs(path))[::every]:
@@ -122,7 +123,7 @@ def assert_parts_are_exact(path: str, every: int = 1) -> int:
 def test_parts_have_the_frames_of_the_whole_stream(make_clip: MakeClip, name: str) -> None:
     path = make_clip(name, **MADE | CLIPS[name])
     assert assert_parts_are_exact(path) == 1  # of the first frame
-    last = with_frames(planned(path, None, SMALL), [NUM_FRAMES - 1])
+    last = with_frames(planned(path, None, SMALL, PIXELS), [NUM_FRAMES - 1])
     (part,) = split(last)
     if name == "intra_refresh.mp4":  # no second access point: every reference frame is needed
         assert part.num_packets > NUM_FRAMES // 3
@@ -142,12 +143,14 @@ def test_dali_on_parts_equals_a_sequential_read(make_clip: MakeClip, name: str) 
 
 def test_real_clips(real_clips: list[str]) -> None:
     """`nasa_13013.mp4` has two video streams and an edit list that hides packets."""
-    trimmed = [path for path in real_clips if planned(path, None, SMALL).file.codec in CONTAINERS]
+    trimmed = [
+        path for path in real_clips if planned(path, None, SMALL, PIXELS).file.codec in CONTAINERS
+    ]
     assert {"nasa_13013.mp4", "h265_video.mp4"} <= {Path(path).name for path in trimmed}
     for path in trimmed:
-        assert dali_reads(planned(path, None, SMALL).file, "gpu", BLACKWELL)
+        assert dali_reads(planned(path, None, SMALL, PIXELS).file, "gpu", BLACKWELL)
         assert assert_parts_are_exact(path, every=3) < num_packets(
-            path, planned(path, None, SMALL).file.stream
+            path, planned(path, None, SMALL, PIXELS).file.stream
         )
 
 
@@ -213,12 +216,12 @@ def test_a_key_frame_without_its_parameter_sets_starts_no_part(
     )
     joined = str(tmp_path / "joined.mkv")
     join_with_other_pps(one, other, joined)
-    file = planned(joined, None, SMALL).file
+    file = planned(joined, None, SMALL, PIXELS).file
     assert not file.format_changes
     assert file.keyframes.tolist() == [0, 20, 40, 60, 80, 100]
     assert_parts_are_exact(joined)
     starts = [60, 80, 100]
-    parts = [split(with_frames(planned(joined, None, SMALL), [n]))[0] for n in starts]
+    parts = [split(with_frames(planned(joined, None, SMALL, PIXELS), [n]))[0] for n in starts]
     assert [part.positions.tolist() == [0] for part in parts] == [True, False, False]
 
 
@@ -252,13 +255,13 @@ def test_streams_without_one_packet_per_frame_have_no_parts(
         (backwards, [5, 20], False),
     ):
         write_packets(source, str(target), pts)
-        job = with_frames(planned(str(target), None, SMALL), frames)
+        job = with_frames(planned(str(target), None, SMALL, PIXELS), frames)
         assert bool(split(job)) == is_regular
 
 
 def test_codecs_without_a_row_are_decoded_whole(make_clip: MakeClip) -> None:
     path = make_clip("old.mp4", codec="mpeg4", **MADE)
-    job = with_frames(planned(path, None, SMALL), [3, 50])
+    job = with_frames(planned(path, None, SMALL, PIXELS), [3, 50])
     (part,) = split(job)
     assert part.encoded.tobytes() == Path(path).read_bytes()
     assert part.positions.tolist() == part.frames.tolist() == [3, 50]

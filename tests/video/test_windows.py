@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_vrl.config import Video
 from megatron_vrl.errors import VideoError
+from megatron_vrl.models.qwen2_5_vl.pixels import PIXELS
 from megatron_vrl.types import VideoClip
 from megatron_vrl.video import VideoReader
 from megatron_vrl.video.encode import Encoder
@@ -84,7 +85,7 @@ def test_a_fixed_count_is_limited_by_the_number_of_frames() -> None:
 def test_windows_are_decoded_and_stored_separately(make_clip: MakeClip) -> None:
     path = make_clip("clip.mp4", num_frames=64, fps=16)
     rule: dict[str, Any] = {"min_pixels": 784, "num_frames": 8}
-    reader = VideoReader(Video(decoder="pyav", **rule))
+    reader = VideoReader(Video(decoder="pyav", **rule), PIXELS)
     part, whole = VideoClip(path, (1.0, 2.0)), VideoClip(path)
     video, all_of_it = videos_of(reader.encode([part, whole]))
     assert reader.counts["decoded"] == 2
@@ -92,7 +93,7 @@ def test_windows_are_decoded_and_stored_separately(make_clip: MakeClip) -> None:
     assert video.timestamps_s[[0, -1]].tolist() == [1.0, 2.0]
     assert video.duration_s == 1.0 and all_of_it.duration_s == 4.0
     assert video.sampled_fps == pytest.approx(8 / 17 * 16)
-    dali = Encoder(Video(decoder="dali", **rule))
+    dali = Encoder(Video(decoder="dali", **rule), PIXELS)
     (same,) = videos_of(dali.encode([part], [video.digest]))
     np.testing.assert_array_equal(same.frames, video.frames)
     again = reader.encode([part])[0]
@@ -101,7 +102,7 @@ def test_windows_are_decoded_and_stored_separately(make_clip: MakeClip) -> None:
 
 def test_a_window_outside_the_file(make_clip: MakeClip) -> None:
     path = make_clip("clip.mp4", num_frames=16, fps=16)
-    reader = VideoReader(Video(decoder="pyav"))
+    reader = VideoReader(Video(decoder="pyav"), PIXELS)
     (error,) = errors_of(reader.encode([VideoClip(path, (5.0, 6.0))]))
     assert str(error) == (
         f"{path} has no frame from 5.00 to 6.00 s, it is 1.00 s long; correct the window."
@@ -115,7 +116,7 @@ def test_tokens_are_known_before_decoding(
     make_clip: MakeClip, rule: dict[str, Any], window_s: tuple[float, float] | None
 ) -> None:
     path = make_clip("clip.mp4", size=(240, 320), turned=90)
-    encoder = Encoder(Video(decoder="pyav", **rule))
+    encoder = Encoder(Video(decoder="pyav", **rule), PIXELS)
     clip = VideoClip(path, window_s)
     plan = encoder.plan(clip).plan
     (video,) = videos_of(encoder.encode([clip], ["digest"]))
@@ -125,6 +126,6 @@ def test_tokens_are_known_before_decoding(
 
 def test_first_frame_shifts_a_plan() -> None:
     cfg = Video(num_frames=4)
-    plan, whole = (plan_frames(40, 10.0, 112, 112, cfg, first=first) for first in (100, 0))
+    plan, whole = (plan_frames(40, 10.0, 112, 112, cfg, PIXELS, first=first) for first in (100, 0))
     assert plan.indices.tolist() == (whole.indices + 100).tolist()
     np.testing.assert_array_equal(replace(plan, indices=whole.indices).indices, whole.indices)

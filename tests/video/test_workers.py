@@ -17,6 +17,7 @@ import pytest
 
 from megatron_vrl.config import Video
 from megatron_vrl.errors import VideoError
+from megatron_vrl.models.qwen2_5_vl.pixels import PIXELS
 from megatron_vrl.types import EncodedVideo, VideoClip
 from megatron_vrl.video import VideoReader
 from megatron_vrl.video.workers import Workers
@@ -115,7 +116,7 @@ def test_a_video_over_its_timeout_is_a_video_error(make_clip: MakeClip, tmp_path
     slow = str(tmp_path / "slow.mp4")
     repeat(make_clip("part.mp4", num_frames=40, codec="mpeg4", size=(480, 640)), slow, times=400)
     quick = make_clip("quick.mp4", num_frames=8)
-    reader = VideoReader(Video(**SMALL, timeout_s=1.0, workers=1))
+    reader = VideoReader(Video(**SMALL, timeout_s=1.0, workers=1), PIXELS)
     error, video = reader.encode([slow, quick])
     assert isinstance(video, EncodedVideo) and isinstance(error, VideoError)
     assert error.kind == "hung" and str(error).startswith(f"{slow} was not decoded within 1 s")
@@ -129,8 +130,8 @@ def test_a_video_over_its_timeout_is_a_video_error(make_clip: MakeClip, tmp_path
 def test_prefetched_videos_are_bit_equal(make_clip: MakeClip, decoder: str) -> None:
     paths = [make_clip(f"{i}.mp4", num_frames=8 + i) for i in range(6)]
     cfg = Video(**SMALL | {"decoder": decoder}, prefetch=4, store_mib=1)
-    plain = videos_of(VideoReader(cfg).encode(paths))
-    reader = VideoReader(cfg)
+    plain = videos_of(VideoReader(cfg, PIXELS).encode(paths))
+    reader = VideoReader(cfg, PIXELS)
     reader.prefetch([VideoClip(path) for path in paths])
     ahead = videos_of(reader.encode(paths[::-1])[::-1])
     for one, other in zip(plain, ahead, strict=True):
@@ -150,7 +151,7 @@ def test_memory_is_flat_over_a_thousand_videos(make_clip: MakeClip, tmp_path: Pa
         name = tmp_path / f"{number}.mp4"
         os.link(source, name)
         clip.append(VideoClip(str(name), (0.0, 0.5 + number / 1e3)))
-    reader = VideoReader(Video(**SMALL, store_mib=1))
+    reader = VideoReader(Video(**SMALL, store_mib=1), PIXELS)
     held = []
     for start in range(0, 1000, 100):
         assert all(isinstance(v, EncodedVideo) for v in reader.encode(clip[start:][:100]))
@@ -167,10 +168,12 @@ def resident_bytes() -> int:
 READ_ONE = """
 import sys
 from megatron_vrl.config import Video
+from megatron_vrl.models.qwen2_5_vl.pixels import PIXELS
 from megatron_vrl.video import VideoReader
 from tests.video.conftest import MakeClip
 if __name__ == "__main__":
-    print(type(VideoReader(Video(decoder="pyav", workers=2)).encode([sys.argv[1]])[0]).__name__)
+    reader = VideoReader(Video(decoder="pyav", workers=2), PIXELS)
+    print(type(reader.encode([sys.argv[1]])[0]).__name__)
 """
 
 

@@ -107,7 +107,7 @@ def random_checkpoint(config: Path, directory: Path) -> int:
 
     from megatron_vrl.checkpoint.hf_reader import HFCheckpointWriter
     from megatron_vrl.models.architecture import read_architecture
-    from megatron_vrl.models.qwen2_5_vl.hf_shapes import hf_shapes
+    from megatron_vrl.models.weight_map import hf_shapes
 
     directory.mkdir(parents=True)
     shutil.copy(config, directory / "config.json")

@@ -19,6 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_vrl.models.qwen2_5_vl.pixels import PIXELS
+
 Row = dict[str, Any]
 COPIES = 4  # videos of a `workers-K` round
 Once = Callable[[], Any]
@@ -77,10 +79,10 @@ def _paths(file: str, cfg: Any, wanted: set[str]) -> dict[str, Once]:
     from megatron_vrl.video.pyav import decode_frames
 
     torch.set_num_threads(1)
-    job = planned(file, None, cfg)
+    job = planned(file, None, cfg, PIXELS)
 
     def ours(**keys: str) -> Once:
-        encoder = Encoder(cfg.model_copy(update={"workers": 1, **keys}))
+        encoder = Encoder(cfg.model_copy(update={"workers": 1, **keys}), PIXELS)
         return lambda: encoder.encode([VideoClip(file)], [""])
 
     makers: dict[str, Callable[[], Once | None]] = {
@@ -136,7 +138,7 @@ def _decord(file: str, plan: Any) -> Once | None:
 def _stored(file: str, cfg: Any, store_mib: int) -> Once:
     from megatron_vrl.video import VideoReader
 
-    reader = VideoReader(cfg.model_copy(update={"workers": 1, "store_mib": store_mib}))
+    reader = VideoReader(cfg.model_copy(update={"workers": 1, "store_mib": store_mib}), PIXELS)
     reader.encode([file])
     return lambda: reader.encode([file])
 

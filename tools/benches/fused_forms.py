@@ -17,10 +17,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from megatron_vrl.models import cascade_calls, layers, rotary, swiglu
+from megatron_vrl.models import cascade_calls, cascade_plans, layers, rotary, swiglu
+from megatron_vrl.models import inputs as pass_inputs
 from megatron_vrl.models.cascade_calls import VarlenCall
-from megatron_vrl.models.qwen2_5_vl import cascade_plans
-from megatron_vrl.models.qwen2_5_vl import inputs as pass_inputs
 from megatron_vrl.observe.op_counter import OpCounter
 
 

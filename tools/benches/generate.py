@@ -85,7 +85,7 @@ def _engine(folder: Path, arguments: argparse.Namespace) -> Any:
     from megatron_vrl.checkpoint.hf_reader import HFCheckpoint
     from megatron_vrl.config import RolloutConfig
     from megatron_vrl.models.architecture import read_architecture
-    from megatron_vrl.models.qwen2_5_vl.hf_shapes import hf_shapes
+    from megatron_vrl.models.weight_map import hf_shapes
     from megatron_vrl.rollout.vllm.engine import VllmEngine
 
     hf = checkpoint_of(folder, arguments.hidden, arguments.layers)

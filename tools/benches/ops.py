@@ -127,7 +127,7 @@ def layer_calls(policy: Policy, batches: list[Any]) -> tuple[Call, Call]:
     """Return the second language layer and the first vision layer with the arguments of a pass."""
     chunk = policy.chunks[0]
     assert chunk.vision is not None
-    layers = chunk.language.decoder.layers[1], chunk.vision.blocks.layers[0]
+    layers = chunk.language.decoder.layers[1], chunk.vision.layers()[0]
     calls: dict[int, Call] = {}
 
     def keep(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -35,11 +35,13 @@ VISION = VisionArchitecture(
     tokens_per_second=2,
 )
 ARCHITECTURE = Architecture(
+    family="qwen2_5_vl",
     hidden=512,
     mlp=1408,
     layers=4,
     heads=8,
     kv_heads=2,
+    head_dim=64,
     vocab=VOCAB,
     rope_base=1e6,
     mrope_section=(8, 12, 12),
@@ -49,6 +51,8 @@ ARCHITECTURE = Architecture(
     video_token=VOCAB - 1,
     image_token=VOCAB - 2,
     vision_start_token=VOCAB - 3,
+    vision_end_token=VOCAB - 4,
+    qkv_bias=True,
     vision=VISION,
 )
 

@@ -4,7 +4,7 @@ The update is that of a run: vision tower forward, language model and head forwa
 gradients in float32, AdamW. Number formats and layouts take turns on one model, so that nothing
 else differs: `bfloat16`, and Transformer Engine's FP8 with `delayed`, `current` or `blockwise`
 scaling (a GPU's alone). `ratio` is the median time of the row --against over the row's own,
-`model_tflops` counts what the layout had to compute (megatron_vrl/models/qwen2_5_vl/flops.py),
+`model_tflops` counts what the layout had to compute (megatron_vrl/models/flops.py),
 `mfu` is that over the card's bfloat16 peak whatever the format, `entropy_change` the relative
 distance of the first update's mean entropy from that of the first row."""
 
@@ -21,13 +21,13 @@ import torch
 
 from megatron_vrl.algorithms import token_loss
 from megatron_vrl.batching.pack import Answer, Group, MicroBatch
-from megatron_vrl.batching.positions import VisionBlock, mrope_positions
 from megatron_vrl.config import Algorithm, Batch, Model, Optimizer, Parallel
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.models.architecture import Architecture, read_architecture
+from megatron_vrl.models.flops import micro_batch_flops, update_flops
 from megatron_vrl.models.logprob_head import Distribution
 from megatron_vrl.models.precision import FP8_FORMATS, FP8_RECIPES
-from megatron_vrl.models.qwen2_5_vl.flops import micro_batch_flops, update_flops
+from megatron_vrl.models.qwen2_5_vl.positions import VisionBlock, mrope_positions
 from megatron_vrl.observe.hardware import peak_bytes, peak_flops, reset_peak
 from megatron_vrl.parallel.mesh import close_mesh, init_mesh
 from megatron_vrl.policy.micro_batches import plan_batches

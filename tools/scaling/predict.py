@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_vrl.config import Model, Run, RunConfig
 from megatron_vrl.models.architecture import Architecture
+from megatron_vrl.models.qwen2_5_vl.pixels import PIXELS
 from megatron_vrl.planner.hardware import Gpu
 from megatron_vrl.planner.parameters import count_stage
 from megatron_vrl.planner.speed import Machine, Phase, optimizer_phase, training_pass
@@ -17,7 +18,7 @@ from megatron_vrl.planner.workload import GroupSizes, PackedBatch
 from scaling.grid import Cell, Work, micro_batches
 
 TEXT_TOKENS = 81  # of the prompt that benches/update.py makes, around its video
-CELL, IDLE = 28, "pipeline idle"  # pixels of a side of a token; the planner's word
+IDLE = "pipeline idle"  # the planner's word
 
 
 def model_of(work: Work, checkpoint: str = "none") -> Model:
@@ -34,10 +35,14 @@ def model_of(work: Work, checkpoint: str = "none") -> Model:
 
 
 def sizes_of(work: Work) -> GroupSizes:
-    grid = (work.frames // 2, work.height // (CELL // 2), work.width // (CELL // 2))
+    grid = (work.frames // 2, work.height // PIXELS.patch, work.width // PIXELS.patch)
     vision = grid[0] * grid[1] * grid[2] // 4
     return GroupSizes(
-        prompt=TEXT_TOKENS + vision, response=work.answer_tokens, answers=work.answers, grid=grid
+        prompt=TEXT_TOKENS + vision,
+        response=work.answer_tokens,
+        answers=work.answers,
+        grid=grid,
+        pixels=PIXELS,
     )
 
 

@@ -4,23 +4,13 @@ The tower embeds patches, applies pre-norm blocks with 2D rotary embeddings (win
 full attention in a few blocks), and merges each merge x merge square of patches into one token of
 the language model.
 
-Attention stays inside a temporal step. Therefore the temporal steps of a micro-batch are
-partitioned over the tensor x context ranks: every rank holds the whole tower, encodes its temporal
-steps, and all ranks gather the tokens. A rank's gradients of the tower are partial sums:
-`policy/policy.py` sums them over the tensor ranks, and Megatron sums all gradients over the context
-ranks.
-
 The arithmetic follows transformers' `modeling_qwen2_5_vl.py`; tests compare the two.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import (
     TransformerBlock,
     TransformerBlockSubmodules,
@@ -32,10 +22,12 @@ from megatron_vrl.config import Model
 from megatron_vrl.models.architecture import Architecture, VisionArchitecture
 from megatron_vrl.models.attention import packed_params
 from megatron_vrl.models.layers import COMMON_CONFIG, RMSNorm, layer_spec
-from megatron_vrl.models.qwen2_5_vl.inputs import Grid, VisionInputs, vision_inputs
+from megatron_vrl.models.qwen2_5_vl.attention_plans import vision_plans
 from megatron_vrl.models.recompute import vision_recompute
 from megatron_vrl.models.rotary import rotary_tables
-from megatron_vrl.parallel.mesh import Mesh
+from megatron_vrl.models.vision_inputs import Grid, VisionInputs, share_steps, vision_inputs
+from megatron_vrl.models.vision_tower import VisionTower, without_groups
+from megatron_vrl.parallel.mesh import Axis, Mesh
 
 
 def vision_config(
@@ -49,6 +41,7 @@ def vision_config(
         num_attention_heads=arch.heads,
         layernorm_epsilon=1e-6,
         add_bias_linear=True,
+        add_qkv_bias=True,
         **COMMON_CONFIG,
         **vision_recompute(cfg, arch.layers),
         gradient_accumulation_fusion=language.gradient_accumulation_fusion,
@@ -58,21 +51,24 @@ def vision_config(
     )
 
 
-class VisionTower(MegatronModule):
-    """Encoder of the patches of any number of videos and images; returns one embedding per vision
-    token."""
+def tower_inputs(
+    grids: Sequence[Grid], arch: VisionArchitecture, device: torch.device, sharing: Axis | None
+) -> VisionInputs:
+    """Return the index tensors of this rank's temporal steps, with plans of windows for most
+    blocks."""
+    share = share_steps(grids, arch.merge, sharing)
+    plans = vision_plans(share.steps, arch, device) if share.steps else {}
+    return vision_inputs(share, arch, plans, device)
+
+
+class Qwen25VisionTower(VisionTower):
+    """Tower with window attention and one merger."""
 
     def __init__(
         self, arch: Architecture, cfg: Model, mesh: Mesh, language: TransformerConfig
     ) -> None:
         config = vision_config(arch.vision, cfg, language)
-        super().__init__(config=config)
-        self.arch = arch.vision
-        self.mesh = mesh
-        self._dummy: VisionInputs | None = None
-        alone = ProcessGroupCollection(
-            tp=mesh.alone, pp=mesh.alone, cp=mesh.alone, dp=mesh.alone, tp_cp=mesh.alone
-        )
+        super().__init__(arch.vision, mesh, config, tower_inputs)
         self.patch_embed = torch.nn.Linear(
             self.arch.patch_values, self.arch.hidden, bias=False, dtype=config.params_dtype
         )
@@ -81,53 +77,13 @@ class VisionTower(MegatronModule):
             config=config,
             spec=TransformerBlockSubmodules(layer_specs=[spec] * self.arch.layers, layer_norm=None),
             post_layer_norm=False,
-            pg_collection=alone,
+            pg_collection=without_groups(mesh),
         )
         self.merger = PatchMerger(config, self.arch, arch.hidden, config.params_dtype)
-        for param in self.parameters():
-            param.tensor_model_parallel = False  # every tensor rank holds a full copy
-            param.sequence_parallel = False
-
-    def forward(self, output: Tensor, inputs: VisionInputs) -> Tensor:
-        """Return embeddings [tokens, language hidden] of all temporal steps.
-
-        `output` [P, C] is what `encode` returns. Every tensor and context rank must call it. Every
-        rank gets all tokens.
-        """
-        tokens = self._merge(output, inputs)
-        sharing = self.mesh.vision
-        if sharing.size == 1:
-            return tokens
-        return _GatherRows.apply(tokens, inputs.counts, sharing.group, self.mesh.context.group)
-
-    def encode_local(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """Return the embeddings that `forward` returns, computed by this rank without
-        communication."""
-        inputs = vision_inputs(grids, self.arch, patches.device)
-        return self._merge(self.encode(patches, inputs), inputs)
-
-    def parameter_versions(self) -> tuple[tuple[int, int], ...]:
-        """Return a fingerprint of the parameters: it changes when one is written in place or
-        replaced."""
-        return tuple((param.data_ptr(), param._version) for param in self.parameters())
-
-    def dummy_token(self) -> Tensor:
-        """Return the embedding of one black square of merge x merge patches.
-
-        A batch without visuals adds 0 x this embedding, so that every parameter of the tower gets a
-        gradient. Megatron's overlapped gradient reduction waits for all of them.
-        """
-        side, weight = self.arch.merge, self.patch_embed.weight
-        if self._dummy is None:
-            self._dummy = vision_inputs([(1, side, side)], self.arch, weight.device)
-        black = weight.new_zeros(side**2, self.arch.patch_values)
-        return self._merge(self.encode(black, self._dummy), self._dummy)
+        self.mark_copies()
 
     def encode(self, patches: Tensor, inputs: VisionInputs) -> Tensor:
-        """Return the blocks' output [P, C] for this rank's part of patches [all P, patch values].
-
-        It is the merger's input.
-        """
+        """Return the blocks' output [P, C]."""
         if not inputs.plans:
             return patches.new_zeros(0, self.arch.hidden)
         hidden = self.patch_embed(patches[inputs.patches]).unsqueeze(1)  # [P, 1, C]
@@ -140,8 +96,8 @@ class VisionTower(MegatronModule):
         output: Tensor = hidden.squeeze(1)
         return output
 
-    def _merge(self, output: Tensor, inputs: VisionInputs) -> Tensor:
-        """Return the embeddings [tokens, language hidden] of this rank's patches."""
+    def merge(self, output: Tensor, inputs: VisionInputs) -> Tensor:
+        """Return the merger's tokens [tokens, language hidden]."""
         if not inputs.plans:  # a rank without steps must still join the gather
             return output.new_zeros(0, self.merger.out.out_features, requires_grad=True)
         tokens: Tensor = self.merger(output)
@@ -163,37 +119,3 @@ class PatchMerger(torch.nn.Module):
     def forward(self, patches: Tensor) -> Tensor:
         """Return [P / merge², language hidden] of patches [P, C]."""
         return self.out(F.gelu(self.hidden(self.norm(patches).view(-1, self.width))))
-
-
-class _GatherRows(torch.autograd.Function):
-    """All-gather of rows with different counts per rank.
-
-    Backward: tensor ranks hold equal gradients of the gathered rows. A context rank holds only the
-    gradients of tokens among its own rows of the sequence, so gradients are summed over `context`.
-    Each rank then keeps the gradient of its own rows.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        counts: list[int],
-        group: dist.ProcessGroup,
-        context: dist.ProcessGroup,
-    ) -> Tensor:
-        ctx.context = context
-        ctx.begin = sum(counts[: group.rank()])
-        ctx.count = counts[group.rank()]
-        padded = [rows.new_empty(max(counts), rows.shape[1]) for _ in counts]
-        own = F.pad(rows.detach(), (0, 0, 0, max(counts) - len(rows)))
-        dist.all_gather(padded, own, group=group)
-        parts = [part[:count] for part, count in zip(padded, counts, strict=True)]
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (grad,) = grads
-        if ctx.context.size() > 1:
-            grad = grad.contiguous().clone()
-            dist.all_reduce(grad, group=ctx.context)
-        return grad[ctx.begin : ctx.begin + ctx.count].contiguous(), None, None, None

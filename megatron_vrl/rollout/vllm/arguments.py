@@ -4,6 +4,7 @@ from typing import Any
 
 from megatron_vrl import config
 from megatron_vrl.errors import RolloutError
+from megatron_vrl.models.family import EngineInputs
 
 PIXEL_CACHE_GIB = 1.0  # processed pixels of recent videos, host memory
 
@@ -11,6 +12,7 @@ PIXEL_CACHE_GIB = 1.0  # processed pixels of recent videos, host memory
 def engine_arguments(
     hf_dir: str,
     cfg: config.RolloutConfig,
+    inputs: EngineInputs,
     *,
     dtype: str,
     seed: int,
@@ -19,7 +21,7 @@ def engine_arguments(
     on_gpu: bool,
 ) -> dict[str, Any]:
     """Return the arguments of vLLM's LLM class, without the executor."""
-    return (_on_gpu(cfg, dtype) if on_gpu else _on_cpu(cfg)) | {
+    return (_on_gpu(cfg, inputs, dtype) if on_gpu else _on_cpu(cfg)) | {
         "model": hf_dir,
         "load_format": "zeros",
         "dtype": dtype,
@@ -34,14 +36,14 @@ def engine_arguments(
         "generation_config": "vllm",  # the checkpoint's sets a repetition penalty
         # A video may come as one block per temporal step; each block has at least one token.
         "limit_mm_per_prompt": {"video": max_model_len, "image": 0},
-        "mm_processor_kwargs": {"do_resize": False, "cap_pixels_per_frame": False},
+        "mm_processor_kwargs": dict(inputs.processor_kwargs),
         "mm_processor_cache_gb": PIXEL_CACHE_GIB,
         "enable_mm_embeds": True,  # the trainer may send vision embeddings instead of pixels
         "disable_log_stats": True,
     }
 
 
-def _on_gpu(cfg: config.RolloutConfig, dtype: str) -> dict[str, Any]:
+def _on_gpu(cfg: config.RolloutConfig, inputs: EngineInputs, dtype: str) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "gpu_memory_utilization": cfg.gpu_memory_utilization,
         "enable_sleep_mode": True,
@@ -53,7 +55,7 @@ def _on_gpu(cfg: config.RolloutConfig, dtype: str) -> dict[str, Any]:
     if cfg.quantization == "fp8":  # the head is no linear layer for vLLM, and is not quantised
         arguments |= {
             "quantization": "fp8_per_channel",
-            "quantization_config": {"ignore": ["visual.*"]},
+            "quantization_config": {"ignore": list(inputs.not_quantised)},
         }
     return arguments
 

@@ -34,6 +34,8 @@ import torch
 
 from megatron_vrl import config
 from megatron_vrl.errors import RolloutError
+from megatron_vrl.models.architecture import read_architecture
+from megatron_vrl.models.families import family_of
 from megatron_vrl.rollout.buckets import NamedTensors, WeightBucket, torch_dtype
 from megatron_vrl.rollout.interfaces import Checksums
 from megatron_vrl.rollout.request import (
@@ -48,7 +50,7 @@ from megatron_vrl.rollout.vllm.arguments import engine_arguments
 from megatron_vrl.rollout.vllm.compat import keep_process_groups, scheduler_is_asynchronous
 from megatron_vrl.rollout.vllm.live_checksums import live_checksums
 from megatron_vrl.rollout.vllm.special_tokens import banned_token_ids, stop_token_ids
-from megatron_vrl.rollout.vllm.startup import import_vllm, preserve_trainer_state
+from megatron_vrl.rollout.vllm.startup import import_vllm, preserve_trainer_state, register_model
 from megatron_vrl.types import Prompt, Rollout
 
 
@@ -74,7 +76,9 @@ class VllmEngine:
         """
         if not (Path(hf_dir) / "config.json").is_file():
             raise RolloutError(f"{hf_dir} has no config.json; give a Hugging Face checkpoint.")
+        self._family = family_of(read_architecture(hf_dir))
         self._vllm = import_vllm()
+        register_model(self._vllm, self._family.engine)
         self.dtype = torch_dtype(dtype)
         self.max_model_len = max_model_len
         self.in_process = tensor == 1
@@ -86,6 +90,7 @@ class VllmEngine:
         arguments = engine_arguments(
             hf_dir,
             cfg,
+            self._family.engine,
             dtype=dtype,
             seed=seed,
             max_model_len=max_model_len,
@@ -103,13 +108,13 @@ class VllmEngine:
                 ) from error
         keep_process_groups(self._llm)
         self._tokenizer = self._llm.get_tokenizer()
-        self._stop_token_ids = stop_token_ids(self._tokenizer)
+        self._stop_token_ids = stop_token_ids(self._tokenizer, self._family.prompt)
         vocab = self._llm.model_config.get_vocab_size()
-        self.banned_token_ids = banned_token_ids(self._tokenizer, vocab)
+        self.banned_token_ids = banned_token_ids(self._tokenizer, self._family.prompt, vocab)
         # vLLM compiles two helpers of its sampler even in eager mode: 3 to 19 s on a CPU.
         self._stance = "default" if self._on_gpu else "force_eager"
         self._asleep = False
-        self._inputs = InputCheck()
+        self._inputs = InputCheck(self._family.engine)
         self._in_flight: dict[str, tuple[int, int]] = {}  # key -> seed, version at submission
         self._drained: dict[str, list[Rollout]] = {}  # finished requests for the next `step`
         self._cache_name = ""  # salt of cache entries; other salts share nothing
@@ -161,7 +166,8 @@ class VllmEngine:
         if not self.busy:
             self._clear_caches()
         engine = self._llm.llm_engine
-        (engine_input,) = engine.renderer.render_cmpl([vllm_prompt(request, self._cache_name)])
+        prompt = vllm_prompt(request, self._family.engine, self._cache_name)
+        (engine_input,) = engine.renderer.render_cmpl([prompt])
         try:
             self._inputs.check(request, engine_input)
         except RolloutError:
@@ -266,7 +272,8 @@ class VllmEngine:
 
     def weights_checksum(self) -> Checksums:
         """Return SHA-256 of every live weight by HF name, see `checksums.tensor_checksums`."""
-        return self._llm.apply_model(partial(live_checksums, dtype=self.dtype))[0]
+        checksums = partial(live_checksums, dtype=self.dtype, family=self._family.name)
+        return self._llm.apply_model(checksums)[0]
 
     @property
     def device(self) -> torch.device:

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 
 import torch
 
+from megatron_vrl.models.families import family_named
+from megatron_vrl.models.family import released_name
 from megatron_vrl.rollout.checksums import tensor_checksums
 from megatron_vrl.rollout.interfaces import Checksums
 from megatron_vrl.rollout.vllm.compat import cpu_kernel, output_widths, tensor_parallel_size
@@ -22,9 +24,14 @@ IDENTITY_ROWS = 512
 
 
 @torch.no_grad()
-def live_checksums(model: torch.nn.Module, dtype: torch.dtype) -> Checksums:
-    """Return SHA-256 by HF name of every weight. Every rank that shares the model calls it."""
-    return tensor_checksums(_live_tensors(model, dtype), dtype)
+def live_checksums(model: torch.nn.Module, dtype: torch.dtype, family: str) -> Checksums:
+    """Return SHA-256 by HF name of every weight. Every rank that shares the model calls it.
+
+    `family` is a row of `FAMILIES`.
+    """
+    weights = family_named(family).weights
+    tensors = _live_tensors(model, dtype)
+    return tensor_checksums(((released_name(weights, n), t) for n, t in tensors), dtype)
 
 
 def _live_tensors(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:

@@ -2,16 +2,16 @@
 
 from typing import Any
 
-from megatron_vrl.types import STRUCTURE_TOKENS
+from megatron_vrl.models.family import PromptForm
 
 
-def stop_token_ids(tokenizer: Any) -> list[int]:
-    """Return the ids of <|im_end|> and <|endoftext|>."""
-    stops: list[int] = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+def stop_token_ids(tokenizer: Any, form: PromptForm) -> list[int]:
+    """Return the ids of the family's stop tokens."""
+    stops: list[int] = tokenizer.convert_tokens_to_ids(list(form.stop_tokens))
     return stops
 
 
-def banned_token_ids(tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
+def banned_token_ids(tokenizer: Any, form: PromptForm, vocab_size: int) -> tuple[int, ...]:
     """Return the ids that no rollout may contain, ascending.
 
     These are vision and other special tokens, and rows of the embedding without a token. Stop
@@ -21,7 +21,7 @@ def banned_token_ids(tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
     special |= {
         index
         for index, token in tokenizer.added_tokens_decoder.items()
-        if token.special or token.content in STRUCTURE_TOKENS
+        if token.special or token.content in form.structure_tokens
     }
     no_token = set(range(len(tokenizer), vocab_size))
-    return tuple(sorted((special | no_token) - set(stop_token_ids(tokenizer))))
+    return tuple(sorted((special | no_token) - set(stop_token_ids(tokenizer, form))))

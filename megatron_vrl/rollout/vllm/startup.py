@@ -13,12 +13,14 @@ import random
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from types import ModuleType
 
 import numpy as np
 import torch
 
 from megatron_vrl.errors import RolloutError
+from megatron_vrl.models.family import EngineInputs
 from megatron_vrl.rollout.vllm.compat import check_private_parts, set_environment
 from megatron_vrl.rollout.vllm.torchvision_shim import declare_missing_ops
 
@@ -36,17 +38,23 @@ def import_vllm() -> ModuleType:
     declare_missing_ops()
     with preserve_trainer_state():
         import vllm
-        from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 
         check_private_parts()
         from megatron_vrl.rollout.vllm.load_weights import register
 
         register()
-        # The class and not its name: vLLM inspects a name in a subprocess that imports all of
-        # vLLM again (10 s) and lacks the torchvision shim.
-        architecture = Qwen2_5_VLForConditionalGeneration.__name__
-        vllm.ModelRegistry.register_model(architecture, Qwen2_5_VLForConditionalGeneration)
     return vllm
+
+
+def register_model(vllm: ModuleType, inputs: EngineInputs) -> None:
+    """Register vLLM's class of a model family.
+
+    The class and not its name: vLLM inspects a name in a subprocess that imports all of vLLM again
+    (10 s) and lacks the torchvision shim.
+    """
+    module, _, name = inputs.model_class.partition(":")
+    with preserve_trainer_state():
+        vllm.ModelRegistry.register_model(name, getattr(import_module(module), name))
 
 
 @contextmanager

@@ -16,10 +16,10 @@ from megatron_vrl.batching.pack import Answer, Group, MicroBatch, pack, shard_co
 from megatron_vrl.config import load_config
 from megatron_vrl.models import cascade_calls
 from megatron_vrl.models.attention import PlannedAttention, VarlenAttention
+from megatron_vrl.models.attention_plans import language_plan, varlen_plan
 from megatron_vrl.models.cascade_attention import CascadeAttention
+from megatron_vrl.models.cascade_plans import varlen_cascade, view_cascade
 from megatron_vrl.models.precision import attention_backend
-from megatron_vrl.models.qwen2_5_vl.attention_plans import language_plan, varlen_plan
-from megatron_vrl.models.qwen2_5_vl.cascade_plans import varlen_cascade, view_cascade
 from tests.running import ROOT
 from tests.tiny import prompt
 from tests.varlen import backward_by_definition, forward_by_definition, kernel_by_definition

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_vrl.batching.pack import Answer, Group, pack, repeat_prompts, shard_context
 from megatron_vrl.config import Model
 from megatron_vrl.models.architecture import read_architecture
-from megatron_vrl.models.qwen2_5_vl.flops import (
+from megatron_vrl.models.flops import (
     group_flops,
     hardware_flops,
     micro_batch_flops,
@@ -24,8 +24,9 @@ from megatron_vrl.models.qwen2_5_vl.flops import (
     plain_tokens,
     update_flops,
 )
-from megatron_vrl.models.qwen2_5_vl.hf_shapes import num_parameters
-from megatron_vrl.models.qwen2_5_vl.preprocess import patchify
+from megatron_vrl.models.patchify import patchify
+from megatron_vrl.models.qwen2_5_vl.pixels import PIXELS
+from megatron_vrl.models.weight_map import num_parameters
 from megatron_vrl.observe.throughput import FlopCounts
 from megatron_vrl.types import EncodedVideo
 from tests.running import ROOT
@@ -61,7 +62,7 @@ def counted(model: Qwen2_5_VLForConditionalGeneration, asked: Group) -> dict[str
     ids = torch.from_numpy(asked.prompt.token_ids)
     seen = {}
     if asked.prompt.visuals:
-        patches = torch.cat([patchify(visual.frames) for visual in asked.prompt.visuals])
+        patches = torch.cat([patchify(visual.frames, PIXELS) for visual in asked.prompt.visuals])
         grids = torch.tensor([visual.grid_thw for visual in asked.prompt.visuals])
         seen = {"pixel_values_videos": patches, "video_grid_thw": grids}
     # math: the kernel that is made of products, which the counter sees

@@ -4,14 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_vrl.models.qwen2_5_vl.preprocess import patchify
+from megatron_vrl.models.patchify import patchify
+from megatron_vrl.models.qwen2_5_vl.pixels import PIXELS
 from megatron_vrl.rollout.vllm.torchvision_shim import declare_missing_ops
 
 
 def test_patchify_places_every_pixel() -> None:
     """Compare with the definition, pixel by pixel."""
     frames = np.random.default_rng(0).integers(0, 256, (4, 56, 84, 3), dtype=np.uint8)
-    rows = patchify(frames).numpy().reshape(2, 2, 3, 2, 2, 3, 2, 14, 14)
+    rows = patchify(frames, PIXELS).numpy().reshape(2, 2, 3, 2, 2, 3, 2, 14, 14)
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     for f, y, x, c in np.ndindex(frames.shape):
         row = rows[f // 2, y // 28, x // 28, y // 14 % 2, x // 14 % 2]
@@ -30,5 +31,5 @@ def test_patchify_equals_transformers() -> None:
     )
     assert theirs["video_grid_thw"].tolist() == [[3, 8, 10]]
     np.testing.assert_allclose(
-        patchify(frames).numpy(), theirs["pixel_values_videos"].numpy(), rtol=0, atol=1e-6
+        patchify(frames, PIXELS).numpy(), theirs["pixel_values_videos"].numpy(), rtol=0, atol=1e-6
     )

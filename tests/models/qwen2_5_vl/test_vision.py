@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_vrl.models.qwen2_5_vl.inputs import shard_steps
+from megatron_vrl.models.vision_inputs import shard_steps
 
 
 @given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 8))

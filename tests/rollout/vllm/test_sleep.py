@@ -18,6 +18,7 @@ from megatron_vrl.checkpoint.hf_load import load_hf_weights
 from megatron_vrl.config import Model, Parallel
 from megatron_vrl.errors import RolloutError
 from megatron_vrl.models.architecture import read_architecture
+from megatron_vrl.models.qwen2_5_vl.weight_map import WEIGHTS
 from megatron_vrl.parallel.mesh import init_mesh
 from megatron_vrl.policy.policy import Policy
 from megatron_vrl.rollout.in_process import InProcessEngine
@@ -107,7 +108,7 @@ def manager(
     policy = Policy(read_architecture(checkpoint), cfg, Parallel(), mesh)
     load_hf_weights(policy.chunks, checkpoint)
     engine = InProcessEngine(shared_engine)
-    sync = InProcessSync(mesh, WeightExport(policy.chunks), engine, transform_of("none"))
+    sync = InProcessSync(mesh, WeightExport(policy.chunks), engine, transform_of("none", WEIGHTS))
     yield RolloutManager(config.RolloutConfig(), mesh, engine, sync, None, ())
     parallel_state.destroy_model_parallel()  # the process group is the engine's too
 

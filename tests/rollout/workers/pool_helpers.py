@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from megatron_vrl.config import load_config
+from megatron_vrl.models.qwen2_5_vl.prompt import PROMPT
 from megatron_vrl.rollout.interfaces import RolloutFuture
 from megatron_vrl.rollout.request import SamplingSpec
 from megatron_vrl.rollout.vllm.special_tokens import banned_token_ids
@@ -49,7 +50,7 @@ def made_pool(
 ) -> Iterator[WorkerPool]:
     monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
     cfg = load_config(folder / "config.yaml")
-    served = served_model(cfg, cfg.model.checkpoint, banned_token_ids(tokenizer, 512))
+    served = served_model(cfg, cfg.model.checkpoint, banned_token_ids(tokenizer, PROMPT, 512))
     cfg_of_pool = cfg.rollout.model_copy(update=rollout)
     pool = WorkerPool(cfg_of_pool, replace(served, dtype=dtype), torch.device("cpu"))
     yield pool

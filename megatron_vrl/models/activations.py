@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from megatron_vrl.config import Model, Parallel
 from megatron_vrl.models.architecture import Architecture
+from megatron_vrl.models.families import family_of
 from megatron_vrl.models.logprob_head import CHUNK_BYTES, GPU_CHUNK_BYTES
 from megatron_vrl.models.recompute import layers_in_full, vision_level
 
@@ -54,11 +55,15 @@ class Layer:
     stored: int  # bytes of a value of a linear layer's saved input: 1 in FP8
     attention: Attention
     kernels: Kernels
+    gated: bool = True  # whether the MLP has a gate
+    centred: bool = False  # whether the norms are LayerNorms, which save a mean as well
+    head_norms: bool = False  # whether each query and key head has a norm
 
     def without_recompute(self) -> int:
         """Return the bytes saved without recompute."""
         rest = self.stored * self.norm_rows * self.channels * 2 + self.norm_bytes() * 2
-        return rest + self.attention_bytes() + self.projection_bytes() + self.mlp_bytes()
+        rest += self.head_norm_bytes() + self.projection_bytes() + self.mlp_bytes()
+        return rest + self.attention_bytes()
 
     def with_selective_recompute(self) -> int:
         """Return the bytes saved when attention is recomputed: the fused QKV output, rotated."""
@@ -84,8 +89,18 @@ class Layer:
         ]
 
     def norm_bytes(self) -> int:
-        """Return the bytes that an RMSNorm saves."""
-        return self.norm_rows * (self.number * self.channels + FLOAT32)
+        """Return the bytes that a norm saves: its input, and one or two numbers a row."""
+        return self.norm_rows * (self.number * self.channels + (1 + self.centred) * FLOAT32)
+
+    def head_norm_bytes(self) -> int:
+        """Return the bytes that the norms of query and key heads save.
+
+        They are the fused QKV output before the norms, and one number for each head of a row.
+        """
+        if not self.head_norms:
+            return 0
+        heads = self.heads + self.heads * self.keys // self.queries
+        return self.rows * (self.number * (self.queries + 2 * self.keys) + FLOAT32 * heads)
 
     def attention_bytes(self) -> int:
         """Return the bytes that core attention saves."""
@@ -106,9 +121,10 @@ class Layer:
     def mlp_bytes(self) -> int:
         """Return the bytes that the MLP saves.
 
-        They are gate and up, and the product, which the second matrix reads.
+        They are gate and up, or the activation's input without a gate, and what the second matrix
+        reads.
         """
-        return self.rows * self.mlp * (2 * self.number + self.stored)
+        return self.rows * self.mlp * ((1 + self.gated) * self.number + self.stored)
 
     def temporary(self) -> int:
         """Return the largest temporary memory of the layer's backward pass.
@@ -156,7 +172,7 @@ def language_layer(
         rows=rows,
         norm_rows=rows // cfg.tensor if cfg.sequence else rows,
         channels=arch.hidden,
-        queries=arch.hidden // cfg.tensor,
+        queries=arch.heads * arch.head_dim // cfg.tensor,
         keys=arch.kv_heads * arch.head_dim // cfg.tensor,
         heads=arch.heads // cfg.tensor,
         mlp=arch.mlp // cfg.tensor,
@@ -164,6 +180,7 @@ def language_layer(
         stored=number if model.fp8 == "none" else 1,
         attention=attention,
         kernels=kernels,
+        head_norms=arch.qk_norm,
     )
 
 
@@ -192,21 +209,7 @@ def _rest(model: Model) -> str:
 
 def vision_layer(arch: Architecture, model: Model, patches: int, kernels: Kernels) -> Layer:
     """Return the sizes of a block of the vision tower on a rank with `patches` patches."""
-    v = arch.vision
-    number = dtype_bytes(model)
-    return Layer(
-        rows=patches,
-        norm_rows=patches,
-        channels=v.hidden,
-        queries=v.hidden,
-        keys=v.hidden,
-        heads=v.heads,
-        mlp=v.mlp,
-        number=number,
-        stored=number,
-        attention=Attention(queries=patches, keys=patches, mask=0),
-        kernels=kernels,
-    )
+    return family_of(arch).tower.block(arch, model, patches, kernels)
 
 
 def vision_saved(
@@ -232,10 +235,8 @@ def merger_saved(arch: Architecture, model: Model, block: Layer, tokens: int) ->
     """Return the part of `vision_saved` that is freed before the backward pass of the blocks."""
     if model.freeze_vision and model.freeze_merger:
         return 0
-    patch_channels = block.number * block.rows * arch.vision.hidden
-    kept = 3 * patch_channels  # output of the norm; input and output of the GELU
-    kept += block.norm_bytes()
-    return kept + block.number * tokens * arch.hidden
+    kept = family_of(arch).tower.merger_saved(arch, block)
+    return kept + block.number * tokens * arch.vision_width
 
 
 def head_saved(arch: Architecture, model: Model, layer: Layer, targets: int) -> int:

@@ -16,7 +16,8 @@ first.
 
 from collections.abc import Iterator
 
-from megatron_vrl.batching.positions import VisionBlock
+from megatron_vrl.models.family import visual_part
+from megatron_vrl.models.qwen2_5_vl.positions import VisionBlock
 from megatron_vrl.types import EncodedVideo, Visual
 
 EXPLANATION = (
@@ -31,21 +32,19 @@ def step_texts(video: EncodedVideo) -> list[str]:
     return [f"{time_s - first_s:.1f}s: " for time_s in video.timestamps_s[::2]]
 
 
-def content_parts(visual: Visual, interleaved: bool) -> Iterator[dict[str, str]]:
-    """Yield the parts of a chat message that show a visual."""
+def step_parts(visual: Visual) -> Iterator[dict[str, str]]:
+    """Yield the parts of a chat message that show a visual: text and block of each step."""
     if not isinstance(visual, EncodedVideo):
-        yield {"type": "image"}
-    elif not interleaved:
+        yield from visual_part(visual)
+        return
+    for text in step_texts(visual):
+        yield {"type": "text", "text": text}
         yield {"type": "video"}
-    else:
-        for text in step_texts(visual):
-            yield {"type": "text", "text": text}
-            yield {"type": "video"}
 
 
-def vision_blocks(visual: Visual, interleaved: bool) -> list[VisionBlock]:
-    """Return the vision blocks that show a visual, in order."""
-    if interleaved and isinstance(visual, EncodedVideo):
+def step_blocks(visual: Visual) -> list[VisionBlock]:
+    """Return the vision blocks that show a visual, in order: one per temporal step of a video."""
+    if isinstance(visual, EncodedVideo):
         steps, height, width = visual.grid_thw
         return [VisionBlock((1, height, width), visual.seconds_per_grid)] * steps
     return [VisionBlock.of(visual)]

@@ -1,8 +1,9 @@
-"""Qwen2.5-VL on megatron.core, for training: maps a micro-batch to the log-probs of its answers.
+"""Vision-language model on megatron.core: maps a micro-batch to the log-probs of its answers.
 
-The language model is Megatron's GPTModel with M-RoPE. The first chunk of layers holds the vision
-tower and the token embedding, the last chunk holds the log-prob head. Logits are computed only for
-tokens that have a loss (`models/logprob_head.py`). Generation is done by vLLM
+The family of the model gives the vision tower and what is its own of the language model
+(`ModelParts`). The language model is Megatron's GPTModel with M-RoPE. The first chunk of layers
+holds the vision tower and the token embedding, the last chunk holds the log-prob head. Logits are
+computed only for tokens that have a loss (`models/logprob_head.py`). Generation is done by vLLM
 (`megatron_vrl/rollout`).
 """
 
@@ -27,15 +28,17 @@ from megatron_vrl.batching.pack import MicroBatch
 from megatron_vrl.config import Model, Parallel
 from megatron_vrl.models.architecture import Architecture, padded_vocab
 from megatron_vrl.models.attention import packed_params, with_additive_masks
+from megatron_vrl.models.chunk import Chunk
+from megatron_vrl.models.families import family_of
 from megatron_vrl.models.fusion import gradient_fusion
-from megatron_vrl.models.layers import COMMON_CONFIG, layer_spec
+from megatron_vrl.models.inputs import PassInputs, pass_inputs
+from megatron_vrl.models.layers import COMMON_CONFIG
 from megatron_vrl.models.logprob_head import Distribution, token_logprobs
-from megatron_vrl.models.pipeline_split import Chunk, all_chunks, stage_chunks
+from megatron_vrl.models.pipeline_split import all_chunks, stage_chunks
 from megatron_vrl.models.precision import attention_backend, layer_modules, precision_config
-from megatron_vrl.models.qwen2_5_vl.inputs import PassInputs, pass_inputs
-from megatron_vrl.models.qwen2_5_vl.vision import VisionTower
 from megatron_vrl.models.recompute import language_recompute
 from megatron_vrl.models.rotary import TablesOfAngles
+from megatron_vrl.models.vision_tower import MERGER, VisionTower
 from megatron_vrl.parallel.arrays import upload
 from megatron_vrl.parallel.mesh import Mesh
 
@@ -49,9 +52,12 @@ def language_config(arch: Architecture, cfg: Model, parallel: Parallel) -> Trans
         ffn_hidden_size=arch.mlp,
         num_attention_heads=arch.heads,
         num_query_groups=arch.kv_heads,
+        kv_channels=arch.head_dim,
         mrope_section=list(arch.mrope_section),
         layernorm_epsilon=arch.norm_eps,
         add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        qk_layernorm=arch.qk_norm,
         **COMMON_CONFIG,
         gradient_accumulation_fusion=gradient_fusion(cfg, on_gpu).enabled,
         tensor_model_parallel_size=parallel.tensor,
@@ -101,7 +107,7 @@ def _without_context(mesh: Mesh) -> ProcessGroupCollection:
 class LanguageModel(GPTModel):
     """GPTModel that returns hidden states instead of logits.
 
-    Qwen25VL applies the head to the rows that have a loss.
+    VisionLanguageModel applies the head to the rows that have a loss.
     """
 
     def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
@@ -109,16 +115,17 @@ class LanguageModel(GPTModel):
         return hidden_states
 
 
-class Qwen25VL(MegatronModule):
-    """One chunk of Qwen2.5-VL: the whole model, a pipeline stage or a virtual stage.
+class VisionLanguageModel(MegatronModule):
+    """One chunk of a model: the whole model, a pipeline stage or a virtual stage.
 
-    Example: with pipeline 2 and virtual 2 each rank holds two Qwen25VL modules; chunk 0 (rank 0,
+    Example: with pipeline 2 and virtual 2 each rank holds two such modules; chunk 0 (rank 0,
     virtual 0) has the vision tower and the embedding, chunk 3 (rank 1, virtual 1) has the head.
     """
 
     def __init__(
         self, arch: Architecture, cfg: Model, parallel: Parallel, mesh: Mesh, virtual: int = 0
     ) -> None:
+        parts = family_of(arch).parts()
         config = language_config(arch, cfg, parallel)
         super().__init__(config=config)
         self.arch = arch
@@ -131,7 +138,8 @@ class Qwen25VL(MegatronModule):
         self.share_embeddings_and_output_weights = arch.tied_head
         self.vision: VisionTower | None = None
         if self.pre_process:
-            self.vision = VisionTower(arch, cfg, mesh, config)
+            self.vision = parts.tower(arch, cfg, mesh, config)
+        self._vision_inputs = parts.vision_inputs
         self._always_run_vision = parallel.overlap
         self._attention = attention_backend(cfg, mesh.device)
         last = layer_modules(cfg, arch.layers - 1, arch.layers, mesh.device)
@@ -141,7 +149,8 @@ class Qwen25VL(MegatronModule):
         self.language = LanguageModel(
             config=config,
             transformer_layer_spec=TransformerBlockSubmodules(
-                layer_specs=[layer_spec(modules) for modules in layers], layer_norm=last.norm
+                layer_specs=[parts.language_layer(modules) for modules in layers],
+                layer_norm=last.norm,
             ),
             vocab_size=padded_vocab(arch, parallel),
             max_sequence_length=arch.max_positions,
@@ -154,14 +163,22 @@ class Qwen25VL(MegatronModule):
             pg_collection=_without_context(mesh),
             vp_stage=self.vp_stage,
         )
-        angles = self.language.rotary_pos_emb
+        own, sections = parts.rotary_angles, self.language.rotary_pos_emb
+        angles = sections if own is None else own(arch, mesh.device)
         self.language.rotary_pos_emb = TablesOfAngles(angles, config.params_dtype)
         self.to(config.params_dtype)  # RMSNorm creates float32 weights
         self._freeze(cfg)
 
     def inputs(self, batch: MicroBatch) -> PassInputs:
         """Return what the passes of every chunk read of a micro-batch, on the device."""
-        return pass_inputs(batch, self.arch, self.mesh, attention=self._attention)
+        return pass_inputs(
+            batch,
+            self.arch,
+            self.mesh,
+            self._vision_inputs,
+            attention=self._attention,
+            sequence=self.config.sequence_parallel,
+        )
 
     def forward(
         self,
@@ -177,21 +194,29 @@ class Qwen25VL(MegatronModule):
         the tower made of this rank's (`VisionTower.encode`). Only the first stage reads them. If
         both are None, `batch.visual_embeds` holds precomputed vision embeddings.
         """
+        embeddings = features = None
+        if self.pre_process:
+            embeddings, features = self._embed(inputs, patches, encoded)
         hidden = self.language(
             input_ids=None,
             position_ids=inputs.positions,
             attention_mask=None,
-            decoder_input=self._embed(inputs, patches, encoded) if self.pre_process else None,
+            decoder_input=embeddings,
             packed_seq_params=packed_params(
                 plan=with_additive_masks(inputs.plan, self.config.params_dtype),
                 context=self.mesh.context.group,
                 cp_group=self.mesh.alone,  # positions are already this rank's shard
+                deepstack_rows=inputs.deepstack_rows,
             ),
+            extra_block_kwargs={"context": features},  # see `qwen3_vl/deepstack.py`
         )  # [L (/ tensor), 1, C]
         return self._head(hidden, inputs, distribution) if self.post_process else hidden
 
-    def _embed(self, inputs: PassInputs, patches: Tensor | None, encoded: Tensor | None) -> Tensor:
-        """Return the input embeddings [L (/ tensor), 1, C] of this rank's rows.
+    def _embed(
+        self, inputs: PassInputs, patches: Tensor | None, encoded: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the input embeddings [L (/ tensor), 1, C] of this rank's rows, and the DeepStack
+        features [D, n, C] of those n rows that are vision tokens, or None.
 
         Vision embeddings replace the word embeddings of vision pad tokens.
         """
@@ -199,20 +224,32 @@ class Qwen25VL(MegatronModule):
         assert self.vision is not None
         if not inputs.batch.visuals and self._always_run_vision:
             embeddings = embeddings + 0 * self.vision.dummy_token().sum()
+        features = None
         if inputs.batch.visuals:
             tokens = self._vision_tokens(inputs, patches, encoded)
+            if self.arch.vision.deepstack_layers:
+                tokens, others = tokens.tensor_split([self.arch.hidden], dim=1)
+                features = self._features(others.to(embeddings.dtype), inputs)
             tokens = tokens.index_select(0, inputs.vision_index)
             tokens = tokens[:, None].to(embeddings.dtype)
             embeddings = embeddings.index_copy(0, inputs.vision_rows, tokens)
         if self.config.sequence_parallel:
             embeddings = scatter_to_sequence_parallel_region(embeddings)
-        return embeddings  # [L (/ tensor), 1, C]
+        return embeddings, features
+
+    def _features(self, features: Tensor, inputs: PassInputs) -> Tensor:
+        """Return the DeepStack features [D, n, C] of this rank's rows, of those of all vision
+        tokens of the batch [tokens, D * C]."""
+        if self.config.sequence_parallel:  # a tensor rank has the gradient of its own rows only
+            features = copy_to_tensor_model_parallel_region(features)
+        own = features.index_select(0, inputs.deepstack_index)
+        return own.unflatten(1, (-1, self.arch.hidden)).transpose(0, 1)
 
     def _vision_tokens(
         self, inputs: PassInputs, patches: Tensor | None, encoded: Tensor | None
     ) -> Tensor:
-        """Return the vision embeddings [tokens, C] of all visuals of the batch, precomputed or
-        encoded now."""
+        """Return the vision embeddings [tokens, (1 + D) * C] of all visuals of the batch,
+        precomputed or encoded now."""
         if inputs.vision is None:
             return upload(np.concatenate(inputs.batch.visual_embeds), self.mesh.device)
         assert self.vision is not None
@@ -273,5 +310,5 @@ class Qwen25VL(MegatronModule):
             self.language.requires_grad_(False)
         if self.vision is not None:
             for name, param in self.vision.named_parameters():
-                frozen = cfg.freeze_merger if name.startswith("merger.") else cfg.freeze_vision
+                frozen = cfg.freeze_merger if name.startswith(MERGER) else cfg.freeze_vision
                 param.requires_grad_(not frozen)

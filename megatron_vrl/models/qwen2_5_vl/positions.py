@@ -1,4 +1,4 @@
-"""M-RoPE positions of a prompt with videos or images.
+"""M-RoPE positions of Qwen2.5-VL for a prompt with videos or images.
 
 The rule is that of the original Qwen2.5-VL code and of vLLM: text counts up on all three axes; a
 vision block starts where the text stopped and spans (time, height, width); the following text

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_vrl.batching.positions import VisionBlock, mrope_positions
+from megatron_vrl.models.qwen2_5_vl.positions import VisionBlock, mrope_positions
 
 PAD, TEXT = 90, 7
 

@@ -1,7 +1,7 @@
 """FLOPs of a forward pass, counted from sizes: 2 per multiply-add of a matrix product.
 
 Counted: products with weights, attention scores and values for exactly the pairs that attend to
-each other, the vision tower with its windows (unless its embeddings are cached), and logits of
+each other, the vision tower (unless its embeddings are cached), and logits of
 tokens with a loss. Not counted, as is usual: norms, softmax, activations, rotary embeddings,
 look-ups, biases. Tests compare the counts with torch's FlopCounterMode on transformers' model.
 """
@@ -12,13 +12,9 @@ import numpy as np
 
 from megatron_vrl.batching.pack import Group, MicroBatch
 from megatron_vrl.config import Model
-from megatron_vrl.models.architecture import Architecture, VisionArchitecture
-from megatron_vrl.models.qwen2_5_vl.matrices import (
-    head_weights,
-    language_layer_weights,
-    merger_weights,
-    tower_weights,
-)
+from megatron_vrl.models.architecture import Architecture
+from megatron_vrl.models.families import family_of
+from megatron_vrl.models.matrices import head_weights, language_layer_weights
 from megatron_vrl.models.recompute import fraction_in_full, vision_level
 from megatron_vrl.observe.throughput import FlopCounts
 
@@ -74,16 +70,13 @@ def micro_batch_flops(arch: Architecture, batch: MicroBatch) -> FlopCounts:
 
 def vision_flops(arch: Architecture, grids: Sequence[Grid]) -> FlopCounts:
     """Return the FLOPs of the vision tower and merger for videos and images."""
-    v = arch.vision
+    v, tower = arch.vision, family_of(arch).tower
     patches = sum(t * h * w for t, h, w in grids)
-    full = len(v.full_attention_layers)
-    pairs = sum(
-        t * (full * (h * w) ** 2 + (v.layers - full) * _window_pairs(h, w, v)) for t, h, w in grids
-    )
+    pairs = sum(t * tower.attention_pairs(v, h, w) for t, h, w in grids)
     tokens = patches // v.merge**2
     return FlopCounts(
-        vision=2.0 * patches * tower_weights(v) + 4.0 * v.hidden * pairs,
-        merger=2.0 * tokens * merger_weights(arch),
+        vision=2.0 * patches * tower.tower_weights(v) + 4.0 * v.hidden * pairs,
+        merger=2.0 * tokens * tower.merger_weights(arch),
     )
 
 
@@ -144,13 +137,3 @@ def _language(arch: Architecture, tokens: int, pairs: int, losses: int) -> FlopC
 def _triangle(length: int) -> int:
     """Return the number of pairs in causal attention over `length` rows."""
     return length * (length + 1) // 2
-
-
-def _window_pairs(height: int, width: int, arch: VisionArchitecture) -> int:
-    """Return the pairs inside the windows of a temporal step. Windows at the edges may be
-    smaller."""
-    side = arch.window // arch.merge // arch.patch * arch.merge  # patches per side of a window
-    squares = [
-        length // side * side**2 + (length % side) ** 2 for length in (height, width)
-    ]  # a window's pairs are its height squared times its width squared
-    return squares[0] * squares[1]
