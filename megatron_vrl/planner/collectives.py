@@ -18,6 +18,7 @@ from megatron_vrl.models.logprob_head import GPU_CHUNK_BYTES
 from megatron_vrl.models.pipeline_split import all_chunks, stage_chunks
 from megatron_vrl.models.recompute import layers_in_full
 from megatron_vrl.models.vision_inputs import shard_steps
+from megatron_vrl.models.weight_layouts import EMBEDDING, HEAD
 from megatron_vrl.planner.parameters import ParameterCounts, count_stage, trained_sizes
 from megatron_vrl.planner.rank_sizes import RankSizes, rank_sizes
 from megatron_vrl.planner.workload import PackedBatch, forward_passes
@@ -131,7 +132,11 @@ def _vision(
     phase: str,
 ) -> None:
     """Add the gather of vision tokens, each rank's padded to the most of a rank, and the sum of
-    their gradients over context ranks."""
+    their gradients over context ranks.
+
+    With DeepStack a token has several embeddings. Under sequence parallelism a tensor rank has the
+    gradients of its own rows' features, which are summed.
+    """
     parallel, model = cfg.parallel, cfg.model
     ranks = parallel.tensor * parallel.context
     if ranks == 1 or not chunks[0].pre_process or batch.group.grid is None:
@@ -140,12 +145,16 @@ def _vision(
     tokens = height * width // arch.vision.merge**2
     bounds = shard_steps([tokens] * (steps * batch.groups), ranks)
     most = tokens * max(last - first for first, last in bounds)
-    each = dtype_bytes(model) * arch.hidden
-    learns = phase == "passes"
+    each = dtype_bytes(model) * arch.vision_width
     out.add(phase, "all_gather", "vision", micro_batches, each * ranks * most)
-    if learns and parallel.context > 1 and not (model.freeze_vision and model.freeze_merger):
-        every = each * tokens * steps * batch.groups
-        out.add(phase, "all_reduce", "context", micro_batches, every)
+    if phase != "passes" or (model.freeze_vision and model.freeze_merger):
+        return
+    every = tokens * steps * batch.groups
+    if parallel.context > 1:
+        out.add(phase, "all_reduce", "context", micro_batches, each * every)
+    if parallel.sequence and arch.vision.deepstack_layers:
+        features = dtype_bytes(model) * (arch.vision_width - arch.hidden)
+        out.add(phase, "all_reduce", "tensor", micro_batches, features * every)
 
 
 def _pipeline(
@@ -178,8 +187,8 @@ def _gradients(
     """Add those after the last backward pass, and the gather of new weights.
 
     Data ranks sum all gradients. Tensor ranks sum those of the tower, of which each encodes a part,
-    and under sequence parallelism those of the norms. A tied head on another stage than the
-    embedding has a sum of its own.
+    those of the norms of heads, and under sequence parallelism those of the other norms. A tied
+    head on another stage than the embedding has a sum of its own.
     """
     model, parallel = cfg.model, cfg.parallel
     number, trained = dtype_bytes(model), counts.trained(model)
@@ -190,9 +199,12 @@ def _gradients(
     tower = counts.vision * (not model.freeze_vision) + counts.merger * (not model.freeze_merger)
     if parallel.tensor > 1:
         out.add("passes", "all_reduce", "tensor", int(tower > 0), FLOAT32 * tower)
+    layers = sum(len(chunk.layers) for chunk in chunks)
+    norms = 2 * layers * arch.head_dim * arch.qk_norm  # of query and key heads
     if parallel.sequence:
-        norms = sum(2 * len(chunk.layers) + chunk.post_process for chunk in chunks)
-        out.add("passes", "all_reduce", "tensor", 1, FLOAT32 * norms * arch.hidden)
+        norms += sum(2 * len(chunk.layers) + chunk.post_process for chunk in chunks) * arch.hidden
+    if parallel.tensor > 1:
+        out.add("passes", "all_reduce", "tensor", int(norms > 0), FLOAT32 * norms)
     ends = any(c.pre_process or c.post_process for c in chunks)
     if arch.tied_head and len(all_chunks(arch, model, parallel)) > 1 and ends:
         rows = padded_vocab(arch, parallel) // parallel.tensor
@@ -205,15 +217,19 @@ def _buckets(
     """Return the number of messages that the gradients of a stage's chunks are divided into.
 
     Only the first stage divides them, to overlap them with the backward pass. A bucket is full with
-    the parameter that reaches its size; the last parameters of the model come first.
+    the parameter that reaches its size; the last parameters of the model come first. With the
+    distributed optimizer a tied head on another stage than the embedding is in a bucket of its own,
+    as is the embedding.
     """
     full = max(BUCKET, BUCKET_OF_RANK * dp_ranks)
+    apart = arch.tied_head and cfg.parallel.pipeline > 1 and cfg.parallel.distributed_optimizer
     count = 0
     for chunk in chunks:
         held = 0
-        for size in reversed(trained_sizes(arch, cfg.model, cfg.parallel, chunk)):
-            count += held == 0
+        for name, size in reversed(trained_sizes(arch, cfg.model, cfg.parallel, chunk)):
+            alone = apart and name in (EMBEDDING, HEAD)
+            count += held == 0 or alone
             held += size
-            if held >= full and cfg.parallel.overlap and stage == 0:
+            if alone or (held >= full and cfg.parallel.overlap and stage == 0):
                 held = 0
     return count

@@ -84,13 +84,15 @@ def _count(
     return ParameterCounts(**totals)
 
 
-def trained_sizes(arch: Architecture, model: Model, cfg: Parallel, chunk: Chunk) -> list[int]:
-    """Return the elements of every parameter of `chunk` that learns, on one rank, in model
-    order."""
+def trained_sizes(
+    arch: Architecture, model: Model, cfg: Parallel, chunk: Chunk
+) -> list[tuple[str, int]]:
+    """Return Megatron's name and the elements of every parameter of `chunk` that learns, on one
+    rank, in model order."""
     learns = {"vision": not model.freeze_vision, "merger": not model.freeze_merger}
     vocab = padded_vocab(arch, cfg)
     return [
-        _size(arch, row, cfg.tensor, vocab)
+        (row.megatron, _size(arch, row, cfg.tensor, vocab))
         for row in chunk_rows(arch, chunk)
         if learns.get(_part(row), not model.freeze_language)
     ]

@@ -46,7 +46,7 @@ def _phases(chunks: list[VisionLanguageModel], recorder: Recorder) -> Iterator[N
     for chunk in chunks:
         hooks.append(chunk.register_forward_pre_hook(lambda *_: recorder.enter("forward")))
         hooks.append(chunk.register_forward_hook(lambda *_: recorder.enter("backward")))
-        layers = {"language layers": chunk.language.decoder.layers}
+        layers = {"language layers": list(chunk.language.decoder.layers)}
         if chunk.vision is not None:
             layers["vision layers"] = chunk.vision.layers()
         for part, modules in layers.items():

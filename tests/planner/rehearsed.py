@@ -10,13 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_vrl.models.qwen2_5_vl.family import FAMILY
 from megatron_vrl.process import fake_gpu
 
 fake_gpu.install()
 
 from megatron_vrl.cli.plan import architecture_of  # noqa: E402
 from megatron_vrl.config import load_config  # noqa: E402
+from megatron_vrl.models.families import family_of  # noqa: E402
 from megatron_vrl.planner.workload import row_multiple, step_sizes, worst_batches  # noqa: E402
 from megatron_vrl.rehearsal.rehearse import default_micro_batches, rehearse  # noqa: E402
 
@@ -27,15 +27,21 @@ def rehearsed(
     """Return the counts of `rank` for the first of the planner's micro-batches."""
     cfg = load_config(Path(config), overrides)
     sizes = json.loads(Path(cfg.model.architecture).read_text())
-    sizes["num_hidden_layers"] = layers
-    sizes["vision_config"] |= {"depth": 2, "fullatt_block_indexes": [1]}
+    (sizes.get("text_config") or sizes)["num_hidden_layers"] = layers
+    tower = {"depth": 2, "fullatt_block_indexes": [1]}
+    if "deepstack_visual_indexes" in sizes["vision_config"]:
+        tower = {"depth": 4, "deepstack_visual_indexes": [0, 1, 2]}
+    sizes["vision_config"] |= tower
     small = folder / "small.json"
     small.write_text(json.dumps(sizes))
     cfg = load_config(Path(config), [*overrides, f"model.architecture={small}"])
-    sizes = step_sizes(cfg, FAMILY)
-    batch = next(worst_batches(cfg, FAMILY, sizes, row_multiple(cfg), given=False))
+    arch = architecture_of(cfg)
+    family = family_of(arch)
+    batch = next(
+        worst_batches(cfg, family, step_sizes(cfg, family), row_multiple(cfg), given=False)
+    )
     count = default_micro_batches(cfg)
-    return asdict(rehearse(cfg, architecture_of(cfg), batch, rank, cfg.parallel.processes, count))
+    return asdict(rehearse(cfg, arch, batch, rank, cfg.parallel.processes, count))
 
 
 if __name__ == "__main__":

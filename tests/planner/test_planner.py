@@ -258,6 +258,17 @@ def test_textual_timestamps_are_tokens_of_the_prompt() -> None:
     assert steps == t - 1
 
 
+def test_a_prompt_has_the_text_between_temporal_steps() -> None:
+    cfg = load_config(ROOT / "configs" / "qwen2.5-vl-3b-8gpu.yaml")
+    family = replace(FAMILY, prompt=replace(FAMILY.prompt, step_text=10))
+    steps, plain = video_grid(cfg.video, FAMILY.pixels)[0], step_sizes(cfg, FAMILY)
+    assert step_sizes(cfg, family).prompt == plain.prompt + 10 * steps
+    for room in (1, 10, 11, 200, 700):
+        sizes = step_sizes(cfg, family, prompt=TEXT_TOKENS + room)
+        shown = sizes.vision_tokens + 10 * (sizes.grid or (0,))[0]
+        assert (sizes.grid is None) == (room <= 10) and shown <= room
+
+
 MEASURED = {
     "name": "box",
     "flops": {"float32": 1e11},
