@@ -64,6 +64,7 @@ def pass_inputs(
     hidden_rows = len(batch.rows) // mesh.tensor.size if sequence else len(batch.rows)
     first = mesh.tensor.rank * hidden_rows if sequence else 0
     own = pad_rows[(pad_rows >= first) & (pad_rows < first + hidden_rows)]
+    own = own if arch.vision.deepstack_layers else own[:0]
     encodes = len(batch.visual_embeds) < len(batch.visuals)
     grids = [visual.grid_thw for visual in batch.visuals]
     return PassInputs(
