@@ -73,6 +73,7 @@ SMALL = replace(
     layers=4,
     heads=8,
     kv_heads=2,
+    head_dim=32,
     vocab=2048,
     mrope_section=(4, 6, 6),
     vision=replace(VISION, hidden=128, mlp=352, layers=2),
