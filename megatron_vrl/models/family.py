@@ -39,7 +39,6 @@ class PromptForm:
 
     structure_tokens: tuple[str, ...]  # turn and vision tokens, special in every tokenizer file
     stop_tokens: tuple[str, ...]  # they end an answer; the first ends a turn
-    step_text: int = 0  # text tokens of each temporal step of a video, about
     expand: Callable[[Sequence[int], Sequence[Visual], Architecture, Tokenize], list[int]]
     """Return the trainer's token ids, with one pad token per vision token, of the rendered ids,
     which have one pad token per vision block. `visuals` are in the order of their pad tokens."""

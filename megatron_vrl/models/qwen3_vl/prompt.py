@@ -120,7 +120,6 @@ def _step_cells(visuals: Sequence[Visual], merge: int) -> Iterator[NDArray[np.in
 PROMPT = PromptForm(
     structure_tokens=STRUCTURE_TOKENS,
     stop_tokens=("<|im_end|>", "<|endoftext|>"),
-    step_text=10,  # "<12.5 seconds>" in 8 tokens, and a pair of vision tokens
     expand=expand,
     positions=positions,
     step_text=10,  # of `<123.5 seconds>` and the pair of vision tokens
