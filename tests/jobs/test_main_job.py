@@ -32,12 +32,14 @@ SMALL = (
     "rollout.prompts_per_step=4",
     "algorithm.kl=0.01",
     "algorithm.dynamic_sampling_rounds=2",
+    "algorithm.ground_truth_answer=none",
     "rewards.temporal=shuffled_group",
     "checkpoint.every_steps=1000",
     "observe.profile_steps=[3]",
     "observe.profile_ranks=[1]",
 )
 ONE_STEP = (  # without a warm-up no answer earns a reward: all groups are uniform
+    "algorithm.ground_truth_answer=none",
     "rewards.temporal=shuffled_boundaries",
     "sft.steps=0",
     "grpo.steps=1",
