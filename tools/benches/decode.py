@@ -153,4 +153,4 @@ def _parallel(file: str, cfg: Any, count: int) -> Once:
         for future in [workers.submit(600.0, *calls) for _ in range(COPIES)]:
             future.result()
 
-    return partial(once, Workers(count, partial(Encoder, cfg)))
+    return partial(once, Workers(count, partial(Encoder, cfg, PIXELS)))
