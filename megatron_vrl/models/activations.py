@@ -207,6 +207,26 @@ def _rest(model: Model) -> str:
     return "none" if model.recompute == "full" else model.recompute
 
 
+def tower_block(arch: Architecture, model: Model, patches: int, kernels: Kernels) -> Layer:
+    """Return the sizes of a tower block with RMSNorm and a gated MLP, on a rank with `patches`
+    patches."""
+    v = arch.vision
+    number = dtype_bytes(model)
+    return Layer(
+        rows=patches,
+        norm_rows=patches,
+        channels=v.hidden,
+        queries=v.hidden,
+        keys=v.hidden,
+        heads=v.heads,
+        mlp=v.mlp,
+        number=number,
+        stored=number,
+        attention=Attention(queries=patches, keys=patches, mask=0),
+        kernels=kernels,
+    )
+
+
 def vision_layer(arch: Architecture, model: Model, patches: int, kernels: Kernels) -> Layer:
     """Return the sizes of a block of the vision tower on a rank with `patches` patches."""
     return family_of(arch).tower.block(arch, model, patches, kernels)

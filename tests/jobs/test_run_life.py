@@ -66,7 +66,7 @@ class Call:
         return found
 
     def wait_for(self, more_steps: int) -> None:
-        """Return the run directory of a test."""
+        """Wait until the run has made `more_steps` steps more."""
         deadline = time.monotonic() + 200
         while "sft:" not in self.output():
             assert self.script.poll() is None and time.monotonic() < deadline, self.output()

@@ -1,7 +1,6 @@
 """Sizes of Qwen2.5-VL's vision tower for FLOP counts, activation memory and the pipeline split."""
 
-from megatron_vrl.config import Model
-from megatron_vrl.models.activations import Attention, Kernels, Layer, dtype_bytes
+from megatron_vrl.models.activations import Layer, tower_block
 from megatron_vrl.models.architecture import Architecture, VisionArchitecture
 from megatron_vrl.models.family import TowerArithmetic
 
@@ -35,25 +34,6 @@ def _window_pairs(height: int, width: int, arch: VisionArchitecture) -> int:
     return squares[0] * squares[1]
 
 
-def _block(arch: Architecture, model: Model, patches: int, kernels: Kernels) -> Layer:
-    """Return the sizes of a block of the vision tower on a rank with `patches` patches."""
-    v = arch.vision
-    number = dtype_bytes(model)
-    return Layer(
-        rows=patches,
-        norm_rows=patches,
-        channels=v.hidden,
-        queries=v.hidden,
-        keys=v.hidden,
-        heads=v.heads,
-        mlp=v.mlp,
-        number=number,
-        stored=number,
-        attention=Attention(queries=patches, keys=patches, mask=0),
-        kernels=kernels,
-    )
-
-
 def _merger_saved(arch: Architecture, block: Layer) -> int:
     """Return the bytes that the trained merger saves for the patches of `block`."""
     patch_channels = block.number * block.rows * arch.vision.hidden
@@ -65,6 +45,6 @@ TOWER = TowerArithmetic(
     tower_weights=_tower_weights,
     merger_weights=_merger_weights,
     attention_pairs=_attention_pairs,
-    block=_block,
+    block=tower_block,
     merger_saved=_merger_saved,
 )

@@ -1,7 +1,9 @@
 """Sizes of Qwen3-VL's vision tower for FLOP counts, activation memory and the pipeline split."""
 
+from dataclasses import replace
+
 from megatron_vrl.config import Model
-from megatron_vrl.models.activations import Attention, Kernels, Layer, dtype_bytes
+from megatron_vrl.models.activations import Kernels, Layer, tower_block
 from megatron_vrl.models.architecture import Architecture, VisionArchitecture
 from megatron_vrl.models.family import TowerArithmetic
 
@@ -24,24 +26,8 @@ def _attention_pairs(arch: VisionArchitecture, height: int, width: int) -> int:
 
 
 def _block(arch: Architecture, model: Model, patches: int, kernels: Kernels) -> Layer:
-    """Return the sizes of a block of the vision tower on a rank with `patches` patches."""
-    v = arch.vision
-    number = dtype_bytes(model)
-    return Layer(
-        rows=patches,
-        norm_rows=patches,
-        channels=v.hidden,
-        queries=v.hidden,
-        keys=v.hidden,
-        heads=v.heads,
-        mlp=v.mlp,
-        number=number,
-        stored=number,
-        attention=Attention(queries=patches, keys=patches, mask=0),
-        kernels=kernels,
-        gated=False,
-        centred=True,
-    )
+    """Return the sizes of a block, which has LayerNorm and an MLP without a gate."""
+    return replace(tower_block(arch, model, patches, kernels), gated=False, centred=True)
 
 
 def _merger_saved(arch: Architecture, block: Layer) -> int:
