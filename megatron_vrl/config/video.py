@@ -22,12 +22,13 @@ class Video(BaseModel):
     """Frames of every video, rounded to an even number; overrides `fps`. 0: use `fps`."""
     min_frames: Positive = 4
     max_frames: Positive = 768
-    min_pixels: Positive = 128 * 28 * 28
-    """Minimum pixels of a frame after resizing."""
-    max_pixels: Positive = 768 * 28 * 28
-    """Maximum pixels of a frame after resizing."""
-    total_pixels: Positive = 90316800
-    """Maximum pixels of a video: temporal steps x height x width. A temporal step is two frames."""
+    min_pixels: Positive | None = None
+    """Minimum pixels of a frame after resizing. null: 128 vision tokens, as in qwen-vl-utils."""
+    max_pixels: Positive | None = None
+    """Maximum pixels of a frame after resizing. null: 768 vision tokens, as in qwen-vl-utils."""
+    total_pixels: Positive | None = None
+    """Maximum pixels of a video: temporal steps x height x width. A temporal step is two frames.
+    null: 115,200 vision tokens, as in qwen-vl-utils."""
     store_mib: Positive = 256
     """Memory of the frame store (decoded frames) per rank, MiB."""
     store_dir: str = ""

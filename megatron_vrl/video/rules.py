@@ -20,6 +20,7 @@ Letters: F frames, T temporal steps (2 frames each), H, W pixels, h, w patches.
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,9 @@ from megatron_vrl.errors import VideoError
 TEMPORAL = 2  # frames per temporal step, in every family
 CHANNELS = 3
 MAX_ASPECT = 200
+FRAME_MIN_TOKENS = 128  # VIDEO_MIN_TOKEN_NUM of qwen-vl-utils
+FRAME_MAX_TOKENS = 768  # VIDEO_MAX_TOKEN_NUM
+VIDEO_MAX_TOKENS = 115_200  # 0.9 x MODEL_SEQ_LEN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,8 +86,9 @@ def plan_frames(
     if count % TEMPORAL:
         indices = np.append(indices, indices[-1])
     sampled_fps = count / num_frames * native_fps
-    budget = frame_budget(count, cfg)
-    resized = smart_resize(height, width, cfg.min_pixels, budget, pixels.cell)
+    budgets = pixel_budgets(cfg, pixels)
+    budget = budgets.of_frame(count)
+    resized = smart_resize(height, width, budgets.smallest, budget, pixels.cell)
     rows, columns = (side // pixels.patch for side in resized)
     steps = len(indices) // TEMPORAL
     return SamplingPlan(
@@ -128,10 +133,27 @@ def linspace_indices(num_frames: int, count: int) -> NDArray[np.int64]:
     return values.astype(np.int64)
 
 
-def frame_budget(count: int, cfg: Video) -> int:
-    """Return the maximum pixels per frame when `count` frames divide the video's pixel budget."""
-    per_frame = cfg.total_pixels / count * TEMPORAL
-    return int(max(min(cfg.max_pixels, per_frame), int(cfg.min_pixels * 1.05)))
+class PixelBudgets(NamedTuple):
+    """Limits of a frame's and a video's size, in pixels after resizing."""
+
+    smallest: int  # of a frame
+    largest: int  # of a frame
+    total: int  # of a video: temporal steps x height x width
+
+    def of_frame(self, count: int) -> int:
+        """Return the maximum pixels per frame when `count` frames divide the video's budget."""
+        per_frame = self.total / count * TEMPORAL
+        return int(max(min(self.largest, per_frame), int(self.smallest * 1.05)))
+
+
+def pixel_budgets(cfg: Video, pixels: PixelRules) -> PixelBudgets:
+    """Return the budgets of section `video`; those it leaves out are Qwen's, in tokens."""
+    token = pixels.cell**2
+    return PixelBudgets(
+        smallest=cfg.min_pixels or FRAME_MIN_TOKENS * token,
+        largest=cfg.max_pixels or FRAME_MAX_TOKENS * token,
+        total=cfg.total_pixels or VIDEO_MAX_TOKENS * token,
+    )
 
 
 def smart_resize(

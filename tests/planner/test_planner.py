@@ -31,7 +31,7 @@ READY = {  # parameters, and the GPU that the config is for
     "recipes/temporal_r1-3b": 3_754_622_976,
     "recipes/time_r1-3b": 3_754_622_976,
     "recipes/timelens-7b": 8_292_166_656,
-    "recipes/timelens2-7b": 8_292_166_656,
+    "recipes/timelens2-8b": 8_767_123_696,
     "recipes/videoauto_r1-7b": 8_292_166_656,
     "recipes/tempsamp_r1-7b": 8_292_166_656,
     "qwen2.5-vl-3b-1gpu": 3_754_622_976,
@@ -39,6 +39,7 @@ READY = {  # parameters, and the GPU that the config is for
     "qwen2.5-vl-7b-tp2pp2": 8_292_166_656,
     "qwen2.5-vl-32b": 33_452_718_336,
     "qwen2.5-vl-72b-tp8pp4-fp8": 73_410_777_344,
+    "qwen3-vl-8b-8gpu": 8_767_123_696,
 }
 
 

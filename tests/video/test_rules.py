@@ -12,32 +12,36 @@ from hypothesis import strategies as st
 
 from megatron_vrl.config import Video
 from megatron_vrl.errors import VideoError
+from megatron_vrl.models.families import FAMILIES, family_named
 from megatron_vrl.models.qwen2_5_vl.pixels import PIXELS
 from megatron_vrl.video import rules
+from megatron_vrl.video.rules import PixelRules
 
 
 def restated(
-    total: int, fps: float, height: int, width: int, cfg: Video
+    total: int, fps: float, height: int, width: int, cfg: Video, pixels: PixelRules
 ) -> tuple[list[int], int, int, float]:
     """Reimplementation of fetch_video of qwen-vl-utils 0.0.14 with torch's linspace."""
+    cell = pixels.cell  # image_factor
+    min_pixels = cfg.min_pixels or 128 * cell**2
+    max_pixels = cfg.max_pixels or 768 * cell**2
+    total_pixels = cfg.total_pixels or 128_000 * cell**2 * 0.9
     min_frames = math.ceil(cfg.min_frames / 2) * 2
     max_frames = math.floor(min(cfg.max_frames, total) / 2) * 2
     nframes = total / fps * cfg.fps
     nframes = min(min(max(nframes, min_frames), max_frames), total)
     nframes = math.floor(nframes / 2) * 2
     indices = torch.linspace(0, total - 1, nframes).round().long().tolist()
-    max_pixels = max(
-        min(cfg.max_pixels, cfg.total_pixels / nframes * 2), int(cfg.min_pixels * 1.05)
-    )
-    h_bar, w_bar = max(28, round(height / 28) * 28), max(28, round(width / 28) * 28)
+    max_pixels = max(min(max_pixels, total_pixels / nframes * 2), int(min_pixels * 1.05))
+    h_bar, w_bar = max(cell, round(height / cell) * cell), max(cell, round(width / cell) * cell)
     if h_bar * w_bar > max_pixels:
         beta = math.sqrt((height * width) / max_pixels)
-        h_bar = math.floor(height / beta / 28) * 28
-        w_bar = math.floor(width / beta / 28) * 28
-    elif h_bar * w_bar < cfg.min_pixels:
-        beta = math.sqrt(cfg.min_pixels / (height * width))
-        h_bar = math.ceil(height * beta / 28) * 28
-        w_bar = math.ceil(width * beta / 28) * 28
+        h_bar = math.floor(height / beta / cell) * cell
+        w_bar = math.floor(width / beta / cell) * cell
+    elif h_bar * w_bar < min_pixels:
+        beta = math.sqrt(min_pixels / (height * width))
+        h_bar = math.ceil(height * beta / cell) * cell
+        w_bar = math.ceil(width * beta / cell) * cell
     return indices, h_bar, w_bar, nframes / total * fps
 
 
@@ -48,7 +52,8 @@ def restated(
     width=st.integers(16, 4000),
     wanted_fps=st.sampled_from([0.5, 1.0, 2.0, 4.0]),
     max_frames=st.integers(2, 768),
-    total_pixels=st.integers(200_000, 90_316_800),
+    total_pixels=st.none() | st.integers(200_000, 90_316_800),
+    pixels=st.sampled_from([family_named(name).pixels for name in FAMILIES]),
 )
 def test_plan_is_qwens(
     total: int,
@@ -57,17 +62,22 @@ def test_plan_is_qwens(
     width: int,
     wanted_fps: float,
     max_frames: int,
-    total_pixels: int,
+    total_pixels: int | None,
+    pixels: PixelRules,
 ) -> None:
     cfg = Video(fps=wanted_fps, max_frames=max_frames, total_pixels=total_pixels)
-    indices, rows, columns, sampled_fps = restated(total, fps, height, width, cfg)
+    indices, rows, columns, sampled_fps = restated(total, fps, height, width, cfg, pixels)
     assume(max(height, width) <= 200 * min(height, width) and rows and columns)
-    plan = rules.plan_frames(total, fps, height, width, cfg, PIXELS)
+    plan = rules.plan_frames(total, fps, height, width, cfg, pixels)
     assert plan.indices.tolist() == indices
     assert (plan.height, plan.width) == (rows, columns)
     assert plan.sampled_fps == sampled_fps
     assert plan.seconds_per_grid == np.float32(2 / sampled_fps)  # as vLLM and transformers keep it
-    assert plan.grid_thw == (len(indices) // 2, rows // 14, columns // 14)
+    assert plan.grid_thw == (
+        len(indices) // 2,
+        rows // pixels.patch,
+        columns // pixels.patch,
+    )
 
 
 def test_measured_values() -> None:
@@ -94,7 +104,7 @@ def test_plan_fits_its_limits(total: int, max_frames: int, side: int) -> None:
     assert (np.diff(plan.indices) >= 0).all()
     assert plan.indices[0] == 0
     assert plan.indices[-1] <= total - 1
-    assert plan.height * plan.width <= max(cfg.min_pixels * 1.05, cfg.max_pixels)
+    assert plan.height * plan.width <= 768 * PIXELS.cell**2
     assert plan.num_tokens * 4 == math.prod(plan.grid_thw)
 
 
