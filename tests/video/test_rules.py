@@ -32,10 +32,10 @@ def restated(
     nframes = min(min(max(nframes, min_frames), max_frames), total)
     nframes = math.floor(nframes / 2) * 2
     indices = torch.linspace(0, total - 1, nframes).round().long().tolist()
-    max_pixels = max(min(max_pixels, total_pixels / nframes * 2), int(min_pixels * 1.05))
+    budget = max(min(max_pixels, total_pixels / nframes * 2), int(min_pixels * 1.05))
     h_bar, w_bar = max(cell, round(height / cell) * cell), max(cell, round(width / cell) * cell)
-    if h_bar * w_bar > max_pixels:
-        beta = math.sqrt((height * width) / max_pixels)
+    if h_bar * w_bar > budget:
+        beta = math.sqrt((height * width) / budget)
         h_bar = math.floor(height / beta / cell) * cell
         w_bar = math.floor(width / beta / cell) * cell
     elif h_bar * w_bar < min_pixels:
