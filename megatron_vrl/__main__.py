@@ -21,6 +21,7 @@ COMMANDS = {  # name -> what it does, in the order of a first use
     "select": "select training samples by the spread of their rewards",
     "train": "tune a model: supervised warm-up, then GRPO",
     "worker": "serve rollouts to trainers with rollout.placement=workers",
+    "top": "follow a run from another terminal",
     "report": "build report.html of a run again",
     "evaluate": "evaluate a checkpoint or stored predictions on a benchmark",
     "ask": "ask a checkpoint one question about one video",
