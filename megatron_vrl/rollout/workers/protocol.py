@@ -18,6 +18,8 @@ from megatron_vrl.types import Rollout
 
 Message = TypeVar("Message")
 LENGTH_BYTES = 8  # length prefix of a framed message
+HEAD_LIMIT = 2**26  # bytes of a framed message, without what follows it
+MESSAGE_LIMIT = 2**32  # bytes of any other message; a video at vLLM's largest size has 0.7e9
 # The trainer closes a connection after this idle time, a worker after twice the time. If a worker
 # closed a connection first, the trainer could be about to reuse the connection, and the worker
 # would seem to have failed.
@@ -26,6 +28,10 @@ IDLE_S = 30
 
 class InvalidMessage(ValueError):
     """Bytes that are not a message of the expected type."""
+
+
+class MessageTooLarge(InvalidMessage):
+    """Message over its limit of bytes. The rest of the message is not read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,9 +103,22 @@ async def read_framed(
     async for piece in pieces:
         data += piece
         end = LENGTH_BYTES + int.from_bytes(data[:LENGTH_BYTES])
+        if len(data) >= LENGTH_BYTES and end > HEAD_LIMIT:
+            raise MessageTooLarge(f"a {kind.__name__} of {end} bytes; the limit is {HEAD_LIMIT}")
         if len(data) >= max(end, LENGTH_BYTES):
             return decode(bytes(data[LENGTH_BYTES:end]), kind), data[end:]
     raise InvalidMessage(f"not a {kind.__name__}: the stream ends before the message does")
+
+
+async def read_whole(pieces: AsyncIterator[bytes], limit: int = MESSAGE_LIMIT) -> bytes:
+    """Return all bytes of a stream. Raises MessageTooLarge at the first piece over `limit`."""
+    kept, count = [], 0
+    async for piece in pieces:
+        kept.append(piece)
+        count += len(piece)
+        if count > limit:
+            raise MessageTooLarge(f"a message of over {limit} bytes")
+    return b"".join(kept)
 
 
 def _array_to_wire(value: Any) -> Any:

@@ -6,6 +6,7 @@ start and end independently, and a weight sync may start in the middle of a roll
 handlers read requests, wait for the thread and write responses.
 
     GET  /health                             -> Health
+    GET  /metrics                            -> text for Prometheus (worker_metrics.py)
     POST /generate        GenerateRequest    -> GenerateResponse
     POST /weights/begin
     POST /weights/join    JoinBroadcast
@@ -14,8 +15,9 @@ handlers read requests, wait for the thread and write responses.
     POST /checksums                          -> ChecksumsResponse
 
 The body of a response with another status than 200 is one sentence. 401: wrong token. 409: the
-worker's state does not allow the call (no weights, older weights). 422: no worker can fulfil the
-request. 424: a broadcast failed, and the bucket must be sent by another transport.
+worker's state does not allow the call (no weights, older weights). 413: a message is larger than
+MESSAGE_LIMIT. 422: no worker can fulfil the request. 424: a broadcast failed, and the bucket must
+be sent by another transport.
 
 States of a worker:
 
@@ -45,6 +47,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -70,11 +73,14 @@ from megatron_vrl.rollout.workers.protocol import (
     GenerateResponse,
     InvalidMessage,
     LoadBucket,
+    MessageTooLarge,
     decode,
     encode,
     read_framed,
+    read_whole,
 )
 from megatron_vrl.rollout.workers.worker_info import Health, ServedModel, machine
+from megatron_vrl.rollout.workers.worker_metrics import WorkerMetrics
 from megatron_vrl.types import Rollout
 
 RESTART = 3  # exit code after which launch/rollout_worker.sh starts the worker again
@@ -243,6 +249,7 @@ def make_app(engine: InferenceEngine, served_model: ServedModel, token: str) -> 
     """Return the worker's HTTP application. With `token` "" requests need no token."""
     thread, instance, gpus = EngineThread(engine), uuid.uuid4().hex, visible_gpus()
     free_buffers: list[BucketWriter] = []  # buffers for buckets sent by http
+    counted = WorkerMetrics()
 
     async def health(_: bytes) -> Health:
         return Health(
@@ -254,10 +261,14 @@ def make_app(engine: InferenceEngine, served_model: ServedModel, token: str) -> 
         )
 
     async def generate(body: bytes) -> GenerateResponse:
-        rollouts = asyncio.wrap_future(thread.generate(decode(body, GenerateRequest)))
-        return GenerateResponse(rollouts=await rollouts)
+        message = decode(body, GenerateRequest)
+        with counted.running():
+            rollouts = await asyncio.wrap_future(thread.generate(message))
+        counted.answered(message, rollouts)
+        return GenerateResponse(rollouts=rollouts)
 
     async def begin(_: bytes) -> None:
+        counted.sync_began()
         await asyncio.wrap_future(thread.call(thread.start_update))
 
     async def join(body: bytes) -> None:
@@ -288,22 +299,31 @@ def make_app(engine: InferenceEngine, served_model: ServedModel, token: str) -> 
     async def commit(body: bytes) -> None:
         version = decode(body, CommitWeights).version
         await asyncio.wrap_future(thread.call(lambda: thread.finish_update(version)))
+        counted.sync_ended(version)
 
     async def checksums(_: bytes) -> ChecksumsResponse:
         by_name = await asyncio.wrap_future(thread.call(engine.weights_checksum))
         return ChecksumsResponse(by_name=by_name)
 
-    read_body = HttpRequest.body
+    async def metrics(_: bytes) -> Response:
+        return PlainTextResponse(counted.text())
+
+    endpoint = partial(_endpoint, counted, token)
     routes = [
-        Route("/health", _endpoint(read_body, health, token)),
-        _post("/generate", _endpoint(read_body, generate, token)),
-        _post("/weights/begin", _endpoint(read_body, begin, token)),
-        _post("/weights/join", _endpoint(read_body, join, token)),
-        _post("/weights/load", _endpoint(receive, load, token)),
-        _post("/weights/commit", _endpoint(read_body, commit, token)),
-        _post("/checksums", _endpoint(read_body, checksums, token)),
+        Route("/health", endpoint(_body, health)),
+        Route("/metrics", endpoint(_body, metrics)),
+        _post("/generate", endpoint(_body, generate)),
+        _post("/weights/begin", endpoint(_body, begin)),
+        _post("/weights/join", endpoint(_body, join)),
+        _post("/weights/load", endpoint(receive, load)),
+        _post("/weights/commit", endpoint(_body, commit)),
+        _post("/checksums", endpoint(_body, checksums)),
     ]
     return Starlette(routes=routes)
+
+
+async def _body(request: HttpRequest) -> bytes:
+    return await read_whole(request.stream())
 
 
 async def _fill(memory: memoryview, head: bytearray, chunks: AsyncIterator[bytes]) -> None:
@@ -336,20 +356,29 @@ def _post(path: str, endpoint: Callable[[HttpRequest], Awaitable[Response]]) -> 
 
 
 def _endpoint(
+    counted: WorkerMetrics,
+    token: str,
     read: Callable[[HttpRequest], Awaitable[Message]],
     handle: Callable[[Message], Awaitable[Any]],
-    token: str,
 ) -> Callable[[HttpRequest], Awaitable[Response]]:
-    """Return an endpoint that checks the token, reads a message and calls `handle`."""
+    """Return an endpoint that checks the token, reads a message, calls `handle` and is counted."""
     expected = f"Bearer {token}"
 
     async def endpoint(request: HttpRequest) -> Response:
+        response = await answer(request)
+        counted.calls.labels(request.url.path, response.status_code).inc()
+        return response
+
+    async def answer(request: HttpRequest) -> Response:
         authorization = request.headers.get("authorization", "")
         if token and not hmac.compare_digest(authorization.encode(), expected.encode()):
             return PlainTextResponse(f"The worker needs the token of {TOKEN_VARIABLE}.", 401)
         try:
             message = await read(request)
-            return Response(encode(await _unless_disconnected(request, handle(message))))
+            answered = await _unless_disconnected(request, handle(message))
+            return answered if isinstance(answered, Response) else Response(encode(answered))
+        except MessageTooLarge as error:
+            return PlainTextResponse(str(error), 413)
         except StateConflict as error:
             return PlainTextResponse(str(error), 409)
         except (RolloutError, InvalidMessage) as error:

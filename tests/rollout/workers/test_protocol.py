@@ -6,11 +6,14 @@ from collections.abc import AsyncIterator
 import pytest
 
 from megatron_vrl.rollout.workers.protocol import (
+    HEAD_LIMIT,
     LENGTH_BYTES,
     CommitWeights,
     InvalidMessage,
+    MessageTooLarge,
     framed,
     read_framed,
+    read_whole,
 )
 
 
@@ -40,5 +43,12 @@ def test_a_truncated_message_is_invalid(size: int) -> None:
     for cut in range(len(whole)):
         with pytest.raises(InvalidMessage, match="not a CommitWeights"):
             read(whole[:cut], size)
-    with pytest.raises(InvalidMessage, match="not a CommitWeights"):
+
+
+@pytest.mark.parametrize("size", [1, 1000])
+def test_messages_over_their_limit_are_not_read_on(size: int) -> None:
+    with pytest.raises(MessageTooLarge, match=f"the limit is {HEAD_LIMIT}"):
         read((2**64 - 1).to_bytes(LENGTH_BYTES) + b"\x00", size)
+    assert asyncio.run(read_whole(pieces_of(bytes(9), size), limit=9)) == bytes(9)
+    with pytest.raises(MessageTooLarge, match="over 9 bytes"):
+        asyncio.run(read_whole(pieces_of(bytes(10), size), limit=9))

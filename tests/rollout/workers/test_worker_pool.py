@@ -108,6 +108,27 @@ def test_workers_equal_an_engine_in_this_process(
     expected_sums = tensor_checksums(weights.items(), torch.float32)
     assert list(pool.checksums().values()) == [expected_sums, expected_sums]
 
+    counted: dict[str, float] = {}
+    for worker in pool.wait_ready(2):
+        for name, value in metrics_of(worker.address).items():
+            counted[name] = counted.get(name, 0.0) + value
+    generated = sum(len(rollout.token_ids) for group in groups for rollout in group)
+    # Other tests may have used the same workers before.
+    assert counted["mvrl_worker_response_tokens_total"] >= generated
+    assert counted["mvrl_worker_request_seconds_count"] >= len(prompts)
+    assert counted['mvrl_worker_calls_total{path="/generate",status="200"}'] >= len(prompts)
+    assert counted["mvrl_worker_requests_running"] == 0
+    assert counted["mvrl_worker_weight_version"] == 2  # version 1 of two workers
+    assert counted["mvrl_worker_weight_sync_seconds_count"] >= 2
+
+
+def metrics_of(address: str) -> dict[str, float]:
+    """Return the worker's metrics by name and labels, as Prometheus would read them."""
+    authorization = {"Authorization": f"Bearer {TOKEN}"}
+    answer = httpx.get(f"http://{address}/metrics", trust_env=False, headers=authorization)
+    lines = [line for line in answer.text.splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
 
 @pytest.mark.parametrize("transport", ["shared_memory", "broadcast", "http"])
 def test_every_transport_delivers_the_same_weights(
