@@ -18,12 +18,14 @@ from megatron_vrl.evaluation.during_training import evaluate, trivial_answers
 from megatron_vrl.models.fusion import gradient_fusion
 from megatron_vrl.observe.clock import peak_rss_bytes
 from megatron_vrl.observe.metrics import StepMetrics
+from megatron_vrl.observe.model_card import model_card
 from megatron_vrl.observe.report import build_report
 from megatron_vrl.observe.sinks import Sinks
 from megatron_vrl.observe.summary import write_summary
 from megatron_vrl.parallel.mesh import gather_objects, raise_on_all_ranks, world_axis
 from megatron_vrl.process.run_lock import Owner
 from megatron_vrl.process.signals import begin_steps
+from megatron_vrl.storage.files import write_file
 from megatron_vrl.trainer.dry_run import check, padding_notes
 from megatron_vrl.trainer.grpo import train_grpo
 from megatron_vrl.trainer.preemption import stop_if_asked
@@ -157,20 +159,26 @@ def _evaluate_stage(ctx: RunContext, state: RunState, sinks: Sinks, splits: Spli
 
 
 def _conclude(ctx: RunContext, state: RunState, splits: Splits) -> Path:
-    """Write summary.json and report.html on rank 0, and return the path of the report."""
+    """Write summary.json, the export's model card and report.html on rank 0.
+
+    Return the path of the report.
+    """
     cfg, out_dir = ctx.cfg, Path(ctx.cfg.run.out_dir)
     state.add_seconds(ctx.clock.take())
     peaks = gather_objects(world_axis(ctx.mesh), peak_rss_bytes())
     with raise_on_all_ranks(ctx.mesh):
         if ctx.mesh.rank == 0:
+            trivial = {
+                name: trivial_answers(samples, cfg.rewards)
+                for name, samples in splits.items()
+                if name != "dev"
+            }
+            card = model_card(cfg, state.results, trivial)
+            write_file(out_dir / "export" / "README.md", card)
             write_summary(
                 out_dir,
                 results=state.results,
-                trivial={
-                    name: trivial_answers(samples, cfg.rewards)
-                    for name, samples in splits.items()
-                    if name != "dev"
-                },
+                trivial=trivial,
                 seconds=state.seconds,
                 seed=cfg.run.seed,
                 peak_rss_bytes=max(peaks),

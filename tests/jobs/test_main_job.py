@@ -192,6 +192,11 @@ def test_export_loads_in_transformers_and_is_the_trained_model(run: Path) -> Non
     start = {name: tensor for path in shards for name, tensor in load_file(path).items()}
     trained = load_file(run / "export" / "model.safetensors")
     assert all(not torch.equal(trained[name], start[name]) for name in trained)
+    result = json.loads((run / "summary.json").read_text())["results"]["grpo"]["heldout"]
+    (row,) = re.findall(r"\| after GRPO \| ([\d.]+)", (run / "export" / "README.md").read_text())[
+        :1
+    ]
+    assert row == f"{100 * result['temporal_grounding/miou']:.1f}"
 
 
 def test_the_report_needs_no_other_file(run: Path) -> None:
