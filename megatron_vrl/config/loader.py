@@ -17,7 +17,7 @@ Schema = TypeVar("Schema", bound=BaseModel)
 def read_tree(path: str | Path) -> dict[str, Any]:
     """Return the sections of a YAML file. Raise ConfigError if it cannot be read or has none."""
     try:
-        tree = yaml.safe_load(Path(path).read_text())
+        tree = _parsed(path)
     except OSError as error:
         raise ConfigError(
             f"Cannot read the config {path}: {error.strerror}. Give --config FILE."
@@ -32,13 +32,21 @@ def read_tree(path: str | Path) -> dict[str, Any]:
     return tree
 
 
+def _parsed(path: str | Path) -> Any:
+    """Return the value of a YAML file. Raise OSError or YAMLError."""
+    try:
+        return yaml.safe_load(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:  # no UTF-8, a date of month 13, nested too deeply
+        raise yaml.YAMLError(str(error)) from None
+
+
 def read_mix(path: str) -> list[Any]:
     """Return the list `datasets` of a YAML file in Temporal-R1's format.
 
     Raise ValueError, since a pydantic validator calls the function.
     """
     try:
-        tree = yaml.safe_load(Path(path).read_text())
+        tree = _parsed(path)
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from None
     except yaml.YAMLError as error:

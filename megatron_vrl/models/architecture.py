@@ -5,9 +5,11 @@ families lack. A key that is missing in config.json is a CheckpointError.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from megatron_vrl.config import Parallel
 from megatron_vrl.errors import CheckpointError
@@ -82,15 +84,17 @@ def read_architecture(path: str | Path) -> Architecture:
     file = Path(path)
     file = file if file.suffix == ".json" else file / "config.json"
     try:
-        raw = json.loads(file.read_text())
+        raw = json.loads(file.read_bytes())
     except OSError as error:
         if known := advice(file.parent if file.name == "config.json" else file):
             raise CheckpointError(known) from None
         raise CheckpointError(f"Cannot read {file}: {error.strerror}. Give a checkpoint.") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
         raise CheckpointError(
             f"{file} is not JSON ({error}): restore it from the checkpoint."
         ) from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{file} holds no JSON object: restore it from the checkpoint.")
     if raw.get("model_type") not in FAMILIES:
         known = " or ".join(family_named(name).title for name in FAMILIES)
         raise CheckpointError(
@@ -99,11 +103,26 @@ def read_architecture(path: str | Path) -> Architecture:
         )
     _check_not_quantised(file, raw)
     try:
-        return family_named(raw["model_type"]).parse_config(raw)
+        return _checked(family_named(raw["model_type"]).parse_config(raw))
     except KeyError as error:
         raise CheckpointError(
             f"{file} lacks the key {error}: take the released config.json."
         ) from None
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{file} has a value that no model has ({error}): take the released config.json."
+        ) from None
+
+
+def _checked(arch: Architecture) -> Architecture:
+    """Return `arch`. Raise ValueError, naming the field, if a value has a wrong type."""
+    try:
+        TypeAdapter(Architecture).validate_json(json.dumps(asdict(arch)), strict=True)
+    except ValidationError as error:
+        wrong = error.errors(include_url=False)[0]
+        field = ".".join(map(str, wrong["loc"]))
+        raise ValueError(f"{field} is {wrong['input']!r:.40}; {wrong['msg']}") from None
+    return arch
 
 
 def config_dtype(directory: str | Path) -> str | None:
@@ -117,7 +136,8 @@ def config_dtype(directory: str | Path) -> str | None:
 
 def _check_not_quantised(file: Path, raw: dict[str, Any]) -> None:
     """Raise CheckpointError if config.json describes quantised weights."""
-    for part in (raw, raw.get("text_config") or {}):
+    text = raw.get("text_config")
+    for part in (raw, text if isinstance(text, dict) else {}):
         for key in ("quantization_config", "compression_config"):
             if part.get(key):
                 values = part[key] if isinstance(part[key], dict) else {}

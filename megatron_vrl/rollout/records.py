@@ -152,7 +152,7 @@ def decode(line: bytes, path: Path) -> GroupRecord:
     """Return the record of a line. Raises DataError if the line is not a group."""
     try:
         return msgspec.json.decode(line, type=GroupRecord)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path} holds a line that is not a group of rollouts: {error}.") from None
 
 

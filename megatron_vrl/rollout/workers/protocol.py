@@ -4,6 +4,7 @@ Decoding uses no pickle and checks a message against its type. Bytes that are no
 type raise `InvalidMessage`.
 """
 
+import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from megatron_vrl.rollout.request import RolloutRequest, SamplingSpec
 from megatron_vrl.types import Rollout
 
 Message = TypeVar("Message")
+DTYPE = re.compile(r"[<|][bifu][1248]")  # np.dtype evaluates other texts
 LENGTH_BYTES = 8  # length prefix of a framed message
 HEAD_LIMIT = 2**26  # bytes of a framed message, without what follows it
 MESSAGE_LIMIT = 2**32  # bytes of any other message; a video at vLLM's largest size has 0.7e9
@@ -129,9 +131,9 @@ def _array_to_wire(value: Any) -> Any:
 
 
 def _array_from_wire(kind: Any, value: Any) -> Any:
+    if not DTYPE.fullmatch(value["dtype"]):
+        raise TypeError(f"an array of dtype {value['dtype']!r:.40}")
     dtype = np.dtype(value["dtype"])
-    if dtype.hasobject:
-        raise TypeError("an array of objects")
     flat = np.frombuffer(
         bytearray(value["data"]), dtype=dtype
     )  # bytearray: torch needs writable memory

@@ -5,12 +5,15 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from megatron_vrl.rollout.request import RolloutRequest
 from megatron_vrl.rollout.workers.protocol import (
     HEAD_LIMIT,
     LENGTH_BYTES,
     CommitWeights,
     InvalidMessage,
     MessageTooLarge,
+    decode,
+    encode,
     framed,
     read_framed,
     read_whole,
@@ -52,3 +55,10 @@ def test_messages_over_their_limit_are_not_read_on(size: int) -> None:
     assert asyncio.run(read_whole(pieces_of(bytes(9), size), limit=9)) == bytes(9)
     with pytest.raises(MessageTooLarge, match="over 9 bytes"):
         asyncio.run(read_whole(pieces_of(bytes(10), size), limit=9))
+
+
+@pytest.mark.parametrize("dtype", [",", "O", "<M8[ns]", "<f16", "f4,f4"])
+def test_only_numbers_are_arrays_of_a_message(dtype: str) -> None:
+    array = {"dtype": dtype, "shape": (0,), "data": b""}
+    with pytest.raises(InvalidMessage, match="not a RolloutRequest: an array of dtype"):
+        decode(encode({"id": "a", "token_ids": array}), RolloutRequest)
