@@ -8,7 +8,7 @@ on.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -31,7 +31,7 @@ from megatron_vrl.errors import CheckpointError, DataError, VideoError
 from megatron_vrl.models.families import FAMILIES, family_named, family_of
 from megatron_vrl.models.family import Family
 from megatron_vrl.tasks import TASKS
-from megatron_vrl.types import VideoClip, VideoSample
+from megatron_vrl.types import Sample, VideoClip
 from megatron_vrl.video import VideoReader
 from megatron_vrl.video.time_axis import time_problems
 
@@ -113,7 +113,7 @@ class DatasetCheck:
 
     def _read(
         self, key: str | int, record: Any, line: int, source: Source
-    ) -> tuple[list[VideoSample], list[Problem]]:
+    ) -> tuple[list[Sample], list[Problem]]:
         """Return the samples of a record, or no samples and the problem that prevents them."""
         try:
             read = samples_of(record, key, source, self._reader.duration_s, line)
@@ -123,11 +123,12 @@ class DatasetCheck:
             reason = f"{source.json_path}: record {key}: its video {error}"
             return [], [Problem(sample="", video="", kind=error.kind, reason=reason)]
         self.stats.samples += len(read)
-        return [replace(sample, folder=source.data_folder) for sample in read], []
+        return [sample.inside(source.data_folder) for sample in read], []
 
-    def _files(self, samples: Sequence[VideoSample]) -> dict[VideoClip, VideoError]:
+    def _files(self, samples: Sequence[Sample]) -> dict[VideoClip, VideoError]:
         """Return the errors of files that were not probed before."""
-        new = [f for f in dict.fromkeys(s.clip for s in samples) if f not in self._durations_s]
+        clips = dict.fromkeys(clip for sample in samples for clip in sample.clips)
+        new = [clip for clip in clips if clip not in self._durations_s]
         bad: dict[VideoClip, VideoError] = {}
         for clip, plan in zip(new, self._reader.plan(new), strict=True):
             self._durations_s[clip] = np.nan
@@ -144,22 +145,24 @@ class DatasetCheck:
         return bad
 
     def _sample_problems(
-        self, samples: Sequence[VideoSample], bad: dict[VideoClip, VideoError]
+        self, samples: Sequence[Sample], bad: dict[VideoClip, VideoError]
     ) -> Iterator[Problem]:
         """Yield the problems of samples. An error of a file is reported with its first sample."""
         for sample in samples:
-            of = {"sample": sample.id, "video": sample.video}
-            if error := bad.pop(sample.clip, None):
-                yield Problem(**of, kind=error.kind, reason=str(error))
-            for sentence in self._time_faults.pop(sample.clip, ()):
-                yield Problem(**of, kind="times", reason=f"{sample.video}: {sentence}")
+            for clip in sample.clips:
+                of = {"sample": sample.id, "video": clip.path}
+                if error := bad.pop(clip, None):
+                    yield Problem(**of, kind=error.kind, reason=str(error))
+                for sentence in self._time_faults.pop(clip, ()):
+                    yield Problem(**of, kind="times", reason=f"{clip.path}: {sentence}")
+            of = {"sample": sample.id, "video": sample.first_path}
             for kind, reason in (
                 *self._question_problems(cut_to_video(sample)),
                 *self._interval_problems(sample),
             ):
                 yield Problem(**of, kind=kind, reason=f"{sample.id}: {reason}")
 
-    def _interval_problems(self, sample: VideoSample) -> Iterator[tuple[str, str]]:
+    def _interval_problems(self, sample: Sample) -> Iterator[tuple[str, str]]:
         """Yield (kind, sentence) for the intervals as annotated."""
         if sample.window_s is not None or not sample.duration_s:
             return
@@ -167,9 +170,10 @@ class DatasetCheck:
             self._times.add(sample.id, start_s, end_s, sample.duration_s)
             yield from interval_problems(start_s, end_s, sample.duration_s)
 
-    def _question_problems(self, sample: VideoSample) -> Iterator[tuple[str, str]]:
+    def _question_problems(self, sample: Sample) -> Iterator[tuple[str, str]]:
         """Yield (kind, sentence) for the question: duplicates, missing text, durations, tokens."""
-        question = hash((sample.task, sample.video, sample.window_s, sample.query, sample.options))
+        files = sample.inside("").media
+        question = hash((sample.task, files, sample.query, sample.options))
         if question in self._questions:
             yield "duplicate", "the same question about the same video was asked before."
         elif sample.id in self._ids:
@@ -183,9 +187,10 @@ class DatasetCheck:
             yield "annotation", "the question has no text; it is left out."
         if TASKS[sample.task].truth.intervals and not sample.intervals_s:
             yield "interval", "no interval within the video; the question is left out."
-        if sample.window_s is None and sample.duration_s:
+        if sample.clip and sample.window_s is None and sample.duration_s:
             yield from _durations(sample, self._durations_s[sample.clip])
-        most, tokens = self._cfg.data.max_prompt_tokens, self.stats.tokens.get(sample.clip, 0)
+        most = self._cfg.data.max_prompt_tokens
+        tokens = sum(self.stats.tokens.get(clip, 0) for clip in sample.clips)
         if tokens > most:
             yield "tokens", f"{tokens} video tokens are over data.max_prompt_tokens={most}."
 
@@ -198,7 +203,7 @@ def _family(cfg: RunConfig) -> Family:
         return family_named(FAMILIES[0])
 
 
-def _durations(sample: VideoSample, file_s: float) -> Iterator[tuple[str, str]]:
+def _durations(sample: Sample, file_s: float) -> Iterator[tuple[str, str]]:
     """Yield (kind, sentence) if annotated duration or intervals contradict the file."""
     slack_s = max(SLACK_S, SLACK_FRACTION * file_s)
     if abs(sample.duration_s - file_s) > slack_s:

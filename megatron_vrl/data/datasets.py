@@ -11,7 +11,7 @@ from megatron_vrl.config import Source
 from megatron_vrl.data.formats.records import HeaderDuration
 from megatron_vrl.data.mix import load, open_pool
 from megatron_vrl.data.pool import Pool, is_indexed
-from megatron_vrl.types import VideoSample
+from megatron_vrl.types import Sample
 
 Key = tuple[str, ...]  # the sources as JSON
 
@@ -22,12 +22,10 @@ class Datasets:
     def __init__(self, seed: int) -> None:
         """`seed` decides what `sampling_strategy: random:N` keeps."""
         self._seed = seed
-        self._samples: dict[Key, list[VideoSample]] = {}
+        self._samples: dict[Key, list[Sample]] = {}
         self._pools: dict[Key, Pool] = {}
 
-    def load(
-        self, sources: Sequence[Source], header_duration_s: HeaderDuration
-    ) -> list[VideoSample]:
+    def load(self, sources: Sequence[Source], header_duration_s: HeaderDuration) -> list[Sample]:
         """Return the samples of all sources in their order."""
         key = _key(sources)
         if key in self._samples:

@@ -14,7 +14,6 @@ import os
 from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -35,11 +34,11 @@ from megatron_vrl.data.formats.training import (
 )
 from megatron_vrl.data.problems import Problem
 from megatron_vrl.errors import DataError, VideoError
-from megatron_vrl.types import VideoSample
+from megatron_vrl.types import Sample
 
 READ_WHOLE_BYTES = 16 << 20  # smaller files are loaded whole
 
-Drawn = VideoSample | Problem | None  # Problem: the video is bad; None: the question is unusable
+Drawn = Sample | Problem | None  # Problem: the video is bad; None: the question is unusable
 
 
 def is_indexed(source: Source) -> bool:
@@ -75,7 +74,7 @@ class Pool(Sequence[Drawn]):
     def names(self) -> list[str]:
         """Return the id of each sample, "" for an unusable one. Parses every record."""
         drawn = (self[index] for index in range(len(self)))
-        return [d.id if isinstance(d, VideoSample) else d.sample if d else "" for d in drawn]
+        return [d.id if isinstance(d, Sample) else d.sample if d else "" for d in drawn]
 
     def only(self, kept: NDArray[np.bool_]) -> "Pool":
         """Return the pool of the samples for which the mask `kept` [N] is True."""
@@ -87,8 +86,8 @@ class Pool(Sequence[Drawn]):
         part = bisect_right(self._ends, index)
         before = self._ends[part - 1] if part else 0
         drawn = self._parts[part][int(self._chosen[part][index - before])]
-        if isinstance(drawn, VideoSample):
-            return replace(drawn, folder=self._sources[part].data_folder)
+        if isinstance(drawn, Sample):
+            return drawn.inside(self._sources[part].data_folder)
         return drawn
 
 

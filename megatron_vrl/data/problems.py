@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from megatron_vrl.errors import VideoError
-from megatron_vrl.types import VideoSample
+from megatron_vrl.types import Sample
 
 ANNOTATION_KINDS = {
     *("annotation", "unit", "interval", "zero_length", "reversed", "before_start", "duplicate")
@@ -32,9 +32,9 @@ class Problem:
     reason: str  # one sentence
 
     @classmethod
-    def of_video(cls, sample: VideoSample, error: VideoError) -> "Problem":
+    def of_video(cls, sample: Sample, error: VideoError) -> "Problem":
         """Return the problem of a sample whose video cannot be read."""
-        return cls(sample=sample.id, video=sample.video, kind=error.kind, reason=str(error))
+        return cls(sample=sample.id, video=sample.first_path, kind=error.kind, reason=str(error))
 
     def row(self) -> dict[str, str]:
         """Return the row for a JSON lines file."""

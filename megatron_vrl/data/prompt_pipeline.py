@@ -10,13 +10,13 @@ from typing import Protocol
 
 from megatron_vrl.data.prompt import PromptEncoder, PromptSpec
 from megatron_vrl.errors import VideoError
-from megatron_vrl.types import EncodedImage, EncodedVideo, Prompt, VideoClip, VideoSample, Visual
+from megatron_vrl.types import EncodedImage, EncodedVideo, Media, Prompt, Sample, VideoClip, Visual
 
 
 class VideoDecoder(Protocol):
     """Decoder of video files, such as `video.VideoReader`."""
 
-    def encode(self, clips: Sequence[VideoClip | str]) -> list[EncodedVideo | VideoError]:
+    def encode(self, clips: Sequence[VideoClip]) -> list[EncodedVideo | VideoError]:
         """Return one result for each clip, in order."""
         ...
 
@@ -33,7 +33,7 @@ class PromptPipeline:
         """`read_image` is needed for specs with images only."""
         self._videos, self._encoder, self._read_image = videos, encoder, read_image
 
-    def load(self, samples: Sequence[VideoSample]) -> list[Prompt | VideoError]:
+    def load(self, samples: Sequence[Sample]) -> list[Prompt | VideoError]:
         """Return the prompt of each sample, or the error of its video, in order.
 
         Raises ConfigError if a prompt exceeds data.max_prompt_tokens, DataError if a text has no
@@ -46,25 +46,32 @@ class PromptPipeline:
 
         Raises what `load` raises.
         """
-        clips = [clip for spec in specs for clip in spec.videos]
-        videos = iter(self._videos.encode(clips))
-        return [self._prompt(spec, [next(videos) for _ in spec.videos]) for spec in specs]
+        parts = [part for spec in specs for part in spec.content]
+        videos = iter(self._videos.encode([p for p in parts if isinstance(p, VideoClip)]))
+        return [self._prompt(spec, videos) for spec in specs]
 
     def _prompt(
-        self, spec: PromptSpec, videos: Sequence[EncodedVideo | VideoError]
+        self, spec: PromptSpec, videos: Iterator[EncodedVideo | VideoError]
     ) -> Prompt | VideoError:
-        visuals: list[Visual] = []
+        """Return the prompt of a spec, whose videos are the next ones of `videos`."""
+        content: list[str | Visual] = []
+        errors: list[VideoError] = []
+        for part in spec.content:
+            read = part if isinstance(part, str) else self._visual(part, videos)
+            if isinstance(read, VideoError):
+                errors.append(read)
+            else:
+                content.append(read)
+        return errors[0] if errors else self._encoder.encode(spec.id, spec.system, content)
+
+    def _visual(
+        self, medium: Media, videos: Iterator[EncodedVideo | VideoError]
+    ) -> Visual | VideoError:
+        """Return the next video, or the image of a file."""
+        if isinstance(medium, VideoClip):
+            return next(videos)
+        assert self._read_image is not None, "made without read_image"
         try:
-            for visual in (*videos, *self._images(spec)):
-                if isinstance(visual, VideoError):
-                    return visual
-                visuals.append(visual)
+            return self._read_image(medium.path)
         except VideoError as error:
             return error
-        return self._encoder.encode(spec.id, spec.system, tuple(visuals), spec.question)
-
-    def _images(self, spec: PromptSpec) -> Iterator[EncodedImage]:
-        """Yield the images of a spec. Raises VideoError, naming the file, if one is damaged."""
-        for path in spec.images:
-            assert self._read_image is not None, "made without read_image"
-            yield self._read_image(path)

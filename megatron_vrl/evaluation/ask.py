@@ -9,7 +9,7 @@ from megatron_vrl.errors import VideoError
 from megatron_vrl.evaluation.generate import Answerer, InferenceConfig
 from megatron_vrl.observe.timeline_strip import timeline_strip
 from megatron_vrl.tasks import TASKS
-from megatron_vrl.types import Rollout, VideoSample
+from megatron_vrl.types import Rollout, Sample, VideoClip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,10 +33,10 @@ def ask(
     longest = cfg.evaluation.max_response_tokens
     answerer = start(cfg, longest)
     video = answerer.decode(question.video)
-    sample = VideoSample(
+    sample = Sample(
         id=question.video,
         task=question.task,
-        video=question.video,
+        media=(VideoClip(question.video),),
         duration_s=video.duration_s,
         query=question.text,
         rationale="",
@@ -54,7 +54,7 @@ def ask(
     return result | {"strip": str(picture)}
 
 
-def _parsed(sample: VideoSample, rollout: Rollout) -> dict[str, Any]:
+def _parsed(sample: Sample, rollout: Rollout) -> dict[str, Any]:
     parsed = TASKS[sample.task].parse(rollout.text, sample)
     thinking = rollout.text.partition("<think>")[2].rpartition("</think>")[0]
     cut = "the answer was cut at the length limit" if rollout.finish == "length" else ""

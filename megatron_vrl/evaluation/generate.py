@@ -25,7 +25,7 @@ from megatron_vrl.rollout.backends import BACKENDS
 from megatron_vrl.rollout.interfaces import InferenceEngine
 from megatron_vrl.rollout.request import SamplingSpec
 from megatron_vrl.storage.no_checkpoint import advice
-from megatron_vrl.types import EncodedVideo, Prompt, Rollout, VideoSample
+from megatron_vrl.types import EncodedVideo, Prompt, Rollout, Sample
 from megatron_vrl.video import VideoReader
 
 Answers = list[Rollout] | VideoError
@@ -100,8 +100,8 @@ class Answerer:
         return engine
 
     def answer(
-        self, samples: Sequence[VideoSample], spec: SamplingSpec, batch_size: int
-    ) -> Iterator[tuple[VideoSample, Answers]]:
+        self, samples: Sequence[Sample], spec: SamplingSpec, batch_size: int
+    ) -> Iterator[tuple[Sample, Answers]]:
         """Yield each sample with its `spec.n` answers, or with the error of its video, in order.
 
         The frames of `batch_size` samples are in memory at a time. Raises ConfigError if a prompt
@@ -117,8 +117,8 @@ class Answerer:
                 yield sample, one if isinstance(one, VideoError) else next(rollouts)
 
     def answer_greedily(
-        self, samples: Sequence[VideoSample], max_tokens: int, batch_size: int
-    ) -> Iterator[tuple[VideoSample, Rollout | VideoError]]:
+        self, samples: Sequence[Sample], max_tokens: int, batch_size: int
+    ) -> Iterator[tuple[Sample, Rollout | VideoError]]:
         """Yield each sample with its greedy answer, or with the error of its video, in order."""
         for sample, answers in self.answer(samples, SamplingSpec.greedy(max_tokens), batch_size):
             yield sample, answers if isinstance(answers, VideoError) else answers[0]

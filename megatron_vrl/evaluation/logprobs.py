@@ -51,7 +51,7 @@ from megatron_vrl.parallel.mesh import (
 )
 from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.policy.policy import Policy
-from megatron_vrl.types import Prompt
+from megatron_vrl.types import ImageFile, Prompt, VideoClip
 from megatron_vrl.video import VideoReader
 from megatron_vrl.video.image import read_image, read_image_rules
 
@@ -213,7 +213,7 @@ class Scorer:
 
     def _dummy_group(self) -> Group:
         """Return a group for ranks with fewer micro-batches than others. Its rows are dropped."""
-        return self._group(self._encoder.encode("dummy", None, (), ""), "", DUMMY)
+        return self._group(self._encoder.encode("dummy", None, ("",)), "", DUMMY)
 
     def _group(self, prompt: Prompt, response: str, answer_id: str) -> Group:
         token_ids = self._encoder.answer(response)
@@ -230,9 +230,11 @@ def _spec(sample: ScoredSample) -> PromptSpec:
     return PromptSpec(
         id=sample.id,
         system=sample.system,
-        videos=sample.videos,
-        images=sample.images,
-        question=sample.question,
+        content=(
+            *map(VideoClip, sample.videos),
+            *map(ImageFile, sample.images),
+            sample.question,
+        ),
     )
 
 

@@ -114,7 +114,7 @@ def test_textual_timestamps_are_one_encoding_for_engine_and_trainer(
     """vLLM derives tokens and grid of every step as the trainer does, or `generate` raises."""
     encoder = PromptEncoder(checkpoint, policy.arch, "none", 250, timestamps="interleaved")
     steps = [video((steps, 4, 6), 0.7, seed=steps) for steps in (1, 3, 5)]
-    prompts = [encoder.encode(f"{v.path}", None, (v,), "When?") for v in steps]
+    prompts = [encoder.encode(f"{v.path}", None, (v, "When?")) for v in steps]
     answers = engine.generate(prompts, SPEC)
     policy.keep_reference()
     assert largest_gap(policy, engine, prompts, answers) < 1e-4

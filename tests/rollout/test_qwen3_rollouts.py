@@ -70,7 +70,7 @@ def prompts(encoder: PromptEncoder) -> list[Prompt]:
     for seed, grid in enumerate([(4, 2, 2), (3, 4, 6), (1, 6, 2)]):
         times = np.cumsum(np.random.default_rng(seed).uniform(0.1, 2, 2 * grid[0]))
         shown = replace(video(grid, 1.0, seed), timestamps_s=times - times[0])
-        made.append(encoder.encode(f"clip-{seed}", None, (shown,), "when is it visible?"))
+        made.append(encoder.encode(f"clip-{seed}", None, (shown, "when is it visible?")))
     return made
 
 
@@ -124,7 +124,7 @@ def test_positions_equal_vllm(
     from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration as Model
 
     arch = policy_and_engine[0].arch
-    asked = encoder.encode("one", None, tuple(visuals), "when is it visible?")
+    asked = encoder.encode("one", None, (*visuals, "when is it visible?"))
     pads = [i for i, t in enumerate(asked.engine_token_ids) if t in encoder._pads]
     before = [
         PROMPT.expand(asked.engine_token_ids[:pad], visuals[:i], arch, encoder._chat.text_ids)

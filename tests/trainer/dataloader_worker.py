@@ -30,7 +30,7 @@ from megatron_vrl.parallel.mesh import (
 from megatron_vrl.storage.files import read_rows
 from megatron_vrl.trainer.dataloader import PromptDataLoader
 from megatron_vrl.trainer.state import RunState
-from megatron_vrl.types import EncodedVideo, VideoSample
+from megatron_vrl.types import EncodedVideo, Sample, VideoClip
 from megatron_vrl.video import VideoReader
 
 ARCHITECTURE = read_architecture(
@@ -40,19 +40,18 @@ ARCHITECTURE = read_architecture(
 NUM_FILES, BAD, STEPS, BATCH, SEED = 20, {1, 4, 5, 13}, 6, 5, 3
 
 
-def samples(folder: Path) -> list[VideoSample]:
+def samples(folder: Path) -> list[Sample]:
     return [
-        VideoSample(
+        Sample(
             id=f"s{number}",
             task="temporal_grounding",
-            video=str(folder / f"{number}.mp4"),
+            media=(VideoClip(str(folder / f"{number}.mp4"), folder=str(folder)),),
             duration_s=1.0,
             query="the red square is visible",
             rationale="",
             intervals_s=((0.0, 0.5),),
             options=(),
             option="",
-            folder=str(folder),
         )
         for number in range(NUM_FILES)
     ]
@@ -106,7 +105,7 @@ def draw_steps(ctx: RunContext, folder: Path, state: RunState, steps: int) -> li
         made = dataloader.take(BATCH)
         for sample, prompt, _ in made:
             (video,) = prompt.visuals
-            assert isinstance(video, EncodedVideo) and video.path == sample.video
+            assert isinstance(video, EncodedVideo) and video.path == sample.first_path
             assert len(video.frames) == 2  # one temporal step: the truth keeps its times
             assert sample.intervals_s == ((0.0, 0.5),)
         dataloader.prefetch(BATCH)
