@@ -148,13 +148,14 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VideoInput:
+class VisualInput:
     """One vision block as an engine receives it: pixels, or embeddings from the trainer's tower."""
 
+    kind: Literal["video", "image"]  # vLLM's modality
     frames: NDArray[np.uint8]  # [F, height, width, 3] RGB, resized; F is 0 with embeddings
     grid_thw: tuple[int, int, int]
-    seconds_per_grid: float
-    timestamps_s: NDArray[np.float64]  # [F] of all frames, also with embeddings
+    seconds_per_grid: float  # 0 for an image
+    timestamps_s: NDArray[np.float64]  # [F] of all frames, also with embeddings; [0] for an image
     embeddings: NDArray[Any] | None = None  # [vision tokens, channels]
 
 

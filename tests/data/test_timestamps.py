@@ -86,7 +86,7 @@ def test_the_engine_gets_every_step_as_a_video(encoder: PromptEncoder, embedded:
     prompt = encoder.encode("a", None, (CLIP, "When?"))
     if embedded:
         prompt = replace(prompt, visual_embeds=(np.arange(3.0 * CELLS)[:, None],))
-    steps = make_request(prompt).videos
+    steps = make_request(prompt).visuals
     assert [step.grid_thw for step in steps] == [(1, 4, 6)] * 3
     times = np.concatenate([step.timestamps_s for step in steps])
     assert np.array_equal(times, CLIP.timestamps_s)

@@ -29,6 +29,7 @@ from megatron_vrl.policy.vision_cache import VisionEmbeddingCache
 from megatron_vrl.rollout.request import SamplingSpec
 from megatron_vrl.rollout.vllm.engine import VllmEngine
 from megatron_vrl.types import EncodedVideo, Prompt, Rollout, Visual
+from tests.rollout.mixed_media import mixed_prompts
 from tests.tiny import present
 from tests.tiny_qwen3_vl import image, video
 
@@ -102,6 +103,20 @@ def test_engine_and_trainer_agree_with_pixels_and_with_embeddings(
     assert largest_gap(policy, engine, prompts, pixels) < 1e-4
     embedded = VisionEmbeddingCache(policy, 64).embed(prompts)
     assert embedded[0].visual_embeds[0].shape == (4, 4 * policy.arch.hidden)
+    answers = engine.generate(embedded, SPEC)
+    for ours, theirs in zip(answers, pixels, strict=True):
+        assert [a.token_ids.tolist() for a in ours] == [a.token_ids.tolist() for a in theirs]
+    assert largest_gap(policy, engine, embedded, answers) < 1e-4
+
+
+def test_mixed_media_agree_with_pixels_and_with_embeddings(
+    policy_and_engine: tuple[Policy, VllmEngine], encoder: PromptEncoder
+) -> None:
+    policy, engine = policy_and_engine
+    prompts = mixed_prompts(encoder, video, image)
+    pixels = engine.generate(prompts, SPEC)
+    assert largest_gap(policy, engine, prompts, pixels) < 1e-4
+    embedded = VisionEmbeddingCache(policy, 64).embed(prompts)
     answers = engine.generate(embedded, SPEC)
     for ours, theirs in zip(answers, pixels, strict=True):
         assert [a.token_ids.tolist() for a in ours] == [a.token_ids.tolist() for a in theirs]

@@ -47,7 +47,7 @@ def test_interleaved_timestamps_change_nothing(encoder: PromptEncoder) -> None:
     """Qwen3-VL's own form has timestamps: one block per video, and no sentence about numbers."""
     assert FAMILY.interleaved_prompt == FAMILY.prompt
     prompt = encoder.encode("a", None, (sampled((3, 4, 6), 13, 1), QUESTION))
-    (block,) = make_request(prompt).videos
+    (block,) = make_request(prompt).visuals
     assert block.grid_thw == (3, 4, 6) and len(block.timestamps_s) == 6
 
 
