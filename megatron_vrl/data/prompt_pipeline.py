@@ -5,36 +5,30 @@ instead of the prompt, and the caller decides whether to skip, replace, count or
 group is used here. Code that runs on several ranks wraps the call in `raise_on_all_ranks`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from megatron_vrl.data.prompt import PromptEncoder, PromptSpec
 from megatron_vrl.errors import VideoError
-from megatron_vrl.types import EncodedImage, EncodedVideo, Media, Prompt, Sample, VideoClip, Visual
+from megatron_vrl.types import Media, Prompt, Sample, Visual
 
 
-class VideoDecoder(Protocol):
-    """Decoder of video files, such as `video.VideoReader`."""
+class MediaReader(Protocol):
+    """Decoder of videos and images, such as `video.VideoReader`."""
 
-    def encode(self, clips: Sequence[VideoClip]) -> list[EncodedVideo | VideoError]:
-        """Return one result for each clip, in order."""
+    def read(self, media: Sequence[Media]) -> list[Visual | VideoError]:
+        """Return one result for each medium, in order."""
         ...
 
 
 class PromptPipeline:
     """Decoder and prompt encoder of one process."""
 
-    def __init__(
-        self,
-        videos: VideoDecoder,
-        encoder: PromptEncoder,
-        read_image: Callable[[str], EncodedImage] | None = None,
-    ) -> None:
-        """`read_image` is needed for specs with images only."""
-        self._videos, self._encoder, self._read_image = videos, encoder, read_image
+    def __init__(self, reader: MediaReader, encoder: PromptEncoder) -> None:
+        self._reader, self._encoder = reader, encoder
 
     def load(self, samples: Sequence[Sample]) -> list[Prompt | VideoError]:
-        """Return the prompt of each sample, or the error of its video, in order.
+        """Return the prompt of each sample, or the error of its first bad video or image, in order.
 
         Raises ConfigError if a prompt exceeds data.max_prompt_tokens, DataError if a text has no
         encoding.
@@ -46,32 +40,15 @@ class PromptPipeline:
 
         Raises what `load` raises.
         """
-        parts = [part for spec in specs for part in spec.content]
-        videos = iter(self._videos.encode([p for p in parts if isinstance(p, VideoClip)]))
-        return [self._prompt(spec, videos) for spec in specs]
+        media = [part for spec in specs for part in spec.content if not isinstance(part, str)]
+        read = iter(self._reader.read(media))
+        return [self._prompt(spec, read) for spec in specs]
 
-    def _prompt(
-        self, spec: PromptSpec, videos: Iterator[EncodedVideo | VideoError]
-    ) -> Prompt | VideoError:
-        """Return the prompt of a spec, whose videos are the next ones of `videos`."""
-        content: list[str | Visual] = []
-        errors: list[VideoError] = []
-        for part in spec.content:
-            read = part if isinstance(part, str) else self._visual(part, videos)
-            if isinstance(read, VideoError):
-                errors.append(read)
-            else:
-                content.append(read)
-        return errors[0] if errors else self._encoder.encode(spec.id, spec.system, content)
-
-    def _visual(
-        self, medium: Media, videos: Iterator[EncodedVideo | VideoError]
-    ) -> Visual | VideoError:
-        """Return the next video, or the image of a file."""
-        if isinstance(medium, VideoClip):
-            return next(videos)
-        assert self._read_image is not None, "made without read_image"
-        try:
-            return self._read_image(medium.path)
-        except VideoError as error:
-            return error
+    def _prompt(self, spec: PromptSpec, read: Iterator[Visual | VideoError]) -> Prompt | VideoError:
+        """Return the prompt of a spec, whose media are the next ones of `read`."""
+        content = [part if isinstance(part, str) else next(read) for part in spec.content]
+        errors = [part for part in content if isinstance(part, VideoError)]
+        if errors:
+            return errors[0]
+        shown = [part for part in content if not isinstance(part, VideoError)]
+        return self._encoder.encode(spec.id, spec.system, shown)

@@ -15,7 +15,7 @@ from megatron_vrl.checkpoint.convert import stored_tensors
 from megatron_vrl.checkpoint.layout import hf_dir_of
 from megatron_vrl.config.inference import read_inference
 from megatron_vrl.config.loader import read_tree, validate_with_overrides
-from megatron_vrl.context import prompt_encoder
+from megatron_vrl.context import media_reader, prompt_encoder
 from megatron_vrl.data.prompt_pipeline import PromptPipeline
 from megatron_vrl.errors import CheckpointError, ConfigError, VideoError
 from megatron_vrl.models.architecture import config_dtype, read_architecture
@@ -26,7 +26,6 @@ from megatron_vrl.rollout.interfaces import InferenceEngine
 from megatron_vrl.rollout.request import SamplingSpec
 from megatron_vrl.storage.no_checkpoint import advice
 from megatron_vrl.types import EncodedVideo, Prompt, Rollout, Sample
-from megatron_vrl.video import VideoReader
 
 Answers = list[Rollout] | VideoError
 
@@ -80,7 +79,8 @@ class Answerer:
         self._directory = hf_dir_of(cfg.model.checkpoint)
         arch = read_architecture(self._directory)
         encoder = prompt_encoder(self._directory, arch, cfg.data)
-        self._reader = VideoReader(cfg.video, family_of(arch).pixels)
+        pixels = family_of(arch).pixels
+        self._reader = media_reader(cfg.video, cfg.data, pixels, self._directory)
         self._prompts = PromptPipeline(self._reader, encoder)
         longest = cfg.data.max_prompt_tokens + max_response_tokens
         self._max_model_len = min(longest, arch.max_positions)

@@ -53,7 +53,7 @@ from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.policy.policy import Policy
 from megatron_vrl.types import ImageFile, Prompt, VideoClip
 from megatron_vrl.video import VideoReader
-from megatron_vrl.video.image import read_image, read_image_rules
+from megatron_vrl.video.image import image_rules
 
 SAMPLES_AT_A_TIME = 16  # of one model replica
 DUMMY = ""  # id of the answer of the dummy group
@@ -65,6 +65,8 @@ class PromptForm(Section):
     """interleaved: the time of every temporal step stands as text before it."""
     max_prompt_tokens: Positive = 128_000
     """A longer prompt is refused, never cut. The default is what Qwen's models are trained on."""
+    image_min_pixels: Positive | None = None
+    image_max_pixels: Positive | None = None
 
 
 class ScoreConfig(Section):
@@ -165,10 +167,11 @@ class Scorer:
         load_weights(cfg.model.checkpoint, self._policy)
         self._mesh, self._encoder, self._batch = mesh, encoder, cfg.batch
         pixels = family_of(arch).pixels
-        rules = read_image_rules(hf_dir_of(cfg.model.checkpoint), pixels)
-        self._prompts = PromptPipeline(
-            VideoReader(cfg.video, pixels), encoder, lambda path: read_image(path, rules)
+        form = cfg.data
+        rules = image_rules(
+            hf_dir_of(cfg.model.checkpoint), pixels, form.image_min_pixels, form.image_max_pixels
         )
+        self._prompts = PromptPipeline(VideoReader(cfg.video, pixels, rules), encoder)
 
     def score(self, block: Sequence[ScoredSample]) -> list[Row]:
         """Return the rows of a block in its order on rank 0, and [] on the other ranks.

@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_vrl.checkpoint.layout import pixels_of
+from megatron_vrl.checkpoint.layout import hf_dir_of, pixels_of
 from megatron_vrl.config import RunConfig
+from megatron_vrl.context import media_reader
 from megatron_vrl.errors import ConfigError, DataError, VideoError, counted
 from megatron_vrl.evaluation.benchmark import prediction_of
 from megatron_vrl.evaluation.generate import Answerer, InferenceConfig
@@ -22,7 +23,6 @@ from megatron_vrl.process.entry import told_if_interrupted
 from megatron_vrl.process.run_lock import check_owned
 from megatron_vrl.storage.files import full_disk_named, kept_rows, read_rows, write_file
 from megatron_vrl.types import Rollout, Sample
-from megatron_vrl.video import VideoReader
 
 TEMPORAL_R1_DEFAULTS: dict[
     str, dict[str, Any]
@@ -85,16 +85,18 @@ def check_videos(samples: Sequence[Sample], origin: str) -> None:
 
 
 def readable(cfg: InferenceConfig | RunConfig, samples: Sequence[Sample]) -> set[str]:
-    """Return the ids of the samples whose videos can be decoded now."""
+    """Return the ids of the samples whose videos and images can be decoded now."""
     ids: set[str] = set()
     if samples:
-        reader = VideoReader(cfg.video, pixels_of(cfg.model.checkpoint))
+        directory = hf_dir_of(cfg.model.checkpoint)
+        pixels = pixels_of(cfg.model.checkpoint)
+        reader = media_reader(cfg.video, cfg.data, pixels, directory)
         for start in range(0, len(samples), SAMPLES_AT_A_TIME):
             block = samples[start : start + SAMPLES_AT_A_TIME]
-            clips = [clip for sample in block for clip in sample.clips]
-            shown = zip(clips, reader.encode(clips), strict=True)
-            bad = {clip for clip, video in shown if isinstance(video, VideoError)}
-            ids |= {sample.id for sample in block if not bad.intersection(sample.clips)}
+            media = [medium for sample in block for medium in sample.media]
+            read = zip(media, reader.read(media), strict=True)
+            bad = {medium for medium, visual in read if isinstance(visual, VideoError)}
+            ids |= {sample.id for sample in block if not bad.intersection(sample.media)}
     return ids
 
 

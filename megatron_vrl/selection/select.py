@@ -21,8 +21,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from megatron_vrl.checkpoint.layout import pixels_of
+from megatron_vrl.checkpoint.layout import hf_dir_of, pixels_of
 from megatron_vrl.config import RunConfig, Selection
+from megatron_vrl.context import media_reader
 from megatron_vrl.data.mix import open_pool
 from megatron_vrl.errors import DataError
 from megatron_vrl.evaluation.generate import Answerer, InferenceConfig
@@ -44,7 +45,6 @@ from megatron_vrl.selection.answers import (
 from megatron_vrl.selection.rules import KEPT, Candidate, check_budget, select
 from megatron_vrl.storage.files import full_disk_named, kept_rows, read_rows, write_file
 from megatron_vrl.types import Sample
-from megatron_vrl.video import VideoReader
 
 BLOCK = 32  # samples answered by one call of the engine and written at once
 Shard = tuple[int, int]  # (which, of how many)
@@ -52,7 +52,8 @@ Shard = tuple[int, int]  # (which, of how many)
 
 def pool(cfg: RunConfig) -> list[Sample]:
     """Return the samples of data.train, with the ids that the training run gives them."""
-    reader = VideoReader(cfg.video, pixels_of(cfg.model.checkpoint))
+    checkpoint = cfg.model.checkpoint
+    reader = media_reader(cfg.video, cfg.data, pixels_of(checkpoint), hf_dir_of(checkpoint))
     drawn = open_pool(cfg.data.train, cfg.run.seed, reader.duration_s)
     return [sample for sample in drawn if isinstance(sample, Sample)]
 

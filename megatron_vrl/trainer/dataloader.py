@@ -1,13 +1,13 @@
 """Data loader of a training phase: the prompts of each step, with decoded videos.
 
-A sample whose video cannot be read is written to quarantine.jsonl and replaced by the next sample
-of the stream, at the same position in the step, so that every step has the same number of groups.
-Example: a step takes samples 0 to 3 of the stream and the file of sample 2 is truncated. The step
-trains on 0, 1, 4, 3, and the next step begins with 5.
+A sample with a video or an image that cannot be read is written to quarantine.jsonl and replaced by
+the next sample of the stream, at the same position in the step, so that every step has the same
+number of groups. Example: a step takes samples 0 to 3 of the stream and the file of sample 2 is
+truncated. The step trains on 0, 1, 4, 3, and the next step begins with 5.
 
 All ranks exchange their bad samples before any rank draws again, so all draw the same samples. A
 checkpoint holds the position in the stream, so a resumed run draws the same samples in the same
-order. Videos of the next step are decoded in the background.
+order. Videos and images of the next step are decoded in the background.
 
 Evaluations have fixed samples and replace none of them: see evaluation/during_training.py.
 """
@@ -93,7 +93,7 @@ class PromptDataLoader:
         with raise_on_all_ranks(mesh):
             upcoming = shard(self._stream.peek(num), mesh.data, mesh.model)
         samples = [item for item in upcoming if isinstance(item, Sample)]
-        self._ctx.reader.prefetch([clip for sample in samples for clip in sample.clips])
+        self._ctx.reader.prefetch([medium for sample in samples for medium in sample.media])
 
     def metrics(self) -> dict[str, float]:
         """Return the counts of all ranks since the last call."""

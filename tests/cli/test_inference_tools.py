@@ -144,7 +144,7 @@ def test_a_question_is_asked_again_when_its_video_can_be_read(
     first = predict(cfg, samples, tmp_path / "out", {}, engine)
     assert [bool(p.problem) for p in first] == [False, True]
     assert predict(cfg, samples, tmp_path / "out", {}, never) == first
-    engine(cfg, 0)._prompts._videos = VideoReader(
+    engine(cfg, 0)._prompts._reader = VideoReader(
         cfg.video, PIXELS
     )  # as a later process has; one remembers
     shutil.copy(clips[1], tmp_path / "two.mp4")
