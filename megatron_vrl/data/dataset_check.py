@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vrl.checkpoint.layout import architecture_of
+from megatron_vrl.checkpoint.layout import architecture_of, hf_dir_of
 from megatron_vrl.config import RunConfig, Source
 from megatron_vrl.data.formats.records import cut_to_video
 from megatron_vrl.data.formats.training import (
@@ -25,14 +25,16 @@ from megatron_vrl.data.formats.training import (
     load_records,
     samples_of,
 )
+from megatron_vrl.data.media_limits import limits_of
 from megatron_vrl.data.problems import Problem
 from megatron_vrl.data.units import FileTimes, interval_problems
 from megatron_vrl.errors import CheckpointError, DataError, VideoError
 from megatron_vrl.models.families import FAMILIES, family_named, family_of
 from megatron_vrl.models.family import Family
 from megatron_vrl.tasks import TASKS
-from megatron_vrl.types import Sample, VideoClip
+from megatron_vrl.types import ImageFile, Media, Sample, VideoClip
 from megatron_vrl.video import VideoReader
+from megatron_vrl.video.image import ImageRules, image_rules
 from megatron_vrl.video.time_axis import time_problems
 
 AT_A_TIME = 256  # records whose files are probed together
@@ -41,10 +43,10 @@ SLACK_S, SLACK_FRACTION = 1.0, 0.05  # tolerance between annotated and real dura
 
 @dataclass(slots=True)
 class DatasetStats:
-    """Number of samples, and vision tokens per readable clip."""
+    """Number of samples, and vision tokens per readable video and image."""
 
     samples: int = 0
-    tokens: dict[VideoClip, int] = field(default_factory=dict)  # clip -> vision tokens
+    tokens: dict[Media, int] = field(default_factory=dict)  # video or image -> vision tokens
 
 
 def distinct_sources(cfg: RunConfig) -> list[Source]:
@@ -78,9 +80,11 @@ class DatasetCheck:
         self.stats = DatasetStats()
         self._cfg, self._decode = cfg, decode
         self.family = _family(cfg)
-        self._reader = VideoReader(video, self.family.pixels)
+        self._reader = VideoReader(video, self.family.pixels, _image_rules(cfg, self.family))
+        self._limits = limits_of(cfg.data)
+        self._probed: set[Media] = set()
         self._durations_s: dict[VideoClip, float] = {}
-        self._time_faults: dict[VideoClip, list[str]] = {}  # not reported yet
+        self._time_faults: dict[Media, list[str]] = {}  # not reported yet
         self._questions: set[int] = set()
         self._ids: set[str] = set()  # ids in the current source
 
@@ -125,11 +129,32 @@ class DatasetCheck:
         self.stats.samples += len(read)
         return [sample.inside(source.data_folder) for sample in read], []
 
-    def _files(self, samples: Sequence[Sample]) -> dict[VideoClip, VideoError]:
+    def _files(self, samples: Sequence[Sample]) -> dict[Media, VideoError]:
         """Return the errors of files that were not probed before."""
-        clips = dict.fromkeys(clip for sample in samples for clip in sample.clips)
-        new = [clip for clip in clips if clip not in self._durations_s]
-        bad: dict[VideoClip, VideoError] = {}
+        media = dict.fromkeys(medium for sample in samples for medium in sample.media)
+        new = [medium for medium in media if medium not in self._probed]
+        self._probed |= set(new)
+        bad = self._images([medium for medium in new if isinstance(medium, ImageFile)])
+        bad |= self._clips([medium for medium in new if isinstance(medium, VideoClip)])
+        if self._decode:
+            good = [medium for medium in new if medium not in bad]
+            decoded = zip(good, self._reader.read(good), strict=True)
+            bad |= {medium: read for medium, read in decoded if isinstance(read, VideoError)}
+        return bad
+
+    def _images(self, new: Sequence[ImageFile]) -> dict[Media, VideoError]:
+        """Count the tokens of images and return the errors."""
+        bad: dict[Media, VideoError] = {}
+        for image, tokens in zip(new, self._reader.count_tokens(new), strict=True):
+            if isinstance(tokens, VideoError):
+                bad[image] = tokens
+            else:
+                self.stats.tokens[image] = tokens
+        return bad
+
+    def _clips(self, new: Sequence[VideoClip]) -> dict[Media, VideoError]:
+        """Note tokens, durations and faults of the times of videos, and return the errors."""
+        bad: dict[Media, VideoError] = {}
         for clip, plan in zip(new, self._reader.plan(new), strict=True):
             self._durations_s[clip] = np.nan
             if isinstance(plan, VideoError):
@@ -138,23 +163,19 @@ class DatasetCheck:
                 self._durations_s[clip] = plan.file.duration_s
                 self.stats.tokens[clip] = plan.plan.num_tokens
                 self._time_faults[clip] = list(time_problems(plan))
-        if self._decode:
-            good = [clip for clip in new if clip not in bad]
-            decoded = zip(good, self._reader.encode(good), strict=True)
-            bad |= {clip: video for clip, video in decoded if isinstance(video, VideoError)}
         return bad
 
     def _sample_problems(
-        self, samples: Sequence[Sample], bad: dict[VideoClip, VideoError]
+        self, samples: Sequence[Sample], bad: dict[Media, VideoError]
     ) -> Iterator[Problem]:
         """Yield the problems of samples. An error of a file is reported with its first sample."""
         for sample in samples:
-            for clip in sample.clips:
-                of = {"sample": sample.id, "video": clip.path}
-                if error := bad.pop(clip, None):
+            for medium in sample.media:
+                of = {"sample": sample.id, "video": medium.path}
+                if error := bad.pop(medium, None):
                     yield Problem(**of, kind=error.kind, reason=str(error))
-                for sentence in self._time_faults.pop(clip, ()):
-                    yield Problem(**of, kind="times", reason=f"{clip.path}: {sentence}")
+                for sentence in self._time_faults.pop(medium, ()):
+                    yield Problem(**of, kind="times", reason=f"{medium.path}: {sentence}")
             of = {"sample": sample.id, "video": sample.first_path}
             for kind, reason in (
                 *self._question_problems(cut_to_video(sample)),
@@ -181,6 +202,8 @@ class DatasetCheck:
         self._questions.add(question)
         if self._has_own_ids:
             self._ids.add(sample.id)
+        if sentence := self._limits.problem(sample):
+            yield "annotation", sentence
         if any(not option for option in sample.options):
             yield "annotation", "an option has no text."
         if not sample.query:
@@ -190,9 +213,9 @@ class DatasetCheck:
         if sample.clip and sample.window_s is None and sample.duration_s:
             yield from _durations(sample, self._durations_s[sample.clip])
         most = self._cfg.data.max_prompt_tokens
-        tokens = sum(self.stats.tokens.get(clip, 0) for clip in sample.clips)
+        tokens = sum(self.stats.tokens.get(medium, 0) for medium in sample.media)
         if tokens > most:
-            yield "tokens", f"{tokens} video tokens are over data.max_prompt_tokens={most}."
+            yield "tokens", f"{tokens} vision tokens are over data.max_prompt_tokens={most}."
 
 
 def _family(cfg: RunConfig) -> Family:
@@ -201,6 +224,14 @@ def _family(cfg: RunConfig) -> Family:
         return family_of(architecture_of(cfg.model.checkpoint, cfg.model.architecture))
     except CheckpointError:
         return family_named(FAMILIES[0])
+
+
+def _image_rules(cfg: RunConfig, family: Family) -> ImageRules:
+    """Return the pixel limits of images; a checkpoint that is not here has the family's."""
+    data = cfg.data
+    return image_rules(
+        hf_dir_of(cfg.model.checkpoint), family.pixels, data.image_min_pixels, data.image_max_pixels
+    )
 
 
 def _durations(sample: Sample, file_s: float) -> Iterator[tuple[str, str]]:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from megatron_vrl.config import Source
 from megatron_vrl.data.formats.records import HeaderDuration
 from megatron_vrl.data.formats.training import read
+from megatron_vrl.data.media_limits import DEFAULT_LIMITS, MediaLimits
 from megatron_vrl.data.pool import Drawn, Pool, is_indexed, open_source
 from megatron_vrl.data.problems import Problem
 from megatron_vrl.data.schedule import Schedule
@@ -31,20 +32,30 @@ _STRATEGY = re.compile(r"(first|end|random):([0-9]+(?:\.[0-9]+)?)(%?)")
 
 
 def load(
-    sources: Sequence[Source], seed: int, header_duration_s: HeaderDuration | None = None
+    sources: Sequence[Source],
+    seed: int,
+    header_duration_s: HeaderDuration | None = None,
+    limits: MediaLimits = DEFAULT_LIMITS,
 ) -> list[Sample]:
     """Return the samples of all sources in order. A second id "a" becomes "a#2"."""
-    return list(chain(*load_by_source(sources, seed, header_duration_s)))
+    return list(chain(*load_by_source(sources, seed, header_duration_s, limits)))
 
 
 def load_by_source(
-    sources: Sequence[Source], seed: int, header_duration_s: HeaderDuration | None = None
+    sources: Sequence[Source],
+    seed: int,
+    header_duration_s: HeaderDuration | None = None,
+    limits: MediaLimits = DEFAULT_LIMITS,
 ) -> list[list[Sample]]:
-    """Return the samples of each source, with unique ids, after `sampling_strategy` is applied."""
+    """Return the samples of each source, with unique ids, after `sampling_strategy` is applied.
+
+    Raises DataError for a sample with more videos or images than `limits`.
+    """
     by_source: list[list[Sample]] = []
     seen: set[str] = set()
     for number, source in enumerate(sources):
         whole = read(source, header_duration_s)
+        limits.check(whole, source)
         samples: list[Sample] = []
         for index in chosen_indices(source.sampling_strategy, len(whole), [seed, number]):
             sample = whole[index]
@@ -59,13 +70,16 @@ def load_by_source(
 
 
 def open_pool(
-    sources: Sequence[Source], seed: int, header_duration_s: HeaderDuration | None = None
+    sources: Sequence[Source],
+    seed: int,
+    header_duration_s: HeaderDuration | None = None,
+    limits: MediaLimits = DEFAULT_LIMITS,
 ) -> Pool:
     """Return the samples that a stream draws from. Large files are indexed, not loaded."""
     if not any(map(is_indexed, sources)):
-        by_source = load_by_source(sources, seed, header_duration_s)
+        by_source = load_by_source(sources, seed, header_duration_s, limits)
         return Pool(sources, by_source, [np.arange(len(samples)) for samples in by_source])
-    parts = [open_source(source, header_duration_s) for source in sources]
+    parts = [open_source(source, header_duration_s, limits) for source in sources]
     kept = [
         np.array(chosen_indices(source.sampling_strategy, len(part), [seed, number]), np.int64)
         for number, (source, part) in enumerate(zip(sources, parts, strict=True))

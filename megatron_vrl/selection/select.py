@@ -24,6 +24,7 @@ from typing import Any
 from megatron_vrl.checkpoint.layout import hf_dir_of, pixels_of
 from megatron_vrl.config import RunConfig, Selection
 from megatron_vrl.context import media_reader
+from megatron_vrl.data.media_limits import limits_of
 from megatron_vrl.data.mix import open_pool
 from megatron_vrl.errors import DataError
 from megatron_vrl.evaluation.generate import Answerer, InferenceConfig
@@ -54,7 +55,7 @@ def pool(cfg: RunConfig) -> list[Sample]:
     """Return the samples of data.train, with the ids that the training run gives them."""
     checkpoint = cfg.model.checkpoint
     reader = media_reader(cfg.video, cfg.data, pixels_of(checkpoint), hf_dir_of(checkpoint))
-    drawn = open_pool(cfg.data.train, cfg.run.seed, reader.duration_s)
+    drawn = open_pool(cfg.data.train, cfg.run.seed, reader.duration_s, limits_of(cfg.data))
     return [sample for sample in drawn if isinstance(sample, Sample)]
 
 

@@ -2,13 +2,18 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import TypeAdapter
 
-from megatron_vrl.config import Source
+from megatron_vrl.config import Data, Source
 from megatron_vrl.data.formats.records import Reader
+from megatron_vrl.data.formats.training import READERS
+from megatron_vrl.data.media_limits import MediaLimits, limits_of
+from megatron_vrl.data.mix import load, open_pool
+from megatron_vrl.data.pool import IndexedSource
 from megatron_vrl.data.prompt import placed
 from megatron_vrl.errors import DataError
 from megatron_vrl.types import MEDIA_PLACE, ImageFile, Media, Sample, VideoClip
@@ -70,3 +75,35 @@ def test_a_format_without_places_loses_the_character() -> None:
 def test_media_that_a_sample_cannot_have_are_refused(made: Sample, sentence: str) -> None:
     with pytest.raises(DataError, match=sentence):
         read(made)
+
+
+def test_more_media_than_the_configuration_allows_are_refused_when_they_are_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def samples(records: Iterable[Any], source: Source, _: Any) -> Iterator[Sample]:
+        for number, _record in records:
+            yield replace(CHOICE, id=str(number), media=(A, B, B))
+
+    schema: TypeAdapter[Any] = TypeAdapter(list[Any])
+    monkeypatch.setitem(READERS, "generic", Reader(schema=schema, samples=samples, is_list=True))
+    path = tmp_path / "a.json"
+    path.write_text("[{}]")
+    source = Source(json_path=str(path), data_folder="/data", format="generic")
+    (kept,) = load([source], 1, limits=limits_of(Data(max_images=2, max_videos=1)))
+    assert kept.media == (A._replace(folder="/data"), *[B._replace(folder="/data")] * 2)
+    for limits, sentence in (
+        (
+            MediaLimits(videos=1, images=1),
+            "record '0': it has 2 images, over data.max_images=1:",
+        ),
+        (
+            MediaLimits(videos=0, images=2),
+            "record '0': it has 1 video, over data.max_videos=0:",
+        ),
+    ):
+        for opened in (
+            lambda: open_pool([source], 1, limits=limits),  # noqa: B023
+            lambda: IndexedSource(source, None, limits),  # noqa: B023
+        ):
+            with pytest.raises(DataError, match=sentence):
+                opened()
