@@ -24,7 +24,7 @@ from megatron_vrl.models.families import family_of
 from megatron_vrl.models.family import prompt_form
 from megatron_vrl.tasks import SYSTEM_PROMPTS, TASKS
 from megatron_vrl.tasks.answer import answer_block
-from megatron_vrl.types import MEDIA_PLACE, Media, Prompt, Sample, Visual
+from megatron_vrl.types import MEDIA_PLACE, EncodedVideo, Media, Prompt, Sample, Visual
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,8 +94,8 @@ class PromptEncoder:
             vision = int(np.isin(token_ids, self._pads).sum())
             raise ConfigError(
                 f"The prompt of sample {name} has {len(token_ids)} tokens, {vision} of them "
-                f"video, over data.max_prompt_tokens={self._max_tokens}: raise it, or lower "
-                "video.total_pixels."
+                f"vision, over data.max_prompt_tokens={self._max_tokens}: raise it, or "
+                f"{_shorter(visuals)}."
             )
         return Prompt(
             id=name,
@@ -170,6 +170,14 @@ def shown(content: Sequence[str | Media], visuals: Iterable[Visual]) -> tuple[st
     """Return `content` with `visuals`, which are in its order, in place of the files."""
     remaining = iter(visuals)
     return tuple(part if isinstance(part, str) else next(remaining) for part in content)
+
+
+def _shorter(visuals: Sequence[Visual]) -> str:
+    """Return what makes a prompt with these media shorter."""
+    kinds = {isinstance(visual, EncodedVideo) for visual in visuals}
+    keys = {True: "video.total_pixels", False: "data.image_max_pixels"}
+    named = " and ".join(key for is_video, key in keys.items() if is_video in kinds)
+    return f"lower {named}" if named else "leave the sample out"
 
 
 def check_text(name: str, *texts: str) -> None:

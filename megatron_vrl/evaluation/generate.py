@@ -25,7 +25,7 @@ from megatron_vrl.rollout.backends import BACKENDS
 from megatron_vrl.rollout.interfaces import InferenceEngine
 from megatron_vrl.rollout.request import SamplingSpec
 from megatron_vrl.storage.no_checkpoint import advice
-from megatron_vrl.types import EncodedVideo, Prompt, Rollout, Sample
+from megatron_vrl.types import Media, Prompt, Rollout, Sample, Visual
 
 Answers = list[Rollout] | VideoError
 
@@ -123,12 +123,14 @@ class Answerer:
         for sample, answers in self.answer(samples, SamplingSpec.greedy(max_tokens), batch_size):
             yield sample, answers if isinstance(answers, VideoError) else answers[0]
 
-    def decode(self, path: str) -> EncodedVideo:
-        """Return the frames that the model sees. Raises VideoError."""
-        (video,) = self._reader.encode([path])
-        if isinstance(video, VideoError):
-            raise video
-        return video
+    def read(self, media: Sequence[Media]) -> list[Visual]:
+        """Return the frames and images that the model sees. Raises the first VideoError."""
+        visuals: list[Visual] = []
+        for visual in self._reader.read(media):
+            if isinstance(visual, VideoError):
+                raise visual
+            visuals.append(visual)
+        return visuals
 
     def _check_length(self, prompts: Sequence[Prompt], spec: SamplingSpec) -> None:
         """Raises ConfigError if a prompt and its answer may not fit the engine."""

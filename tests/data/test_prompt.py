@@ -121,7 +121,7 @@ def test_a_long_prompt_is_an_error_not_truncated(published: Path) -> None:
     with pytest.raises(ConfigError) as error:
         short.prompt(sample(), CLIP)
     assert str(error.value) == (
-        f"The prompt of sample clip/0 has {length} tokens, 24 of them video, over "
+        f"The prompt of sample clip/0 has {length} tokens, 24 of them vision, over "
         f"data.max_prompt_tokens={length - 1}: raise it, or lower video.total_pixels."
     )
 

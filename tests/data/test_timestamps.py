@@ -107,5 +107,5 @@ def test_a_long_prompt_counts_its_timestamps(released: Path, encoder: PromptEnco
     length = len(encoder.encode("a", None, (CLIP, "?")).token_ids)
     data = Data(system_prompt="none", timestamps="interleaved", max_prompt_tokens=length - 1)
     short = prompt_encoder(released, read_architecture(released), data)
-    with pytest.raises(ConfigError, match=f"has {length} tokens, 18 of them video"):
+    with pytest.raises(ConfigError, match=f"has {length} tokens, 18 of them vision"):
         short.encode("a", None, (CLIP, "?"))
