@@ -227,7 +227,7 @@ def _family(cfg: RunConfig) -> Family:
 
 
 def _image_rules(cfg: RunConfig, family: Family) -> ImageRules:
-    """Return the pixel limits of images; a checkpoint that is not here has the family's."""
+    """Return the pixel limits of images: the family's if the checkpoint is not on this machine."""
     data = cfg.data
     return image_rules(
         hf_dir_of(cfg.model.checkpoint), family.pixels, data.image_min_pixels, data.image_max_pixels

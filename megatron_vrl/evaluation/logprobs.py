@@ -66,7 +66,9 @@ class PromptForm(Section):
     max_prompt_tokens: Positive = 128_000
     """A longer prompt is refused, never cut. The default is what Qwen's models are trained on."""
     image_min_pixels: Positive | None = None
+    """An image is enlarged to at least as many pixels. null: the checkpoint's limit."""
     image_max_pixels: Positive | None = None
+    """An image is shrunk to at most as many pixels. null: the checkpoint's limit."""
 
 
 class ScoreConfig(Section):

@@ -62,6 +62,8 @@ def test_a_format_without_places_loses_the_character() -> None:
     assert read(spoiled).query == spoiled.query
     several = replace(CHOICE, media=(A, B), query=MEDIA_PLACE, options=(MEDIA_PLACE, "blue"))
     assert read(several) == several
+    spoken = replace(several, rationale=f"{MEDIA_PLACE} it is")
+    assert read(spoken) == replace(several, rationale="it is")  # a target shows no media
 
 
 @pytest.mark.parametrize(

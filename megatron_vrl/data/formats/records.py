@@ -70,15 +70,15 @@ class Reader:
     ) -> list[Sample]:
         """Return the samples of (key, record)s, with the task that `multi_segment` asks for.
 
-        MEDIA_PLACE is removed from texts without `has_places`. Raises DataError if a sample has
-        media that its task or its text does not take.
+        Without `has_places`, MEDIA_PLACE is removed from the texts. Raises DataError if a sample
+        has media that its task or its text does not take.
         """
         tasks = {"temporal_grounding": "multi_segment_grounding"} if source.multi_segment else {}
         samples: list[Sample] = []
         for sample in self.samples(records, source, header_duration_s):
             if sample.task in tasks:
                 sample = replace(sample, task=tasks[sample.task])
-            sample = sample if self.has_places else _without_places(sample)
+            sample = _without_places(sample, self.has_places)
             check_media(sample, source)
             samples.append(sample)
         return samples
@@ -100,12 +100,14 @@ def check_media(sample: Sample, source: Source) -> None:
         )
 
 
-def _without_places(sample: Sample) -> Sample:
-    """Return the sample without MEDIA_PLACE in its texts."""
-    texts = (sample.query, sample.rationale, *sample.options)
+def _without_places(sample: Sample, has_places: bool) -> Sample:
+    """Return the sample without MEDIA_PLACE in its texts; with `has_places`, in its rationale."""
+    texts = (sample.rationale, sample.query, *sample.options)
     if not any(MEDIA_PLACE in text for text in texts):
         return sample
-    query, rationale, *options = (text.replace(MEDIA_PLACE, "").strip() for text in texts)
+    rationale, query, *options = (text.replace(MEDIA_PLACE, "").strip() for text in texts)
+    if has_places:  # an option that is an image is the rationale of its letter
+        return replace(sample, rationale=rationale)
     return replace(sample, query=query, rationale=rationale, options=tuple(options))
 
 
