@@ -172,7 +172,7 @@ class VllmEngine:
         try:
             self._inputs.check(request, engine_input)
         except RolloutError:
-            engine.reset_mm_cache()  # vLLM believes that the engine has the visuals, it has not
+            engine.reset_mm_cache()  # vLLM believes that the engine holds the visuals
             raise
         engine.add_request(key, engine_input, self._sampling_params(spec))
         self._in_flight[key] = spec.seed, self.version
