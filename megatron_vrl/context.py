@@ -13,7 +13,7 @@ import torch
 
 from megatron_vrl.checkpoint.hf_export import WeightExport
 from megatron_vrl.checkpoint.saver import Saver
-from megatron_vrl.config import Data, RunConfig
+from megatron_vrl.config import Data, RunConfig, Video
 from megatron_vrl.config.inference import inference_files
 from megatron_vrl.data.datasets import Datasets
 from megatron_vrl.data.prompt import PromptEncoder
@@ -47,6 +47,8 @@ from megatron_vrl.rollout.workers.pool import WorkerPool
 from megatron_vrl.rollout.workers.worker_info import served_model
 from megatron_vrl.types import Prompt
 from megatron_vrl.video import VideoReader
+from megatron_vrl.video.image import image_rules
+from megatron_vrl.video.rules import PixelRules
 
 # Return the prompts with vision embeddings if rollout.visual_input asks for them, else unchanged.
 # Every rank calls it, with its own prompts.
@@ -213,6 +215,12 @@ def build_policy(cfg: RunConfig, checked: CheckedRun) -> PolicyContext:
     return PolicyContext(mesh=mesh, policy=policy, saver=saver)
 
 
+def media_reader(video: Video, data: Data, pixels: PixelRules, hf_dir: str | Path) -> VideoReader:
+    """Return the reader of a run's videos and images. Raises UserError."""
+    rules = image_rules(hf_dir, pixels, data.image_min_pixels, data.image_max_pixels)
+    return VideoReader(video, pixels, rules)
+
+
 def build(cfg: RunConfig, checked: CheckedRun, trained: PolicyContext) -> RunContext:
     """Start the rollout engine and build the rest. Raises UserError on every rank alike."""
     mesh, policy, encoder = trained.mesh, trained.policy, checked.encoder
@@ -227,7 +235,7 @@ def build(cfg: RunConfig, checked: CheckedRun, trained: PolicyContext) -> RunCon
     family = family_of(checked.arch)
     banned = banned_token_ids(encoder.tokenizer, family.prompt, checked.arch.vocab)
     dtype = DTYPES[cfg.model.dtype]
-    reader = VideoReader(cfg.video, family.pixels)
+    reader = media_reader(cfg.video, cfg.data, family.pixels, checked.hf_dir)
     return RunContext(
         cfg=cfg,
         mesh=mesh,

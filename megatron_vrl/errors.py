@@ -27,15 +27,16 @@ class DataError(UserError):
 
 
 class VideoError(UserError):
-    """A video that is missing or cannot be decoded. The message names the file.
+    """A video or an image that is missing or cannot be decoded. The message names the file.
 
-    `kind` is the category that summaries count: missing, empty, outside, unreadable, no_pictures,
-    cut_off, no_duration, too_large, window, damaged, hung or crashed (table in docs/video.md).
+    `path` is the file, where it is known. `kind` is the category that summaries count: missing,
+    empty, outside, unreadable, no_pictures, cut_off, no_duration, too_large, window, damaged, hung
+    or crashed (table in docs/video.md).
     """
 
-    def __init__(self, sentence: str, kind: str = "damaged"):
+    def __init__(self, sentence: str, kind: str = "damaged", path: str = ""):
         super().__init__(sentence)
-        self.kind = kind
+        self.kind, self.path = kind, path
 
 
 class CheckpointError(UserError):

@@ -1,6 +1,6 @@
 """Data types of the pipeline, each made from the one before.
 
-  VideoSample -> EncodedVideo -> Prompt -> Rollout -> ScoredGroup -> Experience
+  Sample -> EncodedVideo -> Prompt -> Rollout -> ScoredGroup -> Experience
 
 Every type is a frozen dataclass. A stage that adds information makes the next type; it never fills
 a field of an existing object.
@@ -9,13 +9,16 @@ Letters in shapes: F frames, P prompt tokens, R response tokens, N rollouts of o
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 Interval = tuple[float, float]  # (start, end) in seconds
+
+
+MEDIA_PLACE = "\ufffc"  # OBJECT REPLACEMENT CHARACTER: place of a video or an image in a text
 
 
 class VideoClip(NamedTuple):
@@ -26,33 +29,63 @@ class VideoClip(NamedTuple):
     folder: str = ""  # the file must be inside it, symlinks resolved; "": not checked
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VideoSample:
-    """One annotated question about one video.
+class ImageFile(NamedTuple):
+    """An image file."""
 
-    Example: VideoSample(id="clip_0001/0", task="temporal_grounding", video="/data/clip_0001.mp4",
-    duration_s=16.0, query="the red square is visible", rationale="the red square is visible",
-    intervals_s=((3.0, 7.0),), options=(), option="")
+    path: str
+    folder: str = ""  # the file must be inside it, symlinks resolved; "": not checked
+
+
+Media = VideoClip | ImageFile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One annotated question about any number of videos and images.
+
+    Each MEDIA_PLACE in `query` and `options` is the place of the next medium. Without such a
+    character all media come before the text.
+
+    Example: Sample(id="clip_0001/0", task="temporal_grounding",
+    media=(VideoClip("/data/clip_0001.mp4"),), duration_s=16.0, query="the red square is visible",
+    rationale="the red square is visible", intervals_s=((3.0, 7.0),), options=(), option="")
     """
 
     id: str  # unique within its split; "VIDEO/INDEX" in annotations keyed by video
     task: str  # a key of `megatron_vrl.tasks.TASKS`
-    video: str  # path or URL of the file
-    duration_s: float  # annotated duration, seconds; 0 if the annotation has none
+    media: tuple[Media, ...]  # in the order shown; () for a text-only sample
+    duration_s: float  # annotated duration of the only video, seconds; 0 if there is none
     query: str  # the sentence to ground, or the question
     rationale: str  # thinking text of the SFT target; "" if unknown
     intervals_s: tuple[Interval, ...]  # ground truth, seconds; () when the task has none
     options: tuple[str, ...]  # option texts in order; () when the task has none
     option: str  # letter of the correct option, "A".."Z"; "" when the task has none
     truth: Any = None  # ground truth of a task with its own kind of truth: its `Truth.record`
-    window_s: Interval | None = None  # shown part of the file; other times count from its start
-    folder: str = ""  # data folder that must contain the file; "": not checked
     labels: tuple[str, ...] = ()  # "kind/name" categories that an evaluation reports separately
 
     @property
-    def clip(self) -> VideoClip:
-        """Return the file and window to decode."""
-        return VideoClip(self.video, self.window_s, self.folder)
+    def clips(self) -> tuple[VideoClip, ...]:
+        """Return the videos in the order shown."""
+        return tuple(medium for medium in self.media if isinstance(medium, VideoClip))
+
+    @property
+    def clip(self) -> VideoClip | None:
+        """Return the only video; None if the sample has none or several."""
+        return self.clips[0] if len(self.clips) == 1 else None
+
+    @property
+    def first_path(self) -> str:
+        """Return the path of the first video or image; "" for a text-only sample."""
+        return self.media[0].path if self.media else ""
+
+    @property
+    def window_s(self) -> Interval | None:
+        """Return the shown part of the only video. Other times count from its start."""
+        return self.clip.window_s if self.clip else None
+
+    def inside(self, folder: str) -> "Sample":
+        """Return the sample whose files must be inside `folder`."""
+        return replace(self, media=tuple(one._replace(folder=folder) for one in self.media))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,13 +148,14 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VideoInput:
+class VisualInput:
     """One vision block as an engine receives it: pixels, or embeddings from the trainer's tower."""
 
+    kind: Literal["video", "image"]  # vLLM's modality
     frames: NDArray[np.uint8]  # [F, height, width, 3] RGB, resized; F is 0 with embeddings
     grid_thw: tuple[int, int, int]
-    seconds_per_grid: float
-    timestamps_s: NDArray[np.float64]  # [F] of all frames, also with embeddings
+    seconds_per_grid: float  # 0 for an image
+    timestamps_s: NDArray[np.float64]  # [F] of all frames, also with embeddings; [0] for an image
     embeddings: NDArray[Any] | None = None  # [vision tokens, channels]
 
 
@@ -193,7 +227,7 @@ class AnnotatedAnswer:
 class ScoredGroup:
     """N answers to one prompt with their reward components."""
 
-    sample: VideoSample
+    sample: Sample
     prompt: Prompt
     rollouts: tuple[Rollout, ...]  # N
     components: Mapping[str, RewardComponent]  # all that the advantages are made of, in order

@@ -21,7 +21,7 @@ from megatron_vrl.process.entry import run_program
 
 if TYPE_CHECKING:
     from megatron_vrl.evaluation.protocols import Protocol
-    from megatron_vrl.types import VideoSample
+    from megatron_vrl.types import Sample
 
 PROTOCOLS: "tuple[Protocol, ...]" = ("strict", "clipped")
 ANSWERS = ("whole video", "random", "published")
@@ -64,7 +64,7 @@ def compared(name: str, annotations: str, answer: str, seed: int) -> dict[str, A
     return row
 
 
-def responses(samples: "Sequence[VideoSample]", answer: str, seed: int) -> list[str]:
+def responses(samples: "Sequence[Sample]", answer: str, seed: int) -> list[str]:
     """Return one response to each sample, with times to 0.01 s."""
     draw = Random(seed)
     texts = []

@@ -31,7 +31,7 @@ from megatron_vrl.observe.progress import log_written
 from megatron_vrl.process.command_line import tool_parser
 from megatron_vrl.process.entry import run_program
 from megatron_vrl.tasks import SYSTEM_PROMPTS, TASKS
-from megatron_vrl.types import VideoSample
+from megatron_vrl.types import Sample, VideoClip
 
 PROMPTS = ("temporal_r1", "think", "answer")  # system prompts that the tokenizer learns from
 SPECIAL_TOKENS = (  # in the order of the published vocabulary
@@ -83,10 +83,10 @@ def training_texts() -> list[str]:
     for (kind, colour), name in product(product(KINDS, colours), TASKS_OF_SET):
         task, grounding = TASKS[name], name == "temporal_grounding"
         phrase = f"the {colour} {kind} is visible"
-        sample = VideoSample(
+        sample = Sample(
             id="",
             task="",
-            video="",
+            media=(VideoClip(""),),
             duration_s=16.0,
             query=phrase if grounding else f"which colour is the {kind}?",
             rationale=phrase if grounding else colour,

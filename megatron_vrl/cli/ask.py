@@ -1,13 +1,17 @@
-"""Ask a checkpoint one question about one video.
+"""Ask a checkpoint one question about a video, or about any videos and images.
 
-    mvrl ask --checkpoint DIR --video FILE --question TEXT [--task T] [--option TEXT ...] [--json]
-             [--plain] [--config RUN.yaml] [--strip FILE.png] [section.key=value ...]
+    mvrl ask --checkpoint DIR --question TEXT [--video FILE ...] [--image FILE ...] [--task T]
+             [--option TEXT ...] [--json] [--plain] [--config RUN.yaml] [--strip FILE.png]
+             [section.key=value ...]
 
 T is temporal_grounding (default: when does the event TEXT happen?), multi_segment_grounding (all
 intervals in which it happens), multiple_choice or grounded_qa. The last two choose among the
---option texts. The checkpoint, Hugging Face or Megatron, answers greedily on vLLM. The command
-prints the thinking, the interval in seconds and the option that the task's parser reads, and writes
-a strip of frames with the interval marked. --plain asks for an answer without thinking.
+--option texts. multiple_choice takes any videos and images, or none; the others take exactly one
+video. The files are shown in the order of the command line, before the question, or at the places
+of the character U+FFFC in it. The checkpoint, Hugging Face or Megatron, answers greedily on vLLM.
+The command prints the thinking, the interval in seconds and the option that the task's parser
+reads. It writes a strip of frames with the interval marked, or several videos and images below each
+other. --plain asks for an answer without thinking.
 
 A checkpoint exported by a run is asked with the settings in its inference.yaml. --config reads the
 sections video, data, rollout and evaluation of a run's configuration and overrides inference.yaml.
@@ -15,21 +19,25 @@ sections video, data, rollout and evaluation of a run's configuration and overri
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_vrl.errors import ConfigError, VideoError
+from megatron_vrl.errors import ConfigError, VideoError, counted
 from megatron_vrl.process.command_line import OverrideParser, tool_parser
 from megatron_vrl.process.entry import run_program
 
 
 def make_parser() -> OverrideParser:
     from megatron_vrl.tasks import TASKS
+    from megatron_vrl.types import ImageFile, VideoClip
 
     parser = tool_parser(__doc__)
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="Hugging Face or Megatron checkpoint")
-    add("--video", required=True, metavar="FILE", help="path or URL of the video")
+    add_file = partial(add, action="append", dest="media", default=[], metavar="FILE")
+    add_file("--video", type=VideoClip, help="path or URL of a video; repeat for more")
+    add_file("--image", type=ImageFile, help="path or URL of an image; repeat for more")
     add("--question", required=True, metavar="TEXT", help="an event, or a question")
     add(
         "--task",
@@ -58,7 +66,8 @@ def main() -> None:
 
     answer, text = _ask(arguments)
     print(json.dumps(answer, indent=1) if arguments.json else text, flush=True)
-    log_written(arguments.strip)
+    if "strip" in answer:
+        log_written(arguments.strip)
 
 
 def _ask(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -76,7 +85,7 @@ def _ask(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     overrides = [*plain, *arguments.overrides]
     cfg = inference_config(arguments.checkpoint, overrides, arguments.config)
     question = Question(
-        video=arguments.video,
+        media=tuple(arguments.media),
         text=arguments.question,
         task=arguments.task,
         options=tuple(arguments.option) if chooses else (),
@@ -87,6 +96,9 @@ def _ask(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def _check(arguments: argparse.Namespace, chooses: bool) -> None:
     """Raise ConfigError or VideoError for arguments that cannot work, before an engine starts."""
+    from megatron_vrl.tasks import TASKS
+    from megatron_vrl.types import MEDIA_PLACE, VideoClip
+
     if chooses and not 2 <= len(arguments.option) <= 26:
         raise ConfigError(
             f"--task {arguments.task} chooses among 2 to 26 options, and {len(arguments.option)} "
@@ -94,8 +106,22 @@ def _check(arguments: argparse.Namespace, chooses: bool) -> None:
         )
     if arguments.strip.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise ConfigError(f"--strip {arguments.strip} is no picture; name a .png file.")
-    if "://" not in arguments.video and not Path(arguments.video).is_file():
-        raise VideoError(f"--video {arguments.video} is not a file: correct it.", "missing")
+    for medium in arguments.media:
+        if "://" not in medium.path and not Path(medium.path).is_file():
+            option = "--video" if isinstance(medium, VideoClip) else "--image"
+            raise VideoError(f"{option} {medium.path} is not a file: correct it.", "missing")
+    videos = sum(isinstance(medium, VideoClip) for medium in arguments.media)
+    if TASKS[arguments.task].needs_one_video and videos != 1:
+        raise ConfigError(
+            f"--task {arguments.task} needs exactly one --video, and {videos} are given: correct "
+            "them, or choose another --task."
+        )
+    places = arguments.question.count(MEDIA_PLACE)
+    if places and places != len(arguments.media):
+        raise ConfigError(
+            f"--question has {counted(places, 'place')} (U+FFFC) for {len(arguments.media)} videos "
+            "and images: correct it."
+        )
 
 
 if __name__ == "__main__":

@@ -81,13 +81,18 @@ def _print_summary(check: "DatasetCheck", problems: "Sequence[Problem]", out: Pa
 
     from megatron_vrl.data.problems import summary
     from megatron_vrl.observe.progress import log_written
+    from megatron_vrl.types import VideoClip
 
-    tokens = list(check.stats.tokens.values())
-    samples, videos = counted(check.stats.samples, "sample"), counted(len(tokens), "video")
-    print(f"{samples}, {videos} that can be read")
-    if tokens:
-        low, middle, high = np.percentile(tokens, [0, 50, 100]).astype(int)
-        print(f"tokens of a video ({check.family.title}): {low} to {high}, median {middle}")
+    seen = check.stats.tokens.items()
+    videos = [count for medium, count in seen if isinstance(medium, VideoClip)]
+    images = [count for medium, count in seen if not isinstance(medium, VideoClip)]
+    shown = counted(len(videos), "video")
+    shown += f" and {counted(len(images), 'image')}" if images else ""
+    print(f"{counted(check.stats.samples, 'sample')}, {shown} that can be read")
+    for kind, tokens in {"a video": videos, "an image": images}.items():
+        if tokens:
+            low, middle, high = np.percentile(tokens, [0, 50, 100]).astype(int)
+            print(f"tokens of {kind} ({check.family.title}): {low} to {high}, median {middle}")
     for problem in problems:
         if problem.kind == "unit":
             print(problem.reason)

@@ -42,7 +42,7 @@ from megatron_vrl.process.entry import run_program
 
 if TYPE_CHECKING:
     from megatron_vrl.evaluation.protocols import Prediction
-    from megatron_vrl.types import VideoSample
+    from megatron_vrl.types import Sample
 
 
 def make_parser() -> OverrideParser:
@@ -125,7 +125,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _predict(
-    arguments: argparse.Namespace, samples: "list[VideoSample]", out: Path
+    arguments: argparse.Namespace, samples: "list[Sample]", out: Path
 ) -> "tuple[list[Prediction], str]":
     """Return the predictions, and a sentence if too many videos cannot be read, else ""."""
     from megatron_vrl.observe.silence_logs import silence_libraries

@@ -17,7 +17,14 @@ from megatron_vrl.config.video import Video
 
 INFERENCE_FILE = "inference.yaml"
 INFERENCE_KEYS = {
-    "data": ("system_prompt", "question", "timestamps", "max_prompt_tokens"),
+    "data": (
+        "system_prompt",
+        "question",
+        "timestamps",
+        "max_prompt_tokens",
+        "image_min_pixels",
+        "image_max_pixels",
+    ),
     "video": (
         "fps",
         "num_frames",

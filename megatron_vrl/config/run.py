@@ -186,6 +186,16 @@ class Data(Section):
     snap_truth: bool = False
     """Move the true intervals of training samples outwards to times of temporal steps, as TimeLens
     does."""
+    max_images: Annotated[int, Field(ge=0)] = 32
+    """Most images of a sample. Reading the annotations refuses a sample with more."""
+    max_videos: Annotated[int, Field(ge=0)] = 8
+    """Most videos of a sample. Reading the annotations refuses a sample with more."""
+    image_min_pixels: Positive | None = None
+    """An image is enlarged to at least as many pixels. null: the limit of the checkpoint's image
+    processor. Frames of videos have `video.min_pixels` and `video.max_pixels`."""
+    image_max_pixels: Positive | None = None
+    """An image is shrunk to at most as many pixels. null: the limit of the checkpoint's image
+    processor, which may be 16,384 tokens: more than `max_prompt_tokens`."""
     max_prompt_tokens: Positive = 4096
     """Longest prompt. A longer one is refused and never truncated, since that would remove video
     tokens."""

@@ -8,13 +8,13 @@ on.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from megatron_vrl.checkpoint.layout import architecture_of
+from megatron_vrl.checkpoint.layout import architecture_of, hf_dir_of
 from megatron_vrl.config import RunConfig, Source
 from megatron_vrl.data.formats.records import cut_to_video
 from megatron_vrl.data.formats.training import (
@@ -25,14 +25,16 @@ from megatron_vrl.data.formats.training import (
     load_records,
     samples_of,
 )
+from megatron_vrl.data.media_limits import limits_of
 from megatron_vrl.data.problems import Problem
 from megatron_vrl.data.units import FileTimes, interval_problems
 from megatron_vrl.errors import CheckpointError, DataError, VideoError
 from megatron_vrl.models.families import FAMILIES, family_named, family_of
 from megatron_vrl.models.family import Family
 from megatron_vrl.tasks import TASKS
-from megatron_vrl.types import VideoClip, VideoSample
+from megatron_vrl.types import ImageFile, Media, Sample, VideoClip
 from megatron_vrl.video import VideoReader
+from megatron_vrl.video.image import ImageRules, image_rules
 from megatron_vrl.video.time_axis import time_problems
 
 AT_A_TIME = 256  # records whose files are probed together
@@ -41,10 +43,10 @@ SLACK_S, SLACK_FRACTION = 1.0, 0.05  # tolerance between annotated and real dura
 
 @dataclass(slots=True)
 class DatasetStats:
-    """Number of samples, and vision tokens per readable clip."""
+    """Number of samples, and vision tokens per readable video and image."""
 
     samples: int = 0
-    tokens: dict[VideoClip, int] = field(default_factory=dict)  # clip -> vision tokens
+    tokens: dict[Media, int] = field(default_factory=dict)  # video or image -> vision tokens
 
 
 def distinct_sources(cfg: RunConfig) -> list[Source]:
@@ -78,9 +80,11 @@ class DatasetCheck:
         self.stats = DatasetStats()
         self._cfg, self._decode = cfg, decode
         self.family = _family(cfg)
-        self._reader = VideoReader(video, self.family.pixels)
+        self._reader = VideoReader(video, self.family.pixels, _image_rules(cfg, self.family))
+        self._limits = limits_of(cfg.data)
+        self._probed: set[Media] = set()
         self._durations_s: dict[VideoClip, float] = {}
-        self._time_faults: dict[VideoClip, list[str]] = {}  # not reported yet
+        self._time_faults: dict[Media, list[str]] = {}  # not reported yet
         self._questions: set[int] = set()
         self._ids: set[str] = set()  # ids in the current source
 
@@ -113,7 +117,7 @@ class DatasetCheck:
 
     def _read(
         self, key: str | int, record: Any, line: int, source: Source
-    ) -> tuple[list[VideoSample], list[Problem]]:
+    ) -> tuple[list[Sample], list[Problem]]:
         """Return the samples of a record, or no samples and the problem that prevents them."""
         try:
             read = samples_of(record, key, source, self._reader.duration_s, line)
@@ -123,12 +127,34 @@ class DatasetCheck:
             reason = f"{source.json_path}: record {key}: its video {error}"
             return [], [Problem(sample="", video="", kind=error.kind, reason=reason)]
         self.stats.samples += len(read)
-        return [replace(sample, folder=source.data_folder) for sample in read], []
+        return [sample.inside(source.data_folder) for sample in read], []
 
-    def _files(self, samples: Sequence[VideoSample]) -> dict[VideoClip, VideoError]:
+    def _files(self, samples: Sequence[Sample]) -> dict[Media, VideoError]:
         """Return the errors of files that were not probed before."""
-        new = [f for f in dict.fromkeys(s.clip for s in samples) if f not in self._durations_s]
-        bad: dict[VideoClip, VideoError] = {}
+        media = dict.fromkeys(medium for sample in samples for medium in sample.media)
+        new = [medium for medium in media if medium not in self._probed]
+        self._probed |= set(new)
+        bad = self._images([medium for medium in new if isinstance(medium, ImageFile)])
+        bad |= self._clips([medium for medium in new if isinstance(medium, VideoClip)])
+        if self._decode:
+            good = [medium for medium in new if medium not in bad]
+            decoded = zip(good, self._reader.read(good), strict=True)
+            bad |= {medium: read for medium, read in decoded if isinstance(read, VideoError)}
+        return bad
+
+    def _images(self, new: Sequence[ImageFile]) -> dict[Media, VideoError]:
+        """Count the tokens of images and return the errors."""
+        bad: dict[Media, VideoError] = {}
+        for image, tokens in zip(new, self._reader.count_tokens(new), strict=True):
+            if isinstance(tokens, VideoError):
+                bad[image] = tokens
+            else:
+                self.stats.tokens[image] = tokens
+        return bad
+
+    def _clips(self, new: Sequence[VideoClip]) -> dict[Media, VideoError]:
+        """Note tokens, durations and faults of the times of videos, and return the errors."""
+        bad: dict[Media, VideoError] = {}
         for clip, plan in zip(new, self._reader.plan(new), strict=True):
             self._durations_s[clip] = np.nan
             if isinstance(plan, VideoError):
@@ -137,29 +163,27 @@ class DatasetCheck:
                 self._durations_s[clip] = plan.file.duration_s
                 self.stats.tokens[clip] = plan.plan.num_tokens
                 self._time_faults[clip] = list(time_problems(plan))
-        if self._decode:
-            good = [clip for clip in new if clip not in bad]
-            decoded = zip(good, self._reader.encode(good), strict=True)
-            bad |= {clip: video for clip, video in decoded if isinstance(video, VideoError)}
         return bad
 
     def _sample_problems(
-        self, samples: Sequence[VideoSample], bad: dict[VideoClip, VideoError]
+        self, samples: Sequence[Sample], bad: dict[Media, VideoError]
     ) -> Iterator[Problem]:
         """Yield the problems of samples. An error of a file is reported with its first sample."""
         for sample in samples:
-            of = {"sample": sample.id, "video": sample.video}
-            if error := bad.pop(sample.clip, None):
-                yield Problem(**of, kind=error.kind, reason=str(error))
-            for sentence in self._time_faults.pop(sample.clip, ()):
-                yield Problem(**of, kind="times", reason=f"{sample.video}: {sentence}")
+            for medium in sample.media:
+                of = {"sample": sample.id, "video": medium.path}
+                if error := bad.pop(medium, None):
+                    yield Problem(**of, kind=error.kind, reason=str(error))
+                for sentence in self._time_faults.pop(medium, ()):
+                    yield Problem(**of, kind="times", reason=f"{medium.path}: {sentence}")
+            of = {"sample": sample.id, "video": sample.first_path}
             for kind, reason in (
                 *self._question_problems(cut_to_video(sample)),
                 *self._interval_problems(sample),
             ):
                 yield Problem(**of, kind=kind, reason=f"{sample.id}: {reason}")
 
-    def _interval_problems(self, sample: VideoSample) -> Iterator[tuple[str, str]]:
+    def _interval_problems(self, sample: Sample) -> Iterator[tuple[str, str]]:
         """Yield (kind, sentence) for the intervals as annotated."""
         if sample.window_s is not None or not sample.duration_s:
             return
@@ -167,9 +191,10 @@ class DatasetCheck:
             self._times.add(sample.id, start_s, end_s, sample.duration_s)
             yield from interval_problems(start_s, end_s, sample.duration_s)
 
-    def _question_problems(self, sample: VideoSample) -> Iterator[tuple[str, str]]:
+    def _question_problems(self, sample: Sample) -> Iterator[tuple[str, str]]:
         """Yield (kind, sentence) for the question: duplicates, missing text, durations, tokens."""
-        question = hash((sample.task, sample.video, sample.window_s, sample.query, sample.options))
+        files = sample.inside("").media
+        question = hash((sample.task, files, sample.query, sample.options))
         if question in self._questions:
             yield "duplicate", "the same question about the same video was asked before."
         elif sample.id in self._ids:
@@ -177,17 +202,20 @@ class DatasetCheck:
         self._questions.add(question)
         if self._has_own_ids:
             self._ids.add(sample.id)
+        if sentence := self._limits.problem(sample):
+            yield "annotation", sentence
         if any(not option for option in sample.options):
             yield "annotation", "an option has no text."
         if not sample.query:
             yield "annotation", "the question has no text; it is left out."
         if TASKS[sample.task].truth.intervals and not sample.intervals_s:
             yield "interval", "no interval within the video; the question is left out."
-        if sample.window_s is None and sample.duration_s:
+        if sample.clip and sample.window_s is None and sample.duration_s:
             yield from _durations(sample, self._durations_s[sample.clip])
-        most, tokens = self._cfg.data.max_prompt_tokens, self.stats.tokens.get(sample.clip, 0)
+        most = self._cfg.data.max_prompt_tokens
+        tokens = sum(self.stats.tokens.get(medium, 0) for medium in sample.media)
         if tokens > most:
-            yield "tokens", f"{tokens} video tokens are over data.max_prompt_tokens={most}."
+            yield "tokens", f"{tokens} vision tokens are over data.max_prompt_tokens={most}."
 
 
 def _family(cfg: RunConfig) -> Family:
@@ -198,7 +226,15 @@ def _family(cfg: RunConfig) -> Family:
         return family_named(FAMILIES[0])
 
 
-def _durations(sample: VideoSample, file_s: float) -> Iterator[tuple[str, str]]:
+def _image_rules(cfg: RunConfig, family: Family) -> ImageRules:
+    """Return the pixel limits of images: the family's if the checkpoint is not on this machine."""
+    data = cfg.data
+    return image_rules(
+        hf_dir_of(cfg.model.checkpoint), family.pixels, data.image_min_pixels, data.image_max_pixels
+    )
+
+
+def _durations(sample: Sample, file_s: float) -> Iterator[tuple[str, str]]:
     """Yield (kind, sentence) if annotated duration or intervals contradict the file."""
     slack_s = max(SLACK_S, SLACK_FRACTION * file_s)
     if abs(sample.duration_s - file_s) > slack_s:

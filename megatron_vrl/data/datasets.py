@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 from megatron_vrl.config import Source
 from megatron_vrl.data.formats.records import HeaderDuration
+from megatron_vrl.data.media_limits import DEFAULT_LIMITS, MediaLimits
 from megatron_vrl.data.mix import load, open_pool
 from megatron_vrl.data.pool import Pool, is_indexed
-from megatron_vrl.types import VideoSample
+from megatron_vrl.types import Sample
 
 Key = tuple[str, ...]  # the sources as JSON
 
@@ -19,21 +20,19 @@ Key = tuple[str, ...]  # the sources as JSON
 class Datasets:
     """Samples and pools of a process by their sources. Raises what `load` and `open_pool` raise."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, limits: MediaLimits = DEFAULT_LIMITS) -> None:
         """`seed` decides what `sampling_strategy: random:N` keeps."""
-        self._seed = seed
-        self._samples: dict[Key, list[VideoSample]] = {}
+        self._seed, self._limits = seed, limits
+        self._samples: dict[Key, list[Sample]] = {}
         self._pools: dict[Key, Pool] = {}
 
-    def load(
-        self, sources: Sequence[Source], header_duration_s: HeaderDuration
-    ) -> list[VideoSample]:
+    def load(self, sources: Sequence[Source], header_duration_s: HeaderDuration) -> list[Sample]:
         """Return the samples of all sources in their order."""
         key = _key(sources)
         if key in self._samples:
             return self._samples[key]
         duration_s = _Counted(header_duration_s)
-        samples = load(sources, self._seed, duration_s)
+        samples = load(sources, self._seed, duration_s, self._limits)
         if not duration_s.calls:
             self._samples[key] = samples
         return samples
@@ -44,7 +43,7 @@ class Datasets:
         if key in self._pools:
             return self._pools[key]
         duration_s = _Counted(header_duration_s)
-        pool = open_pool(sources, self._seed, duration_s)
+        pool = open_pool(sources, self._seed, duration_s, self._limits)
         if not duration_s.calls and not any(map(is_indexed, sources)):
             self._pools[key] = pool
         return pool

@@ -21,31 +21,42 @@ from numpy.typing import NDArray
 from megatron_vrl.config import Source
 from megatron_vrl.data.formats.records import HeaderDuration
 from megatron_vrl.data.formats.training import read
+from megatron_vrl.data.media_limits import DEFAULT_LIMITS, MediaLimits
 from megatron_vrl.data.pool import Drawn, Pool, is_indexed, open_source
 from megatron_vrl.data.problems import Problem
 from megatron_vrl.data.schedule import Schedule
 from megatron_vrl.errors import ConfigError, DataError, VideoError, counted
-from megatron_vrl.types import VideoSample
+from megatron_vrl.types import Sample
 
 _STRATEGY = re.compile(r"(first|end|random):([0-9]+(?:\.[0-9]+)?)(%?)")
 
 
 def load(
-    sources: Sequence[Source], seed: int, header_duration_s: HeaderDuration | None = None
-) -> list[VideoSample]:
+    sources: Sequence[Source],
+    seed: int,
+    header_duration_s: HeaderDuration | None = None,
+    limits: MediaLimits = DEFAULT_LIMITS,
+) -> list[Sample]:
     """Return the samples of all sources in order. A second id "a" becomes "a#2"."""
-    return list(chain(*load_by_source(sources, seed, header_duration_s)))
+    return list(chain(*load_by_source(sources, seed, header_duration_s, limits)))
 
 
 def load_by_source(
-    sources: Sequence[Source], seed: int, header_duration_s: HeaderDuration | None = None
-) -> list[list[VideoSample]]:
-    """Return the samples of each source, with unique ids, after `sampling_strategy` is applied."""
-    by_source: list[list[VideoSample]] = []
+    sources: Sequence[Source],
+    seed: int,
+    header_duration_s: HeaderDuration | None = None,
+    limits: MediaLimits = DEFAULT_LIMITS,
+) -> list[list[Sample]]:
+    """Return the samples of each source, with unique ids, after `sampling_strategy` is applied.
+
+    Raises DataError for a sample with more videos or images than `limits`.
+    """
+    by_source: list[list[Sample]] = []
     seen: set[str] = set()
     for number, source in enumerate(sources):
         whole = read(source, header_duration_s)
-        samples: list[VideoSample] = []
+        limits.check(whole, source)
+        samples: list[Sample] = []
         for index in chosen_indices(source.sampling_strategy, len(whole), [seed, number]):
             sample = whole[index]
             unique, copy = sample.id, 1
@@ -53,19 +64,22 @@ def load_by_source(
                 copy += 1
                 unique = f"{sample.id}#{copy}"
             seen.add(unique)
-            samples.append(replace(sample, id=unique, folder=source.data_folder))
+            samples.append(replace(sample.inside(source.data_folder), id=unique))
         by_source.append(samples)
     return by_source
 
 
 def open_pool(
-    sources: Sequence[Source], seed: int, header_duration_s: HeaderDuration | None = None
+    sources: Sequence[Source],
+    seed: int,
+    header_duration_s: HeaderDuration | None = None,
+    limits: MediaLimits = DEFAULT_LIMITS,
 ) -> Pool:
     """Return the samples that a stream draws from. Large files are indexed, not loaded."""
     if not any(map(is_indexed, sources)):
-        by_source = load_by_source(sources, seed, header_duration_s)
+        by_source = load_by_source(sources, seed, header_duration_s, limits)
         return Pool(sources, by_source, [np.arange(len(samples)) for samples in by_source])
-    parts = [open_source(source, header_duration_s) for source in sources]
+    parts = [open_source(source, header_duration_s, limits) for source in sources]
     kept = [
         np.array(chosen_indices(source.sampling_strategy, len(part), [seed, number]), np.int64)
         for number, (source, part) in enumerate(zip(sources, parts, strict=True))
@@ -150,7 +164,7 @@ class SampleStream:
         """Return the epoch of the next sample."""
         return self._round.locate(self.state)[0]
 
-    def take(self, num_samples: int) -> list[VideoSample]:
+    def take(self, num_samples: int) -> list[Sample]:
         """Return the next `num_samples` samples. Raises VideoError if the video of one is bad."""
         drawn = self.draw(num_samples)
         for item in drawn:
@@ -158,11 +172,11 @@ class SampleStream:
                 raise VideoError(item.reason, item.kind)
         return drawn  # type: ignore[return-value]
 
-    def draw(self, num_samples: int) -> list[VideoSample | Problem]:
+    def draw(self, num_samples: int) -> list[Sample | Problem]:
         """Return the next `num_samples` samples; a Problem in place of an unusable one."""
         return [self._next() for _ in range(num_samples)]
 
-    def peek(self, num_samples: int) -> list[VideoSample | Problem]:
+    def peek(self, num_samples: int) -> list[Sample | Problem]:
         """Return what `draw` would return, without moving the position."""
         state = self.state
         try:
@@ -170,7 +184,7 @@ class SampleStream:
         finally:
             self.state = state
 
-    def at(self, position: int) -> VideoSample | Problem:
+    def at(self, position: int) -> Sample | Problem:
         """Return the sample that moved `state` from `position` to `position` + 1."""
         state, self.state = self.state, position
         try:
@@ -184,7 +198,7 @@ class SampleStream:
         after = bisect_right(self._rounds, self.state, key=lambda one: one.start)
         return self._rounds[after - 1]
 
-    def _next(self) -> VideoSample | Problem:
+    def _next(self) -> Sample | Problem:
         """Return the next sample. Records without a usable question are skipped."""
         for _ in range(len(self._round.samples)):
             now = self._round

@@ -14,7 +14,6 @@ import os
 from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -33,13 +32,14 @@ from megatron_vrl.data.formats.training import (
     read_record,
     refuse_none,
 )
+from megatron_vrl.data.media_limits import DEFAULT_LIMITS, MediaLimits
 from megatron_vrl.data.problems import Problem
 from megatron_vrl.errors import DataError, VideoError
-from megatron_vrl.types import VideoSample
+from megatron_vrl.types import Sample
 
 READ_WHOLE_BYTES = 16 << 20  # smaller files are loaded whole
 
-Drawn = VideoSample | Problem | None  # Problem: the video is bad; None: the question is unusable
+Drawn = Sample | Problem | None  # Problem: the video is bad; None: the question is unusable
 
 
 def is_indexed(source: Source) -> bool:
@@ -75,7 +75,7 @@ class Pool(Sequence[Drawn]):
     def names(self) -> list[str]:
         """Return the id of each sample, "" for an unusable one. Parses every record."""
         drawn = (self[index] for index in range(len(self)))
-        return [d.id if isinstance(d, VideoSample) else d.sample if d else "" for d in drawn]
+        return [d.id if isinstance(d, Sample) else d.sample if d else "" for d in drawn]
 
     def only(self, kept: NDArray[np.bool_]) -> "Pool":
         """Return the pool of the samples for which the mask `kept` [N] is True."""
@@ -87,30 +87,39 @@ class Pool(Sequence[Drawn]):
         part = bisect_right(self._ends, index)
         before = self._ends[part - 1] if part else 0
         drawn = self._parts[part][int(self._chosen[part][index - before])]
-        if isinstance(drawn, VideoSample):
-            return replace(drawn, folder=self._sources[part].data_folder)
+        if isinstance(drawn, Sample):
+            return drawn.inside(self._sources[part].data_folder)
         return drawn
 
 
-def open_source(source: Source, header_duration_s: HeaderDuration | None) -> Sequence[Drawn]:
-    """Return the samples of a source, indexed or loaded."""
-    return (
-        IndexedSource(source, header_duration_s)
-        if is_indexed(source)
-        else read(source, header_duration_s)
-    )
+def open_source(
+    source: Source, header_duration_s: HeaderDuration | None, limits: MediaLimits
+) -> Sequence[Drawn]:
+    """Return the samples of a source, indexed or loaded.
+
+    Raises DataError for a sample with more videos or images than `limits`.
+    """
+    if is_indexed(source):
+        return IndexedSource(source, header_duration_s, limits)
+    samples = read(source, header_duration_s)
+    limits.check(samples, source)
+    return samples
 
 
 class IndexedSource(Sequence[Drawn]):
     """Samples of one list file, parsed on access."""
 
-    def __init__(self, source: Source, header_duration_s: HeaderDuration | None):
+    def __init__(
+        self,
+        source: Source,
+        header_duration_s: HeaderDuration | None,
+        limits: MediaLimits = DEFAULT_LIMITS,
+    ):
         """Validate every record. Raises DataError naming file, record or line, and field."""
         self._source = source
         self._header_duration_s = header_duration_s
-        self._spans = _index(
-            source.format, source.json_path, source.data_folder, version(source.json_path)
-        )
+        path = source.json_path
+        self._spans = _index(source.format, path, source.data_folder, version(path), limits)
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -137,7 +146,11 @@ class IndexedSource(Sequence[Drawn]):
 
 @lru_cache(maxsize=32)
 def _index(
-    format: str, json_path: str, data_folder: str, file_version: tuple[int, int]
+    format: str,
+    json_path: str,
+    data_folder: str,
+    file_version: tuple[int, int],
+    limits: MediaLimits,
 ) -> NDArray[np.int64]:
     """Return the byte range [N, 2] of each record, (first byte, byte after the last one).
 
@@ -152,6 +165,7 @@ def _index(
         for number, (record, start, stop, line) in enumerate(list_records(source)):
             sample = read_record(record, number, source, _one_second, line)
             num_kept += sample is not None
+            limits.check([sample] if sample else [], source)
             offsets.extend((start, stop))
     spans = np.frombuffer(offsets, np.int64).reshape(-1, 2)
     refuse_none(source, num_kept, len(spans))

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from megatron_vrl.errors import VideoError
-from megatron_vrl.types import VideoSample
+from megatron_vrl.types import Sample
 
 ANNOTATION_KINDS = {
     *("annotation", "unit", "interval", "zero_length", "reversed", "before_start", "duplicate")
@@ -27,14 +27,15 @@ class Problem:
     """One sample or record that cannot be used, with the reason."""
 
     sample: str  # id of the sample; "" for a problem of a whole file or record
-    video: str  # path or URL; "" if unknown
+    video: str  # path or URL of the video or image; "" if unknown
     kind: str  # VideoError.kind, one of ANNOTATION_KINDS, or duration, times, tokens
     reason: str  # one sentence
 
     @classmethod
-    def of_video(cls, sample: VideoSample, error: VideoError) -> "Problem":
-        """Return the problem of a sample whose video cannot be read."""
-        return cls(sample=sample.id, video=sample.video, kind=error.kind, reason=str(error))
+    def of_video(cls, sample: Sample, error: VideoError) -> "Problem":
+        """Return the problem of a sample with a video or an image that cannot be read."""
+        file = error.path or sample.first_path
+        return cls(sample=sample.id, video=file, kind=error.kind, reason=str(error))
 
     def row(self) -> dict[str, str]:
         """Return the row for a JSON lines file."""

@@ -5,36 +5,30 @@ instead of the prompt, and the caller decides whether to skip, replace, count or
 group is used here. Code that runs on several ranks wraps the call in `raise_on_all_ranks`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from megatron_vrl.data.prompt import PromptEncoder, PromptSpec
 from megatron_vrl.errors import VideoError
-from megatron_vrl.types import EncodedImage, EncodedVideo, Prompt, VideoClip, VideoSample, Visual
+from megatron_vrl.types import Media, Prompt, Sample, Visual
 
 
-class VideoDecoder(Protocol):
-    """Decoder of video files, such as `video.VideoReader`."""
+class MediaReader(Protocol):
+    """Decoder of videos and images, such as `video.VideoReader`."""
 
-    def encode(self, clips: Sequence[VideoClip | str]) -> list[EncodedVideo | VideoError]:
-        """Return one result for each clip, in order."""
+    def read(self, media: Sequence[Media]) -> list[Visual | VideoError]:
+        """Return one result for each medium, in order."""
         ...
 
 
 class PromptPipeline:
     """Decoder and prompt encoder of one process."""
 
-    def __init__(
-        self,
-        videos: VideoDecoder,
-        encoder: PromptEncoder,
-        read_image: Callable[[str], EncodedImage] | None = None,
-    ) -> None:
-        """`read_image` is needed for specs with images only."""
-        self._videos, self._encoder, self._read_image = videos, encoder, read_image
+    def __init__(self, reader: MediaReader, encoder: PromptEncoder) -> None:
+        self._reader, self._encoder = reader, encoder
 
-    def load(self, samples: Sequence[VideoSample]) -> list[Prompt | VideoError]:
-        """Return the prompt of each sample, or the error of its video, in order.
+    def load(self, samples: Sequence[Sample]) -> list[Prompt | VideoError]:
+        """Return the prompt of each sample, or the error of its first bad video or image, in order.
 
         Raises ConfigError if a prompt exceeds data.max_prompt_tokens, DataError if a text has no
         encoding.
@@ -46,25 +40,15 @@ class PromptPipeline:
 
         Raises what `load` raises.
         """
-        clips = [clip for spec in specs for clip in spec.videos]
-        videos = iter(self._videos.encode(clips))
-        return [self._prompt(spec, [next(videos) for _ in spec.videos]) for spec in specs]
+        media = [part for spec in specs for part in spec.content if not isinstance(part, str)]
+        read = iter(self._reader.read(media))
+        return [self._prompt(spec, read) for spec in specs]
 
-    def _prompt(
-        self, spec: PromptSpec, videos: Sequence[EncodedVideo | VideoError]
-    ) -> Prompt | VideoError:
-        visuals: list[Visual] = []
-        try:
-            for visual in (*videos, *self._images(spec)):
-                if isinstance(visual, VideoError):
-                    return visual
-                visuals.append(visual)
-        except VideoError as error:
-            return error
-        return self._encoder.encode(spec.id, spec.system, tuple(visuals), spec.question)
-
-    def _images(self, spec: PromptSpec) -> Iterator[EncodedImage]:
-        """Yield the images of a spec. Raises VideoError, naming the file, if one is damaged."""
-        for path in spec.images:
-            assert self._read_image is not None, "made without read_image"
-            yield self._read_image(path)
+    def _prompt(self, spec: PromptSpec, read: Iterator[Visual | VideoError]) -> Prompt | VideoError:
+        """Return the prompt of a spec, whose media are the next ones of `read`."""
+        content = [part if isinstance(part, str) else next(read) for part in spec.content]
+        errors = [part for part in content if isinstance(part, VideoError)]
+        if errors:
+            return errors[0]
+        shown = [part for part in content if not isinstance(part, VideoError)]
+        return self._encoder.encode(spec.id, spec.system, shown)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_vrl.types import EncodedVideo, Interval, Prompt, VideoSample, Visual
+from megatron_vrl.types import EncodedVideo, Interval, Prompt, Sample, Visual
 
 RADIUS_S = 3.0  # around a boundary; TaRO's `time_radius`
 
@@ -21,7 +21,7 @@ def all_shuffled(prompt: Prompt, seed: Sequence[int]) -> Prompt:
     return _reordered(prompt, lambda video: rng.permutation(len(video.frames)))
 
 
-def boundaries_shuffled(prompt: Prompt, sample: VideoSample, seed: Sequence[int]) -> Prompt:
+def boundaries_shuffled(prompt: Prompt, sample: Sample, seed: Sequence[int]) -> Prompt:
     """Return the prompt with the frames near each true boundary in random order (TaRO)."""
     rng = np.random.default_rng(seed)
     begins_s = sample.window_s[0] if sample.window_s else 0.0

@@ -13,10 +13,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from megatron_vrl.types import EncodedVideo, Interval, VideoSample
+from megatron_vrl.types import EncodedVideo, Interval, Sample
 
 
-def snapped(sample: VideoSample, video: EncodedVideo) -> VideoSample:
+def snapped(sample: Sample, video: EncodedVideo) -> Sample:
     """Return the sample with its true intervals at times of temporal steps."""
     begins_s = sample.window_s[0] if sample.window_s else 0.0
     steps_s = video.timestamps_s[::2] - begins_s  # times of a sample count from its window's start

@@ -1,20 +1,24 @@
-"""Ask a checkpoint one question about one video: the parsed answer, and a strip of frames."""
+"""Ask a checkpoint one question about videos and images: the parsed answer, and a picture."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_vrl.errors import VideoError
+from PIL import Image
+
+from megatron_vrl.data.media_limits import limits_of
+from megatron_vrl.errors import ConfigError, VideoError
 from megatron_vrl.evaluation.generate import Answerer, InferenceConfig
+from megatron_vrl.observe.samples import picture_of
 from megatron_vrl.observe.timeline_strip import timeline_strip
 from megatron_vrl.tasks import TASKS
-from megatron_vrl.types import Rollout, VideoSample
+from megatron_vrl.types import EncodedVideo, Interval, Media, Rollout, Sample, Visual
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    video: str
+    media: tuple[Media, ...]  # in the order shown; () for text alone
     text: str
     task: str  # a row of TASKS
     options: tuple[str, ...] = ()
@@ -26,35 +30,49 @@ def ask(
     picture: Path,
     start: Callable[[InferenceConfig, int], Answerer] = Answerer,
 ) -> dict[str, Any]:
-    """Return the checkpoint's answer as JSON values, and write the strip of frames to `picture`.
+    """Return the checkpoint's answer as JSON values, and write the frames and images to `picture`.
 
-    Raises VideoError if the video cannot be read, before an engine starts.
+    Nothing is written for text alone. Raises VideoError if a file cannot be read, and ConfigError
+    if there are more files than the configuration allows, before an engine starts.
     """
     longest = cfg.evaluation.max_response_tokens
     answerer = start(cfg, longest)
-    video = answerer.decode(question.video)
-    sample = VideoSample(
-        id=question.video,
+    visuals = answerer.read(question.media)
+    videos = [visual for visual in visuals if isinstance(visual, EncodedVideo)]
+    sample = Sample(
+        id=question.media[0].path if question.media else "the question",
         task=question.task,
-        video=question.video,
-        duration_s=video.duration_s,
+        media=question.media,
+        duration_s=videos[0].duration_s if len(videos) == 1 else 0.0,
         query=question.text,
         rationale="",
         intervals_s=(),
         options=question.options,
         option="",
     )
+    if sentence := limits_of(cfg.data).problem(sample):
+        raise ConfigError(f"The question cannot be asked: {sentence}")
     ((_, answer),) = answerer.answer_greedily([sample], longest, 1)
     if isinstance(answer, VideoError):
         raise answer
     result = _parsed(sample, answer)
+    if not visuals:
+        return result
     intervals_s = result.get("intervals_s") or list(filter(None, [result["interval_s"]]))
     picture.parent.mkdir(parents=True, exist_ok=True)
-    timeline_strip(video.frames, video.timestamps_s, video.duration_s, intervals_s).save(picture)
+    _picture(visuals, intervals_s).save(picture)
     return result | {"strip": str(picture)}
 
 
-def _parsed(sample: VideoSample, rollout: Rollout) -> dict[str, Any]:
+def _picture(visuals: Sequence[Visual], intervals_s: Sequence[Interval]) -> Image.Image:
+    """Return the media; a video alone has the intervals on a time axis."""
+    first = visuals[0]
+    if len(visuals) == 1 and isinstance(first, EncodedVideo):
+        return timeline_strip(first.frames, first.timestamps_s, first.duration_s, intervals_s)
+    return picture_of(visuals)
+
+
+def _parsed(sample: Sample, rollout: Rollout) -> dict[str, Any]:
     parsed = TASKS[sample.task].parse(rollout.text, sample)
     thinking = rollout.text.partition("<think>")[2].rpartition("</think>")[0]
     cut = "the answer was cut at the length limit" if rollout.finish == "length" else ""

@@ -30,7 +30,7 @@ from megatron_vrl.evaluation.protocols import (
 )
 from megatron_vrl.storage.files import write_file
 from megatron_vrl.tasks.multi_segment_grounding import MULTI_SEGMENT_GROUNDING
-from megatron_vrl.types import VideoSample
+from megatron_vrl.types import Sample
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 _WINDOWS: TypeAdapter[list[Window]] = TypeAdapter(
@@ -40,7 +40,7 @@ _WINDOWS: TypeAdapter[list[Window]] = TypeAdapter(
 
 def questions(
     name: str, annotations: str, videos: str, protocol: Protocol, multi_segment: bool = False
-) -> list[VideoSample]:
+) -> list[Sample]:
     """Return every question of a file, with unique ids.
 
     The true intervals are as published; the protocol `clipped` cuts them to the video.
@@ -71,7 +71,7 @@ def questions(
     return unique
 
 
-def read_predictions(path: Path, samples: Sequence[VideoSample]) -> list[Prediction]:
+def read_predictions(path: Path, samples: Sequence[Sample]) -> list[Prediction]:
     """Read lines {"id", "response"} in any order. Raises DataError naming the line."""
     known = {sample.id for sample in samples}
     predictions: dict[str, Prediction] = {}
@@ -100,7 +100,7 @@ def read_predictions(path: Path, samples: Sequence[VideoSample]) -> list[Predict
 
 def items_of(
     name: str,
-    samples: Sequence[VideoSample],
+    samples: Sequence[Sample],
     predictions: Sequence[Prediction],
     protocol: Protocol,
 ) -> list[Item]:

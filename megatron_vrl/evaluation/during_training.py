@@ -24,14 +24,14 @@ from megatron_vrl.storage.files import write_file
 from megatron_vrl.tasks import TASKS
 from megatron_vrl.tasks.answer import answer_block
 from megatron_vrl.trainer.preemption import stop_if_asked
-from megatron_vrl.types import Prompt, VideoSample
+from megatron_vrl.types import Prompt, Sample
 
 SAMPLES_AT_A_TIME = 128  # per rank; bounds the decoded frames in memory
 
 
 def evaluate(
     ctx: RunContext,
-    samples: Sequence[VideoSample],
+    samples: Sequence[Sample],
     version: int,
     step: int,
     answers_file: Path | None = None,
@@ -117,7 +117,7 @@ def _check_bad_fraction(bad: Sequence[Problem], count: int, ctx: RunContext) -> 
         tqdm.write(f"{message}; they count as empty answers.", file=sys.stderr)
 
 
-def trivial_answers(samples: Sequence[VideoSample], cfg: Rewards) -> dict[str, dict[str, float]]:
+def trivial_answers(samples: Sequence[Sample], cfg: Rewards) -> dict[str, dict[str, float]]:
     """Return label -> metrics of answers that look at neither video nor question.
 
     Each task writes its own (`Task.baselines`). A task without one of the labels answers its

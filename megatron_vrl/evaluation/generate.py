@@ -15,7 +15,7 @@ from megatron_vrl.checkpoint.convert import stored_tensors
 from megatron_vrl.checkpoint.layout import hf_dir_of
 from megatron_vrl.config.inference import read_inference
 from megatron_vrl.config.loader import read_tree, validate_with_overrides
-from megatron_vrl.context import prompt_encoder
+from megatron_vrl.context import media_reader, prompt_encoder
 from megatron_vrl.data.prompt_pipeline import PromptPipeline
 from megatron_vrl.errors import CheckpointError, ConfigError, VideoError
 from megatron_vrl.models.architecture import config_dtype, read_architecture
@@ -25,8 +25,7 @@ from megatron_vrl.rollout.backends import BACKENDS
 from megatron_vrl.rollout.interfaces import InferenceEngine
 from megatron_vrl.rollout.request import SamplingSpec
 from megatron_vrl.storage.no_checkpoint import advice
-from megatron_vrl.types import EncodedVideo, Prompt, Rollout, VideoSample
-from megatron_vrl.video import VideoReader
+from megatron_vrl.types import Media, Prompt, Rollout, Sample, Visual
 
 Answers = list[Rollout] | VideoError
 
@@ -80,7 +79,8 @@ class Answerer:
         self._directory = hf_dir_of(cfg.model.checkpoint)
         arch = read_architecture(self._directory)
         encoder = prompt_encoder(self._directory, arch, cfg.data)
-        self._reader = VideoReader(cfg.video, family_of(arch).pixels)
+        pixels = family_of(arch).pixels
+        self._reader = media_reader(cfg.video, cfg.data, pixels, self._directory)
         self._prompts = PromptPipeline(self._reader, encoder)
         longest = cfg.data.max_prompt_tokens + max_response_tokens
         self._max_model_len = min(longest, arch.max_positions)
@@ -100,8 +100,8 @@ class Answerer:
         return engine
 
     def answer(
-        self, samples: Sequence[VideoSample], spec: SamplingSpec, batch_size: int
-    ) -> Iterator[tuple[VideoSample, Answers]]:
+        self, samples: Sequence[Sample], spec: SamplingSpec, batch_size: int
+    ) -> Iterator[tuple[Sample, Answers]]:
         """Yield each sample with its `spec.n` answers, or with the error of its video, in order.
 
         The frames of `batch_size` samples are in memory at a time. Raises ConfigError if a prompt
@@ -117,18 +117,20 @@ class Answerer:
                 yield sample, one if isinstance(one, VideoError) else next(rollouts)
 
     def answer_greedily(
-        self, samples: Sequence[VideoSample], max_tokens: int, batch_size: int
-    ) -> Iterator[tuple[VideoSample, Rollout | VideoError]]:
+        self, samples: Sequence[Sample], max_tokens: int, batch_size: int
+    ) -> Iterator[tuple[Sample, Rollout | VideoError]]:
         """Yield each sample with its greedy answer, or with the error of its video, in order."""
         for sample, answers in self.answer(samples, SamplingSpec.greedy(max_tokens), batch_size):
             yield sample, answers if isinstance(answers, VideoError) else answers[0]
 
-    def decode(self, path: str) -> EncodedVideo:
-        """Return the frames that the model sees. Raises VideoError."""
-        (video,) = self._reader.encode([path])
-        if isinstance(video, VideoError):
-            raise video
-        return video
+    def read(self, media: Sequence[Media]) -> list[Visual]:
+        """Return the frames and images that the model sees. Raises the first VideoError."""
+        visuals: list[Visual] = []
+        for visual in self._reader.read(media):
+            if isinstance(visual, VideoError):
+                raise visual
+            visuals.append(visual)
+        return visuals
 
     def _check_length(self, prompts: Sequence[Prompt], spec: SamplingSpec) -> None:
         """Raises ConfigError if a prompt and its answer may not fit the engine."""

@@ -18,7 +18,7 @@ from megatron_vrl.rewards import temporal_r1
 from megatron_vrl.rewards.score import score
 from megatron_vrl.tasks import TASKS, Task, Truth
 from megatron_vrl.tasks.answer import read_option
-from megatron_vrl.types import Interval, Parsed, VideoSample
+from megatron_vrl.types import Interval, Parsed, Sample, VideoClip
 
 ANY_LETTER = ("",) * 26  # options of a line without `options`: any letter names one
 
@@ -70,7 +70,7 @@ class Grader:
             "failure": parsed.failure or None,
         }
 
-    def _parsed(self, sample: VideoSample, response: str) -> Parsed:
+    def _parsed(self, sample: Sample, response: str) -> Parsed:
         """Return the answer as the parser of the mode reads it."""
         if self.mode != "temporal_r1" or not TASKS[self.task].temporal_r1_components:
             return TASKS[self.task].parse(response, sample)
@@ -106,7 +106,7 @@ def _validated(model: type[Model], fields: dict[str, Any], within: str = "") -> 
     raise DataError(f"field {field!r} is {first['input']!r:.80}, refused: {first['msg']}")
 
 
-def _sample(line: Line, task: Task, mode: str) -> VideoSample:
+def _sample(line: Line, task: Task, mode: str) -> Sample:
     """Return the line as a sample with a truth and without a question."""
     options = tuple(line.options or ANY_LETTER)
     option, failure = read_option(line.option, options) if line.option is not None else ("", "")
@@ -114,10 +114,10 @@ def _sample(line: Line, task: Task, mode: str) -> VideoSample:
         raise DataError(f"field 'option' is {line.option!r:.80}, expected the letter of an option")
     duration_s = line.duration_s or 0.0
     record = task.truth.record
-    return VideoSample(
+    return Sample(
         id=str(line.id),
         task=task.name,
-        video="",
+        media=(VideoClip(""),),
         duration_s=duration_s,
         query="",
         rationale="",

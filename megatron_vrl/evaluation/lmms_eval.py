@@ -18,7 +18,7 @@ from megatron_vrl.errors import DataError, counted
 from megatron_vrl.evaluation.protocols import Item, Prediction
 from megatron_vrl.tasks import TASKS
 from megatron_vrl.tasks.answer import read_option
-from megatron_vrl.types import VideoSample
+from megatron_vrl.types import Sample
 
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 TOLERANCE_S = 0.01  # of a target's times
@@ -29,9 +29,7 @@ def is_sample(row: Any) -> bool:
     return isinstance(row, dict) and "doc_id" in row
 
 
-def prediction_of_sample(
-    row: dict[str, Any], samples: Sequence[VideoSample], origin: str
-) -> Prediction:
+def prediction_of_sample(row: dict[str, Any], samples: Sequence[Sample], origin: str) -> Prediction:
     """Return the prediction of a line. Raises DataError, which begins with `origin`."""
     index = row["doc_id"]
     if not isinstance(index, int) or not 0 <= index < len(samples):
@@ -67,12 +65,12 @@ def sample_rows(items: Sequence[Item], metric: str) -> list[dict[str, Any]]:
     ]
 
 
-def _target(sample: VideoSample) -> str:
+def _target(sample: Sample) -> str:
     """Return the truth as text: the letter, else the first interval."""
     return sample.option or (str(list(sample.intervals_s[0])) if sample.intervals_s else "")
 
 
-def _is_truth(target: Any, sample: VideoSample) -> bool:
+def _is_truth(target: Any, sample: Sample) -> bool:
     """Return whether `target` is the option or a true interval of a sample, or neither kind."""
     if sample.option:
         text = target if isinstance(target, str) else ""

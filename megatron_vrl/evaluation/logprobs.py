@@ -51,9 +51,9 @@ from megatron_vrl.parallel.mesh import (
 )
 from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.policy.policy import Policy
-from megatron_vrl.types import Prompt
+from megatron_vrl.types import ImageFile, Prompt, VideoClip
 from megatron_vrl.video import VideoReader
-from megatron_vrl.video.image import read_image, read_image_rules
+from megatron_vrl.video.image import image_rules
 
 SAMPLES_AT_A_TIME = 16  # of one model replica
 DUMMY = ""  # id of the answer of the dummy group
@@ -65,6 +65,10 @@ class PromptForm(Section):
     """interleaved: the time of every temporal step stands as text before it."""
     max_prompt_tokens: Positive = 128_000
     """A longer prompt is refused, never cut. The default is what Qwen's models are trained on."""
+    image_min_pixels: Positive | None = None
+    """An image is enlarged to at least as many pixels. null: the checkpoint's limit."""
+    image_max_pixels: Positive | None = None
+    """An image is shrunk to at most as many pixels. null: the checkpoint's limit."""
 
 
 class ScoreConfig(Section):
@@ -165,10 +169,11 @@ class Scorer:
         load_weights(cfg.model.checkpoint, self._policy)
         self._mesh, self._encoder, self._batch = mesh, encoder, cfg.batch
         pixels = family_of(arch).pixels
-        rules = read_image_rules(hf_dir_of(cfg.model.checkpoint), pixels)
-        self._prompts = PromptPipeline(
-            VideoReader(cfg.video, pixels), encoder, lambda path: read_image(path, rules)
+        form = cfg.data
+        rules = image_rules(
+            hf_dir_of(cfg.model.checkpoint), pixels, form.image_min_pixels, form.image_max_pixels
         )
+        self._prompts = PromptPipeline(VideoReader(cfg.video, pixels, rules), encoder)
 
     def score(self, block: Sequence[ScoredSample]) -> list[Row]:
         """Return the rows of a block in its order on rank 0, and [] on the other ranks.
@@ -213,7 +218,7 @@ class Scorer:
 
     def _dummy_group(self) -> Group:
         """Return a group for ranks with fewer micro-batches than others. Its rows are dropped."""
-        return self._group(self._encoder.encode("dummy", None, (), ""), "", DUMMY)
+        return self._group(self._encoder.encode("dummy", None, ("",)), "", DUMMY)
 
     def _group(self, prompt: Prompt, response: str, answer_id: str) -> Group:
         token_ids = self._encoder.answer(response)
@@ -230,9 +235,11 @@ def _spec(sample: ScoredSample) -> PromptSpec:
     return PromptSpec(
         id=sample.id,
         system=sample.system,
-        videos=sample.videos,
-        images=sample.images,
-        question=sample.question,
+        content=(
+            *map(VideoClip, sample.videos),
+            *map(ImageFile, sample.images),
+            sample.question,
+        ),
     )
 
 

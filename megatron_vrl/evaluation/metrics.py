@@ -13,21 +13,21 @@ from megatron_vrl.rewards.score import score
 from megatron_vrl.rewards.weights import reward_weights
 from megatron_vrl.tasks import TASKS
 from megatron_vrl.tasks.metrics import mean
-from megatron_vrl.types import Parsed, VideoSample
+from megatron_vrl.types import Parsed, Sample
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
     """One response with what was read from it and its reward."""
 
-    sample: VideoSample
+    sample: Sample
     parsed: Parsed
     components: dict[str, float]
     reward: float
 
 
 def summarise(
-    samples: Sequence[VideoSample], responses: Sequence[str], cfg: Rewards
+    samples: Sequence[Sample], responses: Sequence[str], cfg: Rewards
 ) -> dict[str, float]:
     """Return the metrics of one response for each sample: `NAME` over all, and `TASK/NAME`.
 
@@ -37,7 +37,7 @@ def summarise(
 
 
 def score_responses(
-    samples: Sequence[VideoSample], responses: Sequence[str], cfg: Rewards
+    samples: Sequence[Sample], responses: Sequence[str], cfg: Rewards
 ) -> list[Scored]:
     """Return what was read from one response for each sample, and its reward.
 

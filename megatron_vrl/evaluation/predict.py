@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_vrl.checkpoint.layout import pixels_of
+from megatron_vrl.checkpoint.layout import hf_dir_of, pixels_of
 from megatron_vrl.config import RunConfig
+from megatron_vrl.context import media_reader
 from megatron_vrl.errors import ConfigError, DataError, VideoError, counted
 from megatron_vrl.evaluation.benchmark import prediction_of
 from megatron_vrl.evaluation.generate import Answerer, InferenceConfig
@@ -21,8 +22,7 @@ from megatron_vrl.observe.progress import progress_bar
 from megatron_vrl.process.entry import told_if_interrupted
 from megatron_vrl.process.run_lock import check_owned
 from megatron_vrl.storage.files import full_disk_named, kept_rows, read_rows, write_file
-from megatron_vrl.types import Rollout, VideoSample
-from megatron_vrl.video import VideoReader
+from megatron_vrl.types import Rollout, Sample
 
 TEMPORAL_R1_DEFAULTS: dict[
     str, dict[str, Any]
@@ -35,7 +35,7 @@ SAMPLES_AT_A_TIME = 128  # bounds the decoded frames in memory
 
 def predict(
     cfg: InferenceConfig,
-    samples: Sequence[VideoSample],
+    samples: Sequence[Sample],
     out: Path,
     settings: dict[str, Any],
     start: Callable[[InferenceConfig, int], Answerer] = Answerer,
@@ -74,9 +74,9 @@ def predict(
     return [prediction_of(row, str(path)) for row in read_rows(path)]
 
 
-def check_videos(samples: Sequence[VideoSample], origin: str) -> None:
+def check_videos(samples: Sequence[Sample], origin: str) -> None:
     """Raise DataError if not one local video exists. `origin` names what gave their folder."""
-    paths = list(dict.fromkeys(sample.video for sample in samples))
+    paths = list(dict.fromkeys(one.path for sample in samples for one in sample.media))
     if paths and not any("://" in path or Path(path).is_file() for path in paths):
         raise DataError(
             f"None of the {counted(len(paths), 'video')} is there (the first is {paths[0]}): "
@@ -84,16 +84,19 @@ def check_videos(samples: Sequence[VideoSample], origin: str) -> None:
         )
 
 
-def readable(cfg: InferenceConfig | RunConfig, samples: Sequence[VideoSample]) -> set[str]:
-    """Return the ids of the samples whose video can be decoded now."""
+def readable(cfg: InferenceConfig | RunConfig, samples: Sequence[Sample]) -> set[str]:
+    """Return the ids of the samples whose videos and images can be decoded now."""
     ids: set[str] = set()
     if samples:
-        reader = VideoReader(cfg.video, pixels_of(cfg.model.checkpoint))
+        directory = hf_dir_of(cfg.model.checkpoint)
+        pixels = pixels_of(cfg.model.checkpoint)
+        reader = media_reader(cfg.video, cfg.data, pixels, directory)
         for start in range(0, len(samples), SAMPLES_AT_A_TIME):
             block = samples[start : start + SAMPLES_AT_A_TIME]
-            videos = reader.encode([sample.clip for sample in block])
-            shown = zip(block, videos, strict=True)
-            ids |= {sample.id for sample, v in shown if not isinstance(v, VideoError)}
+            media = [medium for sample in block for medium in sample.media]
+            read = zip(media, reader.read(media), strict=True)
+            bad = {medium for medium, visual in read if isinstance(visual, VideoError)}
+            ids |= {sample.id for sample in block if not bad.intersection(sample.media)}
     return ids
 
 
@@ -108,7 +111,7 @@ def too_many_bad(problems: Sequence[str], count: int, most: float) -> str:
     )
 
 
-def _row(sample: VideoSample, answer: Rollout | VideoError) -> dict[str, Any]:
+def _row(sample: Sample, answer: Rollout | VideoError) -> dict[str, Any]:
     """Return the line of predictions.jsonl for one question."""
     if isinstance(answer, VideoError):
         return {"id": sample.id, "response": None, "problem": str(answer)}

@@ -45,7 +45,7 @@ from megatron_vrl.rewards.interval_sets import length, merge, overlap, set_iou
 from megatron_vrl.rewards.temporal_iou import iou
 from megatron_vrl.tasks import TASKS
 from megatron_vrl.tasks.multi_segment_grounding import MULTI_SEGMENT_GROUNDING
-from megatron_vrl.types import Interval, Parsed, VideoSample
+from megatron_vrl.types import Interval, Parsed, Sample
 
 Protocol = Literal["strict", "clipped", "free_text", "temporal_r1"]
 THRESHOLDS = (0.3, 0.5, 0.7)
@@ -115,7 +115,7 @@ class Prediction:
 class Item:
     """One question with its answer and scores."""
 
-    sample: VideoSample
+    sample: Sample
     response: str = ""
     failure: str = ""  # a row of FAILURES, "" for an answer that was read
     reason: str = ""  # explanation of the failure
@@ -128,7 +128,7 @@ class Item:
         sample = self.sample
         return {
             "id": sample.id,
-            "video": sample.video,
+            "video": sample.first_path,
             "labels": list(sample.labels),
             "response": self.response,
             "failure": self.failure or None,
@@ -141,13 +141,13 @@ class Item:
         }
 
 
-def scorable(sample: VideoSample) -> bool:
+def scorable(sample: Sample) -> bool:
     """Return whether the sample has a ground truth to score answers with."""
     return TASKS[sample.task].truth.is_in(sample)
 
 
 def judged(
-    sample: VideoSample, prediction: Prediction, benchmark: Benchmark, protocol: Protocol
+    sample: Sample, prediction: Prediction, benchmark: Benchmark, protocol: Protocol
 ) -> Item:
     """Return the scored item of the prediction for a question."""
     response, windows = prediction.response, prediction.windows
@@ -190,9 +190,7 @@ def _cut(windows: Sequence[Window], duration_s: float) -> tuple[Window, ...]:
     return tuple(window for window in cut if window[0] < window[1])
 
 
-def _read(
-    sample: VideoSample, response: str, protocol: Protocol
-) -> tuple[Sequence[Interval], str, str]:
+def _read(sample: Sample, response: str, protocol: Protocol) -> tuple[Sequence[Interval], str, str]:
     """Return the intervals, the option, and the reason if one of them is missing."""
     task = TASKS[sample.task]
     if protocol != "temporal_r1" or task.truth.intervals == task.truth.option:
@@ -214,7 +212,7 @@ def _intervals(parsed: Parsed) -> Sequence[Interval]:
 
 
 def _read_free_text(
-    sample: VideoSample, response: str, parsed: Parsed
+    sample: Sample, response: str, parsed: Parsed
 ) -> tuple[Sequence[Interval], str, str]:
     """Return intervals, option, and the reason if one is missing in `parsed` and in free text.
 
@@ -234,7 +232,7 @@ def _read_free_text(
 
 
 def _values(
-    sample: VideoSample,
+    sample: Sample,
     windows: Sequence[Window],
     option: str,
     benchmark: Benchmark,
@@ -340,7 +338,7 @@ def _by_video(items: Sequence[Item], name: str) -> float:
     """Return the mean over videos of the mean over a video's questions."""
     videos: dict[str, list[float]] = {}
     for item in items:
-        videos.setdefault(item.sample.video, []).append(item.values[name])
+        videos.setdefault(item.sample.first_path, []).append(item.values[name])
     return float(np.mean([np.mean(values) for values in videos.values()]))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_vrl.models.architecture import Architecture, VisionArchitecture
-from megatron_vrl.types import EncodedVideo, VideoInput, Visual
+from megatron_vrl.types import EncodedVideo, Visual, VisualInput
 from megatron_vrl.video.rules import PixelRules
 
 if TYPE_CHECKING:
@@ -59,13 +59,13 @@ class EngineInputs:
     model_class: str  # "module:class" in vLLM
     processor_kwargs: Mapping[str, Any]  # frames arrive resized: nothing is resized or sampled
     not_quantised: tuple[str, ...]  # patterns of modules that stay in the trainer's dtype
-    video_metadata: Callable[[VideoInput], dict[str, Any]]
+    video_metadata: Callable[[VisualInput], dict[str, Any]]
     """Return the metadata of a video's frames, which make vLLM's processor take all frames."""
-    embeddings: Callable[[Sequence[VideoInput]], dict[str, Any]]
+    embeddings: Callable[[Sequence[VisualInput]], dict[str, Any]]
     """Return the multi-modal data of videos with embeddings instead of frames."""
     derived: Callable[[Mapping[str, Any]], tuple[Any, ...]]
     """Return grid and times that vLLM derived, from a video's processed item."""
-    expected: Callable[[VideoInput], tuple[Any, ...]]
+    expected: Callable[[VisualInput], tuple[Any, ...]]
     """Return what `derived` must return."""
 
 

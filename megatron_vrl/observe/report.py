@@ -194,12 +194,15 @@ def _spread(samples: Rows) -> Rows:
 
 def _shown(sample: dict[str, Any], out_dir: Path) -> dict[str, Any]:
     """Return the template values of a logged sample: best, middle and worst answer first."""
-    image = base64.b64encode((out_dir / sample["strip"]).read_bytes()).decode()
+    image = ""
+    if sample["strip"]:  # "": text alone
+        encoded = base64.b64encode((out_dir / sample["strip"]).read_bytes()).decode()
+        image = f"data:image/jpeg;base64,{encoded}"
     answers = sorted(sample["answers"], key=lambda answer: -answer["reward"])
     kept = sorted({0, len(answers) // 2, len(answers) - 1})  # best, middle, worst
     return sample | {
         "phase": PHASES[sample["phase"]],
-        "strip": f"data:image/jpeg;base64,{image}",
+        "strip": image,
         "kept": [answers[i] for i in kept],
         "rest": [answer for i, answer in enumerate(answers) if i not in kept],
     }

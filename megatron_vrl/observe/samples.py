@@ -1,10 +1,13 @@
 """SampleLog: logs whole samples during a run: question, frames and every answer, for the report.
 
-Each logged sample is one row of samples.jsonl and one JPEG strip of frames in samples/. The cells
+Each logged sample is one row of samples.jsonl and one JPEG in samples/ with its media in their
+order: a strip of frames for each video, a row of cells for images; text alone has none. The cells
 of a strip divide the video's duration evenly, so the strip aligns with a time axis below it.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,7 @@ from PIL import Image
 
 from megatron_vrl.observe.metrics import Phase
 from megatron_vrl.storage.files import RowFile, full_disk_named
-from megatron_vrl.types import Interval
+from megatron_vrl.types import EncodedVideo, Interval, Visual
 
 CELLS = 8  # frames per strip
 CELL_PX = 160  # width of a cell
@@ -44,7 +47,7 @@ class LoggedSample:
     options: tuple[str, ...]
     option: str  # correct letter; "" when the task has none
     intervals_s: tuple[Interval, ...]  # ground truth, seconds; () when the task has none
-    duration_s: float
+    duration_s: float  # of the only video; 0 without one
     answers: tuple[Answer, ...]
 
 
@@ -56,19 +59,59 @@ class SampleLog:
         self._folder.mkdir(exist_ok=True)
         self._rows = RowFile(out_dir / "samples.jsonl", resume)
 
-    def append(
-        self, sample: LoggedSample, frames: NDArray[np.uint8], timestamps_s: NDArray[np.float64]
-    ) -> None:
-        """Log one sample with its `frames` [F, height, width, 3] RGB and `timestamps_s` [F]."""
+    def append(self, sample: LoggedSample, visuals: Sequence[Visual]) -> None:
+        """Log one sample with its videos and images."""
+        if not visuals:
+            self._rows.append({**asdict(sample), "strip": ""})
+            return
         safe_id = "".join(c if c.isalnum() else "_" for c in sample.sample_id)[-60:]
         path = self._folder / f"{sample.phase}-{sample.step:06d}-{safe_id}.jpg"
         with full_disk_named(path):
-            strip(frames, timestamps_s, sample.duration_s).save(path, quality=82)
+            picture_of(visuals, sample.duration_s).save(path, quality=82)
         self._rows.append({**asdict(sample), "strip": f"samples/{path.name}"})
 
     def close(self) -> None:
         """Close samples.jsonl."""
         self._rows.close()
+
+
+def picture_of(visuals: Sequence[Visual], duration_s: float = 0.0) -> Image.Image:
+    """Return the media below each other: a strip for each video, rows of cells for images.
+
+    `duration_s` is the annotated duration of the only video; 0: each strip spans its own video.
+    """
+    rows: list[Image.Image] = []
+    for is_video, group in groupby(visuals, lambda visual: isinstance(visual, EncodedVideo)):
+        shown = list(group)
+        if is_video:
+            rows += [
+                strip(v.frames, v.timestamps_s, duration_s or v.duration_s)
+                for v in shown
+                if isinstance(v, EncodedVideo)
+            ]
+        else:
+            rows += [_cells(shown[i : i + CELLS]) for i in range(0, len(shown), CELLS)]
+    picture = Image.new("RGB", (CELL_PX * CELLS, sum(row.height for row in rows)))
+    top = 0
+    for row in rows:
+        picture.paste(row, (0, top))
+        top += row.height
+    return picture
+
+
+def _cells(images: Sequence[Visual]) -> Image.Image:
+    """Return at most CELLS images side by side, each in a cell of its own."""
+    pictures = [_cell(image.frames[0]) for image in images]
+    row = Image.new("RGB", (CELL_PX * CELLS, max(one.height for one in pictures)))
+    for cell, picture in enumerate(pictures):
+        row.paste(picture, (cell * CELL_PX, 0))
+    return row
+
+
+def _cell(frame: NDArray[np.uint8]) -> Image.Image:
+    """Return a frame [height, width, 3] with the width of a cell."""
+    height_px = max(1, round(CELL_PX * frame.shape[0] / frame.shape[1]))
+    return Image.fromarray(frame).resize((CELL_PX, height_px))
 
 
 def strip(
@@ -80,9 +123,8 @@ def strip(
     """
     middles_s = (np.arange(CELLS) + 0.5) * duration_s / CELLS
     nearest = np.abs(timestamps_s[None, :] - middles_s[:, None]).argmin(axis=1)  # [CELLS]
-    height_px = max(1, round(CELL_PX * frames.shape[1] / frames.shape[2]))
-    image = Image.new("RGB", (CELL_PX * CELLS, height_px))
-    for cell, index in enumerate(nearest):
-        frame = Image.fromarray(frames[index]).resize((CELL_PX, height_px))
+    cells = [_cell(frames[index]) for index in nearest]
+    image = Image.new("RGB", (CELL_PX * CELLS, cells[0].height))
+    for cell, frame in enumerate(cells):
         image.paste(frame, (cell * CELL_PX, 0))
     return image

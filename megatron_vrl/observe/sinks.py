@@ -5,12 +5,11 @@ report is built later from the files, so wandb is optional.
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import yaml
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from megatron_vrl.config import Observe
@@ -18,6 +17,7 @@ from megatron_vrl.errors import UserError
 from megatron_vrl.observe.metrics import Phase, StepMetrics
 from megatron_vrl.observe.samples import LoggedSample, SampleLog
 from megatron_vrl.storage.files import RowFile, write_file
+from megatron_vrl.types import Visual
 
 
 class Writer(Protocol):
@@ -62,12 +62,10 @@ class Sinks:
             self._logged_kinds.add(kind)
             self.log(sentence)
 
-    def log_sample(
-        self, sample: LoggedSample, frames: NDArray[np.uint8], timestamps_s: NDArray[np.float64]
-    ) -> None:
-        """Log a whole sample with its `frames` [F, height, width, 3] RGB and `timestamps_s` [F]."""
+    def log_sample(self, sample: LoggedSample, visuals: Sequence[Visual]) -> None:
+        """Log a whole sample with its videos and images."""
         if self._samples:
-            self._samples.append(sample, frames, timestamps_s)
+            self._samples.append(sample, visuals)
 
     def close(self) -> None:
         """Close all writers and the sample log."""

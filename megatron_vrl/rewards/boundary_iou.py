@@ -7,10 +7,10 @@ largest value counts. Times are ordered and inside the video, so no factor is ne
 """
 
 from megatron_vrl.rewards.temporal_iou import iou
-from megatron_vrl.types import Interval, Parsed, VideoSample
+from megatron_vrl.types import Interval, Parsed, Sample
 
 
-def score(sample: VideoSample, parsed: Parsed) -> float:
+def score(sample: Sample, parsed: Parsed) -> float:
     """Return the largest boundary IoU with a true interval; 0 if no interval could be read."""
     if parsed.interval_s is None:
         return 0.0

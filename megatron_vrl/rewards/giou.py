@@ -9,10 +9,10 @@ gaps, so the value of a set for itself would be below 1.
 """
 
 from megatron_vrl.rewards.temporal_iou import iou
-from megatron_vrl.types import Interval, Parsed, VideoSample
+from megatron_vrl.types import Interval, Parsed, Sample
 
 
-def score(sample: VideoSample, parsed: Parsed) -> float:
+def score(sample: Sample, parsed: Parsed) -> float:
     """Return the largest scaled GIoU with a true interval; 0 if no interval could be read."""
     if parsed.interval_s is None:
         return 0.0

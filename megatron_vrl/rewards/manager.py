@@ -19,7 +19,7 @@ from megatron_vrl.rewards.score import score
 from megatron_vrl.rewards.user_functions import Call, Returned, Workers
 from megatron_vrl.rewards.weights import reward_weights
 from megatron_vrl.tasks import TASKS
-from megatron_vrl.types import Prompt, RewardComponent, Rollout, ScoredGroup, VideoSample
+from megatron_vrl.types import Prompt, RewardComponent, Rollout, Sample, ScoredGroup
 
 
 class RewardManager:
@@ -42,7 +42,7 @@ class RewardManager:
 
     def groups(
         self,
-        samples: Sequence[VideoSample],
+        samples: Sequence[Sample],
         prompts: Sequence[Prompt],
         answers: Sequence[Sequence[Rollout]],
     ) -> list[ScoredGroup]:
@@ -64,9 +64,7 @@ class RewardManager:
             )
         ]
 
-    def components(
-        self, sample: VideoSample, rollouts: Sequence[Rollout]
-    ) -> list[dict[str, float]]:
+    def components(self, sample: Sample, rollouts: Sequence[Rollout]) -> list[dict[str, float]]:
         """Return the components of each answer to one prompt, without `overlong`."""
         rows = [self._score(sample, rollout) for rollout in rollouts]
         self._add_functions([sample], [rollouts], [rows])
@@ -82,7 +80,7 @@ class RewardManager:
         if self._workers:
             self._workers.close()
 
-    def _score(self, sample: VideoSample, rollout: Rollout) -> dict[str, float]:
+    def _score(self, sample: Sample, rollout: Rollout) -> dict[str, float]:
         """Return the components of one answer that need no other process."""
         weights = self.weights[sample.task]
         components, _ = score(sample, rollout.text, self._cfg.mode, weights)
@@ -95,7 +93,7 @@ class RewardManager:
 
     def _with_weights(
         self,
-        sample: VideoSample,
+        sample: Sample,
         rollouts: Sequence[Rollout],
         rows: Sequence[dict[str, float]],
     ) -> dict[str, RewardComponent]:
@@ -113,7 +111,7 @@ class RewardManager:
 
     def _add_functions(
         self,
-        samples: Sequence[VideoSample],
+        samples: Sequence[Sample],
         answers: Sequence[Sequence[Rollout]],
         rows: Sequence[Sequence[dict[str, float]]],
     ) -> None:
@@ -131,7 +129,7 @@ class RewardManager:
         for (row, sample, call), returned in zip(calls, results, strict=True):
             row[call.function] = self._graded(call.function, sample, returned)
 
-    def _graded(self, name: str, sample: VideoSample, returned: Returned) -> float:
+    def _graded(self, name: str, sample: Sample, returned: Returned) -> float:
         """Return the value of a call; NaN, with the failure recorded, if it has none in [0, 1]."""
         value, error = returned
         if not error and not 0.0 <= value <= 1.0:

@@ -11,10 +11,10 @@ Example: truth [0, 2] and [4, 6], answer [0, 2]: (1 + 0) / 2.
 
 from megatron_vrl.rewards.giou import scaled_giou
 from megatron_vrl.rewards.interval_sets import merge
-from megatron_vrl.types import Parsed, VideoSample
+from megatron_vrl.types import Parsed, Sample
 
 
-def score(sample: VideoSample, parsed: Parsed) -> float:
+def score(sample: Sample, parsed: Parsed) -> float:
     """Return the mean over max(answered, true) intervals; 0 if none could be read."""
     answer_s, truth_s = sorted(parsed.intervals_s), merge(sample.intervals_s)
     pairs = zip(answer_s, truth_s, strict=False)

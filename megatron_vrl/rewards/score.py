@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from megatron_vrl.config import RewardMode
 from megatron_vrl.tasks import TASKS
 from megatron_vrl.tasks.answer import EMPTY_THINKING
-from megatron_vrl.types import VideoSample
+from megatron_vrl.types import Sample
 
 
 def score(
-    sample: VideoSample,
+    sample: Sample,
     response: str,
     mode: RewardMode,
     weights: Mapping[str, float],

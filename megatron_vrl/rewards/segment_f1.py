@@ -6,10 +6,10 @@ released code, without the 1e-6 in its divisors). MUSEG's reward is `segment_f1`
 """
 
 from megatron_vrl.rewards.interval_sets import length, merge, overlap
-from megatron_vrl.types import Parsed, VideoSample
+from megatron_vrl.types import Parsed, Sample
 
 
-def score(sample: VideoSample, parsed: Parsed) -> float:
+def score(sample: Sample, parsed: Parsed) -> float:
     """Return F1 in [0, 1]; 0 if no interval could be read."""
     answer_s, truth_s = merge(parsed.intervals_s), merge(sample.intervals_s)
     if not answer_s:

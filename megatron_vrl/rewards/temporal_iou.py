@@ -9,17 +9,17 @@ of both unions over the length of everything that is covered. VUE-TR and TimeLen
 """
 
 from megatron_vrl.rewards.interval_sets import merge, set_iou
-from megatron_vrl.types import Interval, Parsed, VideoSample
+from megatron_vrl.types import Interval, Parsed, Sample
 
 
-def score(sample: VideoSample, parsed: Parsed) -> float:
+def score(sample: Sample, parsed: Parsed) -> float:
     """Return the largest IoU with a true interval; 0 if no interval could be read."""
     if parsed.interval_s is None:
         return 0.0
     return max(iou(parsed.interval_s, truth_s) for truth_s in sample.intervals_s)
 
 
-def score_set(sample: VideoSample, parsed: Parsed) -> float:
+def score_set(sample: Sample, parsed: Parsed) -> float:
     """Return the IoU of the answered and the true set of intervals; 0 if none could be read."""
     if not parsed.intervals_s:
         return 0.0

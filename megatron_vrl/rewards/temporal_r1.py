@@ -10,7 +10,7 @@ grounding was released, so the other tasks score as in mode strict.
 import json
 import re
 
-from megatron_vrl.types import Interval, VideoSample
+from megatron_vrl.types import Interval, Sample
 
 FORMAT = re.compile(
     r'<think>.*?</think>\s*<answer>\s*{\s*"start_time"\s*:\s*"([\d.]+)"\s*,'
@@ -21,7 +21,7 @@ ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 UNREADABLE = (ValueError, TypeError, KeyError, OverflowError, RecursionError)
 
 
-def format_score(sample: VideoSample, response: str) -> float:
+def format_score(sample: Sample, response: str) -> float:
     """Return 1 if the whole response has the released format, else 0."""
     return 1.0 if FORMAT.fullmatch(response) else 0.0
 
@@ -42,7 +42,7 @@ def read_interval(response: str) -> tuple[Interval | None, str]:
         return None, f"the first answer block is not read: {type(error).__name__} {error!s:.60}"
 
 
-def temporal_iou(sample: VideoSample, response: str) -> float:
+def temporal_iou(sample: Sample, response: str) -> float:
     """Return the hull IoU with the first true interval; 0 for any error."""
     interval_s, _ = read_interval(response)
     if interval_s is None:

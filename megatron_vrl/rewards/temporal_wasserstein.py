@@ -15,19 +15,19 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from megatron_vrl.rewards.interval_sets import length, merge
-from megatron_vrl.types import Interval, Parsed, VideoSample
+from megatron_vrl.types import Interval, Parsed, Sample
 
 BETA = 1.0
 
 
-def score(sample: VideoSample, parsed: Parsed) -> float:
+def score(sample: Sample, parsed: Parsed) -> float:
     """Return the largest reward with a true interval; 0 if no interval could be read."""
     if parsed.interval_s is None:
         return 0.0
     return max(reward((parsed.interval_s,), (truth_s,)) for truth_s in sample.intervals_s)
 
 
-def score_set(sample: VideoSample, parsed: Parsed) -> float:
+def score_set(sample: Sample, parsed: Parsed) -> float:
     """Return the reward of the answered set of intervals; 0 if none could be read."""
     if not parsed.intervals_s:
         return 0.0

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.process.parent_death import deaf_to_interrupts, end_with_starter
-from megatron_vrl.types import VideoSample
+from megatron_vrl.types import Sample
 
 START_S = 120.0  # limit for starting a process, which imports the function's module
 CALLS_AT_A_TIME = 8
@@ -33,7 +33,7 @@ class Call(NamedTuple):
 
     function: str  # a name of `paths`
     response: str
-    sample: VideoSample
+    sample: Sample
 
 
 class Returned(NamedTuple):

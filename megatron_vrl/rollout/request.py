@@ -1,23 +1,28 @@
 """Rollout requests, their conversion to vLLM prompts, and a comparison of vLLM's inputs.
 
 A `RolloutRequest` holds all data that an engine needs, so it is also the message to a rollout
-worker. For every request, the prompt tokens, video grid and times that vLLM derived are compared
-with the trainer's. A difference raises an error that names the sample.
+worker. For every request, the prompt tokens, grids and times that vLLM derived are compared with
+the trainer's. A difference raises an error that names the sample.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from megatron_vrl.config import RunConfig
 from megatron_vrl.errors import RolloutError
 from megatron_vrl.models.family import EngineInputs
-from megatron_vrl.types import EncodedVideo, Prompt, VideoInput
+from megatron_vrl.parallel.arrays import as_tensor
+from megatron_vrl.types import EncodedImage, EncodedVideo, Prompt, VisualInput
+
+Kind = Literal["video", "image"]
+KINDS: dict[Kind, str] = {"video": "a video", "image": "an image"}  # in messages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,32 +64,46 @@ class RolloutRequest:
     id: str  # id of the sample, for error messages
     token_ids: NDArray[np.int64]  # [P] tokens of the trainer, with one pad token per vision token
     engine_token_ids: tuple[int, ...]  # tokens for vLLM, with one pad token per vision block
-    videos: tuple[VideoInput, ...]
+    visuals: tuple[VisualInput, ...]  # blocks of videos and images, in the order of their tokens
+
+    def of_kind(self, kind: Kind) -> list[VisualInput]:
+        """Return the blocks of one modality, in order."""
+        return [visual for visual in self.visuals if visual.kind == kind]
 
 
 def make_request(prompt: Prompt) -> RolloutRequest:
-    """Return the request of a prompt.
-
-    Raises RolloutError for an image, which vLLM would resize by its own rules.
-    """
-    videos = [visual for visual in prompt.visuals if isinstance(visual, EncodedVideo)]
-    if len(videos) < len(prompt.visuals):
-        raise RolloutError(f"Sample {prompt.id} has an image; rollouts take videos only.")
+    """Return the request of a prompt."""
+    blocks: list[VisualInput] = []
+    for visual, embeddings in zip(
+        prompt.visuals, prompt.visual_embeds or repeat(None), strict=False
+    ):
+        if isinstance(visual, EncodedVideo):
+            blocks += _blocks(visual, embeddings, prompt.step_blocks)
+        else:
+            blocks.append(_image(visual, embeddings))
     return RolloutRequest(
         id=prompt.id,
         token_ids=prompt.token_ids,
         engine_token_ids=prompt.engine_token_ids,
-        videos=tuple(
-            block
-            for video, embeddings in zip(videos, prompt.visual_embeds or repeat(None), strict=False)
-            for block in _blocks(video, embeddings, prompt.step_blocks)
-        ),
+        visuals=tuple(blocks),
+    )
+
+
+def _image(image: EncodedImage, embeddings: NDArray[Any] | None) -> VisualInput:
+    """Return the vision block of an image, with one of its two equal frames."""
+    return VisualInput(
+        kind="image",
+        frames=image.frames[: 1 if embeddings is None else 0],
+        grid_thw=image.grid_thw,
+        seconds_per_grid=0.0,
+        timestamps_s=np.zeros(0),
+        embeddings=embeddings,
     )
 
 
 def _blocks(
     video: EncodedVideo, embeddings: NDArray[Any] | None, step_blocks: bool
-) -> Iterator[VideoInput]:
+) -> Iterator[VisualInput]:
     """Yield the vision blocks of a video: one, or with `step_blocks` one per temporal step."""
     steps, height, width = video.grid_thw
     parts = steps if step_blocks else 1
@@ -92,7 +111,8 @@ def _blocks(
     times = np.split(video.timestamps_s, parts)
     encoded = repeat(None) if embeddings is None else np.split(embeddings, parts)
     for shown, times_s, part in zip(frames, times, encoded, strict=False):
-        yield VideoInput(
+        yield VisualInput(
+            kind="video",
             frames=shown if part is None else shown[:0],
             grid_thw=(steps // parts, height, width),
             seconds_per_grid=video.seconds_per_grid,
@@ -119,35 +139,50 @@ def check_length(request: RolloutRequest, spec: SamplingSpec, max_model_len: int
 
 def vllm_prompt(request: RolloutRequest, inputs: EngineInputs, cache_name: str) -> dict[str, Any]:
     """Return the request as a vLLM prompt. Only prompts of one `cache_name` share cache entries."""
-    prompt: dict[str, Any] = {
-        "prompt_token_ids": list(request.engine_token_ids),
-        "multi_modal_data": {"video": _vllm_videos(request.videos, inputs)},
-    }
+    prompt: dict[str, Any] = {"prompt_token_ids": list(request.engine_token_ids)}
+    shown = {kind: blocks for kind in KINDS if (blocks := request.of_kind(kind))}
+    if shown:
+        data = {"video": _vllm_videos, "image": _vllm_images}
+        prompt["multi_modal_data"] = {kind: data[kind](of, inputs) for kind, of in shown.items()}
     if cache_name:
-        names = [f"{_digest(video)}-{cache_name}" for video in request.videos]
-        prompt |= {"cache_salt": cache_name, "multi_modal_uuids": {"video": names}}
+        prompt["cache_salt"] = cache_name
+        prompt["multi_modal_uuids"] = {
+            kind: [f"{_digest(block)}-{cache_name}" for block in blocks]
+            for kind, blocks in shown.items()
+        }
     return prompt
 
 
-def _vllm_videos(videos: tuple[VideoInput, ...], inputs: EngineInputs) -> Any:
-    if any(video.embeddings is not None for video in videos):
+def _vllm_videos(videos: Sequence[VisualInput], inputs: EngineInputs) -> Any:
+    if videos[0].embeddings is not None:
         return inputs.embeddings(videos)
     return [(video.frames, inputs.video_metadata(video)) for video in videos]
 
 
-def _digest(video: VideoInput) -> str:
-    values = video.frames if video.embeddings is None else video.embeddings
+def _vllm_images(images: Sequence[VisualInput], _: EngineInputs) -> Any:
+    """Return the pictures, which vLLM's processor must not resize, or embeddings and grids."""
+    if images[0].embeddings is None:
+        return [image.frames[0] for image in images]
+    embeddings = [as_tensor(image.embeddings) for image in images if image.embeddings is not None]
+    return {
+        "image_embeds": torch.cat(embeddings),
+        "image_grid_thw": torch.tensor([image.grid_thw for image in images]),
+    }
+
+
+def _digest(visual: VisualInput) -> str:
+    values = visual.frames if visual.embeddings is None else visual.embeddings
     digest = hashlib.blake2b(np.ascontiguousarray(values).data, digest_size=16)
-    times = video.seconds_per_grid, video.timestamps_s.tolist()
-    digest.update(repr((video.grid_thw, times)).encode())
+    times = visual.seconds_per_grid, visual.timestamps_s.tolist()
+    digest.update(repr((visual.grid_thw, times)).encode())
     return digest.hexdigest()
 
 
 class InputCheck:
     """Comparison of the engine's input with the trainer's request.
 
-    vLLM sends a video's values to the engine once and later only its hash. What vLLM derived for
-    each hash is therefore remembered.
+    vLLM sends the values of a video or an image to the engine once and later only their hash. What
+    vLLM derived for each hash is therefore remembered.
     """
 
     def __init__(self, inputs: EngineInputs) -> None:
@@ -158,22 +193,33 @@ class InputCheck:
         """Raise RolloutError naming the sample if vLLM read the prompt differently."""
         used = list(engine_input["prompt_token_ids"])
         if used != request.token_ids.tolist():
-            grids = [video.grid_thw for video in request.videos]
+            grids = [visual.grid_thw for visual in request.visuals]
             raise RolloutError(
                 f"Sample {request.id}: vLLM read other prompt tokens ({len(used)}) than the "
-                f"trainer ({len(request.token_ids)}) with video grids {grids}: check that vllm is "
+                f"trainer ({len(request.token_ids)}) with the grids {grids}: check that vllm is "
                 "the pinned version."
             )
-        if not request.videos:
-            return
-        hashes = engine_input["mm_hashes"]["video"]
-        items = engine_input["mm_kwargs"]["video"]
-        for video, name, item in zip(request.videos, hashes, items, strict=True):
-            if item is not None:
-                self._sent[name] = self._inputs.derived(item)
-            expected = self._inputs.expected(video)
-            if self._sent[name] != expected:
-                raise RolloutError(
-                    f"Sample {request.id}: vLLM has grid and times {self._sent[name]} of a video, "
-                    f"the trainer {expected}: check that vllm is the pinned version."
-                )
+        for kind in KINDS:
+            if blocks := request.of_kind(kind):
+                names, items = engine_input["mm_hashes"][kind], engine_input["mm_kwargs"][kind]
+                for block, name, item in zip(blocks, names, items, strict=True):
+                    self._check_block(request.id, block, name, item)
+
+    def _check_block(
+        self, sample: str, block: VisualInput, name: str, item: Mapping[str, Any] | None
+    ) -> None:
+        """Compare a block with vLLM's `item` of it; None: vLLM has sent the item before."""
+        is_video = block.kind == "video"
+        if item is not None:
+            self._sent[name] = self._inputs.derived(item) if is_video else _image_grid(item)
+        expected = self._inputs.expected(block) if is_video else (block.grid_thw,)
+        if (derived := self._sent[name]) != expected:
+            raise RolloutError(
+                f"Sample {sample}: vLLM has grid and times {derived} of {KINDS[block.kind]}, the "
+                f"trainer {expected}: check that vllm is the pinned version."
+            )
+
+
+def _image_grid(item: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return the grid that vLLM derived for an image."""
+    return (tuple(item["image_grid_thw"].data.tolist()),)

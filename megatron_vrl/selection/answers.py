@@ -27,7 +27,7 @@ from megatron_vrl.rollout.request import SamplingSpec
 from megatron_vrl.selection.rules import Candidate, candidate
 from megatron_vrl.storage.files import read_rows, write_file
 from megatron_vrl.tasks import TASKS
-from megatron_vrl.types import Rollout, VideoSample
+from megatron_vrl.types import Rollout, Sample
 
 Row = dict[str, Any]
 
@@ -45,7 +45,7 @@ def sampling_spec(cfg: RunConfig, *entropy: int) -> SamplingSpec:
 
 
 def answer_row(
-    sample: VideoSample,
+    sample: Sample,
     answers: Sequence[Rollout] | VideoError,
     spec: SamplingSpec,
     reward_manager: RewardManager,
@@ -67,7 +67,7 @@ def answer_row(
     return row | dict(measured or {}) | {"answers": graded}
 
 
-def _answer(sample: VideoSample, rollout: Rollout, components: dict[str, float]) -> Row:
+def _answer(sample: Sample, rollout: Rollout, components: dict[str, float]) -> Row:
     """Return the fields of one answer."""
     parsed = TASKS[sample.task].parse(rollout.text, sample)
     return {

@@ -21,8 +21,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from megatron_vrl.checkpoint.layout import pixels_of
+from megatron_vrl.checkpoint.layout import hf_dir_of, pixels_of
 from megatron_vrl.config import RunConfig, Selection
+from megatron_vrl.context import media_reader
+from megatron_vrl.data.media_limits import limits_of
 from megatron_vrl.data.mix import open_pool
 from megatron_vrl.errors import DataError
 from megatron_vrl.evaluation.generate import Answerer, InferenceConfig
@@ -43,23 +45,23 @@ from megatron_vrl.selection.answers import (
 )
 from megatron_vrl.selection.rules import KEPT, Candidate, check_budget, select
 from megatron_vrl.storage.files import full_disk_named, kept_rows, read_rows, write_file
-from megatron_vrl.types import VideoSample
-from megatron_vrl.video import VideoReader
+from megatron_vrl.types import Sample
 
 BLOCK = 32  # samples answered by one call of the engine and written at once
 Shard = tuple[int, int]  # (which, of how many)
 
 
-def pool(cfg: RunConfig) -> list[VideoSample]:
+def pool(cfg: RunConfig) -> list[Sample]:
     """Return the samples of data.train, with the ids that the training run gives them."""
-    reader = VideoReader(cfg.video, pixels_of(cfg.model.checkpoint))
-    drawn = open_pool(cfg.data.train, cfg.run.seed, reader.duration_s)
-    return [sample for sample in drawn if isinstance(sample, VideoSample)]
+    checkpoint = cfg.model.checkpoint
+    reader = media_reader(cfg.video, cfg.data, pixels_of(checkpoint), hf_dir_of(checkpoint))
+    drawn = open_pool(cfg.data.train, cfg.run.seed, reader.duration_s, limits_of(cfg.data))
+    return [sample for sample in drawn if isinstance(sample, Sample)]
 
 
 def collect_answers(
     cfg: RunConfig,
-    samples: Sequence[VideoSample],
+    samples: Sequence[Sample],
     out: Path,
     shard: Shard = (0, 1),
     start: Callable[[InferenceConfig, int], Answerer] = Answerer,
@@ -100,7 +102,7 @@ def collect_answers(
             bar.update(len(rows))
 
 
-def apply_rules(cfg: RunConfig, samples: Sequence[VideoSample], out: Path) -> list[Candidate]:
+def apply_rules(cfg: RunConfig, samples: Sequence[Sample], out: Path) -> list[Candidate]:
     """Return the verdict on every sample of the pool that has answers, and write `out`'s files.
 
     Raises DataError if there are no answers.
@@ -141,7 +143,7 @@ def write_selection(
 
 def _answered(
     cfg: RunConfig,
-    block: Sequence[VideoSample],
+    block: Sequence[Sample],
     number: int,
     answerer: Answerer,
     reward_manager: RewardManager,

@@ -19,7 +19,7 @@ from megatron_vrl.tasks.multi_segment_grounding import MULTI_SEGMENT_GROUNDING
 from megatron_vrl.tasks.multiple_choice import MULTIPLE_CHOICE
 from megatron_vrl.tasks.task import Component, Task, Truth
 from megatron_vrl.tasks.temporal_grounding import TEMPORAL_GROUNDING
-from megatron_vrl.types import VideoSample
+from megatron_vrl.types import Sample
 
 __all__ = ["SYSTEM_PROMPTS", "TASKS", "Component", "Task", "Truth", "can_be_asked"]
 
@@ -54,6 +54,6 @@ SYSTEM_PROMPTS: dict[str, str | None] = {
 }
 
 
-def can_be_asked(sample: VideoSample) -> bool:
+def can_be_asked(sample: Sample) -> bool:
     """Return whether the sample has a question and a ground truth to score answers with."""
     return bool(sample.query) and TASKS[sample.task].truth.is_in(sample)

@@ -27,24 +27,24 @@ from megatron_vrl.tasks.baselines import grounded_option_baselines
 from megatron_vrl.tasks.metrics import grounded_option_metrics
 from megatron_vrl.tasks.multiple_choice import question_with_options
 from megatron_vrl.tasks.task import Task, Truth
-from megatron_vrl.types import Parsed, VideoSample
+from megatron_vrl.types import Parsed, Sample
 
 INSTRUCTION = "Answer with the letter of the best option and the time span that shows it."
 TEMPLATE = template(option=LETTER, start_time=SECONDS, end_time=SECONDS)
 
 
-def question(sample: VideoSample) -> str:
+def question(sample: Sample) -> str:
     return question_with_options(sample, INSTRUCTION)
 
 
-def target(sample: VideoSample) -> str:
+def target(sample: Sample) -> str:
     start_s, end_s = sample.intervals_s[0]
     times = f'"start_time": "{start_s:.1f}", "end_time": "{end_s:.1f}"'
     answer = f'{{"option": "{sample.option}", {times}}}'
     return f"<think>{sample.rationale}</think><answer>{answer}</answer>"
 
 
-def parse(response: str, sample: VideoSample) -> Parsed:
+def parse(response: str, sample: Sample) -> Parsed:
     fields, failure = read_fields(response)
     option, no_option = read_option(fields.get("option"), sample.options)
     interval_s, no_interval = read_interval(fields, sample.duration_s)
@@ -53,13 +53,14 @@ def parse(response: str, sample: VideoSample) -> Parsed:
     return Parsed(interval_s=interval_s, option=option, formatted=formatted, failure=failure)
 
 
-def baselines(samples: Sequence[VideoSample]) -> dict[str, list[str]]:
+def baselines(samples: Sequence[Sample]) -> dict[str, list[str]]:
     return grounded_option_baselines(samples, target)
 
 
 GROUNDED_QA = Task(
     name="grounded_qa",
     truth=Truth(intervals=True, option=True),
+    needs_one_video=True,
     question=question,
     target=target,
     parse=parse,

@@ -6,17 +6,17 @@ import numpy as np
 
 from megatron_vrl.rewards import accuracy, segment_f1, temporal_iou
 from megatron_vrl.rewards.interval_sets import merge
-from megatron_vrl.types import Interval, Parsed, VideoSample
+from megatron_vrl.types import Interval, Parsed, Sample
 
 IOU_THRESHOLDS = (0.3, 0.5, 0.7)
 
 
-def option_metrics(samples: Sequence[VideoSample], parsed: Sequence[Parsed]) -> dict[str, float]:
+def option_metrics(samples: Sequence[Sample], parsed: Sequence[Parsed]) -> dict[str, float]:
     """Return {"accuracy"}: the fraction of right options."""
     return {"accuracy": mean(_right(samples, parsed))}
 
 
-def interval_metrics(samples: Sequence[VideoSample], parsed: Sequence[Parsed]) -> dict[str, float]:
+def interval_metrics(samples: Sequence[Sample], parsed: Sequence[Parsed]) -> dict[str, float]:
     """Return {"miou", "r1@0.3", "r1@0.5", "r1@0.7"}: mean IoU, and fractions of IoU >= threshold.
 
     The IoU of an answer is that with the best of several true intervals.
@@ -26,9 +26,7 @@ def interval_metrics(samples: Sequence[VideoSample], parsed: Sequence[Parsed]) -
     return {"miou": mean(ious), **recalls}
 
 
-def interval_set_metrics(
-    samples: Sequence[VideoSample], parsed: Sequence[Parsed]
-) -> dict[str, float]:
+def interval_set_metrics(samples: Sequence[Sample], parsed: Sequence[Parsed]) -> dict[str, float]:
     """Return {"miou", "iou@0.3", "iou@0.5", "iou@0.7", "f1", "count_accuracy"} of interval sets.
 
     "miou" and "f1" are means, "iou@t" is the fraction of sets with an IoU of at least t, and
@@ -43,7 +41,7 @@ def interval_set_metrics(
 
 
 def grounded_option_metrics(
-    samples: Sequence[VideoSample], parsed: Sequence[Parsed]
+    samples: Sequence[Sample], parsed: Sequence[Parsed]
 ) -> dict[str, float]:
     """Return the metrics of NExT-GQA: option and interval metrics, "miop" and "accuracy_gqa".
 
@@ -65,12 +63,12 @@ def mean(values: Sequence[float]) -> float:
     return float(np.mean(values))
 
 
-def _right(samples: Sequence[VideoSample], parsed: Sequence[Parsed]) -> list[float]:
+def _right(samples: Sequence[Sample], parsed: Sequence[Parsed]) -> list[float]:
     """Return 1 or 0 for each answer: whether its option is the right one."""
     return [accuracy.score(*pair) for pair in zip(samples, parsed, strict=True)]
 
 
-def _best_iop(sample: VideoSample, interval_s: Interval | None) -> float:
+def _best_iop(sample: Sample, interval_s: Interval | None) -> float:
     """Return the largest fraction of the answered interval that lies in a true one."""
     if interval_s is None:
         return 0.0

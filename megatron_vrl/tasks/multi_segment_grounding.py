@@ -23,7 +23,7 @@ from megatron_vrl.tasks.answer import intervals_template, read_fields, read_inte
 from megatron_vrl.tasks.baselines import interval_set_baselines
 from megatron_vrl.tasks.metrics import interval_set_metrics
 from megatron_vrl.tasks.task import Task, Truth
-from megatron_vrl.types import Interval, Parsed, VideoSample
+from megatron_vrl.types import Interval, Parsed, Sample
 
 QUESTION = (
     'Give the query: "{query}", when does the described content occur in the video? '
@@ -32,16 +32,16 @@ QUESTION = (
 TEMPLATE = intervals_template()
 
 
-def question(sample: VideoSample) -> str:
+def question(sample: Sample) -> str:
     return QUESTION.format(query=sample.query)
 
 
-def target(sample: VideoSample) -> str:
+def target(sample: Sample) -> str:
     pairs = ", ".join(f"[{start_s:.1f}, {end_s:.1f}]" for start_s, end_s in _truth(sample))
     return f'<think>{sample.rationale}</think><answer>{{"intervals": [{pairs}]}}</answer>'
 
 
-def parse(response: str, sample: VideoSample) -> Parsed:
+def parse(response: str, sample: Sample) -> Parsed:
     fields, failure = read_fields(response)
     intervals_s, no_intervals = read_intervals(fields, sample.duration_s)
     failure = failure or no_intervals
@@ -49,11 +49,11 @@ def parse(response: str, sample: VideoSample) -> Parsed:
     return Parsed(intervals_s=intervals_s, formatted=formatted, failure=failure)
 
 
-def baselines(samples: Sequence[VideoSample]) -> dict[str, list[str]]:
+def baselines(samples: Sequence[Sample]) -> dict[str, list[str]]:
     return interval_set_baselines(samples, target)
 
 
-def _truth(sample: VideoSample) -> Sequence[Interval]:
+def _truth(sample: Sample) -> Sequence[Interval]:
     """Return the union of the true intervals as written, without those of less than 0.1 s."""
     written = [(round(start_s, 1), round(end_s, 1)) for start_s, end_s in sample.intervals_s]
     return merge([(start_s, end_s) for start_s, end_s in written if start_s < end_s] or written)
@@ -62,6 +62,7 @@ def _truth(sample: VideoSample) -> Sequence[Interval]:
 MULTI_SEGMENT_GROUNDING = Task(
     name="multi_segment_grounding",
     truth=Truth(intervals=True),
+    needs_one_video=True,
     question=question,
     target=target,
     parse=parse,

@@ -20,33 +20,33 @@ from megatron_vrl.tasks.answer import (
 from megatron_vrl.tasks.baselines import option_baselines
 from megatron_vrl.tasks.metrics import option_metrics
 from megatron_vrl.tasks.task import Task, Truth
-from megatron_vrl.types import Parsed, VideoSample
+from megatron_vrl.types import Parsed, Sample
 
 INSTRUCTION = "Answer with the letter of the best option."
 TEMPLATE = template(option=LETTER)
 
 
-def question(sample: VideoSample) -> str:
+def question(sample: Sample) -> str:
     return question_with_options(sample, INSTRUCTION)
 
 
-def question_with_options(sample: VideoSample, instruction: str) -> str:
+def question_with_options(sample: Sample, instruction: str) -> str:
     """Return the question, its options with one option per line, and `instruction` below them."""
     options = "\n".join(f"({letter}) {option}" for letter, option in lettered(sample.options))
     return f"Question: {sample.query}\nOptions:\n{options}\n{instruction}"
 
 
-def temporal_r1_question(sample: VideoSample) -> str:
+def temporal_r1_question(sample: Sample) -> str:
     options = "".join(f"({letter}) {option}\n" for letter, option in lettered(sample.options))
     return f"Question:{sample.query}\nOption:\n{options}Only give the best option.\n"
 
 
-def target(sample: VideoSample) -> str:
+def target(sample: Sample) -> str:
     answer = f'{{"option": "{sample.option}"}}'
     return f"<think>{sample.rationale}</think><answer>{answer}</answer>"
 
 
-def parse(response: str, sample: VideoSample) -> Parsed:
+def parse(response: str, sample: Sample) -> Parsed:
     body, failure = read_block(response)
     if failure:
         return Parsed(failure=failure)
@@ -57,7 +57,7 @@ def parse(response: str, sample: VideoSample) -> Parsed:
     return Parsed(option=option, formatted=formatted, failure=failure)
 
 
-def baselines(samples: Sequence[VideoSample]) -> dict[str, list[str]]:
+def baselines(samples: Sequence[Sample]) -> dict[str, list[str]]:
     return option_baselines(samples, target)
 
 

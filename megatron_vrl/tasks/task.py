@@ -1,4 +1,4 @@
-"""Task: a kind of question about a video, and everything that is particular to it.
+"""Task: a kind of question about videos and images, and everything that is particular to it.
 
 A task owns its question, its ideal answer, its parser, the fields that hold the truth, its reward
 components with their default weights, and its metrics. Training, evaluation, selection and
@@ -12,21 +12,21 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from megatron_vrl.types import Parsed, VideoSample
+from megatron_vrl.types import Parsed, Sample
 
-Component = Callable[[VideoSample, Parsed], float]  # a score in [0, 1]; 0 if nothing was read
-TextComponent = Callable[[VideoSample, str], float]  # reads the response itself
+Component = Callable[[Sample, Parsed], float]  # a score in [0, 1]; 0 if nothing was read
+TextComponent = Callable[[Sample, str], float]  # reads the response itself
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Truth:
-    """Fields of VideoSample that hold the right answer to a task's questions."""
+    """Fields of Sample that hold the right answer to a task's questions."""
 
     intervals: bool = False  # `intervals_s`, at least one, inside `duration_s`
     option: bool = False  # `option`, the letter of one of `options`
     record: type[BaseModel] | None = None  # `truth`, an object of this class; frozen and strict
 
-    def is_in(self, sample: VideoSample) -> bool:
+    def is_in(self, sample: Sample) -> bool:
         """Return whether the sample has every field that an answer is scored by."""
         return (
             (bool(sample.intervals_s) or not self.intervals)
@@ -41,12 +41,14 @@ class Task:
 
     name: str
     truth: Truth
+    needs_one_video: bool = False  # refuse a sample without a video or with several
 
-    question: Callable[[VideoSample], str]
-    """Text of the user turn, after the video."""
-    target: Callable[[VideoSample], str]
+    question: Callable[[Sample], str]
+    """Text of the user turn. MEDIA_PLACEs in the sample's texts stay in it; without one, videos
+    and images come before it."""
+    target: Callable[[Sample], str]
     """Ideal response, without the stop token; the warm-up imitates it."""
-    parse: Callable[[str, VideoSample], Parsed]
+    parse: Callable[[str, Sample], Parsed]
     """Reads a response. It never raises: `Parsed.failure` says what could not be read."""
 
     components: Mapping[str, Component]
@@ -57,17 +59,17 @@ class Task:
     """Components that score what is answered, not how it is written: 0 or 1, or anything between.
     Data selection looks at their spread, and `length` at whether they exceed 0.1."""
 
-    metrics: Callable[[Sequence[VideoSample], Sequence[Parsed]], dict[str, float]]
+    metrics: Callable[[Sequence[Sample], Sequence[Parsed]], dict[str, float]]
     """Evaluation metrics of at least one parsed answer; one answer for each sample."""
     titles: Mapping[str, tuple[str, str]]
     """Metric -> (title, unit) in tables and charts; unit "%" shows a fraction as a percentage."""
-    baselines: Callable[[Sequence[VideoSample]], dict[str, list[str]]]
+    baselines: Callable[[Sequence[Sample]], dict[str, list[str]]]
     """Label -> one response for each sample, from answers that look at neither video nor question.
     "best constant" is always among the labels."""
 
     optional_components: Mapping[str, Component] = field(default_factory=dict)
     """Components that are computed only if `rewards.weights` names them."""
-    temporal_r1_question: Callable[[VideoSample], str] | None = None
+    temporal_r1_question: Callable[[Sample], str] | None = None
     """Wording released with Temporal-R1; None: the same question."""
     temporal_r1_components: Mapping[str, TextComponent] = field(default_factory=dict)
     """Released scores for `rewards.mode: temporal_r1`, named as `components`; {}: none exist."""

@@ -19,23 +19,23 @@ from megatron_vrl.tasks.answer import SECONDS, read_fields, read_interval, templ
 from megatron_vrl.tasks.baselines import interval_baselines
 from megatron_vrl.tasks.metrics import interval_metrics
 from megatron_vrl.tasks.task import Task, Truth
-from megatron_vrl.types import Parsed, VideoSample
+from megatron_vrl.types import Parsed, Sample
 
 QUESTION = 'Give the query: "{query}", when does the described content occur in the video?.'
 TEMPLATE = template(start_time=SECONDS, end_time=SECONDS)
 
 
-def question(sample: VideoSample) -> str:
+def question(sample: Sample) -> str:
     return QUESTION.format(query=sample.query)
 
 
-def target(sample: VideoSample) -> str:
+def target(sample: Sample) -> str:
     start_s, end_s = sample.intervals_s[0]
     answer = f'{{"start_time": "{start_s:.1f}", "end_time": "{end_s:.1f}"}}'
     return f"<think>{sample.rationale}</think><answer>{answer}</answer>"
 
 
-def parse(response: str, sample: VideoSample) -> Parsed:
+def parse(response: str, sample: Sample) -> Parsed:
     fields, failure = read_fields(response)
     interval_s, no_interval = read_interval(fields, sample.duration_s)
     failure = failure or no_interval
@@ -43,13 +43,14 @@ def parse(response: str, sample: VideoSample) -> Parsed:
     return Parsed(interval_s=interval_s, formatted=formatted, failure=failure)
 
 
-def baselines(samples: Sequence[VideoSample]) -> dict[str, list[str]]:
+def baselines(samples: Sequence[Sample]) -> dict[str, list[str]]:
     return interval_baselines(samples, target)
 
 
 TEMPORAL_GROUNDING = Task(
     name="temporal_grounding",
     truth=Truth(intervals=True),
+    needs_one_video=True,
     question=question,
     target=target,
     parse=parse,

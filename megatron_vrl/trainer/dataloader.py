@@ -1,13 +1,13 @@
 """Data loader of a training phase: the prompts of each step, with decoded videos.
 
-A sample whose video cannot be read is written to quarantine.jsonl and replaced by the next sample
-of the stream, at the same position in the step, so that every step has the same number of groups.
-Example: a step takes samples 0 to 3 of the stream and the file of sample 2 is truncated. The step
-trains on 0, 1, 4, 3, and the next step begins with 5.
+A sample with a video or an image that cannot be read is written to quarantine.jsonl and replaced by
+the next sample of the stream, at the same position in the step, so that every step has the same
+number of groups. Example: a step takes samples 0 to 3 of the stream and the file of sample 2 is
+truncated. The step trains on 0, 1, 4, 3, and the next step begins with 5.
 
 All ranks exchange their bad samples before any rank draws again, so all draw the same samples. A
 checkpoint holds the position in the stream, so a resumed run draws the same samples in the same
-order. Videos of the next step are decoded in the background.
+order. Videos and images of the next step are decoded in the background.
 
 Evaluations have fixed samples and replace none of them: see evaluation/during_training.py.
 """
@@ -24,7 +24,7 @@ from megatron_vrl.errors import UserError, VideoError
 from megatron_vrl.parallel.mesh import gather_objects, raise_on_all_ranks, shard, world_axis
 from megatron_vrl.storage.files import RowFile, read_rows
 from megatron_vrl.trainer.state import RunState
-from megatron_vrl.types import EncodedVideo, Prompt, VideoSample
+from megatron_vrl.types import EncodedVideo, Prompt, Sample
 
 MIN_DRAWN = 100  # least divisor of the fraction of bad samples
 
@@ -32,7 +32,7 @@ MIN_DRAWN = 100  # least divisor of the fraction of bad samples
 class PreparedSample(NamedTuple):
     """A sample with its prompt, whose video is decoded."""
 
-    sample: VideoSample
+    sample: Sample
     prompt: Prompt
     position: int  # position of the sample in the stream
 
@@ -92,7 +92,8 @@ class PromptDataLoader:
         mesh = self._ctx.mesh
         with raise_on_all_ranks(mesh):
             upcoming = shard(self._stream.peek(num), mesh.data, mesh.model)
-        self._ctx.reader.prefetch([item.clip for item in upcoming if isinstance(item, VideoSample)])
+        samples = [item for item in upcoming if isinstance(item, Sample)]
+        self._ctx.reader.prefetch([medium for sample in samples for medium in sample.media])
 
     def metrics(self) -> dict[str, float]:
         """Return the counts of all ranks since the last call."""
@@ -109,7 +110,7 @@ class PromptDataLoader:
             "data/bad_fraction": total_bad / max(self._num_drawn, 1),
         } | {metric: float(sum(c[name] for c in counts_of_ranks)) for name, metric in names.items()}
 
-    def _draw(self, num: int) -> list[tuple[int, VideoSample | Problem]]:
+    def _draw(self, num: int) -> list[tuple[int, Sample | Problem]]:
         """Return the next `num` items of the stream, each with its position in the stream."""
         self._num_drawn += num
         redrawn, self._to_redraw = self._to_redraw[:num], self._to_redraw[num:]
@@ -121,11 +122,11 @@ class PromptDataLoader:
         return drawn
 
     def _prepare(
-        self, drawn: dict[int, tuple[int, VideoSample | Problem]]
+        self, drawn: dict[int, tuple[int, Sample | Problem]]
     ) -> tuple[dict[int, PreparedSample], dict[int, Problem]]:
         """Return this rank's prepared samples and its bad samples, both by position in the step."""
         bad = {slot: item for slot, (_, item) in drawn.items() if isinstance(item, Problem)}
-        samples = {s: item for s, (_, item) in drawn.items() if isinstance(item, VideoSample)}
+        samples = {s: item for s, (_, item) in drawn.items() if isinstance(item, Sample)}
         with raise_on_all_ranks(self._ctx.mesh):
             prompts = self._ctx.prompts.load(list(samples.values()))
         prepared: dict[int, PreparedSample] = {}
@@ -136,13 +137,12 @@ class PromptDataLoader:
                 prepared[slot] = PreparedSample(self._truth(sample, prompt), prompt, drawn[slot][0])
         return prepared, bad
 
-    def _truth(self, sample: VideoSample, prompt: Prompt) -> VideoSample:
+    def _truth(self, sample: Sample, prompt: Prompt) -> Sample:
         """Return the sample, with its true intervals at sampled frames if data.snap_truth is on."""
         if not self._ctx.cfg.data.snap_truth:
             return sample
-        (video,) = prompt.visuals
-        assert isinstance(video, EncodedVideo)
-        return snapped(sample, video)
+        videos = [visual for visual in prompt.visuals if isinstance(visual, EncodedVideo)]
+        return snapped(sample, videos[0]) if len(videos) == 1 else sample
 
     def _quarantine(self, bad: list[Problem]) -> None:
         """Count the bad samples, write them to the file and check video.max_bad_fraction.

@@ -22,6 +22,7 @@ from megatron_vrl.config import (
 )
 from megatron_vrl.context import CheckedRun, prompt_encoder
 from megatron_vrl.data.datasets import Datasets
+from megatron_vrl.data.media_limits import limits_of
 from megatron_vrl.data.prompt import PromptEncoder
 from megatron_vrl.errors import ConfigError, DataError, counted
 from megatron_vrl.models.architecture import Architecture, padded_vocab, read_architecture
@@ -74,7 +75,7 @@ def check(cfg: RunConfig, world: int, here: bool = False) -> CheckedRun:
         )
     check_divides(arch, cfg.model, cfg.parallel)
     encoder = _check_checkpoint(cfg, hf_dir, arch)
-    datasets = Datasets(cfg.run.seed)
+    datasets = Datasets(cfg.run.seed, limits_of(cfg.data))
     missing = _parse(cfg, datasets, here)
     check_records(cfg.data)
     answers = cfg.rollout.prompts_per_step * cfg.rollout.group_size

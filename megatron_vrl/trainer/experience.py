@@ -38,8 +38,8 @@ from megatron_vrl.types import (
     Prompt,
     RewardComponent,
     Rollout,
+    Sample,
     ScoredGroup,
-    VideoSample,
 )
 
 
@@ -153,7 +153,7 @@ def _answered(ctx: RunContext, rollout_queue: RolloutQueue, num: int) -> list[Sc
 
 def _with_annotations(
     ctx: RunContext,
-    samples: Sequence[VideoSample],
+    samples: Sequence[Sample],
     prompts: Sequence[Prompt],
     groups: Sequence[ScoredGroup],
 ) -> list[ScoredGroup]:

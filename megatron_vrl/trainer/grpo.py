@@ -32,13 +32,13 @@ from megatron_vrl.trainer.sample_stream import training_pool, training_stream
 from megatron_vrl.trainer.sample_viewer import log_samples
 from megatron_vrl.trainer.state import RunState, save_if_due
 from megatron_vrl.trainer.update import UpdateResult, update_policy
-from megatron_vrl.types import VideoSample
+from megatron_vrl.types import Sample
 
 # Called after each step, with its rollouts, its update and the version of the weights before it.
 StepEnd = Callable[[RolloutBatch, UpdateResult | None, int], None]
 
 
-def train_grpo(ctx: RunContext, state: RunState, sinks: Sinks, dev: list[VideoSample]) -> None:
+def train_grpo(ctx: RunContext, state: RunState, sinks: Sinks, dev: list[Sample]) -> None:
     """Run GRPO from `state.step` to its end. Every rank calls it."""
     cfg = ctx.cfg
     if state.step == 0:  # otherwise `load_stage` has loaded reference and optimizer

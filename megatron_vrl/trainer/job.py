@@ -35,9 +35,9 @@ from megatron_vrl.trainer.run_dir import check_run_dir, check_writable
 from megatron_vrl.trainer.run_scope import run_scope
 from megatron_vrl.trainer.sft import train_sft
 from megatron_vrl.trainer.state import RunState, finish_saving, is_done, save
-from megatron_vrl.types import VideoSample
+from megatron_vrl.types import Sample
 
-Splits = dict[str, list[VideoSample]]
+Splits = dict[str, list[Sample]]
 
 
 def run_job(cfg: RunConfig) -> Path:

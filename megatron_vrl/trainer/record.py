@@ -9,7 +9,7 @@ from megatron_vrl.observe.metrics import Phase, StepMetrics
 from megatron_vrl.observe.sinks import Sinks
 from megatron_vrl.parallel.mesh import raise_on_all_ranks
 from megatron_vrl.trainer.state import RunState
-from megatron_vrl.types import VideoSample
+from megatron_vrl.types import Sample
 
 
 def record(ctx: RunContext, sinks: Sinks, metrics: StepMetrics) -> None:
@@ -19,7 +19,7 @@ def record(ctx: RunContext, sinks: Sinks, metrics: StepMetrics) -> None:
 
 
 def evaluate_dev(
-    ctx: RunContext, state: RunState, sinks: Sinks, dev: list[VideoSample], during: Phase
+    ctx: RunContext, state: RunState, sinks: Sinks, dev: list[Sample], during: Phase
 ) -> dict[str, float]:
     """Evaluate the split `dev` after a step whose row is written, and write the metrics.
 

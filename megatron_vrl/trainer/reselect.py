@@ -58,7 +58,7 @@ from megatron_vrl.storage.files import full_disk_named, write_file
 from megatron_vrl.trainer.preemption import stop_if_asked
 from megatron_vrl.trainer.sample_stream import only, schedule_of
 from megatron_vrl.trainer.state import RunState, finish_saving, save
-from megatron_vrl.types import Prompt, Rollout, VideoSample
+from megatron_vrl.types import Prompt, Rollout, Sample
 
 FOLDER, ANSWERS = "selection", "answers-0.jsonl"
 
@@ -242,11 +242,11 @@ class DataSelection:
 def _numbers(pool: Pool) -> dict[str, int]:
     """Return id -> number in the pool of every sample that can be asked."""
     drawn = ((number, pool[number]) for number in range(len(pool)))
-    return {one.id: number for number, one in drawn if isinstance(one, VideoSample)}
+    return {one.id: number for number, one in drawn if isinstance(one, Sample)}
 
 
-def _sample(drawn: Drawn) -> VideoSample:
-    assert isinstance(drawn, VideoSample)  # `_numbers` has no others
+def _sample(drawn: Drawn) -> Sample:
+    assert isinstance(drawn, Sample)  # `_numbers` has no others
     return drawn
 
 

@@ -33,7 +33,7 @@ from megatron_vrl.rollout.interfaces import RolloutFuture
 from megatron_vrl.rollout.request import SamplingSpec
 from megatron_vrl.trainer.dataloader import PreparedSample, PromptDataLoader
 from megatron_vrl.trainer.state import RunState
-from megatron_vrl.types import Prompt, Rollout, VideoSample
+from megatron_vrl.types import Prompt, Rollout, Sample
 
 SHUFFLED_SEED = 1 << 32  # added to run.seed for answers to shuffled frames
 
@@ -50,7 +50,7 @@ def sampling_spec(cfg: RunConfig) -> SamplingSpec:
 
 
 class AnsweredPrompt(NamedTuple):
-    sample: VideoSample
+    sample: Sample
     prompt: Prompt
     rollouts: list[Rollout]
     shuffled: list[Rollout]  # answers to the prompt with shuffled frames; [] if not asked for
@@ -58,7 +58,7 @@ class AnsweredPrompt(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class InFlightRequest:
-    sample: VideoSample
+    sample: Sample
     prompt: Prompt
     position: int  # of the sample in the stream
     version: int  # of the weights when the request was submitted

@@ -29,10 +29,10 @@ from megatron_vrl.trainer.state import (
     save,
     save_if_due,
 )
-from megatron_vrl.types import VideoSample
+from megatron_vrl.types import Sample
 
 
-def train_sft(ctx: RunContext, state: RunState, sinks: Sinks, dev: list[VideoSample]) -> None:
+def train_sft(ctx: RunContext, state: RunState, sinks: Sinks, dev: list[Sample]) -> None:
     """Run SFT to its end. Every rank calls the function.
 
     Raises UserError if no attempt reaches sft.stop_at.
@@ -56,7 +56,7 @@ def train_sft(ctx: RunContext, state: RunState, sinks: Sinks, dev: list[VideoSam
         _load_best(ctx, state, sinks)
 
 
-def _train_attempt(ctx: RunContext, state: RunState, sinks: Sinks, dev: list[VideoSample]) -> bool:
+def _train_attempt(ctx: RunContext, state: RunState, sinks: Sinks, dev: list[Sample]) -> bool:
     """Train from `state.step` on; return False if no evaluation reaches sft.stop_at."""
     cfg, clock = ctx.cfg, ctx.clock
     seed = cfg.run.seed + state.attempt
@@ -103,7 +103,7 @@ def _train_attempt(ctx: RunContext, state: RunState, sinks: Sinks, dev: list[Vid
     return not cfg.sft.stop_metric or cfg.sft.stop_at is None
 
 
-def _target(ctx: RunContext, sample: VideoSample) -> Answer:
+def _target(ctx: RunContext, sample: Sample) -> Answer:
     """Return the SFT target of a sample."""
     token_ids = ctx.encoder.target(sample)
     return Answer(
@@ -113,9 +113,7 @@ def _target(ctx: RunContext, sample: VideoSample) -> Answer:
     )
 
 
-def _reaches_threshold(
-    ctx: RunContext, state: RunState, sinks: Sinks, dev: list[VideoSample]
-) -> bool:
+def _reaches_threshold(ctx: RunContext, state: RunState, sinks: Sinks, dev: list[Sample]) -> bool:
     """Evaluate on `dev` and return whether sft.stop_metric has reached sft.stop_at.
 
     With sft.load_best_at_end, weights that are the best so far are saved.

@@ -28,7 +28,7 @@ from megatron_vrl.types import RewardComponent, ScoredGroup
 def with_shuffled_group(
     ctx: RunContext, answered: Sequence[AnsweredPrompt], groups: Sequence[ScoredGroup]
 ) -> list[ScoredGroup]:
-    """Return the groups of `answered` with the component of T-GRPO."""
+    """Return the groups of `answered` with the component of T-GRPO, where a sample has a video."""
     shuffled = ctx.reward_manager.groups(
         [one.sample for one in answered],
         [one.prompt for one in answered],
@@ -36,6 +36,8 @@ def with_shuffled_group(
     )
     return [
         _with(group, shuffled_group_bonus(group.sample.task, group.components, other.components))
+        if group.sample.clips
+        else group
         for group, other in zip(groups, shuffled, strict=True)
     ]
 

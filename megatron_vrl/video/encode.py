@@ -1,4 +1,4 @@
-"""Encoder: the code that runs inside a decoding process. Files in, EncodedVideo out, no state kept.
+"""Encoder: the code that runs inside a decoding process. Files in, encoded media out.
 
 The steps are `identify` (digest of the bytes), `plan` (frames and size), `decode`. To add a
 decoder, write one file and add one row to `DECODERS`; a decoder is imported on first use.
@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 
 from megatron_vrl.config import Video
 from megatron_vrl.errors import ConfigError, VideoError
-from megatron_vrl.types import EncodedVideo, VideoClip
+from megatron_vrl.types import EncodedImage, EncodedVideo, ImageFile, Media, VideoClip
 from megatron_vrl.video.rules import PixelRules
 
 if TYPE_CHECKING:
+    from megatron_vrl.video.image import ImageRules
     from megatron_vrl.video.probe import DecodeJob
 
 
@@ -81,25 +82,32 @@ def check_decoder(cfg: Video) -> None:
 
 
 class Encoder:
-    """Fetches, identifies, plans and decodes clips by the config section `video`.
+    """Fetches, identifies, plans and decodes clips and images by the config section `video`.
 
     `pixels` are those of the model's family. `gpu` is the index of the GPU that decodes
-    (video.device=gpu), else None.
+    (video.device=gpu), else None. `images` are the pixel limits of images; None: the family's.
     """
 
-    def __init__(self, cfg: Video, pixels: PixelRules, gpu: int | None = None):
+    def __init__(
+        self,
+        cfg: Video,
+        pixels: PixelRules,
+        gpu: int | None = None,
+        images: "ImageRules | None" = None,
+    ):
         import torch
 
         from megatron_vrl.video.fetch import LocalCopies
+        from megatron_vrl.video.image import family_rules
 
         torch.set_num_threads(1)  # parallelism is over videos, not inside one
         if gpu is not None:
             torch.cuda.set_device(gpu)
-        self._cfg, self._pixels = cfg, pixels
+        self._cfg, self._pixels, self._images = cfg, pixels, images or family_rules(pixels)
         self._copies = LocalCopies(cfg.fetch_dir, cfg.fetch_mib)
         self.decoder = DECODERS[cfg.decoder](cfg)
 
-    def identify(self, clip: VideoClip, known: Identity | None) -> Identity:
+    def identify(self, clip: Media, known: Identity | None) -> Identity:
         """Return the identity of a file; `known` if the file is unchanged.
 
         Raises VideoError, whose message does not name the file.
@@ -134,6 +142,33 @@ class Encoder:
                 results.append(_to_encoded_video(wanted, digest, job, frames))
         return results
 
+    def encode_images(self, images: Sequence[ImageFile]) -> list[EncodedImage | VideoError]:
+        """Return one EncodedImage or VideoError per image, in order.
+
+        Error messages do not name the file.
+        """
+        return _in_parallel(self._encode_image, images, self._cfg.workers)
+
+    def _encode_image(self, image: ImageFile) -> EncodedImage | VideoError:
+        """Return the encoded image, or the VideoError instead of raising it."""
+        from megatron_vrl.video.image import encode_image
+
+        try:
+            path, _ = self._local_file(image)
+            return encode_image(image.path, path, self._images)
+        except VideoError as error:
+            return error
+
+    def count_tokens(self, image: ImageFile) -> int:
+        """Return the number of vision tokens of an image, from the file's header.
+
+        Raises VideoError, whose message does not name the file.
+        """
+        from megatron_vrl.video.image import image_tokens
+
+        path, _ = self._local_file(image)
+        return image_tokens(path, self._images)
+
     def plan(self, clip: VideoClip) -> "DecodeJob":
         """Return the frames and the size that decoding would give, from header and packets.
 
@@ -152,7 +187,7 @@ class Encoder:
         except VideoError as error:
             return error
 
-    def _local_file(self, clip: VideoClip) -> tuple[str, os.stat_result]:
+    def _local_file(self, clip: Media) -> tuple[str, os.stat_result]:
         """Return path and status of the local file.
 
         Raises VideoError if it is missing, empty or no file.
@@ -168,7 +203,7 @@ class Encoder:
             raise VideoError("is empty; replace it.", "empty")
         return path, status
 
-    def _local(self, clip: VideoClip) -> str:
+    def _local(self, clip: Media) -> str:
         """Return the local path of a clip: a fetched copy for a URL, else the path itself.
 
         Raises VideoError if the file is outside of the clip's folder after symlinks are resolved.

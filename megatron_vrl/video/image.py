@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from megatron_vrl.errors import CheckpointError, VideoError
+from megatron_vrl.errors import CheckpointError, ConfigError, VideoError
 from megatron_vrl.types import EncodedImage
 from megatron_vrl.video.resize import resize
 from megatron_vrl.video.rules import MAX_ASPECT, PixelRules, smart_resize
@@ -37,6 +37,31 @@ class ImageRules:
     min_pixels: int
     max_pixels: int
     pixels: PixelRules
+
+
+def family_rules(pixels: PixelRules) -> ImageRules:
+    """Return the pixel limits of a family's image processor."""
+    return ImageRules(
+        min_pixels=pixels.image_min_pixels, max_pixels=pixels.image_max_pixels, pixels=pixels
+    )
+
+
+def image_rules(
+    hf_dir: str | Path, pixels: PixelRules, min_pixels: int | None, max_pixels: int | None
+) -> ImageRules:
+    """Return the rules of a run: `data.image_min_pixels` and `data.image_max_pixels`.
+
+    None stands for the limit of the checkpoint's image processor. Raises CheckpointError as
+    `read_image_rules` does, and ConfigError if the minimum is over the maximum.
+    """
+    rules = read_image_rules(hf_dir, pixels)
+    least, most = min_pixels or rules.min_pixels, max_pixels or rules.max_pixels
+    if least > most:
+        raise ConfigError(
+            f"data.image_min_pixels={least} is over data.image_max_pixels={most} (of the "
+            "checkpoint where the configuration has none): lower it, or raise the other."
+        )
+    return ImageRules(min_pixels=least, max_pixels=most, pixels=pixels)
 
 
 def read_image_rules(hf_dir: str | Path, pixels: PixelRules) -> ImageRules:
@@ -87,21 +112,54 @@ def read_image(path: str, rules: ImageRules) -> EncodedImage:
     Raises VideoError naming the file if it is missing, damaged or over 200:1.
     """
     try:
-        content = Path(path).read_bytes()
+        return encode_image(path, path, rules)
+    except VideoError as error:
+        raise VideoError(f"{path} {error}", error.kind, path) from None
+
+
+def encode_image(path: str, local: str, rules: ImageRules) -> EncodedImage:
+    """Return the encoded image of the file `local`, a copy of `path`.
+
+    Raises VideoError, whose message does not name the file.
+    """
+    try:
+        content = Path(local).read_bytes()
         with Image.open(io.BytesIO(content)) as file:
-            picture = np.asarray(ImageOps.exif_transpose(file).convert("RGB"))  # [H, W, 3]
+            picture = np.array(ImageOps.exif_transpose(file).convert("RGB"))  # [H, W, 3]
     except _BROKEN as error:
-        reason = getattr(error, "strerror", None) or type(error).__name__
-        raise VideoError(
-            f"{path} cannot be read as an image ({reason}); replace it or leave it out."
-        ) from None
+        raise _broken(error) from None
     height, width, _ = picture.shape
-    if max(height, width) > MAX_ASPECT * min(height, width):
-        raise VideoError(f"{path} is {width}x{height}, longer than {MAX_ASPECT}:1; crop it.")
-    size = smart_resize(height, width, rules.min_pixels, rules.max_pixels, rules.pixels.cell)
+    size = _size(height, width, rules)
     return EncodedImage(
         path=path,
         digest=hashlib.blake2b(content, digest_size=16).hexdigest(),
         grid_thw=(1, size[0] // rules.pixels.patch, size[1] // rules.pixels.patch),
         frames=resize(picture[None], *size).repeat(2, axis=0),
     )
+
+
+def image_tokens(local: str, rules: ImageRules) -> int:
+    """Return the number of vision tokens of an image, from the file's header.
+
+    Raises VideoError, whose message does not name the file.
+    """
+    try:
+        with Image.open(local) as file:
+            width, height = ImageOps.exif_transpose(file).size
+    except _BROKEN as error:
+        raise _broken(error) from None
+    size = _size(height, width, rules)
+    return size[0] * size[1] // rules.pixels.cell**2
+
+
+def _size(height: int, width: int, rules: ImageRules) -> tuple[int, int]:
+    """Return the height and width for the model. Raises VideoError for a thin image."""
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise VideoError(f"is {width}x{height}, longer than {MAX_ASPECT}:1; crop it.")
+    return smart_resize(height, width, rules.min_pixels, rules.max_pixels, rules.pixels.cell)
+
+
+def _broken(error: BaseException) -> VideoError:
+    """Return the VideoError for a file that PIL does not read."""
+    reason = getattr(error, "strerror", None) or type(error).__name__
+    return VideoError(f"cannot be read as an image ({reason}); replace it or leave it out.")

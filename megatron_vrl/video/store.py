@@ -1,7 +1,8 @@
-"""Frame store: LRU cache of encoded videos in memory, and optionally in a directory on disk.
+"""Frame store: LRU cache of encoded videos and images in memory, and optionally on disk.
 
-The key is (digest of the file's bytes, digest of the sampling rule, window). So a renamed file is
-found, and a changed file is not.
+The key is (digest of the file's bytes, digest of the sampling rule, window); of an image, (digest
+of the file's bytes, digest of the pixel rule). So a renamed file is found, and a changed file is
+not.
 
 The states of an entry on disk, one `.npz` file with checksums:
 
@@ -30,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from megatron_vrl.errors import ConfigError
-from megatron_vrl.types import EncodedVideo
+from megatron_vrl.types import EncodedImage, EncodedVideo, Visual
 
 MIB = 1 << 20
 STALE_S = 3600  # a .tmp file older than this was left by a killed process
@@ -43,7 +44,7 @@ class VideoStore:
         self._memory = _Memory(memory_mib * MIB)
         self._disk = _Disk(Path(directory), disk_mib * MIB) if directory else None
 
-    def get(self, key: str) -> EncodedVideo | None:
+    def get(self, key: str) -> Visual | None:
         """Return the video of a key; None if neither cache has it."""
         video = self._memory.get(key)
         if video is None and self._disk:
@@ -52,7 +53,7 @@ class VideoStore:
                 self._memory.put(key, video)
         return video
 
-    def put(self, key: str, video: EncodedVideo) -> None:
+    def put(self, key: str, video: Visual) -> None:
         """Store the video in both caches."""
         self._memory.put(key, video)
         if self._disk:
@@ -70,17 +71,17 @@ class _Memory:
     def __init__(self, limit: int):
         self.used = 0
         self._limit = limit
-        self._videos: OrderedDict[str, EncodedVideo] = OrderedDict()  # least recently used first
+        self._videos: OrderedDict[str, Visual] = OrderedDict()  # least recently used first
         self._lock = threading.Lock()
 
-    def get(self, key: str) -> EncodedVideo | None:
+    def get(self, key: str) -> Visual | None:
         """Return the video and mark it as used."""
         with self._lock:
             if key in self._videos:
                 self._videos.move_to_end(key)
             return self._videos.get(key)
 
-    def put(self, key: str, video: EncodedVideo) -> None:
+    def put(self, key: str, video: Visual) -> None:
         """Store the video and evict the least recently used ones.
 
         A video over the limit is not stored.
@@ -107,19 +108,20 @@ class _Disk:
         except OSError as error:
             raise self._write_error(error) from None
 
-    def get(self, key: str) -> EncodedVideo | None:
+    def get(self, key: str) -> Visual | None:
         """Return the video and mark it as used; None if the file is absent or damaged."""
         path = self._directory / f"{key}.npz"
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                values = {f.name: _value(arrays[f.name]) for f in fields(EncodedVideo)}
+                kind = EncodedVideo if "codec" in arrays else EncodedImage
+                values = {f.name: _value(arrays[f.name]) for f in fields(kind)}
             values["grid_thw"] = tuple(values["grid_thw"].tolist())
             os.utime(path)  # used now
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None  # absent, evicted meanwhile, or damaged: the caller decodes and stores it
-        return EncodedVideo(**values)
+        return kind(**values)
 
-    def put(self, key: str, video: EncodedVideo) -> None:
+    def put(self, key: str, video: Visual) -> None:
         """Store the video. Raises ConfigError if the directory cannot be written."""
         try:
             self._write(key, video)
@@ -130,7 +132,7 @@ class _Disk:
         except OSError as error:
             raise self._write_error(error) from None
 
-    def _write(self, key: str, video: EncodedVideo) -> None:
+    def _write(self, key: str, video: Visual) -> None:
         """Write the entry to a temporary file and rename it."""
         descriptor, unfinished = tempfile.mkstemp(dir=self._directory, suffix=".tmp")
         try:

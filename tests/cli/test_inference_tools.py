@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from megatron_vrl.models.qwen2_5_vl.pixels import PIXELS
 from megatron_vrl.observe.timeline_strip import MARK, timeline_strip
 from megatron_vrl.selection.rules import KEPT
 from megatron_vrl.selection.select import apply_rules, collect_answers, pool
+from megatron_vrl.types import MEDIA_PLACE, ImageFile, VideoClip
 from megatron_vrl.video import VideoReader
 from tests.running import CONFIG, ROOT, run_python
 
@@ -144,7 +146,7 @@ def test_a_question_is_asked_again_when_its_video_can_be_read(
     first = predict(cfg, samples, tmp_path / "out", {}, engine)
     assert [bool(p.problem) for p in first] == [False, True]
     assert predict(cfg, samples, tmp_path / "out", {}, never) == first
-    engine(cfg, 0)._prompts._videos = VideoReader(
+    engine(cfg, 0)._prompts._reader = VideoReader(
         cfg.video, PIXELS
     )  # as a later process has; one remembers
     shutil.copy(clips[1], tmp_path / "two.mp4")
@@ -224,11 +226,36 @@ def test_a_selection_resumes_and_new_rules_apply(
 def test_one_question(folder: Path, cfg: InferenceConfig, engine: Start, tmp_path: Path) -> None:
     video = next((folder / "runs/quickstart/data/videos").glob("*.mp4"))
     shutil.copy(video, tmp_path / "clip.mp4")
-    question = Question(video=str(tmp_path / "clip.mp4"), text="a red square", task="grounded_qa")
+    question = Question(
+        media=(VideoClip(str(tmp_path / "clip.mp4")),), text="a red square", task="grounded_qa"
+    )
     found = ask(cfg, question, tmp_path / "strip.png", engine)
     assert found["failure"] and found["interval_s"] is None  # the weights are random
     assert "not read" in as_text(found)
     assert Image.open(tmp_path / "strip.png").width == 1280
+
+
+def test_ask_shows_any_media_or_none(
+    cfg: InferenceConfig, engine: Start, folder: Path, tmp_path: Path
+) -> None:
+    """The engine refuses a prompt that it reads otherwise than the trainer."""
+    video = next((folder / "runs/quickstart/data/videos").glob("*.mp4"))
+    Image.new("RGB", (80, 60), "red").save(tmp_path / "one.png")
+    image = ImageFile(str(tmp_path / "one.png"))
+    asked = Question(
+        media=(image, VideoClip(str(video)), image),
+        text=f"Is {MEDIA_PLACE} in {MEDIA_PLACE} or like {MEDIA_PLACE}?",
+        task="multiple_choice",
+        options=("yes", "no"),
+    )
+    found = ask(cfg, asked, tmp_path / "mixed.png", engine)
+    assert found["response"] and Image.open(tmp_path / "mixed.png").height > 240
+    alone = replace(asked, media=(), text="Is it?")
+    assert "strip" not in ask(cfg, alone, tmp_path / "none.png", engine)
+    few = cfg.model_copy(update={"data": cfg.data.model_copy(update={"max_images": 1})})
+    with pytest.raises(ConfigError, match=r"it has 2 images, over data\.max_images=1"):
+        ask(few, asked, tmp_path / "none.png", engine)
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_ask_needs_no_config(folder: Path, tmp_path: Path) -> None:

@@ -40,8 +40,8 @@ def test_a_missing_video_stops_a_run_without_tolerance_and_is_replaced_in_anothe
     sources = load_config(CONFIG).data.train
     sources = [s.model_copy(update={"json_path": str(copy / s.json_path)}) for s in sources]
     order = SampleStream(load(sources, cfg["run"]["seed"]), cfg["run"]["seed"]).take(6)
-    video = copy / order[5].video  # of the third step
-    assert order[5].video not in {sample.video for sample in order[:4]}
+    video = copy / order[5].first_path  # of the third step
+    assert order[5].first_path not in {sample.first_path for sample in order[:4]}
     run = copy / "runs" / "quickstart"
 
     aside = copy / "aside.mp4"
@@ -50,7 +50,7 @@ def test_a_missing_video_stops_a_run_without_tolerance_and_is_replaced_in_anothe
     assert done.stderr.count("there was no update") == 1  # only of the first step
     assert sentence_of(done) == (
         "error: 1 of the 6 samples drawn have bad videos, over video.max_bad_fraction=0.0: 1 "
-        f"missing (first {order[5].video}); see quarantine.jsonl, check the data with "
+        f"missing (first {order[5].first_path}); see quarantine.jsonl, check the data with "
         "tools/check_data.py, or raise the limit."
     )
     rows = (run / "metrics.jsonl").read_text().splitlines()
@@ -66,8 +66,8 @@ def test_a_missing_video_stops_a_run_without_tolerance_and_is_replaced_in_anothe
     assert [row["step"] for row in of_grpo] == [1, 2, 3]
     assert [row["data/bad_samples"] for row in of_grpo] == [0, 0, 1]
     [bad] = map(json.loads, (run / "quarantine.jsonl").read_text().splitlines())
-    assert (bad["step"], bad["sample"], bad["video"]) == (3, order[5].id, order[5].video)
-    assert bad["reason"].startswith(f"{order[5].video} cannot be opened as a video")
+    assert (bad["step"], bad["sample"], bad["video"]) == (3, order[5].id, order[5].first_path)
+    assert bad["reason"].startswith(f"{order[5].first_path} cannot be opened as a video")
 
 
 @pytest.mark.slow

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from megatron_vrl.config import Source
 from megatron_vrl.data.mix import SampleStream, chosen_indices, load, order
 from megatron_vrl.errors import ConfigError, DataError
-from megatron_vrl.types import VideoSample
+from megatron_vrl.types import Sample, VideoClip
 
 
-def sample(index: int) -> VideoSample:
-    return VideoSample(
+def sample(index: int) -> Sample:
+    return Sample(
         id=f"v/{index}",
         task="temporal_grounding",
-        video="v.mp4",
+        media=(VideoClip("v.mp4"),),
         duration_s=10.0,
         query="q",
         rationale="",
@@ -98,7 +98,7 @@ def test_sources_are_joined_in_order_with_unique_ids(tmp_path: Path) -> None:
         *("v/1#2", "v/2#2"),
         *("v/0#2", "v/1#3", "v/2#3"),
     ]
-    assert [s.video for s in samples[2:4]] == ["/one.json/v.mp4", "/two.json/v.mp4"]
+    assert [s.first_path for s in samples[2:4]] == ["/one.json/v.mp4", "/two.json/v.mp4"]
     assert samples == load([one, two, one], seed=1)
 
 

@@ -13,7 +13,7 @@ from megatron_vrl.errors import CheckpointError, ConfigError, DataError
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.rewards.score import score
 from megatron_vrl.tasks import SYSTEM_PROMPTS, TASKS
-from megatron_vrl.types import VideoSample
+from megatron_vrl.types import Sample, VideoClip
 from tests.tiny import image, video
 
 ARCHITECTURE = read_architecture(
@@ -22,7 +22,7 @@ ARCHITECTURE = read_architecture(
 
 SAMPLE: dict[str, Any] = {
     "id": "clip/0",
-    "video": "clip.mp4",
+    "media": (VideoClip("clip.mp4"),),
     "duration_s": 8.0,
     "query": "the red square is visible",
     "rationale": "the red square is visible",
@@ -58,10 +58,8 @@ def encoder(
     return PromptEncoder(published, arch, system_prompt, max_tokens, wording), pad
 
 
-def sample(task: str = "temporal_grounding") -> VideoSample:
-    from megatron_vrl.types import VideoSample
-
-    return VideoSample(task=task, **SAMPLE)
+def sample(task: str = "temporal_grounding") -> Sample:
+    return Sample(task=task, **SAMPLE)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -123,7 +121,7 @@ def test_a_long_prompt_is_an_error_not_truncated(published: Path) -> None:
     with pytest.raises(ConfigError) as error:
         short.prompt(sample(), CLIP)
     assert str(error.value) == (
-        f"The prompt of sample clip/0 has {length} tokens, 24 of them video, over "
+        f"The prompt of sample clip/0 has {length} tokens, 24 of them vision, over "
         f"data.max_prompt_tokens={length - 1}: raise it, or lower video.total_pixels."
     )
 
@@ -198,6 +196,6 @@ def test_a_template_without_images_is_refused_where_an_image_is_shown(
     path = directory / "chat_template.json"
     path.write_text(path.read_text().replace("<|image_pad|>", ""))
     encode, _ = encoder(directory)
-    encode.encode("a", None, (CLIP,), "?")
+    encode.encode("a", None, (CLIP, "?"))
     with pytest.raises(CheckpointError, match="does not show image as one pad token each"):
-        encode.encode("a", None, (image((2, 2), 0),), "?")
+        encode.encode("a", None, (image((2, 2), 0), "?"))

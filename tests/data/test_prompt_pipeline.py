@@ -1,6 +1,7 @@
-"""Samples -> prompts in one place: order, errors in their places, videos and images of one spec."""
+"""Samples -> prompts in one place: order, errors in their places, media in the order of a spec."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import cast
 
@@ -9,58 +10,61 @@ import pytest
 from megatron_vrl.data.prompt import PromptEncoder, PromptSpec
 from megatron_vrl.data.prompt_pipeline import PromptPipeline
 from megatron_vrl.errors import VideoError
-from megatron_vrl.types import EncodedImage, EncodedVideo, VideoClip
-from tests.tiny import video
+from megatron_vrl.types import ImageFile, Media, VideoClip, Visual
+from tests.tiny import image, video
 
-BAD = VideoError("b.mp4 is empty.", "empty")
+BAD = VideoError("b.png is empty.", "empty", "b.png")
 
 
-class Decoder:
-    """Decoder of files that are there by name alone; it keeps what it was asked for."""
+class Reader:
+    """Reader of files that are there by name alone; it keeps what it was asked for."""
 
     def __init__(self) -> None:
-        self.asked: list[list[VideoClip | str]] = []
+        self.asked: list[list[str]] = []
 
-    def encode(self, clips: Sequence[VideoClip | str]) -> list[EncodedVideo | VideoError]:
-        self.asked.append(list(clips))
-        return [BAD if clip == "b.mp4" else video((1, 2, 2), 1.0, 0) for clip in clips]
+    def read(self, media: Sequence[Media]) -> list[Visual | VideoError]:
+        self.asked.append([medium.path for medium in media])
+        return [self._one(medium) for medium in media]
+
+    @staticmethod
+    def _one(medium: Media) -> Visual | VideoError:
+        if medium.path == BAD.path:
+            return BAD
+        if isinstance(medium, VideoClip):
+            return replace(video((1, 2, 2), 1.0, 0), path=medium.path)
+        return replace(image((2, 2), 0), path=medium.path)
 
 
-def read_image(path: str) -> EncodedImage:
-    if path == "broken.png":
-        raise VideoError("broken.png cannot be read as an image.")
-    frames = video((1, 2, 2), 1.0, 0).frames
-    return EncodedImage(path=path, digest=path, grid_thw=(1, 2, 2), frames=frames)
+def spec(name: str, *content: str) -> PromptSpec:
+    """Return the spec of texts and of files, which are known by their endings."""
+    kinds = {"mp4": VideoClip, "png": ImageFile}
+    parts = [kinds.get(part.rpartition(".")[2], str)(part) for part in content]
+    return PromptSpec(id=name, system=None, content=tuple(parts))
 
 
-def spec(name: str, *videos: str, images: tuple[str, ...] = ()) -> PromptSpec:
-    return PromptSpec(id=name, system=None, videos=videos, images=images, question=f"{name}?")
+def made(name: str, system: str | None, content: Sequence[str | Visual]) -> list[str]:
+    return [name, *(part if isinstance(part, str) else part.path for part in content)]
 
 
 @pytest.fixture
-def decoder() -> Decoder:
-    return Decoder()
+def reader() -> Reader:
+    return Reader()
 
 
 @pytest.fixture
-def pipeline(decoder: Decoder) -> PromptPipeline:
-    made = lambda name, system, visuals, question: (name, len(visuals), question)  # noqa: E731
-    return PromptPipeline(decoder, cast(PromptEncoder, SimpleNamespace(encode=made)), read_image)
+def pipeline(reader: Reader) -> PromptPipeline:
+    return PromptPipeline(reader, cast(PromptEncoder, SimpleNamespace(encode=made)))
 
 
 def test_errors_stand_in_the_places_of_their_samples(
-    pipeline: PromptPipeline, decoder: Decoder
+    pipeline: PromptPipeline, reader: Reader
 ) -> None:
-    specs = [spec("first", "a.mp4"), spec("second", "a.mp4", "b.mp4"), spec("third", "c.mp4")]
-    assert pipeline.load_specs(specs) == [("first", 1, "first?"), BAD, ("third", 1, "third?")]
-    assert decoder.asked == [["a.mp4", "a.mp4", "b.mp4", "c.mp4"]]  # one call for all
+    specs = [spec("1", "a.mp4", "?"), spec("2", "a.mp4", "b.png", "c.mp4"), spec("3", "c.mp4")]
+    assert pipeline.load_specs(specs) == [["1", "a.mp4", "?"], BAD, ["3", "c.mp4"]]
+    assert reader.asked == [["a.mp4", "a.mp4", "b.png", "c.mp4", "c.mp4"]]  # one call for all
 
 
-def test_images_follow_the_videos_and_a_broken_one_is_the_error_of_its_sample(
-    pipeline: PromptPipeline,
-) -> None:
-    broken = spec("x", "a.mp4", images=("broken.png",))
-    specs = [spec("i", "a.mp4", images=("1.png", "2.png")), broken, spec("t")]
-    found: list[object] = [*pipeline.load_specs(specs)]
-    assert found[0] == ("i", 3, "i?") and found[2] == ("t", 0, "t?")
-    assert str(found[1]) == "broken.png cannot be read as an image."
+def test_media_keep_their_order(pipeline: PromptPipeline) -> None:
+    mixed = ("1.png", "and", "a.mp4", "2.png", "?", "c.mp4")
+    found: list[object] = [*pipeline.load_specs([spec("i", *mixed), spec("t", "?")])]
+    assert found == [["i", *mixed], ["t", "?"]]

@@ -17,7 +17,7 @@ from megatron_vrl.data.pool import Pool
 from megatron_vrl.data.schedule import Schedule, read_ids, read_mean_rewards, stages_of
 from megatron_vrl.errors import ConfigError, DataError
 from megatron_vrl.trainer.sample_stream import stream_of
-from megatron_vrl.types import VideoSample
+from megatron_vrl.types import Sample
 from tests.data.test_mix import sample
 
 sources = st.lists(
@@ -56,7 +56,7 @@ def test_locate_returns_epoch_and_index(pairs: list[tuple[int, float]], position
     assert schedule.locate(position) == row[position]
 
 
-def pool(*by_source: list[VideoSample]) -> Pool:
+def pool(*by_source: list[Sample]) -> Pool:
     kept = [np.arange(len(samples)) for samples in by_source]
     return Pool([Source(json_path="a", data_folder="b")] * len(by_source), by_source, kept)
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from megatron_vrl.data.shuffled_frames import all_shuffled, boundaries_shuffled
-from megatron_vrl.types import EncodedVideo, Prompt
+from megatron_vrl.types import EncodedVideo, Prompt, VideoClip
 from tests.data.test_mix import sample
 from tests.tiny import prompt, video
 
@@ -44,10 +44,11 @@ def test_frames_within_three_seconds_of_a_boundary_are_permuted() -> None:
 
 def test_times_of_a_window_count_from_its_start() -> None:
     later = prompt([replace(CLIP, timestamps_s=CLIP.timestamps_s + 100.0)], 0)
-    asked = replace(sample(0), intervals_s=((4.0, 14.0),), window_s=(100.0, 120.0))
+    shown_part = VideoClip("v.mp4", window_s=(100.0, 120.0))
+    asked = replace(sample(0), intervals_s=((4.0, 14.0),), media=(shown_part,))
     (shown,) = boundaries_shuffled(later, asked, (1, 7)).visuals
     assert isinstance(shown, EncodedVideo)
-    plain = boundaries_shuffled(ASKED, replace(asked, window_s=None), (1, 7))
+    plain = boundaries_shuffled(ASKED, replace(asked, media=(VideoClip("v.mp4"),)), (1, 7))
     assert np.array_equal(shown.frame_indices, order(plain))
 
 

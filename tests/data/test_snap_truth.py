@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_vrl.data.snap_truth import snapped
-from megatron_vrl.types import Interval
+from megatron_vrl.types import Interval, VideoClip
 from tests.data.test_mix import sample
 from tests.tiny import video
 
@@ -34,7 +34,8 @@ def test_ends_move_outwards_to_temporal_steps(truth_s: Interval, wanted_s: Inter
 
 def test_times_of_a_window_count_from_its_start() -> None:
     shown = replace(FRAMES, timestamps_s=FRAMES.timestamps_s + 10.0)
-    of_window = replace(sample(0), intervals_s=((0.6, 1.9),), window_s=(10.0, 13.0))
+    shown_part = VideoClip("v.mp4", window_s=(10.0, 13.0))
+    of_window = replace(sample(0), intervals_s=((0.6, 1.9),), media=(shown_part,))
     assert snapped(of_window, shown).intervals_s == ((0.0, 2.0),)
 
 

@@ -13,7 +13,7 @@ from megatron_vrl.errors import ConfigError
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.models.qwen2_5_vl.timestamps import EXPLANATION
 from megatron_vrl.rollout.request import make_request
-from megatron_vrl.types import VideoSample
+from megatron_vrl.types import Sample, VideoClip
 from tests.tiny import image, video
 
 CLIP = video((3, 4, 6), 1.25, seed=0)
@@ -32,7 +32,7 @@ def rendered(encoder: PromptEncoder, token_ids: object) -> str:
 
 def test_the_form_is_that_of_timelens(encoder: PromptEncoder) -> None:
     """Text as in TimeLens: the time of a step's first frame, then the step as a vision block."""
-    prompt = encoder.encode("a", None, (CLIP,), "When?")
+    prompt = encoder.encode("a", None, (CLIP, "When?"))
     block = "<|vision_start|><|video_pad|><|vision_end|>"
     assert rendered(encoder, prompt.engine_token_ids) == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -46,10 +46,10 @@ def test_the_form_is_that_of_timelens(encoder: PromptEncoder) -> None:
 
 
 def test_the_numbers_are_explained_before_the_question(encoder: PromptEncoder) -> None:
-    sample = VideoSample(
+    sample = Sample(
         id="a",
         task="temporal_grounding",
-        video="a.mp4",
+        media=(VideoClip("a.mp4"),),
         duration_s=4.0,
         query="a man sits",
         rationale="",
@@ -63,13 +63,13 @@ def test_the_numbers_are_explained_before_the_question(encoder: PromptEncoder) -
 
 def test_times_of_a_window_count_from_its_first_frame(encoder: PromptEncoder) -> None:
     later = replace(CLIP, timestamps_s=CLIP.timestamps_s + 40.0)
-    ids = encoder.encode("a", None, (later,), "When?").token_ids
-    assert np.array_equal(ids, encoder.encode("a", None, (CLIP,), "When?").token_ids)
+    ids = encoder.encode("a", None, (later, "When?")).token_ids
+    assert np.array_equal(ids, encoder.encode("a", None, (CLIP, "When?")).token_ids)
 
 
 def test_positions_are_those_of_blocks_with_one_step(encoder: PromptEncoder) -> None:
     """M-RoPE time stands still in a block; `test_vllm_positions.py` compares with vLLM."""
-    prompt = encoder.encode("a", None, (CLIP,), "When?")
+    prompt = encoder.encode("a", None, (CLIP, "When?"))
     pad = encoder.tokenizer.convert_tokens_to_ids("<|video_pad|>")
     at = np.flatnonzero(prompt.token_ids == pad)
     time, height, width = prompt.positions[:, at].reshape(3, 3, CELLS)
@@ -83,10 +83,10 @@ def test_positions_are_those_of_blocks_with_one_step(encoder: PromptEncoder) -> 
 
 @pytest.mark.parametrize("embedded", [False, True])
 def test_the_engine_gets_every_step_as_a_video(encoder: PromptEncoder, embedded: bool) -> None:
-    prompt = encoder.encode("a", None, (CLIP,), "When?")
+    prompt = encoder.encode("a", None, (CLIP, "When?"))
     if embedded:
         prompt = replace(prompt, visual_embeds=(np.arange(3.0 * CELLS)[:, None],))
-    steps = make_request(prompt).videos
+    steps = make_request(prompt).visuals
     assert [step.grid_thw for step in steps] == [(1, 4, 6)] * 3
     times = np.concatenate([step.timestamps_s for step in steps])
     assert np.array_equal(times, CLIP.timestamps_s)
@@ -98,14 +98,14 @@ def test_the_engine_gets_every_step_as_a_video(encoder: PromptEncoder, embedded:
 
 
 def test_an_image_has_no_timestamp(encoder: PromptEncoder) -> None:
-    prompt = encoder.encode("a", None, (CLIP, image((4, 4), 1)), "?")
+    prompt = encoder.encode("a", None, (CLIP, image((4, 4), 1), "?"))
     text = rendered(encoder, prompt.engine_token_ids)
     assert "2.5s: <|vision_start|><|video_pad|><|vision_end|><|vision_start|><|image_pad|>" in text
 
 
 def test_a_long_prompt_counts_its_timestamps(released: Path, encoder: PromptEncoder) -> None:
-    length = len(encoder.encode("a", None, (CLIP,), "?").token_ids)
+    length = len(encoder.encode("a", None, (CLIP, "?")).token_ids)
     data = Data(system_prompt="none", timestamps="interleaved", max_prompt_tokens=length - 1)
     short = prompt_encoder(released, read_architecture(released), data)
-    with pytest.raises(ConfigError, match=f"has {length} tokens, 18 of them video"):
-        short.encode("a", None, (CLIP,), "?")
+    with pytest.raises(ConfigError, match=f"has {length} tokens, 18 of them vision"):
+        short.encode("a", None, (CLIP, "?"))

@@ -19,7 +19,7 @@ from megatron_vrl.parallel.mesh import Mesh, close_mesh, init_mesh
 from megatron_vrl.process import signals
 from megatron_vrl.rollout.request import SamplingSpec
 from megatron_vrl.tasks import TASKS
-from megatron_vrl.types import Prompt, Rollout, VideoSample
+from megatron_vrl.types import Prompt, Rollout, Sample, VideoClip
 from tests.tiny import prompt, video
 
 
@@ -29,11 +29,11 @@ def mesh() -> Iterator[Mesh]:
     close_mesh()
 
 
-def sample(number: int) -> VideoSample:
-    return VideoSample(
+def sample(number: int) -> Sample:
+    return Sample(
         id=f"s{number}",
         task="temporal_grounding",
-        video=f"{number}.mp4",
+        media=(VideoClip(f"{number}.mp4"),),
         duration_s=10.0,
         query="a square",
         rationale="",
@@ -43,7 +43,7 @@ def sample(number: int) -> VideoSample:
     )
 
 
-def ctx_of(mesh: Mesh, samples: list[VideoSample], bad: set[str], share: float) -> RunContext:
+def ctx_of(mesh: Mesh, samples: list[Sample], bad: set[str], share: float) -> RunContext:
     """Every readable question is answered right."""
     text = TASKS["temporal_grounding"].target(samples[0])
     answer = Rollout(
@@ -57,9 +57,10 @@ def ctx_of(mesh: Mesh, samples: list[VideoSample], bad: set[str], share: float) 
     )
     shown = prompt([video((1, 2, 2), 1.0, 0)], 0)
 
-    def load(block: list[VideoSample]) -> list[VideoError | Prompt]:
+    def load(block: list[Sample]) -> list[VideoError | Prompt]:
         return [
-            VideoError(f"{s.video} is empty.", "empty") if s.id in bad else shown for s in block
+            VideoError(f"{s.first_path} is empty.", "empty") if s.id in bad else shown
+            for s in block
         ]
 
     made = SimpleNamespace(

@@ -4,12 +4,12 @@ import pytest
 
 from megatron_vrl.evaluation.free_text import read_interval, read_option
 from megatron_vrl.evaluation.protocols import BENCHMARKS, Item, Prediction, judged
-from megatron_vrl.types import Interval, VideoSample
+from megatron_vrl.types import Interval, Sample, VideoClip
 
-SAMPLE = VideoSample(
+SAMPLE = Sample(
     id="a",
     task="grounded_qa",
-    video="a.mp4",
+    media=(VideoClip("a.mp4"),),
     duration_s=30.0,
     query="why",
     rationale="",

@@ -14,7 +14,7 @@ from megatron_vrl.evaluation.benchmark import (
     write_lmms_samples,
 )
 from megatron_vrl.evaluation.protocols import Prediction, Protocol
-from megatron_vrl.types import VideoSample
+from megatron_vrl.types import Sample
 from tests.data.formats.test_benchmarks import VIDEO_MME
 
 CAPTIONS = {
@@ -23,7 +23,7 @@ CAPTIONS = {
 TIMES = '<think>x</think><answer>{"start_time": "20.0", "end_time": "34.0"}</answer>'
 
 
-def asked(folder: Path, name: str, protocol: Protocol = "strict") -> list[VideoSample]:
+def asked(folder: Path, name: str, protocol: Protocol = "strict") -> list[Sample]:
     path = folder / "annotations.json"
     path.write_text(json.dumps(CAPTIONS if name == "charades_sta" else VIDEO_MME))
     return questions(name, str(path), "", protocol)

@@ -15,12 +15,12 @@ from megatron_vrl.tasks.baselines import (
     best_constant_letter,
     constant_interval_miou,
 )
-from megatron_vrl.types import VideoSample
+from megatron_vrl.types import Sample, VideoClip
 
-SAMPLE = VideoSample(
+SAMPLE = Sample(
     id="v/0",
     task="temporal_grounding",
-    video="v.mp4",
+    media=(VideoClip("v.mp4"),),
     duration_s=10.0,
     query="q",
     rationale="",

@@ -20,10 +20,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_vrl.checkpoint.hf_load import hf_tensors, load_hf_weights
-from megatron_vrl.config import Model, Optimizer, Parallel
+from megatron_vrl.config import Batch, Model, Optimizer, Parallel
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.models.logprob_head import Distribution
 from megatron_vrl.parallel.mesh import close_mesh, init_mesh
+from megatron_vrl.policy.micro_batches import plan_batches
 from megatron_vrl.policy.policy import Policy
 from tests import tiny, tiny_qwen3_vl
 from tests.tiny import micro_batches, token_loss
@@ -40,6 +41,7 @@ class Layout:
     model: dict[str, Any] = field(default_factory=dict)
     prompts: Literal["shared", "plain"] = "shared"  # plain: repeated before every answer
     models: tuple[str, ...] = ("untied", "tied")
+    text_rank: bool = False  # the second data rank has text alone and no picture
 
     @property
     def all_models(self) -> tuple[str, ...]:
@@ -83,6 +85,10 @@ LAYOUTS = {
     ),
     "dp2-overlap-recompute": Layout(
         processes=2, parallel={"overlap": True}, model=FULL, models=("tied",)
+    ),
+    "dp2-text-rank": Layout(processes=2, parallel=PLAIN_DDP, models=("tied",), text_rank=True),
+    "dp2-text-rank-overlap": Layout(
+        processes=2, parallel={"overlap": True}, models=("untied",), text_rank=True
     ),
     "tp4": Layout(processes=4, parallel=PLAIN_DDP | {"tensor": 4}, models=("four-kv-heads",)),
     "pp4": Layout(processes=4, parallel=PLAIN_DDP | {"pipeline": 4}, models=("tied",)),
@@ -131,7 +137,12 @@ def train(checkpoint: Path, layout: Layout) -> dict[str, Any]:
     policy.keep_reference()
     policy.start_phase(Optimizer(lr=1e-3, clip_grad=1.0), num_steps=2)
     groups = (tiny_qwen3_vl if third else tiny).GROUPS
-    batches = micro_batches(groups, mesh, layout.prompts)
+    if layout.text_rank:
+        mine = [*(groups[3:] if mesh.data.rank else groups[:3])]
+        batches = plan_batches(mine, mine[0], Batch(tokens=40), mesh)
+        assert mesh.data.rank == 0 or not any(batch.visuals for batch in batches)
+    else:
+        batches = micro_batches(groups, mesh, layout.prompts)
     result: dict[str, Any] = {"lengths": [len(batch.rows) for batch in batches]}
     messages = Messages()
     for step in range(2):

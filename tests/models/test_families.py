@@ -27,7 +27,7 @@ from megatron_vrl.models.matrices import head_weights, language_layer_weights
 from megatron_vrl.models.patchify import patchify
 from megatron_vrl.models.vision_tower import MERGER
 from megatron_vrl.models.weight_map import chunk_rows, hf_shapes, megatron_shape
-from megatron_vrl.types import VideoInput
+from megatron_vrl.types import VisualInput
 from megatron_vrl.video.rules import TEMPORAL
 from tests.tiny import image, video
 
@@ -168,7 +168,8 @@ def test_a_prompt_is_expanded_and_has_positions(arch: Architecture, timestamps: 
 def test_an_engine_gets_every_frame(arch: Architecture) -> None:
     inputs = family_of(arch).engine
     shown = video((3, 4, 6), 1.0, 0)
-    given = VideoInput(
+    given = VisualInput(
+        kind="video",
         frames=shown.frames,
         grid_thw=shown.grid_thw,
         seconds_per_grid=shown.seconds_per_grid,

@@ -16,14 +16,18 @@ from megatron_vrl.config import Observe
 from megatron_vrl.errors import UserError
 from megatron_vrl.observe.metrics import StepMetrics
 from megatron_vrl.observe.report import MAX_SAMPLES, build_report
-from megatron_vrl.observe.samples import CELL_PX, CELLS, Answer, LoggedSample, strip
+from megatron_vrl.observe.samples import CELL_PX, CELLS, Answer, LoggedSample, picture_of, strip
 from megatron_vrl.observe.sinks import open_sinks
 from megatron_vrl.observe.summary import write_summary
 from megatron_vrl.process.run_lock import Owner
 from megatron_vrl.storage.files import write_error
+from tests.tiny import image, video
 
-FRAMES = np.zeros((8, 12, 16, 3), np.uint8)
-TIMES_S = np.arange(8, dtype=np.float64) * 2
+CLIP = replace(
+    video((4, 2, 2), 4.0, 0),
+    frames=np.zeros((8, 12, 16, 3), np.uint8),
+    timestamps_s=np.arange(8, dtype=np.float64) * 2,
+)
 HOSTILE = "<script>alert(1)</script> & more"
 
 
@@ -63,7 +67,7 @@ def made_run(out_dir: Path, samples: int = 2) -> Path:
         seconds = {"rollout": 3.0, "sync": 1.0}
         sinks.write(StepMetrics(phase="grpo", step=step, values=values, seconds=seconds))
     for step in range(1, samples + 1):
-        sinks.log_sample(logged_sample(step, HOSTILE), FRAMES, TIMES_S)
+        sinks.log_sample(logged_sample(step, HOSTILE), [CLIP])
     sinks.close()
     return out_dir
 
@@ -148,7 +152,7 @@ def test_best_middle_and_worst_answers_are_first(tmp_path: Path) -> None:
     rewards = [0.3, 0.9, 0.1, 0.7, 0.5]
     answers = tuple(replace(answer(2.0, f"earned {r}"), reward=r) for r in rewards)
     sinks = open_sinks(tmp_path, Observe(wandb="disabled"), {}, "run", rank=0, resume=("grpo", 31))
-    sinks.log_sample(replace(logged_sample(1), answers=answers), FRAMES, TIMES_S)
+    sinks.log_sample(replace(logged_sample(1), answers=answers), [CLIP])
     sinks.close()
     shown = re.findall(r"earned ([\d.]+)", build_report(tmp_path).read_text())
     assert shown == ["0.9", "0.5", "0.1", "0.7", "0.3"]
@@ -244,3 +248,19 @@ def test_run_state_follows_the_lock(tmp_path: Path) -> None:
 
 def page_of(out_dir: Path) -> str:
     return build_report(out_dir).read_text()
+
+
+def test_media_are_shown_below_each_other_and_text_alone_without_a_picture(tmp_path: Path) -> None:
+    tall, flat = image((4, 2), 1), image((2, 4), 2)
+    picture = picture_of([flat, tall, CLIP, *[flat] * 9])
+    # images in one row, 320 px for the tall one; a strip of 120 px; nine images in two rows
+    assert picture.size == (8 * 160, 320 + 120 + 2 * 80)
+    alone = strip(CLIP.frames, CLIP.timestamps_s, 16.0)
+    assert picture_of([CLIP], 16.0).tobytes() == alone.tobytes()
+    made_run(tmp_path, samples=0)
+    sinks = open_sinks(tmp_path, Observe(wandb="disabled"), {}, "run", rank=0, resume=("grpo", 31))
+    text = replace(logged_sample(1), duration_s=0.0, intervals_s=(), question="by text alone")
+    sinks.log_sample(text, ())
+    sinks.close()
+    page = build_report(tmp_path).read_text()
+    assert "by text alone" in page and 'class="ruler' not in page and 'class="strip"' not in page

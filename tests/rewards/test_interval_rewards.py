@@ -11,12 +11,12 @@ from megatron_vrl.rewards import diou, giou, temporal_wasserstein
 from megatron_vrl.rewards.interval_sets import length, merge, overlap, set_iou
 from megatron_vrl.rewards.temporal_wasserstein import reward, wasserstein
 from megatron_vrl.tasks import TASKS
-from megatron_vrl.types import Interval, Parsed, VideoSample
+from megatron_vrl.types import Interval, Parsed, Sample, VideoClip
 
-SAMPLE = VideoSample(
+SAMPLE = Sample(
     id="v/0",
     task="temporal_grounding",
-    video="v.mp4",
+    media=(VideoClip("v.mp4"),),
     duration_s=60.0,
     query="the door opens",
     rationale="",

@@ -19,14 +19,14 @@ from megatron_vrl.rewards.score import score
 from megatron_vrl.rewards.user_functions import Call, Returned, Workers
 from megatron_vrl.rewards.weights import reward_weights
 from megatron_vrl.tasks import TASKS
-from megatron_vrl.types import Parsed, Rollout, ScoredGroup, VideoSample
+from megatron_vrl.types import Parsed, Rollout, Sample, ScoredGroup, VideoClip
 from tests.tiny import prompt
 
 FUNCTIONS = "tests.rewards.user_functions"
-SAMPLE = VideoSample(
+SAMPLE = Sample(
     id="v/0",
     task="temporal_grounding",
-    video="v.mp4",
+    media=(VideoClip("v.mp4"),),
     duration_s=30.0,
     query="the door opens",
     rationale="",
@@ -178,7 +178,7 @@ def test_an_answer_is_parsed_once_and_functions_get_one_batch(
     parsed: list[str] = []
     batches: list[int] = []
 
-    def parse(response: str, sample: VideoSample) -> Parsed:
+    def parse(response: str, sample: Sample) -> Parsed:
         parsed.append(response)
         return task.parse(response, sample)
 

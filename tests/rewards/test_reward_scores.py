@@ -13,12 +13,12 @@ from megatron_vrl.rewards.score import score
 from megatron_vrl.rewards.temporal_iou import iou
 from megatron_vrl.rewards.weights import reward_weights
 from megatron_vrl.tasks import TASKS
-from megatron_vrl.types import VideoSample
+from megatron_vrl.types import Sample, VideoClip
 
-SAMPLE = VideoSample(
+SAMPLE = Sample(
     id="v/0",
     task="temporal_grounding",
-    video="v.mp4",
+    media=(VideoClip("v.mp4"),),
     duration_s=30.0,
     query="the door opens",
     rationale="",

@@ -27,7 +27,8 @@ from megatron_vrl.rollout.vllm.engine import VllmEngine
 from megatron_vrl.rollout.workers.protocol import GenerateRequest, decode, encode
 from megatron_vrl.types import Prompt, Rollout
 from tests.rollout.conftest import MakePrompt
-from tests.tiny import present, video
+from tests.rollout.mixed_media import mixed_prompts
+from tests.tiny import image, present, video
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 SPEC = SamplingSpec(n=2, temperature=1.0, top_p=1.0, max_tokens=12, seed=5)
@@ -114,12 +115,26 @@ def test_textual_timestamps_are_one_encoding_for_engine_and_trainer(
     """vLLM derives tokens and grid of every step as the trainer does, or `generate` raises."""
     encoder = PromptEncoder(checkpoint, policy.arch, "none", 250, timestamps="interleaved")
     steps = [video((steps, 4, 6), 0.7, seed=steps) for steps in (1, 3, 5)]
-    prompts = [encoder.encode(f"{v.path}", None, (v,), "When?") for v in steps]
+    prompts = [encoder.encode(f"{v.path}", None, (v, "When?")) for v in steps]
     answers = engine.generate(prompts, SPEC)
     policy.keep_reference()
     assert largest_gap(policy, engine, prompts, answers) < 1e-4
     embedded = engine.generate(VisionEmbeddingCache(policy, 64).embed(prompts), SPEC)
     for ours, theirs in zip(embedded, answers, strict=True):
+        assert [a.token_ids.tolist() for a in ours] == [a.token_ids.tolist() for a in theirs]
+
+
+def test_mixed_media_agree_with_pixels_and_with_embeddings(
+    policy: Policy, engine: VllmEngine, checkpoint: Path
+) -> None:
+    encoder = PromptEncoder(checkpoint, policy.arch, "none", 200)
+    prompts = mixed_prompts(encoder, video, image)
+    pixels = engine.generate(prompts, SPEC)
+    policy.keep_reference()
+    assert largest_gap(policy, engine, prompts, pixels) < 1e-4
+    embedded = VisionEmbeddingCache(policy, 64).embed(prompts)
+    answers = engine.generate(embedded, SPEC)
+    for ours, theirs in zip(answers, pixels, strict=True):
         assert [a.token_ids.tolist() for a in ours] == [a.token_ids.tolist() for a in theirs]
 
 
@@ -146,9 +161,9 @@ def test_embeddings_are_sent_to_workers_without_pixels(
 ) -> None:
     (embedded,) = VisionEmbeddingCache(policy, 64).embed(prompts[:1])
     ask = GenerateRequest(request=make_request(embedded), spec=SPEC.for_prompt(0), version=0)
-    (video,) = decode(encode(ask), GenerateRequest).request.videos
+    (video,) = decode(encode(ask), GenerateRequest).request.visuals
     assert video.frames.size == 0 and video.embeddings is not None
     assert np.array_equal(video.embeddings, embedded.visual_embeds[0])
     plain = GenerateRequest(request=make_request(prompts[0]), spec=SPEC.for_prompt(0), version=0)
-    (video,) = decode(encode(plain), GenerateRequest).request.videos
+    (video,) = decode(encode(plain), GenerateRequest).request.visuals
     assert video.embeddings is None and np.array_equal(video.frames, prompts[0].visuals[0].frames)

@@ -29,6 +29,7 @@ from megatron_vrl.policy.vision_cache import VisionEmbeddingCache
 from megatron_vrl.rollout.request import SamplingSpec
 from megatron_vrl.rollout.vllm.engine import VllmEngine
 from megatron_vrl.types import EncodedVideo, Prompt, Rollout, Visual
+from tests.rollout.mixed_media import mixed_prompts
 from tests.tiny import present
 from tests.tiny_qwen3_vl import image, video
 
@@ -70,7 +71,7 @@ def prompts(encoder: PromptEncoder) -> list[Prompt]:
     for seed, grid in enumerate([(4, 2, 2), (3, 4, 6), (1, 6, 2)]):
         times = np.cumsum(np.random.default_rng(seed).uniform(0.1, 2, 2 * grid[0]))
         shown = replace(video(grid, 1.0, seed), timestamps_s=times - times[0])
-        made.append(encoder.encode(f"clip-{seed}", None, (shown,), "when is it visible?"))
+        made.append(encoder.encode(f"clip-{seed}", None, (shown, "when is it visible?")))
     return made
 
 
@@ -108,6 +109,20 @@ def test_engine_and_trainer_agree_with_pixels_and_with_embeddings(
     assert largest_gap(policy, engine, embedded, answers) < 1e-4
 
 
+def test_mixed_media_agree_with_pixels_and_with_embeddings(
+    policy_and_engine: tuple[Policy, VllmEngine], encoder: PromptEncoder
+) -> None:
+    policy, engine = policy_and_engine
+    prompts = mixed_prompts(encoder, video, image)
+    pixels = engine.generate(prompts, SPEC)
+    assert largest_gap(policy, engine, prompts, pixels) < 1e-4
+    embedded = VisionEmbeddingCache(policy, 64).embed(prompts)
+    answers = engine.generate(embedded, SPEC)
+    for ours, theirs in zip(answers, pixels, strict=True):
+        assert [a.token_ids.tolist() for a in ours] == [a.token_ids.tolist() for a in theirs]
+    assert largest_gap(policy, engine, embedded, answers) < 1e-4
+
+
 @pytest.mark.parametrize(
     "visuals",
     [
@@ -124,7 +139,7 @@ def test_positions_equal_vllm(
     from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration as Model
 
     arch = policy_and_engine[0].arch
-    asked = encoder.encode("one", None, tuple(visuals), "when is it visible?")
+    asked = encoder.encode("one", None, (*visuals, "when is it visible?"))
     pads = [i for i, t in enumerate(asked.engine_token_ids) if t in encoder._pads]
     before = [
         PROMPT.expand(asked.engine_token_ids[:pad], visuals[:i], arch, encoder._chat.text_ids)

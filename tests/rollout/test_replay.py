@@ -17,7 +17,7 @@ from megatron_vrl.rollout.records import encode, read_rollouts, record_of, short
 from megatron_vrl.rollout.replay import ReplayEngine, ReplayFiles, ReplayFuture, check_replay
 from megatron_vrl.rollout.request import SamplingSpec
 from megatron_vrl.storage.compressed import FrameFile
-from megatron_vrl.types import RewardComponent, Rollout, ScoredGroup, VideoSample
+from megatron_vrl.types import RewardComponent, Rollout, Sample, ScoredGroup, VideoClip
 from tests.tiny import prompt, video
 
 SPEC = SamplingSpec(n=2, temperature=0.9, top_p=1.0, max_tokens=8, seed=7)
@@ -27,10 +27,10 @@ def scored(number: int, version: int = 0) -> ScoredGroup:
     rng = np.random.default_rng(number)
     shown = replace(prompt([video((2, 4, 4), 1.0, number)], number), id=f"s{number}")
     return ScoredGroup(
-        sample=VideoSample(
+        sample=Sample(
             id=shown.id,
             task="temporal_grounding",
-            video="v.mp4",
+            media=(VideoClip("v.mp4"),),
             duration_s=10.0,
             query="a square",
             rationale="",

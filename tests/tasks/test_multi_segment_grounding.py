@@ -20,13 +20,13 @@ from megatron_vrl.rewards.interval_sets import merge, set_iou
 from megatron_vrl.rewards.score import score
 from megatron_vrl.tasks import TASKS, can_be_asked
 from megatron_vrl.tasks.answer import MAX_INTERVALS
-from megatron_vrl.types import Interval, VideoSample
+from megatron_vrl.types import Interval, Sample, VideoClip
 
 TASK = TASKS["multi_segment_grounding"]
-SAMPLE = VideoSample(
+SAMPLE = Sample(
     id="v/0",
     task=TASK.name,
-    video="v.mp4",
+    media=(VideoClip("v.mp4"),),
     duration_s=30.0,
     query="the door opens",
     rationale="it opens twice",

@@ -19,7 +19,7 @@ from megatron_vrl.rewards.manager import RewardManager
 from megatron_vrl.selection.rules import KEPT, candidate, select
 from megatron_vrl.tasks import TASKS, Task, Truth
 from megatron_vrl.trainer.metrics import answer_metrics
-from megatron_vrl.types import Experience, Parsed, Rollout, VideoSample
+from megatron_vrl.types import Experience, Parsed, Rollout, Sample, VideoClip
 from tests.tiny import prompt
 
 
@@ -29,11 +29,11 @@ class Count(BaseModel):
     count: int
 
 
-def count_error(sample: VideoSample, parsed: Parsed) -> float:
+def count_error(sample: Sample, parsed: Parsed) -> float:
     return 0.0 if parsed.value is None else 1 / (1 + abs(parsed.value - sample.truth.count))
 
 
-def parse(response: str, sample: VideoSample) -> Parsed:
+def parse(response: str, sample: Sample) -> Parsed:
     if response.isdigit():
         return Parsed(value=int(response), formatted=True)
     return Parsed(failure=f"{response!r} is not a number")
@@ -61,11 +61,11 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TASKS, "counting", task)
 
 
-def sample(count: int, task: str = "counting") -> VideoSample:
-    return VideoSample(
+def sample(count: int, task: str = "counting") -> Sample:
+    return Sample(
         id=f"v/{count}",
         task=task,
-        video="v.mp4",
+        media=(VideoClip("v.mp4"),),
         duration_s=10.0,
         query="a ball bounces",
         rationale="",

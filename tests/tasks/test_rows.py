@@ -14,13 +14,13 @@ from megatron_vrl.evaluation.metrics import summarise
 from megatron_vrl.rewards.score import score
 from megatron_vrl.rewards.weights import reward_weights
 from megatron_vrl.tasks import SYSTEM_PROMPTS, TASKS, can_be_asked
-from megatron_vrl.types import Parsed, VideoSample
+from megatron_vrl.types import Parsed, Sample, VideoClip
 from tests.algorithms.make_tokens import tokens_of
 
-SAMPLE = VideoSample(
+SAMPLE = Sample(
     id="v/0",
     task="",
-    video="v.mp4",
+    media=(VideoClip("v.mp4"),),
     duration_s=30.0,
     query="the red square is visible",
     rationale="the red square",

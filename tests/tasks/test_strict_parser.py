@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_vrl.tasks import SYSTEM_PROMPTS, TASKS
-from megatron_vrl.types import VideoSample
+from megatron_vrl.types import Sample, VideoClip
 
-SAMPLE = VideoSample(
+SAMPLE = Sample(
     id="v/0",
     task="grounded_qa",
-    video="v.mp4",
+    media=(VideoClip("v.mp4"),),
     duration_s=30.0,
     query="what colour is the square?",
     rationale="blue",

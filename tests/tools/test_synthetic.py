@@ -19,7 +19,7 @@ from synthetic.pixels import bounced
 
 from megatron_vrl.config import Source
 from megatron_vrl.data.formats.training import read
-from megatron_vrl.types import VideoSample
+from megatron_vrl.types import Sample
 
 TOOL = Path(__file__).parents[2] / "tools/make_synthetic.py"
 SPLITS = ("sft", "train", "dev", "heldout", "ood")
@@ -56,7 +56,7 @@ def apart(first: Path, second: Path) -> float:
     return float(abs(frames(first).astype(int) - frames(second)).mean())
 
 
-def samples(folder: Path, split: str) -> list[VideoSample]:
+def samples(folder: Path, split: str) -> list[Sample]:
     all_samples = []
     form: Any
     for task, form in FORMS.items():
@@ -102,7 +102,7 @@ def test_the_readers_take_every_file(folder: Path) -> None:
             "multiple_choice": 1,
             "grounded_qa": 1,
         }
-        assert all(Path(sample.video).is_file() for sample in found)
+        assert all(Path(sample.first_path).is_file() for sample in found)
         assert all(sample.duration_s == DURATION_S for sample in found)
 
 
@@ -120,14 +120,14 @@ def test_every_clip_is_h264_of_the_annotated_length(folder: Path) -> None:
 def test_pixels_change_exactly_in_the_annotated_interval(folder: Path) -> None:
     for sample in samples(folder, "sft") + samples(folder, "heldout"):
         for start, end in sample.intervals_s:
-            assert seen_seconds(frames(sample.video)) == list(range(int(start), int(end)))
+            assert seen_seconds(frames(sample.first_path)) == list(range(int(start), int(end)))
 
 
 def test_the_asked_colour_is_the_one_on_screen(folder: Path) -> None:
     asked = [sample for sample in samples(folder, "sft") if sample.options]
     assert asked
     for sample in asked:
-        video = frames(sample.video).astype(int)
+        video = frames(sample.first_path).astype(int)
         shape = abs(video - np.median(video, axis=0)).max(axis=-1) > 60
         shown = np.median(video[shape], axis=0)
         names = list(sample.options)
@@ -136,7 +136,7 @@ def test_the_asked_colour_is_the_one_on_screen(folder: Path) -> None:
 
 
 def test_no_two_splits_share_a_clip(folder: Path) -> None:
-    names = [Path(sample.video).name for split in SPLITS for sample in samples(folder, split)]
+    names = [Path(sample.first_path).name for split in SPLITS for sample in samples(folder, split)]
     assert len(names) == len(set(names)) == 20
     pictures = [path.read_bytes() for path in (folder / "videos").iterdir()]
     assert len(set(pictures)) == 20

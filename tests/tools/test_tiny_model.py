@@ -14,17 +14,17 @@ from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.models.weight_map import num_parameters
 from megatron_vrl.rollout.vllm.torchvision_shim import declare_missing_ops
 from megatron_vrl.tasks import TASKS
-from megatron_vrl.types import VideoSample
+from megatron_vrl.types import Sample, VideoClip
 
 declare_missing_ops()
 
 import make_tiny_model  # noqa: E402
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor  # noqa: E402
 
-GROUNDING = VideoSample(
+GROUNDING = Sample(
     id="clip/0",
     task="temporal_grounding",
-    video="clip.mp4",
+    media=(VideoClip("clip.mp4"),),
     duration_s=16.0,
     query="the red square is visible",
     rationale="the red square is visible",

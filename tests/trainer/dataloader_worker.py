@@ -30,7 +30,7 @@ from megatron_vrl.parallel.mesh import (
 from megatron_vrl.storage.files import read_rows
 from megatron_vrl.trainer.dataloader import PromptDataLoader
 from megatron_vrl.trainer.state import RunState
-from megatron_vrl.types import EncodedVideo, VideoSample
+from megatron_vrl.types import MEDIA_PLACE, ImageFile, Sample, VideoClip
 from megatron_vrl.video import VideoReader
 
 ARCHITECTURE = read_architecture(
@@ -38,24 +38,34 @@ ARCHITECTURE = read_architecture(
 )
 
 NUM_FILES, BAD, STEPS, BATCH, SEED = 20, {1, 4, 5, 13}, 6, 5, 3
+BAD_IMAGE, WITH_IMAGE, TEXT = 5, (5, 6), 7
 
 
-def samples(folder: Path) -> list[VideoSample]:
-    return [
-        VideoSample(
-            id=f"s{number}",
-            task="temporal_grounding",
-            video=str(folder / f"{number}.mp4"),
-            duration_s=1.0,
-            query="the red square is visible",
-            rationale="",
-            intervals_s=((0.0, 0.5),),
-            options=(),
-            option="",
-            folder=str(folder),
-        )
-        for number in range(NUM_FILES)
-    ]
+def samples(folder: Path) -> list[Sample]:
+    """Return samples with one video; two have an image beside it, and one is text alone."""
+    return [sample(number, folder) for number in range(NUM_FILES)]
+
+
+def sample(number: int, folder: Path) -> Sample:
+    made = Sample(
+        id=f"s{number}",
+        task="temporal_grounding",
+        media=(VideoClip(str(folder / f"{number}.mp4"), folder=str(folder)),),
+        duration_s=1.0,
+        query="the red square is visible",
+        rationale="",
+        intervals_s=((0.0, 0.5),),
+        options=(),
+        option="",
+    )
+    choice = replace(made, task="multiple_choice", options=("red", "blue"), option="A")
+    if number == TEXT:
+        return replace(choice, media=())
+    if number in WITH_IMAGE:
+        image = ImageFile(str(folder / f"{number}.png"), str(folder))
+        query = f"Is {MEDIA_PLACE} in {MEDIA_PLACE}?"
+        return replace(choice, media=(image, *made.media), query=query)
+    return made
 
 
 def expected(folder: Path) -> list[list[str]]:
@@ -105,9 +115,10 @@ def draw_steps(ctx: RunContext, folder: Path, state: RunState, steps: int) -> li
     for _ in range(steps):
         made = dataloader.take(BATCH)
         for sample, prompt, _ in made:
-            (video,) = prompt.visuals
-            assert isinstance(video, EncodedVideo) and video.path == sample.video
-            assert len(video.frames) == 2  # one temporal step: the truth keeps its times
+            shown = [visual.path for visual in prompt.visuals]
+            assert shown == [medium.path for medium in sample.media]
+            assert all(len(visual.frames) == 2 for visual in prompt.visuals)
+            # one temporal step: the truth keeps its times
             assert sample.intervals_s == ((0.0, 0.5),)
         dataloader.prefetch(BATCH)
         mine = [one.sample.id for one in made]
@@ -133,6 +144,7 @@ def check(folder: Path, published: Path) -> None:
     gather_objects(world_axis(mesh), None)  # all have read it before it is begun anew
     assert {int(row["sample"][1:]) for row in rows} == BAD and len(rows) == len(BAD)
     assert {row["kind"] for row in rows} == {"missing", "empty", "outside"}
+    assert str(folder / f"{BAD_IMAGE}.png") in {row["video"] for row in rows}
 
     state = RunState(stage="grpo")  # stopped after two steps and started again
     first = draw_steps(ctx, folder, state, 2)

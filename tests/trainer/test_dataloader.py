@@ -4,9 +4,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.running import run_python
-from tests.trainer.dataloader_worker import BAD, NUM_FILES, check
+from tests.trainer.dataloader_worker import BAD, BAD_IMAGE, NUM_FILES, WITH_IMAGE, check
 from tests.video.conftest import write_clip
 
 
@@ -21,7 +22,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Twenty clips, of which one is missing, two are empty and one leads to another folder."""
+    """Twenty clips and two images: one missing, two empty, one a link to another folder."""
     folder = tmp_path / "videos"
     folder.mkdir()
     write_clip(str(tmp_path / "source.mp4"), num_frames=8, size=(56, 56))
@@ -29,8 +30,11 @@ def folder(tmp_path: Path) -> Path:
         shutil.copy(tmp_path / "source.mp4", folder / f"{number}.mp4")
     missing, *empty, outside = sorted(BAD)
     (folder / f"{missing}.mp4").unlink()
+    for number in WITH_IMAGE:
+        Image.new("RGB", (60, 40)).save(folder / f"{number}.png")
     for number in empty:
-        (folder / f"{number}.mp4").write_bytes(b"")
+        name = f"{number}.png" if number == BAD_IMAGE else f"{number}.mp4"
+        (folder / name).write_bytes(b"")
     (folder / f"{outside}.mp4").unlink()
     (folder / f"{outside}.mp4").symlink_to(tmp_path / "source.mp4")
     return folder

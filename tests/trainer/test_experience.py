@@ -25,8 +25,9 @@ from megatron_vrl.types import (
     Experience,
     RewardComponent,
     Rollout,
+    Sample,
     ScoredGroup,
-    VideoSample,
+    VideoClip,
 )
 from tests.tiny import present, prompt, video
 from tests.tiny_models import hf_model, save
@@ -41,10 +42,10 @@ def mesh() -> Iterator[Mesh]:
 def scored(name: str, rewards: list[float], lengths: list[int] | None = None) -> ScoredGroup:
     lengths = lengths or [4] * len(rewards)
     return ScoredGroup(
-        sample=VideoSample(
+        sample=Sample(
             id=name,
             task="temporal_grounding",
-            video="v.mp4",
+            media=(VideoClip("v.mp4"),),
             duration_s=10.0,
             query="a square",
             rationale="",

@@ -23,7 +23,7 @@ from megatron_vrl.trainer import reselect
 from megatron_vrl.trainer.reselect import DataSelection, check_reselection
 from megatron_vrl.trainer.sample_stream import ordered
 from megatron_vrl.trainer.state import RunState
-from megatron_vrl.types import Prompt, Rollout, VideoSample
+from megatron_vrl.types import Prompt, Rollout, Sample, VideoClip
 from tests.data.test_mix import sample
 from tests.running import CONFIG
 from tests.tiny import prompt, video
@@ -65,7 +65,7 @@ class Run:
             checkpoint=SimpleNamespace(every_steps=50),
         )
         self.state = state
-        samples = [replace(sample(i), video=f"{i}.mp4") for i in range(NUM)]
+        samples = [replace(sample(i), media=(VideoClip(f"{i}.mp4"),)) for i in range(NUM)]
         self.pool = Pool(cfg.data.train, [samples], [np.arange(NUM)])
         self.stream = ordered(self.pool, cfg.data, 1)
         self.stream.restore(state.stream)
@@ -83,11 +83,11 @@ class Run:
         )
 
     @staticmethod
-    def load(samples: list[VideoSample]) -> list[VideoError | Prompt]:
+    def load(samples: list[Sample]) -> list[VideoError | Prompt]:
         bad = VideoError("is cut off", "cut_off")
         shown = prompt([video((1, 2, 2), 1.0, 0)], 0)
         return [
-            bad if one.video == f"{UNREADABLE}.mp4" else replace(shown, id=one.video)
+            bad if one.first_path == f"{UNREADABLE}.mp4" else replace(shown, id=one.first_path)
             for one in samples
         ]
 
@@ -163,7 +163,7 @@ def test_the_next_epochs_draw_kept_samples_and_the_next_selection_answers_all(
     again = Run(mesh, tmp_path, replace(run.state, stream=24))
     assert again.asked == [] and drawn(again, 20) == drawn(run, 20)
     in_flight = [again.stream.at(place) for place in range(12, 18)]  # perhaps
-    assert {one.id for one in in_flight if isinstance(one, VideoSample)} == kept
+    assert {one.id for one in in_flight if isinstance(one, Sample)} == kept
 
 
 def test_a_resumed_selection_answers_the_rest_and_keeps_equal_samples(

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from megatron_vrl.errors import CheckpointError, VideoError
+from megatron_vrl.config import Video
+from megatron_vrl.errors import CheckpointError, ConfigError, VideoError
 from megatron_vrl.models.patchify import patchify
 from megatron_vrl.models.qwen2_5_vl.pixels import PIXELS
 from megatron_vrl.rollout.vllm.torchvision_shim import declare_missing_ops
-from megatron_vrl.video.image import ImageRules, read_image, read_image_rules
+from megatron_vrl.types import EncodedImage, EncodedVideo, ImageFile, VideoClip
+from megatron_vrl.video import VideoReader
+from megatron_vrl.video.image import ImageRules, image_rules, read_image, read_image_rules
 from megatron_vrl.video.rules import smart_resize
+from tests.video.conftest import MakeClip
 
 declare_missing_ops()
 
@@ -119,3 +124,46 @@ def test_bad_files_are_named(saved: Callable[..., str], tmp_path: Path) -> None:
             read_image(str(tmp_path / name), RULES)
     with pytest.raises(VideoError, match="is 900x4, longer than 200:1; crop it"):
         read_image(saved(picture(4, 900), "thin.png"), RULES)
+
+
+def test_a_reader_keeps_the_order_of_clips_and_images(
+    saved: Callable[..., str], make_clip: MakeClip, tmp_path: Path
+) -> None:
+    clip, path = VideoClip(make_clip("a.mp4", num_frames=16)), saved(picture(100, 75))
+    rules = replace(RULES, max_pixels=64 * 64)
+    sampling = {"decoder": "pyav", "workers": 1, "retries": 0, "min_pixels": 784}
+    reader = VideoReader(Video.model_validate(sampling), PIXELS, rules)
+    good, copy = ImageFile(path), ImageFile(saved(picture(100, 75), "copy.png"))
+    absent, outside = ImageFile(str(tmp_path / "no.png")), ImageFile(path, str(tmp_path / "in"))
+    shown, image, missing, other, again, bad = reader.read(
+        [clip, good, absent, clip, copy, outside]
+    )
+    assert isinstance(shown, EncodedVideo) and isinstance(other, EncodedVideo)
+    wanted = read_image(path, rules)
+    assert isinstance(image, EncodedImage) and isinstance(again, EncodedImage)
+    assert (image.path, image.digest, image.grid_thw) == (path, wanted.digest, wanted.grid_thw)
+    assert np.array_equal(image.frames, wanted.frames) and again.path == copy.path
+    assert isinstance(missing, VideoError) and (missing.kind, missing.path) == (
+        "missing",
+        absent.path,
+    )
+    assert isinstance(bad, VideoError) and bad.kind == "outside"
+    assert reader.counts == {"decoded": 2, "failed": 2, "store": 0, "retried": 0}
+    reader.prefetch([good, clip])
+    assert isinstance(reader.read([good])[0], EncodedImage) and reader.counts["store"] == 2
+    tokens, error = reader.count_tokens([good, absent])
+    assert tokens == wanted.grid_thw[1] * wanted.grid_thw[2] // 4
+    assert (
+        str(error) == f"{absent.path} cannot be read (No such file or directory); check the path."
+    )
+
+
+def test_limits_of_a_run_replace_those_of_the_checkpoint(tmp_path: Path) -> None:
+    assert image_rules(tmp_path, PIXELS, None, None) == RULES
+    assert image_rules(tmp_path, PIXELS, 784, 7840) == replace(
+        RULES, min_pixels=784, max_pixels=7840
+    )
+    with pytest.raises(
+        ConfigError, match=r"image_min_pixels=3136 is over data\.image_max_pixels=784"
+    ):
+        image_rules(tmp_path, PIXELS, None, 784)

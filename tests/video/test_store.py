@@ -10,9 +10,10 @@ import pytest
 from megatron_vrl.config import Video
 from megatron_vrl.errors import ConfigError
 from megatron_vrl.models.qwen2_5_vl.pixels import PIXELS
-from megatron_vrl.types import EncodedVideo
+from megatron_vrl.types import EncodedVideo, Visual
 from megatron_vrl.video import VideoReader
 from megatron_vrl.video.store import MIB, VideoStore
+from tests.tiny import image
 from tests.video.conftest import MakeClip, videos_of
 
 
@@ -33,9 +34,9 @@ def a_video(seed: int, frames: int = 4, side: int = 140) -> EncodedVideo:
     )
 
 
-def assert_same(one: EncodedVideo | None, other: EncodedVideo) -> None:
-    assert one is not None
-    for field in fields(EncodedVideo):
+def assert_same(one: Visual | None, other: Visual) -> None:
+    assert one is not None and type(one) is type(other)
+    for field in fields(other):
         mine, theirs = getattr(one, field.name), getattr(other, field.name)
         assert type(mine) is type(theirs)
         np.testing.assert_array_equal(mine, theirs)
@@ -48,8 +49,10 @@ def disk_bytes(directory: Path) -> int:
 def test_disk_round_trip_is_bit_equal(tmp_path: Path) -> None:
     VideoStore(1, str(tmp_path), 64).put("key", a_video(0))
     assert_same(VideoStore(1, str(tmp_path), 64).get("key"), a_video(0))
+    VideoStore(1, str(tmp_path), 64).put("picture", image((4, 6), 1))
+    assert_same(VideoStore(1, str(tmp_path), 64).get("picture"), image((4, 6), 1))
     assert VideoStore(1, str(tmp_path), 64).get("other") is None
-    assert [path.name for path in tmp_path.iterdir()] == ["key.npz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["key.npz", "picture.npz"]
 
 
 def test_memory_evicts_the_least_recently_used() -> None:

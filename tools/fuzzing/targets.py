@@ -131,7 +131,7 @@ def _example(name: str) -> bytes:
 
 def _message() -> bytes:
     request = RolloutRequest(
-        id="clip/0", token_ids=np.arange(3), engine_token_ids=(1, 2), videos=()
+        id="clip/0", token_ids=np.arange(3), engine_token_ids=(1, 2), visuals=()
     )
     spec = SamplingSpec.greedy(8)
     return protocol.encode(protocol.GenerateRequest(request=request, spec=spec, version=1))

@@ -47,7 +47,7 @@ from megatron_vrl.data.formats.records import (
     video_path,
 )
 from megatron_vrl.errors import DataError
-from megatron_vrl.types import VideoSample
+from megatron_vrl.types import Sample, VideoClip
 
 _RANGE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*-\s*([0-9]+(?:\.[0-9]+)?)\s*")
 _STAMP = re.compile(r"<([0-9]*\.?[0-9]+|[0-9]+\.)>")
@@ -148,7 +148,7 @@ def tvgbench(
     records: Iterable[tuple[int, TvgBench]],
     source: Source,
     header_duration_s: HeaderDuration | None,
-) -> Iterator[VideoSample]:
+) -> Iterator[Sample]:
     """Yield one sample per record."""
     for index, record in records:
         match = _RANGE.fullmatch(record.answer)
@@ -171,7 +171,7 @@ def activitynet_rtl(
     records: Iterable[tuple[int, ActivityNetRtl]],
     source: Source,
     header_duration_s: HeaderDuration | None,
-) -> Iterator[VideoSample]:
+) -> Iterator[Sample]:
     """Yield one sample per record. The interval is made of the first two times in the answer."""
     for index, record in records:
         stamps = [float(stamp) for stamp in _STAMP.findall(record.answer)[:2]]
@@ -191,7 +191,7 @@ def mvbench(
     records: Iterable[tuple[str, list[MvBench]]],
     source: Source,
     header_duration_s: HeaderDuration | None,
-) -> Iterator[VideoSample]:
+) -> Iterator[Sample]:
     """Yield one sample per record of every sub-task."""
     seen: Counter[str] = Counter()
     for sub_task, of_task in records:
@@ -213,7 +213,7 @@ def tempcompass(
     records: Iterable[tuple[str, dict[str, dict[str, list[TempCompass]]]]],
     source: Source,
     header_duration_s: HeaderDuration | None,
-) -> Iterator[VideoSample]:
+) -> Iterator[Sample]:
     """Yield one sample per question."""
     seen: Counter[str] = Counter()
     for file, videos in records:
@@ -242,7 +242,7 @@ def video_mme(
     records: Iterable[tuple[int, VideoMme]],
     source: Source,
     header_duration_s: HeaderDuration | None,
-) -> Iterator[VideoSample]:
+) -> Iterator[Sample]:
     """Yield one sample per record."""
     for _, record in records:
         labels = (record.duration, record.domain, record.task_type)
@@ -260,7 +260,7 @@ def video_mme(
 
 def mmvu(
     records: Iterable[tuple[int, Mmvu]], source: Source, header_duration_s: HeaderDuration | None
-) -> Iterator[VideoSample]:
+) -> Iterator[Sample]:
     """Yield one sample per record. An open-ended question has no options."""
     for _, record in records:
         video = record.video.rpartition("/videos/")[2]
@@ -276,10 +276,10 @@ def mmvu(
                 labels=labels,
             )
         else:
-            yield VideoSample(
+            yield Sample(
                 id=record.id,
                 task="multiple_choice",
-                video=video_path(video, source, record.id),
+                media=(VideoClip(video_path(video, source, record.id)),),
                 duration_s=0.0,
                 query=record.question.strip(),
                 rationale="",
@@ -316,12 +316,12 @@ def _grounding(
     query: str,
     span: Sequence[float],
     labels: tuple[str, ...] = (),
-) -> VideoSample:
+) -> Sample:
     """Return a temporal grounding sample."""
-    return VideoSample(
+    return Sample(
         id=name,
         task="temporal_grounding",
-        video=video,
+        media=(VideoClip(video),),
         duration_s=duration_s,
         query=query.strip(),
         rationale=query.strip(),

@@ -25,7 +25,7 @@ from megatron_vrl.data.formats.records import (
 )
 from megatron_vrl.errors import DataError
 from megatron_vrl.tasks import TASKS, Truth
-from megatron_vrl.types import VideoSample
+from megatron_vrl.types import Sample, VideoClip
 
 
 class GenericRecord(Record):
@@ -45,13 +45,13 @@ def generic(
     records: Iterable[tuple[int, GenericRecord]],
     source: Source,
     header_duration_s: HeaderDuration | None,
-) -> Iterator[VideoSample]:
+) -> Iterator[Sample]:
     """Yield one sample per record. Raises DataError for an invalid task or truth."""
     for _, record in records:
-        sample = VideoSample(
+        sample = Sample(
             id=record.id,
             task=record.task,
-            video=video_path(record.video, source, record.id),
+            media=(VideoClip(video_path(record.video, source, record.id)),),
             duration_s=record.duration,
             query=record.question.strip(),
             rationale=record.rationale.strip(),

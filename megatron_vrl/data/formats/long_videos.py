@@ -43,7 +43,7 @@ from megatron_vrl.data.formats.records import (
     video_path,
 )
 from megatron_vrl.errors import DataError
-from megatron_vrl.types import VideoSample
+from megatron_vrl.types import Sample, VideoClip
 
 SUBTITLES = "This video's subtitles are listed below:\n{text}\n{question}"
 NO_SUBTITLES = "No subtitles available"
@@ -92,7 +92,7 @@ def lvbench(
     records: Iterable[tuple[int, LvBench]],
     source: Source,
     header_duration_s: HeaderDuration | None,
-) -> Iterator[VideoSample]:
+) -> Iterator[Sample]:
     """Yield one sample per question, with the id `uid`."""
     for _, record in records:
         for asked in record.qa:
@@ -116,7 +116,7 @@ def mlvu(
     records: Iterable[tuple[str, list[Mlvu]]],
     source: Source,
     header_duration_s: HeaderDuration | None,
-) -> Iterator[VideoSample]:
+) -> Iterator[Sample]:
     """Yield one sample per record of every file. An open-ended question has no options."""
     seen: Counter[str] = Counter()
     for file, of_task in records:
@@ -124,10 +124,10 @@ def mlvu(
             candidates = tuple(text.strip() for text in record.candidates or ())
             index = seen[record.video]
             seen[record.video] += 1
-            yield VideoSample(
+            yield Sample(
                 id=f"{record.video}/{index}",
                 task="multiple_choice",
-                video=video_path(f"{file}/{record.video}", source, record.video),
+                media=(VideoClip(video_path(f"{file}/{record.video}", source, record.video)),),
                 duration_s=record.duration,
                 query=record.question.strip(),
                 rationale=record.answer.strip(),
@@ -142,7 +142,7 @@ def video_mme_subtitles(
     records: Iterable[tuple[int, VideoMme]],
     source: Source,
     header_duration_s: HeaderDuration | None,
-) -> Iterator[VideoSample]:
+) -> Iterator[Sample]:
     """Yield one sample per record; the subtitles are part of its question."""
     folder = Path(source.json_path).parent / "subtitle"
     if not folder.is_dir():

@@ -37,7 +37,7 @@ from megatron_vrl.data.formats.records import (
     video_path,
 )
 from megatron_vrl.errors import DataError, counted
-from megatron_vrl.types import Interval, VideoSample
+from megatron_vrl.types import Interval, Sample, VideoClip
 
 
 class TimelensBench(Record):
@@ -80,7 +80,7 @@ def timelens_bench(
     records: Iterable[tuple[str, TimelensBench]],
     source: Source,
     header_duration_s: HeaderDuration | None,
-) -> Iterator[VideoSample]:
+) -> Iterator[Sample]:
     """Yield one sample per query, with the id VIDEO/INDEX."""
     for video, record in records:
         if len(record.spans) != len(record.queries):
@@ -100,7 +100,7 @@ def timelens(
     records: Iterable[tuple[int, Timelens]],
     source: Source,
     header_duration_s: HeaderDuration | None,
-) -> Iterator[VideoSample]:
+) -> Iterator[Sample]:
     """Yield one sample per event, with the id VIDEO/RECORD.EVENT of their indices."""
     for number, record in records:
         path = video_path(video_file(record.video_path), source, number)
@@ -120,7 +120,7 @@ def qvhighlights(
     records: Iterable[tuple[int, QvHighlights]],
     source: Source,
     header_duration_s: HeaderDuration | None,
-) -> Iterator[VideoSample]:
+) -> Iterator[Sample]:
     """Yield one sample per record, with the id `qid`."""
     for _, record in records:
         sample = _sample(
@@ -174,12 +174,12 @@ def _sample(
     query: str,
     intervals_s: tuple[Interval, ...],
     labels: tuple[str, ...] = (),
-) -> VideoSample:
+) -> Sample:
     """Return a temporal grounding sample."""
-    return VideoSample(
+    return Sample(
         id=name,
         task="temporal_grounding",
-        video=video,
+        media=(VideoClip(video),),
         duration_s=duration_s,
         query=query,
         rationale=query,

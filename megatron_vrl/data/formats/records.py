@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from megatron_vrl.config import Source
-from megatron_vrl.errors import DataError
+from megatron_vrl.errors import DataError, counted
+from megatron_vrl.tasks import TASKS
 from megatron_vrl.tasks.answer import read_option
-from megatron_vrl.types import Interval, VideoSample
+from megatron_vrl.types import MEDIA_PLACE, Interval, Sample, VideoClip
 
 VIDEO_SUFFIXES = (  # compared in lower case
     *(".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".mkv", ".webm", ".avi", ".divx", ".flv"),
@@ -57,21 +58,57 @@ class Reader:
 
     schema: TypeAdapter[Any]  # schema of the whole file
     samples: Callable[
-        [Any, Source, HeaderDuration | None], Iterator[VideoSample]
+        [Any, Source, HeaderDuration | None], Iterator[Sample]
     ]  # takes (key, record)s
     is_list: bool  # the file is a list with one record per sample
     unit: Literal["seconds", "fraction"] = "seconds"  # unit of times; fraction of the video, 0 to 1
+    has_places: bool = False  # MEDIA_PLACE in a text is the place of a video or an image
     by_file: bool = False  # the content is {file name: content of the file}, for a folder of files
 
     def read(
         self, records: Any, source: Source, header_duration_s: HeaderDuration | None
-    ) -> list[VideoSample]:
-        """Return the samples of (key, record)s, with the task that `multi_segment` asks for."""
+    ) -> list[Sample]:
+        """Return the samples of (key, record)s, with the task that `multi_segment` asks for.
+
+        Without `has_places`, MEDIA_PLACE is removed from the texts. Raises DataError if a sample
+        has media that its task or its text does not take.
+        """
         tasks = {"temporal_grounding": "multi_segment_grounding"} if source.multi_segment else {}
-        return [
-            replace(sample, task=tasks[sample.task]) if sample.task in tasks else sample
-            for sample in self.samples(records, source, header_duration_s)
-        ]
+        samples: list[Sample] = []
+        for sample in self.samples(records, source, header_duration_s):
+            if sample.task in tasks:
+                sample = replace(sample, task=tasks[sample.task])
+            sample = _without_places(sample, self.has_places)
+            check_media(sample, source)
+            samples.append(sample)
+        return samples
+
+
+def check_media(sample: Sample, source: Source) -> None:
+    """Raise DataError if the sample has media that its task or its text does not take."""
+    where = f"{source.json_path}: record {sample.id!r}"
+    if TASKS[sample.task].needs_one_video and sample.clip is None:
+        raise DataError(
+            f"{where} has {counted(len(sample.clips), 'video')}, expected exactly one for the task "
+            f"{sample.task}."
+        )
+    places = sum(text.count(MEDIA_PLACE) for text in (sample.query, *sample.options))
+    if places and places != len(sample.media):
+        raise DataError(
+            f"{where} has {counted(places, 'place')} (U+FFFC) for videos and images, and "
+            f"{len(sample.media)} of them; expected equal numbers."
+        )
+
+
+def _without_places(sample: Sample, has_places: bool) -> Sample:
+    """Return the sample without MEDIA_PLACE in its texts; with `has_places`, in its rationale."""
+    texts = (sample.rationale, sample.query, *sample.options)
+    if not any(MEDIA_PLACE in text for text in texts):
+        return sample
+    rationale, query, *options = (text.replace(MEDIA_PLACE, "").strip() for text in texts)
+    if has_places:  # an option that is an image is the rationale of its letter
+        return replace(sample, rationale=rationale)
+    return replace(sample, query=query, rationale=rationale, options=tuple(options))
 
 
 def to_intervals(pairs: Iterable[Sequence[float]]) -> tuple[Interval, ...]:
@@ -91,7 +128,7 @@ def choice_sample(
     answer: str,
     intervals_s: tuple[Interval, ...] = (),
     labels: tuple[str, ...] = (),
-) -> VideoSample:
+) -> Sample:
     """Return the sample of a question with options. Option texts may contain their letters."""
     texts = option_texts(options)
     option, failure = read_option(answer, texts)
@@ -102,10 +139,10 @@ def choice_sample(
             f"{source.json_path}: record {record!r}: field 'answer' is {answer!r}, "
             f"expected the letter of one of {len(texts)} options."
         )
-    return VideoSample(
+    return Sample(
         id=record,
         task=task,
-        video=video_path(video, source, record),
+        media=(VideoClip(video_path(video, source, record)),),
         duration_s=duration_s,
         query=question.strip(),
         rationale=texts[ord(option) - ord("A")],
@@ -116,7 +153,7 @@ def choice_sample(
     )
 
 
-def apply_clip(sample: VideoSample, record: Record, source: Source) -> VideoSample:
+def apply_clip(sample: Sample, record: Record, source: Source) -> Sample:
     """Return the sample restricted to the record's `clip`; times count from the clip's start."""
     if record.clip is None:
         return sample
@@ -126,15 +163,21 @@ def apply_clip(sample: VideoSample, record: Record, source: Source) -> VideoSamp
             f"{source.json_path}: record {sample.id!r}: field 'clip' is {record.clip}, expected "
             "[start, end] in seconds with 0 <= start < end."
         )
+    if sample.clip is None:
+        raise DataError(
+            f"{source.json_path}: record {sample.id!r}: field 'clip' needs exactly one video: "
+            "remove the field."
+        )
+    shown = sample.clip._replace(window_s=(start_s, end_s))
     return replace(
         sample,
-        window_s=(start_s, end_s),
+        media=tuple(shown if medium == sample.clip else medium for medium in sample.media),
         duration_s=min(end_s, sample.duration_s) - start_s if sample.duration_s else 0.0,
         intervals_s=to_intervals([(s - start_s, e - start_s) for s, e in sample.intervals_s]),
     )
 
 
-def cut_to_video(sample: VideoSample) -> VideoSample:
+def cut_to_video(sample: Sample) -> Sample:
     """Return the sample with its intervals cut to the video. Empty intervals are removed."""
     pairs = [(max(s, 0.0), min(e, sample.duration_s)) for s, e in sample.intervals_s]
     cut = tuple((s, e) for s, e in pairs if s < e)

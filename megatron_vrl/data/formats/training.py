@@ -1,4 +1,4 @@
-"""Readers of annotation formats: one file -> VideoSamples.
+"""Readers of annotation formats: one file -> Samples.
 
 To add a format, add one row to `READERS`.
 
@@ -76,7 +76,7 @@ from megatron_vrl.data.formats.validation import (
 from megatron_vrl.errors import DataError, counted
 from megatron_vrl.tasks import can_be_asked
 from megatron_vrl.tasks.temporal_grounding import QUESTION
-from megatron_vrl.types import Interval, VideoSample
+from megatron_vrl.types import Interval, Sample, VideoClip
 
 logger = logging.getLogger(__name__)
 
@@ -109,15 +109,15 @@ class TemporalR1(Record):
     video_length: Seconds | None = None
 
 
-def read(source: Source, header_duration_s: HeaderDuration | None = None) -> list[VideoSample]:
+def read(source: Source, header_duration_s: HeaderDuration | None = None) -> list[Sample]:
     """Return the usable samples of one source in file order, with intervals cut to the video.
 
     `header_duration_s` reads the duration of a video file, for records without one. Raises
     DataError if a record is invalid (the message names file, record, field, value and the expected
     value) and if no sample is usable.
     """
-    kept: list[VideoSample] = []
-    left_out: list[VideoSample] = []
+    kept: list[Sample] = []
+    left_out: list[Sample] = []
     for sample in read_whole(source, header_duration_s):
         cut = cut_to_video(sample)
         (kept if can_be_asked(cut) else left_out).append(cut)
@@ -143,9 +143,7 @@ def refuse_none(source: Source, num_kept: int, num_read: int) -> None:
         )
 
 
-def read_whole(
-    source: Source, header_duration_s: HeaderDuration | None = None
-) -> list[VideoSample]:
+def read_whole(source: Source, header_duration_s: HeaderDuration | None = None) -> list[Sample]:
     """Return all samples of the file with uncut intervals, also unusable ones, for evaluation."""
     reader = READERS[source.format]
     with without_collector():
@@ -191,7 +189,7 @@ def read_record(
     source: Source,
     header_duration_s: HeaderDuration | None = None,
     line: int = 0,
-) -> VideoSample | None:
+) -> Sample | None:
     """Return the sample of one list record with index `number`; None if the question is unusable.
 
     Raises DataError as `read` does, and any error of `header_duration_s`.
@@ -207,7 +205,7 @@ def samples_of(
     source: Source,
     header_duration_s: HeaderDuration | None = None,
     line: int = 0,
-) -> list[VideoSample]:
+) -> list[Sample]:
     """Return all samples of one record with uncut intervals, also unusable ones.
 
     `key` is the record's key in an object, or its index in a list. `line` is its line in a .jsonl
@@ -254,7 +252,7 @@ def charades_sta(
     records: Iterable[tuple[str, CharadesSta]],
     source: Source,
     header_duration_s: HeaderDuration | None,
-) -> Iterator[VideoSample]:
+) -> Iterator[Sample]:
     """Yield one sample per sentence."""
     for video, record in records:
         if len(record.timestamps) != len(record.sentences):
@@ -267,10 +265,10 @@ def charades_sta(
         for index, (span, sentence) in enumerate(
             zip(record.timestamps, record.sentences, strict=True)
         ):
-            sample = VideoSample(
+            sample = Sample(
                 id=f"{video}/{index}",
                 task="temporal_grounding",
-                video=path,
+                media=(VideoClip(path),),
                 duration_s=record.duration,
                 query=sentence.strip(),
                 rationale=sentence.strip(),
@@ -285,7 +283,7 @@ def multiple_choice(
     records: Iterable[tuple[int, MultipleChoice]],
     source: Source,
     header_duration_s: HeaderDuration | None,
-) -> Iterator[VideoSample]:
+) -> Iterator[Sample]:
     for _, record in records:
         yield apply_clip(_choice(record, source), record, source)
 
@@ -294,7 +292,7 @@ def next_gqa(
     records: Iterable[tuple[int, NextGqa]],
     source: Source,
     header_duration_s: HeaderDuration | None,
-) -> Iterator[VideoSample]:
+) -> Iterator[Sample]:
     for _, record in records:
         sample = _choice(record, source, task="grounded_qa", intervals_s=to_intervals(record.glue))
         yield apply_clip(sample, record, source)
@@ -304,7 +302,7 @@ def temporal_r1(
     records: Iterable[tuple[int, TemporalR1]],
     source: Source,
     header_duration_s: HeaderDuration | None,
-) -> Iterator[VideoSample]:
+) -> Iterator[Sample]:
     """Yield one sample per record. Durations that records lack are read from the videos."""
     header_s: dict[str, float] = {}  # path -> duration; a video may have several questions
     before, after = QUESTION.split("{query}")
@@ -323,10 +321,10 @@ def temporal_r1(
             duration_s = header_s[path]
         # keep the query alone: the task adds the question text around it
         query = record.problem.strip().removeprefix(before).removesuffix(after).strip()
-        sample = VideoSample(
+        sample = Sample(
             id=f"{record.video}/{index}",
             task="temporal_grounding",
-            video=path,
+            media=(VideoClip(path),),
             duration_s=duration_s,
             query=query,
             rationale=query,
@@ -360,7 +358,7 @@ def _choice(
     source: Source,
     task: str = "multiple_choice",
     intervals_s: tuple[Interval, ...] = (),
-) -> VideoSample:
+) -> Sample:
     """Return the sample of a multiple-choice record."""
     return choice_sample(
         source,

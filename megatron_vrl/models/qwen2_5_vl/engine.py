@@ -7,10 +7,10 @@ import torch
 
 from megatron_vrl.models.family import EngineInputs
 from megatron_vrl.parallel.arrays import as_tensor
-from megatron_vrl.types import VideoInput
+from megatron_vrl.types import VisualInput
 
 
-def _video_metadata(video: VideoInput) -> dict[str, Any]:
+def _video_metadata(video: VisualInput) -> dict[str, Any]:
     """Return metadata that makes vLLM's processor take all frames without sampling.
 
     The processor derives the seconds per grid step as 2 / fps, so fps is computed from them. The
@@ -29,7 +29,7 @@ def _video_metadata(video: VideoInput) -> dict[str, Any]:
     }
 
 
-def _embeddings(videos: Sequence[VideoInput]) -> dict[str, Any]:
+def _embeddings(videos: Sequence[VisualInput]) -> dict[str, Any]:
     """Return the embeddings, grids and seconds per grid step of videos."""
     embeddings = [as_tensor(video.embeddings) for video in videos if video.embeddings is not None]
     return {
@@ -45,7 +45,7 @@ def _derived(item: Mapping[str, Any]) -> tuple[Any, ...]:
     return grid, float(item["second_per_grid_ts"].data)
 
 
-def _expected(video: VideoInput) -> tuple[Any, ...]:
+def _expected(video: VisualInput) -> tuple[Any, ...]:
     """Return grid and seconds per grid step, the latter in 32 bits."""
     return video.grid_thw, float(torch.tensor(video.seconds_per_grid))
 

@@ -13,15 +13,15 @@ import torch
 from megatron_vrl.models.family import EngineInputs
 from megatron_vrl.models.qwen3_vl.prompt import step_times
 from megatron_vrl.parallel.arrays import as_tensor
-from megatron_vrl.types import VideoInput
+from megatron_vrl.types import VisualInput
 from megatron_vrl.video.rules import TEMPORAL
 
 
-def _step_times(video: VideoInput) -> list[float]:
+def _step_times(video: VisualInput) -> list[float]:
     return step_times(video.timestamps_s.tolist(), TEMPORAL)
 
 
-def _video_metadata(video: VideoInput) -> dict[str, Any]:
+def _video_metadata(video: VisualInput) -> dict[str, Any]:
     """Return metadata that makes vLLM's processor take all frames without sampling."""
     return {
         "total_num_frames": len(video.frames),
@@ -33,7 +33,7 @@ def _video_metadata(video: VideoInput) -> dict[str, Any]:
     }
 
 
-def _embeddings(videos: Sequence[VideoInput]) -> dict[str, Any]:
+def _embeddings(videos: Sequence[VisualInput]) -> dict[str, Any]:
     """Return the embeddings, grids and step times of videos."""
     embeddings = [as_tensor(video.embeddings) for video in videos if video.embeddings is not None]
     return {
@@ -49,7 +49,7 @@ def _derived(item: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(item["video_grid_thw"].data.tolist()), tuple(map(float, times))
 
 
-def _expected(video: VideoInput) -> tuple[Any, ...]:
+def _expected(video: VisualInput) -> tuple[Any, ...]:
     """Return grid and step times of the trainer's video."""
     return video.grid_thw, tuple(_step_times(video))
 

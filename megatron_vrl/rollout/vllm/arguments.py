@@ -5,6 +5,7 @@ from typing import Any
 from megatron_vrl import config
 from megatron_vrl.errors import RolloutError
 from megatron_vrl.models.family import EngineInputs
+from megatron_vrl.video.rules import PixelRules
 
 PIXEL_CACHE_GIB = 1.0  # processed pixels of recent videos, host memory
 
@@ -13,6 +14,7 @@ def engine_arguments(
     hf_dir: str,
     cfg: config.RolloutConfig,
     inputs: EngineInputs,
+    pixels: PixelRules,
     *,
     dtype: str,
     seed: int,
@@ -34,13 +36,26 @@ def engine_arguments(
         "additional_config": {"cpu_prepack_weights": cfg.cpu_prepack_weights},
         "logprobs_mode": "processed_logprobs",
         "generation_config": "vllm",  # the checkpoint's sets a repetition penalty
-        # A video may come as one block per temporal step; each block has at least one token.
-        "limit_mm_per_prompt": {"video": max_model_len, "image": 0},
-        "mm_processor_kwargs": dict(inputs.processor_kwargs),
+        # Readers refuse more than data.max_videos and data.max_images. A video may come as one
+        # block per temporal step, and each block has at least one token.
+        "limit_mm_per_prompt": {"video": max_model_len, "image": max_model_len},
+        "mm_processor_kwargs": _processor_kwargs(inputs, pixels, max_model_len),
         "mm_processor_cache_gb": PIXEL_CACHE_GIB,
         "enable_mm_embeds": True,  # the trainer may send vision embeddings instead of pixels
         "disable_log_stats": True,
     }
+
+
+def _processor_kwargs(
+    inputs: EngineInputs, pixels: PixelRules, max_model_len: int
+) -> dict[str, Any]:
+    """Return the arguments of vLLM's processor.
+
+    `max_pixels` resizes nothing, since `do_resize` is off. vLLM reserves memory for an image of
+    this size, and a larger one would not fit a prompt.
+    """
+    largest = {"images_kwargs": {"max_pixels": max_model_len * pixels.cell**2}}
+    return {**inputs.processor_kwargs, **largest}
 
 
 def _on_gpu(cfg: config.RolloutConfig, inputs: EngineInputs, dtype: str) -> dict[str, Any]:

@@ -91,6 +91,7 @@ class VllmEngine:
             hf_dir,
             cfg,
             self._family.engine,
+            self._family.pixels,
             dtype=dtype,
             seed=seed,
             max_model_len=max_model_len,
@@ -171,7 +172,7 @@ class VllmEngine:
         try:
             self._inputs.check(request, engine_input)
         except RolloutError:
-            engine.reset_mm_cache()  # vLLM believes that the engine has the video, which it has not
+            engine.reset_mm_cache()  # vLLM believes that the engine holds the visuals
             raise
         engine.add_request(key, engine_input, self._sampling_params(spec))
         self._in_flight[key] = spec.seed, self.version

@@ -159,7 +159,7 @@ def test_each_format_gives_the_expected_sample(
 ) -> None:
     samples = read(source_of(form, tmp_path))
     assert [
-        (s.id, s.video.removeprefix("/data/"), s.intervals_s, s.option) for s in samples
+        (s.id, s.first_path.removeprefix("/data/"), s.intervals_s, s.option) for s in samples
     ] == rows
     for sample in samples:
         assert TASKS[sample.task].parse(TASKS[sample.task].target(sample), sample).formatted

@@ -45,7 +45,7 @@ def source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Sou
 
 def test_a_truth_comes_as_an_object_of_its_task(source: Callable[..., Source]) -> None:
     (sample,) = read(source(clip=[2.0, 12.0]))
-    assert (sample.task, sample.video) == ("counting", "/clips/a.mp4")
+    assert (sample.task, sample.first_path) == ("counting", "/clips/a.mp4")
     assert sample.truth == Count(count=3) and hash(sample)
     assert (sample.window_s, sample.duration_s) == ((2.0, 12.0), 10.0)
 

@@ -13,7 +13,7 @@ from megatron_vrl.data import pool
 from megatron_vrl.data.formats.training import read
 from megatron_vrl.data.mix import open_pool
 from megatron_vrl.errors import DataError
-from megatron_vrl.types import VideoSample
+from megatron_vrl.types import Sample
 
 CHOICE = {
     "id": "1",
@@ -28,7 +28,7 @@ LINE, NEXT = (json.dumps(record, ensure_ascii=False) for record in (CHOICE, OTHE
 ODD = "the red{}square is visible"
 
 
-SamplesOf = Callable[..., list[VideoSample]]  # of the name and content of a file
+SamplesOf = Callable[..., list[Sample]]  # of the name and content of a file
 
 
 @pytest.fixture(params=["read whole", "indexed"])
@@ -39,7 +39,7 @@ def samples_of(
     if request.param == "indexed":
         monkeypatch.setattr(pool, "READ_WHOLE_BYTES", -1)
 
-    def opened(name: str, content: bytes, form: Any = "multiple_choice") -> list[VideoSample]:
+    def opened(name: str, content: bytes, form: Any = "multiple_choice") -> list[Sample]:
         (tmp_path / name).write_bytes(content)
         source = Source(json_path=str(tmp_path / name), data_folder="/data", format=form)
         samples = open_pool([source], seed=1)

@@ -12,7 +12,7 @@ from megatron_vrl.data.formats.moment_retrieval import MOMENT_READERS
 from megatron_vrl.data.formats.training import READERS, check_format, read, read_whole
 from megatron_vrl.errors import DataError
 from megatron_vrl.tasks import TASKS
-from megatron_vrl.types import VideoSample
+from megatron_vrl.types import Sample
 from tests.data.formats.test_benchmarks import VIDEO_MME
 
 BENCH = {"AB": {"duration": 31.5, "spans": [[0.0, 8.5], [20.0, 33.0]],
@@ -87,8 +87,8 @@ def source_of(form: Any, folder: Path, records: Any = None) -> Source:
     return Source(json_path=str(path), data_folder="/data", format=form)
 
 
-def row(sample: VideoSample) -> tuple[Any, ...]:
-    name = sample.video.removeprefix("/data/")
+def row(sample: Sample) -> tuple[Any, ...]:
+    name = sample.first_path.removeprefix("/data/")
     return sample.id, name, sample.duration_s, sample.query, sample.intervals_s, sample.option
 
 

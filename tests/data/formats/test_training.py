@@ -16,7 +16,7 @@ from megatron_vrl.data.formats.moment_retrieval import MOMENT_READERS
 from megatron_vrl.data.formats.training import READERS, read
 from megatron_vrl.errors import DataError
 from megatron_vrl.tasks import TASKS
-from megatron_vrl.types import VideoSample
+from megatron_vrl.types import Sample, VideoClip
 
 EXCERPTS = Path(os.environ.get("MVRL_ANNOTATIONS", "excerpts"))
 CHARADES = {
@@ -48,13 +48,13 @@ SEED = {
 
 
 @pytest.fixture
-def read_records(tmp_path: Path) -> Callable[..., list[VideoSample]]:
+def read_records(tmp_path: Path) -> Callable[..., list[Sample]]:
     def write_and_read(
         form: Any,
         records: dict[str, dict[str, Any]] | list[dict[str, Any] | int] | str,
         header_duration_s: Callable[[str], float] | None = None,
         suffix: str = ".json",
-    ) -> list[VideoSample]:
+    ) -> list[Sample]:
         path = tmp_path / f"records{suffix}"
         path.write_text(records if isinstance(records, str) else json.dumps(records))
         source = Source(json_path=str(path), data_folder="/data", format=form)
@@ -63,12 +63,12 @@ def read_records(tmp_path: Path) -> Callable[..., list[VideoSample]]:
     return write_and_read
 
 
-def test_charades_sta(read_records: Callable[..., list[VideoSample]]) -> None:
+def test_charades_sta(read_records: Callable[..., list[Sample]]) -> None:
     first, second, third = read_records("charades_sta", CHARADES)
-    assert first == VideoSample(
+    assert first == Sample(
         id="3MSZA/0",
         task="temporal_grounding",
-        video="/data/3MSZA.mp4",
+        media=(VideoClip("/data/3MSZA.mp4"),),
         duration_s=30.96,
         query="person turn a light on.",
         rationale="person turn a light on.",
@@ -78,27 +78,27 @@ def test_charades_sta(read_records: Callable[..., list[VideoSample]]) -> None:
     )
     assert (second.id, second.query) == ("3MSZA/1", "person flips the switch.")
     assert second.intervals_s == ((20.0, 30.96),)  # runs past the end in the published file
-    assert third.video == "/data/AMT7R.webm"
+    assert third.first_path == "/data/AMT7R.webm"
 
 
 @pytest.mark.parametrize(
     "name", ["b.mov", "C.MP4", "d.flv", "e.m4v", "f.ts", "G.Mkv", "h.wmv", "i.mpg", "j.3gp"]
 )
 def test_a_name_with_a_video_ending_is_unchanged(
-    read_records: Callable[..., list[VideoSample]], name: str
+    read_records: Callable[..., list[Sample]], name: str
 ) -> None:
     record = {"duration": 16.0, "timestamps": [[1.0, 3.0]], "sentences": ["x"]}
     ids = {name: f"/data/{name}", f"{name}.part": f"/data/{name}.part.mp4", "v.2": "/data/v.2.mp4"}
     samples = read_records("charades_sta", dict.fromkeys(ids, record))
-    assert [sample.video for sample in samples] == list(ids.values())
+    assert [sample.first_path for sample in samples] == list(ids.values())
 
 
-def test_next_gqa(read_records: Callable[..., list[VideoSample]]) -> None:
+def test_next_gqa(read_records: Callable[..., list[Sample]]) -> None:
     (sample,) = read_records("next_gqa", [GQA])
-    assert sample == VideoSample(
+    assert sample == Sample(
         id="2574374895_8",
         task="grounded_qa",
-        video="/data/1101/2574374895.mp4",
+        media=(VideoClip("/data/1101/2574374895.mp4"),),
         duration_s=30.0,
         query="what did the baby do",
         rationale="lay on floor",
@@ -110,7 +110,7 @@ def test_next_gqa(read_records: Callable[..., list[VideoSample]]) -> None:
 
 
 @pytest.mark.parametrize("answer", ["(C)", "C", "c", "lay on floor", "(C) lay on floor"])
-def test_multiple_choice(read_records: Callable[..., list[VideoSample]], answer: str) -> None:
+def test_multiple_choice(read_records: Callable[..., list[Sample]], answer: str) -> None:
     (sample,) = read_records("multiple_choice", [CHOICE | {"answer": answer}])
     assert (sample.task, sample.option, sample.intervals_s) == ("multiple_choice", "C", ())
     assert sample.rationale == "lay on floor"
@@ -118,7 +118,7 @@ def test_multiple_choice(read_records: Callable[..., list[VideoSample]], answer:
 
 @pytest.mark.parametrize("form", ["charades_sta", "next_gqa", "temporal_r1"])
 def test_a_clip_is_a_window_with_times_from_its_start(
-    read_records: Callable[..., list[VideoSample]], form: str
+    read_records: Callable[..., list[Sample]], form: str
 ) -> None:
     clip = {"clip": [4.0, 10.0]}
     records: Any = {
@@ -131,16 +131,16 @@ def test_a_clip_is_a_window_with_times_from_its_start(
     (sample,) = read_records(form, given)
     assert sample.window_s == (4.0, 10.0) and sample.duration_s == 6.0
     assert sample.intervals_s == ((2.0, 6.0),)
-    assert whole[0].window_s is None and whole[0].video == sample.video
+    assert whole[0].window_s is None and whole[0].first_path == sample.first_path
     wrong = {"clip": [4.0, 4.0]}
     given = {"v": records["v"] | wrong} if form == "charades_sta" else [records[0] | wrong]
     with pytest.raises(DataError, match=r"field 'clip' is \[4\.0, 4\.0\], expected"):
         read_records(form, given)
 
 
-def test_temporal_r1(read_records: Callable[..., list[VideoSample]]) -> None:
+def test_temporal_r1(read_records: Callable[..., list[Sample]]) -> None:
     (sample,) = read_records("temporal_r1", [SEED])
-    assert (sample.id, sample.task, sample.video) == (
+    assert (sample.id, sample.task, sample.first_path) == (
         "v_1.mp4/0",
         "temporal_grounding",
         "/data/v_1.mp4",
@@ -150,7 +150,7 @@ def test_temporal_r1(read_records: Callable[..., list[VideoSample]]) -> None:
 
 
 def test_temporal_r1_is_asked_unmodified_when_the_problem_is_the_whole_question(
-    read_records: Callable[..., list[VideoSample]],
+    read_records: Callable[..., list[Sample]],
 ) -> None:
     (plain,) = read_records("temporal_r1", [SEED])
     question = TASKS["temporal_grounding"].question(plain)
@@ -159,7 +159,7 @@ def test_temporal_r1_is_asked_unmodified_when_the_problem_is_the_whole_question(
 
 
 def test_temporal_r1_reads_a_missing_length_from_the_video_once(
-    read_records: Callable[..., list[VideoSample]],
+    read_records: Callable[..., list[Sample]],
 ) -> None:
     record = {name: SEED[name] for name in SEED if name != "video_length"}
     asked = []
@@ -181,14 +181,14 @@ def test_temporal_r1_reads_a_missing_length_from_the_video_once(
     )
 
 
-def test_jsonl_gives_the_same_samples(read_records: Callable[..., list[VideoSample]]) -> None:
+def test_jsonl_gives_the_same_samples(read_records: Callable[..., list[Sample]]) -> None:
     lines = "\n".join(json.dumps(record) for record in (GQA, GQA | {"id": "2"})) + "\n\n"
     samples = read_records("next_gqa", lines, suffix=".jsonl")
     assert samples == read_records("next_gqa", [GQA, GQA | {"id": "2"}])
 
 
 def test_unusable_questions_are_skipped_with_a_warning(
-    read_records: Callable[..., list[VideoSample]], caplog: pytest.LogCaptureFixture
+    read_records: Callable[..., list[Sample]], caplog: pytest.LogCaptureFixture
 ) -> None:
     records = {
         "a": {"duration": 10.0, "timestamps": [[5, 5], [1, 2], [12, 14]], "sentences": ["x"] * 3},
@@ -276,7 +276,7 @@ def test_unusable_questions_are_skipped_with_a_warning(
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named(
-    read_records: Callable[..., list[VideoSample]],
+    read_records: Callable[..., list[Sample]],
     form: str,
     records: dict[str, Any] | list[dict[str, Any] | int | None] | str,
     sentence: str,

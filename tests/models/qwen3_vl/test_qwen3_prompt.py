@@ -46,8 +46,8 @@ def encoder(processor: Any, tmp_path_factory: pytest.TempPathFactory) -> PromptE
 def test_interleaved_timestamps_change_nothing(encoder: PromptEncoder) -> None:
     """Qwen3-VL's own form has timestamps: one block per video, and no sentence about numbers."""
     assert FAMILY.interleaved_prompt == FAMILY.prompt
-    prompt = encoder.encode("a", None, (sampled((3, 4, 6), 13, 1),), QUESTION)
-    (block,) = make_request(prompt).videos
+    prompt = encoder.encode("a", None, (sampled((3, 4, 6), 13, 1), QUESTION))
+    (block,) = make_request(prompt).visuals
     assert block.grid_thw == (3, 4, 6) and len(block.timestamps_s) == 6
 
 
@@ -91,7 +91,7 @@ def test_tokens_and_pixels_equal_transformers(
     if images:
         shown |= {"images": images, "images_kwargs": {"do_resize": False}}
     theirs = processor(text=[text], return_tensors="pt", **shown)
-    ours = encoder.encode("one", SYSTEM, tuple(visuals), QUESTION)
+    ours = encoder.encode("one", SYSTEM, (*visuals, QUESTION))
     assert ours.token_ids.tolist() == theirs["input_ids"][0].tolist()
     for name, wanted in seen_by_transformers(ours, PIXELS).items():
         torch.testing.assert_close(theirs[name], wanted, rtol=0, atol=1e-6)
@@ -109,6 +109,6 @@ def test_a_steps_time_is_the_mean_of_its_frames() -> None:
 
 def test_text_of_users_is_no_timestamp(encoder: PromptEncoder) -> None:
     """The words of a timestamp in a question stay words, and positions count only real steps."""
-    asked = encoder.encode("one", None, (sampled((2, 2, 2), 5, 1),), QUESTION)
+    asked = encoder.encode("one", None, (sampled((2, 2, 2), 5, 1), QUESTION))
     pads = np.flatnonzero(asked.token_ids == encoder._arch.video_token)
     assert len(pads) == 2 and (np.diff(asked.positions[0]) == 1).all()

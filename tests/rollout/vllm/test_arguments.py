@@ -8,6 +8,7 @@ import pytest
 from megatron_vrl.config import RolloutConfig
 from megatron_vrl.errors import RolloutError
 from megatron_vrl.models.qwen2_5_vl.engine import ENGINE
+from megatron_vrl.models.qwen2_5_vl.pixels import PIXELS
 from megatron_vrl.rollout.vllm.arguments import engine_arguments
 
 
@@ -16,7 +17,7 @@ def arguments(
 ) -> dict[str, Any]:
     cfg = RolloutConfig.model_validate(rollout)
     sizes = {"seed": 1, "max_model_len": max_model_len, "tensor": 1}
-    return engine_arguments("hf", cfg, ENGINE, dtype=dtype, on_gpu=on_gpu, **sizes)
+    return engine_arguments("hf", cfg, ENGINE, PIXELS, dtype=dtype, on_gpu=on_gpu, **sizes)
 
 
 def test_logits_of_a_bfloat16_engine_on_a_gpu_are_float32() -> None:
