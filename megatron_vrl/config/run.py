@@ -173,10 +173,13 @@ class Data(Section):
     evaluation: dict[str, list[Source]] = {}
     """Split name -> sources. The split `dev` ends the warm-up (`sft.stop_metric`) and is left out
     of the reported results."""
-    system_prompt: Literal["none", "temporal_r1", "think", "answer", "answer_only"] = "think"
+    system_prompt: Literal[
+        "none", "temporal_r1", "think", "think_text", "answer", "answer_only"
+    ] = "think"
     """none: the chat template's default; temporal_r1: as released by Temporal-R1; think: reasoning,
-    then JSON, in our wording; answer: JSON after an empty think block; answer_only: JSON without a
-    think block, with rewards.mode=answer_only."""
+    then JSON, in our wording; think_text: reasoning, then any text, for short_answer; answer: JSON
+    after an empty think block; answer_only: JSON without a think block, with
+    rewards.mode=answer_only."""
     question: Literal["default", "temporal_r1"] = "default"
     """temporal_r1: Temporal-R1's wording of multiple choice; other tasks have one wording."""
     timestamps: Literal["none", "interleaved"] = "none"
