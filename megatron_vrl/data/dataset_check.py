@@ -193,7 +193,7 @@ class DatasetCheck:
 
     def _question_problems(self, sample: Sample) -> Iterator[tuple[str, str]]:
         """Yield (kind, sentence) for the question: duplicates, missing text, durations, tokens."""
-        files = sample.inside("").media
+        files = tuple(medium._replace(folder="") for medium in sample.media)
         question = hash((sample.task, files, sample.query, sample.options))
         if question in self._questions:
             yield "duplicate", "the same question about the same video was asked before."
