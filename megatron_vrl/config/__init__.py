@@ -15,6 +15,7 @@ from megatron_vrl.config.checks import (
 )
 from megatron_vrl.config.rollout import RolloutConfig
 from megatron_vrl.config.run import (
+    ROW_KEYS,
     Batch,
     Checkpoint,
     Data,
@@ -37,6 +38,7 @@ from megatron_vrl.config.run import (
 from megatron_vrl.config.video import Video
 
 __all__ = [
+    "ROW_KEYS",
     "Algorithm",
     "Batch",
     "Checkpoint",

@@ -55,7 +55,11 @@ def _files(path: str) -> list[Path]:
         return _shards(folder)
     listed = _json_object(folder / _STATE_FILE).get("_data_files")
     entries = listed if isinstance(listed, list) else []
-    names = [str(entry["filename"]) for entry in entries if "filename" in entry]
+    names = [
+        str(entry["filename"])
+        for entry in entries
+        if isinstance(entry, dict) and "filename" in entry
+    ]
     if not names:
         raise DataError(f"{folder / _STATE_FILE} lists no data files: save the dataset again.")
     return [folder / Path(name).name for name in names]
