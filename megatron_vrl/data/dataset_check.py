@@ -199,9 +199,7 @@ class DatasetCheck:
         files = tuple(medium._replace(folder="") for medium in sample.media)
         question = hash((sample.task, files, sample.query, sample.options))
         if question in self._questions:
-            about = " about the same files" * (len(files) > 1) or " about the same file" * len(
-                files
-            )
+            about = " about the same files" if files else ""
             yield "duplicate", f"the same question{about} was asked before."
         elif sample.id in self._ids:
             yield "duplicate", "an earlier question of the file has the same id."

@@ -9,6 +9,7 @@ import hashlib
 import io
 import os
 import tempfile
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -53,12 +54,14 @@ class _Folder:
     def __init__(self, path: str) -> None:
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
-        self.size = 0
         self.measure()
 
     def measure(self) -> None:
         """Add up the sizes of all files, also those of other processes."""
-        self.size = sum(entry.stat().st_size for entry in os.scandir(self.path))
+        self.size = 0
+        for entry in os.scandir(self.path):
+            with suppress(FileNotFoundError):  # another process has renamed its file
+                self.size += entry.stat().st_size
 
 
 @lru_cache(maxsize=32)

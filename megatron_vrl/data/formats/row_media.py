@@ -106,8 +106,8 @@ def _file(entry: Any, source: Source, where: str, embed: Embed) -> tuple[str, st
 def _path(name: str, source: Source, where: str) -> str:
     """Return the path of a file in the data folder. An absolute path must lead there."""
     folder = source.data_folder
-    if os.path.isabs(name) and os.path.isabs(folder):
-        within = os.path.relpath(os.path.normpath(name), os.path.normpath(folder))
+    if os.path.isabs(name) and "://" not in folder and "\0" not in name:
+        within = os.path.relpath(name, folder)
         if not within.startswith(os.pardir):
             name = within
     try:

@@ -11,6 +11,7 @@
 An object may be written as JSON in a text.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -104,7 +105,7 @@ def _with_option(checked: GroundTruth, where: str) -> RowTruth:
 
 def _text(value: Any, where: str) -> str:
     """Return the short answer in a text or a number."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return f"{value}"
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{where} is {short_repr(value)}, expected a text or a number.")
@@ -117,8 +118,10 @@ def _text(value: Any, where: str) -> str:
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
-    """Return the object in `value`, which may be JSON in a text; fields without a value are left
-    out, since the rows of a table all have the same fields."""
+    """Return the object in `value`, which may be JSON in a text.
+
+    Fields without a value are left out, since the rows of a table all have the same fields.
+    """
     parsed = value
     if isinstance(value, str):
         try:

@@ -258,6 +258,7 @@ TURNS = [{"role": role, "content": "x"} for role in ("user", "assistant", "user"
         ({"images": [{"path": None}]}, r"'images'\[0\] is \{'path': None\}, expected the path"),
         ({"videos": [{"video": "a.mp4", "video_start": 2.0}]}, "video_start is 2.0: parts of vid"),
         ({"reward_model": {"ground_truth": None}}, "has no field 'reward_model.ground_truth'; its"),
+        ({"reward_model": {"ground_truth": float("nan")}}, "is nan, expected a text or a number"),
         ({"reward_model": {"ground_truth": " "}}, "ground_truth' is ' ', expected a text or a num"),
         ({"reward_model": {"ground_truth": ["3"]}}, r"ground_truth' is \['3'\], expected a text"),
         ({"reward_model": {"ground_truth": r"\boxed{3"}}, r"the \\boxed\{ is never closed"),
@@ -350,6 +351,15 @@ def test_broken_tables_are_one_sentence(tmp_path: Path) -> None:
         DataError, match=r"Cannot read the annotations .*gone.parquet: No such file"
     ):
         read(gone)
+
+
+def test_a_table_with_another_name_or_format_is_one_sentence(tmp_path: Path) -> None:
+    content = write(tmp_path / "a.parquet", [TEXT]).read_bytes()
+    (tmp_path / "a.json").write_bytes(content)
+    for name, form in (("a.json", "verl"), ("a.parquet", "charades_sta")):
+        paths = {"json_path": str(tmp_path / name), "data_folder": "/data", "format": form}
+        with pytest.raises(DataError, match=r"is a parquet table: name it \.parquet, and give"):
+            read(Source.model_validate(paths))
 
 
 def test_broken_folders_are_one_sentence(tmp_path: Path) -> None:
