@@ -8,12 +8,15 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
 
 from megatron_vrl.config import Source
 from megatron_vrl.data import pool
 from megatron_vrl.data.formats.training import read
+from megatron_vrl.data.formats.training import samples_of as samples_of_record
 from megatron_vrl.data.mix import open_pool
 from megatron_vrl.errors import ConfigError, DataError
 from megatron_vrl.tasks import TASKS, can_be_asked
@@ -323,6 +326,43 @@ def test_what_is_wrong_in_a_conversation_is_named(
 ) -> None:
     with pytest.raises(DataError, match=f"a.json: record 0.*{sentence}"):
         samples_of(tmp_path / "a.json", [SHAREGPT | changes], "llamafactory")
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "type", "text", "path", "video", "from", "value"]),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=100)
+@given(
+    st.sampled_from([("verl", VERL), ("hf", VERL), ("llamafactory", SHAREGPT)]),
+    st.sampled_from(
+        ["prompt", "images", "videos", "reward_model", "conversations", "system", "id"]
+    ),
+    VALUES,
+)
+def test_any_value_gives_a_sample_or_one_sentence(
+    format_and_row: tuple[str, dict[str, Any]], field: str, value: Any
+) -> None:
+    form, row = format_and_row
+    keys = {} if form == "llamafactory" else {"answer_key": "reward_model.ground_truth"}
+    paths = {"json_path": "rows.json", "data_folder": "/data", "format": form}
+    source = Source.model_validate(paths | keys)
+    try:
+        (sample,) = samples_of_record(row | {field: value}, 0, source)
+    except DataError as error:
+        assert "rows.json: record" in str(error) and "\n" not in str(error)
+    else:
+        assert isinstance(sample, Sample)
 
 
 def test_system_messages_are_left_out_on_request(tmp_path: Path) -> None:
