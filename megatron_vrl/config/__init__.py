@@ -15,7 +15,6 @@ from megatron_vrl.config.checks import (
 )
 from megatron_vrl.config.rollout import RolloutConfig
 from megatron_vrl.config.run import (
-    ROW_KEYS,
     Batch,
     Checkpoint,
     Data,
@@ -32,9 +31,9 @@ from megatron_vrl.config.run import (
     Section,
     Selection,
     Sft,
-    Source,
     load_config,
 )
+from megatron_vrl.config.source import ROW_KEYS, Source
 from megatron_vrl.config.video import Video
 
 __all__ = [

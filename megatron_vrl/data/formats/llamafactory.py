@@ -22,6 +22,7 @@ from megatron_vrl.config import Source
 from megatron_vrl.data.formats.json_files import load
 from megatron_vrl.data.formats.records import HeaderDuration, Reader
 from megatron_vrl.data.formats.rows import (
+    ROW_READERS,
     ROW_SCHEMA,
     Row,
     message_text,
@@ -111,7 +112,10 @@ def llamafactory(
         )
 
 
-LLAMAFACTORY_READER = Reader(schema=ROW_SCHEMA, samples=llamafactory, is_list=True, has_places=True)
+MEDIA_READERS: dict[str, Reader] = {
+    **ROW_READERS,
+    "llamafactory": Reader(schema=ROW_SCHEMA, samples=llamafactory, is_list=True, has_places=True),
+}
 
 
 def _listed(source: Source) -> Layout | None:

@@ -12,8 +12,7 @@ To add a format, add one row to `READERS`.
   generic         [{id, task, video, duration, question, truth {...} or intervals [[s, e], ...]}]:
                   questions of any task without options, megatron_vrl/data/formats/generic.py
 
-Other formats: benchmarks.py, moment_retrieval.py, long_videos.py, rows.py (verl, EasyR1, Hugging
-Face datasets), llamafactory.py. Parsers: json_files.py for JSON, tables.py for parquet and Arrow.
+Other formats: benchmarks.py, moment_retrieval.py, long_videos.py, rows.py and llamafactory.py.
 
 Rules for every format:
 
@@ -50,7 +49,7 @@ from megatron_vrl.data.formats.json_files import (
     records,
     without_collector,
 )
-from megatron_vrl.data.formats.llamafactory import LLAMAFACTORY_READER
+from megatron_vrl.data.formats.llamafactory import MEDIA_READERS
 from megatron_vrl.data.formats.long_videos import LONG_VIDEO_READERS
 from megatron_vrl.data.formats.moment_retrieval import MOMENT_READERS
 from megatron_vrl.data.formats.nextgqa_csv import load_csv
@@ -69,7 +68,6 @@ from megatron_vrl.data.formats.records import (
     video_file,
     video_path,
 )
-from megatron_vrl.data.formats.rows import ROW_READERS
 from megatron_vrl.data.formats.tables import is_table, table_records
 from megatron_vrl.data.formats.validation import (
     OtherFormat,
@@ -356,8 +354,7 @@ READERS: dict[str, Reader] = {
     **BENCHMARK_READERS,
     **MOMENT_READERS,
     **LONG_VIDEO_READERS,
-    **ROW_READERS,
-    "llamafactory": LLAMAFACTORY_READER,
+    **MEDIA_READERS,
 }
 
 
