@@ -84,8 +84,9 @@ class Sample:
         return self.clip.window_s if self.clip else None
 
     def inside(self, folder: str) -> "Sample":
-        """Return the sample whose files must be inside `folder`."""
-        return replace(self, media=tuple(one._replace(folder=folder) for one in self.media))
+        """Return the sample whose files must be inside `folder`, except those with a folder."""
+        media = [one if one.folder else one._replace(folder=folder) for one in self.media]
+        return replace(self, media=tuple(media))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Check annotations and videos before a run: files, durations, ground truth, duplicates.
+"""Check annotations, videos and images before a run: files, durations, truth, duplicates.
 
     mvrl check-data --config configs/NAME.yaml [--out problems.jsonl] [--decode]
                     [section.key=value ...]
@@ -34,7 +34,7 @@ def make_parser() -> OverrideParser:
         metavar="FILE",
         help="problems, one a line (default: problems.jsonl)",
     )
-    parser.add_argument("--decode", action="store_true", help="also decode every video")
+    parser.add_argument("--decode", action="store_true", help="also decode every video and image")
     parser.add_overrides()
     return parser
 
@@ -89,6 +89,8 @@ def _print_summary(check: "DatasetCheck", problems: "Sequence[Problem]", out: Pa
     shown = counted(len(videos), "video")
     shown += f" and {counted(len(images), 'image')}" if images else ""
     print(f"{counted(check.stats.samples, 'sample')}, {shown} that can be read")
+    if check.stats.text_only:
+        print(f"{counted(check.stats.text_only, 'sample')} without a video or an image")
     for kind, tokens in {"a video": videos, "an image": images}.items():
         if tokens:
             low, middle, high = np.percentile(tokens, [0, 50, 100]).astype(int)

@@ -9,8 +9,9 @@ An input line has the fields that its task needs. Other fields are ignored, blan
      "option": "B"}
 
 temporal_grounding and multi_segment_grounding need duration_s and intervals_s, multiple_choice
-needs option, grounded_qa needs all three. "options", the texts of the options, is optional: without
-it an option is read by its letter alone, whatever text follows ("D. small dog").
+needs option, grounded_qa needs all three, short_answer needs "truth": {"answer": "42"}. "options",
+the texts of the options, is optional: without it an option is read by its letter alone, whatever
+text follows ("D. small dog").
 
 An output line:
 

@@ -31,12 +31,13 @@ from megatron_vrl.config.run import (
     Section,
     Selection,
     Sft,
-    Source,
     load_config,
 )
+from megatron_vrl.config.source import ROW_KEYS, Source
 from megatron_vrl.config.video import Video
 
 __all__ = [
+    "ROW_KEYS",
     "Algorithm",
     "Batch",
     "Checkpoint",

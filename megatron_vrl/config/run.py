@@ -14,6 +14,7 @@ from megatron_vrl.config.algorithm import Algorithm
 from megatron_vrl.config.base import SECTION, Positive
 from megatron_vrl.config.loader import read_mix, read_tree, validate_with_overrides
 from megatron_vrl.config.rollout import RolloutConfig
+from megatron_vrl.config.source import Source
 from megatron_vrl.config.video import Video
 
 RewardMode = Literal["strict", "answer_only", "temporal_r1"]
@@ -113,43 +114,6 @@ class Parallel(Section):
     """Reduce gradients over the data-parallel ranks during the backward pass."""
 
 
-class Source(Section):
-    """One annotation file and the folder of its videos."""
-
-    json_path: str
-    """Annotation file, .json or .jsonl; mvbench, tempcompass and mlvu also accept a folder."""
-    data_folder: str
-    """Folder of the videos."""
-    format: Literal[
-        "charades_sta",
-        "next_gqa",
-        "multiple_choice",
-        "temporal_r1",
-        "generic",
-        "tvgbench",
-        "activitynet_rtl",
-        "mvbench",
-        "tempcompass",
-        "video_mme",
-        "mmvu",
-        "timelens_bench",
-        "timelens",
-        "qvhighlights",
-        "lvbench",
-        "mlvu",
-        "video_mme_subtitles",
-    ] = "temporal_r1"
-    """Format of the annotation file; see docs/tasks.md."""
-    sampling_strategy: str = "all"
-    """all | first:N | end:N | random:N; N is a number or a percentage."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    """Number of times that a sample occurs per epoch. 2: each sample twice; 0.5: half of the
-    samples, in turn."""
-    multi_segment: bool = False
-    """Ask the temporal_grounding questions of this source for every interval: they become the task
-    multi_segment_grounding, whose answer is {"intervals": [[s, e], ...]}."""
-
-
 class Data(Section):
     sft: list[Source] = []
     """Sources of the SFT warm-up; keep them disjoint from `train` to compare the two. `sft` and
@@ -173,10 +137,13 @@ class Data(Section):
     evaluation: dict[str, list[Source]] = {}
     """Split name -> sources. The split `dev` ends the warm-up (`sft.stop_metric`) and is left out
     of the reported results."""
-    system_prompt: Literal["none", "temporal_r1", "think", "answer", "answer_only"] = "think"
+    system_prompt: Literal[
+        "none", "temporal_r1", "think", "think_text", "answer", "answer_only"
+    ] = "think"
     """none: the chat template's default; temporal_r1: as released by Temporal-R1; think: reasoning,
-    then JSON, in our wording; answer: JSON after an empty think block; answer_only: JSON without a
-    think block, with rewards.mode=answer_only."""
+    then JSON, in our wording; think_text: reasoning, then any text, for short_answer; answer: JSON
+    after an empty think block; answer_only: JSON without a think block, with
+    rewards.mode=answer_only."""
     question: Literal["default", "temporal_r1"] = "default"
     """temporal_r1: Temporal-R1's wording of multiple choice; other tasks have one wording."""
     timestamps: Literal["none", "interleaved"] = "none"

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron_vrl.checkpoint.layout import architecture_of, hf_dir_of
-from megatron_vrl.config import RunConfig, Source
+from megatron_vrl.config import ROW_KEYS, RunConfig, Source
 from megatron_vrl.data.formats.records import cut_to_video
 from megatron_vrl.data.formats.training import (
     READERS,
@@ -46,6 +46,7 @@ class DatasetStats:
     """Number of samples, and vision tokens per readable video and image."""
 
     samples: int = 0
+    text_only: int = 0  # samples without a video or an image
     tokens: dict[Media, int] = field(default_factory=dict)  # video or image -> vision tokens
 
 
@@ -53,7 +54,8 @@ def distinct_sources(cfg: RunConfig) -> list[Source]:
     """Return the sources of all phases and splits, each file once."""
     evaluated = [source for sources in cfg.data.evaluation.values() for source in sources]
     sources = [*cfg.data.sft, *cfg.data.train, *evaluated]
-    return list({(s.json_path, s.data_folder, s.format): s for s in sources}.values())
+    columns = {"json_path", "data_folder", "format", *ROW_KEYS}
+    return list({source.model_dump_json(include=columns): source for source in sources}.values())
 
 
 def num_records(source: Source) -> int:
@@ -127,6 +129,7 @@ class DatasetCheck:
             reason = f"{source.json_path}: record {key}: its video {error}"
             return [], [Problem(sample="", video="", kind=error.kind, reason=reason)]
         self.stats.samples += len(read)
+        self.stats.text_only += sum(not sample.media for sample in read)
         return [sample.inside(source.data_folder) for sample in read], []
 
     def _files(self, samples: Sequence[Sample]) -> dict[Media, VideoError]:
@@ -193,10 +196,11 @@ class DatasetCheck:
 
     def _question_problems(self, sample: Sample) -> Iterator[tuple[str, str]]:
         """Yield (kind, sentence) for the question: duplicates, missing text, durations, tokens."""
-        files = sample.inside("").media
+        files = tuple(medium._replace(folder="") for medium in sample.media)
         question = hash((sample.task, files, sample.query, sample.options))
         if question in self._questions:
-            yield "duplicate", "the same question about the same video was asked before."
+            about = " about the same files" if files else ""
+            yield "duplicate", f"the same question{about} was asked before."
         elif sample.id in self._ids:
             yield "duplicate", "an earlier question of the file has the same id."
         self._questions.add(question)

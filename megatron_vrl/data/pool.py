@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from megatron_vrl.config import Source
 from megatron_vrl.data.formats.json_files import parse, version, without_collector
 from megatron_vrl.data.formats.records import HeaderDuration
+from megatron_vrl.data.formats.tables import is_table
 from megatron_vrl.data.formats.training import (
     is_list,
     list_records,
@@ -44,7 +45,7 @@ Drawn = Sample | Problem | None  # Problem: the video is bad; None: the question
 
 def is_indexed(source: Source) -> bool:
     """Return whether the records of the source are parsed when they are drawn."""
-    if not is_list(source):
+    if not is_list(source) or is_table(source.json_path):
         return False
     if source.format == "temporal_r1":  # durations are in the videos, which may not all be opened
         return True
@@ -118,8 +119,9 @@ class IndexedSource(Sequence[Drawn]):
         """Validate every record. Raises DataError naming file, record or line, and field."""
         self._source = source
         self._header_duration_s = header_duration_s
-        path = source.json_path
-        self._spans = _index(source.format, path, source.data_folder, version(path), limits)
+        of_any_weight = {"weight": 1.0, "sampling_strategy": "all"}
+        whole = source.model_copy(update=of_any_weight)
+        self._spans = _index(whole, version(source.json_path), limits)
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -145,21 +147,12 @@ class IndexedSource(Sequence[Drawn]):
 
 
 @lru_cache(maxsize=32)
-def _index(
-    format: str,
-    json_path: str,
-    data_folder: str,
-    file_version: tuple[int, int],
-    limits: MediaLimits,
-) -> NDArray[np.int64]:
+def _index(source: Source, file_version: tuple[int, int], limits: MediaLimits) -> NDArray[np.int64]:
     """Return the byte range [N, 2] of each record, (first byte, byte after the last one).
 
     Every record is validated. The result is cached because a run and its checks open the same file
     several times.
     """
-    source = Source.model_validate(
-        {"format": format, "json_path": json_path, "data_folder": data_folder}
-    )
     offsets, num_kept = array("q"), 0
     with without_collector():
         for number, (record, start, stop, line) in enumerate(list_records(source)):

@@ -6,6 +6,7 @@
   evaluation). Its training script has a line break in place of one space.
 - `think` gives the same instruction in other words. Like `temporal_r1`, it does not name the JSON
   keys of the answer.
+- `think_text` is `think` without its last sentence: any text is an answer. It fits `short_answer`.
 - `answer` asks for an empty think block, so that all prompts have the same response format. The
   SFT target is then `task.target(replace(sample, rationale=""))`.
 - `answer_only` asks for the answer block alone, without a think block. It needs
@@ -17,6 +18,7 @@
 from megatron_vrl.tasks.grounded_qa import GROUNDED_QA
 from megatron_vrl.tasks.multi_segment_grounding import MULTI_SEGMENT_GROUNDING
 from megatron_vrl.tasks.multiple_choice import MULTIPLE_CHOICE
+from megatron_vrl.tasks.short_answer import SHORT_ANSWER
 from megatron_vrl.tasks.task import Component, Task, Truth
 from megatron_vrl.tasks.temporal_grounding import TEMPORAL_GROUNDING
 from megatron_vrl.types import Sample
@@ -28,6 +30,7 @@ TASKS: dict[str, Task] = {
     "multiple_choice": MULTIPLE_CHOICE,
     "grounded_qa": GROUNDED_QA,
     "multi_segment_grounding": MULTI_SEGMENT_GROUNDING,
+    "short_answer": SHORT_ANSWER,
 }
 
 SYSTEM_PROMPTS: dict[str, str | None] = {
@@ -42,6 +45,11 @@ SYSTEM_PROMPTS: dict[str, str | None] = {
         "First think the question through as an inner monologue, then give the final answer. "
         "Put the reasoning inside <think> </think> and the final answer inside "
         "<answer> </answer>. The final answer must be JSON."
+    ),
+    "think_text": (
+        "First think the question through as an inner monologue, then give the final answer. "
+        "Put the reasoning inside <think> </think> and the final answer inside "
+        "<answer> </answer>."
     ),
     "answer": (
         "Give the final answer at once, without reasoning: leave <think></think> empty and put "

@@ -27,6 +27,7 @@ MAX_INTERVALS = 100  # of one answer; one with more is unreadable
 LETTER = "[A-Z]"
 
 EMPTY_THINKING = "<think></think>"
+BOX = r"\boxed{"
 
 _NO_TAGS = r"[^<]*(?:<(?!/?(?:think|answer)>)[^<]*)*"
 _NUMBER = re.compile("-?" + SECONDS)
@@ -52,6 +53,12 @@ def intervals_template() -> re.Pattern[str]:
     return _response(rf'"intervals"\s*:\s*\[\s*{pair}(?:\s*,\s*{pair})*\s*\]')
 
 
+def free_template() -> re.Pattern[str]:
+    """Return the pattern of a stripped response that answers in any text: in a block or a box."""
+    block, box = f"<answer>{_NO_TAGS}</answer>", rf"{_NO_TAGS}\\boxed\{{{_NO_TAGS}"
+    return re.compile(rf"<think>{_NO_TAGS}</think>(?:\s*{block}|{box})")
+
+
 def read_block(response: str) -> tuple[str, str]:
     """Return the stripped text of the answer block."""
     tail = response.rpartition("</think>")[2]
@@ -62,6 +69,19 @@ def read_block(response: str) -> tuple[str, str]:
         return "", "no <answer> after the thinking"
     body, closed, _ = block.partition("</answer>")
     return (body.strip(), "") if closed else ("", "the answer is never closed")
+
+
+def read_boxed(text: str) -> tuple[str, str]:
+    """Return the content of the last \\boxed{...}, with balanced braces."""
+    _, opened, rest = text.rpartition(BOX)
+    if not opened:
+        return "", "no <answer> and no \\boxed{} after the thinking"
+    depth = 1
+    for index, character in enumerate(rest):
+        depth += (character == "{") - (character == "}")
+        if not depth:
+            return rest[:index].strip(), ""
+    return "", "the \\boxed{ is never closed"
 
 
 def read_json(body: str) -> tuple[Any, str]:

@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from PIL import Image
+from pyarrow import parquet
 
 from megatron_vrl.cli import check_data
 from megatron_vrl.config import Source, load_config
@@ -151,6 +154,32 @@ def test_records_are_accepted_and_rejected_as_in_training(tmp_path: Path) -> Non
     assert code == 1 and [row["kind"] for row in rows] == ["annotation", "duplicate", "annotation"]
     assert rows[0]["reason"].endswith("a.jsonl, line 2 is null, expected an object.")
     assert rows[1]["reason"] == "1: an earlier question of the file has the same id."
+
+
+def test_rows_of_a_table_are_checked(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+    prompts = [[{"role": "user", "content": "what is shown"}]] * 3 + [turns]
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    images = [["a.png"], [], ["gone.png"], []]
+    columns = {"prompt": prompts, "images": images, "answer": ["a square"] * 4}
+    parquet.write_table(pa.table(columns), path)
+    source = {"json_path": str(path), "data_folder": str(tmp_path), "format": "hf"}
+    out = tmp_path / "problems.jsonl"
+    options = ("--config", CONFIG, "--out", out, "data.evaluation={}", "data.sft=[]")
+    done = run_here(check_data.main, *options, f"data.train={json.dumps([source])}")
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert (done.returncode, [row["kind"] for row in found]) == (1, ["missing", "annotation"])
+    assert found[0]["video"] == str(tmp_path / "gone.png")
+    assert (
+        "record 3: field 'prompt' has the turns ['user', 'assistant', 'user']" in found[1]["reason"]
+    )
+    assert "3 samples, 0 videos and 1 image that can be read" in done.stdout
+    assert "1 sample without a video or an image" in done.stdout
+
+    path.write_bytes(path.read_bytes()[:-20])
+    done = run_here(check_data.main, *options, f"data.train={json.dumps([source])}")
+    assert done.returncode == 2 and "rows.parquet is no readable table (" in done.stderr
 
 
 def test_pictures_that_start_late_are_reported_once(tmp_path: Path) -> None:

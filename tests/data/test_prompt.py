@@ -13,6 +13,7 @@ from megatron_vrl.errors import CheckpointError, ConfigError, DataError
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.rewards.score import score
 from megatron_vrl.tasks import SYSTEM_PROMPTS, TASKS
+from megatron_vrl.tasks.short_answer import ShortAnswer
 from megatron_vrl.types import Sample, VideoClip
 from tests.tiny import image, video
 
@@ -29,6 +30,7 @@ SAMPLE: dict[str, Any] = {
     "intervals_s": ((1.0, 3.0),),
     "options": ("red", "blue"),
     "option": "A",
+    "truth": ShortAnswer(answer="red"),
 }
 CLIP = video((4, 4, 6), 2.0, seed=0)
 
@@ -104,7 +106,7 @@ def test_without_thinking_the_target_has_no_rationale(published: Path) -> None:
 def test_answer_only_trains_on_the_answer_block(published: Path, task: str) -> None:
     encode, _ = encoder(published, "answer_only")
     text = encode.tokenizer.decode(encode.target(sample(task))[:-1].tolist())
-    assert text.startswith("<answer>{") and text.endswith("}</answer>")
+    assert text.startswith("<answer>") and text.endswith("</answer>")
     weights = TASKS[task].default_weights
     assert score(sample(task), text, "answer_only", weights)[1] == 1.0
     assert score(sample(task), text, "strict", weights)[0]["format"] == 0.0

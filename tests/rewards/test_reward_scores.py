@@ -13,6 +13,7 @@ from megatron_vrl.rewards.score import score
 from megatron_vrl.rewards.temporal_iou import iou
 from megatron_vrl.rewards.weights import reward_weights
 from megatron_vrl.tasks import TASKS
+from megatron_vrl.tasks.short_answer import ShortAnswer
 from megatron_vrl.types import Sample, VideoClip
 
 SAMPLE = Sample(
@@ -25,6 +26,7 @@ SAMPLE = Sample(
     intervals_s=((6.0, 15.0),),
     options=("red", "blue", "green"),
     option="B",
+    truth=ShortAnswer(answer="blue"),
 )
 HALF = {"format": 0.5, "temporal_iou": 0.5}
 RIGHT = '<think>x</think><answer>{"start_time": "6.0", "end_time": "15.0"}</answer>'

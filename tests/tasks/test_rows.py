@@ -14,6 +14,7 @@ from megatron_vrl.evaluation.metrics import summarise
 from megatron_vrl.rewards.score import score
 from megatron_vrl.rewards.weights import reward_weights
 from megatron_vrl.tasks import SYSTEM_PROMPTS, TASKS, can_be_asked
+from megatron_vrl.tasks.short_answer import ShortAnswer
 from megatron_vrl.types import Parsed, Sample, VideoClip
 from tests.algorithms.make_tokens import tokens_of
 
@@ -28,11 +29,16 @@ SAMPLE = Sample(
     options=("red", "blue"),
     option="A",
 )
+TRUTHS = {"short_answer": ShortAnswer(answer="two")}  # of tasks with a truth of their own
+
+
+def sample_of(task: str) -> Sample:
+    return replace(SAMPLE, task=task, truth=TRUTHS.get(task))
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_a_task_accepts_its_own_target(name: str) -> None:
-    task, sample = TASKS[name], replace(SAMPLE, task=name)
+    task, sample = TASKS[name], sample_of(name)
     assert task.name == name
     assert can_be_asked(sample)
     assert not can_be_asked(replace(sample, intervals_s=(), option="", truth=None))
@@ -49,7 +55,7 @@ def test_a_task_accepts_its_own_target(name: str) -> None:
 
 @pytest.mark.parametrize("name", TASKS)
 def test_the_fields_of_a_task_name_its_own_components_and_metrics(name: str) -> None:
-    task, sample = TASKS[name], replace(SAMPLE, task=name)
+    task, sample = TASKS[name], sample_of(name)
     assert set(task.default_weights) == set(task.components)
     assert set(task.correctness) <= set(task.components)
     assert set(task.temporal_r1_components) in (set(), set(task.components))

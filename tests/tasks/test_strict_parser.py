@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_vrl.tasks import SYSTEM_PROMPTS, TASKS
+from megatron_vrl.tasks.short_answer import ShortAnswer
 from megatron_vrl.types import Sample, VideoClip
 
 SAMPLE = Sample(
@@ -20,6 +21,7 @@ SAMPLE = Sample(
     intervals_s=((6.0, 15.0),),
     options=("red", "blue", "a cat", "Red light"),
     option="B",
+    truth=ShortAnswer(answer="blue"),
 )
 GROUNDING, CHOICE, GQA = (
     TASKS[name] for name in ("temporal_grounding", "multiple_choice", "grounded_qa")

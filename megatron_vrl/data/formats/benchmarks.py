@@ -19,8 +19,7 @@ Training formats are in training.py.
 Questions of benchmarks without ids get VIDEO/INDEX, where INDEX counts the questions of one video.
 
 Not supported: TempCompass captions and MMVU's open-ended answers, which need a language model as
-judge. Tables that are not JSON must be converted: `pandas.read_parquet(FILE).to_json(OUT,
-orient="records")`.
+judge. Lists may also be parquet tables (tables.py).
 """
 
 import re

@@ -29,7 +29,7 @@ CUT_TOKEN = 16  # a parse error this close to the end of a block may come from a
 OTHER_KINDS = {  # first bytes -> kind of file and advice
     b"\x1f\x8b": "compressed with gzip: unpack it",
     b"PK\x03\x04": "a zip archive: unpack it",
-    b"PAR1": "a parquet table: turn it into JSON, see docs/evaluation.md",
+    b"PAR1": "a parquet table: name it .parquet, and give a format that is a list, such as verl",
     b"\xff\xfe": "in UTF-16: save it as UTF-8",
     b"\xfe\xff": "in UTF-16: save it as UTF-8",
 }

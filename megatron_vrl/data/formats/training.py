@@ -12,7 +12,7 @@ To add a format, add one row to `READERS`.
   generic         [{id, task, video, duration, question, truth {...} or intervals [[s, e], ...]}]:
                   questions of any task without options, megatron_vrl/data/formats/generic.py
 
-Other formats: benchmarks.py, moment_retrieval.py, long_videos.py. Parser of JSON: json_files.py.
+Other formats: benchmarks.py, moment_retrieval.py, long_videos.py, rows.py and llamafactory.py.
 
 Rules for every format:
 
@@ -49,6 +49,7 @@ from megatron_vrl.data.formats.json_files import (
     records,
     without_collector,
 )
+from megatron_vrl.data.formats.llamafactory import MEDIA_READERS
 from megatron_vrl.data.formats.long_videos import LONG_VIDEO_READERS
 from megatron_vrl.data.formats.moment_retrieval import MOMENT_READERS
 from megatron_vrl.data.formats.nextgqa_csv import load_csv
@@ -67,6 +68,7 @@ from megatron_vrl.data.formats.records import (
     video_file,
     video_path,
 )
+from megatron_vrl.data.formats.tables import is_table, table_records
 from megatron_vrl.data.formats.validation import (
     OtherFormat,
     WrongTopLevelType,
@@ -160,12 +162,14 @@ def read_whole(source: Source, header_duration_s: HeaderDuration | None = None) 
 
 
 def is_list(source: Source) -> bool:
-    """Return whether the file is a JSON list (or .jsonl) whose records are read one by one."""
+    """Return whether the file is a list (.json, .jsonl, a table) that is read record by record."""
     return READERS[source.format].is_list and not source.json_path.endswith(".csv")
 
 
 def list_records(source: Source) -> Iterator[LocatedRecord]:
-    """Yield the JSON records of a source for which `is_list` is true. Raises DataError."""
+    """Yield the records of a source for which `is_list` is true. Raises DataError."""
+    if is_table(source.json_path):
+        return table_records(source.json_path)
     if not is_lines(source.json_path) and not begins_a_list(source.json_path):
         if not (content := load(source.json_path)):
             refuse_none(source, 0, 0)
@@ -350,6 +354,7 @@ READERS: dict[str, Reader] = {
     **BENCHMARK_READERS,
     **MOMENT_READERS,
     **LONG_VIDEO_READERS,
+    **MEDIA_READERS,
 }
 
 

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from megatron_vrl.config import Source
 from megatron_vrl.data.formats.json_files import begins_a_list, is_lines, load, records
 from megatron_vrl.data.formats.records import Reader
+from megatron_vrl.data.formats.tables import is_table, table_records
 from megatron_vrl.errors import DataError
 
 HEAD = 20  # number of records on which other readers are tried
@@ -101,6 +102,8 @@ def _explain(wrong: Mapping[str, Any], location: str) -> str:
 
 def _head(path: str) -> tuple[str, Any]:
     """Return (name without ending, first records) of a file, or of a folder's first file."""
+    if is_table(path):
+        return Path(path).stem, [entry.record for entry in islice(table_records(path), HEAD)]
     if Path(path).is_dir():
         path = str(min(Path(path).glob("*.json")))
     name = Path(path).stem

@@ -11,6 +11,7 @@ import pytest
 
 from megatron_vrl.config import Source
 from megatron_vrl.data.formats.benchmarks import BENCHMARK_READERS
+from megatron_vrl.data.formats.llamafactory import MEDIA_READERS
 from megatron_vrl.data.formats.long_videos import LONG_VIDEO_READERS
 from megatron_vrl.data.formats.moment_retrieval import MOMENT_READERS
 from megatron_vrl.data.formats.training import READERS, read
@@ -326,4 +327,5 @@ def test_excerpts_of_released_files_are_read(name: str, form: Any) -> None:
 def test_every_format_is_tested_here() -> None:
     here = {"charades_sta", "next_gqa", "multiple_choice", "temporal_r1"}
     elsewhere = {**BENCHMARK_READERS, **MOMENT_READERS, **LONG_VIDEO_READERS}
+    elsewhere |= MEDIA_READERS  # test_row_formats.py
     assert set(READERS) == here | {"generic"} | set(elsewhere)  # test_generic.py
