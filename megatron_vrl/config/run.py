@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, field_validator
 from megatron_vrl.config.algorithm import Algorithm
 from megatron_vrl.config.base import SECTION, Positive
 from megatron_vrl.config.loader import read_mix, read_tree, validate_with_overrides
+from megatron_vrl.config.lora import Lora
 from megatron_vrl.config.rollout import RolloutConfig
 from megatron_vrl.config.video import Video
 
@@ -51,6 +52,8 @@ class Model(Section):
     """Do not train the patch merger."""
     freeze_language: bool = False
     """Do not train the language model."""
+    lora: Lora = Lora()
+    """Train low-rank adapters instead of weights; see docs/lora.md."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations of the language model that the backward pass recomputes. selective: the attention
     of each layer; full: whole layers, as many as `recompute_num_layers` says."""
