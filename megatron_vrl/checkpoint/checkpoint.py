@@ -38,13 +38,9 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from megatron_vrl.checkpoint.adapters_note import read_note
 from megatron_vrl.checkpoint.checksums import ChecksumVerifier, file_sum, write_sums
-from megatron_vrl.checkpoint.frozen_base import (
-    base_digest,
-    check_fits_policy,
-    read_note,
-    write_note,
-)
+from megatron_vrl.checkpoint.frozen_base import base_digest, check_fits_policy, write_note
 from megatron_vrl.checkpoint.hf_load import load_hf_weights
 from megatron_vrl.checkpoint.hf_reader import copy_side_files
 from megatron_vrl.checkpoint.layout import HF, STATE, WEIGHTS, is_megatron

@@ -1,19 +1,16 @@
-"""Frozen base of a checkpoint that holds adapters only: its digest, and what the checkpoint needs.
-
-`adapters.json` in such a checkpoint records the settings of the adapters, the path of the base and
-its digest.
-"""
+"""Digest of the frozen base, and the check that a checkpoint of adapters fits a policy."""
 
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megatron_vrl.checkpoint.adapters_note import ADAPTERS, AdaptersNote, read_note
 from megatron_vrl.config import Lora
 from megatron_vrl.errors import CheckpointError
 from megatron_vrl.models.vision_language_model import VisionLanguageModel
@@ -21,17 +18,7 @@ from megatron_vrl.models.weight_map import chunk_rows, parameters_by_row
 from megatron_vrl.parallel.mesh import gather_objects
 from megatron_vrl.policy.policy import Policy
 
-ADAPTERS = "adapters.json"
 SETTINGS = ("rank", "alpha", "use_rslora", "targets", "merger")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdaptersNote:
-    """Content of adapters.json."""
-
-    lora: dict[str, Any]  # settings of `model.lora` on which the tensors depend
-    base: str  # model.checkpoint
-    base_digest: str
 
 
 def note_of(policy: Policy) -> AdaptersNote:
@@ -50,20 +37,6 @@ def _settings(cfg: Lora) -> dict[str, Any]:
 def write_note(checkpoint: Path, policy: Policy) -> None:
     """Write adapters.json into the directory of a checkpoint."""
     (checkpoint / ADAPTERS).write_text(json.dumps(asdict(note_of(policy)), indent=1))
-
-
-def read_note(checkpoint: Path) -> AdaptersNote | None:
-    """Return the note of a checkpoint; None if it holds whole weights.
-
-    Raises CheckpointError if the file is damaged.
-    """
-    file = checkpoint / ADAPTERS
-    if not file.is_file():
-        return None
-    try:
-        return AdaptersNote(**json.loads(file.read_text()))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}): remove {checkpoint}.") from None
 
 
 def check_fits_policy(checkpoint: Path, policy: Policy) -> None:

@@ -90,6 +90,11 @@ class Model(Section):
     """auto: add weight gradients inside their matrix products on a GPU: in Transformer Engine's
     layers, and in Megatron's if NVIDIA apex is installed."""
 
+    @property
+    def trains_language(self) -> bool:
+        """Return whether the language model's own weights are trained, not only adapters."""
+        return not (self.freeze_language or self.lora.rank)
+
 
 class Parallel(Section):
     processes: Annotated[int, Field(ge=0)] = 0

@@ -117,12 +117,11 @@ def adapter_rows(arch: Architecture, cfg: Lora, chunk: Chunk) -> list[Row]:
             "whole": {"A": COPY, "B": COPY},
         }[linear.kind]
         for key, name, used in zip(linear.keys, linear.row.hf_names, linear.targeted, strict=True):
-            module = _transformers_name(weights, name).removesuffix(".weight")
             for factor in FACTORS if used else ():
                 rows.append(
                     Row(
                         f"{linear.module}.lora.{factor}.{key}",
-                        (f"{PEFT_PREFIX}{module}.lora_{factor}.weight",),
+                        (factor_name(weights, name, factor),),
                         layouts[factor],
                     )
                 )
@@ -164,6 +163,12 @@ def joined_rows(
     if len(linear.targeted) == 3:
         return qkv_layout(arch.heads // ranks, arch.kv_heads // ranks, fused=False).join
     return linear.row.layout.join
+
+
+def factor_name(weights: WeightMap, name: str, factor: str) -> str:
+    """Return the name in a PEFT adapter of factor "A" or "B" of the matrix `name`."""
+    module = _transformers_name(weights, name).removesuffix(".weight")
+    return f"{PEFT_PREFIX}{module}.lora_{factor}.weight"
 
 
 def _transformers_name(weights: WeightMap, name: str) -> str:

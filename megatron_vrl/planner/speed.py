@@ -241,8 +241,9 @@ def optimizer_phase(
     if dp_ranks > 1:
         parts[name] = seconds
     if parallel.tensor > 1:  # tensor ranks hold partial gradients of the tower
-        tower = FLOAT32 * 2 * (1 - 1 / parallel.tensor) * (counts.vision + counts.merger)
-        frozen = cfg.model.freeze_vision and cfg.model.freeze_merger
+        partial = counts.adapters if cfg.model.lora.rank else counts.vision + counts.merger
+        tower = FLOAT32 * 2 * (1 - 1 / parallel.tensor) * partial
+        frozen = cfg.model.freeze_vision and cfg.model.freeze_merger and not cfg.model.lora.rank
         name, seconds = machine.link(0.0 if frozen else tower, parallel.tensor)
         parts[name] = parts.get(name, 0.0) + seconds
     return Phase(parts=parts)

@@ -37,6 +37,7 @@ from megatron_vrl.models.precision import check_available
 from megatron_vrl.models.vision_language_model import VisionLanguageModel
 from megatron_vrl.parallel.mesh import Mesh, gather_objects, world_axis
 from megatron_vrl.policy.optimizer import clipped_step, learning_rate, make_optimizer
+from megatron_vrl.policy.partial_gradients import sum_partial_gradients
 from megatron_vrl.policy.pipeline import communication
 from megatron_vrl.policy.vision_outputs import VisionOutputs
 
@@ -278,28 +279,13 @@ class Policy:
     def _finalize_gradients(
         self, model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any
     ) -> None:
-        """Call Megatron's `finalize_model_grads`, then sum gradients over tensor-parallel ranks.
+        """Call Megatron's `finalize_model_grads`, then sum what else is partial on a tensor rank.
 
         Megatron's function sums gradients over data ranks, tied embeddings and sequence-parallel
-        norms. Two more are partial sums on each tensor rank: those of the vision tower, since each
-        rank encodes other temporal steps, and those of some factors of adapters (`models/lora.py`).
+        norms.
         """
         finalize_model_grads(model, None, **kwargs)
-        tensor = self.mesh.tensor
-        if tensor.size == 1:
-            return
-        grads = [
-            param.main_grad
-            for chunk in self.chunks
-            for name, param in chunk.named_parameters()
-            if param.requires_grad
-            and (name.startswith("vision.") or getattr(param, "partial_over_tensor", False))
-        ]
-        if grads:
-            flat = torch.cat([grad.reshape(-1) for grad in grads])
-            dist.all_reduce(flat, group=tensor.group)
-            for grad, summed in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-                grad.copy_(summed.view_as(grad))
+        sum_partial_gradients(self.chunks, self.mesh.tensor)
 
     def _gradients_are_finite(self, group: dist.ProcessGroup | None) -> bool:
         """Return whether all gradients of the ranks of `group` are finite."""

@@ -39,6 +39,7 @@ READY = {  # parameters, and the GPU that the config is for
     "qwen2.5-vl-7b-tp2pp2": 8_292_166_656,
     "qwen2.5-vl-32b": 33_452_718_336,
     "qwen2.5-vl-72b-tp8pp4-fp8": 73_410_777_344,
+    "qwen2.5-vl-72b-lora-tp8": 73_410_777_344,
 }
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_vrl.checkpoint.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from megatron_vrl.checkpoint.convert import convert_to_hf, convert_to_peft
 from megatron_vrl.checkpoint.hf_load import hf_tensors
 from megatron_vrl.checkpoint.peft_files import CONFIG, TENSORS, save_peft
 from megatron_vrl.checkpoint.torch_dist import TorchDistReader
@@ -22,7 +23,7 @@ from megatron_vrl.models.logprob_head import Distribution
 from megatron_vrl.models.lora import adapters, new_factor
 from megatron_vrl.parallel.mesh import Mesh, close_mesh, init_mesh
 from megatron_vrl.policy.policy import Policy, Update
-from tests.tiny import GROUPS, micro_batches, present, token_loss
+from tests.tiny import GROUPS, micro_batches, present, sharded_tensors, token_loss
 from tests.tiny_models import hf_model, save
 
 KEYS: dict[str, Any] = {"dtype": "float32", "freeze_vision": True, "freeze_merger": True}
@@ -117,9 +118,15 @@ def test_a_checkpoint_holds_adapters_and_resumes(mesh: Mesh, base: Path, tmp_pat
     load_checkpoint(tmp_path / "1", resumed)
     first, second = step(whole, 1), step(resumed, 1)
     assert first.loss == second.loss and same(held(whole), held(resumed))
+    convert_to_peft(tmp_path / "1", tmp_path / "peft")
+    again = policy_of(mesh, base, LORA.model_copy(update={"adapter": str(tmp_path / "peft")}))
+    convert_to_hf(tmp_path / "1", tmp_path / "hf")
+    merged = sharded_tensors(tmp_path / "hf")
+    for name, tensor in hf_tensors(again.chunks):
+        torch.testing.assert_close(tensor, merged[name], rtol=1e-6, atol=1e-6, msg=name)
     scored = policy_of(mesh, base)
     load_weights(tmp_path / "1", scored)
-    assert not same(held(scored), held(policy_of(mesh, base)))
+    assert same(held(scored), held(again))
 
 
 def test_a_checkpoint_of_another_base_or_other_adapters_is_refused(
