@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from megatron_vrl.checkpoint.hf_export import WeightExport
@@ -97,12 +97,12 @@ def save_peft(policy: Policy, directory: Path) -> None:
 
 
 def write_peft(directory: Path, cfg: Lora, base: str, tensors: Mapping[str, Tensor]) -> None:
-    """Write a PEFT folder. It replaces an older one when it is complete."""
+    """Write a PEFT folder, which replaces an older one. Raises OSError if the disk is full."""
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     (partial / CONFIG).write_text(json.dumps(peft_config(cfg, base), indent=2) + "\n")
-    save_file(dict(tensors), partial / TENSORS, metadata={"format": "pt"})
+    (partial / TENSORS).write_bytes(save(dict(tensors), metadata={"format": "pt"}))
     shutil.rmtree(directory, ignore_errors=True)
     partial.rename(directory)
 
@@ -147,13 +147,14 @@ class PeftFolder:
         wanted = {self._canonical(name): shape for name, shape in shapes.items()}
         self._check_names(stored.keys(), wanted.keys())
         self._names = {name: stored[self._canonical(name)] for name in shapes}
-        for name, shape in shapes.items():
-            found = tuple(self.tensor(name).shape)
-            if found != shape:
-                raise CheckpointError(
-                    f"{directory}: {self._names[name]} has the shape {list(found)}, and the model "
-                    f"asks for {list(shape)}: the adapter is of another model."
-                )
+        with safe_open(directory / TENSORS, "pt") as file:
+            for name, shape in shapes.items():
+                found = file.get_slice(self._names[name]).get_shape()
+                if tuple(found) != shape:
+                    raise CheckpointError(
+                        f"{directory}: {self._names[name]} has the shape {found}, and the model "
+                        f"asks for {list(shape)}: the adapter is of another model."
+                    )
 
     def tensor(self, name: str) -> Tensor:
         with safe_open(self._directory / TENSORS, "pt") as file:

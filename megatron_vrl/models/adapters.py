@@ -74,8 +74,9 @@ def check_lora(cfg: Model) -> None:
         if getattr(cfg, key) != value:
             raise ConfigError(
                 f"model.{key}={str(not value).lower()} with model.lora.rank={lora.rank} and "
-                f"model.lora.merger={str(lora.merger).lower()}: adapters are trained where a part "
-                f"is not frozen, and nothing else is; set model.{key}={str(value).lower()}."
+                f"model.lora.merger={str(lora.merger).lower()}: adapters are trained in the "
+                "language model (with model.lora.merger in the merger, too), and nothing else is; "
+                f"set model.{key}={str(value).lower()}."
             )
 
 
@@ -130,6 +131,8 @@ def adapter_rows(arch: Architecture, cfg: Lora, chunk: Chunk) -> list[Row]:
 
 def adapter_shapes(arch: Architecture, cfg: Lora, chunk: Chunk) -> dict[str, Shape]:
     """Return the shape of each factor of a chunk's adapters, by its name in a PEFT adapter."""
+    if not cfg.rank:
+        return {}
     shapes = hf_shapes(arch)
     found: dict[str, Shape] = {}
     names = iter(row.hf_names[0] for row in adapter_rows(arch, cfg, chunk))

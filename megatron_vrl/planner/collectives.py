@@ -1,8 +1,8 @@
 """Collectives of an update on one rank, computed from the layout.
 
 Bytes are those of the whole tensor: what an all-gather returns, what a reduce-scatter or an
-all-reduce is given, what is sent or received. The count assumes that the language model learns, and
-leaves out what the host needs to know: metrics, the gradients' norm. The
+all-reduce is given, what is sent or received. The count assumes that the language model or its
+adapters learn, and leaves out what the host needs to know: metrics, the gradients' norm. The
 formulas follow "Reducing Activation Recomputation" (arXiv 2205.05198) and Megatron's schedules;
 `tools/rehearse.py` records what the program does.
 """
@@ -221,9 +221,9 @@ def _gradients(
     """Add those after the last backward pass, and the gather of new weights.
 
     Data ranks sum all gradients. Tensor ranks sum those of the tower, of which each encodes a part,
-    or of the adapters that are partial sums,
-    those of the norms of heads, and under sequence parallelism those of the other norms. A tied
-    head on another stage than the embedding has a sum of its own.
+    or of factors of adapters that are partial; those of the norms of heads; and under sequence
+    parallelism those of the other norms. A tied head on another stage than the embedding has a sum
+    of its own.
     """
     model, parallel = cfg.model, cfg.parallel
     number, trained = dtype_bytes(model), counts.trained(model)

@@ -202,9 +202,11 @@ def _tensor_passes(cfg: RunConfig, backward: bool, again: float) -> float:
     recomputed in full.
 
     A forward pass has two all-reduces, or two pairs of gather and scatter. With sequence
-    parallelism the backward pass also gathers its inputs again.
+    parallelism the backward pass also gathers the inputs of trained weights again. The collectives
+    of adapters are not counted.
     """
-    return 2.0 + (2 + 2 * again + cfg.parallel.sequence) * backward
+    gathers = cfg.parallel.sequence and cfg.model.trains_language
+    return 2.0 + (2 + 2 * again + gathers) * backward
 
 
 def _context_bytes(cfg: RunConfig, arch: Architecture, batch: PackedBatch, passes: float) -> float:
