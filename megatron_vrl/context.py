@@ -203,7 +203,7 @@ def build_policy(cfg: RunConfig, checked: CheckedRun) -> PolicyContext:
         )
     mesh = init_mesh(cfg.parallel, cfg.run.seed, cfg.model.fp8)
     torch.use_deterministic_algorithms(cfg.run.deterministic)
-    policy = Policy(checked.arch, cfg.model, cfg.parallel, mesh)
+    policy = Policy(checked.arch, cfg.model, cfg.parallel, mesh, cfg.run.seed)
     saver = Saver(
         Path(cfg.run.out_dir) / "checkpoints",
         policy,

@@ -6,13 +6,13 @@ config_reference.py > docs/config.md
 
 import json
 import types
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from megatron_vrl.config import Optimizer, RunConfig, Source
+from megatron_vrl.config import Lora, Optimizer, RunConfig, Source
 from megatron_vrl.process.command_line import tool_parser
 from megatron_vrl.process.entry import run_program
 
@@ -35,6 +35,7 @@ def reference() -> str:
     sections = {name: _section(field) for name, field in RunConfig.model_fields.items()}
     tables = [_table(f"`{name}`", section) for name, section in sections.items()]
     tables.append(_table("A source, in the lists of `data`", Source))
+    tables.append(_table("`model.lora`", Lora))
     tables.append(_table("An optimizer, in `sft` and `grpo`", Optimizer))
     return "\n".join([HEAD, *tables])
 
@@ -62,10 +63,12 @@ def _plain(annotation: Any) -> str:
         return _plain(get_args(annotation)[0])
     if get_origin(annotation) is Literal:
         return " or ".join(f"`{choice}`" for choice in get_args(annotation))
-    if isinstance(annotation, types.UnionType):
+    if get_origin(annotation) in (types.UnionType, Union):
         return " or ".join(_plain(each) for each in get_args(annotation))
     if annotation is type(None):
         return "null"
+    if annotation is ...:
+        return "..."
     if isinstance(annotation, types.GenericAlias):
         inner = ", ".join(_plain(argument) for argument in get_args(annotation))
         return f"{annotation.__origin__.__name__}[{inner}]"

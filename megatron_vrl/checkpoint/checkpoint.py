@@ -2,10 +2,11 @@
 
 A checkpoint is a directory with
 
-    weights/      torch_dist files, which are resharded on load
-    huggingface/  config, tokenizer and processor files, with which an engine can start
-    state.json    state of the run
-    CHECKSUMS     hash of every file
+    weights/       torch_dist files, which are resharded on load
+    huggingface/   config, tokenizer and processor files, with which an engine can start
+    state.json     state of the run
+    adapters.json  with `model.lora`: `weights/` holds adapters only, of the base that it names
+    CHECKSUMS      hash of every file
 
 States of a checkpoint:
 
@@ -37,10 +38,13 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from megatron_vrl.checkpoint.adapters_note import read_note
 from megatron_vrl.checkpoint.checksums import ChecksumVerifier, file_sum, write_sums
+from megatron_vrl.checkpoint.frozen_base import base_digest, check_fits_policy, write_note
 from megatron_vrl.checkpoint.hf_load import load_hf_weights
 from megatron_vrl.checkpoint.hf_reader import copy_side_files
 from megatron_vrl.checkpoint.layout import HF, STATE, WEIGHTS, is_megatron
+from megatron_vrl.checkpoint.peft_files import begin_adapters
 from megatron_vrl.checkpoint.safe_pickle import check_pickles
 from megatron_vrl.checkpoint.sharded_state import model_state, state_to_load, state_to_save
 from megatron_vrl.errors import CheckpointError
@@ -87,6 +91,8 @@ def begin_save(
             copy_side_files(template, partial / HF)
             for name, text in (files or {}).items():
                 (partial / HF / name).write_text(text)
+            if policy.lora.rank:
+                write_note(partial, policy)
             (partial / STATE).write_text(json.dumps(state, indent=1))
     with write_failure_named(directory, policy.mesh):
         request = dist_checkpointing.save(
@@ -173,14 +179,26 @@ def verify(checkpoint: Path, mesh: Mesh, verifier: ChecksumVerifier) -> Metadata
 def load_weights(
     checkpoint: str | Path, policy: Policy, verifier: ChecksumVerifier | None = None
 ) -> None:
-    """Load the weights of a Hugging Face or a Megatron checkpoint. Every rank calls it."""
+    """Load the weights of a Hugging Face or a Megatron checkpoint. Every rank calls it.
+
+    With `model.lora` a checkpoint of adapters gives the adapters. Whole weights are the frozen
+    base, and the adapters begin anew.
+    """
     checkpoint = Path(checkpoint)
+    with raise_on_all_ranks(policy.mesh):
+        holds_adapters = read_note(checkpoint) is not None
+        if holds_adapters:
+            check_fits_policy(checkpoint, policy)
     if is_megatron(checkpoint):
-        _load(checkpoint, model_state(policy), policy, verifier)
+        base = not holds_adapters and policy.lora.rank > 0
+        _load(checkpoint, model_state(policy, base=base), policy, verifier)
     elif checkpoint.is_dir():
         load_hf_weights(policy.chunks, checkpoint)
     else:
         raise CheckpointError(f"There is no checkpoint {checkpoint}: set model.checkpoint.")
+    if policy.lora.rank and not holds_adapters:
+        policy.base_digest = base_digest(policy.chunks)
+        begin_adapters(policy)
     if policy.optimizer is not None:
         policy.optimizer.reload_model_params()
 
@@ -193,6 +211,8 @@ def load_checkpoint(
     The optimizer's settings, such as `betas`, stay those of `start_phase`.
     """
     assert policy.optimizer is not None, "start_phase first"
+    with raise_on_all_ranks(policy.mesh):
+        check_fits_policy(Path(checkpoint), policy)
     loaded = _load(Path(checkpoint), state_to_load(policy), policy, verifier)
     set_step_count(policy.optimizer, _stored_step(loaded["optimizer"]))
 
@@ -242,6 +262,8 @@ def _load(
     for number, chunk in enumerate(policy.chunks):
         left = chunk.load_state_dict(loaded[f"chunk{number}"], strict=False)
         lost = [*left.missing_keys, *left.unexpected_keys]
+        if policy.lora.rank:  # adapters and their base are in different checkpoints
+            lost = left.unexpected_keys
         assert all("_extra_state" in name for name in lost), lost  # `_extra_state` is not saved
     return loaded
 

@@ -16,13 +16,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_vrl.checkpoint.adapters_note import AdaptersNote, read_note
 from megatron_vrl.checkpoint.checksums import check_sums_alone, write_sums
 from megatron_vrl.checkpoint.hf_reader import HFCheckpoint, HFCheckpointWriter, copy_side_files
 from megatron_vrl.checkpoint.layout import HF, STATE, WEIGHTS, hf_dir_of, is_megatron
 from megatron_vrl.checkpoint.torch_dist import TorchDistReader, TorchDistWriter
+from megatron_vrl.config import Lora
 from megatron_vrl.errors import CheckpointError
+from megatron_vrl.models.adapters import adapter_rows, factor_name
 from megatron_vrl.models.architecture import Architecture, read_architecture
 from megatron_vrl.models.chunk import whole_model
+from megatron_vrl.models.families import family_of
 from megatron_vrl.models.family import Shape
 from megatron_vrl.models.weight_layouts import Row
 from megatron_vrl.models.weight_map import chunk_rows, hf_shapes, megatron_shape
@@ -81,6 +85,43 @@ class _Megatron:
         return self._files.tensor(row.megatron)[: row.layout.rows]
 
 
+class _Adapters:
+    """Adapters and their base, which are merged tensor by tensor."""
+
+    def __init__(self, directory: Path, note: AdaptersNote, arch: Architecture) -> None:
+        self.lora = Lora(**note.lora)
+        self._files = TorchDistReader(directory / WEIGHTS)
+        base = Path(note.base)
+        if not base.is_dir():
+            raise CheckpointError(
+                f"{directory} holds adapters of {base}, which does not exist: put the base there."
+            )
+        self._base = _opened(base, arch)
+        rows = adapter_rows(arch, self.lora, whole_model(arch))
+        self._factors = {row.hf_names[0]: row.megatron for row in rows}
+        self._weights = family_of(arch).weights
+
+    def peft(self) -> dict[str, Tensor]:
+        """Return every factor by its name in a PEFT adapter."""
+        return {name: self._files.tensor(stored) for name, stored in self._factors.items()}
+
+    def hf(self, row: Row) -> list[Tensor]:
+        return [
+            self._merged(name, tensor)
+            for name, tensor in zip(row.hf_names, self._base.hf(row), strict=True)
+        ]
+
+    def megatron(self, row: Row) -> Tensor:
+        return row.layout.join(self.hf(row))
+
+    def _merged(self, name: str, weight: Tensor) -> Tensor:
+        names = [factor_name(self._weights, name, factor) for factor in "AB"]
+        if names[0] not in self._factors:
+            return weight
+        a, b = (self._files.tensor(self._factors[each]).float() for each in names)
+        return torch.addmm(weight.float(), b, a, alpha=self.lora.scale).to(weight.dtype)
+
+
 def convert_to_megatron(source: Path, target: Path, progress: bool | None = None) -> Architecture:
     """Convert a Hugging Face checkpoint into a Megatron one. Raises CheckpointError."""
     arch = _architecture(source, wants_megatron=False)
@@ -97,9 +138,12 @@ def convert_to_megatron(source: Path, target: Path, progress: bool | None = None
 
 
 def convert_to_hf(source: Path, target: Path, progress: bool | None = None) -> Architecture:
-    """Convert a Megatron checkpoint into a Hugging Face one. Raises CheckpointError."""
+    """Convert a Megatron checkpoint into a Hugging Face one. Raises CheckpointError.
+
+    Adapters are merged into their base.
+    """
     arch = _architecture(source, wants_megatron=True)
-    tensors = _Megatron(source, arch)
+    tensors = _opened(source, arch)
     with _new_directory(target, source) as partial:
         copy_side_files(hf_dir_of(source), partial)
         with _abandoned_on_error(HFCheckpointWriter(partial)) as writer:
@@ -107,6 +151,21 @@ def convert_to_hf(source: Path, target: Path, progress: bool | None = None) -> A
                 for name, tensor in zip(row.hf_names, tensors.hf(row), strict=True):
                     writer.add(name, tensor)
             writer.close()
+    return arch
+
+
+def convert_to_peft(source: Path, target: Path) -> Architecture:
+    """Convert a Megatron checkpoint of adapters into a PEFT adapter. Raises CheckpointError."""
+    from megatron_vrl.checkpoint.peft_files import write_peft  # imports the trainer
+
+    arch, note = _architecture(source, wants_megatron=True), read_note(source)
+    if note is None:
+        raise CheckpointError(f"{source} holds whole weights: did you mean megatron-to-hf?")
+    adapters = _Adapters(source, note, arch)
+    with full_disk_named(target):
+        if target.exists():
+            raise CheckpointError(f"{target} exists already: choose another directory.")
+        write_peft(target, adapters.lora, note.base, adapters.peft())
     return arch
 
 
@@ -141,7 +200,10 @@ def stored_tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _opened(path: Path, arch: Architecture) -> Source:
-    return _Megatron(path, arch) if is_megatron(path) else _HuggingFace(path, arch)
+    if not is_megatron(path):
+        return _HuggingFace(path, arch)
+    note = read_note(path)
+    return _Megatron(path, arch) if note is None else _Adapters(path, note, arch)
 
 
 def _architecture(source: Path, wants_megatron: bool) -> Architecture:

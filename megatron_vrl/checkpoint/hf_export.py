@@ -14,12 +14,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vrl.config.rollout import BUCKET_BYTES
+from megatron_vrl.models.architecture import Architecture
+from megatron_vrl.models.chunk import Chunk
+from megatron_vrl.models.lora import MergedWeights
 from megatron_vrl.models.vision_language_model import VisionLanguageModel
 from megatron_vrl.models.weight_layouts import Row
 from megatron_vrl.models.weight_map import chunk_rows, parameters_by_row
 from megatron_vrl.parallel.mesh import gather_objects
 
 NamedTensors = Iterator[tuple[str, Tensor]]
+RowsOf = Callable[[Architecture, Chunk], Sequence[Row]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +46,23 @@ class WeightExport:
         self,
         chunks: Sequence[VisionLanguageModel],
         dtype: torch.dtype | None = None,
-        value: Callable[[Tensor], Tensor] = torch.Tensor.detach,
+        value: Callable[[Tensor], Tensor] | None = None,
         max_bytes: int = BUCKET_BYTES,
+        rows_of: RowsOf = chunk_rows,
     ) -> None:
         """Plan the buckets. Every rank calls it.
 
-        `dtype` None: the dtype of each parameter. `value` maps a parameter to the tensor to export:
-        the parameter itself, or for example its gradient.
+        `dtype` None: the dtype of each parameter. `value` maps a parameter to the tensor to export,
+        for example its gradient; None: the weight, merged with its adapter if it has one.
+        `rows_of` returns the rows of a chunk that are exported.
         """
-        self._chunks, self._dtype, self._value = chunks, dtype, value
+        self._chunks, self._dtype = chunks, dtype
+        self._value = value or MergedWeights(chunks)
         self._mesh = chunks[0].mesh
-        self._rows = [_bucket_rows(model, self._size_of(model), max_bytes) for model in chunks]
+        self._rows = [
+            _bucket_rows(rows_of(model.arch, model.chunk), self._size_of(model), max_bytes)
+            for model in chunks
+        ]
         own = [
             [self._plan(model, rows) for rows in buckets]
             for model, buckets in zip(chunks, self._rows, strict=True)
@@ -161,11 +171,11 @@ class WeightExport:
 
 
 def _bucket_rows(
-    model: VisionLanguageModel, num_bytes: Callable[[Row], int], max_bytes: int
+    rows: Sequence[Row], num_bytes: Callable[[Row], int], max_bytes: int
 ) -> list[list[Row]]:
     """Return the exported rows of a chunk of layers, in buckets of whole modules."""
     modules: dict[str, list[Row]] = {}
-    for row in chunk_rows(model.arch, model.chunk):
+    for row in rows:
         if row.exported:
             modules.setdefault(row.megatron.rpartition(".")[0], []).append(row)
     buckets: list[list[Row]] = []

@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_vrl.checkpoint.hf_export import WeightExport
 from megatron_vrl.checkpoint.hf_reader import HFCheckpoint, HFCheckpointWriter, copy_side_files
 from megatron_vrl.errors import UserError
+from megatron_vrl.models.adapters import is_adapter
 from megatron_vrl.models.vision_language_model import VisionLanguageModel
 from megatron_vrl.models.weight_map import chunk_rows, parameters_by_row
 from megatron_vrl.parallel.mesh import raise_on_all_ranks
@@ -45,16 +46,17 @@ def _load_chunk(model: VisionLanguageModel, source: HFCheckpoint) -> None:
         shard = row.layout.shard(whole, mesh.tensor.rank, mesh.tensor.size)
         assert shard.shape == param.shape, row.megatron  # `source` has compared with config.json
         param.copy_(shard)
-    assert not params, f"parameters without a row in the table: {sorted(params)}"
+    left = [name for name in params if not is_adapter(name)]
+    assert not left, f"parameters without a row in the table: {sorted(left)}"
 
 
 def hf_tensors(
-    chunks: Sequence[VisionLanguageModel], value: Callable[[Tensor], Tensor] = torch.Tensor.detach
+    chunks: Sequence[VisionLanguageModel], value: Callable[[Tensor], Tensor] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (Hugging Face name, tensor) of the whole model, the same on every rank, in fixed order.
 
-    Every rank must call it and exhaust it. `value` maps a parameter to the tensor to yield: the
-    parameter itself, or for example its gradient.
+    Every rank must call it and exhaust it. `value` maps a parameter to the tensor to yield, for
+    example its gradient; None: the weight, merged with its adapter if it has one.
     """
     return WeightExport(chunks, value=value).tensors()
 

@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from torch import Tensor
 
 from megatron_vrl.checkpoint.shards import BLOCK_BYTES, Region, regions_of, shard_ranges, sharded
+from megatron_vrl.models.adapters import is_adapter
 from megatron_vrl.parallel.mesh import Mesh, gather_objects, world_axis
 from megatron_vrl.policy.optimizer_state import parameter_states, step_count
 from megatron_vrl.policy.policy import Policy
@@ -25,15 +26,18 @@ _LAYERS = {"non_homogeneous_layers": True}  # a name for each layer, instead of 
 Model = dict[str, dict[str, ShardedTensor | ShardedTensorFactory]]
 
 
-def model_state(policy: Policy) -> Model:
+def model_state(policy: Policy, *, base: bool = False) -> Model:
     """Return the model's sharded state dict, {"chunkI": {parameter: ShardedTensor}}.
 
-    Megatron's `_extra_state` is left out: only FP8 layers fill it, and it is stored as pickles.
+    With `model.lora` it holds the adapters, or their frozen base if `base` is True. Megatron's
+    `_extra_state` is left out: only FP8 layers fill it, and it is stored as pickles.
     """
     state: Model = {}
     for number, chunk in enumerate(policy.chunks):
         entries = chunk.sharded_state_dict(metadata=dict(_LAYERS))  # Megatron adds keys to it
         kept = {name: entry for name, entry in entries.items() if "_extra_state" not in name}
+        if policy.lora.rank:
+            kept = {name: entry for name, entry in kept.items() if is_adapter(name) != base}
         state[f"chunk{number}"] = kept
     return state
 

@@ -1,7 +1,8 @@
 """Convert checkpoints between Hugging Face and Megatron, or compare two of them bit for bit.
 
     mvrl convert hf-to-megatron SRC DST
-    mvrl convert megatron-to-hf SRC DST
+    mvrl convert megatron-to-hf SRC DST      # adapters are merged into their base
+    mvrl convert megatron-to-peft SRC DST    # of a checkpoint of adapters
     mvrl convert verify A B
 
 The conversion runs in one process and holds one tensor at a time. A Megatron checkpoint has the
@@ -14,7 +15,7 @@ from pathlib import Path
 from megatron_vrl.process.command_line import OverrideParser, tool_parser
 from megatron_vrl.process.entry import run_program
 
-DIRECTIONS = ("hf-to-megatron", "megatron-to-hf", "verify")
+DIRECTIONS = ("hf-to-megatron", "megatron-to-hf", "megatron-to-peft", "verify")
 
 
 def make_parser() -> OverrideParser:
@@ -29,7 +30,12 @@ def main() -> None:
     arguments = make_parser().parse_args()
     # torch allocates and frees a tensor row by row here. Huge pages save a third of the time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    from megatron_vrl.checkpoint.convert import compare, convert_to_hf, convert_to_megatron
+    from megatron_vrl.checkpoint.convert import (
+        compare,
+        convert_to_hf,
+        convert_to_megatron,
+        convert_to_peft,
+    )
     from megatron_vrl.models.weight_map import num_parameters
     from megatron_vrl.observe.progress import log_written
 
@@ -37,8 +43,12 @@ def main() -> None:
     if arguments.direction == "verify":
         print(f"{compare(source, target)} tensors are bit-equal")
         return
-    to_megatron = arguments.direction == "hf-to-megatron"
-    arch = (convert_to_megatron if to_megatron else convert_to_hf)(source, target)
+    convert = {
+        "hf-to-megatron": convert_to_megatron,
+        "megatron-to-hf": convert_to_hf,
+        "megatron-to-peft": convert_to_peft,
+    }
+    arch = convert[arguments.direction](source, target)
     print(f"{num_parameters(arch):,} parameters", flush=True)
     log_written(target)
 

@@ -13,6 +13,7 @@ from megatron_vrl.config.checks import (
     check_off_policy,
     check_temporal_reward,
 )
+from megatron_vrl.config.lora import Lora
 from megatron_vrl.config.rollout import RolloutConfig
 from megatron_vrl.config.run import (
     Batch,
@@ -44,6 +45,7 @@ __all__ = [
     "Data",
     "Evaluation",
     "Grpo",
+    "Lora",
     "Model",
     "Observe",
     "Optimizer",

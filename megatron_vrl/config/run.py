@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, field_validator
 from megatron_vrl.config.algorithm import Algorithm
 from megatron_vrl.config.base import SECTION, Positive
 from megatron_vrl.config.loader import read_mix, read_tree, validate_with_overrides
+from megatron_vrl.config.lora import Lora
 from megatron_vrl.config.rollout import RolloutConfig
 from megatron_vrl.config.source import Source
 from megatron_vrl.config.video import Video
@@ -52,6 +53,8 @@ class Model(Section):
     """Do not train the patch merger."""
     freeze_language: bool = False
     """Do not train the language model."""
+    lora: Lora = Lora()
+    """Train low-rank adapters instead of weights; see docs/lora.md."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations of the language model that the backward pass recomputes. selective: the attention
     of each layer; full: whole layers, as many as `recompute_num_layers` says."""
@@ -87,6 +90,11 @@ class Model(Section):
     gradient_accumulation_fusion: Literal["auto", "none"] = "auto"
     """auto: add weight gradients inside their matrix products on a GPU: in Transformer Engine's
     layers, and in Megatron's if NVIDIA apex is installed."""
+
+    @property
+    def trains_language(self) -> bool:
+        """Return whether the language model's own weights are trained, not only adapters."""
+        return not (self.freeze_language or self.lora.rank)
 
 
 class Parallel(Section):

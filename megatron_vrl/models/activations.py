@@ -58,6 +58,7 @@ class Layer:
     gated: bool = True  # whether the MLP has a gate
     centred: bool = False  # whether the norms are LayerNorms, which save a mean as well
     head_norms: bool = False  # whether each query and key head has a norm
+    learns: bool = True  # whether its weights are trained; with adapters they are not
 
     def without_recompute(self) -> int:
         """Return the bytes saved without recompute."""
@@ -134,7 +135,7 @@ class Layer:
         gradient of its weight. A GPU's SwiGLU is one kernel, and the product is freed by then; a
         CPU's has a SiLU, which takes the place of the product.
         """
-        values, first = self.rows * self.mlp, self.mlp * self.channels
+        values, first = self.rows * self.mlp, self.learns * self.mlp * self.channels
         if not self.kernels.on_gpu:
             of_output = 2 * self.number * self.norm_rows * self.channels
             return of_output + self.number * (values + max(first, 2 * values))
@@ -148,9 +149,11 @@ class Layer:
     def gather_buffer(self) -> int:
         """Return the bytes of the buffer that sequence parallelism gathers rows into; else 0.
 
-        Megatron makes it in the first pass and keeps it (`GlobalMemoryBuffer`).
+        Megatron makes it in the first pass and keeps it (`GlobalMemoryBuffer`). A frozen layer
+        gathers without it.
         """
-        return self.number * self.rows * self.channels if self.norm_rows < self.rows else 0
+        gathers = self.norm_rows < self.rows and self.learns
+        return self.number * self.rows * self.channels * gathers
 
 
 def dtype_bytes(model: Model) -> int:
@@ -181,6 +184,7 @@ def language_layer(
         attention=attention,
         kernels=kernels,
         head_norms=arch.qk_norm,
+        learns=model.trains_language,
     )
 
 
@@ -269,14 +273,15 @@ def head_temporary(
 ) -> int:
     """Return the temporary bytes of the head, with `vocab_shard` rows of it on this rank.
 
-    They are the head's gradient in float32, the gradient of the rows, and the buffers of logits
+    They are the head's gradient in float32, unless it is frozen, the gradient of the rows, and the
+    buffers of logits
     (one on a GPU, two elsewhere), of which 16 bits need a copy. When the buffers are free again,
     16 bits need a copy of the head's gradient.
     """
     number = dtype_bytes(model)
     chunk = GPU_CHUNK_BYTES if kernels.on_gpu else CHUNK_BYTES
     logits = vocab_shard * min(targets, max(1, chunk // (FLOAT32 * vocab_shard)))
-    weight = vocab_shard * arch.hidden
+    weight = model.trains_language * vocab_shard * arch.hidden
     buffers = 1 if kernels.on_gpu else 2
     copy = number if number < FLOAT32 else 0
     largest = max((FLOAT32 * buffers + copy) * logits, copy * weight)

@@ -96,9 +96,9 @@ def update_flops(work: FlopCounts, cfg: Model) -> float:
 
     A backward pass has one product for the input's gradient and one for the weight's. A frozen part
     needs no weight gradient. A frozen part with no trained part before it needs no input gradient
-    either.
+    either. The products of adapters are not counted.
     """
-    language = 1 + 1 + (not cfg.freeze_language)
+    language = 1 + 1 + cfg.trains_language
     vision = 1 + 2 * (not cfg.freeze_vision)
     merger = 1 + (not cfg.freeze_vision) + (not cfg.freeze_merger)
     return (
@@ -113,14 +113,12 @@ def hardware_flops(work: FlopCounts, cfg: Model, chunks: Sequence[int]) -> float
     """Return the FLOPs that the hardware computes in an update, including recompute.
 
     `chunks` are the numbers of language layers of the chunks that compute `work`. The head computes
-    its logits twice, and the gradient of its weight even if that is frozen. Recompute inside an
-    attention kernel is not counted.
+    its logits twice. Recompute inside an attention kernel is not counted.
     """
     again = (work.linear + work.attention) * fraction_in_full(cfg, chunks)
     again += work.attention * (cfg.recompute == "selective")
     again += work.vision * (vision_level(cfg) == "full")
-    head = (2 if cfg.freeze_language else 1) * work.head
-    return update_flops(work, cfg) + again + head
+    return update_flops(work, cfg) + again + work.head
 
 
 def _language(arch: Architecture, tokens: int, pairs: int, losses: int) -> FlopCounts:

@@ -107,14 +107,23 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         of_hidden, of_weight = _gradients(ctx, *grads)  # the buffers of logits are free again
-        return of_hidden, of_weight.to(of_hidden.dtype), None, None, None, None, None
+        if of_weight is not None:
+            of_weight = of_weight.to(of_hidden.dtype)
+        return of_hidden, of_weight, None, None, None, None, None
 
 
-def _gradients(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of `hidden` in its dtype and of `weight` in float32."""
+def _gradients(
+    ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients of `hidden` in its dtype and of `weight` in float32.
+
+    The latter is None if `weight` is frozen.
+    """
     hidden, weight, local, mine, banned, lse, mean = ctx.saved_tensors
     grad_hidden = torch.empty_like(hidden)
-    grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+    grad_weight = None
+    if ctx.needs_input_grad[1]:
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
     logits = _LogitChunks(hidden, weight, banned, ctx.temperature, ctx.chunk)
     for rows, values, scratch in logits:
         slope = slope_of_softmax(
@@ -166,14 +175,15 @@ def _product(left: Tensor, right: Tensor, into: Tensor) -> None:
         into.copy_(left @ right)
 
 
-def _chunk_gradient(total: Tensor, slope: Tensor, weight: Tensor, hidden: Tensor) -> Tensor:
+def _chunk_gradient(total: Tensor | None, slope: Tensor, weight: Tensor, hidden: Tensor) -> Tensor:
     """Return slope [n, V] @ weight [V, C], and add slope.T @ hidden [n, C] to total [V, C].
 
     The copy of `slope` in the dtype of `weight` is freed before the next chunk makes its own.
     """
     narrow = slope.to(weight.dtype)
     product = narrow @ weight
-    _add_product(total, slope, narrow, hidden)
+    if total is not None:
+        _add_product(total, slope, narrow, hidden)
     return product
 
 

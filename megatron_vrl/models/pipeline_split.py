@@ -14,6 +14,7 @@ from itertools import accumulate, pairwise
 
 from megatron_vrl.config import Model, Parallel
 from megatron_vrl.errors import ConfigError
+from megatron_vrl.models.adapters import check_lora
 from megatron_vrl.models.architecture import Architecture
 from megatron_vrl.models.chunk import Chunk
 from megatron_vrl.models.families import family_of
@@ -38,6 +39,7 @@ def check_divides(arch: Architecture, model: Model, cfg: Parallel) -> None:
             )
     _check_deepstack(arch, layer_counts(arch, model, cfg)[0])
     check_recompute(model)
+    check_lora(model)
     check_fp8(model, cfg)
     if model.fp8 != "none" and arch.mlp % (FP8_TILE * cfg.tensor):
         raise ConfigError(

@@ -14,6 +14,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_vrl.config import Model, Parallel
 from megatron_vrl.errors import ConfigError
+from megatron_vrl.models.adapters import check_lora
 from megatron_vrl.models.attention import (
     PlannedAttention,
     TransformerEngineKernel,
@@ -26,6 +27,7 @@ from megatron_vrl.models.fp8_emulation import (
 )
 from megatron_vrl.models.fusion import gradient_fusion, with_gradient_fusion
 from megatron_vrl.models.layers import MEGATRON_MODULES, LayerModules, RMSNorm
+from megatron_vrl.models.lora import AdaptableColumnParallelLinear, AdaptableRowParallelLinear
 from megatron_vrl.models.pipeline_split import check_fp8
 
 ATTENTION = {
@@ -43,6 +45,7 @@ FP8_RECIPES = {"delayed": "delayed", "current": "tensorwise", "blockwise": "bloc
 def check_available(cfg: Model, parallel: Parallel, device: torch.device) -> None:
     """Raise ConfigError if this process cannot run the configured layers, attention or FP8."""
     check_fp8(cfg, parallel)
+    check_lora(cfg)
     if cfg.attention == "flash" and device.type == "cuda" and cfg.dtype != "bfloat16":
         raise ConfigError(
             f"model.attention=flash with model.dtype={cfg.dtype} on a GPU: it runs there in "
@@ -86,6 +89,10 @@ def precision_config(cfg: Model) -> dict[str, Any]:
 def layer_modules(cfg: Model, layer: int, num_layers: int, device: torch.device) -> LayerModules:
     """Return the module classes of language layer `layer`, counted from 0."""
     attention = ATTENTION[attention_backend(cfg, device)]
+    if cfg.lora.rank:
+        return LayerModules(
+            AdaptableColumnParallelLinear, AdaptableRowParallelLinear, RMSNorm, attention
+        )
     first, last = cfg.fp8_skip_first_last_layers
     spared = cfg.fp8 != "none" and not first <= layer < num_layers - last
     if cfg.layers == "megatron" or spared:

@@ -34,6 +34,7 @@ from megatron_vrl.models.fusion import gradient_fusion
 from megatron_vrl.models.inputs import PassInputs, pass_inputs
 from megatron_vrl.models.layers import COMMON_CONFIG
 from megatron_vrl.models.logprob_head import Distribution, token_logprobs
+from megatron_vrl.models.lora import add_adapters
 from megatron_vrl.models.pipeline_split import all_chunks, stage_chunks
 from megatron_vrl.models.precision import attention_backend, layer_modules, precision_config
 from megatron_vrl.models.recompute import language_recompute
@@ -167,7 +168,11 @@ class VisionLanguageModel(MegatronModule):
         angles = sections if own is None else own(arch, mesh.device)
         self.language.rotary_pos_emb = TablesOfAngles(angles, config.params_dtype)
         self.to(config.params_dtype)  # RMSNorm creates float32 weights
-        self._freeze(cfg)
+        self._adapted = cfg.lora.rank > 0
+        if self._adapted:
+            add_adapters(self, arch, cfg.lora, self.chunk, mesh.tensor, parallel.sequence)
+        else:
+            self._freeze(cfg)
 
     def inputs(self, batch: MicroBatch) -> PassInputs:
         """Return what the passes of every chunk read of a micro-batch, on the device."""
@@ -235,6 +240,8 @@ class VisionLanguageModel(MegatronModule):
             embeddings = embeddings.index_copy(0, inputs.vision_rows, tokens)
         if self.config.sequence_parallel:
             embeddings = scatter_to_sequence_parallel_region(embeddings)
+        if self._adapted and not embeddings.requires_grad:  # recompute follows gradients of inputs
+            embeddings = embeddings.detach().requires_grad_()
         return embeddings, features
 
     def _features(self, features: Tensor, inputs: PassInputs) -> Tensor:

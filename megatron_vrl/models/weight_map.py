@@ -24,7 +24,7 @@ def chunk_rows(arch: Architecture, chunk: Chunk) -> list[Row]:
 
 
 def parameters_by_row(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Return the parameters of a chunk by `Row.megatron`."""
+    """Return the parameters of a chunk by `Row.megatron`, those of adapters too."""
     return {parameter_name(name): parameter for name, parameter in model.named_parameters()}
 
 

@@ -1,8 +1,8 @@
 """Collectives of an update on one rank, computed from the layout.
 
 Bytes are those of the whole tensor: what an all-gather returns, what a reduce-scatter or an
-all-reduce is given, what is sent or received. The count assumes that the language model learns, and
-leaves out what the host needs to know: metrics, the gradients' norm. The
+all-reduce is given, what is sent or received. The count assumes that the language model or its
+adapters learn, and leaves out what the host needs to know: metrics, the gradients' norm. The
 formulas follow "Reducing Activation Recomputation" (arXiv 2205.05198) and Megatron's schedules;
 `tools/rehearse.py` records what the program does.
 """
@@ -19,7 +19,13 @@ from megatron_vrl.models.pipeline_split import all_chunks, stage_chunks
 from megatron_vrl.models.recompute import layers_in_full
 from megatron_vrl.models.vision_inputs import shard_steps
 from megatron_vrl.models.weight_layouts import EMBEDDING, HEAD
-from megatron_vrl.planner.parameters import ParameterCounts, count_stage, trained_sizes
+from megatron_vrl.planner.parameters import (
+    ParameterCounts,
+    adapted_widths,
+    count_stage,
+    partial_adapters,
+    trained_sizes,
+)
 from megatron_vrl.planner.rank_sizes import RankSizes, rank_sizes
 from megatron_vrl.planner.workload import PackedBatch, forward_passes
 
@@ -97,12 +103,16 @@ def _layers(
         out.add(phase, operation, "tensor", micro_batches * calls, each)
 
     if parallel.sequence:
-        gathers = 2 * forward + ends + learns * (4 * layers + embeds)
+        trains = cfg.model.trains_language  # the backward pass of a frozen layer needs no input
+        embeds_learn = embeds and (trains or cfg.model.lora.merger)
+        gathers = 2 * forward + ends + learns * ((2 + 2 * trains) * layers + embeds_learn)
         tensor("all_gather", gathers, whole)
         tensor("reduce_scatter", 2 * forward + learns * (2 * layers + ends), whole)
         tensor("all_reduce", embeds, whole)
     elif parallel.tensor > 1:
         tensor("all_reduce", 2 * forward + embeds + learns * (2 * layers + ends), whole)
+    if cfg.model.lora.rank and phase != "reference":
+        _adapters(out, cfg, arch, sizes, chunks, micro_batches, phase)
     if parallel.tensor > 1 and ends:  # the head's sums of each chunk of rows: one number, and three
         rows = max(1, GPU_CHUNK_BYTES * parallel.tensor // (FLOAT32 * padded_vocab(arch, parallel)))
         pieces = -(-sizes.targets // rows)
@@ -120,6 +130,30 @@ def _layers(
         each //= parallel.tensor
         out.add(phase, "all_gather", "context", micro_batches * gathers, each)
         out.add(phase, "reduce_scatter", "context", micro_batches * layers * learns, each)
+
+
+def _adapters(
+    out: Collectives,
+    cfg: RunConfig,
+    arch: Architecture,
+    sizes: RankSizes,
+    chunks: list[Chunk],
+    micro_batches: int,
+    phase: str,
+) -> None:
+    """Add those of adapters: x A' of a column-parallel layer is gathered under sequence
+    parallelism, and its gradient is scattered; else its gradient is summed."""
+    learns, number = phase == "passes", dtype_bytes(cfg.model)
+    for chunk in chunks:
+        in_full = learns * layers_in_full(cfg.model, len(chunk.layers)) / len(chunk.layers)
+        for width in adapted_widths(arch, cfg.model, chunk):
+            each = number * sizes.rows * width
+            if cfg.parallel.sequence:
+                forward = 1 + in_full
+                out.add(phase, "all_gather", "tensor", round(micro_batches * forward), each)
+                out.add(phase, "reduce_scatter", "tensor", micro_batches * learns, each)
+            elif cfg.parallel.tensor > 1:
+                out.add(phase, "all_reduce", "tensor", micro_batches * learns, each)
 
 
 def _vision(
@@ -187,8 +221,9 @@ def _gradients(
     """Add those after the last backward pass, and the gather of new weights.
 
     Data ranks sum all gradients. Tensor ranks sum those of the tower, of which each encodes a part,
-    those of the norms of heads, and under sequence parallelism those of the other norms. A tied
-    head on another stage than the embedding has a sum of its own.
+    or of factors of adapters that are partial; those of the norms of heads; and under sequence
+    parallelism those of the other norms. A tied head on another stage than the embedding has a sum
+    of its own.
     """
     model, parallel = cfg.model, cfg.parallel
     number, trained = dtype_bytes(model), counts.trained(model)
@@ -197,16 +232,23 @@ def _gradients(
     if parallel.distributed_optimizer:
         out.add("step", "all_gather", "batch", buckets, number * trained / max(1, buckets))
     tower = counts.vision * (not model.freeze_vision) + counts.merger * (not model.freeze_merger)
+    if model.lora.rank:
+        tower = sum(partial_adapters(arch, model, parallel, chunk) for chunk in chunks)
     if parallel.tensor > 1:
         out.add("passes", "all_reduce", "tensor", int(tower > 0), FLOAT32 * tower)
     layers = sum(len(chunk.layers) for chunk in chunks)
     norms = 2 * layers * arch.head_dim * arch.qk_norm  # of query and key heads
     if parallel.sequence:
         norms += sum(2 * len(chunk.layers) + chunk.post_process for chunk in chunks) * arch.hidden
-    if parallel.tensor > 1:
+    if parallel.tensor > 1 and model.trains_language:
         out.add("passes", "all_reduce", "tensor", int(norms > 0), FLOAT32 * norms)
     ends = any(c.pre_process or c.post_process for c in chunks)
-    if arch.tied_head and len(all_chunks(arch, model, parallel)) > 1 and ends:
+    if (
+        arch.tied_head
+        and model.trains_language
+        and len(all_chunks(arch, model, parallel)) > 1
+        and ends
+    ):
         rows = padded_vocab(arch, parallel) // parallel.tensor
         out.add("passes", "all_reduce", "other", 1, FLOAT32 * rows * arch.hidden)
 

@@ -160,7 +160,8 @@ def _case(
     messages = layer.gather_buffer()
     if stage > 0:  # the gradient that was sent last, and the reference model's last input
         messages += layer.layer_input() * ((micro_batches > 1) + (cfg.algorithm.kl > 0))
-    number, refers = dtype_bytes(model), cfg.algorithm.kl > 0
+    number = dtype_bytes(model)
+    refers = cfg.algorithm.kl > 0 and not model.lora.rank  # else the base is the reference
     matrices = 2 * counts.matrices * (model.fp8 != "none")
     return StageMemory(
         weights=number * counts.all,
@@ -203,12 +204,12 @@ def _working(
     again = max(layers_recomputed(layer, model, len(chunk.layers)) for chunk in chunks)
     working = layer.temporary() + again
     if first.pre_process and not model.freeze_vision:
-        waiting = number * layer.rows * layer.channels * (not model.freeze_language)
+        waiting = number * layer.rows * layer.channels * model.trains_language
         at_block = block.temporary() + block.recomputed(vision_level(model)) + waiting
         gone = chunk_saved(first, layer, model)
         gone += merger_saved(arch, model, block, sizes.vision_tokens)
         working = max(working, at_block - gone)
-    if first.pre_process and first.post_process and arch.tied_head and not model.freeze_language:
+    if first.pre_process and first.post_process and arch.tied_head and model.trains_language:
         working += number * padded_vocab(arch, cfg.parallel) // cfg.parallel.tensor * arch.hidden
     return working
 
@@ -226,6 +227,9 @@ def checkpoint_bytes(cfg: RunConfig, counts: ParameterCounts, dp_ranks: int) -> 
     Ranks that hold the same elements divide them; all tensor ranks hold the vision tower.
     """
     model, tensor = cfg.model, cfg.parallel.tensor
+    if model.lora.rank:  # adapters alone; at most, since tensor ranks divide what all hold
+        each = dtype_bytes(model) + 2 * FLOAT32 + FLOAT32 * (model.dtype == "bfloat16")
+        return -(-each * counts.adapters // dp_ranks)
     state = 2 * FLOAT32 + (FLOAT32 if model.dtype == "bfloat16" else 0)
     tower = dtype_bytes(model) * (counts.vision + counts.merger)
     tower += state * counts.vision * (not model.freeze_vision)

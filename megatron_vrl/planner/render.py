@@ -12,7 +12,7 @@ from megatron_vrl.models.recompute import recompute_label
 from megatron_vrl.planner.generation import EngineMemory
 from megatron_vrl.planner.hardware import GIB
 from megatron_vrl.planner.memory import StageMemory
-from megatron_vrl.planner.parameters import ParameterCounts, count_all
+from megatron_vrl.planner.parameters import ParameterCounts, count_adapters, count_all
 from megatron_vrl.planner.plan import Memory, Plan, PlanRequest, worker_gpus
 from megatron_vrl.planner.search import Candidate
 
@@ -82,7 +82,7 @@ def heading(cfg: RunConfig, arch: Architecture, request: PlanRequest) -> dict[st
             "vision": counts.vision,
             "merger": counts.merger,
         },
-        "trained_parameters": counts.trained(cfg.model),
+        "trained_parameters": _trained(cfg, arch, counts),
     }
 
 
@@ -152,7 +152,7 @@ def format_plan(cfg: RunConfig, arch: Architecture, request: PlanRequest, plan: 
                 f"{parallel.pipeline} x virtual {parallel.virtual}; recompute "
                 f"{recompute_label(cfg.model)}"
             ),
-            wrapped(_model(cfg, count_all(arch))),
+            wrapped(_model(cfg, arch, count_all(arch))),
             *_step(cfg, plan),
             "",
             *_memory_table(plan, cfg),
@@ -163,11 +163,16 @@ def format_plan(cfg: RunConfig, arch: Architecture, request: PlanRequest, plan: 
     )
 
 
-def _model(cfg: RunConfig, counts: ParameterCounts) -> str:
+def _trained(cfg: RunConfig, arch: Architecture, counts: ParameterCounts) -> int:
+    """Return the number of trained parameters of the whole model."""
+    return count_adapters(arch, cfg.model) if cfg.model.lora.rank else counts.trained(cfg.model)
+
+
+def _model(cfg: RunConfig, arch: Architecture, counts: ParameterCounts) -> str:
     """Return a line about the model's parameters."""
     return (
         f"model: {counts.all:,} parameters: language {counts.language:,}, vision tower "
-        f"{counts.vision:,}, merger {counts.merger:,}; trained {counts.trained(cfg.model):,}"
+        f"{counts.vision:,}, merger {counts.merger:,}; trained {_trained(cfg, arch, counts):,}"
     )
 
 

@@ -202,9 +202,11 @@ def _tensor_passes(cfg: RunConfig, backward: bool, again: float) -> float:
     recomputed in full.
 
     A forward pass has two all-reduces, or two pairs of gather and scatter. With sequence
-    parallelism the backward pass also gathers its inputs again.
+    parallelism the backward pass also gathers the inputs of trained weights again. The collectives
+    of adapters are not counted.
     """
-    return 2.0 + (2 + 2 * again + cfg.parallel.sequence) * backward
+    gathers = cfg.parallel.sequence and cfg.model.trains_language
+    return 2.0 + (2 + 2 * again + gathers) * backward
 
 
 def _context_bytes(cfg: RunConfig, arch: Architecture, batch: PackedBatch, passes: float) -> float:
@@ -241,8 +243,9 @@ def optimizer_phase(
     if dp_ranks > 1:
         parts[name] = seconds
     if parallel.tensor > 1:  # tensor ranks hold partial gradients of the tower
-        tower = FLOAT32 * 2 * (1 - 1 / parallel.tensor) * (counts.vision + counts.merger)
-        frozen = cfg.model.freeze_vision and cfg.model.freeze_merger
+        partial = counts.adapters if cfg.model.lora.rank else counts.vision + counts.merger
+        tower = FLOAT32 * 2 * (1 - 1 / parallel.tensor) * partial
+        frozen = cfg.model.freeze_vision and cfg.model.freeze_merger and not cfg.model.lora.rank
         name, seconds = machine.link(0.0 if frozen else tower, parallel.tensor)
         parts[name] = parts.get(name, 0.0) + seconds
     return Phase(parts=parts)

@@ -32,10 +32,12 @@ from megatron_vrl.models.families import family_of
 from megatron_vrl.models.fp8_monitor import fp8_metrics, reset_fp8_metrics
 from megatron_vrl.models.inputs import PassInputs
 from megatron_vrl.models.logprob_head import Distribution
+from megatron_vrl.models.lora import without_adapters
 from megatron_vrl.models.precision import check_available
 from megatron_vrl.models.vision_language_model import VisionLanguageModel
 from megatron_vrl.parallel.mesh import Mesh, gather_objects, world_axis
 from megatron_vrl.policy.optimizer import clipped_step, learning_rate, make_optimizer
+from megatron_vrl.policy.partial_gradients import sum_partial_gradients
 from megatron_vrl.policy.pipeline import communication
 from megatron_vrl.policy.vision_outputs import VisionOutputs
 
@@ -61,9 +63,15 @@ class Update:
 class Policy:
     """Model wrapped for data parallelism, with the optimizer of the current phase."""
 
-    def __init__(self, arch: Architecture, model: Model, parallel: Parallel, mesh: Mesh) -> None:
+    def __init__(
+        self, arch: Architecture, model: Model, parallel: Parallel, mesh: Mesh, seed: int = 1
+    ) -> None:
+        """seed: of new adapters."""
         self.mesh = mesh
         self.arch = arch
+        self.lora, self.seed = model.lora, seed
+        self.base = model.checkpoint
+        self.base_digest = ""  # of the frozen base under adapters, once it is loaded
         self._model_cfg, self._parallel_cfg = model, parallel
         check_available(model, parallel, mesh.device)
         self.chunks = self._built()
@@ -103,9 +111,15 @@ class Policy:
     def keep_reference(self) -> None:
         """Copy the current weights as the reference model of the KL term.
 
+        With `model.lora` the reference model is the frozen base: the same modules, with their
+        adapters off.
+
         The copy keeps requires_grad, although it gets no gradients. torch chooses the kernels of a
         matrix product by that flag, and only equal kernels give a KL term of exactly 0.
         """
+        if self.lora.rank:
+            self._reference = self.chunks
+            return
         self._reference = self._built()
         for kept, chunk in zip(self._reference, self.chunks, strict=True):
             kept.load_state_dict(chunk.state_dict())
@@ -125,7 +139,8 @@ class Policy:
         """
         if not self._reference:
             return [None] * len(batches)
-        return self._logprobs(self._reference, batches, of)
+        with without_adapters(self._reference):
+            return self._logprobs(self._reference, batches, of)
 
     def _logprobs(
         self, chunks: list[VisionLanguageModel], batches: Sequence[MicroBatch], of: Distribution
@@ -264,22 +279,13 @@ class Policy:
     def _finalize_gradients(
         self, model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any
     ) -> None:
-        """Call Megatron's `finalize_model_grads`, then sum the vision tower's gradients.
+        """Call Megatron's `finalize_model_grads`, then sum what else is partial on a tensor rank.
 
         Megatron's function sums gradients over data ranks, tied embeddings and sequence-parallel
-        norms. The vision tower's gradients are summed over tensor-parallel ranks, since each of
-        them encodes other temporal steps.
+        norms.
         """
         finalize_model_grads(model, None, **kwargs)
-        tensor, vision = self.mesh.tensor, self.chunks[0].vision
-        if tensor.size == 1 or vision is None:
-            return
-        grads = [p.main_grad for p in vision.parameters() if p.requires_grad]
-        if grads:
-            flat = torch.cat([grad.reshape(-1) for grad in grads])
-            dist.all_reduce(flat, group=tensor.group)
-            for grad, summed in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-                grad.copy_(summed.view_as(grad))
+        sum_partial_gradients(self.chunks, self.mesh.tensor)
 
     def _gradients_are_finite(self, group: dist.ProcessGroup | None) -> bool:
         """Return whether all gradients of the ranks of `group` are finite."""

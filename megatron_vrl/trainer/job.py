@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_vrl.checkpoint.hf_load import save_hf
+from megatron_vrl.checkpoint.peft_files import save_peft
 from megatron_vrl.config import RunConfig
 from megatron_vrl.config.inference import inference_files
 from megatron_vrl.context import RunContext, build, build_policy
@@ -127,6 +128,8 @@ def _stages(ctx: RunContext, state: RunState, sinks: Sinks, splits: Splits) -> N
         state.begin("done")
     export = Path(cfg.run.out_dir) / "export"
     save_hf(ctx.policy.chunks, ctx.hf_dir, export, inference_files(cfg))
+    if cfg.model.lora.rank:
+        save_peft(ctx.policy, export.with_name("adapter"))
     save(ctx, state)
 
 

@@ -7,9 +7,12 @@
     STAGE START   at step 0 of its stage       its weights
     MID-STAGE     at a later step              its weights and optimizer state
 
-With a KL term, a run in the middle of GRPO also loads the weights that GRPO started from, into the
-reference model. Example: a run that was killed after step 23 of GRPO, with a checkpoint at step 20,
-loads grpo-0-000000 into the reference and grpo-0-000020 into policy and optimizer.
+With `model.lora` a checkpoint holds adapters: the weights of model.checkpoint, their frozen base,
+are loaded before them in every case, and they are the reference model, too.
+
+With a KL term, another run in the middle of GRPO also loads the weights that GRPO started from,
+into the reference model. Example: a run that was killed after step 23 of GRPO, with a checkpoint
+at step 20, loads grpo-0-000000 into the reference and grpo-0-000020 into policy and optimizer.
 
 `restore` runs before the rollout engine starts, so that a damaged checkpoint costs no engine start.
 `load_stage` runs after it: a fresh run creates optimizer and reference after the engine, too, and
@@ -42,8 +45,9 @@ def restore(cfg: RunConfig, trained: PolicyContext) -> Restored:
     """
     saver = trained.saver
     checkpoint = _newest(saver, trained.mesh)
-    if checkpoint is None:
+    if checkpoint is None or cfg.model.lora.rank:
         saver.load_weights(cfg.model.checkpoint)
+    if checkpoint is None:
         return Restored(state=RunState(), pending=None)
     state = RunState.of_json(read_state(checkpoint), checkpoint / STATE)
     if state.step > 0:
@@ -61,7 +65,8 @@ def load_stage(cfg: RunConfig, trained: PolicyContext, restored: Restored) -> No
         return
     policy, saver, state = trained.policy, trained.saver, restored.state
     if state.stage == "grpo" and cfg.algorithm.kl > 0:
-        saver.load_weights(saver.root / checkpoint_name("grpo", state.attempt, 0))
+        if not cfg.model.lora.rank:
+            saver.load_weights(saver.root / checkpoint_name("grpo", state.attempt, 0))
         policy.keep_reference()
     policy.start_phase(*_phase(cfg, state))
     saver.load_checkpoint(restored.pending)

@@ -93,7 +93,8 @@ def _pinned(ctx: RunContext, state: RunState) -> str:
     """Return the name of the checkpoint that a later step of the stage reads, or ""."""
     if state.stage == "sft":
         return checkpoint_name("sft", state.attempt, state.best_step) if state.best_step else ""
-    return checkpoint_name("grpo", state.attempt, 0) if ctx.cfg.algorithm.kl > 0 else ""
+    is_read = ctx.cfg.algorithm.kl > 0 and not ctx.cfg.model.lora.rank
+    return checkpoint_name("grpo", state.attempt, 0) if is_read else ""
 
 
 def save_if_due(ctx: RunContext, state: RunState) -> None:

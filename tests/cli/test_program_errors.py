@@ -84,7 +84,7 @@ def test_the_error_for_an_override_as_option_names_the_form(
             "convert_checkpoint.py",
             ("to-hf", "a", "b"),
             "argument direction: invalid choice: 'to-hf' (choose from 'hf-to-megatron', "
-            "'megatron-to-hf', 'verify'); see mvrl convert --help.",
+            "'megatron-to-hf', 'megatron-to-peft', 'verify'); see mvrl convert --help.",
         ),
     ],
 )

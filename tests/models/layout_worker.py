@@ -19,7 +19,10 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from megatron_vrl.checkpoint.hf_load import hf_tensors, load_hf_weights
+from megatron_vrl.checkpoint.checkpoint import load_weights
+from megatron_vrl.checkpoint.hf_export import WeightExport
+from megatron_vrl.checkpoint.hf_load import hf_tensors
+from megatron_vrl.checkpoint.peft_files import adapter_export
 from megatron_vrl.config import Batch, Model, Optimizer, Parallel
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.models.logprob_head import Distribution
@@ -111,6 +114,20 @@ LAYOUTS = {
         models=("tied",),
     ),
 }
+LORA: dict[str, Any] = {"freeze_vision": True, "lora": {"rank": 3, "alpha": 5, "merger": True}}
+for name, parallel in {
+    "one": {},
+    "tp2": {"tensor": 2},
+    "tp2-sp": {"tensor": 2, "sequence": True},
+    "pp2": {"pipeline": 2},
+    "tp2-sp-cp2": {"tensor": 2, "sequence": True, "context": 2},
+}.items():
+    LAYOUTS[f"{name}-lora"] = Layout(
+        processes=max(1, 2 * len(parallel.keys() - {"sequence"})),
+        parallel=PLAIN_DDP | parallel,
+        model=LORA | {"recompute": "none" if name in ("one", "tp2") else "full"},
+        models=("tied",),
+    )
 for frozen in ("vision", "merger", "language"):
     model = {f"freeze_{frozen}": True}
     for name, parallel in {"one": {}, "tp2": {"tensor": 2}, "pp2": {"pipeline": 2}}.items():
@@ -131,9 +148,12 @@ def train(checkpoint: Path, layout: Layout) -> dict[str, Any]:
         sizes = sizes | {"layers_per_chunk": {2: [4, 2], 4: [3, 1, 1, 1]}[chunks]}
     parallel = Parallel.model_validate(sizes)
     mesh = init_mesh(parallel, seed=1)
-    cfg = Model(checkpoint=str(checkpoint), dtype="float32", **layout.model)
+    keys = dict(layout.model)
+    if "lora" in keys:
+        keys["lora"] = keys["lora"] | {"adapter": f"{checkpoint}-adapter"}
+    cfg = Model(checkpoint=str(checkpoint), dtype="float32", **keys)
     policy = Policy(read_architecture(checkpoint), cfg, parallel, mesh)
-    load_hf_weights(policy.chunks, checkpoint)
+    load_weights(checkpoint, policy)
     policy.keep_reference()
     policy.start_phase(Optimizer(lr=1e-3, clip_grad=1.0), num_steps=2)
     groups = (tiny_qwen3_vl if third else tiny).GROUPS
@@ -153,10 +173,11 @@ def train(checkpoint: Path, layout: Layout) -> dict[str, Any]:
             result.setdefault(name, []).append(value)
         if step == 0 and not parallel.distributed_optimizer:
             # clipping scaled the gradients in place by the same factor in every layout
-            grads = hf_tensors(policy.chunks, _gradient)
+            grads = _export(policy, _gradient).tensors()
             result["grads"] = {name: grad.clone() for name, grad in grads}
     result["messages"] = messages.stop()
     result["weights"] = {name: t.clone() for name, t in hf_tensors(policy.chunks)}
+    result["base"] = policy.base_digest
     del policy
     gc.collect()  # modules in reference cycles hold the groups, and the groups their threads
     close_mesh()
@@ -182,6 +203,13 @@ class Messages:
         for name, real in self._real.items():
             setattr(dist, name, real)
         return dict(self._counts)
+
+
+def _export(policy: Policy, value: Callable[[torch.Tensor], torch.Tensor]) -> WeightExport:
+    """The export of the parameters that learn: the adapters, or all weights."""
+    if policy.lora.rank:
+        return adapter_export(policy, value)
+    return WeightExport(policy.chunks, value=value)
 
 
 def _gradient(param: torch.Tensor) -> torch.Tensor:

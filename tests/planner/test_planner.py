@@ -40,6 +40,7 @@ READY = {  # parameters, and the GPU that the config is for
     "qwen2.5-vl-32b": 33_452_718_336,
     "qwen2.5-vl-72b-tp8pp4-fp8": 73_410_777_344,
     "qwen3-vl-8b-8gpu": 8_767_123_696,
+    "qwen2.5-vl-72b-lora-tp8": 73_410_777_344,
 }
 
 

@@ -24,6 +24,7 @@ QWEN3 = "configs/models/qwen3-vl-4b.json"  # DeepStack, norms of heads, a tied h
 FP8 = "configs/qwen2.5-vl-72b-tp8pp4-fp8.yaml"
 # The tower runs in the first of three passes. One of two layers is recomputed.
 FROZEN = ["model.freeze_vision=true", "grpo.mini_batches=2", "model.recompute_num_layers=1"]
+LORA = ["model.lora.rank=16", "model.freeze_vision=true"]
 CASES: list[tuple[str, int, int, list[str]]] = [  # config, layers, rank, overrides
     (DATA, 2, 0, FROZEN),
     (DATA, 2, 0, ["model.recompute=selective"]),
@@ -33,18 +34,21 @@ CASES: list[tuple[str, int, int, list[str]]] = [  # config, layers, rank, overri
     (TENSOR_PIPELINE, 2, 7, []),
     (TENSOR_PIPELINE, 4, 4, ["parallel.virtual=2", "parallel.overlap=false"]),
     (FP8, 4, 40, []),
+    (TENSOR_PIPELINE, 2, 7, [*LORA, "model.freeze_merger=true"]),
+    (DATA, 2, 0, [*LORA, "parallel.tensor=2", "model.lora.merger=true", "model.recompute=full"]),
     (DATA, 4, 0, [f"model.architecture={QWEN3}", *FROZEN]),
     (TENSOR_PIPELINE, 6, 0, [f"model.architecture={QWEN3}"]),
     (TENSOR_PIPELINE, 6, 7, [f"model.architecture={QWEN3}"]),
 ]
 # Most dispatched operations of a layer, forward and backward. A backward pass with recompute
 # contains a forward pass. Context ranks have a call of attention for each piece of a sequence.
-# Norms of heads, and DeepStack's additions, take operations of their own.
+# Norms of heads, DeepStack's additions and adapters take operations of their own.
 MOST_OPERATIONS = {
     "vision": (25, 66),
     "language": (28, 64),
     "language, context": (44, 98),
     "language, head norms": (29, 77),
+    "language, adapters": (43, 110),
 }
 
 
@@ -111,6 +115,7 @@ def check(row: dict[str, Any], about: str) -> None:
         language = part == "language"
         kind = ", context" * (language and "context" in about)
         kind += ", head norms" * (language and QWEN3 in about)
+        kind += ", adapters" * (language and "lora" in about)
         mosts = MOST_OPERATIONS[part + kind]
         for phase, most in zip(("forward", "backward"), mosts, strict=True):
             count = row["operations"][phase].get(f"{part} layers", 0)

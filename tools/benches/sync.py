@@ -29,6 +29,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hidden", type=int, default=1024, help="size of the language model")
     parser.add_argument("--layers", type=int, default=10, help="size of the language model")
     parser.add_argument(
+        "--lora-rank", type=int, default=0, help="rank of adapters that the export merges; 0: none"
+    )
+    parser.add_argument(
         "--packed",
         action="store_true",
         help="set rollout.cpu_prepack_weights, which packs for oneDNN",
@@ -52,6 +55,7 @@ def run(arguments: argparse.Namespace) -> Iterator[Row]:
                 "bench": "sync",
                 "path": path,
                 "bytes": num_bytes,
+                "lora_rank": arguments.lora_rank,
                 **stages,
                 "median_s": seconds,
                 "copy_s": base,
@@ -89,7 +93,13 @@ def _config(folder: Path, arguments: argparse.Namespace) -> Any:
     checkpoint = checkpoint_of(folder / "hf", arguments.hidden, arguments.layers)
     tree = {
         "run": {"out_dir": str(folder / "run")},
-        "model": {"checkpoint": str(checkpoint), "dtype": "bfloat16" if on_gpu else "float32"},
+        "model": {
+            "checkpoint": str(checkpoint),
+            "dtype": "bfloat16" if on_gpu else "float32",
+            "lora": {"rank": arguments.lora_rank},
+            "freeze_vision": arguments.lora_rank > 0,
+            "freeze_merger": arguments.lora_rank > 0,
+        },
         "data": {"max_prompt_tokens": 128},
         "rollout": {
             "discovery_dir": str(folder / "found"),
