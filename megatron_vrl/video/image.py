@@ -19,7 +19,6 @@ from PIL import Image, ImageOps
 
 from megatron_vrl.errors import CheckpointError, ConfigError, VideoError
 from megatron_vrl.types import EncodedImage
-from megatron_vrl.video.resize import resize
 from megatron_vrl.video.rules import MAX_ASPECT, PixelRules, smart_resize
 
 _BROKEN = (
@@ -122,6 +121,8 @@ def encode_image(path: str, local: str, rules: ImageRules) -> EncodedImage:
 
     Raises VideoError, whose message does not name the file.
     """
+    from megatron_vrl.video.resize import resize  # imports torch
+
     try:
         content = Path(local).read_bytes()
         with Image.open(io.BytesIO(content)) as file:

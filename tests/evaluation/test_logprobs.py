@@ -300,7 +300,11 @@ def test_files_that_are_not_there(folder: Path, tmp_path: Path) -> None:
             "parallel.tensr=2",
             "Command line: unknown key 'parallel.tensr'; did you mean 'parallel.tensor'?",
         ),
-        ("data.train=[]", "unknown key 'data.train'; known: max_prompt_tokens, timestamps."),
+        (
+            "data.train=[]",
+            "unknown key 'data.train'; known: image_max_pixels, image_min_pixels, "
+            "max_prompt_tokens, timestamps.",
+        ),
         ("rollout.temperature=2", "unknown key 'rollout'; known: batch, data, model, parallel"),
         ("batch.tokens=0", "Command line: batch.tokens must be more than 0, not 0."),
         ("model.checkpoint=b", "model.checkpoint=b is not --checkpoint"),
