@@ -57,11 +57,17 @@ def view(out_dir: Path) -> tuple[list[str], bool]:
     state = "finished" if ended else run_state(out_dir)
     phase = steps[-1]["phase"]
     current = [row for row in steps if row["phase"] == phase]
-    lines = [f"{out_dir}: {state}"[:COLUMNS], *_error(out_dir, state), ""]
+    lines = [_title(str(out_dir), state), *_error(out_dir, state), ""]
     lines += [_progress(current, _total(out_dir, phase), is_ended=ended), _times(current), ""]
     lines += _metrics(current)
     lines += _evaluations(rows)
     return lines, state.startswith("running")
+
+
+def _title(path: str, state: str) -> str:
+    """Return path and state; a path that does not fit the line loses its beginning."""
+    room = max(0, COLUMNS - len(state) - len(": "))
+    return f"{path if len(path) <= room else '...' + path[len(path) - room + 3 :]}: {state}"
 
 
 def _error(out_dir: Path, state: str) -> list[str]:

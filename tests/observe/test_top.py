@@ -64,6 +64,15 @@ def test_a_finished_run_has_no_time_left(tmp_path: Path) -> None:
     assert lines[2] == "GRPO step 1 of 9, 4 s a step"
 
 
+def test_a_long_path_leaves_room_for_the_state(tmp_path: Path) -> None:
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
+    (run(folder, [grpo(1, 0.5)]) / "summary.json").write_text("{}")
+    (title, *_), _ = view(folder)
+    assert title.startswith("...") and title.endswith("long: finished")
+    assert len(title) == COLUMNS
+
+
 def test_a_failed_run_shows_its_error(tmp_path: Path) -> None:
     run(tmp_path, [grpo(1, 0.5)])
     write_error(tmp_path, "The disk is full.")
