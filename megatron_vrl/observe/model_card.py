@@ -89,6 +89,8 @@ def _recipe(cfg: RunConfig, tasks: Container[str]) -> Iterator[tuple[str, str]]:
                 yield f"reward of {task}", ", ".join(f"{w:g} {n}" for n, w in weights.items())
     yield "video", f"{cfg.video.fps:g} frames per second, at most {cfg.video.max_frames} frames"
     model = cfg.model
+    if model.lora.rank:
+        yield "LoRA", f"rank {model.lora.rank}, alpha {model.lora.alpha:g}, merged into the weights"
     frozen = {
         "vision tower": model.freeze_vision,
         "merger": model.freeze_merger,

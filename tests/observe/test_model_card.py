@@ -38,6 +38,13 @@ def test_recipe_and_results_are_those_of_the_run() -> None:
     assert any(row.startswith(r"| whole \| video | 25.0 |") for row in rows)
 
 
+def test_adapters_are_named() -> None:
+    frozen = ("model.freeze_vision=true", "model.freeze_merger=true")
+    text = card("model.lora.rank=8", "model.lora.alpha=16", *frozen)
+    assert "| LoRA | rank 8, alpha 16, merged into the weights |" in text
+    assert "| LoRA" not in card()
+
+
 def test_a_run_of_one_phase_names_no_other() -> None:
     text = card("sft.steps=0", "model.freeze_vision=true")
     assert "| SFT" not in text
