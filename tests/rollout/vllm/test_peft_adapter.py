@@ -1,5 +1,6 @@
 """A PEFT adapter that the trainer writes, in vLLM's LoRA slots: log-probs equal PEFT's."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from megatron_vrl.config import Lora
 from megatron_vrl.models.adapters import adapter_shapes
 from megatron_vrl.models.architecture import read_architecture
 from megatron_vrl.models.chunk import whole_model
-from megatron_vrl.rollout.vllm.startup import import_vllm, preserve_trainer_state
+from tests.running import run_python
 
 pytestmark = pytest.mark.slow
 
@@ -33,23 +34,8 @@ def test_vllm_loads_a_written_adapter(checkpoint: Path, tmp_path: Path) -> None:
     expected = logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
     assert (logits - without).abs().max() > 0.1  # the adapter is not small
 
-    vllm = import_vllm()
-    from vllm.lora.request import LoRARequest
-
-    with preserve_trainer_state(), torch.compiler.set_stance("force_eager"):
-        llm = vllm.LLM(
-            str(checkpoint),
-            dtype="float32",
-            enable_lora=True,
-            max_lora_rank=8,
-            enforce_eager=True,
-            kv_cache_memory_bytes=16 << 20,
-            max_model_len=64,
-            max_num_seqs=2,
-        )
-        wanted = vllm.SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
-        request = LoRARequest("adapter", 1, str(tmp_path / "adapter"))
-        (output,) = llm.generate([{"prompt_token_ids": ids}], wanted, lora_request=request)
-    steps = zip(ids[1:], output.prompt_logprobs[1:], strict=True)
-    found = torch.tensor([step[token].logprob for token, step in steps])
+    script = Path(__file__).with_name("adapter_in_vllm.py")
+    done = run_python(script, checkpoint, tmp_path / "adapter", json.dumps(ids))
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
