@@ -40,8 +40,10 @@ def write_note(checkpoint: Path, policy: Policy) -> None:
 
 
 def check_fits_policy(checkpoint: Path, policy: Policy) -> None:
-    """Raises CheckpointError if a checkpoint of adapters does not fit the policy, or if a
-    checkpoint of whole weights is given where adapters are wanted."""
+    """Raise CheckpointError if a checkpoint does not fit the policy.
+
+    Adapters must have the policy's settings and base. A policy with adapters refuses whole weights.
+    """
     note = read_note(checkpoint)
     if note is None:
         if policy.lora.rank:

@@ -23,7 +23,10 @@ NO_WEIGHTS = -1
 
 
 class WorkerMetrics:
-    """Counters of one worker. All methods are called on the thread of its HTTP server."""
+    """Counters of one worker.
+
+    The thread of the worker's HTTP server makes every call, so there is no lock.
+    """
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
